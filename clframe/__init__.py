@@ -1,0 +1,63 @@
+"""clframe: continual learning that stays cheap to run.
+
+Train a model class by class, compose strategies in one line, and know at the end what it forgot and what
+every prediction costs. Names load when they are first used, so importing this package is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clframe.build import explain, run
+    from clframe.config.load import load_config
+    from clframe.config.schema import Config
+    from clframe.core import Component, Composition, Output, compose, parse, register
+    from clframe.data import Benchmark, class_incremental
+    from clframe.errors import ClframeError
+    from clframe.nn import Network
+    from clframe.reporting.results import Result
+    from clframe.training.fabric import on_fabric
+    from clframe.training.module import ContinualModule
+    from clframe.training.strategy import LightningStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Benchmark": "clframe.data",
+    "ClframeError": "clframe.errors",
+    "Component": "clframe.core",
+    "Composition": "clframe.core",
+    "Config": "clframe.config.schema",
+    "ContinualModule": "clframe.training.module",
+    "LightningStrategy": "clframe.training.strategy",
+    "Network": "clframe.nn",
+    "Output": "clframe.core",
+    "Result": "clframe.reporting.results",
+    "class_incremental": "clframe.data",
+    "compose": "clframe.core",
+    "explain": "clframe.build",
+    "load_config": "clframe.config.load",
+    "on_fabric": "clframe.training.fabric",
+    "parse": "clframe.core",
+    "register": "clframe.core",
+    "run": "clframe.build",
+}
+
+__all__ = [
+    "Benchmark", "ClframeError", "Component", "Composition", "Config", "ContinualModule",
+    "LightningStrategy", "Network", "Output", "Result", "class_incremental", "compose", "explain",
+    "load_config", "on_fabric", "parse", "register", "run",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'clframe' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,171 @@
+"""The schema of a config: frozen dataclasses whose annotations are the rules.
+
+``benchmark`` and ``backbone`` hold, beside the keys named here, the options of the data set or backbone
+they name; those are checked against its signature when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clframe.errors import ConfigError
+
+
+def _need(ok: bool, key: str, found: Any, advice: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: found {found}; {advice}")
+
+
+def _at_least(low: float, key: str, found: float) -> None:
+    _need(found >= low, key, found, f"give at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Which data, and who learns what when."""
+
+    name: str = ""
+    """A data set of ``clframe list benchmarks``."""
+    experiences: int = 5
+    """How many experiences; leftover classes go to the first ones."""
+    class_order: Literal["seeded", "sorted"] | tuple[int, ...] = "seeded"
+    """Order in which classes are learnt: drawn from the seed, ascending, or the ids in order."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the data set itself."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no data set can serve."""
+        _need(bool(self.name), "benchmark.name", "nothing", "name a benchmark; see clframe list benchmarks")
+        _at_least(1, "benchmark.experiences", self.experiences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which network."""
+
+    name: str = ""
+    """A backbone of ``clframe list backbones``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the backbone itself."""
+
+    def __post_init__(self) -> None:
+        """A backbone must be named."""
+        _need(bool(self.name), "backbone.name", "nothing", "name a backbone; see clframe list backbones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """A fresh optimizer for every experience."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.05
+    """Learning rate at the start of every experience."""
+    momentum: float = 0.0
+    """Of SGD; the Adams keep their own betas."""
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    """Of the learning rate over the epochs of one experience."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which ``multistep`` multiplies the rate by ``gamma``."""
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse rates that cannot train."""
+        _need(self.lr > 0, "optimizer.lr", self.lr, "give a number above 0")
+        _need(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number from 0 to below 1")
+        _at_least(0, "optimizer.weight_decay", self.weight_decay)
+        _need(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
+        ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
+        _need(ordered, "optimizer.milestones", list(self.milestones), "give rising epoch numbers from 1")
+
+
+PRECISIONS = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How to train: Lightning's side."""
+
+    engine: Literal["fabric", "trainer"] = "fabric"
+    """``fabric``: Avalanche's loop on Lightning Fabric. ``trainer``: each experience in a Lightning Trainer."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
+    devices: int | tuple[int, ...] = 1
+    """One device: 1, or the index of one such as [1]."""
+    precision: PRECISIONS = "32-true"
+    epochs: int = 10
+    """Per experience."""
+    batch_size: int = 32
+    eval_batch_size: int = 256
+    gradient_clip: float | None = None
+    """Largest norm of the gradient; null never clips."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before each update."""
+    eval_every: int = -1
+    """Evaluate on this experience's test data every n epochs, for TensorBoard; -1 never."""
+    log_every: int = 20
+    """Steps between two entries of losses and learning rate; nothing waits for the device in between."""
+    fast_dev_run: bool = False
+    """Two batches of one epoch per experience: does everything work?"""
+    threads: int | None = None
+    """CPU threads; null leaves torch's choice. Small models are fastest with one."""
+    deterministic: bool = True
+    """Use only deterministic operations, so that a seed gives the same numbers again."""
+    progress: bool = True
+    """Show a progress bar where the output is a terminal."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Lightning callbacks by class name, each with its options; they need ``engine: trainer``."""
+    loggers: tuple[str, ...] = ("tensorboard", "csv")
+    """``tensorboard`` and ``csv``; Lightning's own logger classes need ``engine: trainer``."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that mean nothing and callbacks nobody would call."""
+        for key in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_every"):
+            _at_least(1, f"trainer.{key}", getattr(self, key))
+        if self.threads is not None:
+            _at_least(1, "trainer.threads", self.threads)
+        clip_ok = self.gradient_clip is None or self.gradient_clip > 0
+        _need(clip_ok, "trainer.gradient_clip", self.gradient_clip, "give a number above 0 or null")
+        _need(self.eval_every == -1 or self.eval_every > 0, "trainer.eval_every", self.eval_every,
+              "give -1 (never) or a number of epochs")  # fmt: skip
+        one = self.devices == 1 or (isinstance(self.devices, tuple) and len(self.devices) == 1)
+        shown = list(self.devices) if isinstance(self.devices, tuple) else self.devices
+        _need(one, "trainer.devices", shown, "one device per run is what this version trains on; give 1 or [index]")
+        ours = {"tensorboard", "csv"}
+        for key, names in (("callbacks", set(self.callbacks)), ("loggers", set(self.loggers) - ours)):
+            if names and self.engine != "trainer":
+                raise ConfigError(
+                    f"trainer.{key}: {sorted(names)[0]} is called by a Lightning Trainer, which engine "
+                    f"'{self.engine}' does not have; set trainer.engine=trainer or remove it"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of."""
+
+    name: str = "run"
+    """Folder of the run under the output folder."""
+    seed: int = 0
+    """Controls initialization, order of samples and classes, and memory."""
+    strategy: str = "naive"
+    """Which: components joined by '+'."""
+    components: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How: options by component name."""
+    benchmark: BenchmarkConfig
+    backbone: BackboneConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs"
+    """Folder for run folders."""
+
+    def __post_init__(self) -> None:
+        """Refuse seeds and names that files and generators cannot take."""
+        _need(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0")
+        fine = bool(self.name) and not set(self.name) & set('/\\:*?"<>|\0') and self.name not in (".", "..")
+        _need(fine, "name", repr(self.name), "give a name that can be a folder's")
+
+
+OPEN_BLOCKS: dict[str, Callable[..., Any]] = {"benchmark": BenchmarkConfig, "backbone": BackboneConfig}
+"""Blocks that carry options of what they name, beside keys of their own."""

@@ -1,0 +1,137 @@
+"""Components: the ingredients of a strategy, and the timetable they act on.
+
+This file teaches the system. A run is this loop; every name that is a method of :class:`Component`
+has a neutral default, so a component overrides only what it changes::
+
+    edit(network)                          once, before any optimizer exists
+    state = init(network)
+    for experience in stream:
+        sources(index, count)              which experiences' data this one trains on
+        grow(network, experience)          heads have grown; add outputs of your own
+        for batch in loader:
+            batch = batch(batch, moment, state)      SLOT batch      replay joins here
+            output = network(batch.x)                                every exit's logits
+            terms = {"task/ce": ..., **losses(step, state)}          named terms, one value per exit
+            loss = mix(terms, step, state)           SLOT mix        default: the sum
+            loss.backward()
+            project(network, step, state)            SLOT gradient   edit gradients in place
+            optimizer.step()
+        state = advance(network, moment, state)      consolidate: teachers, memory, Fisher
+    scores = decide(output, state)         SLOT decision   default: the last exit's logits
+    cost(network, state)                   what the component adds to the ledger
+
+A component holds options only. Whatever changes during a run is *state*: returned by ``init`` and
+``advance``, handed back to every other method, kept under the component's name. So a checkpoint needs
+no help from the component, and two runs never share anything by accident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from torch import Tensor
+
+from clframe.core.types import Batch, Experience, Moment, Output, State, Step
+
+if TYPE_CHECKING:
+    from clframe.core.compose import Composition
+    from clframe.nn.network import Network
+
+SLOTS: Final = ("batch", "heads", "mix", "gradient", "optimizer", "decision")
+"""What only one component of a strategy may own."""
+
+HOOKS: Final = (
+    "edit", "init", "sources", "grow", "batch", "losses", "mix", "project", "advance", "decide", "cost",
+)  # fmt: skip
+"""The methods of the timetable, in the order in which a run reaches them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One ingredient of a strategy: a frozen dataclass of options.
+
+    Subclasses are final: to reuse one, hold it as a field and call it.
+
+    Class attributes:
+        name: How expressions, configs, logs and checkpoints call it.
+        slots: What it owns alone; two owners of one slot cannot be composed.
+        terms: Names of the loss terms that ``losses`` may return, for ``clframe explain``.
+        weight: The option that scales everything the component does. At zero the component is the
+            identity: composing drops it, so the run is bit-identical to one without it. None where
+            nothing scales it.
+    """
+
+    name: ClassVar[str]
+    slots: ClassVar[frozenset[str]] = frozenset()
+    terms: ClassVar[tuple[str, ...]] = ()
+    weight: ClassVar[str | None] = None
+
+    def __add__(self, other: Component | Composition) -> Composition:
+        """Compose; see :func:`clframe.core.compose.compose`."""
+        from clframe.core.compose import compose
+
+        return compose(self, other)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether composing with this component changes nothing."""
+        return self.weight is not None and getattr(self, self.weight) == 0
+
+    def acts_at(self) -> tuple[str, ...]:
+        """The hooks this component overrides, in timetable order."""
+        return tuple(hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Component, hook))
+
+    def check(self, *, classes: int) -> None:
+        """Refuse options that cannot work on a benchmark of ``classes`` classes (ConfigError)."""
+
+    def edit(self, network: Network) -> None:
+        """Change the network once, before any optimizer exists."""
+
+    def init(self, network: Network) -> State:
+        """The state at the start of a run."""
+        return {}
+
+    def sources(self, index: int, count: int) -> Sequence[int]:
+        """Experiences whose training data experience ``index`` of ``count`` trains on; none skips it."""
+        return (index,)
+
+    def grow(self, network: Network, experience: Experience) -> None:
+        """Add what a new experience needs; the classifiers have already grown."""
+
+    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
+        """The batch to train on instead. Slot ``batch``."""
+        return batch
+
+    def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
+        """Named loss terms, each of shape [K] (one value per exit) or [] (exits have no part in it)."""
+        return {}
+
+    def mix(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
+        """One scalar out of all named terms. Slot ``mix``; default: the sum over terms and exits."""
+        return total(terms)
+
+    def project(self, network: Network, step: Step, state: State) -> None:
+        """Edit ``parameter.grad`` in place, after backward. Slot ``gradient``."""
+
+    def advance(self, network: Network, moment: Moment, state: State) -> State:
+        """The state after an experience has been learnt."""
+        return state
+
+    def decide(self, output: Output, state: State) -> Tensor:
+        """scores_BC whose arg-max is the answer. Slot ``decision``; default: the last exit's logits."""
+        return output.last
+
+    def cost(self, network: Network, state: State) -> Mapping[str, int]:
+        """Costs only the component knows, such as ``{"macs": ...}`` per training step; default: none."""
+        return {}
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all terms over exits, in the order given: the default of the slot ``mix``."""
+    parts = [term.sum() if term.ndim else term for term in terms.values()]
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result

@@ -1,0 +1,99 @@
+"""The few values that pass between model, strategy and engine.
+
+Shape suffixes: B batch, C classes, K exits, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from torch import Generator, Tensor
+
+State = Mapping[str, Any]
+"""A component's state: nested mappings and sequences of tensors, numbers, strings and frozen networks."""
+
+
+class Output(NamedTuple):
+    """What a model returns: the logits of every exit, in order of depth, the model's own last.
+
+    A plain network is a network with one exit: ``len(output.logits) == 1``.
+    """
+
+    logits: tuple[Tensor, ...]
+    """K tensors logits_BC. Classes not learnt yet have no column, or ``-inf`` where columns have gaps."""
+    taps: Mapping[str, Tensor] = MappingProxyType({})
+    """Stage outputs by name, as many as were asked for."""
+
+    @property
+    def last(self) -> Tensor:
+        """logits_BC of the model's own classifier."""
+        return self.logits[-1]
+
+
+class Samples(Protocol):
+    """Training data of one experience, as a component may see it."""
+
+    @property
+    def y(self) -> Tensor:
+        """targets_N, in learning order."""
+
+    def __len__(self) -> int: ...
+
+    def raw(self, index: Tensor) -> Tensor:
+        """The stored inputs at ``index``, before augmentation and normalization."""
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Stored inputs as the model wants them: float, normalized, on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """One experience as components see it: who it is, and which classes are now, past and ahead."""
+
+    index: int
+    count: int
+    classes: tuple[int, ...]
+    """Classes whose data this experience brings."""
+    past: tuple[int, ...]
+    """Classes of the experiences before it."""
+    ahead: tuple[int, ...]
+    """Classes not met before or in this experience."""
+    samples: Samples
+
+    @property
+    def classes_so_far(self) -> tuple[int, ...]:
+        """Past classes and this experience's, in ascending order."""
+        return tuple(sorted({*self.past, *self.classes}))
+
+
+@dataclass(slots=True)
+class Batch:
+    """A training batch on its way to the model; the owner of the slot ``batch`` may extend it."""
+
+    x: Tensor
+    y: Tensor
+    weight_B: Tensor | None = None
+    """Weight of each sample in the task loss; None means one each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where in a run a batch is trained, and the randomness that belongs to that place."""
+
+    experience: Experience
+    epoch: int
+    epochs: int
+    generator: Generator
+    """CPU generator of one component, seeded by (seed, experience, epoch, component)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step as the losses see it."""
+
+    batch: Batch
+    output: Output
+    moment: Moment

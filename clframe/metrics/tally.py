@@ -1,0 +1,149 @@
+"""Counts of right answers: what one evaluation of the model on every test experience comes to.
+
+Accuracies are ratios of whole numbers, so nothing depends on how the samples were batched.
+
+Shape suffixes: B batch, C classes in learning order, E test experiences, K classes of one experience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clframe.errors import ClframeError
+
+Counts = tuple[tuple[int, ...], ...]
+"""Whole numbers by test experience and class, ``counts[e][c]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many test samples there are and how many were right, by test experience and class.
+
+    Nested lists are accepted and kept as tuples, so ``Tally(**dataclasses.asdict(tally))`` and a way
+    through JSON give an equal tally. Raises :class:`ClframeError` for counts that cannot be.
+
+    >>> tally = Tally(((3, 1), (0, 2)), correct_EC=((3, 0), (0, 1)), correct_aware_EC=((3, 1), (0, 1)))
+    >>> tally.accuracy_E, tally.accuracy_C
+    ((0.75, 0.5), (1.0, 0.3333333333333333))
+    """
+
+    total_EC: Counts
+    """Samples evaluated."""
+    correct_EC: Counts
+    """Right when the arg-max runs over all classes learnt so far (task-agnostic)."""
+    correct_aware_EC: Counts
+    """Right when the arg-max runs over the classes of the sample's own experience only (task-aware)."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_EC", "correct_EC", "correct_aware_EC"):
+            rows = tuple(tuple(int(count) for count in row) for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
+        shape = [len(row) for row in self.total_EC]
+        for name, counts in (("correct_EC", self.correct_EC), ("correct_aware_EC", self.correct_aware_EC)):
+            if [len(row) for row in counts] != shape or len(set(shape)) > 1:
+                raise ClframeError(f"tally: {name} and total_EC differ in shape; give experiences x classes")
+            for right, total in zip(_flat(counts), _flat(self.total_EC), strict=True):
+                if not 0 <= right <= total:
+                    raise ClframeError(f"tally: {name} has {right} of {total} samples; count each once")
+
+    @property
+    def samples_E(self) -> tuple[int, ...]:
+        """Test samples of each experience."""
+        return tuple(sum(row) for row in self.total_EC)
+
+    @property
+    def accuracy_E(self) -> tuple[float, ...]:
+        """Task-agnostic accuracy on each test experience, right / total; NaN where nothing was evaluated."""
+        return _ratios(self.correct_EC, self.total_EC)
+
+    @property
+    def accuracy_aware_E(self) -> tuple[float, ...]:
+        """Task-aware accuracy on each test experience, right / total; NaN where nothing was evaluated."""
+        return _ratios(self.correct_aware_EC, self.total_EC)
+
+    @property
+    def accuracy_C(self) -> tuple[float, ...]:
+        """Task-agnostic accuracy on each class over all test experiences; NaN for a class without samples."""
+        return _ratios(_columns(self.correct_EC), _columns(self.total_EC))
+
+
+class TallyCounter:
+    """Counts on the device, batch by batch, without making the host wait; :meth:`result` reads them once.
+
+    Args:
+        experiences: Test experiences, E.
+        classes: Classes of the whole benchmark, C, learnt or not.
+        device: Where logits and labels are.
+
+    >>> counter = TallyCounter(1, 3, device="cpu")
+    >>> counter.update(0, torch.tensor([[0.2, 0.9], [0.8, 0.1]]), torch.tensor([1, 2]), (1, 2))
+    >>> counter.result().correct_EC
+    ((0, 1, 0),)
+    """
+
+    def __init__(self, experiences: int, classes: int, *, device: torch.device | str) -> None:
+        self.counts_3EC = torch.zeros(3, experiences, classes, dtype=torch.int64, device=device)
+        """Total, correct, correct task-aware; with several processes, sum it over them before the result."""
+        self._index_K: dict[tuple[int, ...], Tensor] = {}
+
+    def update(self, experience: int, logits_BC: Tensor, y_B: Tensor, classes: Sequence[int]) -> None:
+        """Count one batch of test experience ``experience``, whose classes are ``classes`` (any order).
+
+        A sample is right when its class has the highest logit, the lowest class winning a tie. A class
+        without a column, or with ``-inf`` in it, never wins; where no class can win, and where a logit
+        compared is NaN, the sample is wrong. Labels must be below the number of classes counted.
+        """
+        known = tuple(sorted({c for c in classes if c < logits_BC.shape[1]}))
+        counted_3B = torch.stack((torch.ones_like(y_B, dtype=torch.bool),
+                                  _right_B(logits_BC, y_B),
+                                  self._right_among_B(logits_BC, y_B, known)))  # fmt: skip
+        # index_add_ on whole numbers: exact in any order, no size to ask the device for (bincount would)
+        self.counts_3EC[:, experience].index_add_(1, y_B.long(), counted_3B.long())
+
+    def result(self) -> Tally:
+        """The counts so far: the one transfer from the device."""
+        total_EC, correct_EC, correct_aware_EC = self.counts_3EC.cpu().tolist()
+        return Tally(total_EC=total_EC, correct_EC=correct_EC, correct_aware_EC=correct_aware_EC)
+
+    def _right_among_B(self, logits_BC: Tensor, y_B: Tensor, known: tuple[int, ...]) -> Tensor:
+        if not known:
+            return torch.zeros_like(y_B, dtype=torch.bool)
+        first, last = known[0], known[-1]
+        if last - first + 1 == len(known):  # neighbors in learning order, the usual case: a view, no index
+            return _right_B(logits_BC[:, first : last + 1], y_B - first)
+        index_K = self._index_K.get(known)
+        if index_K is None:
+            index_K = torch.tensor(known)
+            if logits_BC.device.type == "cuda":  # from pinned memory the copy need not wait for the device
+                index_K = index_K.pin_memory().to(logits_BC.device, non_blocking=True)
+            index_K = self._index_K[known] = index_K.to(logits_BC.device)
+        return _right_B(logits_BC.index_select(1, index_K), y_B, names_K=index_K)
+
+
+def _right_B(logits_BK: Tensor, y_B: Tensor, *, names_K: Tensor | None = None) -> Tensor:
+    """Whether the column with the highest logit is the label's; ``names_K`` are the columns' classes."""
+    if logits_BK.shape[1] == 0:
+        return torch.zeros_like(y_B, dtype=torch.bool)
+    highest_B, winner_B = logits_BK.max(dim=1)
+    if names_K is not None:
+        winner_B = names_K[winner_B]
+    return (winner_B == y_B) & (highest_B > -torch.inf)  # false for NaN as well
+
+
+def _flat(counts: Counts) -> list[int]:
+    return [count for row in counts for count in row]
+
+
+def _columns(counts: Counts) -> Counts:
+    return tuple(zip(*counts, strict=True))
+
+
+def _ratios(right: Counts, total: Counts) -> tuple[float, ...]:
+    return tuple(
+        sum(right_row) / sum(total_row) if sum(total_row) else float("nan")
+        for right_row, total_row in zip(right, total, strict=True)
+    )

@@ -1,0 +1,107 @@
+"""Registries: explicit, typed and strict.
+
+A registry maps a name to a class or function. Packages add to it through an entry point, the one
+door that clframe's own strategies use too; scripts call :meth:`Registry.add`. A second entry of the
+same name is an error, a miss offers the nearest name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from clframe.errors import ClframeError, UnknownNameError, unknown_name
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named things of one kind.
+
+    Args:
+        kind: What an entry is, as error messages call it ("component").
+        group: Entry-point group searched on first use; None for a closed registry.
+        load: Turns a loaded entry point into ``(name, entry)`` pairs.
+
+    >>> shapes: Registry[type] = Registry("shape")
+    >>> shapes.add("circle", int)
+    >>> shapes.get("circle")
+    <class 'int'>
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        group: str | None = None,
+        load: Callable[[EntryPoint], Iterator[tuple[str, T]]] | None = None,
+    ) -> None:
+        self.kind = kind
+        self._group = group
+        self._load = load
+        self._entries: dict[str, T] = {}
+        self._broken: list[str] = []
+        self._searched = group is None
+
+    def add(self, name: str, entry: T) -> None:
+        """Register ``entry``; raises :class:`ClframeError` if the name is taken by another."""
+        known = self._entries.get(name)
+        if known is not None and known is not entry:
+            raise ClframeError(
+                f"{self.kind} '{name}': registered twice, by {_origin(known)} and {_origin(entry)}; "
+                f"rename one of them"
+            )
+        self._entries[name] = entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of :meth:`add`."""
+
+        def decorate(entry: T) -> T:
+            self.add(name, entry)
+            return entry
+
+        return decorate
+
+    def get(self, name: str, *, where: str = "") -> T:
+        """The entry called ``name``; raises :class:`UnknownNameError` with the nearest name."""
+        self._search()
+        try:
+            return self._entries[name]
+        except KeyError:
+            message = unknown_name(self.kind, name, self._entries, where=where)
+            if self._broken:
+                message += f"; not loaded: {'; '.join(self._broken)}"
+            raise UnknownNameError(message) from None
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        self._search()
+        return tuple(sorted(self._entries))
+
+    def items(self) -> tuple[tuple[str, T], ...]:
+        """All ``(name, entry)`` pairs, sorted by name."""
+        return tuple((name, self._entries[name]) for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        self._search()
+        return name in self._entries
+
+    def _search(self) -> None:
+        if self._searched:
+            return
+        self._searched = True
+        assert self._group is not None and self._load is not None
+        for point in sorted(entry_points(group=self._group), key=lambda p: (p.name, p.value)):
+            try:
+                for name, entry in self._load(point):
+                    self.add(name, entry)
+            except ClframeError:
+                self._searched = False
+                raise
+            except Exception as error:  # a broken third-party package must not take the others down
+                self._broken.append(f"entry point {point.name} = {point.value} ({error})")
+
+
+def _origin(entry: Any) -> str:
+    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', entry)}"

@@ -1,0 +1,88 @@
+"""What a run would do, in words: printed by ``clframe explain`` before any training."""
+
+from __future__ import annotations
+
+from clframe.accounting.macs import count_macs, count_parameters, stage_macs
+from clframe.core import HOOKS, SLOTS, Composition
+from clframe.data import Benchmark
+from clframe.nn import Network
+
+_WHEN = {
+    "edit": "once, before training",
+    "init": "once, before training",
+    "sources": "start of experience: data",
+    "grow": "start of experience: outputs",
+    "batch": "every step: batch",
+    "losses": "every step: loss terms",
+    "mix": "every step: mixing the terms",
+    "project": "every step: gradient",
+    "advance": "end of experience",
+    "decide": "every prediction",
+    "cost": "the ledger",
+}
+
+
+def explanation(*, config: str, composition: Composition, benchmark: Benchmark, network: Network) -> str:
+    """Resolved config, stream, timetable, loss terms, slots, parameters and MACs, as text.
+
+    ``network`` has already grown to all classes of the benchmark.
+    """
+    return "\n\n".join(
+        f"{title}\n{_indent(body)}"
+        for title, body in (
+            ("config", config.strip()),
+            ("stream (who learns what when)", _stream(benchmark)),
+            ("strategy", str(composition)),
+            ("timetable (who acts where)", _timetable(composition)),
+            ("loss terms", "\n".join(_terms(composition))),
+            ("slots", "\n".join(f"{slot:<10} {_owner(composition, slot)}" for slot in SLOTS)),
+            ("network with all classes", _network(network)),
+        )
+    )
+
+
+def _stream(benchmark: Benchmark) -> str:
+    lines = []
+    for i, classes in enumerate(benchmark.classes):
+        names = " ".join(str(benchmark.class_order[c]) for c in classes)
+        sizes = f"{len(benchmark.train[i]):>7,} train {len(benchmark.test[i]):>7,} test"
+        lines.append(f"experience {i:>3} {sizes}   classes {names}")
+    return "\n".join(lines)
+
+
+def _timetable(composition: Composition) -> str:
+    lines = []
+    for hook in HOOKS:
+        names = " + ".join(component.name for component in composition.acting_at(hook))
+        lines.append(f"{hook:<8} {_WHEN[hook]:<30} {names or '-'}")
+    return "\n".join(lines)
+
+
+def _terms(composition: Composition) -> list[str]:
+    own = [f"loss/{c.name}/{term}" for c in composition for term in c.terms]
+    return ["loss/task/ce", *own]
+
+
+def _owner(composition: Composition, slot: str) -> str:
+    owner = composition.owner(slot)
+    return "-" if owner is None else owner.name
+
+
+def _network(network: Network) -> str:
+    shape = network.input_shape
+    macs = stage_macs(network)
+    lines = [
+        f"parameters     {count_parameters(network):,}",
+        f"MACs a sample  {count_macs(network, shape):,} (one multiply-add = 1; FLOPs = 2 x MACs)",
+        f"input          {' x '.join(map(str, shape))}",
+    ]
+    width = max(len(name) for name in macs)
+    for name, count in macs.items():
+        tap = network.backbone.tap_shapes.get(name)
+        shown = f"  tap {' x '.join(map(str, tap))}" if tap else ""
+        lines.append(f"  {name:<{width}} {count:>14,}{shown}")
+    return "\n".join(lines)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,135 @@
+"""A run's folder: what is in it, how it is made, how it is found again.
+
+::
+
+    runs/<experiment>/<id>/
+      config.yaml  environment.json     resolved config; versions, git revision, machine
+      checkpoints/                      the last two experiences
+      metrics.csv  results.json  ledger.json
+      tensorboard/  figures/
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from clframe.accounting.macs import stage_macs
+from clframe.errors import RunFolderError
+from clframe.files import write_atomically
+from clframe.nn.network import Network
+
+PACKAGES = ("clframe", "torch", "lightning", "avalanche-lib", "torchvision", "omegaconf", "numpy")
+"""Packages whose versions a run records."""
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @classmethod
+    def create(cls, output: Path, *, name: str, seed: int) -> RunFolder:
+        """A new folder ``output/name/<time>-seed<n>``.
+
+        Raises:
+            RunFolderError: ``output`` cannot be written.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for attempt in itertools.count():
+            ending = "" if attempt == 0 else f"-{attempt}"
+            path = output / name / f"{stamp}-seed{seed}{ending}"
+            try:
+                path.mkdir(parents=True, exist_ok=False)
+                break
+            except FileExistsError:
+                if not path.is_dir():
+                    raise RunFolderError(f"output: {path} is in the way; choose another --output") from None
+            except OSError as error:
+                raise RunFolderError(
+                    f"output: {output} cannot be written ({error.strerror}); choose another --output"
+                ) from None
+        folder = cls(path)
+        (path / "checkpoints").mkdir()
+        write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of an earlier run.
+
+        Raises:
+            RunFolderError: There is none, or it holds no config.
+        """
+        if not path.is_dir():
+            raise RunFolderError(f"resume: no folder {path}; give the run folder that a run printed")
+        if not (path / "config.yaml").is_file():
+            raise RunFolderError(f"resume: {path} holds no config.yaml; give the folder of a run, not one above it")
+        return cls(path)
+
+    def write_config(self, text: str) -> None:
+        """The resolved config."""
+        write_atomically(self.config_path, text)
+
+    def write_ledger(
+        self, network: Network, steps: int, train_seconds: float, state_bytes: Mapping[str, int]
+    ) -> None:
+        """What training took, what a prediction costs stage by stage, and what components keep."""
+        costs = {
+            "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
+            "training": {"steps": steps, "seconds": train_seconds},
+            "inference_macs": stage_macs(network),
+            "state_bytes": dict(state_bytes),
+        }
+        write_atomically(self.path / "ledger.json", json.dumps(costs, indent=2) + "\n")
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """Versions of Python and of the packages that decide a run's numbers."""
+        return versions()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Where a run ran: versions, git revision of the working directory, machine, command."""
+    return {
+        "versions": versions(),
+        "git_revision": _git_revision(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,41 @@
+"""What there is to choose from, one line each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from clframe.config.load import known_configs
+from clframe.core import COMPONENTS
+from clframe.core.options import option_types
+from clframe.data import SOURCES
+from clframe.nn import BACKBONES
+
+
+def listing(what: str) -> list[str]:
+    """Name, first sentence and options of every strategy, benchmark, backbone or config."""
+    if what == "configs":
+        paths = known_configs()
+        width = max(map(len, paths))
+        return [f"{name:<{width}}  {_comment(path.read_text(encoding='utf-8'))}" for name, path in paths.items()]
+    registry: Any = {"strategies": COMPONENTS, "benchmarks": SOURCES, "backbones": BACKBONES}[what]
+    items = registry.items()
+    width = max(len(name) for name, _ in items)
+    return [f"{name:<{width}}  {_sentence(entry)}{_options(entry)}" for name, entry in items]
+
+
+def _sentence(entry: Callable[..., Any]) -> str:
+    text = inspect.getdoc(entry) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    return first
+
+
+def _options(entry: Callable[..., Any]) -> str:
+    options = option_types(entry)
+    return f" [{', '.join(f'{name}={default!r}' for name, (_, default) in options.items())}]" if options else ""
+
+
+def _comment(text: str) -> str:
+    lines = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    return " ".join(lines)

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, Avalanche's loop on Lightning, checkpoints and TensorBoard."""

@@ -1,0 +1,105 @@
+"""From plain arguments to a session that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Fabric
+
+from clframe.core import Composition
+from clframe.data.benchmark import Benchmark
+from clframe.errors import UnsupportedError
+from clframe.nn.network import Network
+from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
+from clframe.training.monitor import Monitor
+from clframe.training.scoring import Scores
+from clframe.training.session import Progress, Session
+from clframe.training.strategy import LightningStrategy
+from clframe.training.tensorboard import TensorBoard
+
+
+def launch(
+    *,
+    network: Network,
+    composition: Composition,
+    benchmark: Benchmark,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None,
+    seed: int,
+    engine: Literal["fabric", "trainer"],
+    accelerator: str,
+    devices: int | list[int],
+    precision: Any,
+    epochs: int,
+    batch_size: int,
+    eval_batch_size: int,
+    clip: float | None,
+    accumulate: int,
+    eval_every: int,
+    limit_batches: int | None,
+    trainer_options: dict[str, Any],
+    log_every: int,
+    progress: bool,
+    tensorboard: bool,
+    csv: bool,
+    folder: Path,
+    config_text: str,
+    on_evaluated: Callable[[Progress], None] | None,
+) -> Session:
+    """Set up Fabric, module, strategy and monitor; each argument is documented where it ends up.
+
+    Raises:
+        UnsupportedError: Lightning refuses the accelerator or precision.
+    """
+    module = ContinualModule(
+        network, composition, optimizer=optimizer, scheduler=scheduler, seed=seed, clip=clip
+    )
+    scores = Scores(benchmark)
+    strategy = LightningStrategy(
+        model=module,
+        benchmark=benchmark,
+        fabric=_fabric(accelerator, devices, precision),
+        engine=engine,
+        trainer=trainer_options,
+        accumulate=accumulate,
+        limit_batches=limit_batches,
+        train_mb_size=batch_size,
+        train_epochs=epochs,
+        eval_mb_size=eval_batch_size,
+        plugins=[scores],
+        evaluator=None,
+        eval_every=eval_every,
+    )
+    monitor = Monitor(
+        folder,
+        tensorboard=TensorBoard(folder / "tensorboard", experiences=len(benchmark)) if tensorboard else None,
+        csv=csv,
+        log_every=log_every,
+        progress=progress,
+    )
+    return Session(
+        strategy,
+        benchmark,
+        scores=scores,
+        monitor=monitor,
+        checkpoints=folder / "checkpoints",
+        config=config_text,
+        on_evaluated=on_evaluated,
+    )
+
+
+def _fabric(accelerator: str, devices: int | list[int], precision: Any) -> Fabric:
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
+        fabric.launch()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(
+            f"trainer: Lightning refuses accelerator {accelerator}, devices {devices}, precision {precision} "
+            f"({reason}); choose others"
+        ) from None
+    return fabric

@@ -1,0 +1,155 @@
+"""The learner: a network, a composition, and the state of its components through a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clframe.core import Batch, Composition, Experience, Moment, Output, State, Step, total
+from clframe.functional.losses import cross_entropy
+from clframe.functional.seeding import derive_seed, generator_for
+from clframe.nn.network import Network
+
+
+class Learner:
+    """Walks a composition through the timetable; knows nothing of loops, devices or loggers.
+
+    Hooks that no component overrides cost nothing: they are looked up once, here.
+
+    Args:
+        network: Edited in place by components that override ``edit``.
+        composition: The strategy.
+        seed: What components draw from; None follows ``torch.initial_seed()`` and leaves the global
+            generators alone, otherwise they are seeded anew at every experience and epoch.
+    """
+
+    def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
+        self.network = network
+        self.composition = composition
+        self.seed = seed
+        for component in composition.acting_at("edit"):
+            component.edit(network)
+        self.state: dict[str, State] = {c.name: c.init(network) for c in composition}
+        self.past: tuple[int, ...] = ()
+        self.experience: Experience | None = None
+        self.step: Step | None = None
+        self.epochs = 1
+        self.term_sums: dict[str, Tensor] = {}
+        self.term_steps = 0
+        self._batch_owner = next(iter(composition.acting_at("batch")), None)
+        self._mix_owner = next(iter(composition.acting_at("mix")), None)
+        self._gradient_owner = next(iter(composition.acting_at("project")), None)
+        self._decision_owner = next(iter(composition.acting_at("decide")), None)
+        self._losses = composition.acting_at("losses")
+        self._term_names: dict[tuple[str, str], str] = {}
+        self._moments: dict[str, Moment] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
+        """A copy of the model (a foreign plugin's teacher, say) shares the run; it never forks it."""
+        return self
+
+    def sources(self, index: int, count: int) -> tuple[int, ...]:
+        """The experiences whose data experience ``index`` trains on."""
+        owner = next(iter(self.composition.acting_at("sources")), None)
+        return (index,) if owner is None else tuple(owner.sources(index, count))
+
+    def begin(self, experience: Experience, *, classes: tuple[int, ...], epochs: int) -> None:
+        """Start an experience: seed, grow every head by ``classes``, then let components grow."""
+        self.experience, self.epochs = experience, epochs
+        self.seed_everything("experience", experience.index)
+        self.network.grow(classes)
+        for component in self.composition.acting_at("grow"):
+            component.grow(self.network, experience)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start an epoch: from here on randomness is that of (seed, experience, epoch)."""
+        experience = self._current()
+        self.seed_everything("epoch", experience.index, epoch)
+        self._moments = {c.name: self._moment(c.name, "epoch", epoch) for c in self.composition}
+        self._task_moment = self._moment("task", "epoch", epoch)
+
+    def batch(self, x: Tensor, y: Tensor) -> Batch:
+        """The batch to train on: replay joins here."""
+        batch = Batch(x, y)
+        owner = self._batch_owner
+        if owner is None:
+            return batch
+        return owner.batch(batch, self._moments[owner.name], self.state[owner.name])
+
+    def loss(self, batch: Batch, output: Output) -> Tensor:
+        """One scalar: the task's cross-entropy and every component's terms, mixed."""
+        self.step = step = Step(batch, output, self._task_moment)
+        terms = {"task/ce": cross_entropy(output.logits, batch.y, weight_B=batch.weight_B)}
+        for component in self._losses:
+            own = Step(batch, output, self._moments[component.name])
+            for term, value in component.losses(own, self.state[component.name]).items():
+                terms[self._term_name(component.name, term)] = value
+        self._count(terms)
+        owner = self._mix_owner
+        return total(terms) if owner is None else owner.mix(terms, step, self.state[owner.name])
+
+    def project(self) -> None:
+        """Let the owner of the gradient edit it."""
+        owner = self._gradient_owner
+        if owner is not None:
+            assert self.step is not None
+            owner.project(self.network, self.step, self.state[owner.name])
+
+    def decide(self, output: Output) -> Tensor:
+        """scores_BC whose arg-max is the answer."""
+        owner = self._decision_owner
+        return output.last if owner is None else owner.decide(output, self.state[owner.name])
+
+    def end(self) -> None:
+        """Finish an experience: every component consolidates."""
+        experience = self._current()
+        self.step = None
+        for component in self.composition.acting_at("advance"):
+            moment = self._moment(component.name, "advance", self.epochs)
+            self.state[component.name] = component.advance(self.network, moment, self.state[component.name])
+        self.past = tuple(sorted({*self.past, *experience.classes}))
+        self.experience = None
+
+    def flush_terms(self) -> dict[str, float]:
+        """Mean of each loss term since the last flush, by name; the one moment that waits for the device."""
+        steps, self.term_steps = self.term_steps, 0
+        means = {f"loss/{name}": float(value.sum()) / steps for name, value in self.term_sums.items()}
+        self.term_sums = {}
+        return means
+
+    def seed_everything(self, *place: int | str) -> None:
+        """Seed torch, numpy and random for one place of the run, if the run has a seed."""
+        if self.seed is None:
+            return
+        value = derive_seed(self.seed, *place)
+        torch.manual_seed(value)
+        np.random.seed(value % 2**32)
+        random.seed(value)
+
+    def _count(self, terms: Mapping[str, Tensor]) -> None:
+        for name, value in terms.items():
+            known = self.term_sums.get(name)
+            self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
+        self.term_steps += 1
+
+    def _term_name(self, component: str, term: str) -> str:
+        key = (component, term)
+        name = self._term_names.get(key)
+        if name is None:
+            name = self._term_names[key] = f"{component}/{term}"
+        return name
+
+    def _moment(self, name: str, kind: str, epoch: int) -> Moment:
+        experience = self._current()
+        base = torch.initial_seed() if self.seed is None else self.seed
+        generator = generator_for(base, kind, experience.index, epoch, name)
+        return Moment(experience, epoch, self.epochs, generator)
+
+    def _current(self) -> Experience:
+        assert self.experience is not None, "begin() comes first"
+        return self.experience

@@ -1,0 +1,113 @@
+"""What a person sees while a run goes on: a progress bar, TensorBoard, and metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clframe.files import write_atomically
+from clframe.training.tensorboard import LEARNING_RATE, TensorBoard
+
+
+class Monitor:
+    """Collects what is logged, every ``log_every`` steps, and shows it.
+
+    Args:
+        folder: The run folder.
+        tensorboard: Where scalars also go; None writes no event files.
+        csv: Whether to write ``metrics.csv``, one row per value.
+        log_every: Steps between two looks at the losses; between them nothing waits for the device.
+        progress: Whether to show a bar; it hides itself where the output is no terminal.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: TensorBoard | None,
+        csv: bool = True,
+        log_every: int = 20,
+        progress: bool = True,
+    ) -> None:
+        self._path = folder / "metrics.csv" if csv else None
+        self.tensorboard = tensorboard
+        self._log_every = log_every
+        self._progress = progress
+        self._rows: list[tuple[int, int, str, float]] = []
+        self._bar: Any = None
+        self._waiting = 0
+        self._sums: dict[str, float] = {}
+        self._flushes = 0
+        self.experience = 0
+
+    def resume(self, finished: int) -> None:
+        """Keep the rows of finished experiences of an earlier part of the run, forget the others."""
+        if self._path is None or not self._path.is_file():
+            return
+        with open(self._path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if int(row["experience"]) < finished:
+                    self._rows.append((int(row["experience"]), int(row["step"]), row["name"], float(row["value"])))
+
+    def begin_experience(self, index: int, *, label: str, steps: int) -> None:
+        """Show a fresh bar."""
+        self.experience, self._waiting = index, 0
+        self._sums, self._flushes = {}, 0
+        if self._progress:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, desc=label, unit="step", disable=None, leave=False, dynamic_ncols=True)
+
+    def on_step(self, strategy: Any) -> None:
+        """After a training step: cheap, except every ``log_every``-th."""
+        self._waiting += 1
+        if self._waiting == self._log_every:
+            self.flush(strategy)
+
+    def flush(self, strategy: Any) -> None:
+        """Log the means of the loss terms since the last flush, and the learning rate."""
+        if self._waiting == 0:
+            return
+        means = strategy.learner.flush_terms()
+        step = int(strategy.clock.train_iterations)
+        for name, value in means.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * self._waiting
+        self._flushes += self._waiting
+        self.log({**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}, step=step)
+        if self._bar is not None:
+            self._bar.update(self._waiting)
+            self._bar.set_postfix({name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False)
+        self._waiting = 0
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        """Put values where people look for them."""
+        self._rows += [(self.experience, step, name, value) for name, value in values.items()]
+        if self.tensorboard is not None:
+            self.tensorboard.scalars(values, step)
+
+    def end_experience(self) -> dict[str, float]:
+        """Close the bar, write metrics.csv; returns the mean of each loss term over the experience."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._write()
+        return {name: total / self._flushes for name, total in self._sums.items()}
+
+    def close(self) -> None:
+        """Leave nothing open, whether the run ended or broke off."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("experience", "step", "name", "value"))
+        writer.writerows((e, s, n, f"{v:.8g}") for e, s, n, v in self._rows)
+        write_atomically(self._path, text.getvalue())

@@ -1,0 +1,168 @@
+"""A session: one run through a stream, experience by experience, that can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clframe.data.benchmark import Benchmark
+from clframe.errors import RunFolderError
+from clframe.metrics import Tally
+from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
+from clframe.training.monitor import Monitor
+from clframe.training.scoring import Scores
+from clframe.training.strategy import LightningStrategy
+
+
+@dataclass
+class Progress:
+    """What a run has come to so far; all of it is in every checkpoint."""
+
+    finished: int = 0
+    steps: int = 0
+    train_seconds: float = 0.0
+    baseline: Tally | None = None
+    tallies: list[Tally] = field(default_factory=list)
+    loss_terms: list[dict[str, float]] = field(default_factory=list)
+
+
+class Session:
+    """Trains and evaluates on every experience of a benchmark and writes a checkpoint after each.
+
+    Args:
+        strategy: Built with a :class:`~clframe.training.module.ContinualModule` and ``benchmark``.
+        benchmark: The stream.
+        scores: The plugin of ``strategy`` that counts right answers.
+        monitor: What a person sees.
+        checkpoints: Folder for checkpoints; None writes none.
+        config: The resolved config as text; a checkpoint of another one is refused.
+        on_evaluated: Called with the progress after every experience.
+    """
+
+    def __init__(
+        self,
+        strategy: LightningStrategy,
+        benchmark: Benchmark,
+        *,
+        scores: Scores,
+        monitor: Monitor,
+        checkpoints: Path | None = None,
+        config: str = "",
+        on_evaluated: Callable[[Progress], None] | None = None,
+    ) -> None:
+        assert strategy.learner is not None
+        self.strategy, self.benchmark, self.learner = strategy, benchmark, strategy.learner
+        self.progress = Progress()
+        self._scores, self._monitor = scores, monitor
+        self._folder, self._config = checkpoints, config
+        self._on_evaluated = on_evaluated
+        strategy.on_step = monitor.on_step
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint; returns how many experiences are finished (0: none)."""
+        content = None if self._folder is None else load_latest(self._folder)
+        if content is None:
+            return 0
+        if content["config"] != self._config:
+            raise RunFolderError(
+                f"{self._folder}: was written by another config; resume with the run's own config.yaml"
+            )
+        learner = self.learner
+        learner.network.load_state_dict(content["network"])
+        learner.past = tuple(content["past"])
+        learner.state = decode(content["components"], learner.network)
+        self.strategy.model.to(self.strategy.device)
+        self.progress = Progress(
+            finished=content["finished"],
+            steps=content["steps"],
+            train_seconds=content["train_seconds"],
+            baseline=_tally(content["baseline"]),
+            tallies=[Tally(**t) for t in content["tallies"]],
+            loss_terms=content["loss_terms"],
+        )
+        clock = self.strategy.clock
+        clock.train_iterations = clock.total_iterations = self.progress.steps
+        clock.train_exp_counter = self.progress.finished
+        return self.progress.finished
+
+    def run(self) -> Progress:
+        """Train on every experience that is left; returns the progress, which is then complete."""
+        self._monitor.resume(self.progress.finished)
+        stream = self.benchmark.avalanche.streams["train"]
+        for index in range(self.progress.finished, len(self.benchmark)):
+            if index == 0:
+                self.progress.baseline = self._baseline()
+            self._learn(index, stream[index])
+        return self.progress
+
+    def write_hyper_parameters(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Put options and final metrics on TensorBoard's HParams page, if it is written."""
+        if self._monitor.tensorboard is not None:
+            last = len(self.benchmark) - 1
+            self._monitor.tensorboard.hyper_parameters(values, metrics=metrics, step=last)
+
+    def close(self) -> None:
+        """Leave no bar and no file open."""
+        self._monitor.close()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes that each component keeps through the run, by name."""
+        return {name: nbytes(state) for name, state in self.learner.state.items()}
+
+    def _learn(self, index: int, experience: Any) -> None:
+        strategy, progress, monitor = self.strategy, self.progress, self._monitor
+        classes = " ".join(str(self.benchmark.class_order[c]) for c in self.benchmark.classes[index])
+        label = f"experience {index + 1}/{len(self.benchmark)} (classes {classes})"
+        monitor.begin_experience(index, label=label, steps=strategy.planned_steps(experience))
+        start = time.perf_counter()
+        strategy.train(experience, eval_streams=[[self.benchmark.avalanche.streams["test"][index]]])
+        monitor.flush(strategy)
+        progress.train_seconds += time.perf_counter() - start
+        progress.loss_terms.append(monitor.end_experience())
+        progress.steps = int(strategy.clock.train_iterations)
+        progress.tallies.append(self._evaluate())
+        progress.finished = index + 1
+        if monitor.tensorboard is not None:
+            monitor.tensorboard.evaluation(progress.tallies)
+        self._save()
+        if self._on_evaluated is not None:
+            self._on_evaluated(progress)
+
+    def _baseline(self) -> Tally:
+        """Accuracies at random initialization, with outputs for the first experience's classes."""
+        self.learner.seed_everything("experience", 0)
+        self.learner.network.grow(self.benchmark.classes[0])
+        self.strategy.model.to(self.strategy.device)
+        return self._evaluate()
+
+    def _evaluate(self) -> Tally:
+        self.strategy.eval(self.benchmark.avalanche.streams["test"])
+        assert self._scores.tally is not None
+        return self._scores.tally
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        progress, learner = self.progress, self.learner
+        content: Mapping[str, Any] = {
+            "config": self._config,
+            "torch": torch.__version__,
+            "steps": progress.steps,
+            "train_seconds": progress.train_seconds,
+            "baseline": None if progress.baseline is None else asdict(progress.baseline),
+            "tallies": [asdict(t) for t in progress.tallies],
+            "loss_terms": progress.loss_terms,
+            "past": learner.past,
+            "network": dict(learner.network.state_dict()),
+            "components": learner.state,
+        }
+        save_checkpoint(self._folder, content, finished=progress.finished)
+
+
+def _tally(content: dict[str, Any] | None) -> Tally | None:
+    return None if content is None else Tally(**content)

@@ -1,0 +1,380 @@
+"""``LightningStrategy``: Avalanche's loop, Lightning's engine, clframe's components.
+
+``strategy.train(experience)``, ``strategy.eval(stream)``, ``plugins=[...]`` and ``evaluator=...`` mean what
+they mean in Avalanche; every callback fires in Avalanche's order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
+from lightning import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clframe.core import Output
+from clframe.data.avalanche import describe
+from clframe.data.benchmark import Benchmark
+from clframe.data.samples import EpochLoader, TensorSamples, concatenate
+from clframe.errors import UnsupportedError
+from clframe.training.engines import FabricEngine
+from clframe.training.fabric import OnFabric
+from clframe.training.loop import EVENTS, iterate
+from clframe.training.module import ContinualModule
+from clframe.training.trainer import fit_experience
+
+
+class LightningStrategy(OnFabric, SupervisedTemplate):
+    """An Avalanche strategy whose model is a :class:`ContinualModule` (or any module at all).
+
+    With a :class:`ContinualModule` its components act on the timetable and, where no ``optimizer`` is given,
+    each experience gets a fresh one. With any other module this is Avalanche's ``Naive`` with
+    plugins, on Fabric: same seed, same weights.
+
+    Args:
+        model: What learns.
+        optimizer: Kept through the run, as in Avalanche; None asks the module for a new one each experience.
+        criterion: Loss of a foreign module, and the loss that evaluation reports.
+        benchmark: Serves its experiences from memory; experiences of other benchmarks go through
+            Avalanche's loaders.
+        fabric: Launched Fabric; None makes one for ``device``.
+        engine: ``"fabric"``, or ``"trainer"`` to run every experience inside a Lightning Trainer.
+        trainer: Keyword arguments of that Trainer (callbacks, loggers, profiler ...).
+        accumulate: Batches whose gradients are added up before each update.
+        limit_batches: Batches of an epoch, and of an evaluation, after which the rest is left out.
+        train_mb_size: Samples per training batch.
+        train_epochs: Epochs per experience.
+        eval_mb_size: Samples per evaluation batch.
+        device: Where to run if no ``fabric`` is given.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's metrics and loggers.
+        eval_every: As in Avalanche.
+        peval_mode: As in Avalanche.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        criterion: Any = None,
+        benchmark: Benchmark | None = None,
+        fabric: Fabric | None = None,
+        engine: Literal["fabric", "trainer"] = "fabric",
+        trainer: dict[str, Any] | None = None,
+        accumulate: int = 1,
+        limit_batches: int | None = None,
+        train_mb_size: int = 1,
+        train_epochs: int = 1,
+        eval_mb_size: int | None = 1,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[Any] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        eval_every: int = -1,
+        peval_mode: str = "epoch",
+    ) -> None:
+        self.module = model if isinstance(model, ContinualModule) else None
+        self._fresh_optimizer = optimizer is None
+        if optimizer is None:
+            if self.module is None:
+                raise UnsupportedError(
+                    "LightningStrategy: no optimizer given for a model that makes none; pass optimizer= or a "
+                    "ContinualModule"
+                )
+            optimizer = self.module.make_optimizer(self.module.network.parameters())
+        if engine == "trainer" and self.module is None:
+            raise UnsupportedError(
+                "LightningStrategy: engine 'trainer' needs a ContinualModule; wrap the model or use 'fabric'"
+            )
+        if evaluator is None:
+            with warnings.catch_warnings():
+                # Avalanche advises on loggers; no evaluator means that none are wanted.
+                warnings.filterwarnings("ignore", message="No loggers specified")
+                evaluator = EvaluationPlugin()
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion or nn.CrossEntropyLoss(),
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=evaluator,
+            eval_every=eval_every,
+            peval_mode=peval_mode,
+            fabric=fabric,
+        )
+        self.learner = None if self.module is None else self.module.learner
+        self.benchmark = None if benchmark is None else benchmark.to(self.device)
+        self._avalanche = None if benchmark is None else benchmark.avalanche
+        self.engine_name = engine
+        self.trainer_options = trainer or {}
+        self.accumulate = accumulate
+        self.limit_batches = limit_batches
+        self.output: Output | None = None
+        self.batch: Any = None
+        self.on_step: Callable[[LightningStrategy], None] | None = None
+        """Called after every training step; for progress bars and periodic logging."""
+        self._scheduler: Any = None
+        self._calls: dict[str, tuple[Callable[..., None], ...]] = {}
+        self._kwargs: dict[str, Any] = {}
+        self._own_loader: EpochLoader | None = None
+        self._untouched: Any = None
+        self._step_in_update = 0
+        self._epoch = 0
+
+    # --- the timetable on Avalanche's callbacks ---------------------------------------------------
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Grow the network and renew the optimizer where the model is ours; else Avalanche's way."""
+        if self.learner is None:
+            super().check_model_and_optimizer(**kwargs)
+            return
+        assert self.module is not None
+        experience, sources = self.experience, self._sources()
+        parts = [self._experience_at(i) for i in sources]
+        classes = {int(c) for part in parts for c in part.dataset.targets} if parts else set()
+        described = describe(
+            experience,
+            count=len(experience.origin_stream),
+            past=self.learner.past,
+            samples=self._samples_of(experience, "train"),
+        )
+        self.learner.begin(described, classes=tuple(sorted(classes)), epochs=self.train_epochs)
+        self.module.to(self.device)
+        if self._fresh_optimizer:
+            self.optimizer = self.module.make_optimizer(self.module.network.parameters())
+        else:
+            self.make_optimizer()
+        make = self.module.make_scheduler
+        self._scheduler = None if make is None else make(self.optimizer)
+        self._engine = FabricEngine(self.fabric, self.module.network, self.optimizer)
+
+    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+        """Avalanche's adaptation for foreign modules; evaluation never grows one of ours."""
+        if self.learner is None:
+            adapted: nn.Module = super().model_adaptation(model)
+            return adapted
+        return self.model
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """The data of every experience that the strategy names as a source of this one."""
+        super().train_dataset_adaptation(**kwargs)
+        sources = self._sources()
+        if sources and sources != (self.experience.current_experience,):
+            first, *rest = (self._experience_at(i).dataset.train() for i in sources)
+            for dataset in rest:
+                first = first.concat(dataset)
+            self.adapted_dataset = first
+        self._untouched = self.adapted_dataset
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Our loader for our benchmark, unless a plugin has changed the data; else Avalanche's."""
+        self._own_loader = None
+        parts = [self._samples_of(self._experience_at(i), "train") for i in self._sources()]
+        if not parts or None in parts or self.adapted_dataset is not self._untouched:
+            super().make_train_dataloader(**kwargs)
+            return
+        assert self.learner is not None or self.benchmark is not None
+        seed = torch.initial_seed() if self.learner is None or self.learner.seed is None else self.learner.seed
+        self._own_loader = EpochLoader(
+            concatenate([part for part in parts if part is not None]),
+            self.train_mb_size,
+            shuffle=kwargs.get("shuffle", True),
+            seed=seed,
+            experience=self.experience.current_experience,
+        )
+        self.dataloader = self._own_loader
+
+    def make_eval_dataloader(self, **kwargs: Any) -> None:
+        """Our loader for our benchmark's streams; else Avalanche's."""
+        samples = next(
+            (s for stream in ("train", "test") if (s := self._samples_of(self.experience, stream))), None
+        )
+        if samples is None:
+            super().make_eval_dataloader(**kwargs)
+        else:
+            self.dataloader = EpochLoader(samples, self.eval_mb_size)
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        if not self._sources():
+            return
+        self._kwargs = kwargs
+        self._compile_calls()
+        if self.engine_name == "trainer":
+            fit_experience(self, **kwargs)
+        else:
+            super()._train_exp(experience, eval_streams, **kwargs)
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        """Components consolidate first, then Avalanche's plugins."""
+        if self.learner is not None:
+            self.learner.end()
+        super()._after_training_exp(**kwargs)
+
+    def _before_training_epoch(self, **kwargs: Any) -> None:
+        self._epoch = self.clock.train_exp_epochs
+        if self.learner is not None:
+            self.learner.begin_epoch(self._epoch)
+        if self._own_loader is not None:
+            self._own_loader.epoch = self._epoch
+        self._step_in_update = 0
+        super()._before_training_epoch(**kwargs)
+        self._compile_calls()
+
+    def _after_training_epoch(self, **kwargs: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.step()
+        super()._after_training_epoch(**kwargs)
+
+    def training_epoch(self, **kwargs: Any) -> None:
+        """Avalanche's epoch around the one loop body."""
+        for batch in itertools.islice(self.dataloader, self.limit_batches):
+            if self._stop_training:
+                break
+            self.train_on(batch)
+
+    def eval_epoch(self, **kwargs: Any) -> None:
+        """Avalanche's evaluation, cut short where ``limit_batches`` says so."""
+        if self.limit_batches is not None:
+            self.dataloader = list(itertools.islice(self.dataloader, self.limit_batches))
+        super().eval_epoch(**kwargs)
+
+    def train_on(self, batch: Any) -> None:
+        """One training step on ``batch``."""
+        self.mbatch = batch
+        self._unpack_minibatch()
+        if self.learner is not None:
+            self.batch = joined = self.learner.batch(self.mbatch[0], self.mbatch[1])
+            self.mbatch[0], self.mbatch[1] = joined.x, joined.y
+        iterate(self)
+        if self.on_step is not None:
+            self.on_step(self)
+
+    def planned_steps(self, experience: Any) -> int:
+        """Training steps that ``train(experience)`` will take on our own benchmark."""
+        index, count = int(experience.current_experience), len(experience.origin_stream)
+        sources = (index,) if self.learner is None else self.learner.sources(index, count)
+        size = sum(len(experience.origin_stream[i].dataset) for i in sources)
+        batches = -(-size // self.train_mb_size)
+        if self.limit_batches is not None:
+            batches = min(batches, self.limit_batches)
+        return batches * self.train_epochs
+
+    # --- the loop body's driver -------------------------------------------------------------------
+
+    def fire(self, event: str) -> None:
+        """Call the plugins that act at ``event``; with none present this costs nothing."""
+        for call in self._calls[event]:
+            call(self, **self._kwargs)
+
+    def clear_gradients(self) -> None:
+        """Zero the gradients at the first batch of an update."""
+        if self._step_in_update == 0:
+            self.optimizer.zero_grad()
+        self.loss = self._make_empty_loss()
+
+    def predict(self) -> None:
+        """Every exit's logits; Avalanche's plugins see the last exit's."""
+        self.mb_output = self.forward()
+
+    def add_loss(self) -> None:
+        """Components' terms, or the criterion of a foreign module."""
+        self.loss += self.criterion()
+
+    def forward(self) -> Any:
+        """Logits for Avalanche's eyes; all exits are kept in ``output``."""
+        if self.learner is None:
+            return super().forward()
+        network = self._engine.module if self._wraps and self._engine is not None else self.learner.network
+        self.output = output = network(self.mb_x)
+        return output.last if self.is_training else self.learner.decide(output)
+
+    def criterion(self) -> Tensor:
+        """The mixed loss terms in training; in evaluation the criterion on known classes."""
+        if self.learner is None:
+            loss: Tensor = super().criterion()
+            return loss
+        if self.is_training:
+            assert self.output is not None
+            with self._engine.autocast():
+                return self.learner.loss(self.batch, self.output)
+        known = self.mb_output.shape[1]
+        if max(self.experience.classes_in_this_experience) < known:
+            return self._criterion(self.mb_output, self.mb_y)  # type: ignore[no-any-return]
+        # The loss on a class that has no output yet is not defined.
+        return torch.full((), float("nan"), device=self.device)
+
+    def backward(self) -> None:
+        """Backward through the engine, then the owner of the slot ``gradient``."""
+        loss = self.loss if self.accumulate == 1 else self.loss / self.accumulate
+        self._engine.backward(loss, retain_graph=self.retain_graph)
+        if self.learner is not None:
+            self.learner.project()
+
+    def optimizer_step(self) -> None:
+        """Clip and update once ``accumulate`` batches, or the epoch's last ones, have been added up."""
+        self._step_in_update += 1
+        last = self.accumulate == 1 or self._step_in_update == self.accumulate or self._is_last_batch()
+        if last:
+            self._engine.step(clip=None if self.module is None else self.module.clip)
+            self._step_in_update = 0
+
+    # --- where things are -------------------------------------------------------------------------
+
+    def _is_last_batch(self) -> bool:
+        batches = len(self.dataloader)  # type: ignore[arg-type]
+        if self.limit_batches is not None:
+            batches = min(batches, self.limit_batches)
+        return int(self.clock.train_epoch_iterations) + 1 == batches
+
+    def _sources(self) -> tuple[int, ...]:
+        index = int(self.experience.current_experience)
+        if self.learner is None:
+            return (index,)
+        return self.learner.sources(index, len(self.experience.origin_stream))
+
+    def _experience_at(self, index: int) -> Any:
+        if index == self.experience.current_experience:
+            return self.experience
+        return self.experience.origin_stream[index]
+
+    def _samples_of(self, experience: Any, stream: str) -> TensorSamples | None:
+        """The in-memory samples of an experience of our own benchmark, or None."""
+        if self.benchmark is None or getattr(experience, "benchmark", None) is not self._avalanche:
+            return None
+        if experience.origin_stream.name != stream:
+            return None
+        streams = {"train": self.benchmark.train, "test": self.benchmark.test}
+        return streams[stream][experience.current_experience]
+
+    def _compile_calls(self) -> None:
+        """Look up, once an epoch, which plugins act inside a training step."""
+        calls: dict[str, list[Callable[..., None]]] = defaultdict(list)
+        for plugin in self.plugins:
+            for event in EVENTS:
+                if _acts_at(plugin, event):
+                    calls[event].append(getattr(plugin, event))
+        self._calls = {event: tuple(calls[event]) for event in EVENTS}
+
+
+def _acts_at(plugin: Any, event: str) -> bool:
+    if type(plugin) is EvaluationPlugin:
+        return bool(plugin.metrics or plugin.loggers)
+    if type(plugin) is PeriodicEval:
+        return event == "after_training_iteration" and plugin.peval_mode == "iteration"
+    if event in vars(plugin):
+        return True
+    own = getattr(type(plugin), event, None)
+    return own is not None and own is not getattr(SupervisedPlugin, event, None)

@@ -1,0 +1,182 @@
+"""TensorBoard: one writer for a run, with a fixed set of tags and a first page made to be read.
+
+| tag | x | what |
+|---|---|---|
+| ``loss/<component>/<term>``, ``train/learning_rate`` | step | what the engine hands to ``scalars`` |
+| ``acc_exp/00``, ``acc_exp/01`` ... | experience | accuracy on each test experience |
+| ``cl/average_accuracy``, ``cl/average_accuracy_task_aware`` | experience | mean over the experiences seen |
+| ``cl/forgetting``, ``cl/backward_transfer`` | experience | from the second experience on |
+| ``cl/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
+| ``final/<metric>`` | last experience | the metrics that the HParams page compares runs by |
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clframe.metrics import continual
+from clframe.metrics.continual import Matrix
+from clframe.metrics.tally import Tally
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LEARNING_RATE = "train/learning_rate"
+"""Tag of the learning rate."""
+
+LAYOUT = {
+    "continual learning": {
+        "accuracy per experience": ["Multiline", [r"acc_exp/\d+$"]],
+        "average accuracy and forgetting": ["Multiline", [r"cl/average_accuracy$", r"cl/forgetting$"]],
+    },
+    "training": {
+        "losses by term": ["Multiline", [r"loss/.+"]],
+        "learning rate": ["Multiline", [rf"{LEARNING_RATE}.*"]],
+    },
+}
+"""The Custom Scalars page; tags are regular expressions matched from the start."""
+
+LARGEST_WITH_DIGITS = 30
+"""Experiences up to which the matrix's image has its numbers drawn in."""
+
+
+class TensorBoard:
+    """Writes one run's event file; ``tensorboard --logdir runs`` shows it.
+
+    Args:
+        folder: The run's own folder for event files; runs are told apart by folder.
+        experiences: Test experiences of the benchmark, which sets the width of their numbers in tags.
+        purge_step: First training step that is trained again after a resume: what was logged from there on
+            by the run that died is dropped. Evaluations are counted in experiences and are not dropped; one
+            that is repeated is drawn twice, at the same place.
+    """
+
+    def __init__(self, folder: str | Path, *, experiences: int, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if purge_step is not None:
+            _let_a_second_pass(Path(folder))
+        self._digits = max(2, len(str(experiences - 1)))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer.add_custom_scalars(LAYOUT)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write each value under its tag at training step ``step``; NaN and infinity are drawn as such."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, float(value), step)
+
+    def evaluation(self, tallies: Sequence[Tally]) -> None:
+        """Write the newest evaluation, given those after every training experience so far.
+
+        x is the number of the newest experience, ``len(tallies) - 1``. All evaluations are needed because
+        forgetting looks back; a resumed run hands over those of its checkpoint too.
+        """
+        experience = len(tallies) - 1
+        accuracy_TE = [tally.accuracy_E for tally in tallies]
+        aware_TE = [tally.accuracy_aware_E for tally in tallies]
+        for j, accuracy in enumerate(accuracy_TE[-1]):
+            self._number(f"acc_exp/{j:0{self._digits}d}", accuracy, experience)
+        for tag, score in (
+            ("cl/average_accuracy", continual.average_seen_accuracy(accuracy_TE)),
+            ("cl/average_accuracy_task_aware", continual.average_seen_accuracy(aware_TE)),
+            ("cl/forgetting", continual.forgetting(accuracy_TE)),
+            ("cl/backward_transfer", continual.backward_transfer(accuracy_TE)),
+        ):
+            self._number(tag, score.value, experience)
+        self._writer.add_image("cl/accuracy_matrix", matrix_image(accuracy_TE), experience, dataformats="HWC")
+        self._writer.add_text("cl/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
+        self._writer.flush()
+
+    def hyper_parameters(self, values: Mapping[str, Any], *, metrics: Mapping[str, float], step: int) -> None:
+        """Write the options of the run and its final metrics for the HParams page, into this very run.
+
+        Nested mappings become dotted names, what is neither number nor text becomes text. A metric ``m``
+        is written as the scalar ``final/m`` at ``step``, the number of the last experience, unless it is NaN.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        final = {f"final/{name}": value for name, value in metrics.items() if not math.isnan(value)}
+        # SummaryWriter.add_hparams would open a second run beside this one and write the metrics there
+        summaries = hparams(dict(_flat(values)), final)  # type: ignore[no-untyped-call]
+        for summary in summaries:
+            self._writer.file_writer.add_summary(summary)
+        self.scalars(final, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is waiting and close the file; closing twice is fine."""
+        self._writer.close()
+
+    def _number(self, tag: str, value: float, experience: int) -> None:
+        if not math.isnan(value):  # not evaluated or not defined yet: no point, rather than a point at NaN
+            self._writer.add_scalar(tag, value, experience)
+
+
+def matrix_image(accuracy_TE: Matrix) -> NDArray[np.uint8]:
+    """The accuracy matrix as a picture (height, width, 3): a heat map from 0 to 1 with percents drawn in."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # never pyplot, which keeps figures and picks a backend globally
+
+    matrix_TE = np.asarray(accuracy_TE, dtype=float)
+    rows, columns = matrix_TE.shape
+    digits = columns <= LARGEST_WITH_DIGITS
+    inch = 0.5 if digits else 15 / columns
+    figure = Figure(figsize=(max(4.0, columns * inch + 2), max(2.5, rows * inch + 1.2)), dpi=100)
+    canvas: Any = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(np.ma.masked_invalid(matrix_TE), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set(xlabel="test experience", ylabel="after experience", title="accuracy in %")
+    if digits:
+        axes.set_xticks(range(columns))
+        axes.set_yticks(range(rows))
+        for (i, j), accuracy in np.ndenumerate(matrix_TE):
+            text = "-" if np.isnan(accuracy) else f"{100 * accuracy:.0f}"
+            dark = not np.isnan(accuracy) and accuracy < 0.6
+            axes.text(j, i, text, ha="center", va="center", fontsize=11, color="white" if dark else "black")
+    figure.tight_layout()
+    canvas.draw()
+    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3]
+
+
+def matrix_markdown(accuracy_TE: Matrix) -> str:
+    """The accuracy matrix in percent as a Markdown table, numbers to copy; ``-`` where not evaluated.
+
+    >>> print(matrix_markdown([[1.0, float("nan")], [0.5, 0.75]]))
+    | after | 0 | 1 |
+    |---|---|---|
+    | **0** | 100.0 | - |
+    | **1** | 50.0 | 75.0 |
+    """
+    columns = range(len(accuracy_TE[0]))
+    lines = [f"| after | {' | '.join(str(j) for j in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for i, row in enumerate(accuracy_TE):
+        cells = ("-" if math.isnan(accuracy) else f"{100 * accuracy:.1f}" for accuracy in row)
+        lines.append(f"| **{i}** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _let_a_second_pass(folder: Path) -> None:
+    """Wait, at most a second, until a new event file sorts behind those in ``folder``.
+
+    Files are read in the order of their names, ``events.out.tfevents.<second>...``; a resumed run's file
+    must come after the file whose steps it drops.
+    """
+    seconds = [name.split(".")[3] for name in (path.name for path in folder.glob("events.out.tfevents.*"))]
+    if f"{int(time.time()):010d}" in seconds:
+        time.sleep(1.0 - time.time() % 1.0)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+        else:  # flags too: torch writes them as the numbers 0 and 1
+            yield f"{prefix}{name}", str(value)

@@ -1,0 +1,97 @@
+"""One experience of a run inside a Lightning Trainer, for people who want its callbacks and profilers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lightning import Trainer
+
+from clframe.training.engines import TrainerEngine
+from clframe.training.module import TrainerDriver
+
+if TYPE_CHECKING:
+    from clframe.training.strategy import LightningStrategy
+
+
+class StrategyDriver(TrainerDriver):
+    """Lets a Trainer call the strategy's own epochs and steps."""
+
+    def __init__(self, strategy: LightningStrategy, kwargs: dict[str, Any]) -> None:
+        self._strategy = strategy
+        self._kwargs = kwargs
+        self._stopped_before_epoch = False
+
+    def configure(self) -> Any:
+        """The strategy's optimizer."""
+        return self._strategy.optimizer
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Avalanche's ``before_training_epoch``; early stopping takes effect here, as in Avalanche."""
+        strategy = self._strategy
+        strategy._before_training_epoch(**self._kwargs)
+        if strategy._stop_training:
+            strategy._stop_training = False
+            self._stopped_before_epoch = True
+            assert strategy.module is not None
+            strategy.module.trainer.should_stop = True
+
+    def stopping(self) -> bool:
+        """Whether a plugin asked to stop."""
+        return bool(self._stopped_before_epoch or self._strategy._stop_training)
+
+    def train_on(self, batch: Any) -> None:
+        """The strategy's step."""
+        self._strategy.train_on(batch)
+
+    def end_epoch(self) -> None:
+        """Avalanche's ``after_training_epoch``."""
+        if not self._stopped_before_epoch:
+            self._strategy._after_training_epoch(**self._kwargs)
+
+
+class _Batches:
+    """The strategy's loader as Lightning sees it: a plain iterable, left alone."""
+
+    def __init__(self, strategy: LightningStrategy) -> None:
+        self._strategy = strategy
+
+    def __len__(self) -> int:
+        return len(self._strategy.dataloader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Any:
+        yield from self._strategy.dataloader  # lazily: before_training_epoch may still replace it
+
+
+def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
+    """Train the current experience of ``strategy`` in a new Trainer."""
+    module = strategy.module
+    assert module is not None
+    fabric_engine, plain_driver = strategy._engine, module.driver
+    strategy._engine = TrainerEngine(module)
+    module.driver = StrategyDriver(strategy, kwargs)
+    options = {
+        "accelerator": strategy.device.type,
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "limit_train_batches": strategy.limit_batches,
+        **strategy.trainer_options,
+    }
+    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = notices.level
+    notices.setLevel(logging.WARNING)  # a new Trainer per experience would repeat its banner each time
+    try:
+        trainer = Trainer(**options, max_epochs=strategy.train_epochs, use_distributed_sampler=False)
+        with warnings.catch_warnings():
+            # Loaders and workers are ours to choose; Lightning advises on them at every fit.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(module, _Batches(strategy))
+    finally:
+        notices.setLevel(level)
+        module.driver = plain_driver
+        strategy._engine = fabric_engine
+        module.to(strategy.device)  # the Trainer's teardown has moved it to the CPU

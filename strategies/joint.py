@@ -1,0 +1,25 @@
+"""Train on the whole stream at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clframe.core.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(Component):
+    """Joint: the first experience trains on the data of all; the later ones train nothing.
+
+    The upper bound of every comparison: no class is ever out of sight. Each row of its accuracy matrix is
+    the accuracy of the one model.
+    """
+
+    name: ClassVar[str] = "joint"
+    slots: ClassVar[frozenset[str]] = frozenset({"batch"})
+
+    def sources(self, index: int, count: int) -> Sequence[int]:
+        """All experiences at first, none after."""
+        return range(count) if index == 0 else ()

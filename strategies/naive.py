@@ -1,0 +1,23 @@
+"""Fine-tuning: train on each experience in turn and do nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clframe.core.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naive(Component):
+    """Fine-tuning (FT): cross-entropy on each experience in turn; the identity of composition.
+
+    The lower bound of every comparison: it forgets almost everything.
+    """
+
+    name: ClassVar[str] = "naive"
+
+    @property
+    def is_identity(self) -> bool:
+        """Always: ``x + naive`` is ``x``."""
+        return True

@@ -1,0 +1,57 @@
+# One environment for everything, .venv, made from the versions in constraints.txt.
+# A stamp file in it says that it is up to date: a second call installs nothing.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+STATED := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart test lint check clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(INSTALLED) ## install, then train split digits: the first result
+	$(BIN)/clframe run quickstart
+
+test: $(INSTALLED_DEV) ## install, then run the whole default suite (ARGS="-k name" to narrow it)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(INSTALLED_DEV) ## formatting rules, types, and the arrows between packages
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## everything a change must pass
+
+install: $(INSTALLED) ## make .venv with clframe in it
+
+install-dev: $(INSTALLED_DEV) ## the same with pytest, ruff, mypy and import-linter
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find clframe strategies tests perf examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): $(STATED)
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: $(PYTHON) was not found; install Python 3.10 or later, or name one: make PYTHON=/path/to/python3" >&2; \
+	  exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), clframe needs 3.10 or later;" \
+	    "name another: make PYTHON=python3.12" >&2; \
+	  exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "make: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: python3-venv)" >&2; \
+	  exit 2; }
+	$(PIP) -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from clframe.config.schema import Config, OptimizerConfig, TrainerConfig
 from clframe.core import COMPONENTS, Composition, parse
 from clframe.core.options import check_options
 from clframe.data import SOURCES, Benchmark, class_incremental
-from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.errors import ConfigError, UnsupportedError
 from clframe.functional.seeding import derive_seed
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
@@ -162,36 +161,17 @@ def _check_trainer(config: TrainerConfig) -> None:
             raise UnsupportedError(
                 f"trainer.devices: found [{config.devices[0]}], but there are {count} GPUs; count from 0"
             )
-    if config.engine == "trainer":
-        _lightning_parts(config, Path())
+    _lightning_parts(config, Path())
 
 
 def _lightning_parts(config: TrainerConfig, folder: Path) -> dict[str, Any]:
-    """Callbacks and loggers for a Lightning Trainer, by class name, from Lightning's public lists only."""
-    from lightning.pytorch import callbacks, loggers
+    """What only a Lightning Trainer takes; nothing under Fabric."""
+    if config.engine != "trainer":
+        return {}
+    from clframe.training.trainer_options import trainer_options
 
     foreign = [name for name in config.loggers if name not in ("tensorboard", "csv")]
-    return {
-        "callbacks": [_make(callbacks, n, o or {}, "trainer.callbacks") for n, o in config.callbacks.items()],
-        "logger": [_make(loggers, n, {"save_dir": str(folder / n)}, "trainer.loggers") for n in foreign] or False,
-        "precision": config.precision,
-    }
-
-
-def _make(module: Any, name: str, options: Any, where: str) -> Any:
-    if name not in module.__all__:
-        raise UnknownNameError(unknown_name("Lightning class", name, module.__all__, where=where))
-    maker = getattr(module, name)
-    accepted = inspect.signature(maker).parameters
-    if not isinstance(options, dict):
-        raise ConfigError(f"{where}.{name}: found {options!r}; give a mapping of options")
-    for option in options:
-        if option not in accepted:
-            raise ConfigError(f"{where}.{name}.{option}: unknown option; options are {', '.join(accepted)}")
-    try:
-        return maker(**options)
-    except Exception as error:  # whatever a class of Lightning's thinks of its options
-        raise ConfigError(f"{where}.{name}: {' '.join(str(error).split())}; mend its options") from None
+    return trainer_options(config.callbacks, foreign, precision=config.precision, folder=folder)
 
 
 def _session(
@@ -200,7 +180,7 @@ def _session(
     from clframe.training.launch import launch
 
     config, trainer = parts.config, parts.config.trainer
-    options = _lightning_parts(trainer, folder.path) if trainer.engine == "trainer" else {}
+    options = _lightning_parts(trainer, folder.path)
     return launch(
         network=parts.network,
         composition=parts.composition,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import types
 import typing
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clframe.errors import ClframeError, RunFolderError
+from clframe.files import write_atomically
 from clframe.metrics.scores import METRICS, scores
 from clframe.metrics.tally import Tally
 
@@ -87,8 +87,8 @@ class Result:
         return cls(**values)
 
     def write(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to the file ``path``, all or nothing (see :func:`write_text`)."""
-        write_text(path, self.to_json())
+        """Write :meth:`to_json` to the file ``path``, all or nothing."""
+        write_atomically(path, self.to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,26 +192,6 @@ def aggregate(results: Sequence[Result]) -> Aggregate:
         mean={metric: math.fsum(xs) / len(xs) for metric, xs in values.items()},
         deviation={metric: _deviation(xs) for metric, xs in values.items()},
     )  # fmt: skip
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file all or nothing: a temporary file beside it, synced, then renamed over it.
-
-    Raises :class:`RunFolderError` where it cannot be written; the file that was there stays as it was.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); check folder and disk") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _deviation(values: Sequence[float]) -> float:

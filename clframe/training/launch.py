@@ -18,7 +18,6 @@ from clframe.training.monitor import Monitor
 from clframe.training.scoring import Scores
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
-from clframe.training.tensorboard import TensorBoard
 
 
 def launch(
@@ -75,7 +74,8 @@ def launch(
     )
     monitor = Monitor(
         folder,
-        tensorboard=TensorBoard(folder / "tensorboard", experiences=len(benchmark)) if tensorboard else None,
+        experiences=len(benchmark),
+        tensorboard=tensorboard,
         csv=csv,
         log_every=log_every,
         progress=progress,

@@ -17,7 +17,8 @@ class Monitor:
 
     Args:
         folder: The run folder.
-        tensorboard: Where scalars also go; None writes no event files.
+        experiences: Test experiences of the benchmark.
+        tensorboard: Whether to write event files below ``folder/tensorboard``.
         csv: Whether to write ``metrics.csv``, one row per value.
         log_every: Steps between two looks at the losses; between them nothing waits for the device.
         progress: Whether to show a bar; it hides itself where the output is no terminal.
@@ -27,13 +28,16 @@ class Monitor:
         self,
         folder: Path,
         *,
-        tensorboard: TensorBoard | None,
+        experiences: int,
+        tensorboard: bool = True,
         csv: bool = True,
         log_every: int = 20,
         progress: bool = True,
     ) -> None:
+        self._folder, self._experiences = folder, experiences
         self._path = folder / "metrics.csv" if csv else None
-        self.tensorboard = tensorboard
+        self._writes_tensorboard = tensorboard
+        self.tensorboard: TensorBoard | None = None
         self._log_every = log_every
         self._progress = progress
         self._rows: list[tuple[int, int, str, float]] = []
@@ -43,8 +47,14 @@ class Monitor:
         self._flushes = 0
         self.experience = 0
 
-    def resume(self, finished: int) -> None:
-        """Keep the rows of finished experiences of an earlier part of the run, forget the others."""
+    def open(self, *, finished: int, steps: int) -> None:
+        """Start writing after ``finished`` experiences of ``steps`` steps; what was logged later is forgotten."""
+        if self._writes_tensorboard:
+            self.tensorboard = TensorBoard(
+                self._folder / "tensorboard",
+                experiences=self._experiences,
+                purge_step=steps + 1 if finished else None,
+            )
         if self._path is None or not self._path.is_file():
             return
         with open(self._path, newline="", encoding="utf-8") as file:

@@ -92,7 +92,7 @@ class Session:
 
     def run(self) -> Progress:
         """Train on every experience that is left; returns the progress, which is then complete."""
-        self._monitor.resume(self.progress.finished)
+        self._monitor.open(finished=self.progress.finished, steps=self.progress.steps)
         stream = self.benchmark.avalanche.streams["train"]
         for index in range(self.progress.finished, len(self.benchmark)):
             if index == 0:
@@ -151,7 +151,7 @@ class Session:
         progress, learner = self.progress, self.learner
         content: Mapping[str, Any] = {
             "config": self._config,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "steps": progress.steps,
             "train_seconds": progress.train_seconds,
             "baseline": None if progress.baseline is None else asdict(progress.baseline),

@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+
+from clframe.data.avalanche import import_avalanche
+
+import_avalanche()  # quietly, before anything else imports it
+# isort: split
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator

@@ -102,8 +102,8 @@ class TensorBoard:
 
         final = {f"final/{name}": value for name, value in metrics.items() if not math.isnan(value)}
         # SummaryWriter.add_hparams would open a second run beside this one and write the metrics there
-        summaries = hparams(dict(_flat(values)), final)  # type: ignore[no-untyped-call]
-        for summary in summaries:
+        untyped: Any = hparams
+        for summary in untyped(dict(_flat(values)), final):
             self._writer.file_writer.add_summary(summary)
         self.scalars(final, step)
         self._writer.flush()

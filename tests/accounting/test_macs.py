@@ -1,0 +1,164 @@
+"""MACs against closed forms, and counting that leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from clframe.accounting import count_macs, count_parameters, macs, stage_macs
+from clframe.nn import GrowingLinear, Network
+from clframe.nn.backbones import BACKBONES, mlp, resnet20, resnet32, small_cnn
+
+
+def grown(backbone, classes, *, exits=()):
+    network = Network(backbone, exits=exits)
+    network.grow(range(classes))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "classes", "batch"), [(256, 2, 10, 1), (7, 3, 1, 5), (4, 1, 100, 2)]
+)
+def test_mlp(width, depth, classes, batch):
+    expected = batch * (3 * 5 * 4 * width + (depth - 1) * width * width + width * classes)
+    network = grown(mlp((3, 5, 4), width=width, depth=depth), classes)
+    assert count_macs(network, (3, 5, 4), batch=batch) == expected
+
+
+@pytest.mark.parametrize("width", [1, 32])
+def test_small_cnn_on_an_odd_image(width):
+    first = 9 * 13 * (9 * 3 * width)  # at full size; pooling follows the convolution
+    second = 4 * 6 * (9 * width * 2 * width)
+    hidden = (2 * width * 2 * 3) * 4 * width
+    network = grown(small_cnn((3, 9, 13), width=width), 10)
+    assert stage_macs(network) == {
+        "block1": first, "block2": second, "hidden": hidden, "exit/final": 40 * width,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("factory", "shortcut", "classes", "expected"),
+    [
+        (resnet20, "pad", 10, 40_551_040),
+        (resnet20, "conv", 10, 40_813_184),
+        (resnet32, "pad", 10, 68_862_592),
+        (resnet32, "conv", 100, 69_130_496),
+    ],
+)
+def test_cifar_resnets(factory, shortcut, classes, expected):
+    blocks = 3 if factory is resnet20 else 5
+    longhand = 32 * 32 * 9 * (3 * 16 + 2 * blocks * 16 * 16)
+    longhand += 16 * 16 * 9 * (16 * 32 + (2 * blocks - 1) * 32 * 32)
+    longhand += 8 * 8 * 9 * (32 * 64 + (2 * blocks - 1) * 64 * 64)
+    longhand += (16 * 16 * 16 * 32 + 8 * 8 * 32 * 64) if shortcut == "conv" else 0
+    longhand += 64 * classes
+    assert longhand == expected
+    assert count_macs(grown(factory((3, 32, 32), shortcut=shortcut), classes), (3, 32, 32)) == expected
+
+
+def test_resnet32_agrees_with_the_published_count_once_its_convention_is_added():
+    network = grown(resnet32((3, 32, 32)), 100)
+    layers = [16 * 32 * 32, 32 * 16 * 16, 64 * 8 * 8]
+    normalized = 11 * sum(layers)  # the stem or the shortcut, and two in each of five blocks
+    summed = 5 * sum(layers)
+    assert round((count_macs(network, (3, 32, 32)) + 2 * normalized + summed) / 1e6, 2) == 69.90
+    assert round(count_parameters(network) / 1e6, 3) == 0.473
+
+
+@pytest.mark.parametrize("name", BACKBONES.names())
+@pytest.mark.parametrize("batch", [1, 3])
+def test_stages_and_exits_add_up(name, batch):
+    backbone = BACKBONES.get(name)((3, 17, 12), width=4)
+    last = backbone.names[-1]
+    extra = [(last, GrowingLinear(backbone.features)), (last, GrowingLinear(backbone.features))]
+    network = grown(backbone, 7, exits=extra)
+    counts = stage_macs(network, batch=batch)
+    assert list(counts) == [*backbone.names, f"exit/{last}", f"exit/{last}#2", "exit/final"]
+    assert sum(counts.values()) == count_macs(network, (3, 17, 12), batch=batch)
+    assert counts["exit/final"] == counts[f"exit/{last}#2"] == batch * backbone.features * 7
+
+
+def test_a_network_without_classes_costs_its_backbone():
+    network = Network(mlp((1, 2, 2), width=10, depth=1))
+    assert count_macs(network, (1, 2, 2)) == 40
+    assert count_macs(nn.ReLU(), (3,)) == 0
+
+
+def transformer_macs(tokens, width, hidden):
+    projections = 4 * width * width + 2 * width * hidden
+    return tokens * projections + 2 * tokens * tokens * width
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_attention_is_counted_whether_or_not_the_fast_path_is_on(enabled):
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=20, batch_first=True)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        assert count_macs(layer, (5, 8), batch=3) == 3 * transformer_macs(5, 8, 20)
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_attention_is_counted_where_torch_has_no_formula(monkeypatch):
+    monkeypatch.setattr(macs, "flop_registry", {})
+    assert macs._attention_flops([3, 2, 5, 4], [3, 2, 7, 4], [3, 2, 7, 6]) == 2 * 3 * 2 * 5 * 7 * (4 + 6)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=20, batch_first=True)
+    assert count_macs(layer, (5, 8)) == transformer_macs(5, 8, 20)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in every forward pass, and may fail."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.fails = fails
+
+    def forward(self, x):
+        if self.fails:
+            raise RuntimeError("broken on purpose")
+        return self.drop(self.norm(x)) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_counting_leaves_no_trace(fails):
+    module = nn.Sequential(nn.Linear(4, 4), Noisy(fails=fails), nn.Linear(4, 2))
+    module.train()
+    module[1].norm.eval()
+    flags = [part.training for part in module.modules()]
+    assert len(set(flags)) == 2
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    generator = torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            count_macs(module, (4,))
+    else:
+        assert count_macs(module, (4,), batch=2) == 2 * (16 + 8)
+    assert [part.training for part in module.modules()] == flags
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_counting_stages_restores_training_flags():
+    network = grown(resnet20((3, 8, 8), width=2), 2)
+    network.backbone.stages[0].eval()
+    flags = [part.training for part in network.modules()]
+    stage_macs(network)
+    assert [part.training for part in network.modules()] == flags
+
+
+def test_the_input_takes_the_modules_type():
+    assert count_macs(nn.Linear(3, 2, dtype=torch.float64), (3,)) == 6
+    assert count_macs(nn.Linear(3, 2, dtype=torch.bfloat16), (7, 3)) == 42
+
+
+def test_shared_parameters_count_once():
+    layer = nn.Linear(10, 10)
+    assert count_parameters(nn.Sequential(layer, layer, nn.BatchNorm1d(10))) == 110 + 20
+    assert count_macs(nn.Sequential(layer, layer), (10,)) == 200

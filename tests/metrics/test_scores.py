@@ -1,0 +1,69 @@
+"""The metrics of a run by name, from counts of uneven experiences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from clframe.errors import ClframeError
+from clframe.metrics import METRICS, Tally, scores
+
+TOTAL = ((3, 2, 0, 0), (0, 0, 1, 0), (0, 0, 0, 7))  # experiences of 5, 1 and 7 samples
+RIGHT = (
+    ((3, 1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+    ((2, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)),
+    ((1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 5)),
+)
+AWARE = ((3, 2, 0, 0), (0, 0, 1, 0), (0, 0, 0, 6))
+
+
+def test_every_metric_of_uneven_experiences_longhand():
+    found = scores(
+        [Tally(TOTAL, right, AWARE) for right in RIGHT],
+        baseline=Tally(TOTAL, ((1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 2)), AWARE),
+    )
+    expected = {
+        "final_average_accuracy": (1 / 5 + 0 + 5 / 7) / 3,
+        "final_average_accuracy_task_aware": (1 + 1 + 6 / 7) / 3,
+        "final_weighted_accuracy": 6 / 13,
+        "average_incremental_accuracy": (4 / 5 + (2 / 5 + 1) / 2 + (1 / 5 + 0 + 5 / 7) / 3) / 3,
+        "forgetting": ((4 / 5 - 1 / 5) + (1 - 0)) / 2,
+        "backward_transfer": ((1 / 5 - 4 / 5) + (0 - 1)) / 2,
+        "forward_transfer": ((0 - 0) + (0 - 2 / 7)) / 2,
+        "learning_accuracy": (4 / 5 + 1 + 5 / 7) / 3,
+    }
+    assert tuple(found) == METRICS
+    assert {name: score.value for name, score in found.items()} == pytest.approx(expected, abs=1e-15)
+    assert not any(score.undefined for score in found.values())
+
+
+def test_domain_incremental_streams_have_the_same_classes_in_every_experience():
+    total = ((2, 3), (4, 1))
+    first = Tally(total, ((2, 3), (1, 0)), total)
+    second = Tally(total, ((1, 2), (4, 1)), total)
+    found = scores([first, second], baseline=Tally(total, ((0, 0), (2, 0)), total))
+    assert found["final_average_accuracy"].value == pytest.approx((3 / 5 + 1) / 2)
+    assert found["forgetting"].value == pytest.approx(1 - 3 / 5)
+    assert found["forward_transfer"].value == pytest.approx(1 / 5 - 2 / 5)
+    assert second.accuracy_C == (5 / 6, 3 / 4)
+
+
+def test_one_experience_defines_accuracies_and_nothing_else():
+    found = scores([Tally(((4,),), ((3,),), ((4,),))])
+    undefined = {name for name, score in found.items() if math.isnan(score.value)}
+    assert undefined == {"forgetting", "backward_transfer", "forward_transfer"}
+    assert all(found[name].undefined for name in undefined)
+    assert found["final_average_accuracy"].value == 0.75
+
+
+def test_bad_evaluations_are_refused():
+    one, two = Tally(((4,),), ((3,),), ((4,),)), Tally(((4, 0),), ((3, 0),), ((4, 0),))
+    with pytest.raises(ClframeError, match=r"^evaluations: none; "):
+        scores([])
+    with pytest.raises(ClframeError, match=r"^evaluations: none; "):
+        scores([], baseline=one)
+    with pytest.raises(ClframeError, match=r"^evaluations: shapes \[\(1, 1\), \(1, 2\)\]"):
+        scores([one, two])
+    with pytest.raises(ClframeError, match=r"^evaluations: shapes "):
+        scores([one], baseline=two)

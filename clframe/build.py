@@ -21,6 +21,7 @@ from clframe.functional.seeding import derive_seed
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
 from clframe.reporting.explanation import explanation
+from clframe.reporting.figures import write_figures
 from clframe.reporting.folder import RunFolder
 from clframe.reporting.results import Result, summarize
 
@@ -252,6 +253,7 @@ def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progres
     )
     folder.write_ledger(network, progress.steps, progress.train_seconds, result.state_bytes)
     session.write_hyper_parameters(as_tree(config), {name: getattr(result, name) for name in METRICS})
+    write_figures(result, folder.path / "figures")
     result.write(folder.path / "results.json")
     return result
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from clframe.nn.network import Network
 
 State = Mapping[str, Any]
 """A component's state: nested mappings and sequences of tensors, numbers, strings and frozen networks."""
@@ -97,3 +100,5 @@ class Step:
     batch: Batch
     output: Output
     moment: Moment
+    network: Network
+    """What learns; for terms on weights rather than outputs."""

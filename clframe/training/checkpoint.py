@@ -35,8 +35,10 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any], *, finished: int, 
     return path
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
+def load_latest(folder: Path, *, device: torch.device) -> dict[str, Any] | None:
     """The newest checkpoint of a folder, or None where there is none yet.
+
+    Tensors that were on an accelerator come to ``device``; those that were on the CPU stay there.
 
     Raises:
         RunFolderError: The newest one is damaged, or of a format this version does not know.
@@ -45,7 +47,9 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     if not paths:
         return None
     try:
-        content = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        accelerators = [*(f"cuda:{i}" for i in range(64)), "mps", "mps:0"]
+        places = dict.fromkeys(accelerators, str(device))
+        content = torch.load(paths[-1], map_location=places, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
         raise RunFolderError(
             f"{paths[-1]}: is damaged or no checkpoint of clframe; delete it to resume from the one before"

@@ -83,10 +83,10 @@ class Learner:
 
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """One scalar: the task's cross-entropy and every component's terms, mixed."""
-        self.step = step = Step(batch, output, self._task_moment)
+        self.step = step = Step(batch, output, self._task_moment, self.network)
         terms = {"task/ce": cross_entropy(output.logits, batch.y, weight_B=batch.weight_B)}
         for component in self._losses:
-            own = Step(batch, output, self._moments[component.name])
+            own = Step(batch, output, self._moments[component.name], self.network)
             for term, value in component.losses(own, self.state[component.name]).items():
                 terms[self._term_name(component.name, term)] = value
         self._count(terms)

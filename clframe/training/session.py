@@ -65,7 +65,7 @@ class Session:
 
     def resume(self) -> int:
         """Go on from the newest checkpoint; returns how many experiences are finished (0: none)."""
-        content = None if self._folder is None else load_latest(self._folder)
+        content = None if self._folder is None else load_latest(self._folder, device=self.strategy.device)
         if content is None:
             return 0
         if content["config"] != self._config:
@@ -74,9 +74,9 @@ class Session:
             )
         learner = self.learner
         learner.network.load_state_dict(content["network"])
+        self.strategy.model.to(self.strategy.device)
         learner.past = tuple(content["past"])
         learner.state = decode(content["components"], learner.network)
-        self.strategy.model.to(self.strategy.device)
         self.progress = Progress(
             finished=content["finished"],
             steps=content["steps"],

@@ -116,18 +116,18 @@ def test_lwf_distils_from_the_model_as_it_was(exits):
     taps = [("layer1", GrowingLinear(5)) for _ in range(exits)]
     net, lwf = network(2, taps), LwF(alpha=3.0, temperature=2.0)
     x = torch.randn(4, 1, 2, 2)
-    assert lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), moment(0, (0, 1), ())), lwf.init(net)) == {}
+    assert lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), moment(0, (0, 1), ()), net), lwf.init(net)) == {}
     state = lwf.advance(net, moment(0, (0, 1), ()), lwf.init(net))
     net.grow(range(3))
     before = net(x)
-    step = Step(Batch(x, torch.zeros(4).long()), before, moment(1, (2,), (0, 1)))
+    step = Step(Batch(x, torch.zeros(4).long()), before, moment(1, (2,), (0, 1)), net)
     term = lwf.losses(step, state)["distil"]
     assert term.shape == (exits + 1,) and term.abs().max().item() < 1e-6
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter))
     after = net(x)
-    term = lwf.losses(Step(step.batch, after, step.moment), state)["distil"]
+    term = lwf.losses(Step(step.batch, after, step.moment, net), state)["distil"]
     for k in range(exits + 1):
         old = (before.logits[k][:, :2] / 2).softmax(1)
         new = (after.logits[k][:, :2] / 2).softmax(1)

@@ -1,0 +1,20 @@
+"""Figures of a run, as files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from clframe.files import write_atomically
+from clframe.reporting.results import Result
+from clframe.training.tensorboard import matrix_image
+
+
+def write_figures(result: Result, folder: Path) -> None:
+    """``accuracy_matrix.png``: rows after experience i, columns on test experience j."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    image = io.BytesIO()
+    Image.fromarray(matrix_image(result.accuracy_matrix)).save(image, format="PNG")
+    write_atomically(folder / "accuracy_matrix.png", image.getvalue())

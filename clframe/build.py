@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clframe.accounting.macs import count_macs, count_parameters
-from clframe.config.load import as_tree, from_mapping, load_config, read_yaml, to_yaml
-from clframe.config.schema import Config, OptimizerConfig, TrainerConfig
+from clframe.config.files import read_yaml
+from clframe.config.load import load_config
+from clframe.config.schema import BackboneConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
-from clframe.core.options import check_options
+from clframe.core.options import check_options, missing_options
 from clframe.data import SOURCES, Benchmark, class_incremental
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, UnsupportedError
 from clframe.functional.seeding import derive_seed
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
+from clframe.nn.backbones import Backbone
 from clframe.reporting.explanation import explanation
 from clframe.reporting.figures import write_figures
 from clframe.reporting.folder import RunFolder
@@ -66,19 +69,26 @@ def run(
         if overrides:
             raise ConfigError("resume: takes no overrides; a resumed run keeps the config it began with")
         folder = RunFolder.open(Path(resume))
-        config = from_mapping(_mapping(folder.config_path))
+        config = _config_of(folder)
     elif isinstance(config, str):
         config = load_config(config, overrides)
     elif overrides:
-        raise ConfigError("run: overrides go with a config's name; change a typed config with dataclasses.replace")
+        raise ConfigError(
+            "run: overrides go with a config's name; change a typed config with dataclasses.replace"
+        )
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     parts = build(config)
     if resume is None:
         folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
-        folder.write_config(to_yaml(config))
     with _global_settings(config.trainer):
-        session = _session(parts, folder, on_evaluated)
+        try:
+            if resume is None:
+                folder.write_config(to_yaml(config))
+            session = _session(parts, folder, on_evaluated)
+        except BaseException:
+            folder.discard()
+            raise
         try:
             if resume is not None:
                 session.resume()
@@ -105,10 +115,10 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
 def build(config: Config) -> Parts:
     """Everything a config names, checked as far as it can be before training."""
     composition = build_strategy(config.strategy, config.components)
-    backbone = BACKBONES.get(config.backbone.name, where="backbone.name")
-    backbone_options = check_options(backbone, config.backbone.options, where="backbone")
+    backbone = _backbone(config.backbone)
     source_of = SOURCES.get(config.benchmark.name, where="benchmark.name")
-    source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark"))
+    beside = block_keys("benchmark")
+    source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
     benchmark = class_incremental(
         source,
         experiences=config.benchmark.experiences,
@@ -119,15 +129,33 @@ def build(config: Config) -> Parts:
         component.check(classes=source.classes)
     _check_trainer(config.trainer)
     torch.manual_seed(derive_seed(config.seed, "network"))
-    network = Network(backbone(benchmark.input_shape, **backbone_options))
-    return Parts(config, composition, benchmark, network)
+    return Parts(config, composition, benchmark, Network(backbone(benchmark.input_shape)))
+
+
+def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
+    """From an input shape to the backbone; its name and options are checked at once."""
+    maker = BACKBONES.get(config.name, where="backbone.name")
+    options = check_options(maker, config.options, where="backbone", beside=block_keys("backbone"))
+
+    def make(input_shape: tuple[int, ...]) -> Backbone:
+        try:
+            return maker(input_shape, **options)
+        except ClframeError as error:
+            raise type(error)(f"backbone: {error}") from None
+        except (RuntimeError, TypeError, MemoryError) as error:  # more weights than torch can hold or count
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
+
+    return make
 
 
 def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
     """The composition, with every options block checked, also of components that are not selected."""
     for name, options in components.items():
         component = COMPONENTS.get(name, where="components")
-        component(**check_options(component, options, where=f"components.{name}"))
+        checked = check_options(component, options, where=f"components.{name}", complete=False)
+        if not missing_options(component, checked):  # else the expression may give the rest
+            component(**checked)
     return parse(expression, components)
 
 
@@ -153,15 +181,20 @@ def _scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] | Non
 def _check_trainer(config: TrainerConfig) -> None:
     wanted = config.accelerator
     if wanted in ("cuda", "gpu") and not torch.cuda.is_available():
-        raise UnsupportedError(f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto")
+        raise UnsupportedError(
+            f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto"
+        )
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UnsupportedError("trainer.accelerator: found mps, but this machine has none; use cpu or auto")
-    if isinstance(config.devices, tuple) and torch.cuda.is_available():
-        count = torch.cuda.device_count()
+    on_gpu = wanted in ("cuda", "gpu") or (wanted == "auto" and torch.cuda.is_available())
+    if isinstance(config.devices, tuple):
+        found, count = f"trainer.devices: found {list(config.devices)}", torch.cuda.device_count()
+        if not on_gpu:
+            raise UnsupportedError(f"{found}, an index, but the run is not on CUDA; give 1")
         if config.devices[0] >= count:
-            raise UnsupportedError(
-                f"trainer.devices: found [{config.devices[0]}], but there are {count} GPUs; count from 0"
-            )
+            raise UnsupportedError(f"{found}, but torch sees {count} GPUs; count from 0")
+    if config.precision == "16-mixed" and not on_gpu and wanted != "mps":
+        raise UnsupportedError("trainer.precision: found 16-mixed on the CPU, which has none; use bf16-mixed")
     _lightning_parts(config, Path())
 
 
@@ -175,9 +208,7 @@ def _lightning_parts(config: TrainerConfig, folder: Path) -> dict[str, Any]:
     return trainer_options(config.callbacks, foreign, precision=config.precision, folder=folder)
 
 
-def _session(
-    parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None
-) -> Session:
+def _session(parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None) -> Session:
     from clframe.training.launch import launch
 
     config, trainer = parts.config, parts.config.trainer
@@ -258,9 +289,12 @@ def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progres
     return result
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _config_of(folder: RunFolder) -> Config:
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.to_container(read_yaml(path), resolve=False)
+    tree = OmegaConf.to_container(read_yaml(folder.config_path), resolve=False)
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    try:
+        return from_mapping({str(key): value for key, value in tree.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{folder.config_path}: {error}") from None

@@ -1,17 +1,22 @@
 """The command line: ``clframe run``, ``explain`` and ``list``.
 
-Nothing heavy is imported before a verb is known, so ``clframe --help`` answers at once.
+Nothing heavy is imported before a verb is known, so ``clframe --help`` answers at once. Whatever is wrong
+with a call is one line on stderr, ``clframe: error: <where>: <what was found>; <what to do>``, and exit
+code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from clframe import __version__
-from clframe.errors import ClframeError, ConfigError
+from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
 
 if TYPE_CHECKING:
     from clframe.reporting.results import Result
@@ -28,10 +33,14 @@ every prediction costs.
   clframe list strategies                              what there is
 """
 
-_RUN = """\
+_CONFIG = """\
 CONFIG is a name of `clframe list configs`, or a YAML file of yours; files in ./configs/experiment are found
-by name. KEY=VALUE changes one key: lists and scalars replace, mappings merge. Results, checkpoints,
-metrics.csv and TensorBoard files go to a folder of their own under ./runs.
+by name. KEY=VALUE changes one key: lists and scalars replace, mappings merge; benchmark=NAME and
+backbone=NAME take another file of that group.
+"""
+
+_RUN = f"""\
+{_CONFIG}Results, checkpoints, metrics.csv and TensorBoard files go to a folder of their own under ./runs.
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
@@ -39,45 +48,104 @@ metrics.csv and TensorBoard files go to a folder of their own under ./runs.
   clframe run --resume runs/quickstart/20260101-120000-seed0
 """
 
+_EXPLAIN = f"""\
+Prints the resolved config, who learns what when, who acts where in the timetable, the loss terms, slots,
+parameters and MACs. Nothing is trained and nothing is written.
+
+{_CONFIG}
+  clframe explain quickstart
+  clframe explain quickstart strategy='er + lwf(alpha=2)' backbone=mlp
+"""
+
+_LIST = """\
+One line each: name, what it is, options with their defaults. FILTER keeps the lines that contain it.
+
+  clframe list strategies
+  clframe list configs backbone
+"""
+
+_VERBS = ("run", "explain", "list")
+_LISTS = ("strategies", "benchmarks", "backbones", "configs")
+_DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.verb is None:
-        parser.print_help()
-        return 0
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(options.act(options))
+        code = _act(given)
+        sys.stdout.flush()
+        return code
     except ClframeError as error:
-        if options.debug:
-            raise
-        print(f"clframe: error: {error}", file=sys.stderr)
+        if "--debug" in given:
+            traceback.print_exc()
+        print(f"clframe: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nclframe: interrupted; go on with clframe run --resume RUN", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read has gone (`| head`): nothing is lost, and the last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}; see {self.prog} --help")
+
+
+def _act(given: list[str]) -> int:
+    parser = _parser()
+    verb = next((word for word in given if not word.startswith("-")), None)
+    if verb is not None and verb not in _VERBS:
+        raise UnknownNameError(unknown_name("verb", verb, _VERBS, where="clframe"))
+    # The rest: words behind an option, which argparse leaves alone, and options that no one knows.
+    options, rest = parser.parse_known_args(given)
+    for word in rest:
+        if word.startswith("-"):
+            _unknown_option(word, parser if verb is None else options.parser)
+    if verb is None:
+        parser.print_help()
+        return 0
+    options.words += rest
+    return int(options.act(options))
+
+
+def _unknown_option(word: str, parser: argparse.ArgumentParser) -> NoReturn:
+    known = sorted(set(re.findall(r"--[a-z]+", parser.format_help())))
+    name = word.partition("=")[0]
+    close = nearest(name, [option for option in known if option != "--help"])
+    advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known)}"
+    raise UnknownNameError(f"{parser.prog.split()[-1]}: unknown option '{name}'; {advice}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    def verb(name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+    def verb(name: str, *, help: str, description: str, words: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(
-            name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+            name, help=help, description=description, usage=f"clframe {name} {words} [options]",
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        made.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(parser=made)
         return made
 
-    parser = argparse.ArgumentParser(
-        prog="clframe", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(
+        prog="clframe", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"clframe {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
-    run = verb("run", help="train and evaluate on every experience of a benchmark", description=_RUN)
-    _config_arguments(run)
+    words = "CONFIG [KEY=VALUE ...]"
+    run = verb(
+        "run", help="train and evaluate on every experience of a benchmark", description=_RUN, words=words
+    )
+    _config_options(run)
     run.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or a list 0,3,7")
     run.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
@@ -85,27 +153,21 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(act=_act_run)
 
     explain = verb(
-        "explain", help="what a run would do, before any training",
-        description="Prints the resolved config, who learns what when, who acts where in the timetable, the "
-        "loss terms, slots, parameters and MACs.",
-    )  # fmt: skip
-    _config_arguments(explain)
+        "explain", help="what a run would do, before any training", description=_EXPLAIN, words=words
+    )
+    _config_options(explain)
     explain.set_defaults(act=_act_explain)
 
     listing = verb(
-        "list", help="strategies, benchmarks, backbones or configs there are",
-        description="One line each; FILTER keeps the lines that contain it.",
+        "list", help="strategies, benchmarks, backbones or configs there are", description=_LIST,
+        words=f"{{{','.join(_LISTS)}}} [FILTER]",
     )  # fmt: skip
-    listing.add_argument("what", choices=("strategies", "benchmarks", "backbones", "configs"))
-    listing.add_argument("filter", nargs="?", default="", metavar="FILTER")
     listing.set_defaults(act=_act_list)
     return parser
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a config's name or YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
-    parser.add_argument("--seed", type=int, metavar="N", help="short for seed=N")
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", help="short for seed=N")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps; sets trainer.accelerator")
 
 
@@ -113,22 +175,32 @@ def _act_run(options: argparse.Namespace) -> int:
     from clframe.config.seeds import parse_seeds
 
     if options.resume is not None:
-        given = [o for o in ("config", "seed", "seeds", "output", "device") if getattr(options, o) is not None]
-        if given or options.overrides:
-            what = f"--{given[0]}" if given and given[0] != "config" else (options.config or options.overrides[0])
-            raise ConfigError(f"--resume: takes nothing beside the run folder, found {what}; the run keeps its config")
+        _refuse_beside_resume(options)
         _show([_run(options, resume=options.resume)], options)
         return 0
     if options.seeds is not None and options.seed is not None:
-        raise ConfigError("--seeds: found together with --seed; give one of them")
-    seeds: list[int | None] = [options.seed] if options.seeds is None else [*parse_seeds(options.seeds)]
-    overrides = _overrides(options)
-    results = []
-    for seed in seeds:
-        own = [] if seed is None else [f"seed={seed}"]
-        results.append(_run(options, config=_config(options), overrides=[*overrides, *own], output=options.output))
+        raise ConfigError(
+            f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them"
+        )
+    config, overrides = _config(options)
+    seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
+    results = [
+        _run(options, config=config, overrides=[*overrides, *seed], output=options.output)
+        for seed in seeds or [[]]
+    ]
     _show(results, options)
     return 0
+
+
+def _refuse_beside_resume(options: argparse.Namespace) -> None:
+    found = [*options.words]
+    found += [f"--{o}" for o in ("seed", "seeds", "output", "device") if getattr(options, o) is not None]
+    if found:
+        raise ConfigError(
+            f"--resume: found {found[0]} beside it; leave it out, a resumed run keeps its config"
+        )
+    if not options.resume:
+        raise ConfigError("--resume: found ''; give the run folder that a run printed")
 
 
 def _run(options: argparse.Namespace, **arguments: Any) -> Result:
@@ -148,8 +220,9 @@ def _say_progress(progress: Any) -> None:
     seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index]
     count = len(tally.accuracy_E)
     print(
-        f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences so "
-        f"far, {100 * tally.accuracy_E[index]:5.1f} % on this one   ({progress.train_seconds:.1f} s training)",
+        f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences "
+        f"so far, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
+        f"({progress.train_seconds:.1f} s training)",
         flush=True,
     )
 
@@ -167,34 +240,53 @@ def _show(results: Sequence[Result], options: argparse.Namespace) -> None:
 def _act_explain(options: argparse.Namespace) -> int:
     from clframe.build import explain
 
-    own = [] if options.seed is None else [f"seed={options.seed}"]
-    print(explain(_config(options), [*_overrides(options), *own]))
+    print(explain(*_config(options)))
     return 0
 
 
 def _act_list(options: argparse.Namespace) -> int:
+    what, *rest = options.words or [""]
+    if what not in _LISTS:
+        if not what:
+            raise ConfigError(f"list: found nothing to list; give one of {', '.join(_LISTS)}")
+        raise UnknownNameError(unknown_name("kind", what, _LISTS, where="list"))
+    if len(rest) > 1:
+        raise ConfigError(f"list: found '{rest[1]}' behind the filter '{rest[0]}'; give one filter")
     from clframe.reporting.listing import listing
 
-    lines = [line for line in listing(options.what) if options.filter.lower() in line.lower()]
+    filter = rest[0] if rest else ""
+    lines = [line for line in listing(what) if filter.lower() in line.lower()]
     if not lines:
-        raise ConfigError(f"list {options.what}: nothing contains '{options.filter}'; leave the filter out to see all")
+        raise ConfigError(f"list {what}: nothing contains '{filter}'; leave the filter out to see all")
     print("\n".join(lines))
     return 0
 
 
-def _config(options: argparse.Namespace) -> str:
-    if options.config is None:
-        raise ConfigError(f"{options.verb}: no config given; try clframe {options.verb} quickstart")
-    return str(options.config)
+def _config(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The config's name and all overrides, those of ``--device`` and ``--seed`` last."""
+    from clframe.config.seeds import parse_seed
 
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    overrides = list(options.overrides)
+    name, *overrides = options.words or [""]
+    if not name or "=" in name:
+        found = f"found '{name}' in the place of a config" if name else "found no config"
+        raise ConfigError(
+            f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart"
+        )
     if options.device is not None:
-        kind, _, index = options.device.partition(":")
-        if kind not in ("cpu", "cuda", "mps", "auto") or (index and not index.isdigit()):
-            raise ConfigError(f"--device: found {options.device}; give cpu, cuda, cuda:N, mps or auto")
-        overrides.append(f"trainer.accelerator={kind}")
-        if index:
-            overrides.append(f"trainer.devices=[{index}]")
-    return overrides
+        overrides += _device(options.device)
+    if options.seed is not None:
+        overrides.append(f"seed={parse_seed(options.seed)}")
+    return name, overrides
+
+
+def _device(name: str) -> list[str]:
+    kind, colon, index = name.partition(":")
+    indexed = kind in ("cuda", "gpu") and re.fullmatch("[0-9]{1,4}", index)
+    if kind not in _DEVICES or (colon and not indexed):
+        close = nearest(kind, _DEVICES) if kind not in _DEVICES else None
+        advice = f"did you mean '{close}'?" if close else "give cpu, cuda, cuda:N, mps or auto"
+        raise ConfigError(f"--device: found '{name}'; {advice}")
+    if indexed:
+        return [f"trainer.accelerator={kind}", f"trainer.devices=[{int(index)}]"]
+    # An index in the config is that of a GPU.
+    return [f"trainer.accelerator={kind}", *([] if kind in ("cuda", "gpu") else ["trainer.devices=1"])]

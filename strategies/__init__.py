@@ -20,7 +20,9 @@ def _discover() -> tuple[type[Component], ...]:
         found += [
             entry
             for entry in vars(module).values()
-            if isinstance(entry, type) and issubclass(entry, Component) and entry.__module__ == module.__name__
+            if isinstance(entry, type)
+            and issubclass(entry, Component)
+            and entry.__module__ == module.__name__
         ]
     return tuple(found)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from clframe.core.component import Component
 from clframe.core.types import Batch, Moment, State
+from clframe.data.memory import Budget, MemoryPolicy, Selection, drawn
 from clframe.errors import ConfigError
-from clframe.functional.memory import balanced_choice, balanced_trim, quotas
+from clframe.nn.features import feature_reader
 from clframe.nn.network import Network
 
 
@@ -18,14 +19,19 @@ from clframe.nn.network import Network
 class ER(Component):
     """Experience replay (ER): every batch is joined by samples of earlier classes from a small memory.
 
-    The memory holds ``memory`` samples in all, the same number of each class so far, chosen at random. A
-    batch of B new samples is followed by ``ceil(ratio * B)`` replayed ones, drawn with replacement; the
-    cross-entropy is taken over both. Rolnick et al., "Experience Replay for Continual Learning" (2019);
-    Chaudhry et al., "On Tiny Episodic Memories in Continual Learning" (2019).
+    A batch of B new samples is followed by replayed ones, drawn with replacement; the cross-entropy is taken
+    over both. Rolnick et al., "Experience Replay for Continual Learning" (2019); Chaudhry et al., "On Tiny
+    Episodic Memories in Continual Learning" (2019).
 
     Args:
-        memory: Samples kept in all.
-        ratio: Replayed samples for each new one.
+        memory: Samples kept: in all, or of each class.
+        budget: ``total`` shares ``memory`` among the classes so far, ``per_class`` keeps it of each.
+        selection: ``balanced`` keeps the same number of each class, at random; ``herding`` those nearest to
+            the class mean in feature space (iCaRL); ``random`` the same number from each experience;
+            ``reservoir`` any sample seen so far with the same probability.
+        replay: ``extra`` replays ``ceil(ratio * B)`` samples with each batch, ``fixed`` always ``replayed``.
+        ratio: Replayed samples for each new one; 1 makes half of every joined batch old.
+        replayed: Samples replayed with each batch where ``replay`` is ``fixed``.
         scale: Weight of a replayed sample in the cross-entropy; a new one weighs one.
     """
 
@@ -34,39 +40,56 @@ class ER(Component):
     weight: ClassVar[str] = "scale"
 
     memory: int = 200
+    budget: Budget = "total"
+    selection: Selection = "balanced"
+    replay: Literal["extra", "fixed"] = "extra"
     ratio: float = 1.0
+    replayed: int = 32
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing."""
         if self.memory < 1:
             raise ConfigError(f"components.er.memory: found {self.memory}; give at least 1 sample")
+        if self.budget == "per_class" and self.selection in ("random", "reservoir"):
+            raise ConfigError(
+                f"components.er.budget: found per_class with selection {self.selection}, which knows no "
+                f"classes; use total, or select balanced or herding"
+            )
         if not self.ratio > 0:
             raise ConfigError(f"components.er.ratio: found {self.ratio}; give a number above 0")
+        if self.replayed < 1:
+            raise ConfigError(f"components.er.replayed: found {self.replayed}; give at least 1 sample")
         if not self.scale >= 0:
             raise ConfigError(f"components.er.scale: found {self.scale}; give a number of at least 0")
 
+    @property
+    def policy(self) -> MemoryPolicy:
+        """What the memory keeps."""
+        return MemoryPolicy(self.memory, self.budget, self.selection)
+
     def check(self, *, classes: int) -> None:
-        """A memory must have room for one sample of each class."""
-        if self.memory < classes:
+        """A memory that is shared by classes must have room for one sample of each."""
+        by_class = self.budget == "total" and self.selection in ("balanced", "herding")
+        if by_class and self.memory < classes:
             raise ConfigError(
                 f"components.er.memory: found {self.memory} for {classes} classes; give at least {classes}, "
                 f"one sample of each"
             )
 
     def init(self, network: Network) -> State:
-        """An empty memory; ``group`` numbers the (experience, class) pair each sample came from."""
-        none = torch.empty(0, dtype=torch.long)
-        return {"x": None, "y": none, "group": none, "groups": 0}
+        """An empty memory."""
+        return self.policy.empty()
 
     def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
-        """New samples first, then as many replayed ones as ``ratio`` says."""
+        """New samples first, then replayed ones."""
         if state["x"] is None:
             return batch
         size = len(batch.y)
-        count = -int(-self.ratio * size // 1)
-        index = torch.randint(len(state["y"]), (count,), generator=moment.generator)
-        x = moment.experience.samples.prepare(state["x"][index]).to(batch.x.device)
+        count = self.replayed if self.replay == "fixed" else -int(-self.ratio * size // 1)
+        index = drawn(state, count, generator=moment.generator)
+        samples = moment.experience.samples
+        x = samples.prepare(state["x"][index], generator=moment.generator).to(batch.x.device)
         y = state["y"][index].to(batch.y.device)
         weight_B = None
         if self.scale != 1:
@@ -75,21 +98,7 @@ class ER(Component):
         return Batch(torch.cat([batch.x, x]), torch.cat([batch.y, y]), weight_B)
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
-        """Make room, then keep random samples of each class of this experience."""
-        experience, samples = moment.experience, moment.experience.samples
-        old, groups = state["groups"], state["groups"] + len(experience.classes)
-        quota = quotas(self.memory, range(groups))
-        kept = balanced_trim(state["group"], {g: quota[g] for g in range(old)})
-        y = samples.y.cpu()
-        number = {c: old + i for i, c in enumerate(experience.classes)}
-        fresh = balanced_choice(y, {c: quota[g] for c, g in number.items()}, generator=moment.generator)
-        x, y = samples.raw(fresh), y[fresh]
-        group = torch.tensor([number[c] for c in y.tolist()], dtype=torch.long)
-        if state["x"] is not None:
-            x = torch.cat([state["x"][kept], x])
-        return {
-            "x": x,
-            "y": torch.cat([state["y"][kept], y]),
-            "group": torch.cat([state["group"][kept], group]),
-            "groups": groups,
-        }
+        """Make room, then keep samples of this experience."""
+        experience = moment.experience
+        features = feature_reader(network, experience.samples)
+        return self.policy.renewed(state, experience, generator=moment.generator, features=features)

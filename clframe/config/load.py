@@ -1,259 +1,153 @@
-"""Configs from files and overrides: found, merged layer by layer, checked, typed.
+"""Configs from files and overrides: merged layer by layer, checked, typed.
 
 Later layers win: the files that ``defaults:`` names, the file itself, the overrides. Mappings merge key by
 key; lists and scalars replace. Each layer is checked as it comes, so a message names its file or override.
+Values may refer to other keys (``${trainer.epochs}``) and to nothing else: no resolver is ever called.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clframe.config.paths import shipped_configs
+from clframe.config.files import YAML, find_config, read_yaml, reason
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.core.options import convert
-from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
-
-GROUPS = ("benchmark", "backbone", "strategy", "experiment", "smoke")
-
-
-def config_folders() -> list[Path]:
-    """Where configs are looked for: ``./configs`` first, then those that ship with clframe."""
-    own = Path("configs")
-    return ([own] if own.is_dir() else []) + [shipped_configs()]
-
-
-def known_configs(group: str | None = None) -> dict[str, Path]:
-    """Every config by ``group/name``; a file of yours hides the shipped one of the same name."""
-    found: dict[str, Path] = {}
-    for folder in reversed(config_folders()):
-        for path in sorted(folder.glob("*/*.yaml")):
-            if group is None or path.parent.name == group:
-                found[f"{path.parent.name}/{path.stem}"] = path
-    return dict(sorted(found.items()))
-
-
-def find_config(name: str, *, group: str = "experiment") -> Path:
-    """The file that ``name`` means: a path ending in .yaml, ``group/name``, or a name of ``group``.
-
-    Raises:
-        UnknownNameError: No such config; the message has the nearest name.
-    """
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UnknownNameError(f"config: no file {name}; give the path of a file or a name of clframe list configs")
-        return path
-    known = known_configs()
-    for key in (name, f"{group}/{name}"):
-        if key in known:
-            return known[key]
-    short = [key.removeprefix(f"{group}/") for key in known if "/" in name or key.startswith(f"{group}/")]
-    raise UnknownNameError(unknown_name("config", name, short, where="config"))
+from clframe.config.typed import check_keys, from_mapping
+from clframe.core.options import shown
+from clframe.errors import ConfigError
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """The config that a file and overrides (``key.sub=value``) amount to.
 
+    ``benchmark=NAME`` and ``backbone=NAME`` put the block of that file in the place of the one there was;
+    they come before all other overrides, of which the last one wins.
+
     Raises:
         ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
         UnknownNameError: No such config file.
     """
-    merged = OmegaConf.create({})
-    for where, layer in _layers(find_config(name)):
-        merged = _merge(merged, layer, where)
-    if OmegaConf.select(merged, "name") is None:
-        merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
-    for text in overrides:
-        merged = _override(merged, text)
-    return from_mapping(_plain(merged))
-
-
-def from_mapping(tree: Mapping[str, Any]) -> Config:
-    """The typed config of a plain tree, such as a resolved ``config.yaml``."""
-    config = _typed(Config, dict(tree), where="")
-    assert isinstance(config, Config)
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that :func:`from_mapping` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(as_tree(config)))
-
-
-def as_tree(config: Config) -> dict[str, Any]:
-    """The config as nested plain values, options beside the keys of their block."""
-    tree = dataclasses.asdict(config)
-    for block in OPEN_BLOCKS:
-        tree[block].update(tree[block].pop("options"))
-    plain: dict[str, Any] = _listed(tree)
-    return plain
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """A YAML file holding one mapping; nothing in it is executed.
-
-    Raises:
-        ConfigError: Not readable, no valid YAML, or no mapping.
-    """
     try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: is no valid YAML ({reason}); mend the file") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: holds no mapping of keys to values; start with lines like 'strategy: er'")
-    return loaded
+        merged = OmegaConf.create({})
+        for where, layer in _layers(find_config(name)):
+            merged = _merge(merged, layer, where)
+        if _contents(merged).get("name") is None:
+            merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
+        changes = [_Override(text) for text in overrides]
+        for change in sorted(changes, key=lambda change: not change.swaps):
+            merged = change.swapped(merged) if change.swaps else change.merged(merged)
+        return from_mapping(_resolved(merged))
+    except RecursionError:
+        raise ConfigError("config: is nested too deeply to be read; make it flatter") from None
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
-    if path in seen:
-        chain = " > ".join(p.stem for p in (*seen, path))
-        raise ConfigError(f"{path}: defaults form a circle ({chain}); remove one of them")
+    """The files that ``path`` amounts to, lowest first; files in ``defaults`` are relative to their namer."""
+    here = path.resolve()
+    if here in seen:
+        chain = " > ".join(file.stem for file in (*seen, here))
+        raise ConfigError(f"{path}: defaults form a circle ({chain}); take one of them out")
     layer = read_yaml(path)
-    defaults = layer.pop("defaults", None) or []
-    if not OmegaConf.is_list(defaults) and not isinstance(defaults, list):
-        raise ConfigError(f"{path}: defaults is no list; write defaults: [benchmark/digits, backbone/mlp]")
-    for default in defaults:
+    _refuse_calls(_contents(layer), str(path))
+    defaults = _contents(layer).get("defaults")
+    if not isinstance(defaults, (list, type(None))):
+        raise ConfigError(f"{path}: defaults is {shown(defaults)}; give a list such as [backbone/mlp]")
+    for default in defaults or ():
         if not isinstance(default, str):
-            raise ConfigError(f"{path}: defaults names {default!r}; write group/name, such as benchmark/digits")
-        try:
-            yield from _layers(find_config(default), (*seen, path))
-        except UnknownNameError as error:
-            raise UnknownNameError(f"{path}: defaults: {error}") from None
+            raise ConfigError(
+                f"{path}: defaults names {shown(default)}; write group/name, such as backbone/mlp"
+            )
+        name = str(path.parent / default) if default.endswith(YAML) else default
+        yield from _layers(find_config(name, where=f"{path}: defaults"), (*seen, here))
+    layer.pop("defaults", None)
     yield str(path), layer
 
 
 def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
-    _check_keys(layer, where)
+    contents = _contents(layer)
+    _refuse_calls(contents, where)
+    check_keys(contents, where=where)
     try:
         merged = OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}; mend the value") from None
+        raise ConfigError(f"{where}: {reason(error)}; mend the value") from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _override(merged: DictConfig, text: str) -> DictConfig:
-    key, equals, value = text.partition("=")
-    key = key.strip()
-    if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(f"override '{text}': is no key=value; write it like trainer.epochs=3")
-    if key == "defaults":
-        raise ConfigError("override 'defaults': cannot be overridden; override the keys it brings")
-    if key in OPEN_BLOCKS and "{" not in value:
-        swapped = _layers(find_config(value.strip(), group=key))
-        merged = OmegaConf.masked_copy(merged, [k for k in merged if k != key])
-        for where, layer in swapped:
-            merged = _merge(merged, layer, where)
-        return merged
-    try:
-        layer = OmegaConf.from_dotlist([text])
-    except Exception as error:
-        raise ConfigError(f"override '{text}': {' '.join(str(error).split())}; quote the value") from None
-    return _merge(merged, layer, f"override '{text}'")
+class _Override:
+    """One ``key=value`` of the command line."""
 
+    def __init__(self, text: str) -> None:
+        self.where = f"override '{text if len(text) <= 80 else f'{text[:75]} ...'}'"
+        key, equals, value = text.partition("=")
+        self.key, self.value = key.strip(), value.strip()
+        if not equals or any(not part.strip() for part in self.key.split(".")):
+            raise ConfigError(f"{self.where}: is no key=value; write it like trainer.epochs=3")
+        if self.key == "defaults":
+            raise ConfigError(f"{self.where}: comes too late; override the keys that the defaults bring")
+        self.swaps = self.key in OPEN_BLOCKS and not self.value.startswith("{")
 
-def _check_keys(layer: DictConfig, where: str) -> None:
-    known = {f.name for f in dataclasses.fields(Config)}
-    for key in layer:
-        if key not in known:
-            _unknown_key(str(key), known, where)
-    hints = get_type_hints(Config)
-    for key in layer:
-        block = hints[str(key)]
-        node = OmegaConf.to_container(layer, resolve=False)[key]  # type: ignore[index,call-overload]
-        if not dataclasses.is_dataclass(block):
-            continue
-        if not isinstance(node, dict):
-            raise ConfigError(f"{where}: {key} is {node!r}; give a mapping, or {key}.name={node}")
-        if str(key) not in OPEN_BLOCKS:
-            names = {f.name for f in dataclasses.fields(block)}
-            for name in node:
-                if name not in names:
-                    _unknown_key(f"{key}.{name}", {f"{key}.{n}" for n in names}, where)
-
-
-def _unknown_key(key: str, known: set[str], where: str) -> None:
-    close = nearest(key, known)
-    advice = f"did you mean '{close}'?" if close else f"keys are {', '.join(sorted(known))}"
-    raise ConfigError(f"{where}: unknown key '{key}'; {advice}")
-
-
-def _plain(merged: DictConfig) -> dict[str, Any]:
-    for text in _strings(OmegaConf.to_container(merged, resolve=False)):
-        inside = text.split("${", 1)[-1] if "${" in text else ""
-        if ":" in inside.split("}", 1)[0]:
+    def swapped(self, base: DictConfig) -> DictConfig:
+        """``base`` with the block of another file of the group in the place of its own."""
+        group, _, rest = self.value.rpartition("/")
+        if group not in ("", self.key) and not rest.endswith(YAML):
             raise ConfigError(
-                f"config: {text!r} calls a resolver, which could read this machine; refer to keys only: ${{a.b}}"
+                f"{self.where}: is not in configs/{self.key}; see clframe list configs {self.key}"
             )
+        path = find_config(self.value, group=self.key, where=self.where)
+        merged = OmegaConf.masked_copy(base, [str(key) for key in base if key != self.key])
+        for where, layer in _layers(path):
+            merged = _merge(merged, layer, where)
+        if self.key not in merged:
+            raise ConfigError(f"{self.where}: {path} has no key '{self.key}'; give a file that has")
+        return merged
+
+    def merged(self, base: DictConfig) -> DictConfig:
+        """``base`` with the value at the key."""
+        try:
+            layer = OmegaConf.from_dotlist([f"{self.key}={self.value}"])
+        except Exception as error:  # what a parser may say of a broken value is not listed anywhere
+            raise ConfigError(f"{self.where}: {reason(error)}; mend the value or put it in quotes") from None
+        return _merge(base, layer, self.where)
+
+
+def _contents(node: DictConfig) -> dict[Any, Any]:
+    """Keys and values as they were written, references not followed."""
+    tree = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(tree, dict)
+    return tree
+
+
+_REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w-]*(?:\.[\w-]+|\[[\w-]+\])*\}")
+"""``${a.b}``, ``${.b}`` and ``${a[0]}``: what is left of ``${`` without these would call a resolver."""
+
+
+def _refuse_calls(contents: Any, where: str, key: str = "") -> None:
+    """Refuse every ``${...}`` but a reference to a key, before OmegaConf would follow it, and ``???``."""
+    if isinstance(contents, (dict, list)):
+        pairs = contents.items() if isinstance(contents, dict) else enumerate(contents)
+        for name, value in pairs:
+            _refuse_calls(value, where, f"{key}.{name}" if key else str(name))
+    elif contents == "???":
+        raise ConfigError(f"{where}: {key} is ???; give it a value")
+    elif isinstance(contents, str) and "${" in _REFERENCE.sub("", contents):
+        raise ConfigError(
+            f"{where}: {key} is {shown(contents)}, more than a reference to a key; write one such as "
+            f"${{trainer.epochs}}, since configs read nothing of this machine"
+        )
+
+
+def _resolved(merged: DictConfig) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {' '.join(str(error).split())}; mend the value") from None
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(f"{key}: {reason(error)}; refer to another key or give a value") from None
     assert isinstance(tree, dict)
-    return {str(k): v for k, v in tree.items()}
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _strings(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _strings(value)
-
-
-def _typed(schema: Any, tree: dict[str, Any], *, where: str) -> Any:
-    hints = get_type_hints(schema)
-    names = {f.name for f in dataclasses.fields(schema)}
-    values: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    for key, value in tree.items():
-        place = f"{where}.{key}" if where else key
-        if key not in names or (key == "options" and where in OPEN_BLOCKS):
-            if where in OPEN_BLOCKS:
-                options[key] = value
-                continue
-            _unknown_key(place, {f"{where}.{n}" if where else n for n in names}, "config")
-        annotation = hints[key]
-        if dataclasses.is_dataclass(annotation):
-            values[key] = _typed(annotation, value, where=place)
-        elif str(annotation).startswith("dict"):
-            values[key] = _mapping(value, place, nested=key == "components")
-        else:
-            values[key] = convert(value, annotation, where=place)
-    if where in OPEN_BLOCKS:
-        values["options"] = options
-    missing = [n for n in ("benchmark", "backbone") if schema is Config and n not in values]
-    if missing:
-        raise ConfigError(f"config: no {missing[0]} is named; add defaults: [{missing[0]}/...] or {missing[0]}.name")
-    return schema(**values)
-
-
-def _mapping(value: Any, where: str, *, nested: bool) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: found {value!r}; give a mapping")
-    result: dict[str, Any] = {}
-    for key, inner in value.items():
-        if nested and not isinstance(inner, dict):
-            raise ConfigError(f"{where}.{key}: found {inner!r}; give a mapping of options")
-        result[str(key)] = inner
-    return result
-
-
-def _listed(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _listed(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_listed(value) for value in tree]
-    return tree
+    return {str(key): value for key, value in tree.items()}

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clframe.errors import ConfigError
+from clframe.core.options import shown
+from clframe.errors import ConfigError, UnknownNameError, unknown_name
 
 
 def _need(ok: bool, key: str, found: Any, advice: str) -> None:
     if not ok:
-        raise ConfigError(f"{key}: found {found}; {advice}")
+        raise ConfigError(f"{key}: found {shown(found)}; {advice}")
 
 
 def _at_least(low: float, key: str, found: float) -> None:
@@ -37,7 +38,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no data set can serve."""
-        _need(bool(self.name), "benchmark.name", "nothing", "name a benchmark; see clframe list benchmarks")
+        _need(bool(self.name), "benchmark.name", self.name, "name one of clframe list benchmarks")
         _at_least(1, "benchmark.experiences", self.experiences)
 
 
@@ -52,7 +53,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         """A backbone must be named."""
-        _need(bool(self.name), "backbone.name", "nothing", "name a backbone; see clframe list backbones")
+        _need(bool(self.name), "backbone.name", self.name, "name one of clframe list backbones")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +73,26 @@ class OptimizerConfig:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse rates that cannot train."""
+        """Refuse rates that cannot train and settings that nothing would read."""
         _need(self.lr > 0, "optimizer.lr", self.lr, "give a number above 0")
         _need(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number from 0 to below 1")
+        _need(not self.momentum or self.name == "sgd", "optimizer.momentum", self.momentum,
+              f"leave it out ({self.name} keeps its own betas) or set optimizer.name=sgd")  # fmt: skip
         _at_least(0, "optimizer.weight_decay", self.weight_decay)
         _need(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
-        ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
-        _need(ordered, "optimizer.milestones", list(self.milestones), "give rising epoch numbers from 1")
+        ordered = (
+            list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
+        )
+        _need(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
+        stepped = self.schedule == "multistep"
+        advice = "name some" if stepped else "leave them out or set optimizer.schedule=multistep"
+        _need(bool(self.milestones) == stepped, "optimizer.milestones", self.milestones, advice)
 
 
+LOGGERS = ("tensorboard", "csv")
+"""Loggers that every engine has."""
+MOST_THREADS = 1024
+"""Far above any machine's use, far below what torch can take."""
 PRECISIONS = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
 
@@ -89,7 +101,7 @@ class TrainerConfig:
     """How to train: Lightning's side."""
 
     engine: Literal["fabric", "trainer"] = "fabric"
-    """``fabric``: Avalanche's loop on Lightning Fabric. ``trainer``: each experience in a Lightning Trainer."""
+    """``fabric``: Avalanche's loop on Lightning Fabric; ``trainer``: experiences in Lightning Trainers."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     devices: int | tuple[int, ...] = 1
     """One device: 1, or the index of one such as [1]."""
@@ -116,29 +128,37 @@ class TrainerConfig:
     """Show a progress bar where the output is a terminal."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Lightning callbacks by class name, each with its options; they need ``engine: trainer``."""
-    loggers: tuple[str, ...] = ("tensorboard", "csv")
+    loggers: tuple[str, ...] = LOGGERS
     """``tensorboard`` and ``csv``; Lightning's own logger classes need ``engine: trainer``."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing and callbacks nobody would call."""
         for key in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_every"):
             _at_least(1, f"trainer.{key}", getattr(self, key))
-        if self.threads is not None:
-            _at_least(1, "trainer.threads", self.threads)
+        threads_ok = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        _need(threads_ok, "trainer.threads", self.threads, f"give a number from 1 to {MOST_THREADS} or null")
         clip_ok = self.gradient_clip is None or self.gradient_clip > 0
         _need(clip_ok, "trainer.gradient_clip", self.gradient_clip, "give a number above 0 or null")
         _need(self.eval_every == -1 or self.eval_every > 0, "trainer.eval_every", self.eval_every,
               "give -1 (never) or a number of epochs")  # fmt: skip
-        one = self.devices == 1 or (isinstance(self.devices, tuple) and len(self.devices) == 1)
-        shown = list(self.devices) if isinstance(self.devices, tuple) else self.devices
-        _need(one, "trainer.devices", shown, "one device per run is what this version trains on; give 1 or [index]")
-        ours = {"tensorboard", "csv"}
-        for key, names in (("callbacks", set(self.callbacks)), ("loggers", set(self.loggers) - ours)):
-            if names and self.engine != "trainer":
+        index = self.devices if isinstance(self.devices, tuple) else ()
+        one = self.devices == 1 or (len(index) == 1 and index[0] >= 0)
+        _need(one, "trainer.devices", self.devices,
+              "this version trains on one device a run; give 1 or an index such as [0]")  # fmt: skip
+        for name in self.loggers:
+            if name not in LOGGERS and not name.endswith("Logger"):
+                raise UnknownNameError(unknown_name("logger", name, LOGGERS, where="trainer.loggers"))
+        foreign = [("loggers", name) for name in self.loggers if name not in LOGGERS]
+        for key, name in [*(("callbacks", name) for name in self.callbacks), *foreign]:
+            if self.engine != "trainer":
                 raise ConfigError(
-                    f"trainer.{key}: {sorted(names)[0]} is called by a Lightning Trainer, which engine "
-                    f"'{self.engine}' does not have; set trainer.engine=trainer or remove it"
+                    f"trainer.{key}: {name} is called by a Lightning Trainer, which engine '{self.engine}' "
+                    f"does not have; set trainer.engine=trainer or leave it out"
                 )
+
+
+LONGEST_NAME = 200
+"""Bytes; file systems take 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +181,12 @@ class Config:
     """Folder for run folders."""
 
     def __post_init__(self) -> None:
-        """Refuse seeds and names that files and generators cannot take."""
-        _need(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0")
-        fine = bool(self.name) and not set(self.name) & set('/\\:*?"<>|\0') and self.name not in (".", "..")
-        _need(fine, "name", repr(self.name), "give a name that can be a folder's")
+        """Refuse seeds and names that generators and files cannot take."""
+        _need(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0 to 2**63 - 1")
+        fine = bool(self.name) and not set(self.name) & set('/\\:*?"<>|') and self.name not in (".", "..")
+        short = len(self.name.encode(errors="replace")) <= LONGEST_NAME and self.name.isprintable()
+        _need(fine and short, "name", self.name, "give a short name that can be a folder's")
+        _need(bool(self.output) and "\0" not in self.output, "output", self.output, "give a folder")
 
 
 OPEN_BLOCKS: dict[str, Callable[..., Any]] = {"benchmark": BenchmarkConfig, "backbone": BackboneConfig}

@@ -129,8 +129,11 @@ class Component:
 
 
 def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of all terms over exits, in the order given: the default of the slot ``mix``."""
-    parts = [term.sum() if term.ndim else term for term in terms.values()]
+    """The sum of all terms over exits, in the order given: the default of the slot ``mix``.
+
+    One value, of shape [] or, where there is one exit, [1]: summing a single number would only add to the graph.
+    """
+    parts = [term if term.numel() == 1 else term.sum() for term in terms.values()]
     result = parts[0]
     for part in parts[1:]:
         result = result + part

@@ -63,9 +63,7 @@ def compose(*parts: Component | Composition) -> Composition:
         if component.is_identity:
             continue
         if component.name in components:
-            raise ComposeError(
-                f"strategy: component '{component.name}' appears twice; give its options once"
-            )
+            raise ComposeError(f"strategy: component '{component.name}' appears twice; give its options once")
         components[component.name] = component
     ordered = tuple(components[name] for name in sorted(components))
     _refuse_clashes(ordered)

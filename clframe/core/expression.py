@@ -6,6 +6,7 @@ The grammar is names, ``+``, parentheses and literal options; text is parsed, ne
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -15,6 +16,9 @@ from clframe.core.compose import Composition, compose
 from clframe.core.options import check_options
 from clframe.errors import ClframeError, ConfigError
 from clframe.registry import Registry
+
+LONGEST = 2000
+"""Characters of an expression: more than anybody writes, too few to exhaust the parser's stack."""
 
 
 def _load_components(point: EntryPoint) -> Iterator[tuple[str, type[Component]]]:
@@ -63,62 +67,73 @@ def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
     >>> str(parse("lwf(alpha=2) + er"))
     'er + lwf'
     """
-    options = options or {}
+    text, options = text.strip(), options or {}
+    if len(text) > LONGEST:
+        raise ConfigError(f"strategy: found {len(text):,} characters; give at most {LONGEST:,}")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a compiler thinks of text that is never run
+            tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ConfigError(
-            f"strategy: cannot read {text!r}; write component names joined by '+', such as "
+            f"strategy: cannot read {_quoted(text)}; write component names joined by '+', such as "
             f"'er + lwf(alpha=2)'"
         ) from None
     return compose(*(_build(node, text, options) for node in _terms(tree, text)))
 
 
 def _terms(tree: ast.expr, text: str) -> Iterator[ast.expr]:
-    """The leaves of a sum, left to right; iterative, so that no length of text can exhaust the stack."""
+    """The leaves of a sum, left to right; iterative, so that no number of terms can exhaust the stack."""
     stack = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.BinOp):
             if not isinstance(node.op, ast.Add):
-                raise ConfigError(f"strategy: {text!r} joins components by something else than '+'; use '+'")
+                raise ConfigError(
+                    f"strategy: {_quoted(text)} joins components by something else than '+'; use '+'"
+                )
             stack += [node.right, node.left]
         else:
             yield node
 
 
 def _build(node: ast.expr, text: str, options: Mapping[str, Mapping[str, Any]]) -> Component:
-    if isinstance(node, ast.Name):
-        name, inline = node.id, {}
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        name, inline = node.func.id, _inline_options(node, text)
-    else:
+    named = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(named, ast.Name):
         raise ConfigError(
-            f"strategy: {ast.unparse(node)!r} is no component; write a name, or a name with options such as "
+            f"strategy: {_source(node, text)} is no component; write a name, or a name with options such as "
             f"'lwf(alpha=2)'"
         )
+    name, where = named.id, f"components.{named.id}"
     component = COMPONENTS.get(name, where="strategy")
-    where = f"components.{name}"
-    given = {
-        **check_options(component, options.get(name, {}), where=where),
-        **check_options(component, inline, where=where),
-    }
-    return component(**given)
+    inline = _inline_options(node, text) if isinstance(node, ast.Call) else {}
+    return component(**check_options(component, {**options.get(name, {}), **inline}, where=where))
 
 
 def _inline_options(node: ast.Call, text: str) -> dict[str, Any]:
     if node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ConfigError(
-            f"strategy: {ast.unparse(node)!r} gives an option without a name; write option=value"
+            f"strategy: {_source(node, text)} gives an option without a name; write it as option=value"
         )
     options: dict[str, Any] = {}
     for keyword in node.keywords:
         assert keyword.arg is not None
+        if keyword.arg in options:
+            raise ConfigError(f"strategy: {_source(node, text)} gives '{keyword.arg}' twice; give it once")
         try:
             options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             raise ConfigError(
-                f"strategy: option {keyword.arg}={ast.unparse(keyword.value)} in {text!r} is no plain value; "
-                f"give a number, text in quotes, True, False, None or a list"
+                f"strategy: {_source(keyword.value, text)} is no plain value for {keyword.arg}; give a "
+                f"number, text in quotes, True, False, None or a list"
             ) from None
     return options
+
+
+def _source(node: ast.expr, text: str) -> str:
+    """The part of ``text`` that a node stands for; unlike ``ast.unparse`` it takes any depth."""
+    return _quoted(ast.get_source_segment(text, node) or "")
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:75]} ...")

@@ -7,30 +7,35 @@ one line that names the key.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
+import math
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from clframe.errors import ConfigError, nearest
 
+REQUIRED: Final = inspect.Parameter.empty
+"""Stands for the default of an option that has none."""
+
 
 def option_types(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Keyword options of ``constructor``: name -> (annotation, default).
+    """Keyword options of ``constructor``: name -> (annotation, default or :data:`REQUIRED`).
 
     >>> def make(shape: tuple[int, ...], *, width: int = 8): ...
     >>> option_types(make)
     {'width': (<class 'int'>, 8)}
     """
+    hints = get_type_hints(constructor)
     if isinstance(constructor, type) and dataclasses.is_dataclass(constructor):
-        hints = get_type_hints(constructor)
         return {
             field.name: (hints[field.name], _default(field))
             for field in dataclasses.fields(constructor)
             if field.init
         }
-    hints = get_type_hints(constructor)
     return {
         name: (hints.get(name, Any), parameter.default)
         for name, parameter in inspect.signature(constructor).parameters.items()
@@ -39,7 +44,12 @@ def option_types(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def check_options(
-    constructor: Callable[..., Any], given: Mapping[str, Any], *, where: str
+    constructor: Callable[..., Any],
+    given: Mapping[str, Any],
+    *,
+    where: str,
+    beside: Iterable[str] = (),
+    complete: bool = True,
 ) -> dict[str, Any]:
     """The options converted to their declared types.
 
@@ -47,9 +57,11 @@ def check_options(
         constructor: Whoever will be called with them.
         given: Options as a config or an expression states them.
         where: Key prefix for messages, such as ``components.er``.
+        beside: Other names that the same block takes; only messages use them.
+        complete: Whether options without a default must be there.
 
     Raises:
-        ConfigError: An unknown option (with the nearest one), or a value of another type.
+        ConfigError: An unknown option (with the nearest one), a value of another type, or a missing option.
 
     >>> def make(*, width: int = 8): ...
     >>> check_options(make, {"width": 4}, where="backbone")
@@ -59,84 +71,165 @@ def check_options(
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            close = nearest(name, known)
+            close = nearest(str(name), (*known, *beside))
             advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
             raise ConfigError(f"{where}.{name}: unknown option; {advice}")
         annotation, _ = known[name]
         checked[name] = convert(value, annotation, where=f"{where}.{name}")
+    for name in missing_options(constructor, checked) if complete else ():
+        raise ConfigError(f"{where}.{name}: is missing and has no default; give {_describe(known[name][0])}")
     return checked
+
+
+def missing_options(constructor: Callable[..., Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options without a default that ``given`` does not have.
+
+    >>> def make(*, path: str, width: int = 8): ...
+    >>> missing_options(make, {"width": 4})
+    ('path',)
+    """
+    known = option_types(constructor)
+    return tuple(name for name, (_, default) in known.items() if default is REQUIRED and name not in given)
 
 
 def convert(value: Any, annotation: Any, *, where: str) -> Any:
     """``value`` as the annotated type, or a :class:`ConfigError` naming the key.
 
-    Whole numbers are accepted for floats; nothing else changes its type, so ``"3"`` is no integer and
-    ``true`` is no number.
+    Whole numbers are accepted for floats and text for paths; nothing else changes its type, so ``"3"`` is
+    no integer and ``true`` is no number. Numbers are finite, whole ones fit 64 bits.
 
     >>> convert(2, float, where="lr")
     2.0
     """
     if annotation is Any:
         return value
-    origin, args = get_origin(annotation), get_args(annotation)
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
     if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        close = nearest(str(value), [str(a) for a in args])
-        advice = f"did you mean '{close}'?" if close else "choose one of"
-        raise ConfigError(f"{where}: found {value!r}; {advice} ({', '.join(map(str, args))})")
+        return _convert_literal(value, args, where=where)
     if origin in (Union, types.UnionType):
         return _convert_union(value, args, where=where)
-    if origin in (tuple, list):
+    if origin in _SEQUENCES and isinstance(value, (list, tuple)):
         return _convert_sequence(value, origin, args, where=where)
-    if annotation is float and type(value) is int:
-        return float(value)
+    if origin in _MAPPINGS and isinstance(value, dict):
+        inner = args[1] if args else Any
+        return {key: convert(item, inner, where=f"{where}.{key}") for key, item in value.items()}
+    if annotation is float and type(value) in (int, float):
+        return _finite(value, where=where)
+    if annotation is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: found {shown(value)}; give a number that fits 64 bits")
+    if annotation is Path and type(value) is str:
+        return Path(value)
     if isinstance(annotation, type) and type(value) is annotation:
         return value
-    raise ConfigError(f"{where}: found {value!r} ({_kind(value)}); give {_describe(annotation)}")
+    quotes = ", in quotes" if annotation is str and isinstance(value, (bool, int, float)) else ""
+    raise ConfigError(f"{where}: found {shown(value)}; give {_describe(annotation)}{quotes}")
 
 
-def _convert_union(value: Any, args: tuple[Any, ...], *, where: str) -> Any:
-    if value is None and type(None) in args:
+_SEQUENCES = (tuple, list, collections.abc.Sequence)
+_MAPPINGS = (dict, collections.abc.Mapping)
+
+
+def _convert_literal(value: Any, choices: tuple[Any, ...], *, where: str) -> Any:
+    if any(value == choice and type(value) is type(choice) for choice in choices):
+        return value
+    close = nearest(str(value), [str(choice) for choice in choices])
+    advice = f"did you mean '{close}'?" if close else "give one of them"
+    raise ConfigError(f"{where}: found {shown(value)}; {advice} (known: {', '.join(map(str, choices))})")
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], *, where: str) -> Any:
+    if value is None and type(None) in choices:
         return None
-    error: ConfigError | None = None
-    for choice in args:
-        if choice is type(None):
-            continue
+    of_its_kind: list[ConfigError] = []
+    for choice in choices:
         try:
             return convert(value, choice, where=where)
         except ConfigError as failure:
-            error = error or failure
-    choices = " or ".join(_describe(a) for a in args)
-    raise ConfigError(f"{where}: found {value!r} ({_kind(value)}); give {choices}") from error
+            if _is_kind(value, get_origin(choice) or choice):
+                of_its_kind.append(failure)
+    if len(of_its_kind) == 1:  # a list where a list may stand, say: what is wrong is inside
+        raise of_its_kind[0]
+    words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    close = nearest(value, map(str, words)) if isinstance(value, str) else None
+    advice = f"did you mean '{close}'? give" if close else "give"
+    raise ConfigError(f"{where}: found {shown(value)}; {advice} {_join(choices)}")
+
+
+def _is_kind(value: Any, origin: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return origin in (_MAPPINGS if isinstance(value, dict) else _SEQUENCES)
+    return origin is type(value) or (origin is float and type(value) is int)
 
 
 def _convert_sequence(value: Any, origin: Any, args: tuple[Any, ...], *, where: str) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: found {value!r} ({_kind(value)}); give a list")
-    item = args[0] if args else Any
-    return origin(convert(v, item, where=f"{where}[{i}]") for i, v in enumerate(value))
+    kind = list if origin is list else tuple
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        if len(value) != len(args):
+            raise ConfigError(f"{where}: found {shown(value)}; give a list of {len(args)}")
+        items = args
+    else:
+        items = (args[0] if args else Any,) * len(value)
+    return kind(
+        convert(item, annotation, where=f"{where}[{i}]")
+        for i, (item, annotation) in enumerate(zip(value, items, strict=True))
+    )
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+def _finite(value: float, *, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: found {shown(value)}; give a finite number")
+    return number
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+_KINDS: dict[Any, str] = {str: " (text)", list: " (a list)", tuple: " (a list)", dict: " (a mapping)"}
+
+
+def shown(value: Any, *, limit: int = 60) -> str:
+    """A value as messages show it: as YAML writes null and booleans, shortened, text and lists called so.
+
+    >>> shown(None), shown(True), shown(3), shown("er")
+    ('null', 'true', '3', "'er' (text)")
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(list(value) if type(value) is tuple else value)
+    if len(text) > limit:
+        text = f"{text[: limit - 10]} ... {text[-5:]}"
+    return text + _KINDS.get(type(value), "")
 
 
 def _describe(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin in (tuple, list):
+    origin = get_origin(annotation) or annotation
+    if origin in _SEQUENCES:
         return "a list"
+    if origin in _MAPPINGS:
+        return "a mapping"
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in get_args(annotation))
-    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+        return _join(get_args(annotation))
+    if annotation is Path:
+        return "a path"
+    name: str = getattr(annotation, "__name__", str(annotation))
+    return _WORDS.get(annotation, name)
 
 
-def _kind(value: Any) -> str:
-    return _WORDS.get(type(value), type(value).__name__)
+def _join(choices: tuple[Any, ...]) -> str:
+    return " or ".join(_describe(choice) for choice in choices)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return field.default
+    return REQUIRED if field.default is dataclasses.MISSING else field.default

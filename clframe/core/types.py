@@ -48,8 +48,11 @@ class Samples(Protocol):
     def raw(self, index: Tensor) -> Tensor:
         """The stored inputs at ``index``, before augmentation and normalization."""
 
-    def prepare(self, raw: Tensor) -> Tensor:
-        """Stored inputs as the model wants them: float, normalized, on the device."""
+    def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Stored inputs as the model wants them: float, normalized, on the device.
+
+        Where a batch is trained, pass a ``generator``: the experience's augmentations then come first.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 from clframe.data.benchmark import SOURCES, Benchmark, Source, class_incremental
 from clframe.data.digits import digits
 from clframe.data.samples import EpochLoader, TensorSamples, concatenate
+from clframe.data.sources import ImageFiles, from_avalanche, from_datasets
 
 __all__ = [
-    "SOURCES", "Benchmark", "EpochLoader", "Source", "TensorSamples", "class_incremental", "concatenate",
-    "digits",
+    "SOURCES", "Benchmark", "EpochLoader", "ImageFiles", "Source", "TensorSamples", "class_incremental",
+    "concatenate", "digits", "from_avalanche", "from_datasets",
 ]  # fmt: skip

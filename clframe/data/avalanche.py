@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from clframe.core.types import Experience, Samples
-from clframe.data.samples import TensorSamples
 
 if TYPE_CHECKING:
-    from clframe.data.benchmark import Benchmark
+    from clframe.data.benchmark import Benchmark, Data
 
 
 def import_avalanche() -> None:
@@ -29,9 +29,9 @@ def import_avalanche() -> None:
 
 
 class PreparedSamples(Dataset[tuple[Tensor, int]]):
-    """In-memory samples as a map-style torch dataset with ``targets``, as Avalanche wants them."""
+    """Samples as a map-style torch dataset with ``targets``, as Avalanche wants them."""
 
-    def __init__(self, samples: TensorSamples) -> None:
+    def __init__(self, samples: Data) -> None:
         self.samples = samples
         self.targets = samples.y.tolist()
 
@@ -39,21 +39,75 @@ class PreparedSamples(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.samples.prepare(self.samples.x[index : index + 1])[0], self.targets[index]
+        return self.samples.prepare(self.samples.raw(torch.tensor([index])))[0], self.targets[index]
 
 
 def as_avalanche(benchmark: Benchmark) -> Any:
-    """The benchmark as Avalanche sees it: streams ``train`` and ``test`` with class timelines."""
+    """The benchmark as Avalanche sees it, with class timelines, and task labels where it has them.
+
+    Streams are ``train``, ``test`` and, where data is held out, ``valid``. An online benchmark's ``train``
+    consists of ``OnlineCLExperience`` whose ``origin_experience`` is the one they are cut from.
+    """
     import_avalanche()
-    from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
-    from avalanche.benchmarks.utils import as_classification_dataset
-
-    def convert(parts: tuple[TensorSamples, ...]) -> list[Any]:
-        return [as_classification_dataset(PreparedSamples(part)) for part in parts]
-
-    return with_classes_timeline(
-        benchmark_from_datasets(train=convert(benchmark.train), test=convert(benchmark.test))
+    from avalanche.benchmarks import (
+        CLScenario,
+        benchmark_from_datasets,
+        with_classes_timeline,
+        with_task_labels,
     )
+
+    streams = {"train": benchmark.train, "test": benchmark.test, "valid": benchmark.validation}
+    found = benchmark_from_datasets(
+        **{
+            name: [_dataset(part, i if benchmark.task_labels else None) for i, part in enumerate(parts)]
+            for name, parts in streams.items()
+            if parts
+        }
+    )
+
+    def decorate(stream: Any) -> Any:
+        timed = with_classes_timeline(stream)
+        return with_task_labels(timed) if benchmark.task_labels else timed
+
+    decorated = {name: decorate(stream) for name, stream in found.streams.items()}
+    if benchmark.online is not None:
+        decorated["train"] = decorate(_cut(benchmark, decorated["train"]))
+    return CLScenario(list(decorated.values()))
+
+
+def _dataset(samples: Data, task_label: int | None) -> Any:
+    from avalanche.benchmarks.utils import ConstantSequence, TaskLabels, as_classification_dataset
+
+    dataset = as_classification_dataset(PreparedSamples(samples))
+    if task_label is None:
+        return dataset
+    labels = TaskLabels(ConstantSequence(task_label, len(samples)))
+    return dataset.update_data_attribute(name="targets_task_labels", new_value=labels)
+
+
+def _cut(benchmark: Benchmark, stream: Any) -> Any:
+    """The experiences of ``stream`` cut into the benchmark's parts, by Avalanche's own splitter."""
+    from avalanche.benchmarks import EagerCLStream, OnlineCLExperience, split_online_stream
+
+    online = benchmark.online
+    assert online is not None
+    told = online.boundaries
+
+    def cut(experience: Any, size: int) -> Iterator[Any]:
+        index = int(experience.current_experience)
+        own = benchmark.parts_of(index)
+        for i in own:
+            yield OnlineCLExperience(
+                dataset=_dataset(benchmark.parts[i], index if benchmark.task_labels else None),
+                origin_experience=experience,
+                is_first_subexp=i == own[0],
+                is_last_subexp=i == own[-1],  # Avalanche's default misses it where the sizes divide
+                sub_stream_length=len(own),
+                access_task_boundaries=told,
+            )
+
+    cut_stream = split_online_stream(stream, online.size, experience_split_strategy=cut)
+    return EagerCLStream("train", list(cut_stream))
 
 
 def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Samples | None) -> Experience:
@@ -65,8 +119,7 @@ def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Sam
         past: Classes of the experiences trained before.
         samples: Its training data where it is already in memory; None stacks the dataset's samples.
     """
-    targets = experience.dataset.targets
-    classes = tuple(sorted({int(c) for c in targets}))
+    classes = tuple(sorted(classes_in(experience.dataset.targets)))
     ahead = tuple(sorted(int(c) for c in getattr(experience, "future_classes", None) or ()))
     return Experience(
         index=int(experience.current_experience),
@@ -76,6 +129,11 @@ def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Sam
         ahead=tuple(c for c in ahead if c not in past and c not in classes),
         samples=samples or LazySamples(experience),
     )
+
+
+def classes_in(targets: Any) -> set[int]:
+    """The classes among an Avalanche dataset's targets, without walking over them where it knows them."""
+    return {int(c) for c in getattr(targets, "uniques", targets)}
 
 
 class LazySamples:
@@ -97,6 +155,6 @@ class LazySamples:
         """The dataset's inputs at ``index``, with its evaluation transforms applied."""
         return torch.stack([self._dataset[i][0] for i in index.tolist()])
 
-    def prepare(self, raw: Tensor) -> Tensor:
+    def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
         """The inputs unchanged: the dataset has already transformed them."""
         return raw

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clframe.data.protocol import class_order, deal
+from clframe.data.lazy import DatasetSamples
+from clframe.data.protocol import class_order, deal, hold_out
 from clframe.data.samples import TensorSamples
-from clframe.errors import DataError
+from clframe.errors import ConfigError, DataError
 from clframe.registry import Registry
+
+_log = logging.getLogger(__name__)
+
+Data = TensorSamples | DatasetSamples
+"""Samples in memory, or read when they are needed."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,19 @@ class Source:
     """A data set before any protocol: all training and all test samples."""
 
     name: str
-    train: TensorSamples
-    test: TensorSamples
+    train: Data
+    test: Data
     classes: int
+    class_names: tuple[str, ...] = ()
+    """What each class is called where the data came from, in order of its id; empty where nobody said."""
 
     def __post_init__(self) -> None:
-        """Refuse labels out of range and classes without samples."""
+        """Refuse labels out of range, classes without samples and too few or too many names."""
+        if self.class_names and len(self.class_names) != self.classes:
+            raise DataError(
+                f"{self.name}: {len(self.class_names)} class names for {self.classes} classes; "
+                f"name every class once"
+            )
         for part, samples in (("train", self.train), ("test", self.test)):
             y = samples.y
             if len(y) and (int(y.min()) < 0 or int(y.max()) >= self.classes):
@@ -41,12 +55,27 @@ class Source:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
-        return tuple(self.train.x.shape[1:])
+        return self.train.input_shape
+
+    def hold_out(self, share: float, *, seed: int) -> tuple[Data, Data | None]:
+        """Training samples, and ``share`` of each class held out for validation, None where that is 0."""
+        train, held = hold_out(self.train.y, share, seed=seed)
+        return (self.train.subset(train), self.train.subset(held)) if len(held) else (self.train, None)
+
+
+@dataclass(frozen=True)
+class Online:
+    """A training stream of many small experiences; evaluation comes after each of the original ones."""
+
+    size: int
+    """Samples of a small experience; the last one of an original experience may be smaller."""
+    boundaries: bool
+    """Whether the learner is told where an original experience begins and ends."""
 
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """A class-incremental benchmark: experiences over one source, labels in learning order.
+    """Experiences over one source, labels in learning order.
 
     Inside, class 0 is the class learnt first; ``class_order[c]`` is its id in the data set.
     """
@@ -55,16 +84,74 @@ class Benchmark:
     class_order: tuple[int, ...]
     classes: tuple[tuple[int, ...], ...]
     """Classes of each experience, in learning order."""
-    train: tuple[TensorSamples, ...]
-    test: tuple[TensorSamples, ...]
+    train: tuple[Data, ...]
+    """What is trained on before each evaluation; in the order of the stream where that is online."""
+    test: tuple[Data, ...]
     input_shape: tuple[int, ...] = field(default=())
+    validation: tuple[Data, ...] = ()
+    """Training data held out of each experience; empty where none is."""
+    domains: tuple[str, ...] = ()
+    """How each experience sees the data, in words; empty where all see it as stored."""
+    task_labels: bool = False
+    """Whether Avalanche's experiences carry their number as task label, for models with a head for each."""
+    evaluate: Literal["test", "validation"] = "test"
+    """The data that a run is evaluated on."""
+    online: Online | None = None
+    """None where every experience is trained on as a whole."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be evaluated or labeled."""
+        if self.evaluate == "validation" and not self.validation:
+            raise ConfigError(
+                "benchmark.evaluate: found 'validation', but nothing held out; set benchmark.validation=0.1"
+            )
+        if self.task_labels and self.online is not None and not self.online.boundaries:
+            raise ConfigError(
+                "benchmark.protocol: task labels tell the boundaries that this online stream hides; "
+                "take 'class_incremental' or set benchmark.boundaries=true"
+            )
 
     def __len__(self) -> int:
         return len(self.classes)
 
     @cached_property
+    def parts(self) -> tuple[Data, ...]:
+        """What is trained on, one after the other: ``train``, or the small experiences it is cut into.
+
+        Those share the memory of ``train``.
+        """
+        if self.online is None:
+            return self.train
+        size = self.online.size
+        return tuple(
+            _slice(samples, start, start + size)
+            for samples in self.train
+            for start in range(0, len(samples), size)
+        )
+
+    def parts_of(self, experience: int) -> range:
+        """Which of :attr:`parts` are trained on before experience ``experience`` is evaluated."""
+        if self.online is None:
+            return range(experience, experience + 1)
+        counts = [-(-len(part) // self.online.size) for part in self.train[: experience + 1]]
+        return range(sum(counts[:-1]), sum(counts))
+
+    @property
+    def evaluation(self) -> tuple[Data, ...]:
+        """The samples that a run is evaluated on."""
+        return self.test if self.evaluate == "test" else self.validation
+
+    @property
+    def evaluation_stream(self) -> Any:
+        """Avalanche's stream of :attr:`evaluation`."""
+        return self.avalanche.streams["test" if self.evaluate == "test" else "valid"]
+
+    @cached_property
     def avalanche(self) -> Any:
-        """The same experiences as an Avalanche benchmark with class timelines and streams train and test."""
+        """The same as an Avalanche benchmark with class timelines.
+
+        Its streams are ``train`` (the :attr:`parts`), ``test`` and, where data is held out, ``valid``.
+        """
         from clframe.data.avalanche import as_avalanche
 
         return as_avalanche(self)
@@ -73,8 +160,9 @@ class Benchmark:
         """The benchmark with all samples on ``device``."""
         return replace(
             self,
-            train=tuple(s.to(device) for s in self.train),
-            test=tuple(s.to(device) for s in self.test),
+            train=_moved(self.train, device),
+            test=_moved(self.test, device),
+            validation=_moved(self.validation, device),
         )
 
 
@@ -82,25 +170,72 @@ def class_incremental(
     source: Source,
     *,
     experiences: int,
+    first: int | None = None,
+    counts: Sequence[int] = (),
     order: str | Sequence[int] = "seeded",
     seed: int = 0,
+    validation: float = 0.0,
+    task_labels: bool = False,
 ) -> Benchmark:
-    """Split a source by class: equal experiences, leftover classes to the first ones, none dropped."""
+    """Split a source by class, no class dropped.
+
+    Args:
+        source: The data.
+        experiences: How many; leftover classes go to the earliest ones.
+        first: Classes of the first experience, where it is larger; see :func:`~clframe.data.protocol.deal`.
+        counts: Classes of each experience; takes the place of ``experiences``.
+        order: See :func:`~clframe.data.protocol.class_order`.
+        seed: Of the order and of the validation data.
+        validation: Share of each class's training samples that is held out.
+        task_labels: Task-incremental: the same data, every experience labeled with its number.
+    """
     learnt = class_order(source.classes, order=order, seed=seed)
     rank = torch.empty(source.classes, dtype=torch.long)
     rank[torch.tensor(learnt)] = torch.arange(source.classes)
-    counts = deal(source.classes, experiences)
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    classes = tuple(tuple(range(end - n, end)) for end, n in zip(ends, counts, strict=True))
-    train, test = replace(source.train, y=rank[source.train.y]), replace(source.test, y=rank[source.test.y])
+    dealt = deal(source.classes, experiences, first=first, counts=counts)
+    if not counts and len(set(dealt[first is not None :])) > 1:
+        shown = " + ".join(map(str, dealt))
+        _log.info("%s: %d classes in %d experiences = %s", source.name, source.classes, len(dealt), shown)
+    ends = [sum(dealt[: i + 1]) for i in range(len(dealt))]
+    classes = tuple(tuple(range(end - n, end)) for end, n in zip(ends, dealt, strict=True))
+
+    def split(samples: Data) -> tuple[Data, ...]:
+        ranked = replace(samples, y=rank[samples.y])
+        return tuple(ranked.subset(_members(ranked.y, c)) for c in classes)
+
+    train, held = source.hold_out(validation, seed=seed)
     return Benchmark(
         name=source.name,
         class_order=learnt,
         classes=classes,
-        train=tuple(train.subset(_members(train.y, c)) for c in classes),
-        test=tuple(test.subset(_members(test.y, c)) for c in classes),
+        train=split(train),
+        test=split(source.test),
         input_shape=source.input_shape,
+        validation=() if held is None else split(held),
+        task_labels=task_labels,
     )
+
+
+def _slice(samples: Data, start: int, stop: int) -> Data:
+    """Samples ``start`` to ``stop``, which share the memory of all where it is a tensor."""
+    if isinstance(samples, TensorSamples):
+        return replace(samples, x=samples.x[start:stop], y=samples.y[start:stop])
+    return samples.subset(torch.arange(start, min(stop, len(samples))))
+
+
+def _moved(parts: Sequence[Data], device: torch.device | str) -> tuple[Data, ...]:
+    """All parts on ``device``; domains that see the same tensors go on to share them there."""
+    moved: list[Data] = []
+    for part in parts:
+        twin = next((new for old, new in zip(parts, moved, strict=False) if _share_memory(old, part)), None)
+        moved.append(part.to(device) if twin is None else replace(twin, view=part.view))
+    return tuple(moved)
+
+
+def _share_memory(one: Data, other: Data) -> bool:
+    if isinstance(one, TensorSamples) and isinstance(other, TensorSamples):
+        return one.x is other.x and one.y is other.y
+    return False
 
 
 def _members(y_N: Tensor, classes: Sequence[int]) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 
 from clframe.data.benchmark import SOURCES, Source
 from clframe.data.samples import TensorSamples
-from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
+from clframe.data.sources.labels import split_off_test
 
 
 @SOURCES.register("digits")
@@ -22,22 +21,14 @@ def digits(*, test_fraction: float = 0.25) -> Source:
     """
     from sklearn.datasets import load_digits
 
-    if not 0 < test_fraction < 1:
-        raise ConfigError(f"benchmark.test_fraction: found {test_fraction}; give a number between 0 and 1")
     bunch = load_digits()
     x = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     y = torch.from_numpy(bunch.target).long()
-    train, test = [], []
-    for c in range(10):
-        members = (y == c).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator_for(0, "digits", c))]
-        held_out = max(1, round(test_fraction * len(members)))
-        test.append(members[:held_out])
-        train.append(members[held_out:])
+    train, test = split_off_test(y, fraction=test_fraction, name="digits")
     samples = TensorSamples(x, y, mean=(4.884,), std=(6.017,))
     return Source(
         "digits",
-        samples.subset(torch.cat(train).sort().values),
-        samples.subset(torch.cat(test).sort().values),
+        samples.subset(train),
+        samples.subset(test),
         classes=10,
     )

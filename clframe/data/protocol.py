@@ -1,13 +1,25 @@
-"""Who learns what when: classes dealt out to experiences."""
+"""Who learns what when: classes dealt out to experiences, samples held out for validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, DataError
 from clframe.functional.seeding import generator_for
+
+ICARL_ORDER = (
+    68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 43, 38, 58, 70, 77, 1, 85,
+    19, 17, 50, 28, 53, 13, 81, 45, 82, 6, 59, 83, 16, 15, 44, 91, 41, 72, 60, 79, 52, 20, 10, 31, 54,
+    37, 95, 14, 71, 96, 98, 97, 2, 64, 66, 42, 22, 35, 86, 24, 34, 87, 21, 99, 0, 88, 27, 18, 94, 11,
+    12, 47, 25, 30, 46, 62, 69, 36, 61, 7, 63, 75, 5, 32, 4, 51, 48, 73, 93, 39, 67, 29, 49, 57, 33,
+)  # fmt: skip
+"""The order of CIFAR-100's classes in Rebuffi et al., "iCaRL" (2017): numpy's permutation of seed 1993.
+
+Written out because numpy promises its old generators for comparison only.
+"""
 
 
 def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple[int, ...]:
@@ -15,19 +27,27 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
 
     Args:
         classes: How many there are; ids are 0 .. classes - 1.
-        order: ``"seeded"`` (a permutation drawn from ``seed``), ``"sorted"``, or the ids themselves.
+        order: ``"seeded"`` (a permutation drawn from ``seed``), ``"sorted"``, ``"icarl"``
+            (:data:`ICARL_ORDER`, for 100 classes), or the ids themselves.
         seed: The run's seed.
 
     Raises:
-        ConfigError: Unknown word, or ids that are no permutation of all classes.
+        ConfigError: Unknown word, an order for another number of classes, or ids that are no permutation.
     """
     if order == "seeded":
         return tuple(torch.randperm(classes, generator=generator_for(seed, "class order")).tolist())
     if order == "sorted":
         return tuple(range(classes))
+    if order == "icarl":
+        if classes != len(ICARL_ORDER):
+            raise ConfigError(
+                f"benchmark.class_order: found 'icarl', an order of 100 classes, for {classes}; "
+                f"give 'seeded', 'sorted' or a list of class ids"
+            )
+        return ICARL_ORDER
     if isinstance(order, str):
         raise ConfigError(
-            f"benchmark.class_order: found '{order}'; give 'seeded', 'sorted' or a list of class ids"
+            f"benchmark.class_order: found '{order}'; give 'seeded', 'sorted', 'icarl' or a list of class ids"
         )
     given = tuple(order)
     if sorted(given) != list(range(classes)):
@@ -38,17 +58,86 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
     return given
 
 
-def deal(classes: int, experiences: int) -> tuple[int, ...]:
-    """How many classes each experience brings: equal parts, leftovers to the first ones.
+def deal(
+    classes: int, experiences: int, *, first: int | None = None, counts: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """How many classes each experience brings: equal parts, leftovers to the earliest ones.
+
+    Args:
+        classes: How many there are; all of them are dealt out.
+        experiences: How many parts, the larger first one included.
+        first: Classes of the first experience; the others share the rest.
+        counts: Classes of each experience; takes the place of ``experiences``.
+
+    Raises:
+        ConfigError: Numbers that do not add up, or an experience without classes.
 
     >>> deal(10, 3)
     (4, 3, 3)
+    >>> deal(100, 11, first=50)
+    (50, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)
+    >>> deal(10, 5, counts=[2, 7, 1])
+    (2, 7, 1)
     """
+    if counts:
+        return _given(classes, tuple(counts), first)
     if experiences < 1:
         raise ConfigError(f"benchmark.experiences: found {experiences}; give at least 1")
     if experiences > classes:
         raise ConfigError(
             f"benchmark.experiences: found {experiences} for {classes} classes; give at most {classes}"
         )
-    share, rest = divmod(classes, experiences)
-    return tuple(share + (i < rest) for i in range(experiences))
+    if first is None:
+        share, rest = divmod(classes, experiences)
+        return tuple(share + (i < rest) for i in range(experiences))
+    most = classes - experiences + 1
+    least = classes if experiences == 1 else 1
+    if not least <= first <= most:
+        raise ConfigError(
+            f"benchmark.first: found {first} for {classes} classes in {experiences} experiences; "
+            f"give {least}" + (f" to {most}, so that every experience has a class" if least < most else "")
+        )
+    return (first, *(deal(classes - first, experiences - 1) if experiences > 1 else ()))
+
+
+def _given(classes: int, counts: tuple[int, ...], first: int | None) -> tuple[int, ...]:
+    if first is not None:
+        raise ConfigError(f"benchmark.first: found {first} beside benchmark.counts; give one of them")
+    if min(counts) < 1:
+        raise ConfigError(f"benchmark.counts: found {min(counts)}; give every experience at least 1 class")
+    if sum(counts) != classes:
+        raise ConfigError(
+            f"benchmark.counts: found {len(counts)} counts that add up to {sum(counts)} for {classes} "
+            f"classes; make them add up to {classes}"
+        )
+    return counts
+
+
+def hold_out(y_N: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """index_T and index_V: the same share of every class kept back for validation, the rest to train on.
+
+    A class of n samples gives ``share * n``, rounded, at least one and at most n - 1. Which ones depends on
+    the seed and the class alone, not on the order in which classes are learnt. Both indices ascend.
+
+    Raises:
+        ConfigError: A share outside 0 to 1.
+        DataError: A class of one sample.
+
+    >>> train, validation = hold_out(torch.tensor([0, 1, 1, 0, 1, 1, 1]), 0.4, seed=0)
+    >>> len(train), len(validation), sorted([*train.tolist(), *validation.tolist()])
+    (4, 3, [0, 1, 2, 3, 4, 5, 6])
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"benchmark.validation: found {share}; give a share from 0 to below 1")
+    held_N = torch.zeros(len(y_N), dtype=torch.bool)
+    if share > 0:
+        for c in y_N.unique().tolist():
+            members = (y_N == c).nonzero().flatten().cpu()
+            if len(members) == 1:
+                raise DataError(
+                    f"benchmark.validation: found 1 training sample of class {c}; give it more, or set 0"
+                )
+            count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
+            drawn = torch.randperm(len(members), generator=generator_for(seed, "validation", c))
+            held_N[members[drawn[:count]]] = True
+    return (~held_N).nonzero().flatten(), held_N.nonzero().flatten()

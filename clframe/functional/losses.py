@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (the field's name for it)
+from torch.nn import functional as F
 
 
 def cross_entropy(logits: Sequence[Tensor], y_B: Tensor, *, weight_B: Tensor | None = None) -> Tensor:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from clframe.files import write_atomically
 from clframe.reporting.results import Result
-from clframe.training.tensorboard import matrix_image
 
 
 def write_figures(result: Result, folder: Path) -> None:
     """``accuracy_matrix.png``: rows after experience i, columns on test experience j."""
     from PIL import Image
+
+    from clframe.training.tensorboard import matrix_image  # here, because it brings Avalanche with it
 
     folder.mkdir(exist_ok=True)
     image = io.BytesIO()

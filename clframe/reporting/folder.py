@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made: list[Path] = []
 
     @property
     def config_path(self) -> Path:
@@ -48,26 +51,29 @@ class RunFolder:
         """A new folder ``output/name/<time>-seed<n>``.
 
         Raises:
-            RunFolderError: ``output`` cannot be written.
+            RunFolderError: ``output`` cannot be written; nothing is left there then.
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        for attempt in itertools.count():
-            ending = "" if attempt == 0 else f"-{attempt}"
-            path = output / name / f"{stamp}-seed{seed}{ending}"
+        endings = itertools.chain([""], (f"-{attempt}" for attempt in itertools.count(1)))
+        while True:
+            folder = cls(output / name / f"{stamp}-seed{seed}{next(endings)}")
+            path = folder.path
+            folder._made = [part for part in (path, *path.parents) if not os.path.exists(part)]
             try:
                 path.mkdir(parents=True, exist_ok=False)
-                break
+                (path / "checkpoints").mkdir()
+                write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+                return folder
             except FileExistsError:
-                if not path.is_dir():
-                    raise RunFolderError(f"output: {path} is in the way; choose another --output") from None
+                continue
             except OSError as error:
+                folder.discard()
                 raise RunFolderError(
-                    f"output: {output} cannot be written ({error.strerror}); choose another --output"
+                    f"output: {path.parent} cannot be written ({error.strerror}); choose another --output"
                 ) from None
-        folder = cls(path)
-        (path / "checkpoints").mkdir()
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        return folder
+            except BaseException:
+                folder.discard()
+                raise
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -79,8 +85,18 @@ class RunFolder:
         if not path.is_dir():
             raise RunFolderError(f"resume: no folder {path}; give the run folder that a run printed")
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(f"resume: {path} holds no config.yaml; give the folder of a run, not one above it")
+            raise RunFolderError(
+                f"resume: {path} holds no config.yaml; give the folder of a run, not one above it"
+            )
         return cls(path)
+
+    def discard(self) -> None:
+        """Remove this folder, of a run that could not begin, and the ones above it that were made for it."""
+        if self.path in self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # another run may be in it by now
+                folder.rmdir()
 
     def write_config(self, text: str) -> None:
         """The resolved config."""

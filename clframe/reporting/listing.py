@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from clframe.config.load import known_configs
+from clframe.config.files import known_configs
 from clframe.core import COMPONENTS
-from clframe.core.options import option_types
+from clframe.core.options import REQUIRED, option_types
 from clframe.data import SOURCES
 from clframe.nn import BACKBONES
 
@@ -18,7 +20,7 @@ def listing(what: str) -> list[str]:
     if what == "configs":
         paths = known_configs()
         width = max(map(len, paths))
-        return [f"{name:<{width}}  {_comment(path.read_text(encoding='utf-8'))}" for name, path in paths.items()]
+        return [f"{name:<{width}}  {_comment(path)}" for name, path in paths.items()]
     registry: Any = {"strategies": COMPONENTS, "benchmarks": SOURCES, "backbones": BACKBONES}[what]
     items = registry.items()
     width = max(len(name) for name, _ in items)
@@ -32,10 +34,19 @@ def _sentence(entry: Callable[..., Any]) -> str:
 
 
 def _options(entry: Callable[..., Any]) -> str:
-    options = option_types(entry)
-    return f" [{', '.join(f'{name}={default!r}' for name, (_, default) in options.items())}]" if options else ""
+    options = [
+        name if default is REQUIRED else f"{name}={default!r}"
+        for name, (_, default) in option_types(entry).items()
+    ]
+    return f" [{', '.join(options)}]" if options else ""
 
 
-def _comment(text: str) -> str:
-    lines = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
-    return " ".join(lines)
+def _comment(path: Path) -> str:
+    """The comment that a config begins with."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # running it will say what is wrong with it
+        return ""
+    return " ".join(
+        line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+    )

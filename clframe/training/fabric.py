@@ -7,6 +7,8 @@ to Fabric; the loop, the plugins and the order of callbacks stay Avalanche's.
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from lightning import Fabric
@@ -22,13 +24,14 @@ class OnFabric:
 
     Args:
         fabric: Launched Fabric; None makes one for ``device`` (``"cpu"`` unless given) in 32 bit.
-        **kwargs: What the Avalanche strategy takes.
+        **kwargs: What the Avalanche strategy takes; ``evaluator=None`` evaluates nothing.
     """
 
     # Declared for readers; Avalanche's template provides them.
     model: nn.Module
     optimizer: Any
     loss: Tensor
+    mbatch: Any
     retain_graph: bool
     plugins: list[Any]
 
@@ -36,26 +39,71 @@ class OnFabric:
         if fabric is None:
             fabric = default_fabric(kwargs.get("device") or "cpu")
         kwargs["device"] = fabric.device
+        if kwargs.get("evaluator", ...) is None:
+            kwargs["evaluator"] = _no_evaluator()
         super().__init__(**kwargs)
         self.fabric = fabric
         self._engine: Any = None
+        self._served: tuple[nn.Module | None, Any] = (None, None)
         self._wraps = needs_wrapper(fabric)
+        if self._wraps:
+            fabric._precision.convert_module(self.model)  # here already: evaluation may come before training
         repair(self.plugins)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Avalanche's adaptation, then Fabric's set-up of what came out of it."""
         super().check_model_and_optimizer(**kwargs)  # type: ignore[misc]
-        self._engine = FabricEngine(self.fabric, self.model, self.optimizer)
+        if self.optimizer is not None:  # StreamingLDA learns without one
+            self.set_up(self.model)
 
-    def forward(self) -> Any:
-        """Avalanche's forward, through Fabric's wrapper where that changes anything."""
-        if not self._wraps or self._engine is None:
-            return super().forward()  # type: ignore[misc]
+    def set_up(self, model: nn.Module) -> None:
+        """Let Fabric set up ``model`` and the strategy's optimizer."""
+        self._engine = FabricEngine(self.fabric, model, self.optimizer)
+        self._served = (model, self.optimizer)
+
+    def keep_up(self) -> None:
+        """Set up anew where a plugin has put another optimizer in place since, as PackNet does."""
+        model, optimizer = self._served
+        if optimizer is not self.optimizer and isinstance(self._engine, FabricEngine):
+            assert model is not None
+            self.set_up(model)
+
+    def _unpack_minibatch(self) -> None:
+        super()._unpack_minibatch()  # type: ignore[misc]
+        self.mbatch[0] = self.as_stored(self.mbatch[0])
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Avalanche's forward, in Fabric's precision and through its wrapper where processes share work."""
+        run = functools.partial(super().forward, **kwargs)  # type: ignore[misc]
+        if self.fabric.world_size == 1 or self._engine is None:
+            return self.in_precision(run)
         bare, self.model = self.model, self._engine.module
         try:
-            return super().forward()  # type: ignore[misc]
+            return run()
         finally:
             self.model = bare
+
+    def in_precision(self, run: Callable[[], Any]) -> Any:
+        """``run()`` on the current batch, as Fabric's wrapped module would run it.
+
+        The wrapper itself hides the class of the model, which tells Avalanche whether it takes task labels,
+        and forbids every backward pass but Fabric's own, while plugins (MIR, for one) run theirs.
+        """
+        if not self._wraps:
+            return run()
+        self.mbatch[0] = self.as_stored(self.mbatch[0])  # a plugin may have added samples to it
+        precision = self.fabric._precision
+        with precision.forward_context():
+            output = run()
+        return precision.convert_output(output)
+
+    def as_stored(self, x: Tensor) -> Tensor:
+        """Inputs in the type that the weights are stored in: plugins and components run the model as well."""
+        precision = self.fabric._precision
+        if not self._wraps or precision.precision.endswith("-mixed"):  # autocast does its own casting
+            return x
+        converted: Tensor = precision.convert_input(x)
+        return converted
 
     def backward(self) -> None:
         """``fabric.backward``."""
@@ -63,6 +111,7 @@ class OnFabric:
 
     def optimizer_step(self) -> None:
         """The update through Fabric."""
+        self.keep_up()
         self._engine.step(clip=None)
 
 
@@ -77,6 +126,15 @@ def default_fabric(device: Any) -> Fabric:
     fabric = Fabric(accelerator=place.type, devices=devices, precision="32-true")
     fabric.launch()
     return fabric
+
+
+def _no_evaluator() -> Any:
+    from avalanche.training.plugins import EvaluationPlugin
+
+    with warnings.catch_warnings():
+        # Avalanche advises on loggers; no evaluator means that none are wanted.
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        return EvaluationPlugin()
 
 
 @functools.cache
@@ -94,8 +152,9 @@ def on_fabric(strategy_class: type[Any]) -> type[Any]:
     from avalanche.training.templates import BaseSGDTemplate
 
     if not (isinstance(strategy_class, type) and issubclass(strategy_class, BaseSGDTemplate)):
+        name = getattr(strategy_class, "__name__", strategy_class)
         raise UnsupportedError(
-            f"on_fabric: {strategy_class!r} is no Avalanche strategy with a training loop; give a subclass of "
+            f"on_fabric: {name!r} is no Avalanche strategy class with a training loop; give a subclass of "
             f"avalanche.training.templates.BaseSGDTemplate"
         )
     return type(f"Fabric{strategy_class.__name__}", (OnFabric, strategy_class), {})

@@ -127,7 +127,10 @@ class Learner:
         if self.seed is None:
             return
         value = derive_seed(self.seed, *place)
-        torch.manual_seed(value)
+        if torch.accelerator.is_available():
+            torch.manual_seed(value)
+        else:  # torch.manual_seed queues a call with its stack trace, a millisecond, for devices that are not there
+            torch.default_generator.manual_seed(value)
         np.random.seed(value % 2**32)
         random.seed(value)
 

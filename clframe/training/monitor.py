@@ -60,7 +60,9 @@ class Monitor:
         with open(self._path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if int(row["experience"]) < finished:
-                    self._rows.append((int(row["experience"]), int(row["step"]), row["name"], float(row["value"])))
+                    self._rows.append(
+                        (int(row["experience"]), int(row["step"]), row["name"], float(row["value"]))
+                    )
 
     def begin_experience(self, index: int, *, label: str, steps: int) -> None:
         """Show a fresh bar."""
@@ -69,7 +71,9 @@ class Monitor:
         if self._progress:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, desc=label, unit="step", disable=None, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=steps, desc=label, unit="step", disable=None, leave=False, dynamic_ncols=True
+            )
 
     def on_step(self, strategy: Any) -> None:
         """After a training step: cheap, except every ``log_every``-th."""
@@ -89,7 +93,9 @@ class Monitor:
         self.log({**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}, step=step)
         if self._bar is not None:
             self._bar.update(self._waiting)
-            self._bar.set_postfix({name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False)
+            self._bar.set_postfix(
+                {name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False
+            )
         self._waiting = 0
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:

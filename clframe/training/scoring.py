@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from clframe.data.avalanche import import_avalanche
-
-import_avalanche()  # quietly, before anything else imports it
-# isort: split
 from avalanche.core import SupervisedPlugin
 
 from clframe.data.benchmark import Benchmark

@@ -7,17 +7,11 @@ they mean in Avalanche; every callback fires in Avalanche's order.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-
-from clframe.data.avalanche import import_avalanche
-
-import_avalanche()  # quietly, before anything else imports it
-# isort: split
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
@@ -28,14 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clframe.core import Output
-from clframe.data.avalanche import describe
+from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
 from clframe.data.samples import EpochLoader, TensorSamples, concatenate
 from clframe.errors import UnsupportedError
-from clframe.training.engines import FabricEngine
 from clframe.training.fabric import OnFabric
 from clframe.training.loop import EVENTS, iterate
 from clframe.training.module import ContinualModule
+from clframe.training.repairs import refuse_schedulers
 from clframe.training.trainer import fit_experience
 
 
@@ -101,15 +95,10 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             raise UnsupportedError(
                 "LightningStrategy: engine 'trainer' needs a ContinualModule; wrap the model or use 'fabric'"
             )
-        if evaluator is None:
-            with warnings.catch_warnings():
-                # Avalanche advises on loggers; no evaluator means that none are wanted.
-                warnings.filterwarnings("ignore", message="No loggers specified")
-                evaluator = EvaluationPlugin()
         super().__init__(
             model=model,
             optimizer=optimizer,
-            criterion=criterion or nn.CrossEntropyLoss(),
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
@@ -120,6 +109,9 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             peval_mode=peval_mode,
             fabric=fabric,
         )
+        if self._fresh_optimizer:
+            refuse_schedulers(self.plugins)
+        self._given_criterion = self._criterion
         self.learner = None if self.module is None else self.module.learner
         self.benchmark = None if benchmark is None else benchmark.to(self.device)
         self._avalanche = None if benchmark is None else benchmark.avalanche
@@ -133,6 +125,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         """Called after every training step; for progress bars and periodic logging."""
         self._scheduler: Any = None
         self._calls: dict[str, tuple[Callable[..., None], ...]] = {}
+        self._plugins_touch_loss = True
         self._kwargs: dict[str, Any] = {}
         self._own_loader: EpochLoader | None = None
         self._untouched: Any = None
@@ -147,9 +140,11 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             super().check_model_and_optimizer(**kwargs)
             return
         assert self.module is not None
+        if self.model is not self.module:
+            self._take_weights()
         experience, sources = self.experience, self._sources()
         parts = [self._experience_at(i) for i in sources]
-        classes = {int(c) for part in parts for c in part.dataset.targets} if parts else set()
+        classes = {c for part in parts for c in classes_in(part.dataset.targets)}.union(self.learner.past)
         described = describe(
             experience,
             count=len(experience.origin_stream),
@@ -164,7 +159,19 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             self.make_optimizer()
         make = self.module.make_scheduler
         self._scheduler = None if make is None else make(self.optimizer)
-        self._engine = FabricEngine(self.fabric, self.module.network, self.optimizer)
+        self.set_up(self.module.network)
+
+    def _take_weights(self) -> None:
+        """A plugin has put a copy of the model in place, as GDumb does to start over: learn on from it."""
+        assert self.module is not None
+        if not isinstance(self.model, ContinualModule):
+            raise UnsupportedError(
+                f"LightningStrategy: a plugin has put a {type(self.model).__name__} in place of the ContinualModule; "
+                f"use the plugin with a plain module, or put a copy of the ContinualModule in place"
+            )
+        self.module.load_state_dict(self.model.state_dict())
+        self.model = self.module
+        self.optimizer.state.clear()  # as Avalanche does for parameters that are new to the optimizer
 
     def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
         """Avalanche's adaptation for foreign modules; evaluation never grows one of ours."""
@@ -188,7 +195,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         """Our loader for our benchmark, unless a plugin has changed the data; else Avalanche's."""
         self._own_loader = None
         parts = [self._samples_of(self._experience_at(i), "train") for i in self._sources()]
-        if not parts or None in parts or self.adapted_dataset is not self._untouched:
+        changed = self.adapted_dataset is not self._untouched
+        if not parts or None in parts or changed or kwargs.get("drop_last"):
             super().make_train_dataloader(**kwargs)
             return
         assert self.learner is not None or self.benchmark is not None
@@ -202,12 +210,17 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         )
         self.dataloader = self._own_loader
 
+    def eval_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Avalanche's, remembered so that a plugin's changes are noticed."""
+        super().eval_dataset_adaptation(**kwargs)
+        self._untouched = self.adapted_dataset
+
     def make_eval_dataloader(self, **kwargs: Any) -> None:
-        """Our loader for our benchmark's streams; else Avalanche's."""
+        """Our loader for our benchmark's streams, unless a plugin has changed the data; else Avalanche's."""
         samples = next(
             (s for stream in ("train", "test") if (s := self._samples_of(self.experience, stream))), None
         )
-        if samples is None:
+        if samples is None or self.adapted_dataset is not self._untouched:
             super().make_eval_dataloader(**kwargs)
         else:
             self.dataloader = EpochLoader(samples, self.eval_mb_size)
@@ -215,6 +228,11 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         if not self._sources():
             return
+        if self.learner is not None and self._criterion is not self._given_criterion:
+            raise UnsupportedError(
+                f"LightningStrategy: a plugin has set the criterion {type(self._criterion).__name__}, but the loss of "
+                f"a ContinualModule is that of its components; use the plugin with a plain module"
+            )
         self._kwargs = kwargs
         self._compile_calls()
         if self.engine_name == "trainer":
@@ -246,6 +264,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
     def training_epoch(self, **kwargs: Any) -> None:
         """Avalanche's epoch around the one loop body."""
         for batch in itertools.islice(self.dataloader, self.limit_batches):
+            self.mbatch = batch
             if self._stop_training:
                 break
             self.train_on(batch)
@@ -262,6 +281,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._unpack_minibatch()
         if self.learner is not None:
             self.batch = joined = self.learner.batch(self.mbatch[0], self.mbatch[1])
+            joined.x = self.as_stored(joined.x)
             self.mbatch[0], self.mbatch[1] = joined.x, joined.y
         iterate(self)
         if self.on_step is not None:
@@ -288,7 +308,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         """Zero the gradients at the first batch of an update."""
         if self._step_in_update == 0:
             self.optimizer.zero_grad()
-        self.loss = self._make_empty_loss()
+        if self.learner is None or self._plugins_touch_loss:
+            self.loss = self._make_empty_loss()
 
     def predict(self) -> None:
         """Every exit's logits; Avalanche's plugins see the last exit's."""
@@ -296,15 +317,24 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
 
     def add_loss(self) -> None:
         """Components' terms, or the criterion of a foreign module."""
-        self.loss += self.criterion()
+        loss = self.criterion()
+        if self.learner is None or self._plugins_touch_loss:
+            self.loss += loss
+        else:  # the same number without a sum in the graph
+            self.loss = loss if loss.ndim else loss.reshape(1)
 
-    def forward(self) -> Any:
+    def forward(self, **kwargs: Any) -> Any:
         """Logits for Avalanche's eyes; all exits are kept in ``output``."""
         if self.learner is None:
-            return super().forward()
-        network = self._engine.module if self._wraps and self._engine is not None else self.learner.network
-        self.output = output = network(self.mb_x)
-        return output.last if self.is_training else self.learner.decide(output)
+            return super().forward(**kwargs)
+        spread = self.fabric.world_size > 1 and self._engine is not None
+        network = self._engine.module if spread else self.learner.network
+        self.output = output = self.in_precision(lambda: network(self.mb_x))
+        if self.is_training:
+            return output.last
+        scores = self.learner.decide(output)
+        # Before the first experience there is no class to answer with; Avalanche's metrics want an arg-max.
+        return scores if scores.shape[1] else scores.new_full((len(scores), 1), float("-inf"))
 
     def criterion(self) -> Tensor:
         """The mixed loss terms in training; in evaluation the criterion on known classes."""
@@ -333,10 +363,18 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._step_in_update += 1
         last = self.accumulate == 1 or self._step_in_update == self.accumulate or self._is_last_batch()
         if last:
+            self.keep_up()
             self._engine.step(clip=None if self.module is None else self.module.clip)
             self._step_in_update = 0
 
     # --- where things are -------------------------------------------------------------------------
+
+    @property
+    def mb_task_id(self) -> Tensor:
+        """Task labels of the batch; 0 for samples whose loader or memory has none."""
+        labels: Tensor = self.mbatch[-1] if len(self.mbatch) > 2 else self.mb_y[:0]
+        missing = len(self.mb_y) - len(labels)
+        return torch.cat([labels, labels.new_zeros(missing)]) if missing > 0 else labels
 
     def _is_last_batch(self) -> bool:
         batches = len(self.dataloader)  # type: ignore[arg-type]
@@ -357,12 +395,13 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
 
     def _samples_of(self, experience: Any, stream: str) -> TensorSamples | None:
         """The in-memory samples of an experience of our own benchmark, or None."""
-        if self.benchmark is None or getattr(experience, "benchmark", None) is not self._avalanche:
+        if self.benchmark is None or self._avalanche is None:
             return None
-        if experience.origin_stream.name != stream:
+        # Avalanche copies experiences and hangs them on streams that know no benchmark; the data stays itself.
+        index, ours = experience.current_experience, self._avalanche.streams[stream]
+        if index >= len(ours) or ours[index].dataset is not experience.dataset:
             return None
-        streams = {"train": self.benchmark.train, "test": self.benchmark.test}
-        return streams[stream][experience.current_experience]
+        return {"train": self.benchmark.train, "test": self.benchmark.test}[stream][index]
 
     def _compile_calls(self) -> None:
         """Look up, once an epoch, which plugins act inside a training step."""
@@ -372,14 +411,13 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
                 if _acts_at(plugin, event):
                     calls[event].append(getattr(plugin, event))
         self._calls = {event: tuple(calls[event]) for event in EVENTS}
+        self._plugins_touch_loss = any(calls[e] for e in ("before_forward", "after_forward", "before_backward"))
 
 
 def _acts_at(plugin: Any, event: str) -> bool:
-    if type(plugin) is EvaluationPlugin:
+    if isinstance(plugin, EvaluationPlugin) and not hasattr(type(plugin), event):
         return bool(plugin.metrics or plugin.loggers)
     if type(plugin) is PeriodicEval:
         return event == "after_training_iteration" and plugin.peval_mode == "iteration"
-    if event in vars(plugin):
-        return True
-    own = getattr(type(plugin), event, None)
-    return own is not None and own is not getattr(SupervisedPlugin, event, None)
+    call = getattr(plugin, event, None)
+    return call is not None and getattr(call, "__func__", call) is not getattr(SupervisedPlugin, event, None)

@@ -81,17 +81,22 @@ def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
         "limit_train_batches": strategy.limit_batches,
         **strategy.trainer_options,
     }
-    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = notices.level
-    notices.setLevel(logging.WARNING)  # a new Trainer per experience would repeat its banner each time
+    # A new Trainer per experience would repeat its banner each time.
+    notices = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
+    levels = [logger.level for logger in notices]
+    for logger in notices:
+        logger.setLevel(logging.WARNING)
     try:
         trainer = Trainer(**options, max_epochs=strategy.train_epochs, use_distributed_sampler=False)
         with warnings.catch_warnings():
             # Loaders and workers are ours to choose; Lightning advises on them at every fit.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # Lightning 2.6 asks torch's tree specs for their class, of which newer torch warns.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             trainer.fit(module, _Batches(strategy))
     finally:
-        notices.setLevel(level)
+        for logger, level in zip(notices, levels, strict=True):
+            logger.setLevel(level)
         module.driver = plain_driver
         strategy._engine = fabric_engine
         module.to(strategy.device)  # the Trainer's teardown has moved it to the CPU

@@ -26,7 +26,9 @@ def benchmark(classes=6, per_class=8, experiences=3):
     y = torch.arange(classes).repeat(per_class)
     x = torch.randn(len(y), 1, 4, 4, generator=generator) + y.reshape(-1, 1, 1, 1)
     data = TensorSamples(x, y)
-    return class_incremental(Source("blobs", data, data, classes=classes), experiences=experiences, order="sorted")
+    return class_incremental(
+        Source("blobs", data, data, classes=classes), experiences=experiences, order="sorted"
+    )
 
 
 def train(strategy, stream, *, exits=1, seed=3, experiences=None):
@@ -70,7 +72,10 @@ def test_it_trains_with_finite_losses_that_move_every_weight(name, exits):
     fresh = Network(BACKBONES.get("mlp")(stream.input_shape, width=12), exits=heads)
     assert module.network.classes == 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    assert all(not torch.equal(a, b) for a, b in zip(fresh.backbone.parameters(), module.network.backbone.parameters(), strict=True))
+    assert all(
+        not torch.equal(a, b)
+        for a, b in zip(fresh.backbone.parameters(), module.network.backbone.parameters(), strict=True)
+    )
     sums = module.learner.flush_terms()
     kind = COMPONENTS.get(name)
     assert set(sums) <= {"loss/task/ce", *(f"loss/{name}/{term}" for term in kind.terms)}
@@ -105,7 +110,9 @@ def test_its_state_round_trips_through_a_checkpoint(name, tmp_path):
 
 def same(a, b):
     if isinstance(a, Network):
-        return same(dict(a.state_dict()), dict(b.state_dict())) and not any(p.requires_grad for p in b.parameters())
+        return same(dict(a.state_dict()), dict(b.state_dict())) and not any(
+            p.requires_grad for p in b.parameters()
+        )
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict):
@@ -122,7 +129,9 @@ def test_it_survives_one_class_and_one_sample_an_experience(name):
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "memory" in {f.name for f in dataclasses.fields(COMPONENTS.get(n))}])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if "memory" in {f.name for f in dataclasses.fields(COMPONENTS.get(n))}]
+)
 def test_a_memory_smaller_than_the_classes_is_refused(name):
     with pytest.raises(ConfigError, match=rf"components\.{name}\.memory: found 2 for 6 classes"):
         COMPONENTS.get(name)(memory=2).check(classes=6)

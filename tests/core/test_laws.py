@@ -115,7 +115,8 @@ def test_options_in_the_text_win_over_the_block():
 
 @pytest.mark.parametrize("text", ["", "er +", "er lwf", "er * lwf", "er - lwf", "2", "'er'", "er(100)",
                                   "er(*[1])", "er(**{'memory': 3})", "er(memory=abs(3))", "er.x", "x.er()",
-                                  "[er]", "lambda: 0", "er if er else lwf", "er(memory=__import__('os'))"])  # fmt: skip
+                                  "[er]", "lambda: 0", "er if er else lwf",
+                                  "er(memory=__import__('os'))"])  # fmt: skip
 def test_what_is_no_expression_is_refused(text):
     with pytest.raises(ConfigError, match=r"^strategy: "):
         parse(text)

@@ -62,7 +62,9 @@ def test_no_class_is_dropped_and_labels_are_in_learning_order(source, experience
 
 
 def test_deal_and_orders():
-    assert deal(10, 3) == (4, 3, 3) and deal(3, 3) == (1, 1, 1) and deal(100, 7) == (15, 15, 14, 14, 14, 14, 14)
+    assert (
+        deal(10, 3) == (4, 3, 3) and deal(3, 3) == (1, 1, 1) and deal(100, 7) == (15, 15, 14, 14, 14, 14, 14)
+    )
     assert class_order(4, order="sorted", seed=0) == (0, 1, 2, 3)
     assert class_order(4, order=[2, 0, 1, 3], seed=0) == (2, 0, 1, 3)
     assert class_order(10, order="seeded", seed=0) == class_order(10, order="seeded", seed=0)
@@ -77,7 +79,7 @@ def test_impossible_deals(classes, experiences):
 
 @pytest.mark.parametrize("order", ["random", [0, 1], [0, 0, 1, 2], [1, 2, 3, 4]])
 def test_impossible_orders(order):
-    with pytest.raises(ConfigError, match="benchmark.class_order"):
+    with pytest.raises(ConfigError, match=r"benchmark\.class_order"):
         class_order(4, order=order, seed=0)
 
 

@@ -29,7 +29,7 @@ def test_cross_entropy(batch, classes, exits, weighted):
     weight = torch.rand(batch, dtype=torch.float64) + 0.1 if weighted else None
     w = [1.0] * batch if weight is None else weight.tolist()
     expected = [
-        sum(-w[b] * math.log(softmax(l[b].tolist())[int(y[b])]) for b in range(batch)) / sum(w) for l in l_K
+        sum(-w[b] * math.log(softmax(row[b].tolist())[int(y[b])]) for b in range(batch)) / sum(w) for row in l_K
     ]
     found = cross_entropy(l_K, y, weight_B=weight)
     assert found.shape == (exits,)
@@ -38,7 +38,9 @@ def test_cross_entropy(batch, classes, exits, weighted):
 
 def test_weights_of_one_change_nothing_but_rounding():
     l_K, y = logits(6, 4, 2), torch.tensor([0, 1, 2, 3, 0, 1])
-    assert torch.allclose(cross_entropy(l_K, y), cross_entropy(l_K, y, weight_B=torch.ones(6).double()), rtol=1e-12)
+    assert torch.allclose(
+        cross_entropy(l_K, y), cross_entropy(l_K, y, weight_B=torch.ones(6).double()), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("groups", [[(0, 1)], [(0, 1), (2,)], [(0, 2), (1, 3)], [(0,)]])
@@ -85,7 +87,7 @@ def test_a_high_temperature_matches_centered_logits():
 def test_gradients():
     y = torch.tensor([0, 2, 1])
     teacher = logits(3, 3, 2, seed=7)
-    student = [l.requires_grad_() for l in logits(3, 4, 2, seed=8)]
+    student = [each.requires_grad_() for each in logits(3, 4, 2, seed=8)]
     weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *s: cross_entropy(s, y, weight_B=weight), student)
     assert torch.autograd.gradcheck(

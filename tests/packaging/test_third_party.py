@@ -46,7 +46,9 @@ def test_it_is_listed_trained_and_composed(installed, tmp_path):
 
 
 def test_its_options_are_checked_like_ours(installed, tmp_path):
-    message = clframe("explain", "quickstart", "strategy=anchor(strenght=1)", site=installed, cwd=tmp_path, code=2)
+    message = clframe(
+        "explain", "quickstart", "strategy=anchor(strenght=1)", site=installed, cwd=tmp_path, code=2
+    )
     assert "components.anchor.strenght: unknown option; did you mean 'strength'?" in message
 
 

@@ -116,7 +116,10 @@ def test_lwf_distils_from_the_model_as_it_was(exits):
     taps = [("layer1", GrowingLinear(5)) for _ in range(exits)]
     net, lwf = network(2, taps), LwF(alpha=3.0, temperature=2.0)
     x = torch.randn(4, 1, 2, 2)
-    assert lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), moment(0, (0, 1), ()), net), lwf.init(net)) == {}
+    assert (
+        lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), moment(0, (0, 1), ()), net), lwf.init(net))
+        == {}
+    )
     state = lwf.advance(net, moment(0, (0, 1), ()), lwf.init(net))
     net.grow(range(3))
     before = net(x)

@@ -18,7 +18,13 @@ import clframe
 from clframe.errors import RunFolderError
 from clframe.training.monitor import Monitor
 
-SMALL = ["backbone=mlp", "backbone.width=16", "trainer.epochs=2", "trainer.log_every=7", "trainer.progress=false"]
+SMALL = [
+    "backbone=mlp",
+    "backbone.width=16",
+    "trainer.epochs=2",
+    "trainer.log_every=7",
+    "trainer.progress=false",
+]
 TIMES = {"train_seconds", "run_folder"}
 
 
@@ -94,7 +100,10 @@ def test_resume_of_a_finished_run_trains_nothing_and_says_the_same(tmp_path):
 def test_the_last_two_checkpoints_stay_and_nothing_half_written(tmp_path):
     result = clframe.run("quickstart", overrides("naive"), output=tmp_path)
     folder = Path(result.run_folder)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["experience_004.ckpt", "experience_005.ckpt"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "experience_004.ckpt",
+        "experience_005.ckpt",
+    ]
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -134,7 +143,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_resume_after_a_real_kill(tmp_path):
     """A process killed with SIGKILL at an arbitrary moment after the second experience."""
     arguments = [*overrides("er(memory=20) + lwf"), "trainer.epochs=6"]
-    command = [sys.executable, "-m", "clframe", "run", "quickstart", *arguments, "--output", str(tmp_path / "killed")]
+    command = [
+        sys.executable,
+        "-m",
+        "clframe",
+        "run",
+        "quickstart",
+        *arguments,
+        "--output",
+        str(tmp_path / "killed"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/quickstart/*/checkpoints/experience_002.ckpt")):

@@ -32,7 +32,9 @@ class Anchor(Component):
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
-            raise ConfigError(f"components.anchor.strength: found {self.strength}; give a number of at least 0")
+            raise ConfigError(
+                f"components.anchor.strength: found {self.strength}; give a number of at least 0"
+            )
 
     def init(self, network: Network) -> State:
         """Nothing holds the first experience."""

@@ -1,0 +1,133 @@
+"""From a plain tree to the typed config and back; what is said of keys that no block has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn, get_type_hints
+
+from omegaconf import OmegaConf
+
+from clframe.config.schema import OPEN_BLOCKS, Config
+from clframe.core.options import convert, shown
+from clframe.errors import ConfigError, nearest
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """The typed config of a plain tree, such as a resolved ``config.yaml``.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
+    """
+    config = _typed(Config, dict(tree), where="")
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that :func:`from_mapping` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_tree(config)))
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, options beside the keys of their block."""
+    tree = dataclasses.asdict(config)
+    for block in OPEN_BLOCKS:
+        tree[block].update(tree[block].pop("options"))
+    plain: dict[str, Any] = _listed(tree)
+    return plain
+
+
+def check_keys(contents: Mapping[Any, Any], *, where: str) -> None:
+    """Refuse keys that the schema does not have; ``where`` names the file or override they stand in.
+
+    Raises:
+        ConfigError: An unknown key, or something else than a mapping for a block.
+    """
+    blocks = _blocks()
+    for key, value in contents.items():
+        if key not in blocks[""]:
+            _unknown_key(str(key), "", where)
+        if key not in blocks:
+            continue
+        if not isinstance(value, dict):
+            named = isinstance(value, str) and "name" in blocks[key]
+            example = f" such as {{name: {value}}}" if named else ""
+            raise ConfigError(f"{where}: {key} is {shown(value)}; give a mapping{example}")
+        for name in value:
+            if name not in blocks[key] and key not in OPEN_BLOCKS:
+                _unknown_key(str(name), str(key), where)
+
+
+def block_keys(block: str) -> tuple[str, ...]:
+    """Names of the keys that the schema gives a block."""
+    return _blocks()[block]
+
+
+def _blocks() -> dict[str, tuple[str, ...]]:
+    """Names of the keys of each block; those of the config itself under ``""``."""
+    hints = get_type_hints(Config)
+    kinds = {"": Config, **{key: kind for key, kind in hints.items() if dataclasses.is_dataclass(kind)}}
+    return {
+        block: tuple(field.name for field in dataclasses.fields(kind) if field.name != "options")
+        for block, kind in kinds.items()
+    }
+
+
+def _unknown_key(key: str, block: str, where: str) -> NoReturn:
+    """Say so, with the one block that has the key, or the nearest key of its own block, or of any."""
+    blocks = _blocks()
+    places = [(home, name) for home, names in blocks.items() for name in names]
+    exact = [place for place in places if place[1] == key]
+    near = nearest(key, blocks[block]), nearest(key, [name for _, name in places])
+    close = exact if len(exact) == 1 else [(block, near[0])] if near[0] else []
+    close = close or [place for place in places if place[1] == near[1]][:1]
+    advice = f"keys are {', '.join(sorted(blocks[block]))}"
+    if close:
+        advice = f"did you mean '{'.'.join(filter(None, close[0]))}'?"
+    raise ConfigError(f"{where}: unknown key '{'.'.join(filter(None, (block, key)))}'; {advice}")
+
+
+def _typed(schema: Any, tree: Any, *, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: found {shown(tree)}; give a mapping")
+    hints, names = get_type_hints(schema), _blocks()[where]
+    values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in tree.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in names:
+            if where not in OPEN_BLOCKS:
+                _unknown_key(str(key), where, "config")
+            options[str(key)] = value
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _typed(hints[key], value, where=place)
+        elif key == "components":
+            named = _mapping(value, place, of="names to options")
+            values[key] = {name: _mapping(v, f"{place}.{name}", of="options") for name, v in named.items()}
+        elif key == "callbacks":
+            values[key] = _mapping(value, place, of="names to options")
+        else:
+            values[key] = convert(value, hints[key], where=place)
+    if where in OPEN_BLOCKS:
+        values["options"] = options
+    for block in OPEN_BLOCKS if schema is Config else ():
+        if block not in values:
+            raise ConfigError(
+                f"config: has no {block}; set {block}=NAME, or put {block}/NAME into the defaults of its file"
+            )
+    return schema(**values)
+
+
+def _mapping(value: Any, where: str, *, of: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: found {shown(value)}; give a mapping of {of}, or {{}} for none")
+    return {str(key): inner for key, inner in value.items()}
+
+
+def _listed(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _listed(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_listed(value) for value in tree]
+    return tree

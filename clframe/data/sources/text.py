@@ -1,0 +1,156 @@
+"""Two sets of short texts, as bags of hashed words: intents of customers, by what they wrote."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clframe.data.benchmark import SOURCES, Source
+from clframe.data.samples import TensorSamples
+from clframe.data.sources.download import Published, provide
+from clframe.data.sources.paths import text_of
+from clframe.errors import ConfigError, DataError
+
+_CLINC = "https://raw.githubusercontent.com/clinc/oos-eval/master/data"
+CLINC150 = (
+    Published("clinc150/data_full.json", f"{_CLINC}/data_full.json", "30c29dc6ab78edf3b5dfa640be204cde"),
+    Published("clinc150/domains.json", f"{_CLINC}/domains.json", "9beee9d0f36e07e914c1e3a626bdcb4a"),
+)
+_POLYAI = "https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/master/banking_data"
+BANKING77 = (
+    Published("banking77/train.csv", f"{_POLYAI}/train.csv", "cec64185f4197906aabce0781ef9a19b"),
+    Published("banking77/test.csv", f"{_POLYAI}/test.csv", "8dcd9dc31b686c75ec1f24bf23c140cb"),
+    Published("banking77/categories.json", f"{_POLYAI}/categories.json", "8312ff01430af97fba5a113b7a490269"),
+)
+
+Text = tuple[str, str]
+"""A text and its label."""
+
+
+@SOURCES.register("clinc150")
+def clinc150(*, n_features: int = 2048, data_dir: str = "data", download: bool = True) -> Source:
+    """Questions to an assistant, 15,000 + 4,500 texts, 150 intents in 10 domains. Larson et al. (2019).
+
+    Classes are numbered domain by domain, so ``class_order: sorted`` in 10 experiences learns one domain
+    after the other. Texts out of scope and the published validation texts are left out. For the features
+    see :func:`hashed`.
+
+    Args:
+        n_features: Length of a text's vector.
+        data_dir: Folder of ``clinc150`` or ``text/clinc150``, with ``data_full.json`` and ``domains.json``.
+        download: Fetch what is missing.
+    """
+    root = _downloaded("CLINC150", data_dir, CLINC150, download=download)
+    texts, domains = _json(root / "data_full.json"), _json(root / "domains.json")
+    try:
+        names = [intent for intents in domains.values() for intent in intents]
+        train, test = ([(str(text), str(label)) for text, label in texts[part]] for part in ("train", "test"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{root / 'data_full.json'}: not laid out as published; delete {root} and run again"
+        ) from None
+    return _text_source("clinc150", train, test, names, n_features=n_features, where=root)
+
+
+@SOURCES.register("banking77")
+def banking77(*, n_features: int = 2048, data_dir: str = "data", download: bool = True) -> Source:
+    """Questions to a bank, 10,003 + 3,080 texts, 77 intents of unequal size. Casanueva et al. (2020).
+
+    Classes are numbered as in ``categories.json``. For the features see :func:`hashed`.
+
+    Args:
+        n_features: Length of a text's vector.
+        data_dir: Folder of ``banking77`` or ``text/banking77``, with ``train.csv``, ``test.csv``,
+            ``categories.json``.
+        download: Fetch what is missing.
+    """
+    root = _downloaded("Banking77", data_dir, BANKING77, download=download)
+    names = _json(root / "categories.json")
+    if not isinstance(names, list):
+        raise DataError(f"{root / 'categories.json'}: no list of names; delete it and run again")
+    train, test = (_csv(root / name) for name in ("train.csv", "test.csv"))
+    return _text_source(
+        "banking77", train, test, [str(name) for name in names], n_features=n_features, where=root
+    )
+
+
+def hashed(texts: Sequence[str], *, n_features: int) -> Tensor:
+    """texts_ND: counts of words and of pairs of neighbors, each hashed to one of D places, of length 1.
+
+    Nothing is fitted: a vocabulary or word weights from all training texts would tell the first experience
+    about the last one's. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning" (2009).
+
+    Raises:
+        ConfigError: Fewer than one place.
+
+    >>> hashed(["where is my card"], n_features=64).norm().item()
+    1.0
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    if n_features < 1:
+        raise ConfigError(f"benchmark.n_features: found {n_features}; give at least 1")
+    words = HashingVectorizer(
+        n_features=n_features, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", norm="l2", dtype=np.float32
+    )
+    return torch.from_numpy(words.transform(texts).toarray())
+
+
+def _text_source(
+    name: str, train: list[Text], test: list[Text], names: list[str], *, n_features: int, where: Path
+) -> Source:
+    number = {intent: c for c, intent in enumerate(names)}
+    strange = {label for _, label in train + test} - set(number)
+    if strange:
+        raise DataError(f"{where}: intent '{min(strange)}' is not listed; delete {where} and run again")
+    # A vector of length 1 is far shorter than a normalized image; to be learnt at the same rate it is
+    # stretched to the length that as many normalized pixels would have.
+    std = (n_features**-0.5,)
+    samples = [
+        TensorSamples(
+            hashed([text for text, _ in part], n_features=n_features),
+            torch.tensor([number[label] for _, label in part]), std=std,
+        )
+        for part in (train, test)
+    ]  # fmt: skip
+    return Source(name, samples[0], samples[1], classes=len(names), class_names=tuple(names))
+
+
+def _downloaded(title: str, data_dir: str, published: Sequence[Published], *, download: bool) -> Path:
+    from torchvision.datasets.utils import download_url
+
+    root, folder = Path(data_dir).expanduser(), Path(published[0].file).parent
+    inside = root / "text"
+    if all((inside / p.file).is_file() for p in published):
+        return inside / folder
+
+    def fetch(place: str) -> None:
+        for p in published:
+            download_url(p.url, str(Path(place) / folder), filename=Path(p.file).name, md5=p.md5)
+
+    provide(
+        title, root, wanted=[p.file for p in published], published=published, download=download, fetch=fetch
+    )
+    return root / folder
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(text_of(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: no whole JSON ({error}); delete it and run again") from None
+
+
+def _csv(file: Path) -> list[Text]:
+    rows = list(csv.DictReader(io.StringIO(text_of(file), newline="")))
+    if not rows or not {"text", "category"} <= set(rows[0]) or any(None in row.values() for row in rows):
+        raise DataError(f"{file}: not laid out as published (text,category); delete it and run again")
+    return [(row["text"], row["category"]) for row in rows]

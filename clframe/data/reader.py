@@ -41,8 +41,8 @@ class Reader:
         self.dataset = dataset
         self.num_workers = default_workers() if num_workers is None else num_workers
         self._idle: dict[bool, list[DataLoader[Any]]] = {False: [], True: []}
-        # Workers that the garbage collector ends, along with a strategy that holds the reader, take ten seconds:
-        # it has closed the queue that would tell them. Those that nothing refers to any more end at once.
+        # Workers that the garbage collector ends, along with a strategy that holds the reader, take seconds: it
+        # has closed the queue that would tell them. Those that nothing refers to any more end at once.
         self._ending = weakref.finalize(self, _clear, self._idle)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ class FabricEngine:
     def __init__(self, fabric: Fabric, model: nn.Module, optimizer: Optimizer) -> None:
         self._fabric = fabric
         self.module: nn.Module = fabric.setup_module(model)
-        self._optimizer = fabric.setup_optimizers(optimizer)
+        self._optimizer: Any = fabric.setup_optimizers(optimizer)
         self._plain = not needs_wrapper(fabric)
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
@@ -66,8 +66,7 @@ class TrainerEngine:
 
     def step(self, *, clip: float | None) -> None:
         """``LightningModule.clip_gradients`` and the Trainer's optimizer step."""
-        optimizer = self._module.optimizers()
-        assert not isinstance(optimizer, list)
+        optimizer: Any = self._module.optimizers()
         if clip is not None:
             self._module.clip_gradients(optimizer, gradient_clip_val=clip, gradient_clip_algorithm="norm")
         optimizer.step()

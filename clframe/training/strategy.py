@@ -132,6 +132,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._step_in_update = 0
         self._epoch = 0
 
+    dataloader: Any
+
     # --- the timetable on Avalanche's callbacks ---------------------------------------------------
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
@@ -165,9 +167,10 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         """A plugin has put a copy of the model in place, as GDumb does to start over: learn on from it."""
         assert self.module is not None
         if not isinstance(self.model, ContinualModule):
+            name = type(self.model).__name__
             raise UnsupportedError(
-                f"LightningStrategy: a plugin has put a {type(self.model).__name__} in place of the ContinualModule; "
-                f"use the plugin with a plain module, or put a copy of the ContinualModule in place"
+                f"LightningStrategy: a plugin has put a {name} in place of the ContinualModule; use the plugin "
+                f"with a plain module, or put a copy of the ContinualModule in place"
             )
         self.module.load_state_dict(self.model.state_dict())
         self.model = self.module
@@ -229,9 +232,10 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         if not self._sources():
             return
         if self.learner is not None and self._criterion is not self._given_criterion:
+            name = type(self._criterion).__name__
             raise UnsupportedError(
-                f"LightningStrategy: a plugin has set the criterion {type(self._criterion).__name__}, but the loss of "
-                f"a ContinualModule is that of its components; use the plugin with a plain module"
+                f"LightningStrategy: a plugin has set the criterion {name}, but the loss of a ContinualModule is "
+                f"that of its components; use the plugin with a plain module"
             )
         self._kwargs = kwargs
         self._compile_calls()
@@ -292,10 +296,10 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         index, count = int(experience.current_experience), len(experience.origin_stream)
         sources = (index,) if self.learner is None else self.learner.sources(index, count)
         size = sum(len(experience.origin_stream[i].dataset) for i in sources)
-        batches = -(-size // self.train_mb_size)
+        batches: int = -(-size // self.train_mb_size)
         if self.limit_batches is not None:
             batches = min(batches, self.limit_batches)
-        return batches * self.train_epochs
+        return batches * int(self.train_epochs)
 
     # --- the loop body's driver -------------------------------------------------------------------
 
@@ -377,7 +381,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         return torch.cat([labels, labels.new_zeros(missing)]) if missing > 0 else labels
 
     def _is_last_batch(self) -> bool:
-        batches = len(self.dataloader)  # type: ignore[arg-type]
+        batches = len(self.dataloader)
         if self.limit_batches is not None:
             batches = min(batches, self.limit_batches)
         return int(self.clock.train_epoch_iterations) + 1 == batches
@@ -401,7 +405,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         index, ours = experience.current_experience, self._avalanche.streams[stream]
         if index >= len(ours) or ours[index].dataset is not experience.dataset:
             return None
-        return {"train": self.benchmark.train, "test": self.benchmark.test}[stream][index]
+        samples: TensorSamples = {"train": self.benchmark.train, "test": self.benchmark.test}[stream][index]
+        return samples
 
     def _compile_calls(self) -> None:
         """Look up, once an epoch, which plugins act inside a training step."""

@@ -58,7 +58,7 @@ class _Batches:
         self._strategy = strategy
 
     def __len__(self) -> int:
-        return len(self._strategy.dataloader)  # type: ignore[arg-type]
+        return len(self._strategy.dataloader)
 
     def __iter__(self) -> Any:
         yield from self._strategy.dataloader  # lazily: before_training_epoch may still replace it

@@ -154,7 +154,7 @@ OVERRIDES = [
     ("trainer.epochs=[1,", "override 'trainer.epochs=[1,': ", "; mend the value or put it in quotes"),
     ('name="unclosed', 'override \'name="unclosed\': ', "; mend the value or put it in quotes"),
     ("name=*nowhere", "override 'name=*nowhere': found undefined alias", "; mend the value"),
-    ("components.er.memory=" + "[" * 500 + "]" * 500, "override 'components.er.memory=[[[", "; mend the value"),
+    ("components.er.memory=" + "[" * 500 + "]" * 500, "override 'components.er.memory=[[", "; mend the"),
     ("name=!!python/object/apply:os.system ['touch hacked']", "python/object/apply", "; mend the value"),
     ("seed=!!python/name:os.system", "could not determine a constructor for the tag", "; mend the"),
     ("name=${oc.env:HOME}", "name is '${oc.env:HOME}' (text), more than a reference to a key; write one"),
@@ -189,7 +189,7 @@ TRAINER = [
     ("trainer.callbacks.EarlyStopping={}", "trainer.callbacks.EarlyStopping: ", "'monitor'; mend its"),
     ("trainer.callbacks._target_=os.system", "trainer.callbacks: unknown Lightning class '_target_';"),
     ("trainer.loggers=[CSVLoger]", "trainer.loggers: unknown logger 'CSVLoger';"),
-    ("trainer.loggers=[CSVLoggerLogger]", "unknown Lightning class 'CSVLoggerLogger'; did you mean 'CSVLogger'?"),
+    ("trainer.loggers=[CSVLoggerLogger]", "class 'CSVLoggerLogger'; did you mean 'CSVLogger'?"),
 ]  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def test_imagenet_that_is_not_there(wordnet, tmp_path):
         imagenet_subset(data_dir=str(wordnet))
     with pytest.raises(ConfigError, match=r"benchmark.class_names: no folder .*train/n5; name folders of it"):
         imagenet_subset(data_dir=str(wordnet), class_names=("n5",))
-    for path in (wordnet / "val").rglob("*.JPEG"):
+    for path in list((wordnet / "val").rglob("*.JPEG")):
         path.rename(wordnet / "val" / f"{path.parent.name}.JPEG")
         path.parent.rmdir()
     with pytest.raises(DataError, match="val: holds no folders; put the images of each class"):

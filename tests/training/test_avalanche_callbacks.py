@@ -105,9 +105,7 @@ def learner(toy: SimpleNamespace, side: Side, plugins: list[Any], **options: Any
     toy.seed_all()
     model = toy.mlp() if kind == "mlp" else toy.module(grown=True)
     options = {"evaluator": toy.evaluator(), **toy.options, **engine, **options}
-    return strategy(
-        model=model, optimizer=toy.sgd(model), criterion=nn.CrossEntropyLoss(), plugins=plugins, **options
-    )
+    return strategy(model=model, optimizer=toy.sgd(model), criterion=nn.CrossEntropyLoss(), plugins=plugins, **options)
 
 
 def record(
@@ -234,9 +232,7 @@ def plain(value: Any) -> Any:
 
 def without_bars(text: str) -> list[str]:
     """What the interactive logger says between its progress bars, whose speed is never the same."""
-    return [
-        line for line in re.split(r"[\r\n]+", text) if line.strip() and "it/s" not in line and "?" not in line
-    ]
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and "it/s" not in line and "?" not in line]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -267,9 +263,7 @@ def log(
     loggers[3].writer.flush()
     return {
         "last": [{name: plain(value) for name, value in given.items()} for given in last],
-        "all": {
-            name: (x, [plain(value) for value in y]) for name, (x, y) in evaluator.get_all_metrics().items()
-        },
+        "all": {name: (x, [plain(value) for value in y]) for name, (x, y) in evaluator.get_all_metrics().items()},
         "text": text.getvalue(),
         "shown": without_bars(capsys.readouterr().out),
         "csv": {path.name: path.read_text() for path in (folder / "csv").iterdir()},

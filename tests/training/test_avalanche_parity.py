@@ -50,9 +50,7 @@ PLUGINS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "BiC": lambda m, o: [P.BiCPlugin(40, stage_2_epochs=3, val_percentage=0.3)],
     "FromScratch": lambda m, o: [P.FromScratchTrainingPlugin()],
     "LRScheduler by epoch": lambda m, o: [P.LRSchedulerPlugin(StepLR(o, 1, 0.3))],
-    "LRScheduler by iteration": lambda m, o: [
-        P.LRSchedulerPlugin(StepLR(o, 3, 0.5), step_granularity="iteration")
-    ],
+    "LRScheduler by iteration": lambda m, o: [P.LRSchedulerPlugin(StepLR(o, 3, 0.5), step_granularity="iteration")],
     "LRScheduler on a plateau": lambda m, o: [
         P.LRSchedulerPlugin(
             ReduceLROnPlateau(o, mode="max", patience=0), metric="train_loss", step_granularity="iteration"
@@ -161,9 +159,7 @@ STRATEGIES: dict[str, tuple[type[Any], Maker]] = {
     ),
     "SCR": (
         supervised.SCR,
-        trains(
-            lambda: models.SCRModel(Body(), nn.Linear(16, 8)), criterion=None, mem_size=20, batch_size_mem=5
-        ),
+        trains(lambda: models.SCRModel(Body(), nn.Linear(16, 8)), criterion=None, mem_size=20, batch_size_mem=5),
     ),
     "FeatureReplay": (
         FeatureReplay,
@@ -212,15 +208,11 @@ def assert_equal(toy: SimpleNamespace, ours: Ended, theirs: Ended) -> None:
     assert ours[1:] == theirs[1:]
 
 
-def with_plugins(
-    toy: SimpleNamespace, strategy: type[Any], make: Callable[..., list[Any]], **options: Any
-) -> Any:
+def with_plugins(toy: SimpleNamespace, strategy: type[Any], make: Callable[..., list[Any]], **options: Any) -> Any:
     model = toy.mlp()
     optimizer = toy.sgd(model)
     options = {"evaluator": toy.evaluator(), **toy.options, **options}
-    return strategy(
-        model=model, optimizer=optimizer, criterion=LOSS(), plugins=make(model, optimizer), **options
-    )
+    return strategy(model=model, optimizer=optimizer, criterion=LOSS(), plugins=make(model, optimizer), **options)
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +272,7 @@ def test_early_stopping_stops_where_avalanche_does(toy: SimpleNamespace, mode: s
 
     with pytest.warns(UserWarning, match="EarlyStopping will not be triggered"):
         ours, theirs = (
-            finish(toy, lambda c=strategy: build(c), "new")
-            for strategy in (LightningStrategy, supervised.Naive)
+            finish(toy, lambda c=strategy: build(c), "new") for strategy in (LightningStrategy, supervised.Naive)
         )
     assert_equal(toy, ours, theirs)
     assert 0 < ours.iterations < 3 * 6 * 5  # five batches an epoch
@@ -310,9 +301,7 @@ class OtherOptimizer(P.SupervisedPlugin):
         strategy.optimizer = torch.optim.Adam(strategy.model.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize(
-    "when", ["before_training_exp", "before_training_epoch", "before_training_iteration"]
-)
+@pytest.mark.parametrize("when", ["before_training_exp", "before_training_epoch", "before_training_iteration"])
 def test_another_optimizer_put_in_place_by_a_plugin_is_the_one_that_steps(
     toy: SimpleNamespace, naive: dict[str, Ended], when: str
 ) -> None:
@@ -330,9 +319,7 @@ def test_synaptic_intelligence_acts_in_proportion_to_its_weight(toy: SimpleNames
     ended = {
         weight: finish(
             toy,
-            lambda w=weight: with_plugins(
-                toy, LightningStrategy, lambda m, o: [P.SynapticIntelligencePlugin(w)]
-            ),
+            lambda w=weight: with_plugins(toy, LightningStrategy, lambda m, o: [P.SynapticIntelligencePlugin(w)]),
             "new",
         )
         for weight in (0.0, 1.0, 10.0)
@@ -363,9 +350,7 @@ def test_gem_without_its_solver_says_so_before_it_starts(
     toy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, strategy: type[Any]
 ) -> None:
     monkeypatch.setattr("qpsolvers.available_solvers", ["cvxopt"])
-    with pytest.raises(
-        UnsupportedError, match=r"^GEMPlugin: needs .* quadprog, which is not installed; run .*$"
-    ):
+    with pytest.raises(UnsupportedError, match=r"^GEMPlugin: needs .* quadprog, which is not installed; run .*$"):
         with_plugins(toy, strategy, PLUGINS["GEM"])
 
 

@@ -55,17 +55,14 @@ def foreign(strategy: type[Any], model: nn.Module, **options: Any) -> Any:
     return strategy(model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), **options)
 
 
-def ours(
-    toy: SimpleNamespace, expression: str = "naive", *, clip: float | None = None, **options: Any
-) -> Any:
+def ours(toy: SimpleNamespace, expression: str = "naive", *, clip: float | None = None, **options: Any) -> Any:
     options = {**toy.options, "evaluator": None, **options}
     return LightningStrategy(model=toy.module(expression, seed=1, clip=clip), **options)
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     return all(v.isfinite().all() for v in after.values()) and any(
-        before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
-        for name in after
+        before[name].shape != after[name].shape or not torch.equal(before[name], after[name]) for name in after
     )
 
 
@@ -142,9 +139,7 @@ def test_trainer_and_fabric_agree_in_mixed_precision(toy: SimpleNamespace, expre
     ends = []
     for engine in ("fabric", "trainer"):
         torch.manual_seed(0)
-        learner = ours(
-            toy, expression, fabric=fabric("bf16-mixed"), engine=engine, trainer={"precision": "bf16-mixed"}
-        )
+        learner = ours(toy, expression, fabric=fabric("bf16-mixed"), engine=engine, trainer={"precision": "bf16-mixed"})
         for experience in toy.benchmark("new").train_stream:
             learner.train(experience)
         ends.append(toy.weights(learner.model))
@@ -170,9 +165,7 @@ def test_plugins_run_in_mixed_precision(toy: SimpleNamespace, name: str, model: 
     for plugins in ([], [PLUGINS[name]()]):
         torch.manual_seed(0)
         options = {"plugins": plugins, "fabric": fabric("bf16-mixed")}
-        learner = (
-            foreign(LightningStrategy, Watched(), **options) if model == "foreign" else ours(toy, **options)
-        )
+        learner = foreign(LightningStrategy, Watched(), **options) if model == "foreign" else ours(toy, **options)
         for experience in toy.benchmark("new").train_stream:
             learner.train(experience)
         ends.append(toy.weights(learner.model))
@@ -203,9 +196,7 @@ class TaskAware(MultiTaskModule):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_modules_that_take_task_labels_get_them_in_other_precision(
-    toy: SimpleNamespace, precision: str
-) -> None:
+def test_modules_that_take_task_labels_get_them_in_other_precision(toy: SimpleNamespace, precision: str) -> None:
     model = TaskAware()
     learner = foreign(LightningStrategy, model, fabric=fabric(precision))
     learner.train(toy.benchmark("tasks").train_stream)

@@ -1,0 +1,304 @@
+"""The command line as people use it: what it prints, what it writes and where."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clframe
+import clframe.build
+from clframe.cli import main
+from clframe.config.files import read_yaml
+from clframe.config.typed import from_mapping
+from clframe.reporting.results import Result
+
+TINY = ("trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone.width=4")
+
+
+def test_a_run_prints_the_matrix_the_summary_and_the_folder(finished):
+    folder, printed, cwd = finished
+    result = Result.from_json(folder / "results.json")
+    assert re.findall(r"^experience (\d/\d):", printed, re.M) == ["1/2", "2/2"]
+    assert "accuracy in %" in printed
+    (row,) = re.findall(r"^ *1 \|(.*)\|", printed, re.M)
+    assert row.split() == [f"{100 * a:.1f}" for a in result.accuracy_matrix[1]]
+    assert re.search(rf"final average accuracy +{100 * result.final_average_accuracy:.1f} %", printed)
+    assert re.search(rf"run folder +{re.escape(str(folder.relative_to(cwd)))}$", printed, re.M)
+
+
+def test_a_run_folder_holds_what_it_says(finished):
+    folder, _, _ = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "environment.json", "results.json", "metrics.csv", "ledger.json", "checkpoints",
+        "tensorboard", "figures",
+    }  # fmt: skip
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "experience_001.ckpt", "experience_002.ckpt",
+    ]  # fmt: skip
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["clframe"] == clframe.__version__ or "clframe" in environment["versions"]
+    assert json.loads((folder / "ledger.json").read_text())["training"]["steps"] == 4
+    with open(folder / "metrics.csv", newline="") as file:
+        assert len(list(csv.reader(file))) > 1
+
+
+def test_the_config_of_a_run_is_the_whole_resolved_one(finished):
+    folder, _, _ = finished
+    config = from_mapping(read_yaml(folder / "config.yaml"))
+    assert config.name == "quickstart" and config.seed == 3 and config.output == "out"
+    assert config.trainer.fast_dev_run and config.benchmark.experiences == 2
+    assert config.backbone.name == "small_cnn" and config.backbone.options == {"width": 4}
+    assert config.optimizer.momentum == 0.0  # a default, written out
+
+
+def test_nothing_is_written_outside_the_output(finished):
+    _, _, cwd = finished
+    assert [path.name for path in cwd.iterdir()] == ["out"]
+    assert [path.name for path in (cwd / "out").iterdir()] == ["quickstart"]
+
+
+def test_seeds_give_mean_and_deviation(call, here):
+    code, out, err = call("run", "quickstart", *TINY, "--seeds", "0..1")
+    assert (code, err) == (0, "")
+    results = [Result.from_json(path) for path in sorted(here.glob("runs/quickstart/*/results.json"))]
+    assert [result.seed for result in results] == [0, 1]
+    accuracies = [100 * result.final_average_accuracy for result in results]
+    assert accuracies[0] != accuracies[1]
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert out.count("accuracy in %") == 2
+    (row,) = re.findall(r"^er \+ lwf +2 (.*)$", out, re.M)
+    assert f"{mean:.1f} ± {deviation:.1f}" in row
+
+
+def test_quiet_prints_the_number_alone(call, here):
+    code, out, err = call("run", "--quiet", "smoke/quickstart", *TINY[1:], "--output", "a/b")
+    (path,) = here.glob("a/b/quickstart/*-seed0/results.json")
+    assert (code, err) == (0, "")
+    assert out == f"{Result.from_json(path).final_average_accuracy:.4f}\n"
+
+
+def test_resume_of_a_finished_run_gives_its_result_again(finished, call, contents):
+    folder, _, _ = finished
+    before = Result.from_json(folder / "results.json")
+    code, out, _ = call("run", "--resume", str(folder), "--quiet")
+    assert (code, out) == (0, f"{before.final_average_accuracy:.4f}\n")
+    assert Result.from_json(folder / "results.json").accuracy_matrix == before.accuracy_matrix
+
+
+def test_python_gives_the_result_that_the_command_writes(finished, here):
+    result = clframe.run("quickstart", [*TINY, "seed=3"], output=here / "out")
+    assert result.accuracy_matrix == Result.from_json(finished[0] / "results.json").accuracy_matrix
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``clframe.build.run`` is asked to do; it does nothing."""
+    calls = []
+
+    def run(config="", overrides=(), *, output=None, resume=None, on_evaluated=None):
+        calls.append((config, list(overrides), output, resume))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clframe.build, "run", run)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("run q", ("q", [], None, None)),
+        ("run q a=1 b=2", ("q", ["a=1", "b=2"], None, None)),
+        ("run q a=1 --seed 3 b=2", ("q", ["a=1", "b=2", "seed=3"], None, None)),
+        ("run --seed 3 q a=1 --quiet b=2", ("q", ["a=1", "b=2", "seed=3"], None, None)),
+        ("run --output=x q a=-1", ("q", ["a=-1"], "x", None)),
+        ("run q --output x a=1 --seeds 4..4 c=3", ("q", ["a=1", "c=3", "seed=4"], "x", None)),
+        ("run q --device cpu", ("q", ["trainer.accelerator=cpu", "trainer.devices=1"], None, None)),
+        ("run q --device cuda", ("q", ["trainer.accelerator=cuda"], None, None)),
+        ("run q --device cuda:1", ("q", ["trainer.accelerator=cuda", "trainer.devices=[1]"], None, None)),
+        ("run --resume there", ("", [], None, "there")),
+    ],
+)
+def test_words_and_options_in_any_order(line, expected, asked, call):
+    assert call(*line.split()).code == 130
+    assert asked == [expected]
+
+
+def test_an_interrupted_run_says_how_to_go_on(asked, call):
+    assert call("run", "quickstart").err == "\nclframe: interrupted; go on with clframe run --resume RUN\n"
+
+
+def test_explain_tells_all_and_writes_nothing(call, here):
+    code, out, err = call("explain", "quickstart", "seed=7")
+    assert (code, err) == (0, "")
+    titles = re.findall(r"^(\w.*)$", out, re.M)
+    assert titles == ["config", "stream (who learns what when)", "strategy", "timetable (who acts where)",
+                      "loss terms", "slots", "network with all classes"]  # fmt: skip
+    assert "  seed: 7\n" in out
+    assert "\n  er + lwf\n" in out
+    assert "\n  loss/task/ce\n  loss/lwf/distil\n" in out
+    assert re.search(r"^  batch +er$", out, re.M) and re.search(r"^  mix +-$", out, re.M)
+    assert re.search(r"^  losses +every step: loss terms +lwf$", out, re.M)
+    assert len(re.findall(r"^  experience +\d +\d+ train +\d+ test +classes \d \d$", out, re.M)) == 5
+    assert list(here.iterdir()) == []
+
+
+def test_explain_counts_what_the_layers_say(call):
+    """Two 3x3 convolutions on 8x8 and 4x4 pixels, one hidden layer of 2x2x64 inputs, ten classes."""
+    out = call("explain", "quickstart").out
+    macs = 64 * 32 * 9 * 1 + 16 * 64 * 9 * 32 + 128 * 256 + 10 * 128
+    parameters = 32 * (9 * 1 + 1) + 64 * (9 * 32 + 1) + 128 * (256 + 1) + 10 * (128 + 1)
+    assert re.search(rf"^  MACs a sample +{macs:,} ", out, re.M)
+    assert re.search(rf"^  parameters +{parameters:,}$", out, re.M)
+    out = call("explain", "quickstart", "backbone=mlp", "backbone.width=7", "backbone.depth=1").out
+    assert re.search(rf"^  MACs a sample +{64 * 7 + 7 * 10:,} ", out, re.M)
+    assert re.search(rf"^  parameters +{65 * 7 + 8 * 10:,}$", out, re.M)
+
+
+def test_explain_makes_no_session_and_no_folder_for_lightning_loggers(call, here, no_training):
+    code, out, _ = call("explain", "quickstart", "trainer.engine=trainer", "trainer.loggers=[CSVLogger]",
+                        "trainer.callbacks.Timer={duration: '00:01:00:00'}")  # fmt: skip
+    assert code == 0 and "CSVLogger" in out
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "what, names",
+    [
+        ("strategies", ["cumulative", "er", "joint", "lwf", "naive"]),
+        ("benchmarks", ["digits"]),
+        ("backbones", ["mlp", "resnet20", "resnet32", "small_cnn"]),
+        ("configs", ["backbone/mlp", "benchmark/digits", "experiment/quickstart", "smoke/quickstart"]),
+    ],
+)
+def test_list(what, names, call):
+    code, out, err = call("list", what)
+    assert (code, err) == (0, "")
+    listed = {line.split()[0]: line for line in out.splitlines()}
+    assert set(names) <= set(listed)
+    assert list(listed) == sorted(listed)
+    assert all(len(line.split()) > 2 for line in listed.values())
+
+
+def test_list_shows_options_with_defaults_and_filters(call):
+    assert "[alpha=1.0, temperature=2.0]" in call("list", "strategies", "LWF").out
+    assert {line.split()[0] for line in call("list", "backbones", "resnet").out.splitlines()} == {
+        "resnet20", "resnet32",
+    }  # fmt: skip
+    assert call("list", "configs", "Split digits: ").out.startswith("benchmark/digits ")
+
+
+def test_list_shows_your_own_configs_whatever_is_in_them(call, here):
+    (here / "configs" / "experiment").mkdir(parents=True)
+    (here / "configs" / "experiment" / "mine.yaml").write_text(
+        "# Mine.\n# And yours.\n\nseed: 3\n# seed: 4\n"
+    )
+    (here / "configs" / "experiment" / "torn.yaml").write_bytes(b"\xff\xfe")
+    lines = call("list", "configs", "experiment/").out.splitlines()
+    assert [" ".join(line.split()) for line in lines][:1] == ["experiment/mine Mine. And yours."]
+    assert "experiment/torn" in [line.strip() for line in lines]
+
+
+def test_your_own_configs_are_found_by_name_and_hide_the_shipped_ones(call, here):
+    (here / "configs" / "experiment").mkdir(parents=True)
+    (here / "configs" / "experiment" / "quickstart.yaml").write_text(
+        "defaults: [benchmark/digits, backbone/mlp]\nseed: 41\nstrategy: er\n"
+    )
+    out = call("explain", "quickstart").out
+    assert "  seed: 41\n" in out and "    name: mlp\n" in out
+
+
+@pytest.mark.parametrize("verb", [[], ["run"], ["explain"], ["list"]])
+def test_help_has_examples(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert len(re.findall(rf"^  clframe {verb[0] if verb else ''}", out, re.M)) >= 2
+    assert "--debug" in out
+
+
+def test_no_verb_shows_the_help(call):
+    code, out, err = call()
+    assert (code, err) == (0, "")
+    assert "clframe run quickstart" in out
+
+
+def python(*arguments, cwd, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_python_m_clframe(here):
+    done = python("-m", "clframe", "--version", cwd=here)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"clframe {clframe.__version__}\n", "")
+    done = python("-m", "clframe", "list", "strategis", cwd=here)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "clframe: error: list: unknown kind 'strategis'; did you mean 'strategies'?"
+    )
+
+
+def test_help_and_errors_import_nothing_heavy(here):
+    code = (
+        "import sys; from clframe.cli import main\n"
+        "for words in (['list', 'strategis'], ['run'], ['zzz'], ['run', 'x', '--bogus'], []):\n"
+        "    main(words)\n"
+        "heavy = {'torch', 'numpy', 'lightning', 'avalanche', 'omegaconf'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = python("-c", code, cwd=here)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
+def test_a_reader_that_goes_early_is_no_error(here):
+    process = subprocess.Popen([sys.executable, "-m", "clframe", "list", "configs"], cwd=here,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_config_cannot_run_code(call, here):
+    """Each of these would leave a file behind if anything in it were called."""
+    target = here / "hacked"
+    for text in (
+        f"strategy: !!python/object/apply:os.system ['touch {target}']",
+        f"strategy: !!python/object/new:os.system ['touch {target}']",
+        f"strategy: ${{oc.eval:\"open('{target}', 'w')\"}}",
+        f"strategy: \"er(memory=open('{target}', 'w'))\"",
+        f"components: {{er: {{_target_: os.system, command: 'touch {target}'}}}}",
+        f"benchmark: {{_target_: os.system, command: 'touch {target}'}}",
+        f"trainer: {{engine: trainer, callbacks: {{os.system: {{command: 'touch {target}'}}}}}}",
+        f"trainer: {{engine: trainer, loggers: ['os.system(\"touch {target}\")Logger']}}",
+    ):
+        (here / "my.yaml").write_text(f"defaults: [experiment/quickstart]\n{text}\n")
+        assert call("explain", "my.yaml").code == 2
+    assert [path.name for path in here.iterdir()] == ["my.yaml"]
+
+
+def test_no_environment_variable_reaches_a_run(call, monkeypatch):
+    monkeypatch.setenv("CLFRAME_SECRET", "hunter2")
+    for override in ("name=${oc.env:CLFRAME_SECRET}", "name=${seed}${oc.env:CLFRAME_SECRET}",
+                     "strategy=${oc.decode:${oc.env:CLFRAME_SECRET}}", "components={er: {memory: '${oc.env:CLFRAME_SECRET}'}}"):  # fmt: skip
+        code, out, err = call("explain", "quickstart", "seed=1", override)
+        assert code == 2 and "hunter2" not in out + err
+
+
+def test_paths_in_defaults_start_at_the_file_that_names_them(call, here):
+    (here / "deep").mkdir()
+    (here / "deep" / "base.yaml").write_text("defaults: [experiment/quickstart]\nseed: 11\n")
+    Path("deep/mine.yaml").write_text("defaults: [base.yaml]\n")
+    assert "  seed: 11\n" in call("explain", "deep/mine.yaml").out

@@ -73,9 +73,7 @@ def run(
     elif isinstance(config, str):
         config = load_config(config, overrides)
     elif overrides:
-        raise ConfigError(
-            "run: overrides go with a config's name; change a typed config with dataclasses.replace"
-        )
+        raise ConfigError("run: overrides go with a config's name; change a typed config with dataclasses.replace")
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     parts = build(config)
@@ -161,9 +159,7 @@ def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]])
 
 def _optimizer(config: OptimizerConfig) -> Callable[..., Any]:
     if config.name == "sgd":
-        return partial(
-            torch.optim.SGD, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return partial(torch.optim.SGD, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     return partial(kind, lr=config.lr, weight_decay=config.weight_decay)
 
@@ -172,18 +168,14 @@ def _scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] | Non
     if config.schedule == "cosine":
         return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
     if config.schedule == "multistep":
-        return partial(
-            torch.optim.lr_scheduler.MultiStepLR, milestones=list(config.milestones), gamma=config.gamma
-        )
+        return partial(torch.optim.lr_scheduler.MultiStepLR, milestones=list(config.milestones), gamma=config.gamma)
     return None
 
 
 def _check_trainer(config: TrainerConfig) -> None:
     wanted = config.accelerator
     if wanted in ("cuda", "gpu") and not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto"
-        )
+        raise UnsupportedError(f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto")
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UnsupportedError("trainer.accelerator: found mps, but this machine has none; use cpu or auto")
     on_gpu = wanted in ("cuda", "gpu") or (wanted == "auto" and torch.cuda.is_available())

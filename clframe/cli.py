@@ -142,9 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
     words = "CONFIG [KEY=VALUE ...]"
-    run = verb(
-        "run", help="train and evaluate on every experience of a benchmark", description=_RUN, words=words
-    )
+    run = verb("run", help="train and evaluate on every experience of a benchmark", description=_RUN, words=words)
     _config_options(run)
     run.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or a list 0,3,7")
     run.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
@@ -152,9 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
     run.set_defaults(act=_act_run)
 
-    explain = verb(
-        "explain", help="what a run would do, before any training", description=_EXPLAIN, words=words
-    )
+    explain = verb("explain", help="what a run would do, before any training", description=_EXPLAIN, words=words)
     _config_options(explain)
     explain.set_defaults(act=_act_explain)
 
@@ -179,14 +175,11 @@ def _act_run(options: argparse.Namespace) -> int:
         _show([_run(options, resume=options.resume)], options)
         return 0
     if options.seeds is not None and options.seed is not None:
-        raise ConfigError(
-            f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them"
-        )
+        raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
     config, overrides = _config(options)
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
     results = [
-        _run(options, config=config, overrides=[*overrides, *seed], output=options.output)
-        for seed in seeds or [[]]
+        _run(options, config=config, overrides=[*overrides, *seed], output=options.output) for seed in seeds or [[]]
     ]
     _show(results, options)
     return 0
@@ -196,9 +189,7 @@ def _refuse_beside_resume(options: argparse.Namespace) -> None:
     found = [*options.words]
     found += [f"--{o}" for o in ("seed", "seeds", "output", "device") if getattr(options, o) is not None]
     if found:
-        raise ConfigError(
-            f"--resume: found {found[0]} beside it; leave it out, a resumed run keeps its config"
-        )
+        raise ConfigError(f"--resume: found {found[0]} beside it; leave it out, a resumed run keeps its config")
     if not options.resume:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
 
@@ -267,11 +258,9 @@ def _config(options: argparse.Namespace) -> tuple[str, list[str]]:
     from clframe.config.seeds import parse_seed
 
     name, *overrides = options.words or [""]
-    if not name or "=" in name:
+    if not name or ("=" in name and not name.endswith((".yaml", ".yml"))):
         found = f"found '{name}' in the place of a config" if name else "found no config"
-        raise ConfigError(
-            f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart"
-        )
+        raise ConfigError(f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart")
     if options.device is not None:
         overrides += _device(options.device)
     if options.seed is not None:

@@ -56,8 +56,8 @@ class ER(Component):
                 f"components.er.budget: found per_class with selection {self.selection}, which knows no "
                 f"classes; use total, or select balanced or herding"
             )
-        if not self.ratio > 0:
-            raise ConfigError(f"components.er.ratio: found {self.ratio}; give a number above 0")
+        if not 0 < self.ratio <= 1000:
+            raise ConfigError(f"components.er.ratio: found {self.ratio}; give a number above 0, at most 1000")
         if self.replayed < 1:
             raise ConfigError(f"components.er.replayed: found {self.replayed}; give at least 1 sample")
         if not self.scale >= 0:
@@ -89,8 +89,8 @@ class ER(Component):
         count = self.replayed if self.replay == "fixed" else -int(-self.ratio * size // 1)
         index = drawn(state, count, generator=moment.generator)
         samples = moment.experience.samples
-        x = samples.prepare(state["x"][index], generator=moment.generator).to(batch.x.device)
-        y = state["y"][index].to(batch.y.device)
+        x = samples.prepare(state["x"].index_select(0, index), generator=moment.generator).to(batch.x.device)
+        y = state["y"].index_select(0, index).to(batch.y.device)
         weight_B = None
         if self.scale != 1:
             weight_B = torch.ones(size + count, device=batch.x.device)

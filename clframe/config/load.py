@@ -59,9 +59,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, Dict
         raise ConfigError(f"{path}: defaults is {shown(defaults)}; give a list such as [backbone/mlp]")
     for default in defaults or ():
         if not isinstance(default, str):
-            raise ConfigError(
-                f"{path}: defaults names {shown(default)}; write group/name, such as backbone/mlp"
-            )
+            raise ConfigError(f"{path}: defaults names {shown(default)}; write group/name, such as backbone/mlp")
         name = str(path.parent / default) if default.endswith(YAML) else default
         yield from _layers(find_config(name, where=f"{path}: defaults"), (*seen, here))
     layer.pop("defaults", None)
@@ -97,9 +95,7 @@ class _Override:
         """``base`` with the block of another file of the group in the place of its own."""
         group, _, rest = self.value.rpartition("/")
         if group not in ("", self.key) and not rest.endswith(YAML):
-            raise ConfigError(
-                f"{self.where}: is not in configs/{self.key}; see clframe list configs {self.key}"
-            )
+            raise ConfigError(f"{self.where}: is not in configs/{self.key}; see clframe list configs {self.key}")
         path = find_config(self.value, group=self.key, where=self.where)
         merged = OmegaConf.masked_copy(base, [str(key) for key in base if key != self.key])
         for where, layer in _layers(path):

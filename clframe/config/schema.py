@@ -80,9 +80,7 @@ class OptimizerConfig:
               f"leave it out ({self.name} keeps its own betas) or set optimizer.name=sgd")  # fmt: skip
         _at_least(0, "optimizer.weight_decay", self.weight_decay)
         _need(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
-        ordered = (
-            list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
-        )
+        ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
         _need(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
         stepped = self.schedule == "multistep"
         advice = "name some" if stepped else "leave them out or set optimizer.schedule=multistep"

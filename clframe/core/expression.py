@@ -39,9 +39,7 @@ def _load_components(point: EntryPoint) -> Iterator[tuple[str, type[Component]]]
         yield entry.name, entry
 
 
-COMPONENTS: Registry[type[Component]] = Registry(
-    "component", group="clframe.components", load=_load_components
-)
+COMPONENTS: Registry[type[Component]] = Registry("component", group="clframe.components", load=_load_components)
 """Every component by name, found through the entry-point group ``clframe.components``."""
 
 
@@ -76,8 +74,7 @@ def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
             tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ConfigError(
-            f"strategy: cannot read {_quoted(text)}; write component names joined by '+', such as "
-            f"'er + lwf(alpha=2)'"
+            f"strategy: cannot read {_quoted(text)}; write component names joined by '+', such as 'er + lwf(alpha=2)'"
         ) from None
     return compose(*(_build(node, text, options) for node in _terms(tree, text)))
 
@@ -89,9 +86,7 @@ def _terms(tree: ast.expr, text: str) -> Iterator[ast.expr]:
         node = stack.pop()
         if isinstance(node, ast.BinOp):
             if not isinstance(node.op, ast.Add):
-                raise ConfigError(
-                    f"strategy: {_quoted(text)} joins components by something else than '+'; use '+'"
-                )
+                raise ConfigError(f"strategy: {_quoted(text)} joins components by something else than '+'; use '+'")
             stack += [node.right, node.left]
         else:
             yield node
@@ -112,9 +107,7 @@ def _build(node: ast.expr, text: str, options: Mapping[str, Mapping[str, Any]]) 
 
 def _inline_options(node: ast.Call, text: str) -> dict[str, Any]:
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ConfigError(
-            f"strategy: {_source(node, text)} gives an option without a name; write it as option=value"
-        )
+        raise ConfigError(f"strategy: {_source(node, text)} gives an option without a name; write it as option=value")
     options: dict[str, Any] = {}
     for keyword in node.keywords:
         assert keyword.arg is not None

@@ -32,9 +32,7 @@ def option_types(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     hints = get_type_hints(constructor)
     if isinstance(constructor, type) and dataclasses.is_dataclass(constructor):
         return {
-            field.name: (hints[field.name], _default(field))
-            for field in dataclasses.fields(constructor)
-            if field.init
+            field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(constructor) if field.init
         }
     return {
         name: (hints.get(name, Any), parameter.default)

@@ -46,7 +46,7 @@ def as_avalanche(benchmark: Benchmark) -> Any:
     """The benchmark as Avalanche sees it, with class timelines, and task labels where it has them.
 
     Streams are ``train``, ``test`` and, where data is held out, ``valid``. An online benchmark's ``train``
-    consists of ``OnlineCLExperience`` whose ``origin_experience`` is the one they are cut from.
+    consists of ``OnlineCLExperience``; what they are cut from is ``original_train``.
     """
     import_avalanche()
     from avalanche.benchmarks import (
@@ -56,7 +56,9 @@ def as_avalanche(benchmark: Benchmark) -> Any:
         with_task_labels,
     )
 
-    streams = {"train": benchmark.train, "test": benchmark.test, "valid": benchmark.validation}
+    online = benchmark.online is not None
+    whole = {"original_train": benchmark.original} if online else {"train": benchmark.train}
+    streams = {**whole, "test": benchmark.test, "valid": benchmark.validation}
     found = benchmark_from_datasets(
         **{
             name: [_dataset(part, i if benchmark.task_labels else None) for i, part in enumerate(parts)]
@@ -70,8 +72,8 @@ def as_avalanche(benchmark: Benchmark) -> Any:
         return with_task_labels(timed) if benchmark.task_labels else timed
 
     decorated = {name: decorate(stream) for name, stream in found.streams.items()}
-    if benchmark.online is not None:
-        decorated["train"] = decorate(_cut(benchmark, decorated["train"]))
+    if online:
+        decorated["train"] = decorate(_cut(benchmark, decorated["original_train"]))
     return CLScenario(list(decorated.values()))
 
 
@@ -86,7 +88,7 @@ def _dataset(samples: Data, task_label: int | None) -> Any:
 
 
 def _cut(benchmark: Benchmark, stream: Any) -> Any:
-    """The experiences of ``stream`` cut into the benchmark's parts, by Avalanche's own splitter."""
+    """The experiences of ``stream`` cut into the benchmark's small ones, by Avalanche's own splitter."""
     from avalanche.benchmarks import EagerCLStream, OnlineCLExperience, split_online_stream
 
     online = benchmark.online
@@ -98,7 +100,7 @@ def _cut(benchmark: Benchmark, stream: Any) -> Any:
         own = benchmark.parts_of(index)
         for i in own:
             yield OnlineCLExperience(
-                dataset=_dataset(benchmark.parts[i], index if benchmark.task_labels else None),
+                dataset=_dataset(benchmark.train[i], index if benchmark.task_labels else None),
                 origin_experience=experience,
                 is_first_subexp=i == own[0],
                 is_last_subexp=i == own[-1],  # Avalanche's default misses it where the sizes divide

@@ -38,8 +38,7 @@ class Source:
         """Refuse labels out of range, classes without samples and too few or too many names."""
         if self.class_names and len(self.class_names) != self.classes:
             raise DataError(
-                f"{self.name}: {len(self.class_names)} class names for {self.classes} classes; "
-                f"name every class once"
+                f"{self.name}: {len(self.class_names)} class names for {self.classes} classes; name every class once"
             )
         for part, samples in (("train", self.train), ("test", self.test)):
             y = samples.y
@@ -85,7 +84,7 @@ class Benchmark:
     classes: tuple[tuple[int, ...], ...]
     """Classes of each experience, in learning order."""
     train: tuple[Data, ...]
-    """What is trained on before each evaluation; in the order of the stream where that is online."""
+    """What is trained on, one after the other: one for each experience, or many small ones where online."""
     test: tuple[Data, ...]
     input_shape: tuple[int, ...] = field(default=())
     validation: tuple[Data, ...] = ()
@@ -98,6 +97,8 @@ class Benchmark:
     """The data that a run is evaluated on."""
     online: Online | None = None
     """None where every experience is trained on as a whole."""
+    original: tuple[Data, ...] = ()
+    """What ``train`` is cut from where it is online: the data of each experience, in the order it comes."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated or labeled."""
@@ -114,27 +115,27 @@ class Benchmark:
     def __len__(self) -> int:
         return len(self.classes)
 
-    @cached_property
-    def parts(self) -> tuple[Data, ...]:
-        """What is trained on, one after the other: ``train``, or the small experiences it is cut into.
-
-        Those share the memory of ``train``.
-        """
-        if self.online is None:
-            return self.train
-        size = self.online.size
-        return tuple(
-            _slice(samples, start, start + size)
-            for samples in self.train
-            for start in range(0, len(samples), size)
-        )
-
     def parts_of(self, experience: int) -> range:
-        """Which of :attr:`parts` are trained on before experience ``experience`` is evaluated."""
+        """Which entries of :attr:`train` belong to experience ``experience``, after which models are evaluated."""
         if self.online is None:
             return range(experience, experience + 1)
-        counts = [-(-len(part) // self.online.size) for part in self.train[: experience + 1]]
+        counts = [-(-len(samples) // self.online.size) for samples in self.original[: experience + 1]]
         return range(sum(counts[:-1]), sum(counts))
+
+    def cut(self, wholes: Sequence[Data], online: Online) -> Benchmark:
+        """An online benchmark whose experiences are ``wholes``, cut in their order; they share their memory."""
+        train = tuple(
+            _slice(samples, start, start + online.size)
+            for samples in wholes
+            for start in range(0, len(samples), online.size)
+        )
+        return replace(self, train=train, original=tuple(wholes), online=online)
+
+    def title(self, experience: int) -> str:
+        """What experience ``experience`` brings: its domain, or its classes by their ids in the data set."""
+        if self.domains:
+            return self.domains[experience]
+        return f"classes {' '.join(str(self.class_order[c]) for c in self.classes[experience])}"
 
     @property
     def evaluation(self) -> tuple[Data, ...]:
@@ -150,7 +151,7 @@ class Benchmark:
     def avalanche(self) -> Any:
         """The same as an Avalanche benchmark with class timelines.
 
-        Its streams are ``train`` (the :attr:`parts`), ``test`` and, where data is held out, ``valid``.
+        Its streams are ``train``, ``test`` and, where there are such data, ``valid`` and ``original_train``.
         """
         from clframe.data.avalanche import as_avalanche
 
@@ -158,12 +159,10 @@ class Benchmark:
 
     def to(self, device: torch.device | str) -> Benchmark:
         """The benchmark with all samples on ``device``."""
-        return replace(
-            self,
-            train=_moved(self.train, device),
-            test=_moved(self.test, device),
-            validation=_moved(self.validation, device),
-        )
+        held = replace(self, test=_moved(self.test, device), validation=_moved(self.validation, device))
+        if self.online is not None:
+            return held.cut(_moved(self.original, device), self.online)
+        return replace(held, train=_moved(self.train, device))
 
 
 def class_incremental(
@@ -246,7 +245,5 @@ def _load_source(point: Any) -> Any:
     yield point.name, point.load()
 
 
-SOURCES: Registry[Callable[..., Source]] = Registry(
-    "benchmark", group="clframe.benchmarks", load=_load_source
-)
+SOURCES: Registry[Callable[..., Source]] = Registry("benchmark", group="clframe.benchmarks", load=_load_source)
 """Every data set by name: functions from options to a :class:`Source`."""

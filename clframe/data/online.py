@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -27,16 +26,13 @@ def online(benchmark: Benchmark, *, size: int, seed: int = 0, boundaries: bool =
     """
     _check(benchmark, size)
     order = [
-        torch.randperm(len(part), generator=generator_for(seed, "online", i))
-        for i, part in enumerate(benchmark.train)
+        torch.randperm(len(part), generator=generator_for(seed, "online", i)) for i, part in enumerate(benchmark.train)
     ]
-    train = tuple(part.subset(index) for part, index in zip(benchmark.train, order, strict=True))
-    return replace(benchmark, train=train, online=Online(size, boundaries))
+    shuffled = [part.subset(index) for part, index in zip(benchmark.train, order, strict=True)]
+    return benchmark.cut(shuffled, Online(size, boundaries))
 
 
-def blurry(
-    benchmark: Benchmark, *, size: int, blur: float = 0.5, steps: int | None = None, seed: int = 0
-) -> Benchmark:
+def blurry(benchmark: Benchmark, *, size: int, blur: float = 0.5, steps: int | None = None, seed: int = 0) -> Benchmark:
     """Small experiences drawn from a mixture of neighbors that fades linearly from one to the next.
 
     See :func:`linear_decay`. Within one original experience samples are drawn without replacement; how many
@@ -57,12 +53,12 @@ def blurry(
     drawn = linear_decay(sizes, size=size, steps=steps, blur=blur, generator=generator)
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     everything = concatenate(benchmark.train)
-    train = []
+    wholes = []
     for i in range(len(sizes)):
         own = drawn[i * steps : (i + 1) * steps]
         index = torch.cat([starts[experience_N] + sample_N for experience_N, sample_N in own])
-        train.append(everything.subset(index))
-    return replace(benchmark, train=tuple(train), online=Online(size, boundaries=False))
+        wholes.append(everything.subset(index))
+    return benchmark.cut(wholes, Online(size, boundaries=False))
 
 
 def linear_decay(

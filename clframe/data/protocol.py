@@ -58,9 +58,7 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
     return given
 
 
-def deal(
-    classes: int, experiences: int, *, first: int | None = None, counts: Sequence[int] = ()
-) -> tuple[int, ...]:
+def deal(classes: int, experiences: int, *, first: int | None = None, counts: Sequence[int] = ()) -> tuple[int, ...]:
     """How many classes each experience brings: equal parts, leftovers to the earliest ones.
 
     Args:
@@ -84,9 +82,7 @@ def deal(
     if experiences < 1:
         raise ConfigError(f"benchmark.experiences: found {experiences}; give at least 1")
     if experiences > classes:
-        raise ConfigError(
-            f"benchmark.experiences: found {experiences} for {classes} classes; give at most {classes}"
-        )
+        raise ConfigError(f"benchmark.experiences: found {experiences} for {classes} classes; give at most {classes}")
     if first is None:
         share, rest = divmod(classes, experiences)
         return tuple(share + (i < rest) for i in range(experiences))
@@ -134,9 +130,7 @@ def hold_out(y_N: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
         for c in y_N.unique().tolist():
             members = (y_N == c).nonzero().flatten().cpu()
             if len(members) == 1:
-                raise DataError(
-                    f"benchmark.validation: found 1 training sample of class {c}; give it more, or set 0"
-                )
+                raise DataError(f"benchmark.validation: found 1 training sample of class {c}; give it more, or set 0")
             count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
             drawn = torch.randperm(len(members), generator=generator_for(seed, "validation", c))
             held_N[members[drawn[:count]]] = True

@@ -85,9 +85,7 @@ class RunFolder:
         if not path.is_dir():
             raise RunFolderError(f"resume: no folder {path}; give the run folder that a run printed")
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(
-                f"resume: {path} holds no config.yaml; give the folder of a run, not one above it"
-            )
+            raise RunFolderError(f"resume: {path} holds no config.yaml; give the folder of a run, not one above it")
         return cls(path)
 
     def discard(self) -> None:
@@ -102,9 +100,7 @@ class RunFolder:
         """The resolved config."""
         write_atomically(self.config_path, text)
 
-    def write_ledger(
-        self, network: Network, steps: int, train_seconds: float, state_bytes: Mapping[str, int]
-    ) -> None:
+    def write_ledger(self, network: Network, steps: int, train_seconds: float, state_bytes: Mapping[str, int]) -> None:
         """What training took, what a prediction costs stage by stage, and what components keep."""
         costs = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
@@ -143,9 +139,7 @@ def environment() -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -35,8 +35,7 @@ def _sentence(entry: Callable[..., Any]) -> str:
 
 def _options(entry: Callable[..., Any]) -> str:
     options = [
-        name if default is REQUIRED else f"{name}={default!r}"
-        for name, (_, default) in option_types(entry).items()
+        name if default is REQUIRED else f"{name}={default!r}" for name, (_, default) in option_types(entry).items()
     ]
     return f" [{', '.join(options)}]" if options else ""
 
@@ -47,6 +46,4 @@ def _comment(path: Path) -> str:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):  # running it will say what is wrong with it
         return ""
-    return " ".join(
-        line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
-    )
+    return " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))

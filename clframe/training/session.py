@@ -68,10 +68,21 @@ class Session:
         content = None if self._folder is None else load_latest(self._folder, device=self.strategy.device)
         if content is None:
             return 0
-        if content["config"] != self._config:
+        if content.get("config") != self._config:
             raise RunFolderError(
                 f"{self._folder}: was written by another config; resume with the run's own config.yaml"
             )
+        try:
+            self._restore(content)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunFolderError(
+                f"{self._folder}: the newest checkpoint does not fit this run ({reason}); delete it to resume "
+                f"from the one before"
+            ) from error
+        return self.progress.finished
+
+    def _restore(self, content: Mapping[str, Any]) -> None:
         learner = self.learner
         learner.network.load_state_dict(content["network"])
         self.strategy.model.to(self.strategy.device)
@@ -88,7 +99,6 @@ class Session:
         clock = self.strategy.clock
         clock.train_iterations = clock.total_iterations = self.progress.steps
         clock.train_exp_counter = self.progress.finished
-        return self.progress.finished
 
     def run(self) -> Progress:
         """Train on every experience that is left; returns the progress, which is then complete."""

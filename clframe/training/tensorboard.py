@@ -3,10 +3,10 @@
 | tag | x | what |
 |---|---|---|
 | ``loss/<component>/<term>``, ``train/learning_rate`` | step | what the engine hands to ``scalars`` |
-| ``acc_exp/00``, ``acc_exp/01`` ... | experience | accuracy on each test experience |
 | ``cl/average_accuracy``, ``cl/average_accuracy_task_aware`` | experience | mean over the experiences seen |
 | ``cl/forgetting``, ``cl/backward_transfer`` | experience | from the second experience on |
 | ``cl/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
+| ``experience_accuracy/00`` ... | experience | accuracy on each test experience, from when it was learnt |
 | ``final/<metric>`` | last experience | the metrics that the HParams page compares runs by |
 """
 
@@ -31,8 +31,9 @@ LEARNING_RATE = "train/learning_rate"
 
 LAYOUT = {
     "continual learning": {
-        "accuracy per experience": ["Multiline", [r"acc_exp/\d+$"]],
-        "average accuracy and forgetting": ["Multiline", [r"cl/average_accuracy$", r"cl/forgetting$"]],
+        "accuracy per experience": ["Multiline", [r"experience_accuracy/\d+$"]],
+        "average accuracy": ["Multiline", [r"cl/average_accuracy$"]],
+        "forgetting": ["Multiline", [r"cl/forgetting$"]],
     },
     "training": {
         "losses by term": ["Multiline", [r"loss/.+"]],
@@ -74,13 +75,15 @@ class TensorBoard:
         """Write the newest evaluation, given those after every training experience so far.
 
         x is the number of the newest experience, ``len(tallies) - 1``. All evaluations are needed because
-        forgetting looks back; a resumed run hands over those of its checkpoint too.
+        forgetting looks back; a resumed run hands over those of its checkpoint too. Experiences still to come
+        are in the matrix only: TensorBoard smooths its curves, and zeros before the first true value would
+        bend them for the rest of the run.
         """
         experience = len(tallies) - 1
         accuracy_TE = [tally.accuracy_E for tally in tallies]
         aware_TE = [tally.accuracy_aware_E for tally in tallies]
-        for j, accuracy in enumerate(accuracy_TE[-1]):
-            self._number(f"acc_exp/{j:0{self._digits}d}", accuracy, experience)
+        for j, accuracy in enumerate(accuracy_TE[-1][: experience + 1]):
+            self._number(f"experience_accuracy/{j:0{self._digits}d}", accuracy, experience)
         for tag, score in (
             ("cl/average_accuracy", continual.average_seen_accuracy(accuracy_TE)),
             ("cl/average_accuracy_task_aware", continual.average_seen_accuracy(aware_TE)),

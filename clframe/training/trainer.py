@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from clframe.errors import UnsupportedError
 from clframe.training.engines import TrainerEngine
 from clframe.training.module import TrainerDriver
 
@@ -64,6 +68,50 @@ class _Batches:
         yield from self._strategy.dataloader  # lazily: before_training_epoch may still replace it
 
 
+def make_trainer(options: Mapping[str, Any], **arguments: Any) -> Trainer:
+    """A Trainer that shows and saves only what its options ask for.
+
+    Raises:
+        UnsupportedError: Lightning refuses the options.
+    """
+    callbacks = {type(callback).__name__ for callback in options.get("callbacks", ())}
+    try:
+        with _without_banners():
+            return Trainer(
+                **{
+                    "devices": 1,
+                    "logger": False,
+                    "enable_checkpointing": any("Checkpoint" in name for name in callbacks),
+                    "enable_model_summary": any(name.endswith("ModelSummary") for name in callbacks),
+                    "enable_progress_bar": any(name.endswith("ProgressBar") for name in callbacks),
+                    "use_distributed_sampler": False,
+                    **arguments,
+                    **options,
+                }
+            )
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: Exception) -> UnsupportedError:
+    reason = " ".join(str(error).split())
+    return UnsupportedError(f"trainer: Lightning refuses its callbacks or loggers ({reason}); change or remove them")
+
+
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """A new Trainer per experience would repeat its banner each time."""
+    notices = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
+    levels = [logger.level for logger in notices]
+    for logger in notices:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(notices, levels, strict=True):
+            logger.setLevel(level)
+
+
 def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
     """Train the current experience of ``strategy`` in a new Trainer."""
     module = strategy.module
@@ -71,32 +119,27 @@ def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
     fabric_engine, plain_driver = strategy._engine, module.driver
     strategy._engine = TrainerEngine(module)
     module.driver = StrategyDriver(strategy, kwargs)
-    options = {
-        "accelerator": strategy.device.type,
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "limit_train_batches": strategy.limit_batches,
-        **strategy.trainer_options,
-    }
-    # A new Trainer per experience would repeat its banner each time.
-    notices = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
-    levels = [logger.level for logger in notices]
-    for logger in notices:
-        logger.setLevel(logging.WARNING)
     try:
-        trainer = Trainer(**options, max_epochs=strategy.train_epochs, use_distributed_sampler=False)
-        with warnings.catch_warnings():
-            # Loaders and workers are ours to choose; Lightning advises on them at every fit.
+        with _without_banners(), warnings.catch_warnings():
+            trainer = make_trainer(
+                strategy.trainer_options,
+                accelerator=strategy.device.type,
+                max_epochs=strategy.train_epochs,
+                limit_train_batches=strategy.limit_batches,
+            )
+            # Loaders, workers and intervals are ours to choose; Lightning advises on them at every fit.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the log")
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             # Lightning 2.6 asks torch's tree specs for their class, of which newer torch warns.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             trainer.fit(module, _Batches(strategy))
+    except (MisconfigurationException, RuntimeError) as error:
+        # EarlyStopping says in a RuntimeError of its own that nobody logs what it monitors.
+        if isinstance(error, MisconfigurationException) or "Early stopping conditioned" in str(error):
+            raise _refusal(error) from None
+        raise
     finally:
-        for logger, level in zip(notices, levels, strict=True):
-            logger.setLevel(level)
         module.driver = plain_driver
         strategy._engine = fabric_engine
         module.to(strategy.device)  # the Trainer's teardown has moved it to the CPU

@@ -11,6 +11,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.training.trainer import make_trainer
 
 
 def trainer_options(
@@ -28,7 +29,7 @@ def trainer_options(
         UnknownNameError: No such class; the message has the nearest name.
         ConfigError: Options that the class does not take.
     """
-    return {
+    options = {
         "callbacks": [
             _make(lightning_callbacks, name, options or {}, "trainer.callbacks")
             for name, options in callbacks.items()
@@ -39,7 +40,10 @@ def trainer_options(
         ]
         or False,
         "precision": precision,
+        "default_root_dir": str(folder),
     }
+    make_trainer(options, accelerator="auto", max_epochs=1)  # refuse now what could not train later
+    return options
 
 
 def _make(module: Any, name: str, options: Any, where: str) -> Any:

@@ -73,17 +73,13 @@ COMMAND_LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "arguments, said", [(a, said) for a, *said in COMMAND_LINES], ids=lambda v: " ".join(v)[:60]
-)
+@pytest.mark.parametrize("arguments, said", [(a, said) for a, *said in COMMAND_LINES], ids=lambda v: " ".join(v)[:60])
 def test_command_line(arguments, said, refused, here):
     refused(arguments, *said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    "arguments", [["--device", "cuda"], ["--device", "cuda:1"], ["trainer.accelerator=gpu"]]
-)
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--device", "cuda:1"], ["trainer.accelerator=gpu"]])
 def test_no_gpu(arguments, refused, here):
     refused(["run", "quickstart", *arguments], "trainer.accelerator: found ",
             "but torch sees no GPU here; use cpu or auto")  # fmt: skip

@@ -47,9 +47,7 @@ def test_a_damaged_config(text, said, refused, here, folder):
     refused(["run", "--resume", "run"], said)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"no zip"]
-)
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"no zip"])
 def test_a_damaged_checkpoint(damage, refused, here, checkpoint):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     refused(["run", "--resume", "run"], f"run/checkpoints/{checkpoint.name}: is damaged or "

@@ -20,7 +20,7 @@ from clframe.data.augment import ColorJitter, Flip, PadCrop
 from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import Reader, seeded
 from clframe.errors import ConfigError, DataError
-from clframe.functional.seeding import generator_for
+from clframe.functional.seeding import epoch_order, generator_for
 from clframe.nn import BACKBONES, Network
 from strategies import ER
 
@@ -179,8 +179,10 @@ def test_random_transforms_are_a_function_of_seed_experience_and_epoch(workers):
     random.seed(99)
     assert torch.equal(run(workers), here)
     assert not torch.equal(run(workers, experience=2), here)
-    first, second = here.split(13)
-    assert not torch.equal(first.sort(dim=0).values, second.sort(dim=0).values)
+    order = [epoch_order(13, seed=5, experience=1, epoch=epoch) for epoch in (0, 1)]
+    noise = [x - pictures()[i].float() for x, i in zip(here.split(13), order, strict=True)]
+    drawn = torch.cat(noise)[:, 0, 0, 0]
+    assert len(drawn.unique()) == 26  # every sample of every batch of every epoch its own
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -209,6 +211,8 @@ def processes(samples, **options):
 def test_workers_outlive_epochs_and_experiences():
     samples = lazy(ProcessOf(pictures()), workers=2, augment=(), mean=(0.0,), std=(1.0,))
     first = processes(samples.subset(torch.arange(8)), size=1)
+    next(iter(EpochLoader(samples, 1)))  # left at once
+    gc.collect()
     second = processes(samples.subset(torch.arange(8, 13)), size=1, experience=2)
     assert first == second and len(first) == 2 and os.getpid() not in first
     assert processes(lazy(ProcessOf(pictures()), augment=(), mean=(0.0,), std=(1.0,))) == {os.getpid()}

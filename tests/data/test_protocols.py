@@ -107,7 +107,7 @@ def test_deals_that_do_not_add_up(options, message):
 
 
 def test_the_order_of_icarl_is_numpys_permutation_of_seed_1993():
-    assert ICARL_ORDER == tuple(np.random.RandomState(1993).permutation(100).tolist())
+    assert tuple(np.random.RandomState(1993).permutation(100).tolist()) == ICARL_ORDER
     assert class_order(100, order="icarl", seed=7) == ICARL_ORDER
     assert ICARL_ORDER[:5] == (68, 56, 78, 8, 23) and ICARL_ORDER[-3:] == (49, 57, 33)
     with pytest.raises(ConfigError, match="found 'icarl', an order of 100 classes, for 10; give 'seeded'"):
@@ -266,7 +266,8 @@ def test_quarter_turns_are_exact(dtype):
     for quarter in range(1, 5):
         turned = Rotation(90.0)(turned)
         assert turned.dtype == dtype and turned.is_contiguous()
-        assert torch.equal(turned, Rotation(90.0 * quarter)(x)) and torch.equal(turned, Rotation(90.0 * quarter - 360)(x))
+        assert torch.equal(turned, Rotation(90.0 * quarter)(x))
+        assert torch.equal(turned, Rotation(90.0 * quarter - 360)(x))
     assert torch.equal(turned, x)
 
 
@@ -339,31 +340,33 @@ def test_small_experiences_are_the_experience_in_order(size, lazy):
     benchmark = online(whole, size=size, seed=4)
     assert benchmark.test is whole.test and benchmark.validation is whole.validation and len(benchmark) == 2
     at = 0
-    for i, (before, after) in enumerate(zip(whole.train, benchmark.train, strict=True)):
+    for i, (before, after) in enumerate(zip(whole.train, benchmark.original, strict=True)):
         assert sorted(ids(after)) == sorted(ids(before))
         own = benchmark.parts_of(i)
         assert own.start == at and len(own) == -(-len(before) // size)
-        parts = [benchmark.parts[k] for k in own]
+        parts = [benchmark.train[k] for k in own]
         assert [i for part in parts for i in ids(part)] == ids(after)
         assert torch.equal(torch.cat([part.y for part in parts]), after.y)
         assert all(len(part) == size for part in parts[:-1]) and 1 <= len(parts[-1]) <= size
         at = own.stop
-    assert at == len(benchmark.parts)
+    assert at == len(benchmark.train)
     same, other = online(whole, size=size, seed=4), online(whole, size=size, seed=5)
-    assert [ids(part) for part in same.train] == [ids(part) for part in benchmark.train]
-    assert [ids(part) for part in other.train] != [ids(part) for part in benchmark.train]
+    assert [ids(part) for part in same.original] == [ids(part) for part in benchmark.original]
+    assert [ids(part) for part in other.original] != [ids(part) for part in benchmark.original]
 
 
 def test_small_experiences_cost_no_memory():
-    benchmark = online(class_incremental(toy(5), experiences=2), size=3)
-    for i, part in enumerate(benchmark.train):
-        for k in benchmark.parts_of(i):
-            assert benchmark.parts[k].x.untyped_storage().data_ptr() == part.x.untyped_storage().data_ptr()
+    cut = online(class_incremental(toy(5), experiences=2), size=3)
+    for benchmark in (cut, cut.to("meta"), cut.to("cpu")):
+        for i, whole in enumerate(benchmark.original):
+            for k in benchmark.parts_of(i):
+                assert benchmark.train[k].x._base is whole.x and benchmark.train[k].y._base is whole.y
+    assert len(cut.to("meta").train) == len(cut.train) and cut.to("meta").train[0].x.device.type == "meta"
 
 
-def test_a_stream_that_is_not_online_is_its_own_parts():
+def test_a_stream_that_is_not_online_has_one_part_for_each_experience():
     benchmark = class_incremental(toy(5), experiences=2)
-    assert benchmark.parts is benchmark.train
+    assert not benchmark.original
     assert [benchmark.parts_of(i) for i in range(2)] == [range(0, 1), range(1, 2)]
 
 
@@ -429,14 +432,14 @@ def test_blurry_streams_begin_and_end_pure_and_mix_between(kind):
     benchmark = blurry(whole, size=2, blur=0.5, seed=1)
     steps = -(-sum(len(part) for part in whole.train) // 6)
     assert benchmark.test is whole.test and not benchmark.online.boundaries
-    assert [len(part) for part in benchmark.train] == [2 * steps] * 3 and len(benchmark.parts) == 3 * steps
+    assert [len(part) for part in benchmark.original] == [2 * steps] * 3 and len(benchmark.train) == 3 * steps
     known = {tuple(x.flatten().tolist()): e for e, part in enumerate(whole.train) for x in every(part)}
-    came = [[known[tuple(x.flatten().tolist())] for x in every(part)] for part in benchmark.parts]
+    came = [[known[tuple(x.flatten().tolist())] for x in every(part)] for part in benchmark.train]
     assert all(set(part) == {0} for part in came[: steps * 3 // 4])
     assert all(set(part) == {2} for part in came[-(steps * 3 // 4) + 1 :])
     assert {0, 1} <= {e for part in came[steps * 3 // 4 : steps * 5 // 4 + 1] for e in part}
-    assert blurry(whole, size=2, seed=1).train[1].y.tolist() == benchmark.train[1].y.tolist()
-    assert blurry(whole, size=2, seed=2).train[1].y.tolist() != benchmark.train[1].y.tolist()
+    assert blurry(whole, size=2, seed=1).original[1].y.tolist() == benchmark.original[1].y.tolist()
+    assert blurry(whole, size=2, seed=2).original[1].y.tolist() != benchmark.original[1].y.tolist()
 
 
 # --- the bridge to Avalanche ----------------------------------------------------------------------
@@ -468,10 +471,11 @@ KINDS = tuple(streams_of_all_kinds())
 def test_avalanche_sees_the_same_samples(kind):
     benchmark = streams_of_all_kinds()[kind]
     streams = benchmark.avalanche.streams
-    assert set(streams) == {"train", "test"} | ({"valid"} if benchmark.validation else set())
-    for name, parts in (("train", benchmark.parts), ("test", benchmark.test), ("valid", benchmark.validation)):
-        if not parts:
-            continue
+    expected = {"train": benchmark.train, "test": benchmark.test}
+    expected |= {"valid": benchmark.validation} if benchmark.validation else {}
+    expected |= {"original_train": benchmark.original} if benchmark.online else {}
+    assert set(streams) == set(expected)
+    for name, parts in expected.items():
         assert len(streams[name]) == len(parts)
         for i, (experience, part) in enumerate(zip(streams[name], parts, strict=True)):
             assert experience.current_experience == i and experience.origin_stream.name == name
@@ -486,7 +490,7 @@ def test_avalanche_sees_the_same_samples(kind):
 def test_every_experience_knows_its_classes_the_past_and_what_is_ahead(kind):
     benchmark = streams_of_all_kinds()[kind]
     train, past = benchmark.avalanche.streams["train"], ()
-    parts = [set(part.y.tolist()) for part in benchmark.parts]
+    parts = [set(part.y.tolist()) for part in benchmark.train]
     for i, experience in enumerate(train):
         seen = describe(experience, count=len(train), past=past, samples=None)
         assert set(seen.classes) == parts[i] == experience.classes_in_this_experience
@@ -494,7 +498,7 @@ def test_every_experience_knows_its_classes_the_past_and_what_is_ahead(kind):
         assert set(seen.classes_so_far) == set().union(*parts[: i + 1]) == experience.classes_seen_so_far
         assert set(seen.ahead) == set(range(5)) - set(seen.classes_so_far) == experience.future_classes
         assert seen.index == i and seen.count == len(train)
-        assert torch.equal(seen.samples.y, benchmark.parts[i].y)
+        assert torch.equal(seen.samples.y, benchmark.train[i].y)
         past = tuple(sorted({*past, *seen.classes}))
     assert past == tuple(range(5))
 
@@ -506,7 +510,7 @@ def test_small_experiences_are_those_of_avalanches_splitter(boundaries, size):
     from avalanche.benchmarks import OnlineCLExperience, split_online_stream
 
     benchmark = online(class_incremental(toy(5), experiences=2), size=size, boundaries=boundaries)
-    whole = replace(benchmark, online=None)
+    whole = replace(benchmark, train=benchmark.original, online=None)
     theirs = list(split_online_stream(whole.avalanche.streams["train"], size, shuffle=False))
     ours = benchmark.avalanche.streams["train"]
     assert len(ours) == len(theirs)
@@ -541,8 +545,14 @@ def test_models_with_a_head_for_each_task_are_told_the_task(size):
     benchmark = class_incremental(toy(5), experiences=3, task_labels=True)
     benchmark = benchmark if size is None else online(benchmark, size=size)
     streams, model = benchmark.avalanche.streams, Heads()
-    strategy = Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-9), criterion=torch.nn.CrossEntropyLoss(),
-                     train_mb_size=100, eval_mb_size=100, evaluator=lambda: _quiet_evaluator())  # fmt: skip
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-9),
+        criterion=torch.nn.CrossEntropyLoss(),
+        train_mb_size=100,
+        eval_mb_size=100,
+        evaluator=_quiet_evaluator(),
+    )
     for i in range(3):
         own = [streams["train"][k] for k in benchmark.parts_of(i)]
         assert {(e.task_label, tuple(e.task_labels)) for e in own} == {(i, (i,))}

@@ -77,8 +77,9 @@ def test_whole_numbers_are_normalized_by_the_training_part_and_floats_are_not(tm
 
 
 @pytest.mark.parametrize(
-    "dtype, expected", [(np.int64, torch.uint8), (bool, torch.uint8), (np.float64, torch.float32), (np.float16, torch.float32)]
-)  # fmt: skip
+    "dtype, expected",
+    [(np.int64, torch.uint8), (bool, torch.uint8), (np.float64, torch.float32), (np.float16, torch.float32)],
+)
 def test_bytes_in_wider_types_are_kept_as_bytes(tmp_path, four, dtype, expected):
     four["x_train"], four["x_test"] = (four[key].astype(dtype) for key in ("x_train", "x_test"))
     assert npz(path=save(tmp_path / "a.npz", **four)).train.x.dtype == expected

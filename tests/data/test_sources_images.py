@@ -23,7 +23,11 @@ def draw(path, size=(6, 5), mode="RGB", seed=0):
     width, height = size
     channels = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2, "CMYK": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    image = Image.fromarray(pixels.squeeze(), mode=None) if mode != "CMYK" else Image.fromarray(pixels[..., :3]).convert(mode)
+    image = (
+        Image.fromarray(pixels.squeeze(), mode=None)
+        if mode != "CMYK"
+        else Image.fromarray(pixels[..., :3]).convert(mode)
+    )
     if mode == "LA":
         image = Image.merge("LA", [Image.fromarray(pixels[..., i]) for i in range(2)])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +64,7 @@ def test_an_image_of_the_right_size_is_untouched(tmp_path):
         assert torch.equal(files[0], expected) and files[0].is_contiguous()
 
 
-@pytest.mark.parametrize(
-    "mode, kind", [("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("CMYK", 3)]
-)
+@pytest.mark.parametrize("mode, kind", [("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("CMYK", 3)])
 def test_channels_follow_the_file_or_the_option(tmp_path, mode, kind):
     path = draw(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
     assert ImageFiles([path], torch.tensor([0])).shape == (kind, 5, 6)
@@ -127,7 +129,9 @@ def test_a_damaged_image_is_one_line_with_its_name(tmp_path, ending, damage):
     good, bad = draw(tmp_path / f"good.{ending}", (64, 64)), tmp_path / f"bad.{ending}"
     bad.write_bytes(damage((tmp_path / f"good.{ending}").read_bytes()))
     files = ImageFiles([good, str(bad)], torch.tensor([0, 1]))
-    with pytest.raises(DataError, match=rf"bad\.{ending}: cannot be read as an image \(.+\); replace or remove") as error:
+    with pytest.raises(
+        DataError, match=rf"bad\.{ending}: cannot be read as an image \(.+\); replace or remove"
+    ) as error:
         files.stacked(title="t")
     assert "\n" not in str(error.value)
 

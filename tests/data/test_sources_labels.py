@@ -92,9 +92,7 @@ def test_split_takes_the_share_of_each_class_and_nothing_twice():
 
 def test_split_of_a_single_sample_and_fractions_that_are_none():
     with pytest.raises(DataError, match="x.npz: class 'b' has one sample, which cannot be"):
-        split_off_test(
-            torch.tensor([0, 0, 1]), fraction=0.5, name="n", where="x.npz", class_names=("a", "b")
-        )
+        split_off_test(torch.tensor([0, 0, 1]), fraction=0.5, name="n", where="x.npz", class_names=("a", "b"))
     for fraction in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="benchmark.test_fraction"):
             split_off_test(torch.tensor([0, 0]), fraction=fraction, name="n")
@@ -114,7 +112,7 @@ def test_duplicates_are_counted_and_said(caplog):
 @pytest.mark.parametrize("shape", [(7, 3, 5, 4), (1, 1, 2, 2), (9, 1, 3, 3), (5, 6), (3, 2, 4)])
 def test_measured_is_mean_and_deviation_by_channel(shape):
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
-    mean, std = measured(x, chunk=2)
+    mean, std = measured(x, chunk=30)
     columns = x.double().movedim(1, 0).flatten(1) if len(shape) > 2 else x.double().flatten()[None]
     assert mean == pytest.approx(columns.mean(1).tolist())
     assert std == pytest.approx(columns.std(1, unbiased=False).tolist())

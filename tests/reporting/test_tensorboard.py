@@ -61,9 +61,9 @@ def test_scalars(written):
 
 
 def test_an_evaluation_has_accuracies_averages_and_transfer(written):
-    assert points(written, "acc_exp/00") == [(0, 1.0), (1, 0.5), (2, 0.25)]
-    assert points(written, "acc_exp/01") == [(0, 0.0), (1, 1.0), (2, 0.5)]
-    assert points(written, "acc_exp/02") == [(0, 0.0), (1, 0.0), (2, 0.75)]
+    assert points(written, "experience_accuracy/00") == [(0, 1.0), (1, 0.5), (2, 0.25)]
+    assert points(written, "experience_accuracy/01") == [(1, 1.0), (2, 0.5)]
+    assert points(written, "experience_accuracy/02") == [(2, 0.75)]
     assert points(written, "cl/average_accuracy") == [(0, 1.0), (1, 0.75), (2, 0.5)]
     assert points(written, "cl/average_accuracy_task_aware") == [(0, 1.0), (1, 1.0), (2, 1.0)]
     assert points(written, "cl/forgetting") == [(1, 0.5), (2, (0.75 + 0.5) / 2)]
@@ -72,8 +72,9 @@ def test_an_evaluation_has_accuracies_averages_and_transfer(written):
 
 def test_there_are_no_other_tags(written):
     assert set(written.Tags()["scalars"]) == {
-        "acc_exp/00", "acc_exp/01", "acc_exp/02", "cl/average_accuracy", "cl/average_accuracy_task_aware",
-        "cl/forgetting", "cl/backward_transfer", "loss/task", "loss/lwf/distil", LEARNING_RATE,
+        "cl/average_accuracy", "cl/average_accuracy_task_aware", "cl/forgetting", "cl/backward_transfer",
+        "experience_accuracy/00", "experience_accuracy/01", "experience_accuracy/02",
+        "loss/task", "loss/lwf/distil", LEARNING_RATE,
     }  # fmt: skip
     assert written.Tags()["images"] == ["cl/accuracy_matrix"]
     assert set(written.Tags()["tensors"]) == {"cl/accuracy_matrix/text_summary", "custom_scalars__config__"}
@@ -106,8 +107,9 @@ def test_every_chart_of_the_layout_finds_its_tags(written):
         for chart in category.chart
     }
     assert shown == {
-        "accuracy per experience": {"acc_exp/00", "acc_exp/01", "acc_exp/02"},
-        "average accuracy and forgetting": {"cl/average_accuracy", "cl/forgetting"},
+        "accuracy per experience": {f"experience_accuracy/0{j}" for j in range(3)},
+        "average accuracy": {"cl/average_accuracy"},
+        "forgetting": {"cl/forgetting"},
         "losses by term": {"loss/task", "loss/lwf/distil"},
         "learning rate": {LEARNING_RATE},
     }
@@ -118,15 +120,15 @@ def test_what_was_not_evaluated_is_no_point(tmp_path):
     board.evaluation([Tally(((4, 0), (0, 0)), ((3, 0), (0, 0)), ((4, 0), (0, 0)))])
     board.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {
-        "acc_exp/00", "cl/average_accuracy", "cl/average_accuracy_task_aware"}  # fmt: skip
+        "experience_accuracy/00", "cl/average_accuracy", "cl/average_accuracy_task_aware"}  # fmt: skip
 
 
 def test_experience_numbers_sort_as_text(tmp_path):
     board = TensorBoard(tmp_path, experiences=101)
-    board.evaluation([tally(*[1] * 101)])
+    board.evaluation([tally(*[1] * 101)] * 101)
     board.close()
-    tags = [tag for tag in read(tmp_path).Tags()["scalars"] if tag.startswith("acc_exp/")]
-    assert sorted(tags) == [f"acc_exp/{j:03d}" for j in range(101)]
+    tags = [tag for tag in read(tmp_path).Tags()["scalars"] if tag.startswith("experience_accuracy/")]
+    assert sorted(tags) == [f"experience_accuracy/{j:03d}" for j in range(101)]
 
 
 def hparam_content(events, tag):

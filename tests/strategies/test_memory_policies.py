@@ -65,8 +65,8 @@ def test_the_memory_never_exceeds_its_size_and_keeps_whole_samples(selection, me
     stream = [{0: 9, 1: 4}, {2: 1}, {3: 8, 4: 8, 5: 8}]
     states = run(ER(memory=memory, selection=selection), stream)
     original = {}
-    torch.manual_seed(0)
-    for index, (sizes, before, after) in enumerate(zip(stream, states, states[1:], strict=True)):
+    for index, sizes in enumerate(stream):
+        before, after = states[index : index + 2]
         seen = sum(n for part in stream[: index + 1] for n in part.values())
         assert 1 <= len(after["y"]) <= min(memory, seen)
         assert len(after["x"]) == len(after["y"]) == len(set(numbers(after)))
@@ -85,14 +85,12 @@ def test_the_memory_never_exceeds_its_size_and_keeps_whole_samples(selection, me
     [
         ("total", 8, [{0: 4, 1: 4}, {0: 3, 1: 3, 2: 2}, {0: 3, 1: 3, 2: 2}]),
         ("per_class", 3, [{0: 3, 1: 3}, {0: 3, 1: 3, 2: 3}, {0: 3, 1: 3, 2: 3}]),
-        ("per_class", 8, [{0: 8, 1: 5}, {0: 8, 1: 5, 2: 8}, {0: 8, 1: 4, 2: 8}]),
+        ("per_class", 6, [{0: 6, 1: 5}, {0: 6, 1: 5, 2: 6}, {0: 6, 1: 4, 2: 6}]),
     ],
 )
 def test_classes_share_the_memory(selection, budget, memory, expected):
-    """The third experience brings class 1 again: its share is divided between both portions."""
+    """The third experience brings 0 and 1 again: a class's share is divided among its portions."""
     states = run(ER(memory=memory, budget=budget, selection=selection), [{0: 9, 1: 5}, {2: 9}, {1: 1, 0: 9}])
-    if memory == 8 and budget == "per_class":
-        expected[-1] = {0: 8, 1: 5, 2: 8} if False else {0: 8, 1: 5, 2: 8}
     counts = [dict(Counter(s["y"].tolist())) for s in states[1:]]
     assert counts == expected
 
@@ -140,7 +138,7 @@ def test_herding_keeps_the_samples_nearest_to_the_class_mean_in_feature_space():
 
 def test_features_are_those_of_evaluation_and_leave_the_network_alone():
     torch.manual_seed(0)
-    net = Network(BACKBONES.get("small_cnn")((1, 8, 8)))
+    net = Network(BACKBONES.get("resnet20")((1, 8, 8)))  # batch normalization knows training from evaluation
     part = TensorSamples(torch.rand(7, 1, 8, 8), torch.zeros(7).long(), augment=(Flip(1.0),))
     net.train()
     before = {name: t.clone() for name, t in net.state_dict().items()}
@@ -229,7 +227,7 @@ def test_which_memories_must_have_room_for_every_class():
 def test_options_come_from_a_config():
     given = {"selection": "herding", "budget": "per_class", "replay": "fixed", "replayed": 16}
     assert ER(**check_options(ER, given, where="components.er")) == ER(**given)
-    with pytest.raises(ConfigError, match="components.er.selection: found 'herdin'; did you mean 'herding'"):
+    with pytest.raises(ConfigError, match="components.er.selection: found 'herdin'.*did you mean 'herding'"):
         check_options(ER, {"selection": "herdin"}, where="components.er")
     with pytest.raises(ConfigError, match="components.er.replayed: found 0; give at least 1 sample"):
         ER(replayed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -51,32 +52,43 @@ def learner(
     strategy: type[Any] = LightningStrategy,
     **options: Any,
 ) -> Any:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.5)
     options = {"evaluator": toy.evaluator(), **toy.options, **options}
     plugins = [] if make is None else [make(module, optimizer)]
     return strategy(model=module, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), plugins=plugins, **options)
+
+
+@pytest.fixture(scope="module")
+def in_avalanche(toy: SimpleNamespace) -> Callable[[str], tuple[Any, ...]]:
+    """How a run with a plugin ends in Avalanche's own loop, found out once."""
+    return functools.cache(lambda name: finish(toy, name, Naive))
+
+
+def finish(toy: SimpleNamespace, name: str, strategy: type[Any], **options: Any) -> tuple[Any, ...]:
+    toy.seed_all()
+    trained = learner(toy, toy.module(grown=True), PLUGINS.get(name), strategy=strategy, **options)
+    for experience in toy.benchmark("new").train_stream:
+        trained.train(experience)
+    return toy.weights(trained.model), toy.random_states()
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # CWRStar freezes what it does not train
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 @pytest.mark.parametrize("name", ["none", *PLUGINS])
 def test_a_continual_module_ends_with_the_weights_that_avalanches_loop_gives_it(
-    toy: SimpleNamespace, request: pytest.FixtureRequest, name: str, engine: str
+    toy: SimpleNamespace,
+    request: pytest.FixtureRequest,
+    in_avalanche: Callable[[str], tuple[Any, ...]],
+    name: str,
+    engine: str,
 ) -> None:
     if engine == "trainer" and name in COPIES_IN_TRAINING:
         request.applymarker(pytest.mark.xfail(reason="StrategyDriver has no __deepcopy__", strict=True))
-
-    def finish(strategy: type[Any], **options: Any) -> tuple[Any, ...]:
-        toy.seed_all()
-        trained = learner(toy, toy.module(grown=True), PLUGINS.get(name), strategy=strategy, **options)
-        for experience in toy.benchmark("new").train_stream:
-            trained.train(experience)
-        return toy.weights(trained.model), toy.random_states()
-
-    ours, theirs = finish(LightningStrategy, engine=engine), finish(Naive)
+    ours, theirs = finish(toy, name, LightningStrategy, engine=engine), in_avalanche(name)
     assert all(value.isfinite().all() for value in theirs[0].values())
     assert toy.same(ours[0], theirs[0])
     assert ours[1] == theirs[1]
+    assert toy.same(theirs[0], in_avalanche("none")[0]) is (name == "none")
 
 
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
@@ -324,7 +336,9 @@ def test_data_held_out_by_bic_is_not_trained_on(toy: SimpleNamespace, world: Sim
 
 def test_drop_last_drops_the_last_partial_batch(toy: SimpleNamespace, world: SimpleNamespace) -> None:
     watch = Batches()
-    trained = learner(toy, world.module("naive"), lambda m, o: watch, **{**world.options, "train_mb_size": 11})
+    trained = learner(
+        toy, world.module("naive"), lambda m, o: watch, **{**world.options, "train_epochs": 1, "train_mb_size": 11}
+    )
     trained.train(world.train[0], drop_last=True)
     samples = len(world.train[0].dataset)
     assert samples % 11

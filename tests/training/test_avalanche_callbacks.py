@@ -43,6 +43,20 @@ def avalanche(engine: str) -> Side:
     return Naive, ENGINES[engine][1], {}
 
 
+@pytest.fixture(scope="module")
+def theirs() -> Callable[[str, str, Callable[[Side], Any]], Any]:
+    """What happens in Avalanche's own loop, found out once for engines that train the same model."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def tell(engine: str, test: str, run: Callable[[Side], Any]) -> Any:
+        key = (ENGINES[engine][1], test)
+        if key not in known:
+            known[key] = run(avalanche(engine))
+        return known[key]
+
+    return tell
+
+
 CALLBACKS = sorted(
     {name for name in dir(SupervisedPlugin) if name.startswith(("before_", "after_"))}
     - {"before_inner_updates", "after_inner_updates", "before_outer_update", "after_outer_update"}
@@ -121,18 +135,30 @@ def record(
     trained = learner(toy, side, [recorder, *others()], **options)
     benchmark = toy.benchmark("new")
     for part in [benchmark.train_stream] if at_once else benchmark.train_stream:
-        trained.train(part, eval_streams=[benchmark.test_stream], num_workers=0)
+        trained.train(part, eval_streams=[benchmark.test_stream[:1]], num_workers=0)
         trained.eval(benchmark.test_stream[:2])
     return recorder.seen
 
 
-def assert_same_story(engine: str, ours: list[tuple[Any, ...]], theirs: list[tuple[Any, ...]]) -> None:
-    assert [seen[0] for seen in ours] == [seen[0] for seen in theirs]
-    for left, right in zip(ours, theirs, strict=True):
-        if "Trainer" in engine and "iteration" not in left[0]:
-            # The batch at which a Trainer learns that it is to stop never reaches the strategy.
-            left, right = (*left[:4], *left[5:]), (*right[:4], *right[5:])
-        assert left == right
+@pytest.fixture
+def story(
+    toy: SimpleNamespace, theirs: Callable[..., Any], request: pytest.FixtureRequest
+) -> Callable[..., list[tuple[Any, ...]]]:
+    """Record a run on an engine and in Avalanche's own loop, and hold them against each other."""
+
+    def told(engine: str, what: Any = "", **options: Any) -> list[tuple[Any, ...]]:
+        ours = record(toy, ENGINES[engine], **options)
+        test = f"{request.function.__name__} {what}"
+        expected = theirs(engine, test, lambda side: record(toy, side, **options))
+        assert [seen[0] for seen in ours] == [seen[0] for seen in expected]
+        for left, right in zip(ours, expected, strict=True):
+            if "Trainer" in engine and "iteration" not in left[0]:
+                # The batch at which a Trainer learns that it is to stop never reaches the strategy.
+                left, right = (*left[:4], *left[5:]), (*right[:4], *right[5:])
+            assert left == right
+        return ours
+
+    return told
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -141,11 +167,10 @@ def assert_same_story(engine: str, ours: list[tuple[Any, ...]], theirs: list[tup
     [(-1, "epoch"), (0, "epoch"), (1, "epoch"), (2, "epoch"), (3, "iteration")],
 )
 def test_callbacks_come_in_avalanches_order_and_see_the_same(
-    toy: SimpleNamespace, engine: str, eval_every: int, peval_mode: str
+    story: Callable[..., Any], engine: str, eval_every: int, peval_mode: str
 ) -> None:
     options = {"eval_every": eval_every, "peval_mode": peval_mode, "train_epochs": 3}
-    ours = record(toy, ENGINES[engine], **options)
-    assert_same_story(engine, ours, record(toy, avalanche(engine), **options))
+    ours = story(engine, (eval_every, peval_mode), **options)
     evaluations = sum(seen[0] == "before_eval" for seen in ours)
     # Own evaluation after each of 3 experiences; before, while and after training as asked for:
     # every epoch is 1 + 3, every second (the first and the last) 1 + 2, every third of 15 steps 1 + 5 + 1.
@@ -154,13 +179,11 @@ def test_callbacks_come_in_avalanches_order_and_see_the_same(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_callbacks_see_the_same_beside_plugins_that_act(toy: SimpleNamespace, engine: str) -> None:
+def test_callbacks_see_the_same_beside_plugins_that_act(story: Callable[..., Any], engine: str) -> None:
     def others() -> list[Any]:
         return [ReplayPlugin(20), LwFPlugin(1.0, 2.0)]
 
-    ours = record(toy, ENGINES[engine], others=others)
-    assert_same_story(engine, ours, record(toy, avalanche(engine), others=others))
-    assert {seen[-2] for seen in ours} >= {"ReplayDataLoader"}
+    assert {seen[-2] for seen in story(engine, others=others)} >= {"ReplayDataLoader"}
 
 
 def stop(strategy: Any) -> None:
@@ -170,7 +193,7 @@ def stop(strategy: Any) -> None:
 STOPS = {
     "in mid-epoch": ("after_training_iteration", 3),
     "in mid-epoch before the step": ("before_training_iteration", 3),
-    "in the last epoch": ("before_forward", 13),
+    "in the last epoch": ("before_forward", 8),
     "at the last batch of an epoch": ("after_training_iteration", 5),
     "between epochs": ("after_training_epoch", 1),
     "as an epoch begins": ("before_training_epoch", 2),
@@ -179,14 +202,13 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "Naive" not in name])
 @pytest.mark.parametrize("when", STOPS)
-def test_stop_training_stops_where_avalanche_does(toy: SimpleNamespace, engine: str, when: str) -> None:
+def test_stop_training_stops_where_avalanche_does(story: Callable[..., Any], engine: str, when: str) -> None:
     # In one call for all experiences a stop late in one reaches into the next, in Avalanche too.
-    options = {"at": {STOPS[when]: stop}, "at_once": "last" in when, "train_epochs": 3, "eval_every": 1}
-    ours = record(toy, ENGINES[engine], **options)
-    assert_same_story(engine, ours, record(toy, avalanche(engine), **options))
-    assert sum(seen[0] == "after_training_iteration" for seen in ours) < 3 * 3 * 5  # it did stop
+    options = {"at": {STOPS[when]: stop}, "at_once": "last" in when, "eval_every": 1}
+    ours = story(engine, when, **options)
+    assert sum(seen[0] == "after_training_iteration" for seen in ours) < 3 * 2 * 5  # it did stop
 
 
 class Attached:
@@ -232,7 +254,8 @@ def plain(value: Any) -> Any:
 
 def without_bars(text: str) -> list[str]:
     """What the interactive logger says between its progress bars, whose speed is never the same."""
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and "it/s" not in line and "?" not in line]
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return [line for line in lines if not any(bar in line for bar in ("%|", "it/s", "s/it"))]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -275,16 +298,17 @@ def log(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_metrics_and_loggers_say_what_they_say_in_avalanche(
     toy: SimpleNamespace,
+    theirs: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     engine: str,
     kind: str,
 ) -> None:
     ours = log(toy, ENGINES[engine], tmp_path / "ours", capsys, kind)
-    theirs = log(toy, avalanche(engine), tmp_path / "theirs", capsys, kind)
+    expected = theirs(engine, f"log {kind}", lambda side: log(toy, side, tmp_path / "theirs", capsys, kind))
     for what, said in ours.items():
         assert said, what
-        assert said == theirs[what], what
+        assert said == expected[what], what
     named = {re.sub(r"/(Task|Exp)\d+", "", name) for name in ours["last"][-1]}
     assert {
         "StreamForgetting/eval_phase/test_stream",

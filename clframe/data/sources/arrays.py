@@ -84,9 +84,7 @@ def array_source(
     labels = [checked_labels(arrays[key], where=f"{file}: {key}") for key in keys[1::2]]
     for (key, x), (label_key, y) in zip(inputs.items(), zip(keys[1::2], labels, strict=True), strict=True):
         if len(x) != len(y):
-            raise DataError(
-                f"{file}: {key} holds {len(x)} inputs, {label_key} {len(y)} labels; give one for each"
-            )
+            raise DataError(f"{file}: {key} holds {len(x)} inputs, {label_key} {len(y)} labels; give one for each")
     train_y, test_y, class_names = relabel(labels[0], labels[-1], where=str(file))
     parts = list(inputs.values())
     if parts[0].shape[1:] != parts[-1].shape[1:]:
@@ -143,9 +141,7 @@ def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:
         raise
     except Exception as error:  # a damaged archive raises anything from BadZipFile to UnicodeDecodeError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{file}: cannot be read as .npz ({reason}); write it again with numpy.savez"
-        ) from None
+        raise DataError(f"{file}: cannot be read as .npz ({reason}); write it again with numpy.savez") from None
 
 
 def _declared(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -169,20 +165,16 @@ def _inputs(x: Array, *, layout: Layout, where: str) -> Tensor:
     if x.dtype.kind not in "buif":
         raise DataError(f"{where} is of type {x.dtype}; give numbers")
     if x.ndim not in (2, 3, 4) or not x.size:
-        raise DataError(
-            f"{where} has shape {x.shape}; give images [N, H, W] or [N, C, H, W], or vectors [N, D]"
-        )
+        raise DataError(f"{where} has shape {x.shape}; give images [N, H, W] or [N, C, H, W], or vectors [N, D]")
     if x.dtype.kind == "f":
         bad = ~np.isfinite(x.reshape(len(x), -1)).all(1)
         if bad.any():
-            raise DataError(
-                f"{where} has NaN or infinite values, first in sample {int(bad.argmax())}; clean them"
-            )
+            raise DataError(f"{where} has NaN or infinite values, first in sample {int(bad.argmax())}; clean them")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and _channels_last(x.shape, layout, where):
         x = x.transpose(0, 3, 1, 2)
-    is_bytes = x.dtype.kind in "bui" and x.min() >= 0 and x.max() <= 255
+    is_bytes = x.dtype == np.uint8 or (x.dtype.kind in "bui" and x.min() >= 0 and x.max() <= 255)
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.uint8 if is_bytes else np.float32))
 
 
@@ -203,7 +195,5 @@ def _names(given: Array | None, found: tuple[str, ...], *, where: str) -> tuple[
     if given is None or not all(name.isdecimal() for name in found):
         return found
     if given.ndim != 1 or given.dtype.kind != "U" or max(map(int, found)) >= len(given):
-        raise DataError(
-            f"{where} has shape {given.shape} and type {given.dtype}; give one name for each label"
-        )
+        raise DataError(f"{where} has shape {given.shape} and type {given.dtype}; give one name for each label")
     return tuple(str(given[int(name)]) for name in found)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
 
 from clframe.errors import DataError
 
@@ -89,8 +90,7 @@ def _check_md5(file: Path, md5: str) -> None:
 
     if not check_md5(file, md5):
         raise DataError(
-            f"{file}: its md5 is not {md5}, so it is damaged or was not downloaded to the end; "
-            f"delete it and run again"
+            f"{file}: its md5 is not {md5}, so it is damaged or was not downloaded to the end; delete it and run again"
         )
 
 
@@ -139,13 +139,13 @@ def _patience() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors(
-    title: str, data_dir: Path, missing: str, sources: Sequence[Published]
-) -> Iterator[None]:
-    urls = " and ".join(p.url for p in sources[:2]) + (" and others" if len(sources) > 2 else "")
+def _one_line_errors(title: str, data_dir: Path, missing: str, sources: Sequence[Published]) -> Iterator[None]:
+    urls = sources[0].url + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
     try:
         yield
     except OSError as error:
+        if isinstance(error, HTTPError):
+            error.close()
         if error.errno in _DISK_ERRORS:
             raise _unwritable(data_dir, error) from None
         raise _unreachable(title, data_dir, missing, urls, error) from None

@@ -55,13 +55,11 @@ def image_folder(
             labels, fraction=test_fraction, name="image_folder", where=str(root), class_names=class_names
         )
     elif test is None:
-        raise DataError(
-            f"{root}: has train/ but no test/; add it, or give the path {root / 'train'} to split that"
-        )
+        raise DataError(f"{root}: has train/ but no test/; add it, or give the path {root / 'train'} to split that")
     else:
         files, parts, class_names = _train_and_test(root, test, size=size, channels=channels)
     return image_source(
-        root.name, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True
+        root.resolve().name, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True
     )
 
 
@@ -112,14 +110,11 @@ def imagenet_subset(
     known = subfolders(_imagenet_part(root, "train"))
     strange = set(class_names) - set(known)
     if strange:
-        raise ConfigError(
-            f"benchmark.class_names: no folder {root / 'train' / min(strange)}; name folders of it"
-        )
+        raise ConfigError(f"benchmark.class_names: no folder {root / 'train' / min(strange)}; name folders of it")
     if not class_names:
         if not 1 <= classes <= len(known):
             raise ConfigError(
-                f"benchmark.classes: found {classes}, but {root / 'train'} has {len(known)}; "
-                f"give 1 to {len(known)}"
+                f"benchmark.classes: found {classes}, but {root / 'train'} has {len(known)}; give 1 to {len(known)}"
             )
         draw = np.random.RandomState(class_seed).choice(len(known), classes, replace=False)
         class_names = tuple(known[i] for i in draw)
@@ -150,8 +145,7 @@ def _train_and_test(
     train_images, test_images = class_folders(root / "train"), class_folders(root / test)
     if keep is not None:
         train_images, test_images = (
-            {name: paths for name, paths in images.items() if name in keep}
-            for images in (train_images, test_images)
+            {name: paths for name, paths in images.items() if name in keep} for images in (train_images, test_images)
         )
     train_y, test_y, class_names = _numbered(train_images, test_images, where=str(root))
     paths = _flat(train_images) + _flat(test_images)

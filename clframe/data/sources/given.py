@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clframe.data.benchmark import Benchmark, Data, Source
 from clframe.data.lazy import DatasetSamples
+from clframe.data.reader import seeded
 from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.sources.image_files import as_pixels, channels_of
 from clframe.data.sources.in_memory import MEMORY_GB, fits
@@ -41,10 +42,11 @@ def from_datasets(
 ) -> Source:
     """A source of two torch data sets whose items begin with an input and a label.
 
-    Inputs are tensors (channels first), PIL images or numpy arrays (channels last); their transforms are
-    applied, once for all where they fit in memory. Bytes are normalized by the training part's mean and
-    deviation, floating-point inputs are taken as they are. Register a function that returns the source to
-    use it in configs::
+    Inputs are tensors (channels first), PIL images or numpy arrays (channels last), with their transforms
+    applied. They are read once and kept, unless they take too much memory or two readings of a training input
+    differ: then its transforms are random, and it is read anew in every epoch. Bytes are normalized by the
+    training part's mean and deviation, floating-point inputs are taken as they are. Register a function that
+    returns the source to use it in configs::
 
         @SOURCES.register("mine")
         def mine() -> Source:
@@ -67,11 +69,11 @@ def from_datasets(
     ('0', '10')
     """
     first, _ = _item(train, 0, where=f"{name}/train")
-    nbytes = (len(train) + len(test)) * first.nbytes
-    kept = fits(name, nbytes=nbytes, memory_gb=memory_gb)
+    kept = fits(name, nbytes=(len(train) + len(test)) * first.nbytes, memory_gb=memory_gb)
+    keep = {"train": kept and not _draws(train, name=name), "test": kept}
     inputs, labels = [], []
     for part, dataset in (("train", train), ("test", test)):
-        x, y = _stacked(dataset, like=first, where=f"{name}/{part}", keep=kept)
+        x, y = _stacked(dataset, like=first, where=f"{name}/{part}", keep=keep[part])
         inputs.append(x)
         labels.append(checked_labels(y, where=f"{name}/{part}"))
     if classes is not None:
@@ -85,18 +87,16 @@ def from_datasets(
                 f"{name}/train: no samples of class {empty} ('{classes[empty]}'); remove or fill that class"
             )
         class_names = tuple(classes)
-    samples: list[Data]
-    if kept:
+    if keep["train"]:
         warn_of_duplicates(inputs[0], inputs[1], where=name)
         mean, std = _normalization(inputs[0])
-        samples = [TensorSamples(x, y, mean, std) for x, y in zip(inputs, (train_y, test_y), strict=True)]
     else:
         index = evenly_spaced(len(train), limit=1024).tolist()
         mean, std = _normalization(torch.stack([_item(train, i, where=name)[0] for i in index]))
-        samples = [
-            DatasetSamples.of(_Inputs(dataset), y, mean=mean, std=std)
-            for dataset, y in ((train, train_y), (test, test_y))
-        ]
+    samples: list[Data] = [
+        TensorSamples(x, y, mean, std) if keep[part] else DatasetSamples.of(_Inputs(dataset), y, mean=mean, std=std)
+        for part, dataset, x, y in zip(keep, (train, test), inputs, (train_y, test_y), strict=True)
+    ]
     return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names)
 
 
@@ -114,13 +114,10 @@ def from_avalanche(benchmark: Any, *, name: str = "") -> Benchmark:
     """
     streams = getattr(benchmark, "streams", {})
     if not {"train", "test"} <= set(streams):
-        raise DataError(
-            f"avalanche: streams are {', '.join(streams) or 'none'}; give a benchmark with train and test"
-        )
+        raise DataError(f"avalanche: streams are {', '.join(streams) or 'none'}; give a benchmark with train and test")
     name = name or type(benchmark).__name__
     train_parts, test_parts = (
-        [_experience(e, where=f"{name}/{part} {i}") for i, e in enumerate(streams[part])]
-        for part in ("train", "test")
+        [_experience(e, where=f"{name}/{part} {i}") for i, e in enumerate(streams[part])] for part in ("train", "test")
     )
     if not train_parts or not test_parts:
         raise DataError(f"{name}: an empty stream; give a benchmark with at least one experience")
@@ -128,12 +125,8 @@ def from_avalanche(benchmark: Any, *, name: str = "") -> Benchmark:
     rank = {c: i for i, c in enumerate(learnt)}
     strange = {c for _, y in test_parts for c in y.tolist()} - set(rank)
     if strange:
-        raise DataError(
-            f"{name}/test: class {min(strange)} is never trained on; remove it from the test stream"
-        )
-    mean, std = _normalization(
-        train_parts[0][0] if len(train_parts) == 1 else torch.cat([x for x, _ in train_parts])
-    )
+        raise DataError(f"{name}/test: class {min(strange)} is never trained on; remove it from the test stream")
+    mean, std = _normalization(train_parts[0][0] if len(train_parts) == 1 else torch.cat([x for x, _ in train_parts]))
     train, test = (
         tuple(TensorSamples(x, torch.tensor([rank[c] for c in y.tolist()]), mean, std) for x, y in parts)
         for parts in (train_parts, test_parts)
@@ -152,6 +145,20 @@ def from_avalanche(benchmark: Any, *, name: str = "") -> Benchmark:
     )
 
 
+def _draws(dataset: MapDataset, *, name: str, trials: int = 16) -> bool:
+    """Whether transforms draw random numbers: the first inputs, read twice, are not the same."""
+    for i in range(min(trials, len(dataset))):
+        readings = []
+        for seed in (2 * i, 2 * i + 1):
+            with seeded(seed):
+                readings.append(_item(dataset, i, where=name)[0])
+        one, other = (x.nan_to_num() for x in readings)
+        if not torch.equal(one, other):
+            logger.info("%s: training inputs have random transforms and are read anew in every epoch", name)
+            return True
+    return False
+
+
 class _Inputs:
     """The inputs of a data set alone, as tensors."""
 
@@ -165,9 +172,7 @@ class _Inputs:
         return _item(self._dataset, index, where="data")[0]
 
 
-def _dealt(
-    test: TensorSamples, classes: Sequence[tuple[int, ...]], *, name: str
-) -> tuple[TensorSamples, ...]:
+def _dealt(test: TensorSamples, classes: Sequence[tuple[int, ...]], *, name: str) -> tuple[TensorSamples, ...]:
     if sum(map(len, classes)) > len(set().union(*classes)):
         logger.info("%s: experiences share classes; each is tested on all %d test samples", name, len(test))
         return (test,) * len(classes)

@@ -53,9 +53,7 @@ class ImageFiles(Dataset[Tensor]):
         if not paths:
             raise DataError("images: there are none; give at least one file")
         if len(paths) != len(labels):
-            raise DataError(
-                f"images: {len(paths)} files but {len(labels)} labels; give one label for each file"
-            )
+            raise DataError(f"images: {len(paths)} files but {len(labels)} labels; give one label for each file")
         self.paths, self.labels, self.size, self._convert = tuple(paths), labels, size, channels is not None
         self._first = self.paths[0]
         with opened(self._first) as image:
@@ -80,8 +78,7 @@ class ImageFiles(Dataset[Tensor]):
         if pixels.shape != self.shape:
             found, first = (f"{s[2]}x{s[1]}" for s in (pixels.shape, self.shape))
             raise DataError(
-                f"{path}: {found} pixels, but {self._first} has {first}; "
-                f"set benchmark.size and all are resized"
+                f"{path}: {found} pixels, but {self._first} has {first}; set benchmark.size and all are resized"
             )
         return pixels
 
@@ -134,18 +131,15 @@ def opened(path: str) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
-            f"{path}: declares more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be read safely; "
-            f"shrink it"
+            f"{path}: declares more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be read safely; shrink it"
         ) from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; restore it or remove it from the data") from None
     except PermissionError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = " ".join(str(error).replace(repr(path), "it").split()) or type(error).__name__
-        raise DataError(
-            f"{path}: cannot be read as an image ({reason}); replace or remove the file"
-        ) from None
+        reason = " ".join(str(error).replace(repr(path), "").split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from None
 
 
 def channels_of(image: Image.Image, path: str) -> int:
@@ -158,9 +152,7 @@ def channels_of(image: Image.Image, path: str) -> int:
         return 1
     if image.mode in _COLOR:
         return 3
-    raise DataError(
-        f"{path}: pixels of mode {image.mode}, not of 8 bits; convert the images to 8 bits a channel"
-    )
+    raise DataError(f"{path}: pixels of mode {image.mode}, not of 8 bits; convert the images to 8 bits a channel")
 
 
 def as_pixels(image: Image.Image, *, channels: int, size: int | None = None) -> Tensor:

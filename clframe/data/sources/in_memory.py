@@ -28,9 +28,7 @@ def fits(title: str, *, nbytes: int, memory_gb: float) -> bool:
         ConfigError: A negative limit.
     """
     if memory_gb < 0:
-        raise ConfigError(
-            f"benchmark.memory_gb: found {memory_gb}; give at least 0, which keeps nothing in memory"
-        )
+        raise ConfigError(f"benchmark.memory_gb: found {memory_gb}; give at least 0, which keeps nothing in memory")
     within = nbytes <= memory_gb * 1e9
     logger.info(
         "%s: %.3f GB of inputs, limit %g GB: %s",

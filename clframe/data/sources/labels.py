@@ -43,9 +43,7 @@ def checked_labels(labels: npt.ArrayLike, *, where: str) -> Labels:
         bad = ~np.isfinite(y) | (y != np.floor(y))
         if bad.any():
             at = int(bad.argmax())
-            raise DataError(
-                f"{where}: label {y[at]} of sample {at} is no whole number; give whole numbers from 0"
-            )
+            raise DataError(f"{where}: label {y[at]} of sample {at} is no whole number; give whole numbers from 0")
     if len(y) and y.min() < 0:
         at = int(y.argmin())
         raise DataError(f"{where}: label {y[at]} of sample {at} is out of range; give whole numbers from 0")
@@ -75,15 +73,12 @@ def relabel(train: Labels, test: Labels, *, where: str) -> tuple[Tensor, Tensor,
         )
     untested = set(names) - set(test.tolist())
     if untested:
-        raise DataError(
-            f"{where}: class '{_ascending(untested)[0]}' has no test samples; add some or remove the class"
-        )
+        raise DataError(f"{where}: class '{_ascending(untested)[0]}' has no test samples; add some or remove the class")
     if names != list(range(len(names))):
         logger.info("%s: %s", where, _mapping(names))
     number = {name: i for i, name in enumerate(names)}
     train_y, test_y = (
-        torch.tensor([number[label] for label in labels.tolist()], dtype=torch.long)
-        for labels in (train, test)
+        torch.tensor([number[label] for label in labels.tolist()], dtype=torch.long) for labels in (train, test)
     )
     return train_y, test_y, tuple(map(str, names))
 

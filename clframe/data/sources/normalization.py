@@ -30,10 +30,11 @@ UNCHANGED: Normalization = ((0.0,), (1.0,))
 """Of inputs that are taken as they are."""
 
 
-def measured(x: Tensor, *, chunk: int = 4096) -> Normalization:
+def measured(x: Tensor, *, chunk: int = 2**20) -> Normalization:
     """Mean and deviation of every channel of [N, C, ...], or of all values of [N, D].
 
-    Sums of bytes are exact; a constant channel gets the deviation 1, so that it is shifted to zero.
+    Sums of bytes are exact; a constant channel gets the deviation 1, so that it is shifted to zero. About
+    ``chunk`` values are held as doubles at a time.
 
     >>> measured(torch.tensor([[[[0, 2]], [[5, 5]]]], dtype=torch.uint8))
     ((1.0, 5.0), (1.0, 1.0))
@@ -41,7 +42,7 @@ def measured(x: Tensor, *, chunk: int = 4096) -> Normalization:
     kept = [d for d in range(x.ndim) if d != 1 or x.ndim < 3]
     channels = x.shape[1] if x.ndim >= 3 else 1
     total, square = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
-    for part in x.split(chunk):
+    for part in x.split(max(1, chunk * len(x) // max(1, x.numel()))):
         values = part.double()
         total += values.sum(kept)
         square += values.square_().sum(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,7 @@ _PARTS = ("images_background", "images_evaluation")
 
 
 @SOURCES.register("omniglot")
-def omniglot(
-    *, test_fraction: float = 0.25, size: int = 28, data_dir: str = "data", download: bool = True
-) -> Source:
+def omniglot(*, test_fraction: float = 0.25, size: int = 28, data_dir: str = "data", download: bool = True) -> Source:
     """Characters of 50 alphabets as ink on black, 1,623 classes of 20 grey images. Lake et al. (2015).
 
     Both parts of the set make one: background alphabets first, then the evaluation ones, each sorted.
@@ -39,6 +38,7 @@ def omniglot(
         download: Fetch what is missing, through torchvision.
     """
     from torchvision.datasets import Omniglot
+    from torchvision.datasets.utils import download_and_extract_archive
 
     if not 1 <= size <= 105:
         raise ConfigError(f"benchmark.size: found {size}; give 1 to 105 pixels")
@@ -62,14 +62,16 @@ def omniglot(
         Published(f"{name}.zip", f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part])
         for name, part in zip(wanted, _PARTS, strict=True)
     ]
-    provide(
-        "Omniglot", root, wanted=wanted, published=published, download=download,
-        fetch=lambda folder: [Omniglot(folder, background=part, download=True) for part in (True, False)],
-    )  # fmt: skip
+
+    def fetch(folder: str) -> None:
+        # Omniglot itself takes an archive that is there for one that is unpacked.
+        for p in published:
+            place, name = os.path.split(os.path.join(folder, p.file))
+            download_and_extract_archive(p.url, place, filename=name, md5=p.md5)
+
+    provide("Omniglot", root, wanted=wanted, published=published, download=download, fetch=fetch)
     x, y, class_names = _drawings([root / name for name in wanted], size)
-    train, test = split_off_test(
-        y, fraction=test_fraction, name="npz", where=str(root), class_names=class_names
-    )
+    train, test = split_off_test(y, fraction=test_fraction, name="npz", where=str(root), class_names=class_names)
     mean, std = measured(x[train])
     samples = TensorSamples(x, y, mean, std)
     return Source(

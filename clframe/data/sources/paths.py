@@ -81,9 +81,7 @@ def text_of(path: Path) -> str:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error for a file or folder that the system would not open."""
-    return DataError(
-        f"{path}: cannot be read ({error.strerror or error}); check that it is there and its rights"
-    )
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); check that it is there and its rights")
 
 
 def _advice(missing: Path) -> str:
@@ -94,6 +92,4 @@ def _advice(missing: Path) -> str:
         close = nearest(missing.name, os.listdir(missing.parent))
     except OSError:
         close = None
-    return (
-        f"did you mean {missing.parent / close}?" if close else f"{missing.parent} holds nothing of that name"
-    )
+    return f"did you mean {missing.parent / close}?" if close else f"{missing.parent} holds nothing of that name"

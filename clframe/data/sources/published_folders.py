@@ -88,9 +88,7 @@ def tiny_imagenet(
 
 
 @SOURCES.register("cub200")
-def cub200(
-    *, size: int = 224, data_dir: str = "data", download: bool = True, memory_gb: float = MEMORY_GB
-) -> Source:
+def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, memory_gb: float = MEMORY_GB) -> Source:
     """Birds (CUB-200-2011), 5,994 + 5,794 color images of many sizes, 200 classes. Wah et al. (2011).
 
     Mean and deviation are measured on the training images after they are resized.
@@ -109,15 +107,13 @@ def cub200(
     for file, table in (("image_class_labels.txt", label), ("train_test_split.txt", is_train)):
         if table.keys() != image.keys():
             raise DataError(
-                f"{root / file}: {len(table)} lines do not match those of images.txt; "
-                f"delete {root} and run again"
+                f"{root / file}: {len(table)} lines do not match those of images.txt; delete {root} and run again"
             )
     numbers = {number: c for c, number in enumerate(names)}
     if not set(label.values()) <= set(numbers):
         strange = min(set(label.values()) - set(numbers))
         raise DataError(
-            f"{root / 'image_class_labels.txt'}: class {strange} is not in classes.txt; "
-            f"delete {root} and run again"
+            f"{root / 'image_class_labels.txt'}: class {strange} is not in classes.txt; delete {root} and run again"
         )
     files = ImageFiles(
         [str(root / "images" / path) for path in image.values()],
@@ -195,7 +191,5 @@ def _table(file: Path) -> dict[str, str]:
     pairs = [line.split(maxsplit=1) for line in text_of(file).splitlines() if line.strip()]
     for line, pair in enumerate(pairs, 1):
         if len(pair) != 2:
-            raise DataError(
-                f"{file}: line {line} is no pair of number and value; delete {file.parent} and run again"
-            )
+            raise DataError(f"{file}: line {line} is no pair of number and value; delete {file.parent} and run again")
     return {key: value.strip() for key, value in pairs}

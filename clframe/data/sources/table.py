@@ -54,13 +54,9 @@ def csv_table(
         labels[parts[0]], labels[parts[1]] = train_y, test_y
     else:
         labels, _, class_names = relabel(names, names, where=str(file))
-        parts = split_off_test(
-            labels, fraction=test_fraction, name="csv", where=str(file), class_names=class_names
-        )
+        parts = split_off_test(labels, fraction=test_fraction, name="csv", where=str(file), class_names=class_names)
     files = ImageFiles([row.path for row in rows], labels, size=size, channels=channels)
-    return image_source(
-        file.stem, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True
-    )
+    return image_source(file.stem, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True)
 
 
 class _Row(NamedTuple):
@@ -90,14 +86,10 @@ def _rows(file: Path) -> list[_Row]:
 def _row(file: Path, line: int, values: dict[str, str | None], has_split: bool) -> _Row:
     path, label, split = ((values.get(key) or "").strip() for key in ("path", "label", "split"))
     if not path or not label:
-        raise DataError(
-            f"{file}: line {line} has no {'label' if path else 'path'}; fill it in or remove the line"
-        )
+        raise DataError(f"{file}: line {line} has no {'label' if path else 'path'}; fill it in or remove the line")
     if has_split and split not in ("train", "test"):
         raise DataError(f"{file}: line {line} has the split {split!r}; give train or test")
     image = file.parent / path
     if not image.is_file():
-        raise DataError(
-            f"{file}: line {line} names {image}, which is no file; paths count from the CSV's folder"
-        )
+        raise DataError(f"{file}: line {line} names {image}, which is no file; paths count from the CSV's folder")
     return _Row(str(image), label, split)

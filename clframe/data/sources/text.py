@@ -54,9 +54,7 @@ def clinc150(*, n_features: int = 2048, data_dir: str = "data", download: bool =
         names = [intent for intents in domains.values() for intent in intents]
         train, test = ([(str(text), str(label)) for text, label in texts[part]] for part in ("train", "test"))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{root / 'data_full.json'}: not laid out as published; delete {root} and run again"
-        ) from None
+        raise DataError(f"{root / 'data_full.json'}: not laid out as published; delete {root} and run again") from None
     return _text_source("clinc150", train, test, names, n_features=n_features, where=root)
 
 
@@ -77,9 +75,7 @@ def banking77(*, n_features: int = 2048, data_dir: str = "data", download: bool 
     if not isinstance(names, list):
         raise DataError(f"{root / 'categories.json'}: no list of names; delete it and run again")
     train, test = (_csv(root / name) for name in ("train.csv", "test.csv"))
-    return _text_source(
-        "banking77", train, test, [str(name) for name in names], n_features=n_features, where=root
-    )
+    return _text_source("banking77", train, test, [str(name) for name in names], n_features=n_features, where=root)
 
 
 def hashed(texts: Sequence[str], *, n_features: int) -> Tensor:
@@ -111,16 +107,13 @@ def _text_source(
     strange = {label for _, label in train + test} - set(number)
     if strange:
         raise DataError(f"{where}: intent '{min(strange)}' is not listed; delete {where} and run again")
-    # A vector of length 1 is far shorter than a normalized image; to be learnt at the same rate it is
-    # stretched to the length that as many normalized pixels would have.
-    std = (n_features**-0.5,)
-    samples = [
-        TensorSamples(
-            hashed([text for text, _ in part], n_features=n_features),
-            torch.tensor([number[label] for _, label in part]), std=std,
-        )
-        for part in (train, test)
-    ]  # fmt: skip
+    samples = []
+    for part in (train, test):
+        x = hashed([text for text, _ in part], n_features=n_features)
+        y = torch.tensor([number[label] for _, label in part])
+        # A vector of length 1 is far shorter than a normalized image; to be learnt at the same rate it is
+        # stretched to the length that as many normalized pixels would have.
+        samples.append(TensorSamples(x, y, std=(n_features**-0.5,)))
     return Source(name, samples[0], samples[1], classes=len(names), class_names=tuple(names))
 
 
@@ -136,9 +129,7 @@ def _downloaded(title: str, data_dir: str, published: Sequence[Published], *, do
         for p in published:
             download_url(p.url, str(Path(place) / folder), filename=Path(p.file).name, md5=p.md5)
 
-    provide(
-        title, root, wanted=[p.file for p in published], published=published, download=download, fetch=fetch
-    )
+    provide(title, root, wanted=[p.file for p in published], published=published, download=download, fetch=fetch)
     return root / folder
 
 

@@ -144,15 +144,11 @@ def cifar100(*, data_dir: str = "data", download: bool = True) -> Source:
     return _cifar("cifar100", "CIFAR100", data_dir, download=download)
 
 
-def _idx_files(
-    name: str, kind_name: str, data_dir: str, *, download: bool, class_names: Sequence[str] = ()
-) -> Source:
+def _idx_files(name: str, kind_name: str, data_dir: str, *, download: bool, class_names: Sequence[str] = ()) -> Source:
     from torchvision import datasets
 
     kind, root = getattr(datasets, kind_name), Path(data_dir).expanduser()
-    published = [
-        Published(f"{kind_name}/raw/{file}", kind.mirrors[0] + file, md5) for file, md5 in kind.resources
-    ]
+    published = [Published(f"{kind_name}/raw/{file}", kind.mirrors[0] + file, md5) for file, md5 in kind.resources]
     wanted = [os.path.splitext(p.file)[0] for p in published]
     if (arrays := _as_arrays(name, root, wanted)) is not None:
         return arrays
@@ -223,9 +219,7 @@ def _read(read: Callable[[], Any], root: Path, files: Sequence[tuple[str, str]] 
             if not check_integrity(str(root / file), md5):
                 raise DataError(f"{root / file}: its md5 is not {md5}; delete it and run again") from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{root}: torchvision cannot read it ({reason}); delete the files and run again"
-        ) from None
+        raise DataError(f"{root}: torchvision cannot read it ({reason}); delete the files and run again") from None
 
 
 def _check_idx(root: Path, wanted: Sequence[str]) -> None:

@@ -1,0 +1,124 @@
+"""Plain trees, typed configs and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
+from clframe.errors import ConfigError
+
+SMALL = {"benchmark": {"name": "digits"}, "backbone": {"name": "mlp"}}
+
+
+def round_trip(config: Config) -> Config:
+    return from_mapping(yaml.safe_load(to_yaml(config)))
+
+
+def test_every_field_survives_a_round_trip():
+    """No value here is its field's default."""
+    config = Config(
+        name="n", seed=2**63 - 1, strategy="er", components={"er": {"memory": 3}, "lwf": {}},
+        benchmark=BenchmarkConfig(name="b", experiences=3, class_order=(2, 0, 1), options={"x": [1, None, "y"]}),
+        backbone=BackboneConfig(name="c", options={"width": 1.5}),
+        optimizer=OptimizerConfig(name="sgd", lr=1e-05, momentum=0.5, weight_decay=1e-9, schedule="multistep",
+                                  milestones=(1, 7), gamma=0.25),
+        trainer=TrainerConfig(engine="trainer", accelerator="cpu", devices=(3,), precision="64-true", epochs=1,
+                              batch_size=2, eval_batch_size=3, gradient_clip=0.5, accumulate=4, eval_every=5,
+                              log_every=6,
+                              fast_dev_run=True, threads=7, deterministic=False, progress=False,
+                              callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",)),
+        output="o",
+    )  # fmt: skip
+    plain = Config(benchmark=BenchmarkConfig(name="digits"), backbone=BackboneConfig(name="mlp"))
+    for block in (None, "optimizer", "trainer"):
+        one, other = (getattr(c, block) if block else c for c in (config, plain))
+        same = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) == getattr(other, f.name)]
+        assert same == (["name"] if block == "optimizer" else [])
+    assert round_trip(config) == config
+
+
+NOT_ONLY_TEXT = [
+    "3", "1e-5", "1.0", "yes", "on", "null", "~", "0x10", "1_000", "12:30", "2020-01-01", "a b", "é", "#a", "a #b",
+    "- a", "{a}", "true", " a", "a ", "''", "%", "@", "!!int 3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_ONLY_TEXT)
+def test_text_that_looks_like_something_else_stays_text(text):
+    config = from_mapping({**SMALL, "output": text, "components": {"x": {"y": text}}})
+    again = round_trip(config)
+    assert again == config
+    assert again.output == again.components["x"]["y"] == text
+
+
+@pytest.mark.parametrize("number", [0.1, 1e-05, 1e22, 123456789.123, 5e-324])
+def test_numbers_are_exact_after_a_round_trip(number):
+    again = round_trip(from_mapping({**SMALL, "optimizer": {"lr": number}}))
+    assert again.optimizer.lr == number
+
+
+def test_options_stand_beside_the_keys_of_their_block():
+    tree = {"benchmark": {"name": "digits", "test_fraction": 0.5}, "backbone": {"name": "mlp", "width": 3}}
+    config = from_mapping(tree)
+    assert config.benchmark.options == {"test_fraction": 0.5} and config.backbone.options == {"width": 3}
+    assert as_tree(config)["backbone"] == {"name": "mlp", "width": 3}
+    assert "options" not in as_tree(config)["benchmark"]
+    assert block_keys("backbone") == ("name",)
+
+
+def test_an_option_may_even_be_called_options():
+    """It is the data set's to refuse, not swallowed."""
+    config = from_mapping({**SMALL, "backbone": {"name": "mlp", "options": {"width": 3}}})
+    assert config.backbone.options == {"options": {"width": 3}}
+
+
+def test_a_tree_is_not_changed():
+    tree = {**SMALL, "components": {"er": {"memory": 3}}}
+    from_mapping(tree)
+    assert tree == {**SMALL, "components": {"er": {"memory": 3}}}
+
+
+@pytest.mark.parametrize("kind", [Config, BenchmarkConfig, BackboneConfig, OptimizerConfig, TrainerConfig])
+def test_configs_are_frozen_and_documented(kind):
+    assert kind.__dataclass_params__.frozen
+    assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+    config = from_mapping(SMALL)
+    one = config if kind is Config else next(v for v in vars(config).values() if isinstance(v, kind))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(one, dataclasses.fields(kind)[0].name, "x")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"trainer": 3}, r"^trainer: found 3; give a mapping$"),
+        ({"trainer": None}, r"^trainer: found null; give a mapping$"),
+        ({"trainer": {"options": {}}}, r"^config: unknown key 'trainer\.options'; "),
+        ({"components": {"er": [1]}}, r"^components\.er: found \[1\] \(a list\); give a mapping of options"),
+        ({"trainer": {"callbacks": "Timer"}}, r"^trainer\.callbacks: found 'Timer' \(text\); give a mapping of names"),
+        ({3: 4}, r"^config: unknown key '3'; keys are backbone, "),
+        ({"name": None}, r"^name: found null; give text$"),
+    ],
+)
+def test_what_is_no_config_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping({**SMALL, **change})
+
+
+@pytest.mark.parametrize("missing", ["benchmark", "backbone"])
+def test_benchmark_and_backbone_must_be_there(missing):
+    tree = {key: value for key, value in SMALL.items() if key != missing}
+    with pytest.raises(ConfigError, match=f"^config: has no {missing}; set {missing}=NAME, or put {missing}/NAME"):
+        from_mapping(tree)
+    with pytest.raises(ConfigError, match=rf"^{missing}\.name: found '' \(text\); name one of clframe list {missing}s"):
+        from_mapping({**SMALL, missing: {}})
+
+
+def test_the_key_that_has_another_home_is_named():
+    for key, home in {"epochs": "trainer.epochs", "lr": "optimizer.lr", "experiences": "benchmark.experiences"}.items():
+        with pytest.raises(ConfigError, match=f"^config: unknown key '{key}'; did you mean '{home}'"):
+            from_mapping({**SMALL, key: 1})

@@ -86,6 +86,8 @@ def test_split_takes_the_share_of_each_class_and_nothing_twice():
     assert torch.bincount(y[train]).tolist() == [8, 4, 1]
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(17))
     assert torch.equal(test, split_off_test(y, fraction=0.2, name="mine")[1])
+    train, greedy = split_off_test(y, fraction=0.95, name="mine")
+    assert torch.bincount(y[train]).tolist() == [1, 1, 1] and len(greedy) == 14
     others = [split_off_test(y, fraction=0.2, name=name)[1] for name in "abcde"]
     assert any(not torch.equal(test, other) for other in others)
 

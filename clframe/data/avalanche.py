@@ -78,13 +78,10 @@ def as_avalanche(benchmark: Benchmark) -> Any:
 
 
 def _dataset(samples: Data, task_label: int | None) -> Any:
-    from avalanche.benchmarks.utils import ConstantSequence, TaskLabels, as_classification_dataset
+    """The samples with a task label each, 0 where tasks are not told apart: LwF, GSS and CoPE ask for one."""
+    from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 
-    dataset = as_classification_dataset(PreparedSamples(samples))
-    if task_label is None:
-        return dataset
-    labels = TaskLabels(ConstantSequence(task_label, len(samples)))
-    return dataset.update_data_attribute(name="targets_task_labels", new_value=labels)
+    return _make_taskaware_classification_dataset(PreparedSamples(samples), task_labels=task_label or 0)
 
 
 def _cut(benchmark: Benchmark, stream: Any) -> Any:

@@ -99,6 +99,10 @@ class ContinualModule(LightningModule):
 class TrainerDriver:
     """What a :class:`ContinualModule` asks of whoever drives it under a Trainer."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainerDriver:
+        """As for the learner: copies of the module do not fork the run."""
+        return self
+
     def configure(self) -> Any:
         """What ``configure_optimizers`` returns."""
         raise NotImplementedError
@@ -125,10 +129,6 @@ class PlainDriver(TrainerDriver):
         self._module = module
         self._engine = TrainerEngine(module)
         self._scheduler: LRScheduler | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlainDriver:
-        """As for the learner: copies of the module do not fork the run."""
-        return self
 
     def configure(self) -> Optimizer:
         """A fresh optimizer for this fit."""

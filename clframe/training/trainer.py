@@ -35,11 +35,17 @@ class StrategyDriver(TrainerDriver):
         """Avalanche's ``before_training_epoch``; early stopping takes effect here, as in Avalanche."""
         strategy = self._strategy
         strategy._before_training_epoch(**self._kwargs)
+        assert strategy.module is not None
+        trainer = strategy.module.trainer
         if strategy._stop_training:
             strategy._stop_training = False
             self._stopped_before_epoch = True
-            assert strategy.module is not None
-            strategy.module.trainer.should_stop = True
+            trainer.should_stop = True
+        elif strategy.limit_batches is None and len(strategy.dataloader) > trainer.num_training_batches:
+            raise UnsupportedError(
+                f"engine 'trainer': a plugin put {len(strategy.dataloader)} batches in place of "
+                f"{trainer.num_training_batches} as an epoch began, which a Trainer would cut; use engine 'fabric'"
+            )
 
     def stopping(self) -> bool:
         """Whether a plugin asked to stop."""
@@ -129,6 +135,8 @@ def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
             )
             # Loaders, workers and intervals are ours to choose; Lightning advises on them at every fit.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # Freezing parts is what some strategies do.
+            warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")
             warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the log")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             # Lightning 2.6 asks torch's tree specs for their class, of which newer torch warns.

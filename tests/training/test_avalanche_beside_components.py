@@ -72,18 +72,14 @@ def finish(toy: SimpleNamespace, name: str, strategy: type[Any], **options: Any)
     return toy.weights(trained.model), toy.random_states()
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # CWRStar freezes what it does not train
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 @pytest.mark.parametrize("name", ["none", *PLUGINS])
 def test_a_continual_module_ends_with_the_weights_that_avalanches_loop_gives_it(
     toy: SimpleNamespace,
-    request: pytest.FixtureRequest,
     in_avalanche: Callable[[str], tuple[Any, ...]],
     name: str,
     engine: str,
 ) -> None:
-    if engine == "trainer" and name in COPIES_IN_TRAINING:
-        request.applymarker(pytest.mark.xfail(reason="StrategyDriver has no __deepcopy__", strict=True))
     ours, theirs = finish(toy, name, LightningStrategy, engine=engine), in_avalanche(name)
     assert all(value.isfinite().all() for value in theirs[0].values())
     assert toy.same(ours[0], theirs[0])
@@ -135,28 +131,19 @@ def world(request: pytest.FixtureRequest, toy: SimpleNamespace, small_digits: Be
     )
 
 
-# With as_avalanche giving every sample the task label 0, this may go.
-ASK_FOR_TASK_LABELS = {"LwF"}
-
-
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, torch.Tensor]]:
     """Weights without any plugin, by benchmark."""
     return {}
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # CWRStar freezes what it does not train
 @pytest.mark.parametrize("name", [name for name in PLUGINS if name not in COPIES_IN_TRAINING])
 def test_plugins_and_components_act_together_the_same_in_both_engines(
     toy: SimpleNamespace,
     world: SimpleNamespace,
     alone: dict[str, dict[str, torch.Tensor]],
-    request: pytest.FixtureRequest,
     name: str,
 ) -> None:
-    if world.kind == "ours" and name in ASK_FOR_TASK_LABELS:
-        request.applymarker(pytest.mark.xfail(reason="our datasets have no task labels", strict=True))
-
     def finish(make: Callable[[Any, Any], Any] | None, engine: Any) -> ContinualModule:
         module = world.module("er(memory=20) + lwf")
         trained = learner(toy, module, make, engine=engine, **world.options)
@@ -305,7 +292,7 @@ def test_a_plugin_that_changes_loader_or_data_gets_its_way(
     sizes: list[int],
 ) -> None:
     if plugin is ReplacesLoaderEachEpoch and engine == "trainer" and world.kind != "ours":
-        request.applymarker(pytest.mark.xfail(reason="a Trainer cuts longer epochs", strict=True))
+        request.applymarker(pytest.mark.xfail(reason="a Trainer fixes the length of epochs", raises=UnsupportedError, strict=True))
     watch = plugin()
     options = {**world.options, "train_epochs": 2, "train_mb_size": 64, "engine": engine}
     trained = learner(toy, world.module("naive"), lambda m, o: watch, **options)

@@ -13,11 +13,13 @@ import torch
 from clframe.accounting.macs import count_macs, count_parameters
 from clframe.config.files import read_yaml
 from clframe.config.load import load_config
-from clframe.config.schema import BackboneConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
 from clframe.core.options import check_options, missing_options
-from clframe.data import SOURCES, Benchmark, class_incremental
+from clframe.data import SOURCES, Benchmark, Source, class_incremental
+from clframe.data.domains import permuted, rotated
+from clframe.data.online import blurry, online
 from clframe.errors import ClframeError, ConfigError, UnsupportedError
 from clframe.functional.seeding import derive_seed
 from clframe.metrics import METRICS
@@ -117,15 +119,12 @@ def build(config: Config) -> Parts:
     source_of = SOURCES.get(config.benchmark.name, where="benchmark.name")
     beside = block_keys("benchmark")
     source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
-    benchmark = class_incremental(
-        source,
-        experiences=config.benchmark.experiences,
-        order=config.benchmark.class_order,
-        seed=config.seed,
-    )
+    benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
     for component in composition:
         component.check(classes=source.classes)
     _check_trainer(config.trainer)
+    if benchmark.online is not None:
+        _check_online(config)
     torch.manual_seed(derive_seed(config.seed, "network"))
     return Parts(config, composition, benchmark, Network(backbone(benchmark.input_shape)))
 
@@ -145,6 +144,47 @@ def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
 
     return make
+
+
+def build_benchmark(source: Source, config: BenchmarkConfig, *, seed: int) -> Benchmark:
+    """``source`` as the protocol of ``config`` deals it out."""
+    if config.protocol == "permuted":
+        found = permuted(source, experiences=config.experiences, seed=seed, validation=config.validation)
+    elif config.protocol == "rotated":
+        found = rotated(
+            source,
+            experiences=config.experiences,
+            angles=config.angles,
+            seed=seed,
+            validation=config.validation,
+        )
+    else:
+        found = class_incremental(
+            source,
+            experiences=config.experiences,
+            first=config.first,
+            counts=config.counts,
+            order=config.class_order,
+            seed=seed,
+            validation=config.validation,
+            task_labels=config.protocol == "task_incremental",
+        )
+    if config.online is not None and config.blurry:
+        found = blurry(found, size=config.online, blur=config.blurry, seed=seed)
+    elif config.online is not None:
+        found = online(found, size=config.online, seed=seed, boundaries=config.boundaries)
+    return replace(found, evaluate=config.evaluate)
+
+
+def _check_online(config: Config) -> None:
+    """Refuse what makes sense only where an experience is more than a few batches."""
+    for key, found, wanted in (
+        ("trainer.engine", config.trainer.engine, "fabric"),
+        ("trainer.eval_every", config.trainer.eval_every, -1),
+        ("optimizer.schedule", config.optimizer.schedule, "constant"),
+    ):
+        if found != wanted:
+            raise ConfigError(f"{key}: found {found} for an online stream of small experiences; set {wanted}")
 
 
 def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:

@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of an epoch; two epochs are trained")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="three repetitions")
-    parser.add_argument("--only", default="", help="only loops whose names hold this text, and by hand")
+    parser.add_argument("--only", default="", help="only by hand and loops with one of these texts in their names")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     return parser.parse_args()
 
@@ -163,6 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = SETTINGS[options.model]
     setting = replace(setting, steps=options.steps or setting.steps)
+    leg = max(1, min(20, setting.steps // 2))
     repeats = 3 if options.quick else options.repeats
     print(f"{options.model}, batch {setting.batch}, {setting.steps * EPOCHS} steps, {repeats} repetitions")
     result: dict[str, Any] = {
@@ -176,14 +177,15 @@ def main() -> None:
     }
     for family, contestants, experiences in (("plain", PLAIN, 1), ("replay", REPLAY, 2)):
         first = next(iter(contestants))
-        chosen = {n: c for n, c in contestants.items() if n == first or options.only in n}
+        texts = options.only.split(",")
+        chosen = {n: c for n, c in contestants.items() if n == first or any(text in n for text in texts)}
         if len(chosen) == 1:
             continue
         warm_up = replace(setting, steps=min(setting.steps, 20))
         same = check(chosen, Course(warm_up, experiences=experiences, shuffle=False))
         print(f"\n{family}: {same}\n", flush=True)
         course = Course(setting, experiences=experiences, shuffle=True)
-        result[family] = summarize(race(chosen, course, repeats=repeats, leg=min(20, setting.steps)))
+        result[family] = summarize(race(chosen, course, repeats=repeats, leg=leg))
         print(table(result[family]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

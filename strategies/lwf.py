@@ -60,6 +60,7 @@ class LwF(Component):
         return {"distil": self.alpha * loss_K}
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
-        """The model as it is now teaches the next experience."""
-        groups = (*state["groups"], tuple(sorted(moment.experience.classes)))
-        return {"teacher": freeze(network), "groups": groups}
+        """The model as it is now teaches the next experience; a class stays in the group it first came in."""
+        known = {c for group in state["groups"] for c in group}
+        new = tuple(sorted(set(moment.experience.classes) - known))
+        return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

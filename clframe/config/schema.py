@@ -29,17 +29,56 @@ class BenchmarkConfig:
 
     name: str = ""
     """A data set of ``clframe list benchmarks``."""
+    protocol: Literal["class_incremental", "task_incremental", "permuted", "rotated"] = "class_incremental"
+    """``class_incremental``: new classes in every experience; ``task_incremental``: also task labels.
+
+    ``permuted`` and ``rotated`` show all classes in every experience, with pixels in another order or at
+    another angle.
+    """
     experiences: int = 5
-    """How many experiences; leftover classes go to the first ones."""
-    class_order: Literal["seeded", "sorted"] | tuple[int, ...] = "seeded"
-    """Order in which classes are learnt: drawn from the seed, ascending, or the ids in order."""
+    """How many experiences, a larger first one included; leftover classes go to the earliest ones."""
+    first: int | None = None
+    """Classes of the first experience; null gives all experiences the same number."""
+    counts: tuple[int, ...] = ()
+    """Classes of each experience; takes the place of ``experiences``."""
+    class_order: Literal["seeded", "sorted", "icarl"] | tuple[int, ...] = "seeded"
+    """Order in which classes are learnt: drawn from the seed, ascending, iCaRL's of 100, or the ids."""
+    angles: tuple[float, ...] = ()
+    """Degrees of each experience of ``rotated``, in place of ``experiences``; none: 0 to 180, evenly."""
+    validation: float = 0.0
+    """Share of each class's training samples that is held out."""
+    evaluate: Literal["test", "validation"] = "test"
+    """What accuracies are measured on; choose hyper-parameters on ``validation``."""
+    online: int | None = None
+    """Samples of the small experiences that each sample comes in once; null trains on whole experiences."""
+    boundaries: bool = True
+    """Whether an online learner is told where an experience begins and ends."""
+    blurry: float = 0.0
+    """Share of an experience's length over which an online stream fades into the next; 0 is sharp."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the data set itself."""
 
     def __post_init__(self) -> None:
-        """Refuse what no data set can serve."""
+        """Refuse what no data set can serve, and keys that the protocol does not read."""
         _need(bool(self.name), "benchmark.name", self.name, "name one of clframe list benchmarks")
         _at_least(1, "benchmark.experiences", self.experiences)
+        _need(0 <= self.validation < 1, "benchmark.validation", self.validation, "give a share from 0, below 1")
+        _need(self.evaluate == "test" or self.validation > 0, "benchmark.evaluate", self.evaluate,
+              "hold data out for it, such as benchmark.validation=0.1")  # fmt: skip
+        if self.online is not None:
+            _at_least(1, "benchmark.online", self.online)
+        _need(0 <= self.blurry <= 1, "benchmark.blurry", self.blurry, "give a share from 0 to 1")
+        by_class = self.protocol in ("class_incremental", "task_incremental")
+        all_classes = f"leave it out, {self.protocol} experiences bring all classes"
+        for key, value, unset, read, advice in (
+            ("first", self.first, None, by_class, all_classes),
+            ("counts", self.counts, (), by_class, all_classes),
+            ("class_order", self.class_order, "seeded", by_class, all_classes),
+            ("angles", self.angles, (), self.protocol == "rotated", "set benchmark.protocol=rotated"),
+            ("boundaries", self.boundaries, True, self.online is not None, "set benchmark.online"),
+            ("blurry", self.blurry, 0.0, self.online is not None, "set benchmark.online"),
+        ):
+            _need(read or value == unset, f"benchmark.{key}", value, advice)
 
 
 @dataclass(frozen=True, kw_only=True)

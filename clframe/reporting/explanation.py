@@ -43,10 +43,22 @@ def explanation(*, config: str, composition: Composition, benchmark: Benchmark, 
 
 def _stream(benchmark: Benchmark) -> str:
     lines = []
-    for i, classes in enumerate(benchmark.classes):
-        names = " ".join(str(benchmark.class_order[c]) for c in classes)
-        sizes = f"{len(benchmark.train[i]):>7,} train {len(benchmark.test[i]):>7,} test"
-        lines.append(f"experience {i:>3} {sizes}   classes {names}")
+    for i in range(len(benchmark)):
+        sizes = f"{sum(len(benchmark.train[k]) for k in benchmark.parts_of(i)):>7,} train "
+        if benchmark.validation:
+            sizes += f"{len(benchmark.validation[i]):>7,} validation "
+        sizes += f"{len(benchmark.test[i]):>7,} test"
+        lines.append(f"experience {i:>3} {sizes}   {benchmark.title(i)}")
+    online = benchmark.online
+    if online is not None:
+        told = "told" if online.boundaries else "not told"
+        parts = " + ".join(str(len(benchmark.parts_of(i))) for i in range(len(benchmark)))
+        lines.append(f"online: {parts} small experiences of {online.size} samples, boundaries {told}")
+    if benchmark.domains:
+        lines.append(f"every experience brings all {len(benchmark.class_order)} classes")
+    if benchmark.task_labels:
+        lines.append("every experience has its number as task label")
+    lines.append(f"accuracies are measured on {benchmark.evaluate} data")
     return "\n".join(lines)
 
 

@@ -98,16 +98,15 @@ class Session:
         )
         clock = self.strategy.clock
         clock.train_iterations = clock.total_iterations = self.progress.steps
-        clock.train_exp_counter = self.progress.finished
+        clock.train_exp_counter = self.benchmark.parts_of(self.progress.finished - 1).stop
 
     def run(self) -> Progress:
         """Train on every experience that is left; returns the progress, which is then complete."""
         self._monitor.open(finished=self.progress.finished, steps=self.progress.steps)
-        stream = self.benchmark.avalanche.streams["train"]
         for index in range(self.progress.finished, len(self.benchmark)):
             if index == 0:
                 self.progress.baseline = self._baseline()
-            self._learn(index, stream[index])
+            self._learn(index)
         return self.progress
 
     def write_hyper_parameters(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -124,13 +123,14 @@ class Session:
         """Bytes that each component keeps through the run, by name."""
         return {name: nbytes(state) for name, state in self.learner.state.items()}
 
-    def _learn(self, index: int, experience: Any) -> None:
-        strategy, progress, monitor = self.strategy, self.progress, self._monitor
-        classes = " ".join(str(self.benchmark.class_order[c]) for c in self.benchmark.classes[index])
-        label = f"experience {index + 1}/{len(self.benchmark)} (classes {classes})"
-        monitor.begin_experience(index, label=label, steps=strategy.planned_steps(experience))
+    def _learn(self, index: int) -> None:
+        strategy, progress, monitor, benchmark = self.strategy, self.progress, self._monitor, self.benchmark
+        stream = benchmark.avalanche.streams["train"]
+        parts = [stream[i] for i in benchmark.parts_of(index)]  # one, unless the stream is online
+        label = f"experience {index + 1}/{len(benchmark)} ({benchmark.title(index)})"
+        monitor.begin_experience(index, label=label, steps=sum(map(strategy.planned_steps, parts)))
         start = time.perf_counter()
-        strategy.train(experience, eval_streams=[[self.benchmark.avalanche.streams["test"][index]]])
+        strategy.train(parts, eval_streams=[[benchmark.evaluation_stream[index]]])
         monitor.flush(strategy)
         progress.train_seconds += time.perf_counter() - start
         progress.loss_terms.append(monitor.end_experience())
@@ -151,7 +151,7 @@ class Session:
         return self._evaluate()
 
     def _evaluate(self) -> Tally:
-        self.strategy.eval(self.benchmark.avalanche.streams["test"])
+        self.strategy.eval(self.benchmark.evaluation_stream)
         assert self._scores.tally is not None
         return self._scores.tally
 

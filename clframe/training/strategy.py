@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
@@ -23,8 +24,8 @@ from torch.optim import Optimizer
 
 from clframe.core import Output
 from clframe.data.avalanche import classes_in, describe
-from clframe.data.benchmark import Benchmark
-from clframe.data.samples import EpochLoader, TensorSamples, concatenate
+from clframe.data.benchmark import Benchmark, Data
+from clframe.data.samples import EpochLoader, concatenate
 from clframe.errors import UnsupportedError
 from clframe.training.fabric import OnFabric
 from clframe.training.loop import EVENTS, iterate
@@ -131,6 +132,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._untouched: Any = None
         self._step_in_update = 0
         self._epoch = 0
+        self._part, self._parts = 0, 1
 
     dataloader: Any
 
@@ -144,19 +146,25 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         assert self.module is not None
         if self.model is not self.module:
             self._take_weights()
-        experience, sources = self.experience, self._sources()
-        parts = [self._experience_at(i) for i in sources]
+        experience, self._part, self._parts = self._place()
+        if self._part:
+            return  # the learner is in the middle of this experience
+        parts = [experience, *(self._experience_at(i) for i in self._sources())]
         classes = {c for part in parts for c in classes_in(part.dataset.targets)}.union(self.learner.past)
         described = describe(
             experience,
             count=len(experience.origin_stream),
             past=self.learner.past,
-            samples=self._samples_of(experience, "train"),
+            samples=self._samples_of(experience, "train", "original_train"),
         )
-        self.learner.begin(described, classes=tuple(sorted(classes)), epochs=self.train_epochs)
+        epochs = self.train_epochs * self._parts
+        self.learner.begin(described, classes=tuple(sorted(classes)), epochs=epochs)
         self.module.to(self.device)
         if self._fresh_optimizer:
+            former = self.optimizer
             self.optimizer = self.module.make_optimizer(self.module.network.parameters())
+            if isinstance(experience, OnlineCLExperience) and not experience.is_first_subexp:
+                _hand_over(former, self.optimizer)
         else:
             self.make_optimizer()
         make = self.module.make_scheduler
@@ -199,7 +207,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._own_loader = None
         parts = [self._samples_of(self._experience_at(i), "train") for i in self._sources()]
         changed = self.adapted_dataset is not self._untouched
-        if not parts or None in parts or changed or kwargs.get("drop_last"):
+        labeled = self.benchmark is not None and self.benchmark.task_labels and len(parts) > 1
+        if not parts or None in parts or changed or labeled or kwargs.get("drop_last"):
             super().make_train_dataloader(**kwargs)
             return
         assert self.learner is not None or self.benchmark is not None
@@ -220,9 +229,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """Our loader for our benchmark's streams, unless a plugin has changed the data; else Avalanche's."""
-        samples = next(
-            (s for stream in ("train", "test") if (s := self._samples_of(self.experience, stream))), None
-        )
+        samples = self._samples_of(self.experience, "train", "test", "valid")
         if samples is None or self.adapted_dataset is not self._untouched:
             super().make_eval_dataloader(**kwargs)
         else:
@@ -246,12 +253,12 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         """Components consolidate first, then Avalanche's plugins."""
-        if self.learner is not None:
+        if self.learner is not None and self._part + 1 == self._parts:
             self.learner.end()
         super()._after_training_exp(**kwargs)
 
     def _before_training_epoch(self, **kwargs: Any) -> None:
-        self._epoch = self.clock.train_exp_epochs
+        self._epoch = self._part * self.train_epochs + self.clock.train_exp_epochs
         if self.learner is not None:
             self.learner.begin_epoch(self._epoch)
         if self._own_loader is not None:
@@ -375,10 +382,11 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
 
     @property
     def mb_task_id(self) -> Tensor:
-        """Task labels of the batch; 0 for samples whose loader or memory has none."""
+        """Task labels of the batch; the experience's, or 0, for samples whose loader or memory has none."""
         labels: Tensor = self.mbatch[-1] if len(self.mbatch) > 2 else self.mb_y[:0]
         missing = len(self.mb_y) - len(labels)
-        return torch.cat([labels, labels.new_zeros(missing)]) if missing > 0 else labels
+        own = int(getattr(self.experience, "task_label", 0))
+        return torch.cat([labels, labels.new_full((missing,), own)]) if missing > 0 else labels
 
     def _is_last_batch(self) -> bool:
         batches = len(self.dataloader)
@@ -392,21 +400,32 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             return (index,)
         return self.learner.sources(index, len(self.experience.origin_stream))
 
+    def _place(self) -> tuple[Any, int, int]:
+        """The experience that the learner is told of, and which part of how many of it this one is."""
+        experience = self.experience
+        if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
+            part = 0 if experience.is_first_subexp else self._part + 1
+            return experience.origin_experience, part, int(experience.sub_stream_length)
+        return experience, 0, 1
+
     def _experience_at(self, index: int) -> Any:
         if index == self.experience.current_experience:
             return self.experience
         return self.experience.origin_stream[index]
 
-    def _samples_of(self, experience: Any, stream: str) -> TensorSamples | None:
-        """The in-memory samples of an experience of our own benchmark, or None."""
-        if self.benchmark is None or self._avalanche is None:
+    def _samples_of(self, experience: Any, *streams: str) -> Data | None:
+        """The samples of an experience of our own benchmark, which is in one of the streams, or None."""
+        benchmark, index = self.benchmark, int(experience.current_experience)
+        if benchmark is None or self._avalanche is None:
             return None
-        # Avalanche copies experiences and hangs them on streams that know no benchmark; the data stays itself.
-        index, ours = experience.current_experience, self._avalanche.streams[stream]
-        if index >= len(ours) or ours[index].dataset is not experience.dataset:
-            return None
-        samples: TensorSamples = {"train": self.benchmark.train, "test": self.benchmark.test}[stream][index]
-        return samples
+        data: dict[str, tuple[Data, ...]] = {"train": benchmark.train, "original_train": benchmark.original,
+                                             "test": benchmark.test, "valid": benchmark.validation}  # fmt: skip
+        for stream in streams:
+            # Avalanche copies experiences and hangs them on streams that know no benchmark; data stays itself.
+            ours = self._avalanche.streams.get(stream, ())
+            if index < len(ours) and ours[index].dataset is experience.dataset:
+                return data[stream][index]
+        return None
 
     def _compile_calls(self) -> None:
         """Look up, once an epoch, which plugins act inside a training step."""
@@ -417,6 +436,14 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
                     calls[event].append(getattr(plugin, event))
         self._calls = {event: tuple(calls[event]) for event in EVENTS}
         self._plugins_touch_loss = any(calls[e] for e in ("before_forward", "after_forward", "before_backward"))
+
+
+def _hand_over(former: Optimizer, fresh: Optimizer) -> None:
+    """Let ``fresh`` go on with what ``former`` keeps of every parameter that is still there."""
+    for group in fresh.param_groups:
+        for parameter in group["params"]:
+            if parameter in former.state:
+                fresh.state[parameter] = former.state[parameter]
 
 
 def _acts_at(plugin: Any, event: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clframe.accounting.macs import count_macs, count_parameters
+from clframe.accounting import count_macs, count_parameters
 from clframe.config.files import read_yaml
 from clframe.config.load import load_config
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
@@ -18,6 +18,7 @@ from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
 from clframe.core.options import check_options, missing_options
 from clframe.data import SOURCES, Benchmark, Source, class_incremental
+from clframe.data.augment import AUGMENTATIONS, Augmentation
 from clframe.data.domains import permuted, rotated
 from clframe.data.online import blurry, online
 from clframe.errors import ClframeError, ConfigError, UnsupportedError
@@ -50,6 +51,7 @@ def run(
     *,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    on_built: Callable[[Parts], None] | None = None,
     on_evaluated: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Train and evaluate on every experience of a benchmark; what ``clframe run`` does.
@@ -59,6 +61,7 @@ def run(
         overrides: Like those of the command line, ``"trainer.epochs=3"``.
         output: Folder for run folders; None takes the config's (``runs``).
         resume: A run folder to go on with; its own config is used and ``config`` is not read.
+        on_built: Called once with what the config names, before any training.
         on_evaluated: Called with the progress after every experience.
 
     Returns:
@@ -79,6 +82,8 @@ def run(
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     parts = build(config)
+    if on_built is not None:
+        on_built(parts)
     if resume is None:
         folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
     with _global_settings(config.trainer):
@@ -116,9 +121,11 @@ def build(config: Config) -> Parts:
     """Everything a config names, checked as far as it can be before training."""
     composition = build_strategy(config.strategy, config.components)
     backbone = _backbone(config.backbone)
+    augment = build_augmentations(config.benchmark.augment)
     source_of = SOURCES.get(config.benchmark.name, where="benchmark.name")
     beside = block_keys("benchmark")
     source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
+    source = source.augmented(augment).read_by(config.benchmark.workers)
     benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
     for component in composition:
         component.check(classes=source.classes)
@@ -144,6 +151,16 @@ def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
 
     return make
+
+
+def build_augmentations(names: str | Sequence[str]) -> tuple[Augmentation, ...]:
+    """The augmentations that a config names, one after the other.
+
+    >>> build_augmentations("cifar") == build_augmentations(["crop", "flip"])
+    True
+    """
+    listed = [names] if isinstance(names, str) else names
+    return tuple(part for name in listed for part in AUGMENTATIONS.get(name, where="benchmark.augment"))
 
 
 def build_benchmark(source: Source, config: BenchmarkConfig, *, seed: int) -> Benchmark:
@@ -263,6 +280,7 @@ def _session(parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress],
         accumulate=trainer.accumulate,
         eval_every=trainer.eval_every,
         limit_batches=2 if trainer.fast_dev_run else None,
+        channels_last=trainer.channels_last,
         trainer_options=options,
         log_every=trainer.log_every,
         progress=trainer.progress,

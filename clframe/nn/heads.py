@@ -18,15 +18,21 @@ from clframe.errors import DataError
 
 
 class Head(nn.Module, ABC):
-    """A classifier on a tap. It starts without outputs and grows before each experience."""
+    """A classifier on a tap. It starts without outputs and grows before each experience.
+
+    Attributes:
+        cascades: Whether ``forward`` also takes the logits of the exit before, without their gradient.
+    """
+
+    cascades: bool = False
 
     @abstractmethod
     def grow(self, classes: Iterable[int]) -> bool:
         """Make room for ``classes``; True if parameters were replaced. A second call changes nothing."""
 
     @abstractmethod
-    def forward(self, features: Tensor) -> Tensor:
-        """logits_BC of a tap's output."""
+    def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
+        """logits_BC of a tap's output; ``previous_BC`` only where the head cascades and an exit precedes it."""
 
 
 class GrowingLinear(Head):
@@ -93,7 +99,7 @@ class GrowingLinear(Head):
         self._gaps = not bool(self.seen.all())
         return replaced
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
         """logits_BC of features_BF, ``-inf`` for classes not met."""
         logits = F.linear(features, self.weight, self.bias)
         return logits.masked_fill(~self.seen, -inf) if self._gaps else logits

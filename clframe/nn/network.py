@@ -6,13 +6,22 @@ A plain network is a network with one exit, its own classifier on the last tap; 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 from clframe.core.types import Output
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone
+from clframe.functional.exits import scale_gradient
+from clframe.nn.backbones.base import Backbone, Flow, tap_of
+from clframe.nn.exits.ensemble import Ensemble, Single
 from clframe.nn.heads import GrowingLinear, Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Gradient = Literal["through", "detached", "equilibrium"]
 
 FINAL = "final"
 """Name of the last exit, the backbone's own classifier."""
@@ -31,6 +40,13 @@ class Network(nn.Module):
         heads: The exits' classifiers in order, the backbone's own last.
         exit_names: The exits' taps, numbered where one has several (``pool``, ``pool#2``); last ``final``.
         exits_at: For each stage, the indices of the heads on its tap.
+        ensemble: What each exit answers, given its own logits and earlier ones; each exit for itself at first.
+        gradient: How the losses of the exits before the last reach the backbone: ``through``; ``detached``,
+            not at all (linear probes); ``equilibrium``, exit k of K scaled by 1/(K - k) and what comes from
+            behind it by (K - k - 1)/(K - k), k from 0, so that every exit pulls alike at every depth (Li et
+            al., "Improved Techniques for Training Adaptive Deep Networks", 2019).
+        boosted: Whether an exit's logits are added to those of the exit before, whose gradient is cut (Yu et
+            al., "Boosted Dynamic Neural Networks", 2023).
 
     Raises:
         UnknownNameError: An exit on a tap that the backbone does not have.
@@ -48,18 +64,15 @@ class Network(nn.Module):
 
     def __init__(self, backbone: Backbone, *, exits: Sequence[tuple[str, Head]] = ()) -> None:
         super().__init__()
-        own = GrowingLinear(backbone.features)
-        stages = [*(backbone.tap(tap) for tap, _ in exits), len(backbone.names) - 1]
-        if stages != sorted(stages):
-            found = ", ".join(tap for tap, _ in exits)
-            raise ConfigError(f"exits: found taps {found}; list them in order of depth")
         self.backbone = backbone
-        self.heads = nn.ModuleList([*(head for _, head in exits), own])
-        self.exit_names: tuple[str, ...] = (*_numbered([tap for tap, _ in exits]), FINAL)
-        self.exits_at: tuple[tuple[int, ...], ...] = tuple(
-            tuple(exit for exit, at in enumerate(stages) if at == stage)
-            for stage in range(len(backbone.names))
-        )
+        self.heads = nn.ModuleList([GrowingLinear(backbone.features)])
+        self.exit_names: tuple[str, ...] = ()
+        self.exits_at: tuple[tuple[int, ...], ...] = ()
+        self.ensemble: Ensemble = Single()
+        self.gradient: Gradient = "through"
+        self.boosted = False
+        self._trunk_frozen = False
+        self.attach(exits)
 
     @property
     def final(self) -> GrowingLinear:
@@ -78,23 +91,80 @@ class Network(nn.Module):
         """Shape of one input sample."""
         return self.backbone.input_shape
 
+    def attach(self, exits: Sequence[tuple[str, Head]]) -> None:
+        """Put heads on taps, before the backbone's own classifier, which stays as it is.
+
+        Args:
+            exits: ``(tap, head)`` in order of depth, several on one tap if wanted; they take the place of
+                earlier ones.
+
+        Raises:
+            UnknownNameError: A tap that the backbone does not have.
+            ConfigError: Exits that are not in order of depth.
+        """
+        backbone, own = self.backbone, self.final
+        stages = [*(backbone.tap(tap) for tap, _ in exits), len(backbone.names) - 1]
+        if stages != sorted(stages):
+            found = ", ".join(tap for tap, _ in exits)
+            raise ConfigError(f"exits: found taps {found}; list them in order of depth")
+        self.heads = nn.ModuleList([*(head for _, head in exits), own])
+        self.exit_names = (*_numbered([tap for tap, _ in exits]), FINAL)
+        self.exits_at = tuple(
+            tuple(exit for exit, at in enumerate(stages) if at == stage) for stage in range(len(backbone.names))
+        )
+
     def grow(self, classes: Iterable[int]) -> bool:
-        """Grow every head for ``classes``; True if parameters were replaced.
+        """Grow every head, and the ensemble, for ``classes``; True if parameters were replaced.
 
         The final exit draws its new rows first: with the same seed it has the same weights whether or
         not there are other exits.
         """
         wanted = tuple(classes)
-        return any([head.grow(wanted) for head in reversed(self.heads)])  # type: ignore[operator]
+        grown = [head.grow(wanted) for head in reversed(self.heads)]  # type: ignore[operator]
+        return any([*grown, self.ensemble.grow(wanted)])
 
-    def plan(self) -> tuple[tuple[str, nn.Module, tuple[tuple[str, nn.Module], ...]], ...]:
-        """The stages in order, each as ``(name, module, ((exit name, head), ...))``."""
+    def freeze_trunk(self, frozen: Literal["frozen", "free"]) -> None:
+        """Hold the backbone and its own classifier still, statistics of batch normalization included, or not."""
+        self._trunk_frozen = frozen == "frozen"
+        for part in (self.backbone, self.final):
+            part.requires_grad_(not self._trunk_frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for what may learn: a frozen trunk stays in evaluation mode."""
+        super().train(mode)
+        if self._trunk_frozen:
+            self.backbone.eval()
+            self.final.eval()
+        return self
+
+    def plan(self) -> tuple[tuple[str, nn.Module, tuple[tuple[str, int], ...]], ...]:
+        """The stages in order, each as ``(name, module, ((exit name, exit number), ...))``."""
         return tuple(
-            (name, stage, tuple((self.exit_names[i], self.heads[i]) for i in exits))
+            (name, stage, tuple((self.exit_names[i], i) for i in exits))
             for name, stage, exits in zip(
                 self.backbone.names, self.backbone.stages, self.exits_at, strict=True
             )
         )
+
+    def classify(self, exit: int, tap: Tensor, previous_BC: Tensor | None) -> Tensor:
+        """logits_BC of one exit.
+
+        Args:
+            exit: Its number, from 0; the backbone's own classifier is the last.
+            tap: The output of its stage.
+            previous_BC: Logits of the exit before, None at the first. Cascading heads and boosted exits use
+                them, never their gradient.
+        """
+        head = self.heads[exit]
+        if previous_BC is None:
+            logits_BC: Tensor = head(tap)
+            return logits_BC
+        if head.cascades:
+            logits_BC = head(tap, previous_BC.detach())
+        else:
+            logits_BC = head(tap)
+        return logits_BC + previous_BC.detach() if self.boosted else logits_BC
 
     def forward(self, x: Tensor, *, taps: Collection[str] = ()) -> Output:
         """Run all stages and classify at every exit.
@@ -106,18 +176,31 @@ class Network(nn.Module):
         Raises:
             UnknownNameError: A tap that the backbone does not have.
         """
+        backbone = self.backbone
         for name in taps:
-            self.backbone.tap(name)
+            backbone.tap(name)
         logits: list[Tensor] = []
         kept: dict[str, Tensor] = {}
-        heads = self.heads
-        for name, stage, exits in zip(self.backbone.names, self.backbone.stages, self.exits_at, strict=True):
-            x = stage(x)
-            for index in exits:
-                logits.append(heads[index](x))
+        value: Flow = x
+        for name, stage, exits in zip(backbone.names, backbone.stages, self.exits_at, strict=True):
+            value = stage(value)
+            for exit in exits:
+                tap, value = self._branch(exit, value)
+                logits.append(self.classify(exit, tap, logits[-1] if logits else None))
             if name in taps:
-                kept[name] = x
+                kept[name] = tap_of(value)
         return Output(tuple(logits), kept)
+
+    def _branch(self, exit: int, value: Flow) -> tuple[Tensor, Flow]:
+        """What the head of ``exit`` sees, and what goes on; they differ in their gradients only."""
+        tap = tap_of(value)
+        after = len(self.heads) - 1 - exit
+        if self.gradient == "through" or not after or not torch.is_grad_enabled():
+            return tap, value
+        if self.gradient == "detached":
+            return tap.detach(), value
+        onward = scale_gradient(tap, after / (after + 1))
+        return scale_gradient(tap, 1 / (after + 1)), onward if isinstance(value, Tensor) else (onward, *value[1:])
 
 
 def _numbered(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clframe.accounting.macs import count_macs, count_parameters, stage_macs
+from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.core import HOOKS, SLOTS, Composition
 from clframe.data import Benchmark
 from clframe.nn import Network

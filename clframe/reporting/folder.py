@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clframe.accounting.macs import stage_macs
+from clframe.accounting import stage_macs
 from clframe.errors import RunFolderError
 from clframe.files import write_atomically
 from clframe.nn.network import Network

@@ -115,7 +115,7 @@ def test_the_plan_lists_every_part_once():
     assert [(name, tuple(exit for exit, _ in exits)) for name, _, exits in plan] == [
         ("block1", ("block1",)), ("block2", ("block2",)), ("hidden", ("final",)),
     ]  # fmt: skip
-    parts = nn.ModuleList([part for _, stage, exits in plan for part in (stage, *(h for _, h in exits))])
+    parts = nn.ModuleList([part for _, stage, exits in plan for part in (stage, *(network.heads[i] for _, i in exits))])
     assert {id(p) for p in parts.parameters()} == {id(p) for p in network.parameters()}
 
 

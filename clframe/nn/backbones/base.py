@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 
+Flow = Tensor | tuple[Tensor, ...]
+"""What goes from stage to stage: the tap, alone or followed by what travels with it (an attention mask)."""
+
+
+def tap_of(value: Flow) -> Tensor:
+    """The tap in what a stage returns."""
+    return value if isinstance(value, Tensor) else value[0]
+
 
 class Backbone(nn.Module):
     """Named stages run one after the other; the last one ends in a flat feature vector.

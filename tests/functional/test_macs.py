@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.accounting import count_macs, count_parameters, macs, stage_macs
+from clframe.accounting import count_macs, count_parameters, stage_macs
+from clframe.functional import macs
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import BACKBONES, mlp, resnet20, resnet32, small_cnn
 

@@ -23,8 +23,20 @@ class Staged(Protocol):
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input sample."""
 
-    def plan(self) -> Sequence[tuple[str, nn.Module, Sequence[tuple[str, nn.Module]]]]:
-        """``(stage name, stage, ((exit name, head), ...))`` for every stage."""
+    def plan(self) -> Sequence[tuple[str, nn.Module, Sequence[tuple[str, int]]]]:
+        """``(stage name, stage, ((exit name, exit number), ...))`` for every stage."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every part, as a module gives them."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter, as a module gives them."""
+
+    def eval(self) -> Any:
+        """Evaluation mode, as a module has it."""
+
+    def classify(self, exit: int, tap: Tensor, previous_BC: Tensor | None) -> Tensor:
+        """logits_BC of one exit, given those of the exit before."""
 
 
 def count_macs(module: nn.Module, input_shape: Sequence[int], *, batch: int = 1) -> int:
@@ -57,18 +69,18 @@ def stage_macs(network: Staged, *, batch: int = 1) -> dict[str, int]:
     >>> stage_macs(Network(mlp((1, 2, 2), width=10)))
     {'layer1': 40, 'layer2': 100, 'exit/final': 0}
     """
-    plan = network.plan()
-    every_part = nn.ModuleList([part for _, stage, exits in plan for part in (stage, *(h for _, h in exits))])
     counts: dict[str, int] = {}
-    with _counting(every_part) as macs:
-        x = _zeros(every_part, (batch, *network.input_shape))
+    with _counting(network) as macs:
+        value: Any = _zeros(network, (batch, *network.input_shape))
+        logits_BC: Tensor | None = None
         before = 0
-        for name, stage, exits in plan:
-            x = stage(x)
+        for name, stage, exits in network.plan():
+            value = stage(value)
             counts[name] = macs() - before
             before = macs()
-            for exit_name, head in exits:
-                head(x)
+            tap = value if isinstance(value, Tensor) else value[0]
+            for exit_name, exit in exits:
+                logits_BC = network.classify(exit, tap, logits_BC)
                 counts[f"exit/{exit_name}"] = macs() - before
                 before = macs()
     return counts
@@ -84,7 +96,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @contextmanager
-def _counting(module: nn.Module) -> Iterator[Callable[[], int]]:
+def _counting(module: nn.Module | Staged) -> Iterator[Callable[[], int]]:
     """Eval mode, no gradients, the random states put back; yields a function for the MACs so far."""
     training = {part: part.training for part in module.modules()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
@@ -102,7 +114,7 @@ def _counting(module: nn.Module) -> Iterator[Callable[[], int]]:
             part.training = flag
 
 
-def _zeros(module: nn.Module, shape: Sequence[int]) -> Tensor:
+def _zeros(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return torch.zeros(*shape)

@@ -1,0 +1,1 @@
+"""Exits: heads on taps, ensembles of them, and policies that stop early."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from clframe.config.load import load_config
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
-from clframe.core.options import check_options, missing_options
+from clframe.core.options import check_options, missing_options, shown
 from clframe.data import SOURCES, Benchmark, Source, class_incremental
 from clframe.data.augment import AUGMENTATIONS, Augmentation
 from clframe.data.domains import permuted, rotated
@@ -89,7 +89,7 @@ def run(
     with _global_settings(config.trainer):
         try:
             if resume is None:
-                folder.write_config(to_yaml(config))
+                folder.write_config(to_yaml(parts.config))
             session = _session(parts, folder, on_evaluated)
         except BaseException:
             folder.discard()
@@ -108,9 +108,11 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         config = load_config(config, overrides)
     parts = build(config)
     network = parts.network
+    for component in parts.composition.acting_at("edit"):
+        component.edit(network)
     network.grow(range(len(parts.benchmark.class_order)))
     return explanation(
-        config=to_yaml(config),
+        config=to_yaml(parts.config),
         composition=parts.composition,
         benchmark=parts.benchmark,
         network=network,
@@ -129,11 +131,23 @@ def build(config: Config) -> Parts:
     benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
     for component in composition:
         component.check(classes=source.classes)
+        option = component.needs_held_out
+        if option and not config.benchmark.validation:
+            found = shown(getattr(component, option))
+            raise ConfigError(
+                f"components.{component.name}.{option}: found {found}, which needs held-out data; set "
+                f"benchmark.validation=0.1"
+            )
     _check_trainer(config.trainer)
     if benchmark.online is not None:
         _check_online(config)
     torch.manual_seed(derive_seed(config.seed, "network"))
-    return Parts(config, composition, benchmark, Network(backbone(benchmark.input_shape)))
+    network = Network(backbone(benchmark.input_shape))
+    settled = composition.replace(lambda component: component.settle(network))
+    if settled != composition:
+        options = {component.name: asdict(component) for component in settled}
+        config = replace(config, strategy=str(settled), components={**config.components, **options})
+    return Parts(config, settled, benchmark, network)
 
 
 def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
@@ -153,13 +167,13 @@ def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
     return make
 
 
-def build_augmentations(names: str | Sequence[str]) -> tuple[Augmentation, ...]:
+def build_augmentations(names: str | Sequence[str] | None) -> tuple[Augmentation, ...]:
     """The augmentations that a config names, one after the other.
 
     >>> build_augmentations("cifar") == build_augmentations(["crop", "flip"])
     True
     """
-    listed = [names] if isinstance(names, str) else names
+    listed = [names] if isinstance(names, str) else names or ()
     return tuple(part for name in listed for part in AUGMENTATIONS.get(name, where="benchmark.augment"))
 
 
@@ -331,6 +345,8 @@ def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progres
         run_folder=folder.path,
         baseline=progress.baseline,
         loss_terms=progress.loss_terms,
+        exit_names=network.exit_names,
+        exits=progress.exits,
     )
     folder.write_ledger(network, progress.steps, progress.train_seconds, result.state_bytes)
     session.write_hyper_parameters(as_tree(config), {name: getattr(result, name) for name in METRICS})

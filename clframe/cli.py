@@ -8,11 +8,13 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clframe import __version__
@@ -172,15 +174,19 @@ def _act_run(options: argparse.Namespace) -> int:
 
     if options.resume is not None:
         _refuse_beside_resume(options)
-        _show([_run(options, resume=options.resume)], options)
+        with _notices(quiet=options.quiet) as notices:
+            results = [_run(options, notices, resume=options.resume)]
+        _show(results, options)
         return 0
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
     config, overrides = _config(options)
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
-    results = [
-        _run(options, config=config, overrides=[*overrides, *seed], output=options.output) for seed in seeds or [[]]
-    ]
+    with _notices(quiet=options.quiet) as notices:
+        results = [
+            _run(options, notices, config=config, overrides=[*overrides, *seed], output=options.output)
+            for seed in seeds or [[]]
+        ]
     _show(results, options)
     return 0
 
@@ -194,15 +200,15 @@ def _refuse_beside_resume(options: argparse.Namespace) -> None:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
 
 
-def _run(options: argparse.Namespace, **arguments: Any) -> Result:
+def _run(options: argparse.Namespace, notices: _Notices, **arguments: Any) -> Result:
     from clframe.build import run
 
     shown = None if options.quiet else _say_progress
-    result = run(**arguments, on_evaluated=shown)
+    result = run(**arguments, on_built=lambda _: notices.show(), on_evaluated=shown)
     if not options.quiet:
-        from clframe.reporting.tables import accuracy_table, summary
+        from clframe.reporting.tables import accuracy_table, exits_table, summary
 
-        print(f"\n{accuracy_table(result)}\n\n{summary(result)}")
+        print("\n" + "\n\n".join(filter(None, (accuracy_table(result), exits_table(result), summary(result)))))
     return result
 
 
@@ -231,8 +237,51 @@ def _show(results: Sequence[Result], options: argparse.Namespace) -> None:
 def _act_explain(options: argparse.Namespace) -> int:
     from clframe.build import explain
 
-    print(explain(*_config(options)))
+    with _notices(quiet=False) as notices:
+        text = explain(*_config(options))
+        notices.show()
+    print(text)
     return 0
+
+
+class _Notices(logging.Handler):
+    """What is said of the data, as plain lines on stderr: warnings at once, the rest when it is asked for.
+
+    So a call that is refused leaves one line, the error. What several seeds have to say is said once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[str] = []
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say or keep a line."""
+        self._waiting.append(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self.show()
+
+    def show(self) -> None:
+        """Say what has been kept."""
+        for line in self._waiting:
+            if line not in self._said:
+                print(line, file=sys.stderr, flush=True)
+            self._said.add(line)
+        self._waiting.clear()
+
+
+@contextmanager
+def _notices(*, quiet: bool) -> Iterator[_Notices]:
+    """The log of ``clframe.data`` goes to the terminal for the time of a verb; ``quiet`` lets warnings pass only."""
+    logger, handler = logging.getLogger("clframe.data"), _Notices()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _act_list(options: argparse.Namespace) -> int:

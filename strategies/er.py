@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from clframe.core.component import Component
-from clframe.core.types import Batch, Moment, State
+from clframe.core.types import Batch, Moment, Pool, State
 from clframe.data.memory import Budget, MemoryPolicy, Selection, drawn
 from clframe.errors import ConfigError
 from clframe.nn.features import feature_reader
@@ -29,10 +29,16 @@ class ER(Component):
         selection: ``balanced`` keeps the same number of each class, at random; ``herding`` those nearest to
             the class mean in feature space (iCaRL); ``random`` the same number from each experience;
             ``reservoir`` any sample seen so far with the same probability.
-        replay: ``extra`` replays ``ceil(ratio * B)`` samples with each batch, ``fixed`` always ``replayed``.
-        ratio: Replayed samples for each new one; 1 makes half of every joined batch old.
+        replay: How memory and new data meet. ``extra`` replays ``ceil(ratio * B)`` samples with each batch of
+            B = ``trainer.batch_size`` new ones, ``fixed`` always ``replayed``. ``half`` keeps joined batches at
+            ``trainer.batch_size``: half of it new (rounded up), as many old, so an epoch has twice the steps
+            (ER and DER++ as the literature runs them). ``concatenate`` makes one pool of memory and new data,
+            of which every epoch sees each sample once, in one shuffled order (iCaRL, BiC, "LwF + memory").
+        ratio: With ``extra``, replayed samples for each new one; 1 makes half of every joined batch old, a
+            batch of twice ``trainer.batch_size``.
         replayed: Samples replayed with each batch where ``replay`` is ``fixed``.
-        scale: Weight of a replayed sample in the cross-entropy; a new one weighs one.
+        scale: Weight of a replayed sample in the cross-entropy; a new one weighs one. A pool does not tell
+            them apart, so ``concatenate`` takes 1 only.
     """
 
     name: ClassVar[str] = "er"
@@ -42,7 +48,7 @@ class ER(Component):
     memory: int = 200
     budget: Budget = "total"
     selection: Selection = "balanced"
-    replay: Literal["extra", "fixed"] = "extra"
+    replay: Literal["extra", "fixed", "half", "concatenate"] = "extra"
     ratio: float = 1.0
     replayed: int = 32
     scale: float = 1.0
@@ -62,6 +68,16 @@ class ER(Component):
             raise ConfigError(f"components.er.replayed: found {self.replayed}; give at least 1 sample")
         if not self.scale >= 0:
             raise ConfigError(f"components.er.scale: found {self.scale}; give a number of at least 0")
+        if self.replay == "concatenate" and self.scale not in (0, 1):
+            raise ConfigError(
+                f"components.er.scale: found {self.scale} with replay concatenate, which weighs all samples alike; "
+                f"leave it at 1, or take extra, fixed or half"
+            )
+
+    def acts_at(self) -> tuple[str, ...]:
+        """At ``pool`` or ``batch``, whichever the way of replay needs."""
+        unused = {"concatenate": {"batch"}, "half": set[str]()}.get(self.replay, {"pool"})
+        return tuple(hook for hook in super().acts_at() if hook not in unused)
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -81,12 +97,21 @@ class ER(Component):
         """An empty memory."""
         return self.policy.empty()
 
+    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+        """Memory and new data, or new data in half batches; the new data alone while the memory is empty."""
+        if state["x"] is None:
+            return samples, size
+        if self.replay == "half":
+            return samples, -(-size // 2)
+        return samples.extended(state["x"], state["y"]), size
+
     def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
         """New samples first, then replayed ones."""
         if state["x"] is None:
             return batch
-        size = len(batch.y)
-        count = self.replayed if self.replay == "fixed" else -int(-self.ratio * size // 1)
+        size = batch.y.shape[0]
+        ratio = self.ratio if self.replay == "extra" else 1
+        count = self.replayed if self.replay == "fixed" else -int(-ratio * size // 1)
         index = drawn(state, count, generator=moment.generator)
         samples = moment.experience.samples
         x = samples.prepare(state["x"].index_select(0, index), generator=moment.generator).to(batch.x.device)

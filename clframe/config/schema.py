@@ -23,6 +23,10 @@ def _at_least(low: float, key: str, found: float) -> None:
     _need(found >= low, key, found, f"give at least {low}")
 
 
+MOST_WORKERS = 256
+"""Each is a process with a torch of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """Which data, and who learns what when."""
@@ -55,6 +59,11 @@ class BenchmarkConfig:
     """Whether an online learner is told where an experience begins and ends."""
     blurry: float = 0.0
     """Share of an experience's length over which an online stream fades into the next; 0 is sharp."""
+    augment: str | tuple[str, ...] | None = None
+    """What training does to images: ``crop``, ``flip``, ``jitter``, ``cifar`` (crop and flip), or a list, in order;
+    null leaves them as they are."""
+    workers: int | None = None
+    """Processes that read data which is not in memory; null chooses by the machine, 0 reads in this one."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the data set itself."""
 
@@ -68,6 +77,8 @@ class BenchmarkConfig:
         if self.online is not None:
             _at_least(1, "benchmark.online", self.online)
         _need(0 <= self.blurry <= 1, "benchmark.blurry", self.blurry, "give a share from 0 to 1")
+        workers_ok = self.workers is None or 0 <= self.workers <= MOST_WORKERS
+        _need(workers_ok, "benchmark.workers", self.workers, f"give a number from 0 to {MOST_WORKERS} or null")
         by_class = self.protocol in ("class_incremental", "task_incremental")
         all_classes = f"leave it out, {self.protocol} experiences bring all classes"
         for key, value, unset, read, advice in (
@@ -159,6 +170,8 @@ class TrainerConfig:
     """Two batches of one epoch per experience: does everything work?"""
     threads: int | None = None
     """CPU threads; null leaves torch's choice. Small models are fastest with one."""
+    channels_last: bool = False
+    """Keep images and convolutions with their channels last in memory; with bf16-mixed often far faster."""
     deterministic: bool = True
     """Use only deterministic operations, so that a seed gives the same numbers again."""
     progress: bool = True

@@ -83,7 +83,10 @@ def _flatten(parts: tuple[Any, ...]) -> Iterator[Component]:
             )
 
 
-_SLOT_OF_HOOK = {"batch": "batch", "mix": "mix", "project": "gradient", "decide": "decision"}
+_SLOT_OF_HOOK = {
+    "pool": "batch", "batch": "batch", "weigh": "heads", "task": "task", "mix": "mix", "project": "gradient",
+    "answers": "answers", "decide": "decision",
+}  # fmt: skip
 
 
 def _check(component: Component) -> None:

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C classes, K exits, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -55,6 +55,13 @@ class Samples(Protocol):
         """
 
 
+class Pool(Samples, Protocol):
+    """Training data before a loader is made of it: a memory may still join."""
+
+    def extended(self, raw: Tensor, y: Tensor) -> Pool:
+        """These samples and others as a memory holds them: stored inputs and targets."""
+
+
 @dataclass(frozen=True, slots=True)
 class Experience:
     """One experience as components see it: who it is, and which classes are now, past and ahead."""
@@ -68,6 +75,8 @@ class Experience:
     ahead: tuple[int, ...]
     """Classes not met before or in this experience."""
     samples: Samples
+    held_out: tuple[Samples, ...] = ()
+    """Validation data of this experience and of all before it; empty where a benchmark holds none out."""
 
     @property
     def classes_so_far(self) -> tuple[int, ...]:
@@ -83,6 +92,8 @@ class Batch:
     y: Tensor
     weight_B: Tensor | None = None
     """Weight of each sample in the task loss; None means one each."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the owner of the slot hands to its own losses, such as the logits stored with replayed samples."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Data: sources, protocols and the loaders that feed the model."""
 
-from clframe.data.benchmark import SOURCES, Benchmark, Source, class_incremental
+from clframe.data.benchmark import Benchmark, class_incremental
 from clframe.data.digits import digits
 from clframe.data.samples import EpochLoader, TensorSamples, concatenate
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources import ImageFiles, from_avalanche, from_datasets
 
 __all__ = [

@@ -84,7 +84,8 @@ class PadCrop:
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
         """Each image cut at a place of its own."""
-        top_B, left_B = torch.randint(2 * self.padding + 1, (2, len(images_BCHW)), generator=generator)
+        places, count = 2 * self.padding + 1, images_BCHW.shape[0]
+        top_B, left_B = torch.randint(places, (2, count), generator=generator)
         return cut(images_BCHW, top_B, left_B, padding=self.padding, fill=self.fill)
 
 
@@ -112,7 +113,7 @@ class Flip:
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
         """Each image mirrored or not."""
-        return mirror(images_BCHW, torch.rand(len(images_BCHW), generator=generator) < self.probability)
+        return mirror(images_BCHW, torch.rand(images_BCHW.shape[0], generator=generator) < self.probability)
 
 
 @dataclass(frozen=True)

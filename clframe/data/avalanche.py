@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from clframe.core.types import Experience, Samples
 
 if TYPE_CHECKING:
-    from clframe.data.benchmark import Benchmark, Data
+    from clframe.data.benchmark import Benchmark
+    from clframe.data.source import Data
 
 
 def import_avalanche() -> None:
@@ -40,6 +41,28 @@ class PreparedSamples(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.samples.prepare(self.samples.raw(torch.tensor([index])))[0], self.targets[index]
+
+
+class _Stored(PreparedSamples):
+    """The same with inputs as stored, for transforms that prepare them one by one."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.samples.raw(torch.tensor([index]))[0], self.targets[index]
+
+
+class _Prepare:
+    """A transform: one stored input as the model wants it, where it is trained on augmented first.
+
+    What augmentation draws comes from torch's global generator, as it does in torchvision's transforms.
+    """
+
+    def __init__(self, samples: Data, *, training: bool) -> None:
+        self._samples = samples
+        self._training = training
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        generator = torch.default_generator if self._training else None
+        return self._samples.prepare(raw.unsqueeze(0), generator=generator)[0]
 
 
 def as_avalanche(benchmark: Benchmark) -> Any:
@@ -81,7 +104,12 @@ def _dataset(samples: Data, task_label: int | None) -> Any:
     """The samples with a task label each, 0 where tasks are not told apart: LwF, GSS and CoPE ask for one."""
     from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 
-    return _make_taskaware_classification_dataset(PreparedSamples(samples), task_labels=task_label or 0)
+    if not samples.augment:
+        return _make_taskaware_classification_dataset(PreparedSamples(samples), task_labels=task_label or 0)
+    groups = {name: (_Prepare(samples, training=name == "train"), None) for name in ("train", "eval")}
+    return _make_taskaware_classification_dataset(
+        _Stored(samples), transform_groups=groups, targets=samples.y.tolist(), task_labels=task_label or 0
+    )
 
 
 def _cut(benchmark: Benchmark, stream: Any) -> Any:
@@ -109,7 +137,14 @@ def _cut(benchmark: Benchmark, stream: Any) -> Any:
     return EagerCLStream("train", list(cut_stream))
 
 
-def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Samples | None) -> Experience:
+def describe(
+    experience: Any,
+    *,
+    count: int,
+    past: tuple[int, ...],
+    samples: Samples | None,
+    held_out: tuple[Samples, ...] = (),
+) -> Experience:
     """An Avalanche experience as components see it.
 
     Args:
@@ -117,6 +152,7 @@ def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Sam
         count: Experiences in the stream.
         past: Classes of the experiences trained before.
         samples: Its training data where it is already in memory; None stacks the dataset's samples.
+        held_out: Validation data of this experience and of those before it.
     """
     classes = tuple(sorted(classes_in(experience.dataset.targets)))
     ahead = tuple(sorted(int(c) for c in getattr(experience, "future_classes", None) or ()))
@@ -127,6 +163,7 @@ def describe(experience: Any, *, count: int, past: tuple[int, ...], samples: Sam
         past=past,
         ahead=tuple(c for c in ahead if c not in past and c not in classes),
         samples=samples or LazySamples(experience),
+        held_out=held_out,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -11,56 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clframe.data.lazy import DatasetSamples
-from clframe.data.protocol import class_order, deal, hold_out
+from clframe.data.protocol import class_order, deal
 from clframe.data.samples import TensorSamples
-from clframe.errors import ConfigError, DataError
-from clframe.registry import Registry
+from clframe.data.source import Data, Source
+from clframe.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-
-Data = TensorSamples | DatasetSamples
-"""Samples in memory, or read when they are needed."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set before any protocol: all training and all test samples."""
-
-    name: str
-    train: Data
-    test: Data
-    classes: int
-    class_names: tuple[str, ...] = ()
-    """What each class is called where the data came from, in order of its id; empty where nobody said."""
-
-    def __post_init__(self) -> None:
-        """Refuse labels out of range, classes without samples and too few or too many names."""
-        if self.class_names and len(self.class_names) != self.classes:
-            raise DataError(
-                f"{self.name}: {len(self.class_names)} class names for {self.classes} classes; name every class once"
-            )
-        for part, samples in (("train", self.train), ("test", self.test)):
-            y = samples.y
-            if len(y) and (int(y.min()) < 0 or int(y.max()) >= self.classes):
-                raise DataError(
-                    f"{self.name}/{part}: labels run from {int(y.min())} to {int(y.max())} for {self.classes} "
-                    f"classes; relabel them 0..{self.classes - 1}"
-                )
-            empty = (torch.bincount(y, minlength=self.classes) == 0).nonzero().flatten().tolist()
-            if empty:
-                raise DataError(f"{self.name}/{part}: no samples of class {empty[0]}; remove or fill that class")
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return self.train.input_shape
-
-    def hold_out(self, share: float, *, seed: int) -> tuple[Data, Data | None]:
-        """Training samples, and ``share`` of each class held out for validation, None where that is 0."""
-        train, held = hold_out(self.train.y, share, seed=seed)
-        return (self.train.subset(train), self.train.subset(held)) if len(held) else (self.train, None)
-
 
 @dataclass(frozen=True)
 class Online:
@@ -239,11 +195,3 @@ def _share_memory(one: Data, other: Data) -> bool:
 
 def _members(y_N: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.isin(y_N, torch.tensor(classes)).nonzero().flatten()
-
-
-def _load_source(point: Any) -> Any:
-    yield point.name, point.load()
-
-
-SOURCES: Registry[Callable[..., Source]] = Registry("benchmark", group="clframe.benchmarks", load=_load_source)
-"""Every data set by name: functions from options to a :class:`Source`."""

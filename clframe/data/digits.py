@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from clframe.data.benchmark import SOURCES, Source
 from clframe.data.samples import TensorSamples
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.labels import split_off_test
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clframe.data.benchmark import Benchmark, Source
+from clframe.data.benchmark import Benchmark
+from clframe.data.source import Source
 from clframe.errors import ConfigError, DataError
 from clframe.functional.seeding import generator_for
 

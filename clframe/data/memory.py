@@ -132,7 +132,7 @@ class MemoryPolicy:
 
 def drawn(memory: State, count: int, *, generator: Generator) -> Tensor:
     """index_K of ``count`` kept samples, drawn with replacement, where the samples are."""
-    index = torch.randint(len(memory["y"]), (count,), generator=generator)
+    index = torch.randint(memory["y"].shape[0], (count,), generator=generator)  # len() of a tensor is slow
     return upload(index, memory["x"].device)
 
 

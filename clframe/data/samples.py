@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -61,6 +63,10 @@ class Loadable(Protocol):
     def to(self, device: torch.device | str) -> Any:
         """The same samples with batches made on ``device``."""
 
+
+CACHE_LINE = 64
+AT_ONCE = 2**20
+"""Bytes of float32 inputs that are made in one go, where they are many batches: what a core's cache holds."""
 
 SamplesT = TypeVar("SamplesT", bound=Loadable)
 
@@ -124,8 +130,15 @@ class TensorSamples:
     ) -> Iterator[list[Tensor]]:
         """``[x, y]`` of ``size`` samples at a time; nothing is random in reading, so ``seed`` is not used."""
         if order is not None:
-            for index in order.to(self.x.device).split(size):
-                yield self.batch(index, generator=generator)
+            at_once = self._at_once(size, generator)
+            for index in order.to(self.x.device).split(size * at_once):
+                made = self.batch(index, generator=generator)
+                if at_once == 1:
+                    yield made
+                    continue
+                # The parts of an unsafe split have version counters of their own, as if made one by one: what
+                # is written into one batch does not spoil the graph of another.
+                yield from map(list, zip(*(part.unsafe_split(size) for part in made), strict=True))
             return
         for x, y in zip(self.x.split(size), self.y.split(size), strict=True):
             yield [self.prepare(self._seen(x), generator=generator), y]
@@ -162,6 +175,16 @@ class TensorSamples:
         """Bytes that inputs and targets occupy."""
         return self.x.nbytes + self.y.nbytes
 
+    def _at_once(self, size: int, generator: Generator | None) -> int:
+        """How many batches of ``size`` to make in one go: small ones cost little more than one of them.
+
+        One, where choices are drawn for each batch, and where not all would begin at a whole cache line, as
+        tensors of their own do: a matrix product may round differently then.
+        """
+        draws = generator is not None and not all(augmentation.is_identity for augmentation in self.augment)
+        nbytes = 4 * size * prod(self.input_shape)
+        return 1 if draws or nbytes % CACHE_LINE else max(1, AT_ONCE // max(1, nbytes))
+
     def _seen(self, stored: Tensor) -> Tensor:
         return stored if self.view is None else self.view(stored)
 
@@ -174,21 +197,17 @@ class TensorSamples:
         scale, shift = self._scale_shift
         return (raw.mul_(scale) if owned else raw.mul(scale)).add_(shift)
 
-    @property
+    @cached_property
     def _is_normalized(self) -> bool:
         return not any(self.mean) and all(s == 1 for s in self.std)
 
-    @property
+    @cached_property
     def _scale_shift(self) -> tuple[Tensor, Tensor]:
-        cached = self.__dict__.get("_cached_scale_shift")
-        if cached is None:
-            shape = (-1,) + (1,) * (self.x.ndim - 2) if len(self.mean) > 1 else ()
-            std = torch.tensor(self.std, dtype=torch.float64)
-            mean = torch.tensor(self.mean, dtype=torch.float64)
-            pair = ((1 / std).float().reshape(shape), (-mean / std).float().reshape(shape))
-            cached = tuple(t.to(self.x.device) for t in pair)
-            self.__dict__["_cached_scale_shift"] = cached  # a cache, not a field: frozen stays true
-        return cached
+        shape = (-1,) + (1,) * (self.x.ndim - 2) if len(self.mean) > 1 else ()
+        std = torch.tensor(self.std, dtype=torch.float64)
+        mean = torch.tensor(self.mean, dtype=torch.float64)
+        scale, shift = (1 / std).float().reshape(shape), (-mean / std).float().reshape(shape)
+        return scale.to(self.x.device), shift.to(self.x.device)
 
 
 def concatenate(parts: Sequence[SamplesT]) -> SamplesT:

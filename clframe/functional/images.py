@@ -37,7 +37,7 @@ def cut(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int, fil
     plane = (h + 2 * padding) * row
     window = (c - 1) * plane + (h - 1) * row + w
     windows = padded.as_strided((b * c * plane - window + 1, c, h, w), (1, plane, row, 1))
-    first_B = torch.arange(b) * (c * plane) + top_B * row + left_B
+    first_B = torch.arange(0, b * c * plane, c * plane).add_(top_B, alpha=row).add_(left_B)
     return windows.index_select(0, upload(first_B, images_BCHW.device))
 
 
@@ -47,8 +47,8 @@ def mirror(images_BCHW: Tensor, mirrored_B: Tensor) -> Tensor:
     >>> mirror(torch.tensor([[[[1, 2]]], [[[3, 4]]]]), torch.tensor([False, True])).flatten().tolist()
     [1, 2, 4, 3]
     """
-    b = len(images_BCHW)
-    which_B = torch.arange(b) + b * mirrored_B
+    b = images_BCHW.shape[0]
+    which_B = torch.arange(b).add_(mirrored_B, alpha=b)
     # Picking whole images out of both versions copies long runs; torch.where is ten times slower on bytes.
     both = torch.cat([images_BCHW, images_BCHW.flip(-1)])
     return both.index_select(0, upload(which_B, images_BCHW.device))

@@ -1,19 +1,30 @@
 """MACs: one multiply-add counts 1; FLOPs = 2 x MACs.
 
 Counted are matrix products, convolutions and attention, by torch's own formulas on the operators that one
-forward pass really calls. Normalization, activations, pooling, additions and biases count nothing, so other
-tools' figures may be about one percent higher.
+forward pass really calls. Normalization, activations, pooling, additions and biases count nothing.
+
+Published figures are often about one percent higher. They come from fvcore, extended to element-wise operators;
+the convention ``fvcore`` adds, per value:
+
+- batch normalization in eval mode 2; layer and group normalization 5; each 1 less without scale and shift;
+- each addition or product of activations 1: a residual sum, or three for ``a * max + (1 - a) * mean`` in a head.
+
+Pooling and activation functions count nothing there either. Only MACs are used for budgets and policies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from math import prod
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+Convention = Literal["macs", "fvcore"]
+"""What is counted: multiply-adds alone, or what published figures hold besides."""
 
 
 class Staged(Protocol):
@@ -39,7 +50,9 @@ class Staged(Protocol):
         """logits_BC of one exit, given those of the exit before."""
 
 
-def count_macs(module: nn.Module, input_shape: Sequence[int], *, batch: int = 1) -> int:
+def count_macs(
+    module: nn.Module, input_shape: Sequence[int], *, batch: int = 1, convention: Convention = "macs"
+) -> int:
     """MACs of one forward pass in eval mode over ``batch`` samples of zeros.
 
     The pass runs on the module's device and leaves training flags, buffers and random states as they were.
@@ -48,21 +61,23 @@ def count_macs(module: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
         module: What to count; it is called with one tensor of its parameters' type.
         input_shape: Shape of one sample.
         batch: Number of samples; the count is for all of them.
+        convention: What is counted.
 
     >>> count_macs(nn.Linear(10, 5), (10,))
     50
     """
-    with _counting(module) as macs:
-        module(_zeros(module, (batch, *input_shape)))
+    with _counting(module, convention) as macs:
+        module(zeros_for(module, (batch, *input_shape)))
         return macs()
 
 
-def stage_macs(network: Staged, *, batch: int = 1) -> dict[str, int]:
+def stage_macs(network: Staged, *, batch: int = 1, convention: Convention = "macs") -> dict[str, int]:
     """MACs of every stage, and of every exit's head as ``exit/<name>``; they add up to the whole network's.
 
     Args:
         network: A network with stages and exits.
         batch: Number of samples; the counts are for all of them.
+        convention: What is counted.
 
     >>> from clframe.nn import Network
     >>> from clframe.nn.backbones import mlp
@@ -70,8 +85,8 @@ def stage_macs(network: Staged, *, batch: int = 1) -> dict[str, int]:
     {'layer1': 40, 'layer2': 100, 'exit/final': 0}
     """
     counts: dict[str, int] = {}
-    with _counting(network) as macs:
-        value: Any = _zeros(network, (batch, *network.input_shape))
+    with _counting(network, convention) as macs:
+        value: Any = zeros_for(network, (batch, *network.input_shape))
         logits_BC: Tensor | None = None
         before = 0
         for name, stage, exits in network.plan():
@@ -86,6 +101,50 @@ def stage_macs(network: Staged, *, batch: int = 1) -> dict[str, int]:
     return counts
 
 
+def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tuple[int, ...]:
+    """cost_K: MACs of one sample up to and including exit k, the heads of all earlier exits among them.
+
+    The last is the cost of a whole pass, up to the stages behind the last exit, of which there are none where
+    it is the backbone's own classifier.
+
+    Args:
+        network: A network with stages and exits.
+        convention: What is counted.
+
+    >>> from clframe.nn import GrowingLinear, Network
+    >>> from clframe.nn.backbones import mlp
+    >>> network = Network(mlp((1, 2, 2), width=10), exits=[("layer1", GrowingLinear(10))])
+    >>> network.grow(range(3)), cumulative_macs(network)
+    (True, (70, 200))
+    """
+    counts = stage_macs(network, convention=convention)
+    spent, costs = 0, {}
+    for stage, _, exits in network.plan():
+        spent += counts[stage]
+        for name, exit in exits:
+            spent += counts[f"exit/{name}"]
+            costs[exit] = spent
+    return tuple(costs[exit] for exit in sorted(costs))
+
+
+def backbone_macs(network: Staged, *, convention: Convention = "macs") -> int:
+    """MACs of one sample through the bare backbone and its own classifier: what costs are compared with.
+
+    Args:
+        network: A network with stages and exits.
+        convention: What is counted.
+
+    >>> from clframe.nn import GrowingLinear, Network
+    >>> from clframe.nn.backbones import mlp
+    >>> network = Network(mlp((1, 2, 2), width=10), exits=[("layer1", GrowingLinear(10))])
+    >>> network.grow(range(3)), backbone_macs(network)
+    (True, 170)
+    """
+    counts, plan = stage_macs(network, convention=convention), network.plan()
+    last, _ = plan[-1][2][-1]
+    return sum(counts[stage] for stage, _, _ in plan) + counts[f"exit/{last}"]
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, shared ones once, trained or not.
 
@@ -95,14 +154,23 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def zeros_for(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
+    """Zeros of this shape, of the type and on the device of the module's parameters."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return torch.zeros(*shape)
+    return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
+
+
 @contextmanager
-def _counting(module: nn.Module | Staged) -> Iterator[Callable[[], int]]:
+def _counting(module: nn.Module | Staged, convention: Convention) -> Iterator[Callable[[], int]]:
     """Eval mode, no gradients, the random states put back; yields a function for the MACs so far."""
     training = {part: part.training for part in module.modules()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     # The fused path of nn.MultiheadAttention in eval mode is one operator that no formula covers.
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False, custom_mapping=_missing_formulas())
+    formulas = _missing_formulas() | (_elementwise_formulas() if convention == "fvcore" else {})
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
@@ -112,13 +180,6 @@ def _counting(module: nn.Module | Staged) -> Iterator[Callable[[], int]]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part, flag in training.items():
             part.training = flag
-
-
-def _zeros(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return torch.zeros(*shape)
-    return torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
@@ -133,3 +194,44 @@ def _attention_flops(
     """FLOPs of softmax(Q K^T) V from shapes (B, heads, length, width): the two products."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _elementwise_formulas() -> dict[Any, Callable[..., int]]:
+    """What the convention ``fvcore`` adds, doubled: the counter's FLOPs are halved."""
+    normalized = {
+        "native_batch_norm": 2,
+        "cudnn_batch_norm": 2,
+        "miopen_batch_norm": 2,
+        "_native_batch_norm_legit_no_training": 2,
+        "native_layer_norm": 5,
+        "native_group_norm": 5,
+    }
+    scales = {"native_layer_norm": 2}  # the argument that holds the scale; 1 elsewhere
+    summed = {"add": 1, "add_": 1, "mul": 1, "mul_": 1, "lerp": 3, "lerp_": 3}
+    return {
+        **{
+            getattr(torch.ops.aten, name): _normalization_flops(count, scale=scales.get(name, 1))
+            for name, count in normalized.items()
+        },
+        **{
+            getattr(torch.ops.aten, name): _elementwise_flops(count, bias_free=name.startswith("add"))
+            for name, count in summed.items()
+        },
+    }
+
+
+def _normalization_flops(count: int, *, scale: int) -> Callable[..., int]:
+    def flops(*shapes: Any, **_: Any) -> int:
+        values: int = prod(shapes[0])
+        return 2 * values * (count - (shapes[scale] is None))
+
+    return flops
+
+
+def _elementwise_flops(count: int, *, bias_free: bool) -> Callable[..., int]:
+    def flops(left: Any, right: Any, *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        if bias_free and isinstance(right, Sequence) and len(right) == 1 < len(out_shape):
+            return 0  # the bias of a linear layer, which torch adds apart where its input is not contiguous
+        return 2 * count * prod(out_shape)
+
+    return flops

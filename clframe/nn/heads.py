@@ -17,6 +17,18 @@ from torch.nn import functional as F
 from clframe.errors import DataError
 
 
+def ordered(classes: Iterable[int]) -> list[int]:
+    """The classes in ascending order, each once; raises :class:`DataError` for a negative one.
+
+    >>> ordered([4, 2, 4])
+    [2, 4]
+    """
+    wanted = sorted(set(classes))
+    if wanted and wanted[0] < 0:
+        raise DataError(f"classes: found class {wanted[0]}; number the classes from 0")
+    return wanted
+
+
 class Head(nn.Module, ABC):
     """A classifier on a tap. It starts without outputs and grows before each experience.
 
@@ -84,11 +96,9 @@ class GrowingLinear(Head):
         Raises:
             DataError: A negative class.
         """
-        wanted = sorted(set(classes))
+        wanted = ordered(classes)
         if not wanted:
             return False
-        if wanted[0] < 0:
-            raise DataError(f"classes: found class {wanted[0]}; number the classes from 0")
         outputs = max(self.classes, wanted[-1] + 1)
         replaced = outputs != self.classes
         if replaced:

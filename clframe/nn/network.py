@@ -91,6 +91,11 @@ class Network(nn.Module):
         """Shape of one input sample."""
         return self.backbone.input_shape
 
+    @property
+    def exit_taps(self) -> tuple[str, ...]:
+        """The tap of each exit, in order."""
+        return tuple(name for name, exits in zip(self.backbone.names, self.exits_at, strict=True) for _ in exits)
+
     def attach(self, exits: Sequence[tuple[str, Head]]) -> None:
         """Put heads on taps, before the backbone's own classifier, which stays as it is.
 
@@ -160,10 +165,7 @@ class Network(nn.Module):
         if previous_BC is None:
             logits_BC: Tensor = head(tap)
             return logits_BC
-        if head.cascades:
-            logits_BC = head(tap, previous_BC.detach())
-        else:
-            logits_BC = head(tap)
+        logits_BC = head(tap, previous_BC.detach()) if head.cascades else head(tap)
         return logits_BC + previous_BC.detach() if self.boosted else logits_BC
 
     def forward(self, x: Tensor, *, taps: Collection[str] = ()) -> Output:

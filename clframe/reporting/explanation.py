@@ -11,12 +11,19 @@ _WHEN = {
     "edit": "once, before training",
     "init": "once, before training",
     "sources": "start of experience: data",
+    "pool": "start of experience: pool",
     "grow": "start of experience: outputs",
+    "prepare": "start of experience: state",
+    "begin_epoch": "start of epoch",
+    "weigh": "start of epoch: exits' weights",
     "batch": "every step: batch",
+    "task": "every step: loss on the targets",
     "losses": "every step: loss terms",
     "mix": "every step: mixing the terms",
     "project": "every step: gradient",
+    "after_step": "every step: updated weights",
     "advance": "end of experience",
+    "answers": "every prediction: each exit",
     "decide": "every prediction",
     "cost": "the ledger",
 }
@@ -66,7 +73,7 @@ def _timetable(composition: Composition) -> str:
     lines = []
     for hook in HOOKS:
         names = " + ".join(component.name for component in composition.acting_at(hook))
-        lines.append(f"{hook:<8} {_WHEN[hook]:<30} {names or '-'}")
+        lines.append(f"{hook:<11} {_WHEN[hook]:<30} {names or '-'}")
     return "\n".join(lines)
 
 

@@ -12,12 +12,14 @@ import statistics
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from clframe.errors import ClframeError, RunFolderError
 from clframe.files import write_atomically
+from clframe.metrics.exit_record import ExitRecord
+from clframe.metrics.exits import forgetting_by_exit
 from clframe.metrics.scores import METRICS, scores
 from clframe.metrics.tally import Tally
 
@@ -57,6 +59,9 @@ class Result:
     versions: Mapping[str, str]
     run_folder: str
     loss_terms: tuple[Mapping[str, float], ...] = field(default=())
+    exit_names: tuple[str, ...] = field(default=())
+    exit_forgetting: tuple[float, ...] = field(default=())
+    exits: tuple[ExitRecord, ...] = field(default=())
 
     def to_json(self) -> str:
         """The object as JSON text, one field a line; NaN is written as ``null``."""
@@ -129,6 +134,8 @@ def summarize(
     run_folder: str | Path,
     baseline: Tally | None = None,
     loss_terms: Sequence[Mapping[str, float]] = (),
+    exit_names: Sequence[str] = (),
+    exits: Sequence[ExitRecord] = (),
 ) -> Result:
     """The results of a run: every metric from the counts taken after each training experience.
 
@@ -167,7 +174,14 @@ def summarize(
         parameters=parameters, macs=macs, train_seconds=train_seconds, steps=steps,
         state_bytes=dict(state_bytes), versions=dict(versions), run_folder=str(run_folder),
         loss_terms=tuple(dict(terms) for terms in loss_terms),
+        exit_names=tuple(exit_names), exits=tuple(exits), exit_forgetting=_exit_forgetting(exits),
     )  # fmt: skip
+
+
+def _exit_forgetting(exits: Sequence[ExitRecord]) -> tuple[float, ...]:
+    """Forgetting of each exit's own accuracy matrix."""
+    matrices = zip(*(record.accuracy_KE for record in exits), strict=True)
+    return tuple(score.value for score in forgetting_by_exit([tuple(matrix) for matrix in matrices]))
 
 
 def aggregate(results: Sequence[Result]) -> Aggregate:
@@ -209,6 +223,8 @@ def _plain(value: Any) -> Any:
     """Numbers, text, lists and mappings as strict JSON knows them, which has neither NaN nor infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if is_dataclass(value):
+        return {e.name: _plain(getattr(value, e.name)) for e in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
@@ -219,6 +235,11 @@ def _plain(value: Any) -> Any:
 def _decode(hint: Any, value: Any, where: str) -> Any:
     """``value`` from JSON as the annotation ``hint`` of a field says; raises :class:`RunFolderError`."""
     outer, inner = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        if set(value) != set(hints):
+            raise RunFolderError(f"{where}: fields {sorted(set(value) ^ set(hints))} are missing or unknown; run again")
+        return hint(**{name: _decode(hints[name], entry, f"{where}.{name}") for name, entry in value.items()})
     if outer is types.UnionType:  # X | None
         return None if value is None else _decode(inner[0], value, where)
     if outer is tuple and isinstance(value, list):

@@ -74,6 +74,32 @@ def summary(result: Result) -> str:
     return "\n".join([*lines, f"{'run folder':<{indent}}{result.run_folder}"])  # a path stays in one piece
 
 
+def exits_table(result: Result) -> str:
+    """What each exit knows and costs at the end of a run, and what stopping early comes to; empty for one exit."""
+    if len(result.exit_names) < 2:
+        return ""
+    record = result.exits[-1]
+    diagnostics, width = record.diagnostics, max(5, *map(len, result.exit_names))
+    lines = [
+        "exits after the last experience, in % (cost: MACs of the bare backbone; unique: no other exit is right)",
+        f"{'exit':<{width}} {'cost':>7} {'accuracy':>9} {'forgetting':>11} {'unique':>7}",
+    ]
+    for k, name in enumerate(result.exit_names):
+        cells = (record.macs_K[k] / record.backbone_macs, diagnostics.accuracy_K[k], result.exit_forgetting[k],
+                 diagnostics.unique_accuracy_K[k])  # fmt: skip
+        cost, *rest = (_percent(cell, 1) for cell in cells)
+        lines.append(f"{name:<{width}} {cost:>7} {rest[0]:>9} {rest[1]:>11} {rest[2]:>7}")
+    rules = ", ".join(f"{rule} {_percent(accuracy, 1)}" for rule, accuracy in record.static.items())
+    lines += textwrap.wrap(f"decisions of all exits: {rules}", WIDTH)
+    if record.points.points is None:
+        return "\n".join([*lines, f"stopping early: {record.points.undefined}; set benchmark.validation=0.1"])
+    lines.append("stopping early, thresholds from validation data (budget: accuracy at the cost it came to)")
+    for point in record.points.points:
+        found = point.undefined or f"{_percent(point.accuracy, 1):>5} % at {_percent(point.cost, 1)} % of the cost"
+        lines.append(f"  {point.name:>5}: {found}")
+    return "\n".join(lines)
+
+
 def seeds_table(results: Sequence[Result]) -> str:
     """Mean ± sample standard deviation over seeds in percent, one row per strategy (benchmark, backbone).
 

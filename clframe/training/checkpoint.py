@@ -20,7 +20,7 @@ from clframe.files import write_atomically
 from clframe.nn.freeze import restore
 from clframe.nn.network import Network
 
-FORMAT = 1
+FORMAT = 2
 _NETWORK = "__network__"
 
 

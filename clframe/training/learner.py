@@ -45,9 +45,15 @@ class Learner:
         self._mix_owner = next(iter(composition.acting_at("mix")), None)
         self._gradient_owner = next(iter(composition.acting_at("project")), None)
         self._decision_owner = next(iter(composition.acting_at("decide")), None)
+        self._heads_owner = next(iter(composition.acting_at("weigh")), None)
+        self._task_owner = next(iter(composition.acting_at("task")), None)
+        self._answers_owner = next(iter(composition.acting_at("answers")), None)
+        self._followers = composition.acting_at("after_step")
+        self.taps = tuple(dict.fromkeys(tap for component in composition for tap in component.taps(network)))
         self._losses = composition.acting_at("losses")
         self._term_names: dict[tuple[str, str], str] = {}
         self._moments: dict[str, Moment] = {}
+        self._weight_K: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """A copy of the model (a foreign plugin's teacher, say) shares the run; it never forks it."""
@@ -65,6 +71,9 @@ class Learner:
         self.network.grow(classes)
         for component in self.composition.acting_at("grow"):
             component.grow(self.network, experience)
+        for component in self.composition.acting_at("prepare"):
+            moment = self._moment(component.name, "prepare", 0)
+            self.state[component.name] = component.prepare(self.network, moment, self.state[component.name])
 
     def begin_epoch(self, epoch: int) -> None:
         """Start an epoch: from here on randomness is that of (seed, experience, epoch)."""
@@ -72,6 +81,9 @@ class Learner:
         self.seed_everything("epoch", experience.index, epoch)
         self._moments = {c.name: self._moment(c.name, "epoch", epoch) for c in self.composition}
         self._task_moment = self._moment("task", "epoch", epoch)
+        for component in self.composition.acting_at("begin_epoch"):
+            component.begin_epoch(self.network, self._moments[component.name], self.state[component.name])
+        self._weight_K = self._weights()
 
     def batch(self, x: Tensor, y: Tensor) -> Batch:
         """The batch to train on: replay joins here."""
@@ -84,11 +96,13 @@ class Learner:
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """One scalar: the task's cross-entropy and every component's terms, mixed."""
         self.step = step = Step(batch, output, self._task_moment, self.network)
-        terms = {"task/ce": cross_entropy(output.logits, batch.y, weight_B=batch.weight_B)}
+        terms = {"task/ce": self._task(step)}
         for component in self._losses:
             own = Step(batch, output, self._moments[component.name], self.network)
             for term, value in component.losses(own, self.state[component.name]).items():
                 terms[self._term_name(component.name, term)] = value
+        if self._weight_K is not None:
+            terms = {name: value * self._weight_K if value.ndim else value for name, value in terms.items()}
         self._count(terms)
         owner = self._mix_owner
         return total(terms) if owner is None else owner.mix(terms, step, self.state[owner.name])
@@ -100,10 +114,23 @@ class Learner:
             assert self.step is not None
             owner.project(self.network, self.step, self.state[owner.name])
 
-    def decide(self, output: Output) -> Tensor:
-        """scores_BC whose arg-max is the answer."""
+    def follow(self) -> None:
+        """Let components look at the weights after an update."""
+        for component in self._followers:
+            assert self.step is not None
+            component.after_step(self.network, self.step, self.state[component.name])
+
+    def answers(self, output: Output) -> Output:
+        """The output with what each exit answers in place of its logits: corrected, then joined in its ensemble."""
+        owner = self._answers_owner
+        if owner is not None:
+            output = owner.answers(output, self.state[owner.name])
+        return output._replace(logits=self.network.ensemble(output.logits))
+
+    def decide(self, answers: Output) -> Tensor:
+        """scores_BC whose arg-max is the answer, from what each exit answers."""
         owner = self._decision_owner
-        return output.last if owner is None else owner.decide(output, self.state[owner.name])
+        return answers.last if owner is None else owner.decide(answers, self.state[owner.name])
 
     def end(self) -> None:
         """Finish an experience: every component consolidates."""
@@ -139,6 +166,23 @@ class Learner:
             known = self.term_sums.get(name)
             self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
         self.term_steps += 1
+
+    def _task(self, step: Step) -> Tensor:
+        owner = self._task_owner
+        if owner is None:
+            return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
+        own = Step(step.batch, step.output, self._moments[owner.name], self.network)
+        return owner.task(own, self.state[owner.name])
+
+    def _weights(self) -> Tensor | None:
+        """weight_K of this epoch on the network's device; None where each is 1, which leaves every term alone."""
+        owner = self._heads_owner
+        if owner is None:
+            return None
+        weights = tuple(owner.weigh(self._moments[owner.name], self.state[owner.name]))
+        if all(weight == 1 for weight in weights):
+            return None
+        return torch.tensor(weights, device=self.network.final.weight.device)
 
     def _term_name(self, component: str, term: str) -> str:
         key = (component, term)

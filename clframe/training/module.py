@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clframe.core import Composition, Experience, Output, compose, parse
 from clframe.core.component import Component
+from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.training.engines import TrainerEngine
 from clframe.training.learner import Learner
@@ -133,6 +134,11 @@ class PlainDriver(TrainerDriver):
     def configure(self) -> Optimizer:
         """A fresh optimizer for this fit."""
         module = self._module
+        for component in module.learner.composition.acting_at("pool"):
+            raise UnsupportedError(
+                f"ContinualModule: '{component.name}' changes what the loader serves, which a plain Trainer is given; "
+                f"train with LightningStrategy, or let replay join each batch"
+            )
         optimizer = module.make_optimizer(module.network.parameters())
         self._scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
         return optimizer
@@ -164,7 +170,7 @@ class PlainDriver(TrainerDriver):
 
     def predict(self) -> None:
         """Every exit's logits."""
-        self._output = self._module.network(self._batch.x)
+        self._output = self._module.network(self._batch.x, taps=self._module.learner.taps)
 
     def add_loss(self) -> None:
         """The mixed terms."""
@@ -178,3 +184,4 @@ class PlainDriver(TrainerDriver):
     def optimizer_step(self) -> None:
         """Clip and update."""
         self._engine.step(clip=self._module.clip)
+        self._module.learner.follow()

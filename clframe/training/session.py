@@ -13,7 +13,9 @@ import torch
 from clframe.data.benchmark import Benchmark
 from clframe.errors import RunFolderError
 from clframe.metrics import Tally
+from clframe.metrics.exit_record import ExitRecord
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
+from clframe.training.exit_watch import ExitWatch
 from clframe.training.monitor import Monitor
 from clframe.training.scoring import Scores
 from clframe.training.strategy import LightningStrategy
@@ -28,6 +30,7 @@ class Progress:
     train_seconds: float = 0.0
     baseline: Tally | None = None
     tallies: list[Tally] = field(default_factory=list)
+    exits: list[ExitRecord] = field(default_factory=list)
     loss_terms: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -59,6 +62,7 @@ class Session:
         self.strategy, self.benchmark, self.learner = strategy, benchmark, strategy.learner
         self.progress = Progress()
         self._scores, self._monitor = scores, monitor
+        self._watch = ExitWatch(benchmark, scores)
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
         strategy.on_step = monitor.on_step
@@ -94,8 +98,10 @@ class Session:
             train_seconds=content["train_seconds"],
             baseline=_tally(content["baseline"]),
             tallies=[Tally(**t) for t in content["tallies"]],
+            exits=[ExitRecord.of(record) for record in content["exits"]],
             loss_terms=content["loss_terms"],
         )
+        self._watch.reference = content["taps"]
         clock = self.strategy.clock
         clock.train_iterations = clock.total_iterations = self.progress.steps
         clock.train_exp_counter = self.benchmark.parts_of(self.progress.finished - 1).stop
@@ -136,9 +142,11 @@ class Session:
         progress.loss_terms.append(monitor.end_experience())
         progress.steps = int(strategy.clock.train_iterations)
         progress.tallies.append(self._evaluate())
+        progress.exits.append(self._watch.record(strategy, index))
         progress.finished = index + 1
         if monitor.tensorboard is not None:
             monitor.tensorboard.evaluation(progress.tallies)
+            monitor.tensorboard.exits(progress.exits, names=self.learner.network.exit_names)
         self._save()
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
@@ -166,6 +174,8 @@ class Session:
             "train_seconds": progress.train_seconds,
             "baseline": None if progress.baseline is None else asdict(progress.baseline),
             "tallies": [asdict(t) for t in progress.tallies],
+            "exits": [asdict(record) for record in progress.exits],
+            "taps": dict(self._watch.reference),
             "loss_terms": progress.loss_terms,
             "past": learner.past,
             "network": dict(learner.network.state_dict()),

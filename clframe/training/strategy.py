@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from clframe.core import Output
 from clframe.data.avalanche import classes_in, describe
-from clframe.data.benchmark import Benchmark, Data
-from clframe.data.samples import EpochLoader, concatenate
+from clframe.data.benchmark import Benchmark
+from clframe.data.samples import EpochLoader, Loadable, concatenate
+from clframe.data.source import Data
 from clframe.errors import UnsupportedError
 from clframe.training.fabric import OnFabric
 from clframe.training.loop import EVENTS, iterate
@@ -52,6 +53,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         trainer: Keyword arguments of that Trainer (callbacks, loggers, profiler ...).
         accumulate: Batches whose gradients are added up before each update.
         limit_batches: Batches of an epoch, and of an evaluation, after which the rest is left out.
+        channels_last: Keep the model's weights and batches of images with their channels last in memory.
         train_mb_size: Samples per training batch.
         train_epochs: Epochs per experience.
         eval_mb_size: Samples per evaluation batch.
@@ -74,6 +76,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         trainer: dict[str, Any] | None = None,
         accumulate: int = 1,
         limit_batches: int | None = None,
+        channels_last: bool = False,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = 1,
@@ -114,13 +117,19 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             refuse_schedulers(self.plugins)
         self._given_criterion = self._criterion
         self.learner = None if self.module is None else self.module.learner
+        pooling = () if self.learner is None else self.learner.composition.acting_at("pool")
+        self._pool_owner = next(iter(pooling), None)
         self.benchmark = None if benchmark is None else benchmark.to(self.device)
         self._avalanche = None if benchmark is None else benchmark.avalanche
         self.engine_name = engine
         self.trainer_options = trainer or {}
         self.accumulate = accumulate
         self.limit_batches = limit_batches
+        self.channels_last = channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.output: Output | None = None
+        self.answers: Output | None = None
         self.batch: Any = None
         self.on_step: Callable[[LightningStrategy], None] | None = None
         """Called after every training step; for progress bars and periodic logging."""
@@ -156,8 +165,10 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             count=len(experience.origin_stream),
             past=self.learner.past,
             samples=self._samples_of(experience, "train", "original_train"),
+            held_out=self._held_out(experience),
         )
         epochs = self.train_epochs * self._parts
+        self.module.to(self.device)
         self.learner.begin(described, classes=tuple(sorted(classes)), epochs=epochs)
         self.module.to(self.device)
         if self._fresh_optimizer:
@@ -209,13 +220,15 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         changed = self.adapted_dataset is not self._untouched
         labeled = self.benchmark is not None and self.benchmark.task_labels and len(parts) > 1
         if not parts or None in parts or changed or labeled or kwargs.get("drop_last"):
+            self._refuse_pool()
             super().make_train_dataloader(**kwargs)
             return
         assert self.learner is not None or self.benchmark is not None
         seed = torch.initial_seed() if self.learner is None or self.learner.seed is None else self.learner.seed
+        samples, size = self._pooled(concatenate([part for part in parts if part is not None]))
         self._own_loader = EpochLoader(
-            concatenate([part for part in parts if part is not None]),
-            self.train_mb_size,
+            samples,
+            size,
             shuffle=kwargs.get("shuffle", True),
             seed=seed,
             experience=self.experience.current_experience,
@@ -302,8 +315,13 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         """Training steps that ``train(experience)`` will take on our own benchmark."""
         index, count = int(experience.current_experience), len(experience.origin_stream)
         sources = (index,) if self.learner is None else self.learner.sources(index, count)
-        size = sum(len(experience.origin_stream[i].dataset) for i in sources)
-        batches: int = -(-size // self.train_mb_size)
+        total = sum(len(experience.origin_stream[i].dataset) for i in sources)
+        size = self.train_mb_size
+        samples = self._samples_of(experience, "train")
+        if self._pool_owner is not None and samples is not None:
+            pooled, size = self._pooled(samples)
+            total = len(pooled)
+        batches: int = -(-total // size)
         if self.limit_batches is not None:
             batches = min(batches, self.limit_batches)
         return batches * int(self.train_epochs)
@@ -339,11 +357,12 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         if self.learner is None:
             return super().forward(**kwargs)
         spread = self.fabric.world_size > 1 and self._engine is not None
-        network = self._engine.module if spread else self.learner.network
-        self.output = output = self.in_precision(lambda: network(self.mb_x))
+        network, taps = self._engine.module if spread else self.learner.network, self.learner.taps
+        self.output = output = self.in_precision(lambda: network(self.mb_x, taps=taps))
         if self.is_training:
             return output.last
-        scores = self.learner.decide(output)
+        self.answers = self.learner.answers(output)
+        scores = self.learner.decide(self.answers)
         # Before the first experience there is no class to answer with; Avalanche's metrics want an arg-max.
         return scores if scores.shape[1] else scores.new_full((len(scores), 1), float("-inf"))
 
@@ -362,6 +381,11 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         # The loss on a class that has no output yet is not defined.
         return torch.full((), float("nan"), device=self.device)
 
+    def as_stored(self, x: Tensor) -> Tensor:
+        """Inputs in the type, and images in the memory format, of the weights."""
+        x = super().as_stored(x)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
     def backward(self) -> None:
         """Backward through the engine, then the owner of the slot ``gradient``."""
         loss = self.loss if self.accumulate == 1 else self.loss / self.accumulate
@@ -376,6 +400,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         if last:
             self.keep_up()
             self._engine.step(clip=None if self.module is None else self.module.clip)
+            if self.learner is not None:
+                self.learner.follow()
             self._step_in_update = 0
 
     # --- where things are -------------------------------------------------------------------------
@@ -399,6 +425,24 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         if self.learner is None:
             return (index,)
         return self.learner.sources(index, len(self.experience.origin_stream))
+
+    def _pooled(self, samples: Data) -> tuple[Loadable, int]:
+        """What an epoch runs over and the size of its batches, as the component that pools wants it."""
+        owner = self._pool_owner
+        if owner is None:
+            return samples, self.train_mb_size
+        assert self.learner is not None
+        pooled, size = owner.pool(samples, self.train_mb_size, self.learner.state[owner.name])
+        return cast(Loadable, pooled), size
+
+    def _refuse_pool(self) -> None:
+        """A loader of Avalanche's serves what Avalanche's data sets hold, which no memory of ours can join."""
+        if self._pool_owner is not None:
+            raise UnsupportedError(
+                f"LightningStrategy: '{self._pool_owner.name}' changes what the loader serves, but Avalanche's own "
+                f"loader is in use here; serve the data through benchmark=, without plugins that change it, or let "
+                f"replay join each batch"
+            )
 
     def _place(self) -> tuple[Any, int, int]:
         """The experience that the learner is told of, and which part of how many of it this one is."""
@@ -426,6 +470,13 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             if index < len(ours) and ours[index].dataset is experience.dataset:
                 return data[stream][index]
         return None
+
+    def _held_out(self, experience: Any) -> tuple[Data, ...]:
+        """Validation data of our benchmark up to ``experience``."""
+        ours = self._samples_of(experience, "train", "original_train") is not None
+        if not ours or self.benchmark is None:
+            return ()
+        return self.benchmark.validation[: int(experience.current_experience) + 1]
 
     def _compile_calls(self) -> None:
         """Look up, once an epoch, which plugins act inside a training step."""

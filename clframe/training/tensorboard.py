@@ -7,6 +7,10 @@
 | ``cl/forgetting``, ``cl/backward_transfer`` | experience | from the second experience on |
 | ``cl/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
 | ``experience_accuracy/00`` ... | experience | accuracy on each test experience, from when it was learnt |
+| ``exit_accuracy/<exit>``, ``exit_decision/<rule>`` | experience | each exit alone, and decisions of all |
+| ``exit_accuracy_at_cost/50``, ``exit_share_50/<exit>`` | experience | at a budget in %: accuracy, who answers |
+| ``exit_similarity/<exit>`` | experience | CKA of the exit's tap with that after the first experience |
+| ``exits/...`` | experience | figures |
 | ``final/<metric>`` | last experience | the metrics that the HParams page compares runs by |
 """
 
@@ -20,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.metrics import continual
 from clframe.metrics.continual import Matrix
+from clframe.metrics.exit_record import ExitRecord
 from clframe.metrics.tally import Tally
+from clframe.training.exit_figures import exit_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +47,17 @@ LAYOUT = {
     },
 }
 """The Custom Scalars page; tags are regular expressions matched from the start."""
+
+EXIT_LAYOUT = {
+    "exits": {
+        "accuracy per exit": ["Multiline", [r"exit_accuracy/.+"]],
+        "decisions": ["Multiline", [r"exit_decision/.+"]],
+        "accuracy at a share of the cost in %": ["Multiline", [r"exit_accuracy_at_cost/.+"]],
+        "who answers at half the cost": ["Multiline", [r"exit_share_50/.+"]],
+        "similarity of taps": ["Multiline", [r"exit_similarity/.+"]],
+    },
+}
+"""Its charts for a network with more than one exit."""
 
 LARGEST_WITH_DIGITS = 30
 """Experiences up to which the matrix's image has its numbers drawn in."""
@@ -65,6 +82,7 @@ class TensorBoard:
         self._digits = max(2, len(str(experiences - 1)))
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
         self._writer.add_custom_scalars(LAYOUT)
+        self._shows_exits = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write each value under its tag at training step ``step``; NaN and infinity are drawn as such."""
@@ -93,6 +111,33 @@ class TensorBoard:
             self._number(tag, score.value, experience)
         self._writer.add_image("cl/accuracy_matrix", matrix_image(accuracy_TE), experience, dataformats="HWC")
         self._writer.add_text("cl/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
+        self._writer.flush()
+
+    def exits(self, records: Sequence[ExitRecord], *, names: Sequence[str]) -> None:
+        """Write what every exit came to after the newest experience; a network with one exit has nothing to add.
+
+        ``names`` are the exits' names, in order of depth.
+        """
+        if len(names) == 1:
+            return
+        if not self._shows_exits:  # the last layout of a run is the one that is shown
+            self._writer.add_custom_scalars({**LAYOUT, **EXIT_LAYOUT})
+            self._shows_exits = True
+        experience, record = len(records) - 1, records[-1]
+        for k, name in enumerate(names):
+            label = f"{k:0{self._digits}d}_{name}"
+            self._number(f"exit_accuracy/{label}", record.diagnostics.accuracy_K[k], experience)
+            self._number(f"exit_similarity/{label}", record.similarity_K[k], experience)
+        for point, share_K in zip(record.points.points or (), record.share_PK, strict=True):
+            at = point.name.rstrip("%")
+            self._number(f"exit_accuracy_at_cost/{at}", point.accuracy, experience)
+            for k, share in enumerate(share_K):
+                self._number(f"exit_share_{at}/{k:0{self._digits}d}_{names[k]}", share, experience)
+        for rule, accuracy in record.static.items():
+            self._number(f"exit_decision/{rule}", accuracy, experience)
+        self._number("exit_decision/overthinking", record.diagnostics.overthinking, experience)
+        for tag, image in exit_images(records, names=names).items():
+            self._writer.add_image(f"exits/{tag}", image, experience, dataformats="HWC")
         self._writer.flush()
 
     def hyper_parameters(self, values: Mapping[str, Any], *, metrics: Mapping[str, float], step: int) -> None:

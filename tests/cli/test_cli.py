@@ -182,7 +182,7 @@ def test_explain_makes_no_session_and_no_folder_for_lightning_loggers(call, here
     [
         ("strategies", ["cumulative", "er", "joint", "lwf", "naive"]),
         ("benchmarks", ["digits"]),
-        ("backbones", ["mlp", "resnet20", "resnet32", "small_cnn"]),
+        ("backbones", ["mlp", "resnet18", "resnet20", "resnet32", "small_cnn", "timm", "vit_tiny"]),
         ("configs", ["backbone/mlp", "benchmark/digits", "experiment/quickstart", "smoke/quickstart"]),
     ],
 )
@@ -197,7 +197,7 @@ def test_list(what, names, call):
 
 def test_list_shows_options_with_defaults_and_filters(call):
     assert "[alpha=1.0, temperature=2.0]" in call("list", "strategies", "LWF").out
-    assert {line.split()[0] for line in call("list", "backbones", "resnet").out.splitlines()} == {
+    assert {line.split()[0] for line in call("list", "backbones", "shortcut=").out.splitlines()} == {
         "resnet20", "resnet32",
     }  # fmt: skip
     assert call("list", "configs", "Split digits: ").out.startswith("benchmark/digits ")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.functional import macs
-from clframe.nn import GrowingLinear, Network
-from clframe.nn.backbones import BACKBONES, mlp, resnet20, resnet32, small_cnn
+from clframe.functional.macs import backbone_macs, cumulative_macs
+from clframe.nn import GrowingLinear, Head, Network
+from clframe.nn.backbones import mlp, resnet20, resnet32, small_cnn, vgg11, vit_tiny, wrn16_2
+from clframe.nn.exits.heads_by_kind import make_head
+from clframe.nn.exits.placement import preset
 
 
 def grown(backbone, classes, *, exits=()):
@@ -63,21 +68,158 @@ def test_resnet32_agrees_with_the_published_count_once_its_convention_is_added()
     layers = [16 * 32 * 32, 32 * 16 * 16, 64 * 8 * 8]
     normalized = 11 * sum(layers)  # the stem or the shortcut, and two in each of five blocks
     summed = 5 * sum(layers)
-    assert round((count_macs(network, (3, 32, 32)) + 2 * normalized + summed) / 1e6, 2) == 69.90
+    longhand = 69_130_496 + 2 * normalized + summed
+    assert round(longhand / 1e6, 2) == 69.90
+    assert count_macs(network, (3, 32, 32), convention="fvcore") == longhand
+    assert count_macs(network, (3, 32, 32), batch=2, convention="fvcore") == 2 * longhand
     assert round(count_parameters(network) / 1e6, 3) == 0.473
 
 
-@pytest.mark.parametrize("name", BACKBONES.names())
+BUILDS = {
+    "mlp": lambda: mlp((3, 17, 12), width=4),
+    "small_cnn": lambda: small_cnn((3, 17, 12), width=4),
+    "resnet20": lambda: resnet20((3, 17, 12), width=4),
+    "resnet32": lambda: resnet32((3, 17, 12), width=4, shortcut="pad"),
+    "wrn16_2": lambda: wrn16_2((3, 8, 8)),
+    "vgg11": lambda: vgg11((3, 32, 32), width=4, hidden=8),
+    "vit_tiny": lambda: vit_tiny((3, 8, 8), width=8, depth=2),
+}
+
+
+@pytest.mark.parametrize("convention", ["macs", "fvcore"])
+@pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_stages_and_exits_add_up(name, batch):
-    backbone = BACKBONES.get(name)((3, 17, 12), width=4)
+def test_stages_and_exits_add_up(name, batch, convention):
+    backbone = BUILDS[name]()
     last = backbone.names[-1]
     extra = [(last, GrowingLinear(backbone.features)), (last, GrowingLinear(backbone.features))]
     network = grown(backbone, 7, exits=extra)
-    counts = stage_macs(network, batch=batch)
+    counts = stage_macs(network, batch=batch, convention=convention)
     assert list(counts) == [*backbone.names, f"exit/{last}", f"exit/{last}#2", "exit/final"]
-    assert sum(counts.values()) == count_macs(network, (3, 17, 12), batch=batch)
+    assert sum(counts.values()) == count_macs(network, backbone.input_shape, batch=batch, convention=convention)
     assert counts["exit/final"] == counts[f"exit/{last}#2"] == batch * backbone.features * 7
+    single = cumulative_macs(network, convention=convention)
+    assert single[-1] == sum(counts.values()) // batch
+    assert [b - a for a, b in pairwise(single)] == [backbone.features * 7] * 2
+
+
+def with_published_exits(*, per_experience: bool) -> Network:
+    """ResNet32 with 6 exits and one head for each of 10 experiences of 10 classes, or one that grows."""
+    backbone = resnet32((3, 32, 32))
+    heads = [
+        (tap, make_head("pool", backbone.tap_shapes[tap], per_experience=per_experience))
+        for tap in preset(backbone.names).taps
+    ]
+    network = Network(backbone, exits=heads)
+    for first in range(0, 100, 10):
+        network.grow(range(first, first + 10))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("per_experience", "convention", "ratios"),
+    [
+        (True, "fvcore", [0.220, 0.365, 0.491, 0.631, 0.753, 0.891, 1.027]),
+        (True, "macs", [0.217, 0.360, 0.484, 0.623, 0.746, 0.884, 1.021]),
+        (False, "macs", [0.217, 0.360, 0.484, 0.623, 0.746, 0.884, 1.021]),
+    ],
+)
+def test_resnet32_with_exits_costs_what_was_published(per_experience, convention, ratios):
+    base = count_macs(grown(resnet32((3, 32, 32)), 100), (3, 32, 32), convention=convention)
+    network = with_published_exits(per_experience=per_experience)
+    assert backbone_macs(network, convention=convention) == base
+    costs = cumulative_macs(network, convention=convention)
+    assert [round(cost / base, 3) for cost in costs] == ratios
+    # Heads by hand: pooled values times 100 classes, and three operations for each value of each head's pool.
+    pooled = [16 * 16 * 16] * 2 + [32 * 8 * 8] * 2 + [64 * 4 * 4] * 2
+    each = 100 + (3 * 10 if convention == "fvcore" else 0)
+    assert costs[-1] == base + each * sum(pooled)
+    if per_experience:
+        assert round(count_parameters(network) / 1e6, 3) == 1.907
+
+
+def test_costs_up_to_an_exit_by_arithmetic():
+    exits = [("layer1", GrowingLinear(6)), ("layer2", GrowingLinear(6))]
+    network = grown(mlp((1, 2, 5), width=6, depth=4), 3, exits=exits)
+    head, layer = 6 * 3, 6 * 6
+    first = 10 * 6 + head
+    assert cumulative_macs(network) == (first, first + layer + head, first + 3 * layer + 2 * head)
+    assert cumulative_macs(grown(mlp((1, 2, 5), width=6, depth=1), 3)) == (60 + 18,)
+    network.boosted = True
+    boosted = cumulative_macs(network, convention="fvcore")
+    assert boosted == (first, first + layer + head + 3, first + 3 * layer + 2 * head + 6)
+
+
+class Cascading(Head):
+    """A linear layer on the features and the logits of the exit before."""
+
+    cascades = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = GrowingLinear(features)
+        self.before = nn.Parameter(torch.empty(0, 0))
+
+    def grow(self, classes):
+        grown = self.linear.grow(classes)
+        self.before = nn.Parameter(torch.ones(self.linear.classes, self.linear.classes))
+        return grown
+
+    def forward(self, features, previous_BC=None):
+        return self.linear(features) + (0 if previous_BC is None else previous_BC @ self.before)
+
+
+def test_a_cascade_is_counted_with_the_logits_it_takes():
+    exits = [("layer1", GrowingLinear(4)), ("layer2", Cascading(4))]
+    network = grown(mlp((1, 2, 2), width=4, depth=3), 5, exits=exits)
+    counts = stage_macs(network)
+    assert (counts["exit/layer1"], counts["exit/layer2"], counts["exit/final"]) == (20, 20 + 25, 20)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "operations"),
+    [
+        (nn.BatchNorm2d(3), (3, 4, 5), 2 * 60),
+        (nn.BatchNorm1d(7, affine=False), (7,), 7),
+        (nn.LayerNorm(6), (5, 6), 5 * 30),
+        (nn.LayerNorm(6, elementwise_affine=False), (5, 6), 4 * 30),
+        (nn.GroupNorm(2, 4), (4, 3, 3), 5 * 36),
+        (nn.ReLU(), (9,), 0),
+        (nn.AvgPool2d(2), (2, 4, 4), 0),
+    ],
+)
+def test_what_the_other_convention_adds(module, shape, operations):
+    for batch in (1, 3):
+        assert count_macs(module, shape, batch=batch) == 0
+        assert count_macs(module, shape, batch=batch, convention="fvcore") == batch * operations
+
+
+class Blended(nn.Module):
+    """Sums and products of activations, in place and not, with tensors and with numbers."""
+
+    def forward(self, x):
+        y = x + x * 0.5
+        y += x
+        y *= 2
+        return torch.lerp(x, y, 0.3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_bias_of_a_linear_layer_is_no_sum_wherever_torch_adds_it(batch):
+    turned = nn.Sequential(nn.Unflatten(1, (2, 3)), Turned(), nn.Linear(2, 5))
+    assert count_macs(turned, (6,), batch=batch, convention="fvcore") == batch * 3 * 2 * 5
+
+
+class Turned(nn.Module):
+    """A transposed view, on which a linear layer is a product and then a sum."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_sums_and_products_count_one_a_value():
+    assert count_macs(Blended(), (4, 5), convention="fvcore") == (1 + 1 + 1 + 1 + 3) * 20
+    assert count_macs(Blended(), (4, 5)) == 0
 
 
 def test_a_network_without_classes_costs_its_backbone():

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clframe.data.benchmark import SOURCES, Source
 from clframe.data.samples import TensorSamples
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.in_memory import MEMORY_GB, fits
 from clframe.data.sources.labels import checked_labels, relabel, split_off_test, warn_of_duplicates
 from clframe.data.sources.normalization import UNCHANGED, Normalization, measured

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clframe.data.benchmark import SOURCES, Source
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.image_files import ImageFiles
 from clframe.data.sources.in_memory import MEMORY_GB, image_source, joined_parts
 from clframe.data.sources.labels import relabel, split_off_test

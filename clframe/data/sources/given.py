@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clframe.data.benchmark import Benchmark, Data, Source
+from clframe.data.benchmark import Benchmark
 from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import seeded
 from clframe.data.samples import TensorSamples, concatenate
+from clframe.data.source import Data, Source
 from clframe.data.sources.image_files import as_pixels, channels_of
 from clframe.data.sources.in_memory import MEMORY_GB, fits
 from clframe.data.sources.labels import Labels, checked_labels, relabel, warn_of_duplicates

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor
 
-from clframe.data.benchmark import Data, Source
 from clframe.data.lazy import DatasetSamples
 from clframe.data.samples import TensorSamples
+from clframe.data.source import Data, Source
 from clframe.data.sources.image_files import ImageFiles
 from clframe.data.sources.labels import warn_of_duplicates
 from clframe.data.sources.normalization import Normalization, evenly_spaced, measured
@@ -30,10 +31,9 @@ def fits(title: str, *, nbytes: int, memory_gb: float) -> bool:
     if memory_gb < 0:
         raise ConfigError(f"benchmark.memory_gb: found {memory_gb}; give at least 0, which keeps nothing in memory")
     within = nbytes <= memory_gb * 1e9
-    logger.info(
-        "%s: %.3f GB of inputs, limit %g GB: %s",
-        title, nbytes / 1e9, memory_gb, "kept in memory" if within else "read batch by batch",
-    )  # fmt: skip
+    limit = "" if math.isinf(memory_gb) else f", limit {memory_gb:g} GB"
+    decision = "kept in memory" if within else "read batch by batch"
+    logger.info("%s: %.3f GB of inputs%s: %s", title, nbytes / 1e9, limit, decision)
     return within
 
 

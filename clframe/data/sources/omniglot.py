@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clframe.data.benchmark import SOURCES, Source
 from clframe.data.samples import TensorSamples
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
 from clframe.data.sources.download import Published, provide
 from clframe.data.sources.image_files import opened

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from clframe.data.benchmark import SOURCES, Source
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.download import Published, provide
 from clframe.data.sources.image_files import ImageFiles
 from clframe.data.sources.in_memory import MEMORY_GB, image_source, joined_parts

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clframe.data.benchmark import SOURCES, Source
 from clframe.data.samples import TensorSamples
+from clframe.data.source import SOURCES, Source
 from clframe.data.sources.download import Published, provide
 from clframe.data.sources.paths import text_of
 from clframe.errors import ConfigError, DataError

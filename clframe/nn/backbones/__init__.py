@@ -2,7 +2,10 @@
 
 A backbone is a function ``(input_shape, *, options) -> Backbone``; its keyword-only options carry
 annotations and defaults, against which configs are checked. Other packages add theirs through the entry
-point ``clframe.backbones``: the entry point's name is the backbone's name, its value the function.
+point ``clframe.backbones``: the entry point's name is the backbone's name, its value the function. A model of
+your own becomes a backbone with :meth:`Backbone.of`.
+
+Libraries that models come from (torchvision, timm, transformers) are imported when one is built.
 """
 
 from __future__ import annotations
@@ -11,8 +14,17 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 
 from clframe.nn.backbones.base import Backbone
+from clframe.nn.backbones.convnext import convnext_tiny
+from clframe.nn.backbones.efficientnet import efficientnet_b0, efficientnet_v2_s
+from clframe.nn.backbones.from_timm import timm
+from clframe.nn.backbones.from_transformers import bert, hf_text, hf_vit
+from clframe.nn.backbones.imagenet_resnet import resnet18, resnet34, resnet50
 from clframe.nn.backbones.resnet import resnet20, resnet32
 from clframe.nn.backbones.small import mlp, small_cnn
+from clframe.nn.backbones.swin import swin_t, swin_v2_s
+from clframe.nn.backbones.vgg import vgg11, vgg13, vgg16, vgg19
+from clframe.nn.backbones.vit import vit_b_16, vit_tiny
+from clframe.nn.backbones.wide_resnet import wide_resnet, wrn16_2
 from clframe.registry import Registry
 
 
@@ -21,7 +33,15 @@ def _load(point: EntryPoint) -> Iterator[tuple[str, Callable[..., Backbone]]]:
 
 
 BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone", group="clframe.backbones", load=_load)
-for _factory in (mlp, resnet20, resnet32, small_cnn):
+for _factory in (
+    bert, convnext_tiny, efficientnet_b0, efficientnet_v2_s, hf_text, hf_vit, mlp, resnet18, resnet20, resnet32,
+    resnet34, resnet50, small_cnn, swin_t, swin_v2_s, timm, vgg11, vgg13, vgg16, vgg19, vit_b_16, vit_tiny,
+    wide_resnet, wrn16_2,
+):  # fmt: skip
     BACKBONES.add(_factory.__name__, _factory)
 
-__all__ = ["BACKBONES", "Backbone", "mlp", "resnet20", "resnet32", "small_cnn"]
+__all__ = [
+    "BACKBONES", "Backbone", "bert", "convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "hf_text", "hf_vit",
+    "mlp", "resnet18", "resnet20", "resnet32", "resnet34", "resnet50", "small_cnn", "swin_t", "swin_v2_s", "timm",
+    "vgg11", "vgg13", "vgg16", "vgg19", "vit_b_16", "vit_tiny", "wide_resnet", "wrn16_2",
+]  # fmt: skip

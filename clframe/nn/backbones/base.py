@@ -5,29 +5,29 @@ Nothing is hooked: whoever wants a tap runs the stages in order and keeps the ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Literal
 
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
-
-Flow = Tensor | tuple[Tensor, ...]
-"""What goes from stage to stage: the tap, alone or followed by what travels with it (an attention mask)."""
-
-
-def tap_of(value: Flow) -> Tensor:
-    """The tap in what a stage returns."""
-    return value if isinstance(value, Tensor) else value[0]
+from clframe.nn.backbones.taps import Flow as Flow
+from clframe.nn.backbones.taps import same_function, shaped
+from clframe.nn.backbones.taps import tap_of as tap_of
 
 
 class Backbone(nn.Module):
     """Named stages run one after the other; the last one ends in a flat feature vector.
 
+    A stage returns its tap, or ``(tap, *carried)``, where what is carried (an attention mask, say) has the
+    batch first and travels to the next stage; the last one returns its tap alone. A tap of a convolutional
+    net is (channels, height, width), one of a transformer on tokens (tokens, width).
+
     Args:
-        stages: ``(name, module, tap shape)`` in order. The shape is that of one sample's output, computed
-            by arithmetic from the constructor's arguments. A later stage must not write into its input.
-        input_shape: Shape of one sample, (channels, height, width).
+        stages: ``(name, module, tap shape)`` in order. The shape is that of one sample's output. A later
+            stage must not write into its input.
+        input_shape: Shape of one sample, such as (channels, height, width).
 
     Attributes:
         names: Stage names, which are also the names of the taps. They may hold dots.
@@ -61,6 +61,51 @@ class Backbone(nn.Module):
             raise ConfigError(f"backbone: found last tap '{last}' of shape {shape}; end in a flat vector")
         self.stages = nn.ModuleList(module for _, module, _ in stages)
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | Iterable[tuple[str, nn.Module]],
+        *,
+        input_shape: tuple[int, ...],
+        depth: int = 1,
+    ) -> Backbone:
+        """A backbone from layers of your own; tap shapes come from a dry run that leaves no trace.
+
+        Stages that write into their input are joined to the stage before them (see
+        :func:`~clframe.nn.backbones.taps.shaped`); where the last tap is not flat, a stage ``flat`` follows.
+
+        Args:
+            model: An ``nn.Sequential``, or another module that does no more than run its children in order,
+                which is checked on random numbers; the children's names become the stages'. Or
+                ``(name, module)`` pairs. No classifier: the network adds its own.
+            input_shape: Shape of one sample.
+            depth: How deep ``nn.Sequential`` children are opened: with 2, ``layer1`` becomes ``layer1.0``,
+                ``layer1.1``, and so on.
+
+        Raises:
+            ConfigError: A stage that fails or drops the batch, or a module that does more than run its
+                children in order.
+
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+        >>> Backbone.of(net, input_shape=(3, 32, 32)).tap_shapes
+        {'0': (8, 30, 30), '1': (8, 30, 30), '2': (8, 2, 2), 'flat': (32,)}
+        """
+        require_at_least(depth, 1, where="backbone: depth")
+        stages = list(_opened(model, depth) if isinstance(model, nn.Module) else model)
+        if not stages:
+            raise ConfigError("backbone: found no stages; give at least one")
+        taps = shaped(stages, input_shape, where="backbone", compute=True)
+        parts = [stage for _, stage, _ in taps]
+        plain = type(model) is nn.Sequential
+        if isinstance(model, nn.Module) and not plain and not same_function(model, parts, input_shape):
+            raise ConfigError(
+                f"backbone: {type(model).__name__} does more than run its children in order; "
+                f"give (name, module) pairs that do"
+            )
+        if len(taps[-1][2]) != 1:
+            taps.append(("flat", nn.Flatten(), (prod(taps[-1][2]),)))
+        return cls(taps, input_shape=input_shape)
+
     @property
     def features(self) -> int:
         """Width of the last tap."""
@@ -78,6 +123,17 @@ class Backbone(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return x
+
+
+def _opened(model: nn.Module, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    # Not named_children(), which gives a layer that stands in two places only once.
+    for name, child in model._modules.items():
+        if child is None:
+            continue
+        if depth > 1 and isinstance(child, nn.Sequential) and len(child):
+            yield from ((f"{name}.{inner}", part) for inner, part in _opened(child, depth - 1))
+        else:
+            yield name, child
 
 
 def he_initialized(backbone: Backbone, *, fan: Literal["fan_in", "fan_out"]) -> Backbone:

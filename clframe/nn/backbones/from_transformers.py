@@ -1,0 +1,169 @@
+"""Encoders of Hugging Face transformers (extra ``transformers``): BERT for text, ViT for images.
+
+Stages: ``embed``, every layer from ``encoder.0`` on, and ``pool``. Taps are (tokens, width).
+
+A text is a tensor of token ids, of integers or of floats (which hold ids up to 2 ** 24 exactly). Id 0 is padding:
+no other token attends to it. The mask travels from stage to stage beside the tap. The first token is always
+attended to, so that an empty text has an output too.
+
+Pre-trained models are read from safetensors files only, nothing is unpickled, and no code that comes with a model
+is ever run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from clframe.errors import ConfigError, DataError, UnsupportedError
+from clframe.nn.backbones.base import Backbone, require_at_least, require_image
+from clframe.nn.backbones.extras import needed
+from clframe.nn.backbones.taps import shaped
+from clframe.nn.backbones.tokens import ImageEmbed, ImageLayer, Pooling, TextEmbed, TextLayer, TextPool
+from clframe.nn.backbones.vit import ClassToken
+
+
+def bert(
+    input_shape: tuple[int],
+    *,
+    vocabulary: int = 30522,
+    width: int = 128,
+    depth: int = 2,
+    heads: int = 2,
+    dropout: float = 0.1,
+    pooling: Literal["pooler", "cls", "mean"] = "pooler",
+) -> Backbone:
+    """BERT with random weights, of the size of BERT-tiny as it stands (needs the extra transformers).
+
+    Devlin et al., "BERT: pre-training of deep bidirectional transformers", 2019.
+
+    Args:
+        input_shape: (length,) of one text in tokens.
+        vocabulary: Number of token ids; id 0 is padding.
+        width: Width of a token; the hidden layer of a block has four times as many units.
+        depth: Encoder layers.
+        heads: Attention heads; they must divide the width.
+        dropout: Probability of dropout.
+        pooling: What the classifier sees: ``pooler``, BERT's own tanh layer on the first token; ``cls``, the
+            first token; ``mean``, the average over the tokens that are no padding.
+
+    Raises:
+        ConfigError: An option out of range or inputs that are no texts.
+        UnsupportedError: transformers is not installed.
+    """
+    length = _length(input_shape, where="bert")
+    for option, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth), ("heads", heads)):
+        require_at_least(value, 1, where=f"bert.{option}")
+    if width % heads:
+        raise ConfigError(f"bert.heads: found {heads} with width {width}; give a number that divides it")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"bert.dropout: found {dropout}; give 0 or more and less than 1")
+    library = needed("transformers", where="bert")
+    config = library.BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=max(length, 512),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        attn_implementation="sdpa",
+    )
+    model = library.BertModel(config, add_pooling_layer=pooling == "pooler")
+    return _text_backbone(model, input_shape, pooling=pooling, where="bert")
+
+
+def hf_text(
+    input_shape: tuple[int], *, pretrained: str, pooling: Literal["pooler", "cls", "mean"] = "pooler"
+) -> Backbone:
+    """Pre-trained BERT from the Hugging Face hub or a folder (needs the extra transformers).
+
+    Args:
+        input_shape: (length,) of one text in tokens, no longer than the model's positions.
+        pretrained: Name on the hub, such as ``google-bert/bert-base-uncased``, or a folder.
+        pooling: As in :func:`bert`.
+
+    Raises:
+        ConfigError: Texts that are too long, or a padding id other than 0.
+        DataError: A model that could not be loaded, or that is not in safetensors files.
+        UnsupportedError: transformers is not installed, or the model is no BERT.
+    """
+    length = _length(input_shape, where="hf_text")
+    options = {"add_pooling_layer": pooling == "pooler"}
+    model = _pretrained(pretrained, kind="bert", loader="BertModel", options=options, where="hf_text")
+    if length > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"hf_text: found texts of {length} tokens; {pretrained} takes {model.config.max_position_embeddings}"
+        )
+    if model.config.pad_token_id != 0:
+        raise ConfigError(f"hf_text: {pretrained} pads with id {model.config.pad_token_id}; take one that pads with 0")
+    return _text_backbone(model, input_shape, pooling=pooling, where="hf_text")
+
+
+def hf_vit(input_shape: tuple[int, int, int], *, pretrained: str) -> Backbone:
+    """Pre-trained vision transformer from the Hugging Face hub or a folder (needs the extra transformers).
+
+    Positions are interpolated for images of another size; the last tap is the class token, normalized.
+
+    Args:
+        input_shape: (channels, height, width) of one image, at least one patch.
+        pretrained: Name on the hub, such as ``google/vit-base-patch16-224-in21k``, or a folder.
+
+    Raises:
+        ConfigError: Images of other channels than the model's, or smaller than a patch.
+        DataError: A model that could not be loaded, or that is not in safetensors files.
+        UnsupportedError: transformers is not installed, or the model is no ViT.
+    """
+    options = {"add_pooling_layer": False}
+    model = _pretrained(pretrained, kind="vit", loader="ViTModel", options=options, where="hf_vit")
+    channels, _, _ = require_image(input_shape, model.config.patch_size, where="hf_vit")
+    if channels != model.config.num_channels:
+        raise ConfigError(
+            f"hf_vit: found images of {channels} channels; {pretrained} takes {model.config.num_channels}"
+        )
+    stages: list[tuple[str, nn.Module]] = [("embed", ImageEmbed(model.embeddings)), *_layers(model, ImageLayer)]
+    stages.append(("pool", ClassToken(model.layernorm)))
+    return Backbone(shaped(stages, input_shape, where="hf_vit"), input_shape=input_shape)
+
+
+def _text_backbone(model: Any, input_shape: tuple[int], *, pooling: Pooling, where: str) -> Backbone:
+    if pooling not in ("pooler", "cls", "mean"):
+        raise ConfigError(f"{where}.pooling: found {pooling!r}; give 'pooler', 'cls' or 'mean'")
+    stages: list[tuple[str, nn.Module]] = [("embed", TextEmbed(model.embeddings)), *_layers(model, TextLayer)]
+    stages.append(("pool", TextPool(pooling=pooling, pooler=model.pooler)))
+    return Backbone(shaped(stages, input_shape, where=where), input_shape=input_shape)
+
+
+def _layers(model: nn.Module, kind: type[TextLayer] | type[ImageLayer]) -> list[tuple[str, nn.Module]]:
+    # The model's only list of modules: where it hangs differs between versions of transformers.
+    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    return [(f"encoder.{index}", kind(layer)) for index, layer in enumerate(layers)]
+
+
+def _length(input_shape: tuple[int, ...], *, where: str) -> int:
+    if len(input_shape) != 1 or input_shape[0] < 1:
+        raise ConfigError(f"{where}: found inputs of shape {input_shape}; give token ids of shape (length,)")
+    return input_shape[0]
+
+
+def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], where: str) -> Any:
+    """A model of the hub or a folder, from safetensors files and with the attention that takes our masks."""
+    library = needed("transformers", where=where)
+    try:
+        config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type != kind:
+            raise UnsupportedError(f"{where}.pretrained: {name} is of type {config.model_type}; give a {kind} model")
+        model = getattr(library, loader).from_pretrained(
+            name, config=config, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **options
+        )
+    except UnsupportedError:
+        raise
+    except (OSError, ValueError) as error:  # not there, no connection, no safetensors, code of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{where}.pretrained: {name} could not be loaded ({reason}); connect, or give a folder with safetensors"
+        ) from error
+    return model

@@ -1,0 +1,229 @@
+"""Where exits go: as published, by name, evenly, or by cost.
+
+A placement is data: taps in order of depth, and what the losses there weigh at the end of their ramp (see
+:func:`~clframe.functional.exits.exit_weights`). Weights that no paper gives are the tap's share of the
+backbone's cost where costs are known, as Kaya et al., "Shallow-Deep Networks" (2019), have them, else i / K for
+exit i of K, counted from 1: the further from the last exit, the less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from math import inf
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clframe.errors import ConfigError
+from clframe.functional.macs import stage_macs, zeros_for
+from clframe.nn.backbones.base import Backbone
+from clframe.nn.backbones.taps import untouched
+from clframe.nn.exits.published import PUBLISHED, family_of
+from clframe.nn.exits.published import Placement as Placement
+
+if TYPE_CHECKING:
+    from clframe.nn.network import Network
+
+
+def preset(names: Sequence[str], *, exits: int | None = None) -> Placement:
+    """The published placement for a backbone whose blocks have these names, whatever its class or width.
+
+    Args:
+        names: The backbone's stages.
+        exits: How many exits before the last; None takes the paper's main setting.
+
+    Raises:
+        ConfigError: No placement was published for such blocks, or none with so many exits.
+
+    >>> from clframe.nn.backbones import resnet32
+    >>> preset(resnet32((3, 32, 32)).names, exits=3)
+    Placement(taps=('layer1.2', 'layer2.1', 'layer3.0'), weights=(0.15, 0.45, 0.75))
+    """
+    family = family_of(names)
+    if family is None:
+        raise ConfigError(
+            f"exits: found no published taps for {', '.join(names)}; name taps, or place them by number or cost "
+            f"(published: {', '.join(PUBLISHED)})"
+        )
+    placements = PUBLISHED[family].placements
+    for placement in placements:
+        if exits is None or len(placement.taps) == exits:
+            return placement
+    counts = ", ".join(str(len(placement.taps)) for placement in placements)
+    raise ConfigError(f"exits: found {exits} exits for {family}; published are {counts}")
+
+
+def named(backbone: Backbone, taps: Sequence[str]) -> Placement:
+    """Exits on these taps, in order of depth; several may share one.
+
+    Raises:
+        UnknownNameError: A tap that the backbone does not have; the nearest one is named.
+        ConfigError: No taps, or taps that are not in order of depth.
+    """
+    if not taps:
+        raise ConfigError("exits: found no taps; name at least one")
+    depth = [backbone.tap(tap) for tap in taps]
+    if depth != sorted(depth):
+        raise ConfigError(f"exits: found taps {', '.join(taps)}; list them in order of depth")
+    return Placement(tuple(taps), _rising(len(taps)))
+
+
+def every(backbone: Backbone, n: int) -> Placement:
+    """An exit on every n-th tap, the last one left out: it has the backbone's own classifier.
+
+    Raises:
+        ConfigError: ``n`` below 1, or so large that no tap remains.
+
+    >>> from clframe.nn.backbones import mlp
+    >>> every(mlp((1, 8, 8), depth=4), 2)
+    Placement(taps=('layer2',), weights=(0.5,))
+    """
+    taps = backbone.names[n - 1 : -1 : n] if n >= 1 else ()
+    if not taps:
+        most = len(backbone.names) - 1
+        raise ConfigError(f"exits: found every {n} of {most} taps before the last; give a number from 1 to {most}")
+    return Placement(taps, _rising(len(taps)))
+
+
+def at_cost(costs: Mapping[str, float], shares: Sequence[float]) -> Placement:
+    """Exits on the taps nearest to these shares of the backbone's cost, each on a tap of its own.
+
+    Nearest means the smallest sum of distances; of taps of equal cost the first is taken.
+
+    Args:
+        costs: Cost of every stage in order, such as ``stage_macs(network)``. Those of heads, under
+            ``exit/<name>``, are left out.
+        shares: Ascending, between 0 and 1.
+
+    Raises:
+        ConfigError: Shares that are not ascending or not between 0 and 1, or more of them than taps.
+
+    >>> at_cost({"a": 10, "b": 20, "c": 30, "d": 40}, [0.25, 0.5])
+    Placement(taps=('b', 'c'), weights=(0.3, 0.6))
+    """
+    stages = {name: cost for name, cost in costs.items() if not name.startswith("exit/")}
+    total = sum(stages.values())
+    reached = [spent / total for spent in accumulate(stages.values())][:-1] if total else []
+    if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] >= 1:
+        raise ConfigError(f"exits: found shares {_listed(shares)}; give ascending numbers between 0 and 1")
+    if len(shares) > len(reached):
+        raise ConfigError(
+            f"exits: found {len(shares)} shares for {len(reached)} taps before the last; give no more than taps"
+        )
+    names, chosen = list(stages), _nearest(reached, shares)
+    weights = tuple(max(round(reached[place], 2), 0.01) for place in chosen)
+    return Placement(tuple(names[place] for place in chosen), weights)
+
+
+def at_latency(
+    backbone: Backbone, shares: Sequence[float], *, batch: int = 1, repetitions: int = 5
+) -> Placement:
+    """Exits on the taps nearest to these shares of the backbone's time on this machine.
+
+    As :func:`at_cost` with :func:`stage_seconds`; the weights are the shares asked for, since measured ones
+    differ from one time to the next.
+
+    Args:
+        backbone: What to measure, on the device it is on.
+        shares: Ascending, between 0 and 1.
+        batch: Number of samples in a pass.
+        repetitions: Passes, after one that warms up.
+
+    Raises:
+        ConfigError: As :func:`at_cost`.
+    """
+    seconds = stage_seconds(backbone, batch=batch, repetitions=repetitions)
+    return replace(at_cost(seconds, shares), weights=tuple(shares))
+
+
+def stage_seconds(backbone: Backbone, *, batch: int = 1, repetitions: int = 5) -> dict[str, float]:
+    """Seconds that every stage takes, the median of several passes in eval mode after one that warms up."""
+    x = zeros_for(backbone, (batch, *backbone.input_shape))
+    passes: list[list[float]] = []
+    with untouched([backbone]):
+        for _ in range(repetitions + 1):
+            value, seconds = x, []
+            for stage in backbone.stages:
+                start = _now(x)
+                value = stage(value)
+                seconds.append(_now(x) - start)
+            passes.append(seconds)
+    return dict(zip(backbone.names, map(median, zip(*passes[1:], strict=True)), strict=True))
+
+
+def place(
+    network: Network,
+    *,
+    taps: Sequence[str] = (),
+    count: int | None = None,
+    nth: int | None = None,
+    cost_shares: Sequence[float] = (),
+    latency_shares: Sequence[float] = (),
+    values: Sequence[float] = (),
+) -> Placement:
+    """The placement that the first option given asks for; with none, the published one or every tap.
+
+    Args:
+        network: Whose backbone; its exits have no part in it.
+        taps: As :func:`named`.
+        count: As ``exits`` of :func:`preset`.
+        nth: As :func:`every`.
+        cost_shares: As :func:`at_cost`, by MACs.
+        latency_shares: As :func:`at_latency`.
+        values: Weights in place of the placement's own, one for each exit.
+
+    Raises:
+        ConfigError: As the function for that option, or another number of values than exits.
+        UnknownNameError: A tap that the backbone does not have.
+    """
+    backbone = network.backbone
+    if taps:
+        found = named(backbone, taps)
+    elif nth is not None:
+        found = every(backbone, nth)
+    elif cost_shares:
+        found = at_cost(stage_macs(network), cost_shares)
+    elif latency_shares:
+        found = at_latency(backbone, latency_shares)
+    elif count is None and family_of(backbone.names) is None:
+        found = every(backbone, 1)
+    else:
+        found = preset(backbone.names, exits=count)
+    if values and len(values) != len(found.taps):
+        raise ConfigError(f"exits: found {len(values)} weights for {len(found.taps)} exits; give one for each")
+    return replace(found, weights=tuple(values)) if values else found
+
+
+def _rising(count: int) -> tuple[float, ...]:
+    """For exit i of K, counted from 1 and without the last, i / K."""
+    return tuple(i / (count + 1) for i in range(1, count + 1))
+
+
+def _nearest(reached: Sequence[float], shares: Sequence[float]) -> tuple[int, ...]:
+    """Ascending places in ``reached``, all different, with the smallest sum of distances from ``shares``."""
+    # best[j]: the distance and the places for the shares so far, within the first j places.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(reached) + 1)
+    for share in shares:
+        longer: list[tuple[float, tuple[int, ...]]] = [(inf, ())]
+        for place, at in enumerate(reached):
+            distance, places = best[place]
+            taken = (distance + abs(at - share), (*places, place))
+            longer.append(min(longer[-1], taken, key=lambda choice: choice[0]))  # the first of equals
+        best = longer
+    return best[-1][1]
+
+
+def _listed(shares: Sequence[float]) -> str:
+    return ", ".join(f"{share:g}" for share in shares) or "none"
+
+
+def _now(x: Tensor) -> float:
+    """Seconds on the clock when all work on the device of ``x`` is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return perf_counter()

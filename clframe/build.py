@@ -129,6 +129,7 @@ def build(config: Config) -> Parts:
     source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
     source = source.augmented(augment).read_by(config.benchmark.workers)
     benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
+    composition.check_needs()
     for component in composition:
         component.check(classes=source.classes)
         option = component.needs_held_out

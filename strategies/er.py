@@ -44,6 +44,7 @@ class ER(Component):
     name: ClassVar[str] = "er"
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
     weight: ClassVar[str] = "scale"
+    keeps_memory: ClassVar[bool] = True
 
     memory: int = 200
     budget: Budget = "total"

@@ -71,12 +71,16 @@ class Component:
         weight: The option that scales everything the component does. At zero the component is the
             identity: composing drops it, so the run is bit-identical to one without it. None where
             nothing scales it.
+        keeps_memory: Whether its state is a memory (``x``, ``y``), which others read as ``moment.memory``.
+        needs_memory: Whether another component of the strategy must keep one.
     """
 
     name: ClassVar[str]
     slots: ClassVar[frozenset[str]] = frozenset()
     terms: ClassVar[tuple[str, ...]] = ()
     weight: ClassVar[str | None] = None
+    keeps_memory: ClassVar[bool] = False
+    needs_memory: ClassVar[bool] = False
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.compose.compose`."""

@@ -38,6 +38,13 @@ class Composition:
         """The component that owns ``slot``, if any."""
         return next((component for component in self.components if slot in component.slots), None)
 
+    def check_needs(self) -> None:
+        """Refuse a strategy in which a component lacks another that it needs (ComposeError)."""
+        keeps = any(component.keeps_memory for component in self.components)
+        for component in self.components:
+            if component.needs_memory and not keeps:
+                raise ComposeError(f"strategy: '{component.name}' needs a memory; add one, as in '{component.name} + er'")
+
     def acting_at(self, hook: str) -> tuple[Component, ...]:
         """The components that override ``hook``: the only ones the engine calls there."""
         return tuple(component for component in self.components if hook in component.acts_at())

@@ -105,6 +105,10 @@ class Moment:
     epochs: int
     generator: Generator
     """CPU generator of one component, seeded by (seed, experience, epoch, component)."""
+    memory: State | None = None
+    """State of the component that replays (``x`` inputs as stored, ``y`` targets, ...), to be read only; None
+    where there is none or it is empty. Components act in the order of their names, so ``er`` has already kept
+    samples of an experience when a component behind it in the alphabet consolidates."""
 
 
 @dataclass(frozen=True, slots=True)

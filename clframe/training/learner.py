@@ -29,6 +29,7 @@ class Learner:
     """
 
     def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
+        composition.check_needs()
         self.network = network
         self.composition = composition
         self.seed = seed
@@ -195,7 +196,14 @@ class Learner:
         experience = self._current()
         base = torch.initial_seed() if self.seed is None else self.seed
         generator = generator_for(base, kind, experience.index, epoch, name)
-        return Moment(experience, epoch, self.epochs, generator)
+        return Moment(experience, epoch, self.epochs, generator, self._memory())
+
+    def _memory(self) -> State | None:
+        """The memory of the component that keeps one, if there is anything in it."""
+        for component in self.composition:
+            if component.keeps_memory and self.state[component.name]["x"] is not None:
+                return self.state[component.name]
+        return None
 
     def _current(self) -> Experience:
         assert self.experience is not None, "begin() comes first"

@@ -1,0 +1,86 @@
+"""What is said of the data reaches the terminal: plain lines on stderr, before training."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+import clframe.build
+from clframe.cli import main
+
+UNEVEN = "digits: 10 classes in 3 experiences = 4 + 3 + 3\n"
+DATA = logging.getLogger("clframe.data")
+
+
+@pytest.fixture
+def mine(here):
+    """Overrides for arrays of which two test samples are trained on as well; 0.000002 GB."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (32, 8, 8), dtype=np.uint8), np.arange(32) % 4
+    np.savez("mine.npz", x_train=x[:26], y_train=y[:26], x_test=x[24:], y_test=y[24:])
+    return ["benchmark=npz", "benchmark.path=mine.npz", "benchmark.experiences=2", "backbone.width=2"]
+
+
+KEPT = "mine: 0.000 GB of inputs, limit 4 GB: kept in memory\n"
+TWICE = "mine.npz: 2 of 8 test samples are also in the training data; accuracy will look better than it is\n"
+
+
+def test_explain_says_it_beside_what_it_prints(call, mine):
+    code, out, err = call("explain", "quickstart", "benchmark.experiences=3")
+    assert (code, err) == (0, UNEVEN) and out.startswith("config\n")
+    code, out, err = call("explain", "quickstart", *mine)
+    assert (code, err) == (0, KEPT + TWICE) and "kept in memory" not in out
+
+
+def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsys):
+    before = []
+
+    def session(*_):
+        before.append(capsys.readouterr().err)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clframe.build, "_session", session)
+        assert call("run", "quickstart", "benchmark.experiences=3").code == 130
+    assert before == [UNEVEN]
+    tiny = ("benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
+    code, out, err = call("run", "quickstart", *tiny, "--seeds", "0..1")
+    assert (code, err) == (0, UNEVEN) and "experience 3/3" in out
+
+
+def test_a_resumed_run_says_it_too(call, here):
+    call("run", "quickstart", "benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
+    (folder,) = here.glob("runs/quickstart/*")
+    assert call("run", "--resume", str(folder)).err == UNEVEN
+
+
+def test_quiet_leaves_warnings_only(call, mine):
+    code, out, err = call("run", "quickstart", *mine, "trainer.fast_dev_run=true", "--quiet")
+    assert (code, err) == (0, TWICE) and out.count("\n") == 1
+
+
+def test_a_refused_call_leaves_its_error_only(refused, call, mine, contents, here):
+    np.savez("odd.npz", x=np.zeros((9, 2, 2), np.uint8), y=np.arange(9) % 3)
+    refused(["run", "quickstart", *mine[:1], "benchmark.path=odd.npz", "benchmark.experiences=4"],
+            "benchmark.experiences: found 4 for 3 classes")  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["strategies", "benchmarks", "configs"])
+def test_lists_say_nothing(call, what):
+    assert call("list", what).err == ""
+
+
+def test_the_log_is_left_as_it_was(call, mine):
+    before = (DATA.level, list(DATA.handlers), DATA.propagate, list(logging.getLogger().handlers))
+    assert main(["explain", "quickstart", *mine]) == 0
+    assert main(["explain", "quickstart", *mine, "benchmark.experiences=9"]) == 2
+    assert (DATA.level, list(DATA.handlers), DATA.propagate, list(logging.getLogger().handlers)) == before
+
+
+def test_from_python_nothing_is_printed(mine, capsys):
+    clframe.build.explain("quickstart", ["benchmark.experiences=3"])
+    clframe.build.explain("quickstart", mine[:-1])
+    captured = capsys.readouterr()
+    assert captured.out == "" and UNEVEN not in captured.err and KEPT not in captured.err

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.build import explain, run
+    from clframe.build import explain, load, run
     from clframe.config.load import load_config
     from clframe.config.schema import Config
     from clframe.core import Component, Composition, Output, compose, parse, register
@@ -38,6 +38,7 @@ _HOMES = {
     "class_incremental": "clframe.data",
     "compose": "clframe.core",
     "explain": "clframe.build",
+    "load": "clframe.build",
     "load_config": "clframe.config.load",
     "on_fabric": "clframe.training.fabric",
     "parse": "clframe.core",
@@ -48,7 +49,7 @@ _HOMES = {
 __all__ = [
     "Benchmark", "ClframeError", "Component", "Composition", "Config", "ContinualModule",
     "LightningStrategy", "Network", "Output", "Result", "class_incremental", "compose", "explain",
-    "load_config", "on_fabric", "parse", "register", "run",
+    "load", "load_config", "on_fabric", "parse", "register", "run",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from clframe.data import SOURCES, Benchmark, Source, class_incremental
 from clframe.data.augment import AUGMENTATIONS, Augmentation
 from clframe.data.domains import permuted, rotated
 from clframe.data.online import blurry, online
-from clframe.errors import ClframeError, ConfigError, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
 from clframe.functional.seeding import derive_seed
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
@@ -33,6 +33,7 @@ from clframe.reporting.results import Result, summarize
 
 if TYPE_CHECKING:
     from clframe.training.session import Progress, Session
+    from clframe.training.trained import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,31 @@ def run(
             return _finish(parts, folder, session, session.run())
         finally:
             session.close()
+
+
+def load(run: str | Path, *, device: str = "cpu") -> TrainedModel:
+    """The model that a run has trained so far, to predict with; reads neither data nor code.
+
+    Args:
+        run: A run folder, finished or not.
+        device: Where to put it.
+
+    Raises:
+        RunFolderError: No run folder, or no checkpoint in it that can be read.
+    """
+    from clframe.training.trained import newest, restored
+
+    folder = RunFolder.open(Path(run), where="load")
+    config = _config_of(folder)
+    content = newest(folder.path, device=torch.device(device))
+    network = Network(_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
+    try:
+        trained = restored(network, build_strategy(config.strategy, config.components), content)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
+    network.to(device)
+    return trained
 
 
 def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:

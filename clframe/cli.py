@@ -245,29 +245,35 @@ def _act_explain(options: argparse.Namespace) -> int:
 
 
 class _Notices(logging.Handler):
-    """What is said of the data, as plain lines on stderr: warnings at once, the rest when it is asked for.
+    """What is said of the data, as plain lines on stderr, held back until nothing can refuse the call any more.
 
-    So a call that is refused leaves one line, the error. What several seeds have to say is said once.
+    So a call that is refused leaves warnings and its error. What several seeds have to say is said once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: list[str] = []
+        self._held: list[logging.LogRecord] | None = []
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say or keep a line."""
-        self._waiting.append(record.getMessage())
-        if record.levelno >= logging.WARNING:
-            self.show()
+        """Hold a line back, or say it."""
+        if self._held is None:
+            self._say(record)
+        else:
+            self._held.append(record)
 
-    def show(self) -> None:
-        """Say what has been kept."""
-        for line in self._waiting:
-            if line not in self._said:
-                print(line, file=sys.stderr, flush=True)
+    def show(self, *, least: int = logging.NOTSET) -> None:
+        """Say what was held back, from level ``least``, and from now on all at once."""
+        held, self._held = self._held or [], None
+        for record in held:
+            if record.levelno >= least:
+                self._say(record)
+
+    def _say(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self._said:
             self._said.add(line)
-        self._waiting.clear()
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -280,6 +286,7 @@ def _notices(*, quiet: bool) -> Iterator[_Notices]:
     try:
         yield handler
     finally:
+        handler.show(least=logging.WARNING)
         logger.removeHandler(handler)
         logger.setLevel(level)
 

@@ -231,14 +231,15 @@ def chosen(work: Costs, time: Costs, budget: float) -> tuple[int, ...] | None:
     return None if best is None else best[1]
 
 
-def affordable(time: Costs) -> tuple[int, ...]:
-    """As many exits as cost ``OVERHEAD`` of the backbone's time at most, the cheapest first."""
-    exits, spent = [], 0.0
-    for exit in sorted(range(len(time.heads) - 1), key=lambda exit: time.heads[exit]):
-        spent += time.heads[exit]
-        if spent <= OVERHEAD * time.bare:
-            exits.append(exit)
-    return tuple(sorted(exits))
+def affordable(network: Network, batches: Sequence[Tensor], time: Costs) -> tuple[int, ...]:
+    """As many exits, the cheapest first, as cost ``OVERHEAD`` of the bare backbone at most when nobody leaves."""
+    cheapest = sorted(range(len(time.heads) - 1), key=lambda exit: time.heads[exit])
+    for count in range(len(cheapest), 0, -1):
+        dynamic = DynamicNetwork(network, ExitPolicy(thresholds=1.0), exits=cheapest[:count])
+        taken = race({"bare": bare(network, batches), "own": lambda d=dynamic: [d(x) for x in batches]}, repeats=15)
+        if ratio(taken["own"], taken["bare"])["median"] <= 1 + OVERHEAD:
+            return tuple(sorted(cheapest[:count]))
+    return ()
 
 
 def rows_of(network: Network, *, batch: int, repeats: int) -> list[dict[str, Any]]:
@@ -255,7 +256,7 @@ def rows_of(network: Network, *, batch: int, repeats: int) -> list[dict[str, Any
             if enabled is not None and shares is not None:
                 policy = ExitPolicy(thresholds=thresholds_for(scores, shares))
                 plans.append((f"{budget:.0%}", choice, enabled, policy))
-    for choice, enabled in (("all", everything), ("affordable", affordable(time))):
+    for choice, enabled in (("all", everything), ("affordable", affordable(network, batches[:16], time))):
         plans.append(("none leaves", choice, enabled, ExitPolicy(thresholds=1.0)))
     runs: dict[str, Run] = {"bare": bare(network, batches)}
     rows = []

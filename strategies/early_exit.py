@@ -35,7 +35,8 @@ class EarlyExit(Component):
             likeliest classes, ``patience`` (p exits in a row that agree: threshold p / (p + 1)), or ``gate``, a
             logistic regression on the first three, fitted on held-out data.
         threshold: From which confidence on an exit answers: one number, or one for each exit before the last.
-        budget: Instead, the share of the bare backbone's MACs that a prediction may cost on average.
+        budget: Instead, the share of the bare backbone's MACs that a prediction may cost on average. What is too
+            little even for the first exit buys the first exit.
         solver: How a budget's thresholds are found: ``shared``, one for all exits; ``quantiles``, shares that
             fall off geometrically (MSDNet); ``coordinate``, each in turn.
         fallback: What answers where no exit is sure: the ``last``, or the most ``confident``.
@@ -80,17 +81,14 @@ class EarlyExit(Component):
         found = {**state, "gate": None if gate is None else dict(gate.state_dict())}
         if self.budget is None:
             return found
+        cost_K = cumulative_macs(network)
         validation = ExitAnswers(
             confidence_KN=self._confidences(scores, found),
             correct_KN=torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores]),
-            cost_K=cumulative_macs(network),
+            cost_K=cost_K,
         )
-        try:
-            solution = solve(
-                validation, method=self.solver, budget=self.budget * backbone_macs(network), fallback=self.fallback
-            )
-        except ConfigError as error:
-            raise ConfigError(f"components.early_exit.{error}") from None
+        budget = max(self.budget * backbone_macs(network), cost_K[0])
+        solution = solve(validation, method=self.solver, budget=budget, fallback=self.fallback)
         return {**found, "thresholds": solution.thresholds}
 
     def policy(self, state: State) -> ExitPolicy:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from functools import cached_property
+from typing import ClassVar
 
 from clframe.core.component import Component
 from clframe.core.types import Batch, Moment, Pool, State
-from clframe.data.memory import Budget, MemoryPolicy, Selection, drawn
-from clframe.errors import ConfigError
+from clframe.data.memory import Budget, MemoryPolicy, Selection
+from clframe.data.replay import Joining, Replay
 from clframe.nn.features import feature_reader
 from clframe.nn.network import Network
 
@@ -49,82 +48,56 @@ class ER(Component):
     memory: int = 200
     budget: Budget = "total"
     selection: Selection = "balanced"
-    replay: Literal["extra", "fixed", "half", "concatenate"] = "extra"
+    replay: Joining = "extra"
     ratio: float = 1.0
     replayed: int = 32
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing."""
-        if self.memory < 1:
-            raise ConfigError(f"components.er.memory: found {self.memory}; give at least 1 sample")
-        if self.budget == "per_class" and self.selection in ("random", "reservoir"):
-            raise ConfigError(
-                f"components.er.budget: found per_class with selection {self.selection}, which knows no "
-                f"classes; use total, or select balanced or herding"
-            )
-        if not 0 < self.ratio <= 1000:
-            raise ConfigError(f"components.er.ratio: found {self.ratio}; give a number above 0, at most 1000")
-        if self.replayed < 1:
-            raise ConfigError(f"components.er.replayed: found {self.replayed}; give at least 1 sample")
-        if not self.scale >= 0:
-            raise ConfigError(f"components.er.scale: found {self.scale}; give a number of at least 0")
-        if self.replay == "concatenate" and self.scale not in (0, 1):
-            raise ConfigError(
-                f"components.er.scale: found {self.scale} with replay concatenate, which weighs all samples alike; "
-                f"leave it at 1, or take extra, fixed or half"
-            )
+        _ = self._replay  # made now, it refuses them now
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(
+            owner=self.name,
+            memory=self.memory,
+            budget=self.budget,
+            selection=self.selection,
+            how=self.replay,
+            ratio=self.ratio,
+            replayed=self.replayed,
+            scale=self.scale,
+        )
 
     def acts_at(self) -> tuple[str, ...]:
         """At ``pool`` or ``batch``, whichever the way of replay needs."""
-        unused = {"concatenate": {"batch"}, "half": set[str]()}.get(self.replay, {"pool"})
+        unused = {"pool", "batch"} - self._replay.hooks
         return tuple(hook for hook in super().acts_at() if hook not in unused)
 
     @property
     def policy(self) -> MemoryPolicy:
         """What the memory keeps."""
-        return MemoryPolicy(self.memory, self.budget, self.selection)
+        return self._replay.policy
 
     def check(self, *, classes: int) -> None:
         """A memory that is shared by classes must have room for one sample of each."""
-        by_class = self.budget == "total" and self.selection in ("balanced", "herding")
-        if by_class and self.memory < classes:
-            raise ConfigError(
-                f"components.er.memory: found {self.memory} for {classes} classes; give at least {classes}, "
-                f"one sample of each"
-            )
+        if self._replay.by_class:
+            self._replay.check(classes=classes)
 
     def init(self, network: Network) -> State:
         """An empty memory."""
-        return self.policy.empty()
+        return self._replay.empty()
 
     def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """Memory and new data, or new data in half batches; the new data alone while the memory is empty."""
-        if state["x"] is None:
-            return samples, size
-        if self.replay == "half":
-            return samples, -(-size // 2)
-        return samples.extended(state["x"], state["y"]), size
+        return self._replay.pool(samples, size, state)
 
     def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
         """New samples first, then replayed ones."""
-        if state["x"] is None:
-            return batch
-        size = batch.y.shape[0]
-        ratio = self.ratio if self.replay == "extra" else 1
-        count = self.replayed if self.replay == "fixed" else -int(-ratio * size // 1)
-        index = drawn(state, count, generator=moment.generator)
-        samples = moment.experience.samples
-        x = samples.prepare(state["x"].index_select(0, index), generator=moment.generator).to(batch.x.device)
-        y = state["y"].index_select(0, index).to(batch.y.device)
-        weight_B = None
-        if self.scale != 1:
-            weight_B = torch.ones(size + count, device=batch.x.device)
-            weight_B[size:] = self.scale
-        return Batch(torch.cat([batch.x, x]), torch.cat([batch.y, y]), weight_B)
+        return self._replay.batch(batch, moment, state)
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
         """Make room, then keep samples of this experience."""
-        experience = moment.experience
-        features = feature_reader(network, experience.samples)
-        return self.policy.renewed(state, experience, generator=moment.generator, features=features)
+        features = feature_reader(network, moment.experience.samples)
+        return self._replay.renewed(moment, state, features=features)

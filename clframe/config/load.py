@@ -15,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clframe.config.files import YAML, find_config, read_yaml, reason
+from clframe.config.files import YAML, find_config, known_configs, read_yaml, reason
 from clframe.config.schema import OPEN_BLOCKS, Config
 from clframe.config.typed import check_keys, from_mapping
+from clframe.core import COMPONENTS
 from clframe.core.options import shown
 from clframe.errors import ConfigError
 
@@ -25,7 +26,8 @@ from clframe.errors import ConfigError
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """The config that a file and overrides (``key.sub=value``) amount to.
 
-    ``benchmark=NAME`` and ``backbone=NAME`` put the block of that file in the place of the one there was;
+    ``benchmark=NAME`` and ``backbone=NAME`` put the block of that file in the place of the one there was, and
+    ``strategy=NAME`` takes strategy and options from a file of configs/strategy, unless NAME is a component;
     they come before all other overrides, of which the last one wins.
 
     Raises:
@@ -89,7 +91,11 @@ class _Override:
             raise ConfigError(f"{self.where}: is no key=value; write it like trainer.epochs=3")
         if self.key == "defaults":
             raise ConfigError(f"{self.where}: comes too late; override the keys that the defaults bring")
-        self.swaps = self.key in OPEN_BLOCKS and not self.value.startswith("{")
+        self.swaps = (
+            _is_preset(self.value)
+            if self.key == "strategy"
+            else self.key in OPEN_BLOCKS and not self.value.startswith("{")
+        )
 
     def swapped(self, base: DictConfig) -> DictConfig:
         """``base`` with the block of another file of the group in the place of its own."""
@@ -97,6 +103,7 @@ class _Override:
         if group not in ("", self.key) and not rest.endswith(YAML):
             raise ConfigError(f"{self.where}: is not in configs/{self.key}; see clframe list configs {self.key}")
         path = find_config(self.value, group=self.key, where=self.where)
+        # A preset's options are merged, as those of an expression would be: another component's stay.
         merged = OmegaConf.masked_copy(base, [str(key) for key in base if key != self.key])
         for where, layer in _layers(path):
             merged = _merge(merged, layer, where)
@@ -111,6 +118,14 @@ class _Override:
         except Exception as error:  # what a parser may say of a broken value is not listed anywhere
             raise ConfigError(f"{self.where}: {reason(error)}; mend the value or put it in quotes") from None
         return _merge(base, layer, self.where)
+
+
+def _is_preset(value: str) -> bool:
+    """Whether ``strategy=value`` names a file of configs/strategy: a component's own name means the component."""
+    name = value.removeprefix("strategy/")
+    if f"strategy/{name}" not in known_configs("strategy"):
+        return False
+    return name != value or name not in COMPONENTS.names()
 
 
 def _contents(node: DictConfig) -> dict[Any, Any]:

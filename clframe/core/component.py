@@ -3,7 +3,7 @@
 This file teaches the system. A run is this loop; every name that is a method of :class:`Component`
 has a neutral default, so a component overrides only what it changes::
 
-    edit(network)                          once, before any optimizer exists
+    edit(network)                          once, before any optimizer exists; SLOT classifier: of what kind they are
     state = init(network)
     for experience in stream:
         sources(index, count)              which experiences' data this one trains on
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from clframe.core.compose import Composition
     from clframe.nn.network import Network
 
-SLOTS: Final = ("batch", "heads", "task", "mix", "gradient", "optimizer", "answers", "decision")
+SLOTS: Final = ("batch", "heads", "classifier", "task", "mix", "gradient", "optimizer", "answers", "decision")
 """What only one component of a strategy may own."""
 
 HOOKS: Final = (

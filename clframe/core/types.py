@@ -61,6 +61,9 @@ class Pool(Samples, Protocol):
     def extended(self, raw: Tensor, y: Tensor) -> Pool:
         """These samples and others as a memory holds them: stored inputs and targets."""
 
+    def subset(self, index: Tensor) -> Pool:
+        """The samples at ``index``, in that order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Experience:
@@ -120,3 +123,5 @@ class Step:
     moment: Moment
     network: Network
     """What learns; for terms on weights rather than outputs."""
+    weight_K: Tensor | None = None
+    """What each exit's terms weigh in this epoch, for losses that the engine does not weigh; None: one each."""

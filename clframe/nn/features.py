@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clframe.core.types import Samples
 from clframe.nn.freeze import freeze
@@ -51,3 +52,57 @@ def exit_logits(
     network.train(training)
     targets_N = torch.cat([samples.y.to(device) for samples in parts])
     return tuple(torch.cat(logits) for logits in zip(*outputs, strict=True)), targets_N
+
+
+def embedded(tap: Tensor) -> Tensor:
+    """features_BF of a tap: a map's mean over its positions, the first of its tokens, or the flat tap itself."""
+    if tap.ndim == 4:
+        return tap.mean(dim=(2, 3))
+    return tap[:, 0] if tap.ndim == 3 else tap
+
+
+@torch.no_grad()
+def exit_features(
+    network: Network, samples: Samples, *, batch_size: int = 256
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """K embedded taps features_BF, one for each exit, and targets_B: batch by batch, in the samples' own order.
+
+    Not augmented, in evaluation mode; the network's own mode is put back in the end.
+    """
+    device, training, names = network.final.weight.device, network.training, network.exit_taps
+    network.eval()
+    try:
+        for index in torch.arange(len(samples)).split(batch_size):
+            taps = network(samples.prepare(samples.raw(index)).to(device), taps=names).taps
+            embedding = {name: embedded(tap) for name, tap in taps.items()}
+            yield tuple(embedding[name] for name in names), samples.y[index.to(samples.y.device)].to(device)
+    finally:
+        network.train(training)
+
+
+@torch.no_grad()
+def class_sums(
+    network: Network, read: Callable[[Tensor], Tensor], y_N: Tensor, *, batch_size: int = 256
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """K tensors sums_CF, the embedded features of each exit brought to length 1 and summed up by class, and count_C.
+
+    C is the number of outputs of the network, which is left alone: a copy in evaluation mode reads.
+
+    Args:
+        network: Whose exits.
+        read: Inputs as the network wants them, from index_B into the samples.
+        y_N: Targets of the samples.
+        batch_size: Samples read at a time.
+    """
+    frozen, device = freeze(network), network.final.weight.device
+    y_N = y_N.to(device)
+    count_C = torch.bincount(y_N, minlength=frozen.classes)
+    sums: list[Tensor] = []
+    for index in torch.arange(len(y_N)).split(batch_size):
+        taps = frozen(read(index).to(device), taps=set(frozen.exit_taps)).taps
+        features = [F.normalize(embedded(taps[tap]), dim=1) for tap in frozen.exit_taps]
+        # A product with one-hot rows: adding by index has no fixed order of summation on accelerators.
+        one_hot_CB = F.one_hot(y_N[index.to(device)], frozen.classes).T
+        parts = [one_hot_CB.to(features_BF.dtype) @ features_BF for features_BF in features]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return tuple(sums), count_C

@@ -16,7 +16,7 @@ from clframe.errors import ConfigError
 from clframe.functional.exits import scale_gradient
 from clframe.nn.backbones.base import Backbone, Flow, tap_of
 from clframe.nn.exits.ensemble import Ensemble, Single
-from clframe.nn.heads import GrowingLinear, Head
+from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +45,7 @@ class Network(nn.Module):
             not at all (linear probes); ``equilibrium``, exit k of K scaled by 1/(K - k) and what comes from
             behind it by (K - k - 1)/(K - k), k from 0, so that every exit pulls alike at every depth (Li et
             al., "Improved Techniques for Training Adaptive Deep Networks", 2019).
+        extras: What components train beside backbone and heads, by their names: projections, say. No exit uses it.
         boosted: Whether an exit's logits are added to those of the exit before, whose gradient is cut (Yu et
             al., "Boosted Dynamic Neural Networks", 2023).
 
@@ -71,14 +72,16 @@ class Network(nn.Module):
         self.ensemble: Ensemble = Single()
         self.gradient: Gradient = "through"
         self.boosted = False
+        self.extras = nn.ModuleDict()
+        self._make_classifier: ClassifierKind | None = None
         self._trunk_frozen = False
         self.attach(exits)
 
     @property
-    def final(self) -> GrowingLinear:
+    def final(self) -> Classifier:
         """The backbone's own classifier."""
         head = self.heads[-1]
-        assert isinstance(head, GrowingLinear)
+        assert isinstance(head, Classifier)
         return head
 
     @property
@@ -112,11 +115,25 @@ class Network(nn.Module):
         if stages != sorted(stages):
             found = ", ".join(tap for tap, _ in exits)
             raise ConfigError(f"exits: found taps {found}; list them in order of depth")
-        self.heads = nn.ModuleList([*(head for _, head in exits), own])
+        make = self._make_classifier
+        self.heads = nn.ModuleList([*(head if make is None else head.use(make) for _, head in exits), own])
         self.exit_names = (*_numbered([tap for tap, _ in exits]), FINAL)
         self.exits_at = tuple(
             tuple(exit for exit, at in enumerate(stages) if at == stage) for stage in range(len(backbone.names))
         )
+
+    def classify_with(self, make: ClassifierKind) -> None:
+        """Have classifiers of another kind at every exit, those attached later among them.
+
+        Args:
+            make: Makes one, without outputs yet, for features of a width, such as
+                :class:`~clframe.nn.heads.CosineLinear`.
+
+        Raises:
+            UnsupportedError: Classes have been learnt, or a head of a kind that cannot change.
+        """
+        self.heads = nn.ModuleList(head.use(make) for head in self.heads)  # type: ignore[operator]
+        self._make_classifier = make
 
     def grow(self, classes: Iterable[int]) -> bool:
         """Grow every head, and the ensemble, for ``classes``; True if parameters were replaced.

@@ -76,16 +76,16 @@ class RunFolder:
                 raise
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, *, where: str = "resume") -> RunFolder:
         """The folder of an earlier run.
 
         Raises:
             RunFolderError: There is none, or it holds no config.
         """
         if not path.is_dir():
-            raise RunFolderError(f"resume: no folder {path}; give the run folder that a run printed")
+            raise RunFolderError(f"{where}: no folder {path}; give the run folder that a run printed")
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(f"resume: {path} holds no config.yaml; give the folder of a run, not one above it")
+            raise RunFolderError(f"{where}: {path} holds no config.yaml; give the folder of a run, not one above it")
         return cls(path)
 
     def discard(self) -> None:

@@ -96,10 +96,10 @@ class Learner:
 
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """One scalar: the task's cross-entropy and every component's terms, mixed."""
-        self.step = step = Step(batch, output, self._task_moment, self.network)
+        self.step = step = Step(batch, output, self._task_moment, self.network, self._weight_K)
         terms = {"task/ce": self._task(step)}
         for component in self._losses:
-            own = Step(batch, output, self._moments[component.name], self.network)
+            own = Step(batch, output, self._moments[component.name], self.network, self._weight_K)
             for term, value in component.losses(own, self.state[component.name]).items():
                 terms[self._term_name(component.name, term)] = value
         if self._weight_K is not None:
@@ -172,7 +172,7 @@ class Learner:
         owner = self._task_owner
         if owner is None:
             return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
-        own = Step(step.batch, step.output, self._moments[owner.name], self.network)
+        own = Step(step.batch, step.output, self._moments[owner.name], self.network, self._weight_K)
         return owner.task(own, self.state[owner.name])
 
     def _weights(self) -> Tensor | None:

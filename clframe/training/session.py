@@ -19,6 +19,7 @@ from clframe.training.exit_watch import ExitWatch
 from clframe.training.monitor import Monitor
 from clframe.training.scoring import Scores
 from clframe.training.strategy import LightningStrategy
+from clframe.training.trained import described
 
 
 @dataclass
@@ -176,6 +177,7 @@ class Session:
             "tallies": [asdict(t) for t in progress.tallies],
             "exits": [asdict(record) for record in progress.exits],
             "taps": dict(self._watch.reference),
+            "data": described(self.benchmark),
             "loss_terms": progress.loss_terms,
             "past": learner.past,
             "network": dict(learner.network.state_dict()),

@@ -25,7 +25,7 @@ FILES = [
     ("trainer: {epoch: 3}\n", "my.yaml: unknown key 'trainer.epoch'; did you mean 'trainer.epochs'?"),
     ("3: 4\n", "my.yaml: unknown key '3'; keys are backbone"),
     ("trainer: {3: 4}\n", "my.yaml: unknown key 'trainer.3'; keys are accelerator"),
-    ("_target_: os.system\n", "my.yaml: unknown key '_target_'; keys are backbone"),
+    ("_target_: os.system\n", "my.yaml: unknown key '_target_'; "),
     ("defaults: [experiment/quickstart]\ncomponents: {er: {3: 4}}\n", "components.er.3: unknown option;"),
     ("defaults: [experiment/quickstart]\nbackbone: {3: 4}\n", "backbone.3: unknown option; options are"),
     ("defaults: [my.yaml]\n", "my.yaml: defaults form a circle (my > my); take one of them out"),

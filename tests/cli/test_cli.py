@@ -106,7 +106,7 @@ def asked(monkeypatch):
     """What ``clframe.build.run`` is asked to do; it does nothing."""
     calls = []
 
-    def run(config="", overrides=(), *, output=None, resume=None, on_evaluated=None):
+    def run(config="", overrides=(), *, output=None, resume=None, on_built=None, on_evaluated=None):
         calls.append((config, list(overrides), output, resume))
         raise KeyboardInterrupt
 

@@ -61,10 +61,13 @@ def test_quiet_leaves_warnings_only(call, mine):
     assert (code, err) == (0, TWICE) and out.count("\n") == 1
 
 
-def test_a_refused_call_leaves_its_error_only(refused, call, mine, contents, here):
-    np.savez("odd.npz", x=np.zeros((9, 2, 2), np.uint8), y=np.arange(9) % 3)
-    refused(["run", "quickstart", *mine[:1], "benchmark.path=odd.npz", "benchmark.experiences=4"],
+def test_a_refused_call_leaves_its_error_only(refused, call, mine):
+    np.savez("odd.npz", x=np.random.default_rng(1).integers(0, 256, (9, 2, 2), dtype=np.uint8), y=np.arange(9) % 3)
+    refused(["run", "quickstart", "benchmark=npz", "benchmark.path=odd.npz", "benchmark.experiences=4"],
             "benchmark.experiences: found 4 for 3 classes")  # fmt: skip
+    code, out, err = call("explain", "quickstart", *mine, "benchmark.experiences=9")
+    assert (code, out) == (2, "")
+    assert err == TWICE + "clframe: error: benchmark.experiences: found 9 for 4 classes; give at most 4\n"
 
 
 @pytest.mark.parametrize("what", ["strategies", "benchmarks", "configs"])

@@ -22,14 +22,15 @@ def test_every_field_survives_a_round_trip():
     """No value here is its field's default."""
     config = Config(
         name="n", seed=2**63 - 1, strategy="er", components={"er": {"memory": 3}, "lwf": {}},
-        benchmark=BenchmarkConfig(name="b", experiences=3, class_order=(2, 0, 1), options={"x": [1, None, "y"]}),
+        benchmark=BenchmarkConfig(name="b", experiences=3, class_order=(2, 0, 1), augment=("crop", "flip"),
+                                  workers=2, options={"x": [1, None, "y"]}),
         backbone=BackboneConfig(name="c", options={"width": 1.5}),
         optimizer=OptimizerConfig(name="sgd", lr=1e-05, momentum=0.5, weight_decay=1e-9, schedule="multistep",
                                   milestones=(1, 7), gamma=0.25),
         trainer=TrainerConfig(engine="trainer", accelerator="cpu", devices=(3,), precision="64-true", epochs=1,
                               batch_size=2, eval_batch_size=3, gradient_clip=0.5, accumulate=4, eval_every=5,
                               log_every=6,
-                              fast_dev_run=True, threads=7, deterministic=False, progress=False,
+                              fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",)),
         output="o",
     )  # fmt: skip

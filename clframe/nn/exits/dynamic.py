@@ -23,8 +23,7 @@ from clframe.nn.exits.static import Answer
 from clframe.nn.network import Network
 
 BREAK_EVEN = 0.02
-"""Share of a batch whose work in one stage of ResNet32 takes as long as copying the rest of it: 0.015 to
-0.03 on a CPU at batches of 32 and 256."""
+"""Share of a batch whose work up to the next exit takes as long as copying the whole of it, rounded up."""
 
 
 class DynamicNetwork(nn.Module):
@@ -73,9 +72,8 @@ class DynamicNetwork(nn.Module):
         self.policy = policy
         self.compact = compact
         self.measure = policy.measure  # a module, as a gate is, moves between devices with this one
-        count = len(network.heads)
-        names = network.exit_names
-        self.enabled = frozenset(range(count) if exits is None else (_number(exit, names) for exit in exits))
+        count, names = len(network.heads), network.exit_names
+        self.enabled = None if exits is None else frozenset(_number(exit, names) for exit in exits)
         policy.of_exits(count)
         self._basis: tuple[object, ...] | None = None
         self._made: tuple[tuple[_Stop, ...], ...] = ()
@@ -109,8 +107,11 @@ class DynamicNetwork(nn.Module):
         Args:
             x: Inputs, batch first.
         """
-        with torch.no_grad(), _evaluating(self.network):
-            return self._run(x)
+        with torch.no_grad():
+            if not self.network.training:
+                return self._run(x)
+            with _evaluating(self.network):
+                return self._run(x)
 
     def _run(self, x: Tensor) -> Answer:
         rows, answers = Rows(x), Answers()
@@ -118,9 +119,8 @@ class DynamicNetwork(nn.Module):
             rows.value = stage(rows.value)
             for stop in stops:
                 if self._visit(stop, rows, answers):
-                    return answers.all()
-        answers.put(rows)
-        return answers.all()
+                    return answers.end(rows)
+        return answers.end(rows)
 
     def _visit(self, stop: _Stop, rows: Rows, answers: Answers) -> bool:
         """Classify at one exit and let samples go; whether all have finished."""
@@ -139,25 +139,23 @@ class DynamicNetwork(nn.Module):
         if fires_n is None:
             return False
         done_n = fires_n if rows.done_n is None else rows.done_n | fires_n
-        keep_r = done_n.logical_not().nonzero().squeeze(1)  # here the host waits, to know how many
+        keep_r = done_n.logical_not().nonzero()  # here the host waits, to know how many
         remaining, size = len(keep_r), len(done_n)
         if remaining == size and size:
             return False
         if not surest:
             rows.take(stop.exit, scores_nC, fires_n)
         rows.done_n = done_n
-        if remaining and size - remaining < self.compact * size:
-            return False
-        answers.put(rows)
-        if remaining:
-            rows.keep(keep_r)
+        if remaining and size - remaining >= self.compact * size:
+            answers.put(rows)
+            rows.keep(keep_r.squeeze(1))
         return not remaining
 
     def _stops(self) -> tuple[tuple[_Stop, ...], ...]:
         """For each stage, the exits to visit after it; made anew when the network's exits or ensemble change."""
         network = self.network
-        basis = (network.exits_at, network.ensemble, network.boosted)
-        if self._basis is None or any(a is not b for a, b in zip(basis, self._basis, strict=True)):
+        basis = (network.heads, network.ensemble, network.boosted)  # compared by identity
+        if basis != self._basis:
             self._basis, self._made = basis, tuple(map(self._stops_at, network.exits_at))
         return self._made
 
@@ -194,7 +192,7 @@ class _Stop:
 @contextmanager
 def _evaluating(network: Network) -> Iterator[None]:
     """Evaluation mode for a while; what was in training mode is again afterwards."""
-    learning = [part for part in network.modules() if part.training] if network.training else []
+    learning = [part for part in network.modules() if part.training]
     for part in learning:
         part.training = False
     try:

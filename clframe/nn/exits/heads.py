@@ -6,6 +6,7 @@ Shape suffixes: B batch, C classes, N classes met, F features, T heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from math import inf
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clframe.nn.exits.cascade import Cascade
-from clframe.nn.heads import GrowingLinear, Head, ordered
+from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head, ordered, refuse_learnt
 
 
 class ExitHead(Head):
@@ -33,7 +34,7 @@ class ExitHead(Head):
     def __init__(self, layers: nn.Module, *, features: int, cascade: Cascade | None = None) -> None:
         super().__init__()
         self.layers = layers
-        self.classifier = GrowingLinear(features)
+        self.classifier: Classifier = GrowingLinear(features)
         self.cascade = cascade
         self.cascades = cascade is not None
 
@@ -46,6 +47,21 @@ class ExitHead(Head):
     def classes(self) -> int:
         """Number of outputs: the highest class met, plus one."""
         return self.classifier.classes
+
+    @property
+    def scale(self) -> Tensor | float:
+        """That of its classifier."""
+        return self.classifier.scale
+
+    def use(self, make: ClassifierKind) -> ExitHead:
+        """Itself with another classifier behind its layers."""
+        refuse_learnt(self.classes)
+        self.classifier = make(self.features)
+        return self
+
+    def fix(self, classes: Iterable[int]) -> None:
+        """Let no gradient reach the rows of these classes, and of these alone."""
+        self.classifier.fix(classes)
 
     def grow(self, classes: Iterable[int], *, previous: Iterable[int] | None = None) -> bool:
         """Make room for ``classes``.
@@ -80,7 +96,7 @@ class PerExperience(Head):
     Column c is class c. Classes that come back keep the head they have. A class not met has no parameters, and
     its column is ``-inf``. A cascade takes in the classes that were known when its head was made.
 
-    A fresh head is drawn on the CPU from torch's global generator, as :class:`GrowingLinear` draws its rows,
+    A fresh head is drawn on the CPU from torch's global generator, as a :class:`Classifier` draws its rows,
     and takes device, type and trainability from the heads that are there; a loaded state brings its number of
     heads along. Both replace parameters: an optimizer must be told of them afterwards.
 
@@ -132,6 +148,25 @@ class PerExperience(Head):
         """Number of outputs: the highest class met, plus one."""
         return len(self.head_of)
 
+    @property
+    def scale(self) -> Tensor | float:
+        """That of the classifiers, which have one in common."""
+        first: ExitHead = self.heads[0]  # type: ignore[assignment]
+        return first.scale
+
+    def use(self, make: ClassifierKind) -> PerExperience:
+        """Itself, whose heads will have other classifiers."""
+        refuse_learnt(self.classes)
+        self._make = partial(_with_classifier, self._make, make)
+        return self
+
+    def fix(self, classes: Iterable[int]) -> None:
+        """Let no gradient reach the rows of these classes, and of these alone."""
+        wanted, head_of = set(classes), self.head_of.tolist()
+        for number, head in enumerate(self.heads):
+            own = [c for c in self._order if head_of[c] == number]
+            head.fix([row for row, c in enumerate(own) if c in wanted])  # type: ignore[operator]
+
     def grow(self, classes: Iterable[int]) -> bool:
         """Make a head for those of ``classes`` that are new; True if there were any.
 
@@ -172,6 +207,9 @@ class PerExperience(Head):
     def _add(self, head: ExitHead) -> None:
         like = self.anchor if self.anchor is not None else next(self.heads.parameters())
         head.to(like).requires_grad_(like.requires_grad).train(self.training)
+        if self.heads:
+            first: ExitHead = self.heads[0]  # type: ignore[assignment]
+            head.classifier.share(first.classifier)
         self.heads.append(head)
         self.anchor = None
 
@@ -203,15 +241,17 @@ class PerExperience(Head):
         del self.heads[count:]
 
 
-def linear_each(classifiers: Sequence[GrowingLinear], features_TBF: Sequence[Tensor] | Tensor) -> list[Tensor]:
+def linear_each(classifiers: Sequence[Classifier], features_TBF: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """logits_BC of T classifiers without gaps, each on its own features.
 
     On a CPU they run one after the other, so that what a new one brings never moves a bit of the old ones'. On
-    accelerators, where many small products take longer to start than to run, see :func:`linear_joined`.
+    accelerators, where many small products take longer to start than to run, see :func:`linear_joined`, which
+    knows linear classifiers only.
     """
-    if features_TBF[0].device.type == "cpu":
+    linear = [classifier for classifier in classifiers if isinstance(classifier, GrowingLinear)]
+    if features_TBF[0].device.type == "cpu" or len(linear) < len(classifiers):
         return [classifier(x) for classifier, x in zip(classifiers, features_TBF, strict=True)]
-    return linear_joined(classifiers, features_TBF)
+    return linear_joined(linear, features_TBF)
 
 
 def linear_joined(classifiers: Sequence[GrowingLinear], features_TBF: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -220,10 +260,14 @@ def linear_joined(classifiers: Sequence[GrowingLinear], features_TBF: Sequence[T
     groups = [list(group) for _, group in groupby(classifiers, key=lambda classifier: classifier.classes)]
     logits: list[Tensor] = []
     for group, x_TBF in zip(groups, stacked_TBF.split([len(group) for group in groups]), strict=True):
-        weight_TCF = torch.stack([classifier.weight for classifier in group])
-        bias_TC = torch.stack([classifier.bias for classifier in group])
+        weight_TCF = torch.stack([classifier.learning(classifier.weight) for classifier in group])
+        bias_TC = torch.stack([classifier.learning(classifier.bias) for classifier in group])
         logits.extend(torch.baddbmm(bias_TC[:, None], x_TBF, weight_TCF.transpose(1, 2)).unbind())
     return logits
+
+
+def _with_classifier(make_head: Callable[[], ExitHead], make: ClassifierKind) -> ExitHead:
+    return make_head().use(make)
 
 
 def _one_by_one(layers: Sequence[nn.Module], shared: Any) -> list[Tensor]:

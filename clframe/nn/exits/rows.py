@@ -82,15 +82,20 @@ class Answers:
         """Put down the answers of all rows, also those that will be overwritten because they go on."""
         assert rows.answer_nC is not None and rows.exit_n is not None
         if self._answer is None:
-            self._answer = Answer(rows.answer_nC.clone(), rows.exit_n)
-        else:
-            assert rows.index_n is not None
-            self._answer.scores_BC.index_copy_(0, rows.index_n, rows.answer_nC)
-            self._answer.exit_B.index_copy_(0, rows.index_n, rows.exit_n)
+            self._answer = Answer(rows.answer_nC.clone(), rows.exit_n.clone())
+            return
+        assert rows.index_n is not None
+        scores_BC, exit_B = self._answer
+        dtype = torch.promote_types(scores_BC.dtype, rows.answer_nC.dtype)  # under autocast exits may differ
+        scores_BC = scores_BC.to(dtype).index_copy_(0, rows.index_n, rows.answer_nC.to(dtype))
+        self._answer = Answer(scores_BC, exit_B.index_copy_(0, rows.index_n, rows.exit_n))
 
-    def all(self) -> Answer:
-        """The answers of the whole batch."""
-        assert self._answer is not None
+    def end(self, rows: Rows) -> Answer:
+        """The answers of the whole batch, now that the last rows have theirs."""
+        assert rows.answer_nC is not None and rows.exit_n is not None
+        if self._answer is None:
+            return Answer(rows.answer_nC, rows.exit_n)
+        self.put(rows)
         return self._answer
 
 

@@ -97,6 +97,10 @@ def ensemble(variant: str) -> Ensemble | None:
 
 
 VARIANTS = ("plain", "cascade", "boosted", "product", "product to the end", "mean", "geometric")
+# A measure that carries nothing and one that does meet every variant; the others, the plain network.
+PAIRS = [("plain", name) for name in (*MEASURES, "gate")] + [
+    (variant, name) for variant in VARIANTS[1:] for name in ("max_probability", "patience")
+]
 
 
 def network(kind: str = "mlp", variant: str = "plain", *, classes=CLASSES, seed: int = 0) -> Network:
@@ -149,8 +153,7 @@ def assert_same(answer: Answer, expected: Answer) -> None:
 
 
 @pytest.mark.parametrize("fallback", ["last", "confident"])
-@pytest.mark.parametrize("name", [*MEASURES, "gate"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "name"), PAIRS)
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "masked"])
 def test_it_answers_as_if_everything_had_been_computed(kind, variant, name, fallback):
     net = network(kind, variant)
@@ -208,8 +211,9 @@ def test_threshold_zero_is_the_first_exit(kind, name):
     assert [head.calls for head in net.heads if isinstance(head, Pooled)] == [2, 1, 1]
 
 
-@pytest.mark.parametrize("variant", ["plain", "cascade", "product", "geometric"])
-@pytest.mark.parametrize("name", [*MEASURES, "gate"])
+@pytest.mark.parametrize(
+    ("variant", "name"), [pair for pair in PAIRS if pair[0] in ("plain", "cascade", "product", "geometric")]
+)
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "masked"])
 def test_a_threshold_above_one_is_the_bare_backbone_bit_for_bit(kind, name, variant):
     net = network(kind, variant)
@@ -331,9 +335,8 @@ class Syncs(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "name"), PAIRS)
 @pytest.mark.parametrize("compact", [0.0, 0.5])
-@pytest.mark.parametrize("name", [*MEASURES, "gate"])
 def test_the_host_waits_once_at_each_checked_exit(name, compact, variant):
     net = network("cnn", variant)
     x = inputs(net, 33)
@@ -408,6 +411,40 @@ def test_it_follows_a_network_that_grows():
     x = inputs(net, 33)
     assert dynamic(x).scores_BC.shape == (33, 8)
     assert_same(dynamic(x), reference(net, dynamic.policy, x))
+
+
+def test_it_follows_a_network_whose_exits_are_replaced():
+    net = network("mlp")
+    dynamic, x = DynamicNetwork(net, ExitPolicy(thresholds=0.5)), inputs(net, 33)
+    dynamic(x)
+    for heads in ([Pooled(8, True), Pooled(8, True), Pooled(8, True)], [Pooled(8, False)]):
+        net.attach([("layer2", head) for head in heads])
+        net.grow(CLASSES)
+        net.eval()
+        assert_same(dynamic(x), reference(net, dynamic.policy, x))
+    net.boosted = True
+    assert_same(dynamic(x), reference(net, dynamic.policy, x))
+    net.ensemble = Mean(2, final="member")
+    assert_same(dynamic(x), reference(net, dynamic.policy, x))
+
+
+class Finer(Ensemble):
+    """Scores whose type depends on the exit, as it may under autocast."""
+
+    def step(self, exit, logits_BC, carried):
+        return (logits_BC.double() if exit == 1 else logits_BC), ()
+
+
+@pytest.mark.parametrize("fallback", ["last", "confident"])
+@pytest.mark.parametrize("compact", [0.0, 2.0])
+def test_exits_may_differ_in_type(compact, fallback):
+    net = network("mlp")
+    net.ensemble = Finer()
+    x = inputs(net, 33)
+    policy = ExitPolicy(measure=MEASURES["margin"], thresholds=split(net, "margin", x)[1], fallback=fallback)
+    expected = reference(net, policy, x)
+    assert {0, 1} <= set(expected.exit_B.tolist())
+    assert_same(DynamicNetwork(net, policy, compact=compact)(x), expected)
 
 
 def test_what_does_not_fit_is_one_line():

@@ -1,0 +1,203 @@
+"""How much each weight matters: quadratic penalties, gradients sample by sample, path integrals.
+
+Weights lie in one flat vector, so that a penalty costs a handful of operations however many layers there are;
+a layout says which part of the vector is which tensor.
+
+Shape suffixes: P weights in a flat vector, K exits, B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the tensors in a flat vector, in order."""
+
+Spans = tuple[tuple[int, int], ...]
+"""The parts ``[start, stop)`` of a longer flat vector that a shorter one is made of, in order."""
+
+Quadratic = Mapping[str, Tensor]
+"""``sum_p importance_p (weight_p - center_p)^2 + constant``: ``importance``, ``center``, ``constant``."""
+
+
+def quadratic(importance_P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
+    """A quadratic that is zero at its center.
+
+    >>> sorted(quadratic(torch.ones(2), torch.zeros(2)))
+    ['center', 'constant', 'importance']
+    """
+    return {"importance": importance_P, "center": center_P, "constant": importance_P.new_zeros(())}
+
+
+def added(first: Quadratic, second: Quadratic) -> dict[str, Tensor]:
+    """The sum of two quadratics, which is one again: nothing is lost, and a long stream costs no more than a short.
+
+    ``a (w - m)^2 + b (w - n)^2 = (a + b) (w - (a m + b n) / (a + b))^2 + a b / (a + b) (m - n)^2``
+
+    Importances must not be negative.
+    """
+    a_P, b_P = first["importance"], second["importance"]
+    share_P = b_P / (a_P + b_P).clamp_min(torch.finfo(a_P.dtype).tiny)
+    apart_P = second["center"] - first["center"]
+    constant = first["constant"] + second["constant"] + (a_P * share_P * apart_P.square()).sum()
+    return {"importance": a_P + b_P, "center": first["center"] + share_P * apart_P, "constant": constant}
+
+
+def penalties(parameters: Sequence[Tensor], quadratics: Sequence[Quadratic], spans: Sequence[Spans]) -> Tensor:
+    """penalty_K, the value of each quadratic at the weights as they are.
+
+    Value and gradient come from one pass over the flat weights; nothing waits for the device.
+
+    Args:
+        parameters: The weights, any shapes.
+        quadratics: K of them.
+        spans: For each, the parts of the flat parameters that it is over.
+
+    >>> weight = torch.tensor([3.0, 5.0], requires_grad=True)
+    >>> ones = quadratic(torch.ones(1), torch.ones(1))
+    >>> penalties([weight], [ones, ones], [((0, 1),), ((1, 2),)]).tolist()
+    [4.0, 16.0]
+    """
+    result: Tensor = _Penalties.apply(tuple(quadratics), tuple(spans), *parameters)
+    return result
+
+
+class _Penalties(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, quadratics: Sequence[Quadratic], spans: Sequence[Spans], *parameters: Tensor) -> Tensor:
+        flat_P = flat(parameters)
+        pulls, values = [], []
+        for terms, parts in zip(quadratics, spans, strict=True):
+            moved_P = taken(flat_P, parts) - terms["center"]
+            pull_P = terms["importance"] * moved_P
+            values.append((pull_P * moved_P).sum() + terms["constant"])
+            pulls.append(pull_P)
+        ctx.save_for_backward(*pulls)
+        ctx.spans = spans
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return torch.stack(values)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient_K: Tensor) -> tuple[Tensor | None, ...]:
+        sizes = [prod(shape) for shape in ctx.shapes]
+        total_P = gradient_K.new_zeros(sum(sizes))
+        for pull_P, parts, factor in zip(ctx.saved_tensors, ctx.spans, (2 * gradient_K).unbind(), strict=True):
+            pieces = (pull_P * factor).split([stop - start for start, stop in parts])
+            for (start, stop), piece in zip(parts, pieces, strict=True):
+                total_P[start:stop] += piece
+        split = zip(total_P.split(sizes), ctx.shapes, strict=True)
+        return (None, None, *(part.view(shape) for part, shape in split))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All values in one vector, without gradient."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else torch.zeros(0)
+
+
+def taken(flat_P: Tensor, spans: Spans) -> Tensor:
+    """The parts of a flat vector, joined; a view where there is one."""
+    parts = [flat_P[start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat_P[:0]
+
+
+def spans_of(layout: Layout, names: Sequence[str]) -> Spans:
+    """Where the tensors of some names lie in a flat vector, neighbors joined; names in the layout's order.
+
+    >>> spans_of((("a", (2,)), ("b", (3, 1)), ("c", ()), ("d", (4,))), ["a", "b", "d"])
+    ((0, 5), (6, 10))
+    """
+    wanted, spans, start = set(names), list[tuple[int, int]](), 0
+    for name, shape in layout:
+        stop = start + prod(shape)
+        if name in wanted and spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], stop)
+        elif name in wanted:
+            spans.append((start, stop))
+        start = stop
+    return tuple(spans)
+
+
+def relaid(flat_P: Tensor, old: Layout, new: Layout) -> Tensor:
+    """A flat vector in a layout whose tensors may have grown: what is new is zero, what has gone is left out.
+
+    >>> relaid(torch.tensor([1.0, 2.0]), (("w", (1, 2)),), (("v", (1,)), ("w", (2, 2)))).tolist()
+    [0.0, 1.0, 2.0, 0.0, 0.0]
+    """
+    if old == new:
+        return flat_P
+    pieces = flat_P.split([prod(shape) for _, shape in old])
+    known = {name: piece.view(shape) for (name, shape), piece in zip(old, pieces, strict=True)}
+    parts = []
+    for name, shape in new:
+        part = flat_P.new_zeros(shape)
+        if name in known:
+            part[tuple(slice(size) for size in known[name].shape)] = known[name]
+        parts.append(part)
+    return flat(parts).to(flat_P)
+
+
+Loss = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+"""The loss of one sample, given weights by name, its input and its labels."""
+
+
+def gradient_sums(
+    loss_of: Loss, parameters: Mapping[str, Tensor], x: Tensor, labels: Tensor, *, power: int, chunk: int
+) -> dict[str, Tensor]:
+    """``sum_b |d loss(x_b) / d weight|^power``, the gradient of every sample by itself.
+
+    Squaring the gradient of a batch instead is another quantity: it leaves the products of different samples in.
+    ``torch.func.vmap`` takes ``chunk`` samples at once, so ``chunk`` gradients of all weights are in memory;
+    models that it cannot run go one sample after the other, with the same result.
+
+    Args:
+        loss_of: Loss of one sample.
+        parameters: Weights by name.
+        x: Inputs, one a row.
+        labels: Labels, one row for each input.
+        power: 1 or 2.
+        chunk: Samples at once.
+    """
+    one = torch.func.grad(loss_of)
+    many = torch.func.vmap(one, in_dims=(None, 0, 0))
+    sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for x_B, label_B in zip(x.split(chunk), labels.split(chunk), strict=True):
+        try:
+            gradients = many(dict(parameters), x_B, label_B)
+        except RuntimeError:  # an operation without a batching rule, or a custom autograd function
+            return one_by_one(loss_of, parameters, x, labels, power=power)
+        for name, gradient_B in gradients.items():
+            sums[name] += (gradient_B.square() if power == 2 else gradient_B.abs()).sum(0)
+    return sums
+
+
+def one_by_one(
+    loss_of: Loss, parameters: Mapping[str, Tensor], x: Tensor, labels: Tensor, *, power: int
+) -> dict[str, Tensor]:
+    """What :func:`gradient_sums` computes, by one backward pass for each sample: slow, plain, works for any model."""
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    with torch.enable_grad():
+        for sample, label in zip(x, labels, strict=True):
+            loss = loss_of(leaves, sample, label)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient.abs() ** power
+    return sums
+
+
+def path_importance(importance_P: Tensor, path_P: Tensor, moved_P: Tensor, *, damping: float) -> Tensor:
+    """``relu(importance + path / (moved^2 + damping))``, synaptic intelligence's importances after an experience.
+
+    ``path_P`` is ``-sum_t gradient_t * step_t``: how much of the fall of the loss each weight has brought about.
+    Zenke et al., "Continual Learning Through Synaptic Intelligence" (2017), equations 3 to 5; that a sum of
+    importances is cut at zero is from their code, and keeps the penalty convex.
+    """
+    return (importance_P + path_P / (moved_P.square() + damping)).relu()

@@ -1,0 +1,173 @@
+"""Classifiers without gradients on fixed features: running means, streaming LDA, ridge regression.
+
+Sums are kept in double precision, so they do not depend on how samples are cut into batches, beyond its rounding.
+
+Shape suffixes: B batch, N samples, C classes, F features, M random features, R ridge parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def exact(values: Tensor) -> Tensor:
+    """The values in double precision, on the CPU where their device has none (Apple's)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def widened(values_C: Tensor, classes: int) -> Tensor:
+    """The tensor with zeros for classes that its first dimension lacks.
+
+    >>> widened(torch.ones(1), 3)
+    tensor([1., 0., 0.])
+    """
+    missing = classes - len(values_C)
+    if missing <= 0:
+        return values_C
+    return torch.cat([values_C, values_C.new_zeros(missing, *values_C.shape[1:])])
+
+
+def updated_means(mean_CF: Tensor, count_C: Tensor, features_BF: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Class means and counts after a batch: ``mu_c + sum_b [y_b = c] (f_b - mu_c) / (n_c + m_c)``.
+
+    Args:
+        mean_CF: Means so far, double; zeros for a class not met.
+        count_C: Samples so far, double.
+        features_BF: New samples, double.
+        y_B: Their classes.
+
+    >>> mean_CF, count_C = torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 0.0])
+    >>> mean_CF, count_C = updated_means(mean_CF, count_C, torch.tensor([[3.0], [5.0]]), torch.tensor([0, 1]))
+    >>> mean_CF.tolist(), count_C.tolist()
+    ([[2.0], [5.0]], [2.0, 1.0])
+    """
+    member_BC = F.one_hot(y_B, len(count_C)).to(features_BF.dtype)
+    count = count_C + member_BC.sum(0)
+    moved_CF = member_BC.T @ (features_BF - mean_CF[y_B])
+    return mean_CF + moved_CF / count.clamp(min=1)[:, None], count
+
+
+def scatter_of(
+    features_BF: Tensor, y_B: Tensor, mean_CF: Tensor, count_C: Tensor, *, total: Tensor | None = None
+) -> Tensor:
+    """What a batch adds to the scatter, one sample after the other: ``sum_t n_t / (n_t + 1) d_t d_t'``.
+
+    ``d_t = f_t - mu`` with mu the mean of the sample's class just before it, zero for a new class.
+
+    With ``total`` None, n_t counts the samples of that class before: the sum over a stream is exactly the scatter
+    within the classes, ``sum_t (f_t - mu_y)(f_t - mu_y)'`` with the final means, in whatever order (Welford, "Note
+    on a Method for Calculating Corrected Sums of Squares and Products", 1962). With ``total``, n_t counts all
+    samples before, as in Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant
+    Analysis" (2020): their covariance after T samples is the sum divided by T. It depends on the order, and the
+    first sample of a class adds its square.
+
+    Args:
+        features_BF: New samples in the order of the stream, double.
+        y_B: Their classes.
+        mean_CF: Class means before the batch.
+        count_C: Samples of each class before the batch.
+        total: Samples of all classes before the batch.
+
+    Returns:
+        scatter_FF.
+    """
+    earlier_BB = (y_B[:, None] == y_B[None, :]).to(features_BF.dtype).tril(-1)
+    before_B = count_C[y_B] + earlier_BB.sum(1)
+    sums_BF = count_C[y_B, None] * mean_CF[y_B] + earlier_BB @ features_BF
+    away_BF = features_BF - sums_BF / before_B.clamp(min=1)[:, None]
+    seen_B = before_B if total is None else total + torch.arange(len(y_B), device=y_B.device)
+    return (away_BF * (seen_B / (seen_B + 1))[:, None]).T @ away_BF
+
+
+def discriminant(
+    mean_CF: Tensor, covariance_FF: Tensor, count_C: Tensor, *, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """Weights and biases of linear discriminant analysis with equal priors.
+
+    ``score_c(f) = f' L mu_c - mu_c' L mu_c / 2`` with ``L = ((1 - e) S + e I)^-1``, up to a number that is the same
+    for all classes: means are taken from their common center m, ``w_c = L (mu_c - m)`` and
+    ``b_c = -(mu_c + m)' L (mu_c - m) / 2``, which loses fewer digits.
+
+    Args:
+        mean_CF: Class means, double.
+        covariance_FF: S, shared by all classes.
+        count_C: Samples of each class; a class without any has no part in the center.
+        shrinkage: e, above 0 and at most 1.
+
+    Returns:
+        weight_CF and bias_C, double.
+    """
+    met_C = (count_C > 0).to(mean_CF.dtype)
+    center_F = met_C @ mean_CF / met_C.sum().clamp(min=1)
+    identity_FF = torch.eye(len(covariance_FF), dtype=covariance_FF.dtype, device=covariance_FF.device)
+    shrunk_FF = (1 - shrinkage) * covariance_FF + shrinkage * identity_FF
+    weight_CF = _solved(shrunk_FF, (mean_CF - center_F).T).T
+    return weight_CF, -0.5 * ((mean_CF + center_F) * weight_CF).sum(1)
+
+
+def cosines(features_BF: Tensor, prototypes_CF: Tensor) -> Tensor:
+    """cosine_BC of every feature vector with every prototype; 0 where one of them is zero."""
+    return F.normalize(features_BF, dim=1) @ F.normalize(prototypes_CF, dim=1).T
+
+
+def random_features(features_BF: Tensor, projection_FM: Tensor) -> Tensor:
+    """``relu(f' W)``, of shape [B, M]."""
+    return F.relu(features_BF @ projection_FM)
+
+
+def ridge_regression(gram_MM: Tensor, cross_MC: Tensor, *, ridge: float) -> Tensor:
+    """weight_MC that minimizes ``|H W - Y|^2 + ridge |W|^2``, with ``gram = H'H`` and ``cross = H'Y``.
+
+    ``W = (H'H + ridge I)^-1 H'Y``, in the precision of its arguments.
+    """
+    return _solved(gram_MM + ridge * torch.eye(len(gram_MM), dtype=gram_MM.dtype, device=gram_MM.device), cross_MC)
+
+
+def held_out_errors(
+    fit_NM: Tensor, y_N: Tensor, held_HM: Tensor, held_y_H: Tensor, *, classes: int, ridges: Sequence[float]
+) -> Tensor:
+    """error_R: mean squared error, against one-hot targets, of the ridge regression with each of the parameters.
+
+    One eigendecomposition serves all of them: ``W = H' (H H' + r I)^-1 Y`` with ``H H' = U diag(e) U'``. It costs
+    N^3, whatever M is: for fewer samples than features.
+
+    Args:
+        fit_NM: Features of the samples to fit, double.
+        y_N: Their classes.
+        held_HM: Features of the samples held out.
+        held_y_H: Their classes.
+        classes: Number of classes C.
+        ridges: Parameters above 0.
+    """
+    targets_NC = F.one_hot(y_N, classes).to(fit_NM.dtype)
+    held_HC = F.one_hot(held_y_H, classes).to(fit_NM.dtype)
+    values_N, vectors_NN = torch.linalg.eigh(fit_NM @ fit_NM.T)
+    values_N, turned_NC = values_N.clamp(min=0), vectors_NN.T @ targets_NC
+    kernel_HN = held_HM @ fit_NM.T @ vectors_NN
+    errors = [
+        (kernel_HN @ (turned_NC / (values_N + ridge)[:, None]) - held_HC).square().mean() for ridge in ridges
+    ]
+    return torch.stack(errors)
+
+
+def for_met_classes(scores_BC: Tensor, met_C: Tensor, *, classes: int) -> Tensor:
+    """The scores with ``-inf`` for classes not met, widened to ``classes`` columns.
+
+    >>> for_met_classes(torch.zeros(1, 2), torch.tensor([True, False]), classes=3).tolist()
+    [[0.0, -inf, -inf]]
+    """
+    masked_BC = scores_BC.masked_fill(~met_C, -inf)
+    return F.pad(masked_BC, (0, max(classes - masked_BC.shape[1], 0)), value=-inf)
+
+
+def _solved(matrix_FF: Tensor, right_FC: Tensor) -> Tensor:
+    """``matrix^-1 right`` of a matrix that is positive definite, if it were not for rounding."""
+    factor_FF, failed = torch.linalg.cholesky_ex(matrix_FF)
+    if bool(failed):
+        return torch.linalg.solve(matrix_FF, right_FC)
+    return torch.cholesky_solve(right_FC, factor_FF)

@@ -1,0 +1,116 @@
+"""Early exit as a decision: given thresholds, budgets from held-out data, and deciding together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import clframe
+from clframe.core import Experience, Moment, Output
+from clframe.data import TensorSamples
+from clframe.errors import ComposeError, ConfigError
+from clframe.functional.macs import backbone_macs, cumulative_macs
+from clframe.functional.seeding import generator_for
+from clframe.nn import BACKBONES, Network
+from clframe.nn.exits import ExitPolicy, select
+from clframe.nn.features import exit_logits
+from strategies import EarlyExit, Exits
+
+FAST = ["backbone=mlp", "backbone.width=12", "backbone.depth=3", "trainer.epochs=2", "trainer.progress=false",
+        "trainer.loggers=[]", "benchmark.experiences=3"]  # fmt: skip
+
+
+def network(classes=4):
+    net = Network(BACKBONES.get("mlp")((5,), width=9, depth=3))
+    Exits().edit(net)
+    net.grow(range(classes))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)  # confidences that differ
+    return net
+
+
+def moment(samples):
+    experience = Experience(0, 1, (0, 1, 2, 3), (), (), samples, (samples,))
+    return Moment(experience, 0, 1, generator_for(0, 0))
+
+
+def held_out(count=101):
+    return TensorSamples(torch.randn(count, 5), torch.randint(4, (count,)))
+
+
+def test_the_rule_is_that_of_select():
+    scores = tuple(3 * torch.randn(33, 4) for _ in range(3))
+    for threshold in (0.0, 0.6, (0.9, 0.5), 1.5):
+        component = EarlyExit(threshold=threshold)
+        state = component.init(network())
+        expected = select(scores, ExitPolicy(thresholds=threshold)).scores_BC
+        assert torch.equal(component.decide(Output(scores), state), expected)
+    assert torch.equal(EarlyExit(threshold=0.0).decide(Output(scores), {"thresholds": 0.0, "gate": None}), scores[0])
+    assert torch.equal(EarlyExit(rule="last").decide(Output(scores), state), scores[-1])
+    mean = torch.stack([s.softmax(1) for s in scores]).mean(0)
+    assert torch.allclose(EarlyExit(rule="mean").decide(Output(scores), state).softmax(1), mean)
+
+
+@pytest.mark.parametrize("solver", ["shared", "quantiles", "coordinate"])
+@pytest.mark.parametrize("measure", ["max_probability", "margin", "patience", "gate"])
+def test_a_budget_is_kept_on_held_out_data(solver, measure):
+    net, samples = network(), held_out()
+    component = EarlyExit(budget=0.8, solver=solver, measure=measure)
+    state = component.advance(net, moment(samples), component.init(net))
+    logits, _ = exit_logits(net, [samples])
+    exit_N = select(logits, component.policy(state)).exit_B
+    cost = torch.tensor(cumulative_macs(net), dtype=torch.float64)[exit_N].mean()
+    assert cost <= 0.8 * backbone_macs(net)
+    assert (state["gate"] is None) == (measure != "gate")
+
+
+def test_a_gate_without_a_budget_is_fitted_and_keeps_its_threshold():
+    net = network()
+    component = EarlyExit(measure="gate", threshold=0.4)
+    state = component.advance(net, moment(held_out()), component.init(net))
+    assert state["thresholds"] == 0.4 and state["gate"]["weight_KD"].abs().sum() > 0
+
+
+def test_a_plain_network_has_nothing_to_leave_early_from():
+    net = Network(BACKBONES.get("mlp")((5,), width=9))
+    net.grow(range(4))
+    component = EarlyExit(budget=0.5)
+    state = component.advance(net, moment(held_out()), component.init(net))
+    scores = (torch.randn(5, 4),)
+    assert torch.equal(component.decide(Output(scores), state), scores[0])
+
+
+def test_too_small_a_budget_buys_the_first_exit():
+    net, samples = network(), held_out()
+    component = EarlyExit(budget=0.01)
+    state = component.advance(net, moment(samples), component.init(net))
+    logits, _ = exit_logits(net, [samples])
+    assert not select(logits, component.policy(state)).exit_B.any()
+
+
+def test_bad_options_and_missing_data_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"^components\.early_exit\.budget: found 0"):
+        EarlyExit(budget=0.0)
+    with pytest.raises(ConfigError, match=r"^components\.early_exit\.threshold: found -0\.1"):
+        EarlyExit(threshold=-0.1)
+    with pytest.raises(ConfigError, match=r"early_exit\.budget: found 0\.5, which needs held-out data"):
+        clframe.run("quickstart", [*FAST, "strategy=exits + early_exit(budget=0.5)"], output=tmp_path)
+    with pytest.raises(ComposeError, match="appears twice"):
+        EarlyExit() + EarlyExit()
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_run_its_loaded_model_and_dynamic_inference_give_the_same_answers(tmp_path):
+    strategy = "er(memory=60) + exits(ensemble='geometric', fit_epochs=2) + early_exit(budget=0.8)"
+    result = clframe.run("quickstart", [*FAST, f"strategy={strategy}", "backbone.width=32", "benchmark.validation=0.2"], output=tmp_path)
+    model = clframe.load(result.run_folder)
+    test = clframe.data.digits().test
+    ids = model.classify(test.x)
+    assert (ids == test.y).float().mean().item() == pytest.approx(result.final_weighted_accuracy, abs=1e-6)
+    answer = model.dynamic()(model.prepare(test.x))
+    assert torch.equal(model.ids(answer.scores_BC), ids)
+    assert len(answer.exit_B.unique()) > 1
+    first = model.dynamic(threshold=0.0)(model.prepare(test.x))
+    right = (model.ids(first.scores_BC) == test.y).float().mean().item()
+    assert right == pytest.approx(result.exits[-1].diagnostics.accuracy_K[0], abs=1e-6)

@@ -58,7 +58,7 @@ from clframe.nn.exits.policies import ExitPolicy, max_probability
 from clframe.nn.fold import folded
 
 CLASSES = 100
-SAMPLES = {1: 64, 32: 256, 256: 256}
+SAMPLES = {1: 64, 32: 128, 256: 256}
 """Samples of a repetition, by batch size."""
 BUDGETS = (0.25, 0.5, 0.75)
 OVERHEAD = 0.1
@@ -236,7 +236,7 @@ def affordable(network: Network, batches: Sequence[Tensor], time: Costs) -> tupl
     cheapest = sorted(range(len(time.heads) - 1), key=lambda exit: time.heads[exit])
     for count in range(len(cheapest), 0, -1):
         dynamic = DynamicNetwork(network, ExitPolicy(thresholds=1.0), exits=cheapest[:count])
-        taken = race({"bare": bare(network, batches), "own": lambda d=dynamic: [d(x) for x in batches]}, repeats=15)
+        taken = race({"bare": bare(network, batches), "own": lambda d=dynamic: [d(x) for x in batches]}, repeats=7)
         if ratio(taken["own"], taken["bare"])["median"] <= 1 + OVERHEAD:
             return tuple(sorted(cheapest[:count]))
     return ()
@@ -256,7 +256,7 @@ def rows_of(network: Network, *, batch: int, repeats: int) -> list[dict[str, Any
             if enabled is not None and shares is not None:
                 policy = ExitPolicy(thresholds=thresholds_for(scores, shares))
                 plans.append((f"{budget:.0%}", choice, enabled, policy))
-    for choice, enabled in (("all", everything), ("affordable", affordable(network, batches[:16], time))):
+    for choice, enabled in (("all", everything), ("affordable", affordable(network, batches[: max(1, 32 // batch)], time))):
         plans.append(("none leaves", choice, enabled, ExitPolicy(thresholds=1.0)))
     runs: dict[str, Run] = {"bare": bare(network, batches)}
     rows = []

@@ -222,22 +222,23 @@ def fit_bias(logits_NC: Tensor, y_N: Tensor, *, new: Sequence[int], decay: float
 
 
 def mean_scores(features_BF: Tensor, mean_CF: Tensor, known_C: Tensor, *, classes: int) -> Tensor:
-    """scores_BC ``-|| f - mu_c ||^2``, mu_c of length 1; ``-inf`` for classes that have no mean.
+    """scores_BC ``-|| f - mu_c ||^2``, f and mu_c brought to length 1; ``-inf`` for classes that have no mean.
 
     Nearest-mean-of-exemplars, algorithm 1 of Rebuffi et al., "iCaRL" (2017), as logits: their softmax is the
-    posterior of Gaussians with variance 1/2 around the means.
+    posterior of Gaussians of variance 1/2 around the means.
 
     Args:
-        features_BF: Of length 1.
-        mean_CF: Means, or sums, of features of length 1; they are brought back to length 1 here.
+        features_BF: In single precision at least, or they are brought to it.
+        mean_CF: Means, or sums, of features of length 1.
         known_C: Which classes have one.
         classes: Columns of the result, at least C.
 
-    >>> mean_scores(torch.tensor([[1.0, 0.0]]), torch.eye(2) * 3, torch.tensor([True, True]), classes=3)
+    >>> mean_scores(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor([True, True]), classes=3)
     tensor([[-0., -2., -inf]])
     """
-    unit_CF = F.normalize(mean_CF, dim=1)
-    squared_BC = features_BF.square().sum(1, keepdim=True) + unit_CF.square().sum(1) - 2 * features_BF @ unit_CF.T
+    unit_BF = F.normalize(features_BF.to(torch.promote_types(features_BF.dtype, mean_CF.dtype)), dim=1)
+    unit_CF = F.normalize(mean_CF.to(unit_BF.dtype), dim=1)
+    squared_BC = unit_BF.square().sum(1, keepdim=True) + unit_CF.square().sum(1) - 2 * unit_BF @ unit_CF.T
     scores_BC = (-squared_BC.clamp(min=0)).masked_fill(~known_C, -torch.inf)
     return F.pad(scores_BC, (0, classes - scores_BC.shape[1]), value=-torch.inf)
 

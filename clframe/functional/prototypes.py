@@ -84,9 +84,7 @@ def scatter_of(
     return (away_BF * (seen_B / (seen_B + 1))[:, None]).T @ away_BF
 
 
-def discriminant(
-    mean_CF: Tensor, covariance_FF: Tensor, count_C: Tensor, *, shrinkage: float
-) -> tuple[Tensor, Tensor]:
+def discriminant(mean_CF: Tensor, covariance_FF: Tensor, count_C: Tensor, *, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Weights and biases of linear discriminant analysis with equal priors.
 
     ``score_c(f) = f' L mu_c - mu_c' L mu_c / 2`` with ``L = ((1 - e) S + e I)^-1``, up to a number that is the same
@@ -149,9 +147,7 @@ def held_out_errors(
     values_N, vectors_NN = torch.linalg.eigh(fit_NM @ fit_NM.T)
     values_N, turned_NC = values_N.clamp(min=0), vectors_NN.T @ targets_NC
     kernel_HN = held_HM @ fit_NM.T @ vectors_NN
-    errors = [
-        (kernel_HN @ (turned_NC / (values_N + ridge)[:, None]) - held_HC).square().mean() for ridge in ridges
-    ]
+    errors = [(kernel_HN @ (turned_NC / (values_N + ridge)[:, None]) - held_HC).square().mean() for ridge in ridges]
     return torch.stack(errors)
 
 
@@ -168,6 +164,7 @@ def for_met_classes(scores_BC: Tensor, met_C: Tensor, *, classes: int) -> Tensor
 def _solved(matrix_FF: Tensor, right_FC: Tensor) -> Tensor:
     """``matrix^-1 right`` of a matrix that is positive definite, if it were not for rounding."""
     factor_FF, failed = torch.linalg.cholesky_ex(matrix_FF)
-    if bool(failed):
-        return torch.linalg.solve(matrix_FF, right_FC)
-    return torch.cholesky_solve(right_FC, factor_FF)
+    solution_FC: Tensor = (
+        torch.linalg.solve(matrix_FF, right_FC) if bool(failed) else torch.cholesky_solve(right_FC, factor_FF)
+    )
+    return solution_FC

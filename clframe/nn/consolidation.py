@@ -35,8 +35,7 @@ def taken_up(network: Network, state: State, objectives: Sequence[Objective]) ->
     """
     wanted = {name for _, names in objectives for name in names}
     layout = tuple((name, tuple(p.shape)) for name, p in network.named_parameters() if name in wanted)
-    place = {name: number for number, (name, _) in enumerate(layout)}
-    scopes = tuple(tuple(sorted(names, key=place.__getitem__)) for _, names in objectives)
+    scopes = tuple(names for _, names in objectives)
     shapes = dict(layout)
     terms = []
     for names, old in zip(scopes, state["terms"], strict=False):

@@ -63,16 +63,23 @@ def embedded(tap: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exit_features(
-    network: Network, samples: Samples, *, batch_size: int = 256
+    network: Network, samples: Samples, *, order: Tensor | None = None, batch_size: int = 256
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """K embedded taps features_BF, one for each exit, and targets_B: batch by batch, in the samples' own order.
+    """K embedded taps features_BF, one for each exit, and targets_B: batch by batch.
 
     Not augmented, in evaluation mode; the network's own mode is put back in the end.
+
+    Args:
+        network: What makes the features.
+        samples: What it makes them of.
+        order: index_N of the samples to go through; None takes all as they come.
+        batch_size: How many at a time.
     """
+    order = torch.arange(len(samples)) if order is None else order
     device, training, names = network.final.weight.device, network.training, network.exit_taps
     network.eval()
     try:
-        for index in torch.arange(len(samples)).split(batch_size):
+        for index in order.split(batch_size):
             taps = network(samples.prepare(samples.raw(index)).to(device), taps=names).taps
             embedding = {name: embedded(tap) for name, tap in taps.items()}
             yield tuple(embedding[name] for name in names), samples.y[index.to(samples.y.device)].to(device)
@@ -81,28 +88,18 @@ def exit_features(
 
 
 @torch.no_grad()
-def class_sums(
-    network: Network, read: Callable[[Tensor], Tensor], y_N: Tensor, *, batch_size: int = 256
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """K tensors sums_CF, the embedded features of each exit brought to length 1 and summed up by class, and count_C.
+def class_sums(network: Network, samples: Samples, *, batch_size: int = 256) -> tuple[tuple[Tensor, ...], Tensor]:
+    """K tensors sums_CF, one for each exit: its embedded taps, brought to length 1, summed up by class; and count_C.
 
-    C is the number of outputs of the network, which is left alone: a copy in evaluation mode reads.
-
-    Args:
-        network: Whose exits.
-        read: Inputs as the network wants them, from index_B into the samples.
-        y_N: Targets of the samples.
-        batch_size: Samples read at a time.
+    C is the number of outputs of the network. As :func:`exit_features` otherwise.
     """
-    frozen, device = freeze(network), network.final.weight.device
-    y_N = y_N.to(device)
-    count_C = torch.bincount(y_N, minlength=frozen.classes)
+    classes = network.classes
     sums: list[Tensor] = []
-    for index in torch.arange(len(y_N)).split(batch_size):
-        taps = frozen(read(index).to(device), taps=set(frozen.exit_taps)).taps
-        features = [F.normalize(embedded(taps[tap]), dim=1) for tap in frozen.exit_taps]
+    count_C = torch.zeros(classes, dtype=torch.long, device=network.final.weight.device)
+    for features, y_B in exit_features(network, samples, batch_size=batch_size):
         # A product with one-hot rows: adding by index has no fixed order of summation on accelerators.
-        one_hot_CB = F.one_hot(y_N[index.to(device)], frozen.classes).T
-        parts = [one_hot_CB.to(features_BF.dtype) @ features_BF for features_BF in features]
+        one_hot_CB = F.one_hot(y_B, classes).T
+        parts = [one_hot_CB.to(f_BF.dtype) @ F.normalize(f_BF, dim=1) for f_BF in features]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        count_C += one_hot_CB.sum(1)
     return tuple(sums), count_C

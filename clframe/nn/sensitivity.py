@@ -5,7 +5,7 @@ Shape suffixes: B batch, C classes, K exits, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -34,7 +34,9 @@ AT_ONCE = 2**26
 """Values of per-sample gradients held at once; 256 MiB in float32."""
 
 
-def objectives(network: Network, *, scope: Scope, heads: Literal["covered", "free"] = "covered") -> tuple[Objective, ...]:
+def objectives(
+    network: Network, *, scope: Scope, heads: Literal["covered", "free"] = "covered"
+) -> tuple[Objective, ...]:
     """What to measure the sensitivity of: one objective, or with ``exit`` one for each exit.
 
     An exit's weights are the backbone's up to its tap and its own head's. Weights that do not learn are left out.
@@ -45,25 +47,16 @@ def objectives(network: Network, *, scope: Scope, heads: Literal["covered", "fre
     >>> objectives(network, scope="exit")[0]
     ((0,), ('backbone.stages.0.weight', 'backbone.stages.0.bias', 'heads.0.weight', 'heads.0.bias'))
     """
-    count, covered = len(network.heads), heads == "covered"
-    stages = [_learning(part.named_parameters(f"backbone.stages.{i}")) for i, part in enumerate(network.backbone.stages)]
-    own = [_learning(head.named_parameters(f"heads.{k}")) if covered else () for k, head in enumerate(network.heads)]
+    learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     depth = [stage for stage, exits in enumerate(network.exits_at) for _ in exits]
+    count = len(network.heads)
     groups = {"exit": [(k,) for k in range(count)], "last": [(count - 1,)], "total": [tuple(range(count))]}[scope]
-    return tuple(
-        (
-            exits,
-            tuple(
-                dict.fromkeys(
-                    [
-                        *(name for names in stages[: depth[exits[-1]] + 1] for name in names),
-                        *(name for exit in exits for name in own[exit]),
-                    ]
-                )
-            ),
-        )
-        for exits in groups
-    )
+    found = []
+    for exits in groups:
+        parts = [f"backbone.stages.{stage}." for stage in range(depth[exits[-1]] + 1)]
+        parts += [f"heads.{exit}." for exit in exits] if heads == "covered" else []
+        found.append((exits, tuple(name for name in learning if name.startswith(tuple(parts)))))
+    return tuple(found)
 
 
 def sensitivities(
@@ -109,7 +102,8 @@ def sensitivities(
     try:
         with torch.no_grad():
             for index in index_N.split(batch_size):
-                x = samples.prepare(samples.raw(index)).to(network.final.weight)
+                x = samples.prepare(samples.raw(index)).to(device)
+                x = x.to(network.final.weight.dtype) if x.is_floating_point() else x
                 y_B = samples.y[index.to(samples.y.device)].to(device)
                 label_BK = _labels(network, x, y_B, labels, generator)
                 for sums, (exits, names) in zip(found, measured, strict=True):
@@ -166,7 +160,3 @@ def _labels(network: Network, x: Tensor, y_B: Tensor, labels: Labels, generator:
         return torch.stack([logits_BC.argmax(1) for logits_BC in logits], 1)
     drawn = [torch.multinomial(logits_BC.softmax(1).cpu(), 1, generator=generator) for logits_BC in logits]
     return torch.cat(drawn, 1).to(x.device)
-
-
-def _learning(named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
-    return tuple(name for name, parameter in named if parameter.requires_grad)

@@ -86,8 +86,8 @@ def test_owner_and_who_acts_where():
     strategy = LwF() + ER() + Mixer()
     assert [c.name for c in strategy] == ["er", "lwf", "mixer"]
     assert {slot: getattr(strategy.owner(slot), "name", None) for slot in SLOTS} == {
-        "batch": "er", "heads": None, "classifier": None, "task": None, "mix": "mixer", "gradient": None, "optimizer": None, "answers": None,
-        "decision": None,
+        "batch": "er", "heads": None, "classifier": None, "task": None, "mix": "mixer", "gradient": None,
+        "optimizer": None, "answers": None, "decision": None,
     }  # fmt: skip
     assert [c.name for c in strategy.acting_at("advance")] == ["er", "lwf"]
     assert strategy.acting_at("project") == ()

@@ -404,6 +404,24 @@ def test_neither_input_nor_network_is_written_to():
     assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
 
 
+def test_an_answer_is_written_beside_the_input_even_if_the_exit_returns_it_as_it_is():
+    class AsItIs(Head):
+        def grow(self, classes):
+            return False
+
+        def forward(self, features, previous_BC=None):
+            return features
+
+    net = Network(Backbone([("in", nn.Identity(), (6,)), ("out", nn.Linear(6, 6), (6,))], input_shape=(6,)),
+                  exits=[("in", AsItIs())]).eval()  # fmt: skip
+    net.grow(range(6))
+    x = 3 * torch.randn(33, 6)
+    before = x.clone()
+    answer = DynamicNetwork(net, ExitPolicy(thresholds=max_probability(0, x, ())[0].median().item()), compact=0.0)(x)
+    assert answer.exit_B.unique().tolist() == [0, 1]
+    assert torch.equal(x, before)
+
+
 def test_it_follows_a_network_that_grows():
     net = network("mlp")
     dynamic = DynamicNetwork(net, ExitPolicy(thresholds=0.7))

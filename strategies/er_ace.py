@@ -1,0 +1,61 @@
+"""Asymmetric cross-entropy: new classes do not push the old ones down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State, Step
+from clframe.functional.losses import cross_entropy
+from clframe.functional.replay_losses import asymmetric_cross_entropy
+from clframe.nn.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class ERACE(Component):
+    """Asymmetric cross-entropy (ER-ACE): new samples compete among the new classes, replayed ones among all.
+
+    The loss is ``CE(new, over the classes present) + CE(replayed, over all classes)``, each a mean over its own
+    samples: learning a class does not push the old ones down, which is what makes representations drift. Compose
+    it with a replay component, as in ``er + er_ace``; it costs nothing. Best where few samples are seen once,
+    online. Caccia et al., "New Insights on Reducing Abrupt Representation Change in Online Continual Learning" (2022).
+
+    A sample is new where its class is among this experience's; where classes come back, all are.
+
+    Args:
+        over: Classes present: those of the new samples of a ``batch``, as published, or of the ``experience``.
+    """
+
+    name: ClassVar[str] = "er_ace"
+    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    needs_memory: ClassVar[bool] = True
+
+    over: Literal["batch", "experience"] = "batch"
+
+    def init(self, network: Network) -> State:
+        """No class is new yet."""
+        return {"new": None}
+
+    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+        """new_C, which classes are this experience's; none are told apart while there are no others."""
+        experience = moment.experience
+        if not experience.past:
+            return {"new": None}
+        new_C = torch.zeros(network.classes, dtype=torch.bool)
+        new_C[list(experience.classes)] = True
+        return {"new": new_C.to(network.final.weight.device)}
+
+    def task(self, step: Step, state: State) -> Tensor:
+        """One value per exit: plain cross-entropy in the first experience, asymmetric after it."""
+        logits, y_B, weight_B = step.output.logits, step.batch.y, step.batch.weight_B
+        if state["new"] is None:
+            return cross_entropy(logits, y_B, weight_B=weight_B)
+        new_B = present_C = state["new"].to(y_B.device)
+        new_B = new_B.index_select(0, y_B)
+        if self.over == "batch":  # what is replayed writes False where a class is old anyway
+            present_C = torch.zeros_like(present_C).index_put((y_B,), new_B)
+        return asymmetric_cross_entropy(logits, y_B, new_B=new_B, present_C=present_C, weight_B=weight_B)

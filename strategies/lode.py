@@ -1,0 +1,59 @@
+"""Loss decoupling: telling new classes from each other, and from old ones, weighs differently."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from clframe.core.component import Component
+from clframe.core.types import State, Step
+from clframe.errors import ConfigError
+from clframe.functional.class_incremental import decoupled_cross_entropy
+from clframe.functional.losses import cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LODE(Component):
+    """Loss decoupling (LODE): the loss of new samples is split in two, among new classes and against the old ones.
+
+    ``L_k = c * CE(among new) + rho * (new classes / old classes) * CE(new against old) + CE(replayed samples)`` at
+    every exit k, each the mean over its samples. Pushing old classes down is what makes a network forget, and
+    weighs less here; learning the new ones is not held up by it. In the first experience it is the plain
+    cross-entropy. For class-incremental streams with a memory, as in ``er(replay=half) + lode``; it costs nothing
+    beside it. Liang and Li, "Loss Decoupling for Task-Agnostic Continual Learning" (2023).
+
+    Args:
+        c: Weight of the part among new classes: 1, or 4 with exits.
+        rho: Weight of the part against old classes, times their ratio: 0.1, or 0.5 with exits.
+    """
+
+    name: ClassVar[str] = "lode"
+    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    needs_memory: ClassVar[bool] = True
+
+    c: float = 1.0
+    rho: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        for key in ("c", "rho"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"components.lode.{key}: found {getattr(self, key)}; give a number of at least 0")
+
+    def task(self, step: Step, state: State) -> Tensor:
+        """The decoupled loss of new samples and the cross-entropy of old ones."""
+        experience, batch = step.moment.experience, step.batch
+        old = tuple(sorted(set(experience.past) - set(experience.classes)))
+        if not old:
+            return cross_entropy(step.output.logits, batch.y, weight_B=batch.weight_B)
+        return decoupled_cross_entropy(
+            step.output.logits,
+            batch.y,
+            new=experience.classes,
+            old=old,
+            inner=self.c,
+            outer=self.rho * len(experience.classes) / len(old),
+            weight_B=batch.weight_B,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class GDumb(Component):
 
     Args:
         memory: Samples kept in all; the paper takes 500 or 1000 for CIFAR-10, 2000 is usual for CIFAR-100.
+        restart: ``never`` trains on from experience to experience, as the code of the paper on auxiliary classifiers
+            (Szatkowski et al., 2025) does against its text.
     """
 
     name: ClassVar[str] = "gdumb"
@@ -39,6 +41,7 @@ class GDumb(Component):
     keeps_memory: ClassVar[bool] = True
 
     memory: int = 500
+    restart: Literal["every", "never"] = "every"
 
     def __post_init__(self) -> None:
         """Refuse an empty memory."""
@@ -63,7 +66,8 @@ class GDumb(Component):
         What the memory keeps is drawn before an experience has a moment, in ``pool``: so the seed is noted here,
         while torch's is that of the network's first weights.
         """
-        blank = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        weights = {} if self.restart == "never" else network.state_dict()
+        blank = {name: tensor.detach().clone() for name, tensor in weights.items()}
         return {**self.policy.empty(), "blank": blank, "grown": (), "seed": torch.initial_seed()}
 
     def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
@@ -74,6 +78,8 @@ class GDumb(Component):
 
     def prepare(self, network: Network, moment: Moment, state: State) -> State:
         """Start over: first weights and buffers, then heads that grow as they did, experience by experience."""
+        if self.restart == "never":
+            return state
         network.load_state_dict(state["blank"])
         grown = (*state["grown"], moment.experience.classes)
         for classes in grown:

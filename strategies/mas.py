@@ -11,8 +11,7 @@ from torch import Tensor
 from clframe.core.component import Component
 from clframe.core.types import Moment, State, Step
 from clframe.errors import ConfigError
-from clframe.functional.importance import Quadratic, quadratic
-from clframe.functional.losses import squared_norm
+from clframe.functional.importance import Quadratic, quadratic, squared_norm
 from clframe.nn.consolidation import consolidated, held, taken_up, unconsolidated
 from clframe.nn.network import Network
 from clframe.nn.sensitivity import Scope, objectives, sensitivities
@@ -40,6 +39,8 @@ class MAS(Component):
         heads: Whether classifiers are ``covered`` by the penalty or ``free``.
         samples: Samples to measure on, drawn at random; 0 takes all of the experience.
         batch_size: Samples at once in that pass; it changes no numbers.
+        ceiling: Largest importance; none leaves them as they are. Training by SGD diverges where learning rate *
+            2 lamb * importance passes 2.
     """
 
     name: ClassVar[str] = "mas"
@@ -53,6 +54,7 @@ class MAS(Component):
     heads: Literal["covered", "free"] = "covered"
     samples: int = 0
     batch_size: int = 128
+    ceiling: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -61,6 +63,7 @@ class MAS(Component):
             ("alpha", 0 <= self.alpha <= 1, "give a number from 0 to 1"),
             ("samples", self.samples >= 0, "give a number of samples, or 0 for all"),
             ("batch_size", self.batch_size >= 1, "give at least 1"),
+            ("ceiling", self.ceiling is None or self.ceiling > 0, "give a number above 0, or none"),
         ):
             if not ok:
                 raise ConfigError(f"components.mas.{key}: found {getattr(self, key)}; {advice}")
@@ -93,7 +96,9 @@ class MAS(Component):
             batch_size=self.batch_size,
             generator=moment.generator,
         )
-        return consolidated(network, state, importances, combine=self._combine)
+        return consolidated(
+            network, state, importances, combine=self._combine, ceiling=self.ceiling, where="components.mas.lamb"
+        )
 
     def _combine(self, old: Quadratic | None, importance_P: Tensor, weight_P: Tensor) -> Mapping[str, Tensor]:
         kept = self.alpha if self.merge == "average" else 1.0

@@ -33,12 +33,12 @@ class RanPAC(Component):
     token), W drawn once from N(0, 1), ``G = sum h h'`` and ``Q = sum h y'`` over every sample seen, y one-hot. G and Q
     do not depend on the order of experiences, so nothing is forgotten. r is chosen in each experience by the error
     on a share of its samples that is held out of a regression on the others, then all samples count. For
-    pre-trained backbones. It costs one forward pass over the data, M^2 + F M + M C numbers of 8 bytes an exit (32 MB
-    for M = 2000, 800 MB for 10000), and M^3 operations an experience. It owns the slot ``batch``: no sample is
+    pre-trained backbones. It costs one forward pass over the data, M^2 + F M + M C numbers of 8 bytes an exit (8 MB
+    for M = 1000, 800 MB for 10000), and M^3 operations an experience. It owns the slot ``batch``: no sample is
     trained on. McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning" (2023).
 
     Args:
-        projection: M, random features. 10000 as published; 2000 where memory is short.
+        projection: M, random features: several times the width of f. 10000 as published, for ViT-B/16 and its 768.
         ridges: Values to choose r from, ascending. One value is taken as it is. 1e-8 to 1e8 as published.
         held_out: Share of an experience's samples that choose r. 0.2 as published. At most M samples take part.
         train_first: Whether the first experience trains the network, with gradients, before it is frozen.
@@ -47,7 +47,7 @@ class RanPAC(Component):
     name: ClassVar[str] = "ranpac"
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "answers"})
 
-    projection: int = 2000
+    projection: int = 1000
     ridges: tuple[float, ...] = tuple(10.0**power for power in range(-8, 9))
     held_out: float = 0.2
     train_first: bool = False

@@ -38,6 +38,8 @@ class SI(Component):
         path: Whose gradient the path is along: ``task`` leaves the penalty's own out, as the paper does; ``total``
             keeps it in, as many implementations do. Where the gradient was clipped, or the owner of the slot
             ``mix`` scaled the penalty, ``task`` takes out what the penalty had been before.
+        ceiling: Largest importance; none leaves them as they are. Training by SGD diverges where learning rate *
+            2 c * importance passes 2.
     """
 
     name: ClassVar[str] = "si"
@@ -47,6 +49,7 @@ class SI(Component):
     c: float = 0.1
     damping: float = 0.1
     path: Literal["task", "total"] = "task"
+    ceiling: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a negative weight and a damping that divides by zero."""
@@ -54,6 +57,8 @@ class SI(Component):
             raise ConfigError(f"components.si.c: found {self.c}; give a number of at least 0")
         if not self.damping > 0:
             raise ConfigError(f"components.si.damping: found {self.damping}; give a number above 0")
+        if self.ceiling is not None and not self.ceiling > 0:
+            raise ConfigError(f"components.si.ceiling: found {self.ceiling}; give a number above 0, or none")
 
     def init(self, network: Network) -> State:
         """Nothing is held before the first experience ends."""
@@ -88,4 +93,11 @@ class SI(Component):
         live, (names,) = state["live"], state["scopes"]
         parts = found_P.split([parameter.numel() for parameter in live])
         importances = [dict(zip(names, parts, strict=True))]
-        return consolidated(network, state, importances, combine=lambda _, new_P, at_P: quadratic(new_P, at_P))
+        return consolidated(
+            network,
+            state,
+            importances,
+            combine=lambda _, new_P, at_P: quadratic(new_P, at_P),
+            ceiling=self.ceiling,
+            where="components.si.c",
+        )

@@ -151,13 +151,20 @@ def bias_corrected(logits: Sequence[Tensor], alpha_KC: Tensor, beta_KC: Tensor) 
     """``alpha z + beta`` for each column of each exit; 1 and 0 leave a column as it is, ``-inf`` included.
 
     Args:
-        logits: K tensors logits_BC; may have fewer classes than there are corrections.
+        logits: K tensors logits_BC; may have fewer columns than there are corrections, or more, which stay.
         alpha_KC: Factors.
         beta_KC: What is added.
+
+    >>> bias_corrected([torch.ones(1, 3)], torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]]))
+    (tensor([[1., 7., 1.]]),)
     """
+    new = logits[0].shape[1] - alpha_KC.shape[1]
+    if new:  # a negative number cuts
+        device = logits[0].device
+        alpha_KC = F.pad(alpha_KC.to(device), (0, new), value=1.0)
+        beta_KC = F.pad(beta_KC.to(device), (0, new))
     return tuple(
-        logits_BC * alpha_C[: logits_BC.shape[1]] + beta_C[: logits_BC.shape[1]]
-        for logits_BC, alpha_C, beta_C in zip(logits, alpha_KC, beta_KC, strict=True)
+        logits_BC * alpha_C + beta_C for logits_BC, alpha_C, beta_C in zip(logits, alpha_KC, beta_KC, strict=True)
     )
 
 

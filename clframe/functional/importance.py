@@ -3,11 +3,12 @@
 Weights lie in one flat vector, so that a penalty costs a handful of operations however many layers there are;
 a layout says which part of the vector is which tensor.
 
-Shape suffixes: P weights in a flat vector, K exits, B samples.
+Shape suffixes: P weights in a flat vector, K exits, B samples, C classes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -169,7 +170,9 @@ def gradient_sums(
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for x_B, label_B in zip(x.split(chunk), labels.split(chunk), strict=True):
         try:
-            gradients = many(dict(parameters), x_B, label_B)
+            with warnings.catch_warnings():  # torch tells of each operation that it batches by a loop of its own
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                gradients = many(dict(parameters), x_B, label_B)
         except RuntimeError:  # an operation without a batching rule, or a custom autograd function
             return one_by_one(loss_of, parameters, x, labels, power=power)
         for name, gradient_B in gradients.items():
@@ -191,6 +194,15 @@ def one_by_one(
                 if gradient is not None:
                     sums[name] += gradient.abs() ** power
     return sums
+
+
+def squared_norm(logits_BC: Tensor, y_B: Tensor | None = None) -> Tensor:
+    """``mean_b sum_c logits_bc^2``, over the classes that have logits; targets play no part.
+
+    >>> squared_norm(torch.tensor([[3.0, 4.0, -torch.inf]])).item()
+    25.0
+    """
+    return torch.where(logits_BC.isneginf(), 0.0, logits_BC).square().sum(1).mean()
 
 
 def path_importance(importance_P: Tensor, path_P: Tensor, moved_P: Tensor, *, damping: float) -> Tensor:

@@ -62,15 +62,6 @@ def distillation(
     )
 
 
-def squared_norm(logits_BC: Tensor, y_B: Tensor | None = None) -> Tensor:
-    """``mean_b sum_c logits_bc^2``, over the classes that have logits; targets play no part.
-
-    >>> squared_norm(torch.tensor([[3.0, 4.0, -torch.inf]])).item()
-    25.0
-    """
-    return torch.where(logits_BC.isneginf(), 0.0, logits_BC).square().sum(1).mean()
-
-
 def _divergence(student_BC: Tensor, teacher_BC: Tensor, group: Sequence[int], temperature: float) -> Tensor:
     columns = _columns(group)
     log_student = F.log_softmax(student_BC[:, columns] / temperature, dim=1)

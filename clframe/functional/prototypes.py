@@ -162,9 +162,9 @@ def for_met_classes(scores_BC: Tensor, met_C: Tensor, *, classes: int) -> Tensor
 
 
 def _solved(matrix_FF: Tensor, right_FC: Tensor) -> Tensor:
-    """``matrix^-1 right`` of a matrix that is positive definite, if it were not for rounding."""
+    """``matrix^-1 right`` of a matrix that is positive definite; the shortest solution where rounding denies it."""
     factor_FF, failed = torch.linalg.cholesky_ex(matrix_FF)
-    solution_FC: Tensor = (
-        torch.linalg.solve(matrix_FF, right_FC) if bool(failed) else torch.cholesky_solve(right_FC, factor_FF)
-    )
-    return solution_FC
+    if bool(failed):
+        shortest_FC: Tensor = torch.linalg.pinv(matrix_FF, hermitian=True) @ right_FC
+        return shortest_FC
+    return torch.cholesky_solve(right_FC, factor_FF)

@@ -63,11 +63,12 @@ def asymmetric_cross_entropy(
         weight_B: Weight of each sample; None weighs all alike.
     """
     hidden_BC = new_B.unsqueeze(1) & ~present_C
-    share_B = torch.where(new_B, 1 / new_B.sum().clamp(min=1), 1 / (~new_B).sum().clamp(min=1))
-    if weight_B is not None:
-        share_B = share_B * weight_B
-    masked = [l_BC.masked_fill(hidden_BC, -torch.inf) for l_BC in logits]
-    return torch.stack([(F.cross_entropy(l_BC, y_B, reduction="none") * share_B).sum() for l_BC in masked])
+    side_B = torch.where(new_B, new_B.sum(), (~new_B).sum())  # how many samples are on each one's side
+    values = []
+    for logits_BC in logits:
+        loss_B = F.cross_entropy(logits_BC.masked_fill(hidden_BC, -torch.inf), y_B, reduction="none")
+        values.append(((loss_B if weight_B is None else loss_B * weight_B) / side_B).sum())
+    return torch.stack(values)
 
 
 def smoothed_cross_entropy(

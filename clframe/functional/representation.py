@@ -78,7 +78,8 @@ def pod(student: Tensor, teacher: Tensor, *, pooling: Pooling) -> Tensor:
         pooling: See :func:`pooled`.
     """
     difference_BD = F.normalize(pooled(student, pooling), dim=1) - F.normalize(pooled(teacher, pooling), dim=1)
-    return torch.linalg.vector_norm(difference_BD, dim=1).mean()
+    distance_B: Tensor = torch.linalg.vector_norm(difference_BD, dim=1)
+    return distance_B.mean()
 
 
 def nca(

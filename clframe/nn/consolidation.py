@@ -9,12 +9,15 @@ Shape suffixes: P weights, K exits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clframe.core.types import State
+from clframe.errors import ConfigError
 from clframe.functional.importance import Layout, Quadratic, flat, penalties, relaid, spans_of
 from clframe.nn.network import Network
 from clframe.nn.sensitivity import Objective
@@ -53,14 +56,39 @@ def held(state: State) -> Tensor:
 
 
 def consolidated(
-    network: Network, state: State, importances: Sequence[Mapping[str, Tensor]], *, combine: Combine
+    network: Network,
+    state: State,
+    importances: Sequence[Mapping[str, Tensor]],
+    *,
+    combine: Combine,
+    ceiling: float | None = None,
+    where: str,
 ) -> State:
-    """The state after an experience: each objective's quadratic combined with new importances, by weight."""
+    """The state after an experience: each objective's quadratic combined with new importances, by weight.
+
+    Args:
+        network: Holds the weights as they are now.
+        state: As training left it.
+        importances: For each objective, by weight.
+        combine: What to make of the quadratic before, flat importances and weights.
+        ceiling: Largest importance to keep; None keeps all.
+        where: The component and its weight, such as ``components.ewc.lamb``, for the error.
+
+    Raises:
+        ConfigError: Training has diverged, as it does where a penalty is too stiff for the learning rate.
+    """
     terms = []
     for number, names in enumerate(state["scopes"]):
         layout: Layout = tuple((name, tuple(network.get_parameter(name).shape)) for name in names)
         importance_P = flat([importances[number][name] for name in names])
         center_P = flat([network.get_parameter(name) for name in names])
         old = state["terms"][number] if state["terms"] else None
-        terms.append({**combine(old, importance_P, center_P), "layout": layout})
+        if not bool(torch.isfinite(importance_P).all() & torch.isfinite(center_P).all()):
+            raise ConfigError(
+                f"{where}: found a value with which training diverged (learning rate * weight * largest importance "
+                f"must stay below about 1); lower it or optimizer.lr, or give a ceiling"
+            )
+        term = dict(combine(old, importance_P, center_P))
+        term["importance"] = term["importance"].clamp_max(math.inf if ceiling is None else ceiling)
+        terms.append({**term, "layout": layout})
     return {"scopes": state["scopes"], "terms": tuple(terms)}

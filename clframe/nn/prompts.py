@@ -153,9 +153,11 @@ def add_prompts(network: Network, pool: PromptPool, *, read: Read, where: str) -
         ConfigError: Prompts of another width, or a backbone that has prompts already.
     """
     old = network.backbone
+    if PROMPT in old.names:
+        raise ConfigError(f"{where}: found prompts in the backbone already; add them once")
     tokens, width = _tokens_of(old, where=where)
-    if pool.keys.shape[1] != width or PROMPT in old.names:
-        raise ConfigError(f"{where}: found prompts for another backbone, or twice; add them once, of width {width}")
+    if pool.keys.shape[1] != width:
+        raise ConfigError(f"{where}: found prompts of width {pool.keys.shape[1]}; give the tokens' {width}")
     first, *body, last = (Frozen(stage) for stage in old.stages)
     end = last if read == "first" else PromptMean(last, added=pool.added)
     if read == "prompts":

@@ -33,8 +33,11 @@ class FabricEngine:
         self._plain = not needs_wrapper(fabric)
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
-        """``fabric.backward``."""
-        self._fabric.backward(loss, retain_graph=retain_graph)
+        """``fabric.backward``; in plain 32 bit that is ``loss.backward``, called without its detours."""
+        if self._plain:
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        else:
+            self._fabric.backward(loss, retain_graph=retain_graph)
 
     def step(self, *, clip: float | None) -> None:
         """``fabric.clip_gradients`` without its finiteness check, which would wait for the device."""

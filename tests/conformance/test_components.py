@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import COMPONENTS, HOOKS, SLOTS, Component, compose
+from clframe.core import COMPONENTS, HOOKS, SLOTS, Component, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ComposeError, ConfigError
 from clframe.nn import BACKBONES, GrowingLinear, Network
@@ -31,11 +31,18 @@ def benchmark(classes=6, per_class=8, experiences=3):
     )
 
 
+def fed(strategy):
+    """The strategy with a memory beside it, where one of its components needs one that none keeps."""
+    composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
+    lacks = any(c.needs_memory for c in composition) and not any(c.keeps_memory for c in composition)
+    return composition + COMPONENTS.get("er")() if lacks and composition.owner("batch") is None else composition
+
+
 def train(strategy, stream, *, exits=1, seed=3, experiences=None):
     torch.manual_seed(seed)
     heads = [("layer1", GrowingLinear(12)) for _ in range(exits - 1)]
     network = Network(BACKBONES.get("mlp")(stream.input_shape, width=12), exits=heads)
-    module = ContinualModule(network, strategy, optimizer=partial(torch.optim.SGD, lr=0.05), seed=seed)
+    module = ContinualModule(network, fed(strategy), optimizer=partial(torch.optim.SGD, lr=0.05), seed=seed)
     loop = LightningStrategy(
         model=module, benchmark=stream, train_mb_size=5, train_epochs=2, eval_mb_size=16, evaluator=None
     )
@@ -146,5 +153,10 @@ def test_every_pair_composes_and_commutes_or_names_the_slot(a, b):
             compose(first(), second())
         return
     stream = benchmark(classes=4, per_class=3, experiences=2)
+    pair = fed(first() + second())
+    if any(c.needs_memory for c in pair) and not any(c.keeps_memory for c in pair):
+        with pytest.raises(ComposeError, match="needs a memory"):
+            train(pair, stream)
+        return
     left, right = train(first() + second(), stream), train(second() + first(), stream)
     assert all(torch.equal(p, q) for p, q in zip(left.parameters(), right.parameters(), strict=True))

@@ -1,0 +1,87 @@
+"""Cells: runs that are done once, whoever asks how often, and go on where they were broken off.
+
+A cell is a config, overrides and a seed; its folder is named by all three. A cell with results is read, one with a
+checkpoint is resumed, any other is run. So the command that makes a table may be stopped and called again, by several
+processes and on several machines that share the folder of results one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table."""
+
+    label: str
+    """The row it belongs to."""
+    config: str
+    overrides: tuple[str, ...]
+    seed: int
+
+    def folder(self, out: Path, *, unkeyed: Sequence[str] = ()) -> Path:
+        """Its folder; overrides that begin like one of ``unkeyed`` (where data lie, say) do not change it."""
+        kept = [text for text in self.overrides if not text.startswith(tuple(unkeyed))]
+        digest = hashlib.sha256(json.dumps([self.config, kept]).encode()).hexdigest()[:12]
+        return out / f"{self.label.replace(' ', '').replace('+', '-')}-{digest}" / f"seed{self.seed}"
+
+
+UNKEYED = ("benchmark.data_dir=", "trainer.threads=", "trainer.accelerator=", "trainer.progress=", "trainer.loggers=")
+"""Overrides that say where and how a cell is run, not what it is."""
+
+
+def finished(cell: Cell, out: Path) -> Path | None:
+    """The cell's results, if it has been run to its end."""
+    return next(iter(sorted(cell.folder(out, unkeyed=UNKEYED).glob("*/*/results.json"))), None)
+
+
+def run_cell(cell: Cell, out: Path) -> Path:
+    """The cell's results, run or resumed where there are none yet."""
+    import torch
+
+    import clframe
+
+    torch.set_num_threads(1)
+    done = finished(cell, out)
+    if done is not None:
+        return done
+    folder = cell.folder(out, unkeyed=UNKEYED)
+    begun = sorted(folder.glob("*/*/checkpoints/experience_*.ckpt"))
+    if begun:
+        result = clframe.run(resume=begun[-1].parents[1])
+    else:
+        result = clframe.run(cell.config, [*cell.overrides, f"seed={cell.seed}"], output=folder)
+    return Path(result.run_folder) / "results.json"
+
+
+def run_cells(cells: Sequence[Cell], out: Path, *, workers: int) -> Iterator[tuple[Cell, Path]]:
+    """Every cell with its results, finished ones first, the others as they end.
+
+    A cell that fails is named at the end, after all others have been run.
+    """
+    waiting = []
+    for cell in cells:
+        done = finished(cell, out)
+        if done is None:
+            waiting.append(cell)
+        else:
+            yield cell, done
+    failures: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        jobs = {pool.submit(run_cell, cell, out): cell for cell in waiting}
+        for job in as_completed(jobs):
+            cell, error = jobs[job], job.exception()
+            if error is None:
+                yield cell, job.result()
+            else:
+                failures.append(f"{cell.label}, seed {cell.seed}: {error}")
+    if failures:
+        raise SystemExit("cells failed, call again to go on:\n" + "\n".join(failures))

@@ -1,0 +1,156 @@
+"""The table of strategies with and without exits: accuracy, relative gain, accuracy and cost of stopping early.
+
+    python perf/exit_table.py --data-dir DATA --out RESULTS --workers 2 --seeds 0 1 2
+    python perf/exit_table.py ... --set er exits probe control       # the exits themselves, on one strategy
+
+Every run is a cell (``cells.py``): the command resumes where it stopped, and a second call only prints. With exits the
+answer is that of the most confident exit, as in the paper (Szatkowski et al., 2025), next to that of the last one;
+thresholds of the budgets are chosen on the validation part of the training data, which all rows leave out alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cells import Cell, run_cells
+
+EXITS = "exits"
+STRATEGIES = {
+    "naive": ("naive", ()),
+    "ft_memory": ("er", ("components.er={memory: 2000, replay: concatenate, selection: random}",)),
+    "er": ("er", ("components.er={memory: 2000, replay: half, selection: random}",)),
+    "derpp": ("derpp", ("components.derpp={memory: 2000}",)),
+    "bic": ("bic", ("components.bic={memory: 2000}",)),
+    "lwf": ("lwf", ()),
+    "ssil": ("ssil + er", ("components.er={memory: 2000, replay: fixed, replayed: 32, selection: random}",)),
+    "icarl": ("icarl + er", ("components.er={memory: 2000, replay: concatenate, selection: herding}",)),
+}
+"""Row -> (strategy, overrides), memory 2000 where one is kept."""
+
+VARIANTS = {
+    "": ("", ()),
+    "exits": ("exits", ()),
+    "probe": ("exits", ("components.exits.gradient=detached",)),
+    "control": ("exits", ("components.exits.control=last",)),
+}
+"""Suffix of a row -> (component added, overrides)."""
+
+
+def cells(names: Sequence[str], variants: Sequence[str], shared: Sequence[str], config: str, seeds: Sequence[int]) -> list[Cell]:
+    """All cells of a table, seed by seed, so that a table that is broken off has whole rows."""
+    found = []
+    for seed in seeds:
+        for name in names:
+            strategy, options = STRATEGIES[name]
+            for variant in variants:
+                added, more = VARIANTS[variant]
+                expression = " + ".join(part for part in (strategy, added) if part)
+                label = f"{name} + {variant}" if variant else name
+                overrides = (*shared, f"strategy={expression}", *options, *more)
+                found.append(Cell(label, config, overrides, seed))
+    return found
+
+
+def row(results: Sequence[dict]) -> dict[str, list[float]]:
+    """The numbers of one row, one for each seed, in percent."""
+    columns: dict[str, list[float]] = {}
+    for result in results:
+        record = result["exits"][-1]
+        values = {
+            "last": record["static"]["last"],
+            "confident": record["static"]["confident"],
+            "forgetting": result["forgetting"],
+            "parameters": result["parameters"] / 100,
+            "minutes": result["train_seconds"] / 6000,
+        }
+        for point in record["points"]["points"] or ():
+            values[f"at {point['name']}"] = point["accuracy"]
+            values[f"cost {point['name']}"] = point["cost"]
+        for name, value in values.items():
+            columns.setdefault(name, []).append(float("nan") if value is None else 100 * value)
+    return columns
+
+
+def equal_cost(result: dict, accuracy: float) -> float | None:
+    """The smallest share of the backbone's cost at which the test curve is as accurate, None where it never is."""
+    curve = result["exits"][-1]["curve"]
+    reached = [cost for cost, found in zip(curve["costs"], curve["accuracies"]) if found >= accuracy]
+    return 100 * min(reached) if reached else None
+
+
+def shown(values: Sequence[float], *, decimals: int = 1) -> str:
+    """Mean, and sample standard deviation where there are several."""
+    values = [value for value in values if value == value]
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def table(found: dict[str, dict[int, dict]]) -> str:
+    """The rows as Markdown."""
+    heading = ["strategy", "seeds", "parameters", "last exit", "most confident", "gain over base", "forgetting",
+               "at 25 %", "at 50 %", "at 75 %", "cost at the base's accuracy", "minutes"]  # fmt: skip
+    lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
+    for label, by_seed in found.items():
+        results = [by_seed[seed] for seed in sorted(by_seed)]
+        columns, base = row(results), found.get(label.partition(" + ")[0], {})
+        gains, costs = [], []
+        if " + " in label:
+            for seed in sorted(by_seed):
+                if seed in base:
+                    before = base[seed]["exits"][-1]["static"]["last"]
+                    gains.append(100 * (by_seed[seed]["exits"][-1]["static"]["confident"] / before - 1))
+                    cost = equal_cost(by_seed[seed], before)
+                    costs.append(float("nan") if cost is None else cost)
+        points = [
+            f"{shown(columns[f'at {share}%'])} (cost {shown(columns[f'cost {share}%'])})" if " + " in label and f"at {share}%" in columns else "-"
+            for share in (25, 50, 75)
+        ]
+        cells = [label, str(len(results)), f"{results[0]['parameters']:,}", shown(columns["last"]),
+                 shown(columns["confident"]) if " + " in label else "-", f"{shown(gains)} %" if gains else "-",
+                 shown(columns["forgetting"]), *points, f"{shown(costs)} %" if any(c == c for c in costs) else "-",
+                 shown(columns["minutes"])]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="split_cifar100")
+    parser.add_argument("--data-dir", help="folder of cifar100.npz or cifar-100-python")
+    parser.add_argument("--out", type=Path, default=Path("runs/exit_table"))
+    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--variants", nargs="+", choices=[v for v in VARIANTS if v], default=["exits"])
+    parser.add_argument("--override", nargs="*", default=[], help="key=value for every run")
+    parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
+    options = parser.parse_args()
+    data = [f"benchmark.data_dir={options.data_dir}"] if options.data_dir else []
+    shared = [*data, "benchmark.validation=0.1", "trainer.threads=1",
+              "trainer.progress=false", "trainer.loggers=[csv]", *options.override]  # fmt: skip
+    wanted = cells(options.strategies, ["", *options.variants], shared, options.config, options.seeds)
+    found: dict[str, dict[int, dict]] = {cell.label: {} for cell in wanted}
+    start = time.perf_counter()
+    if options.print_only:
+        from cells import finished
+
+        pairs = [(cell, finished(cell, options.out)) for cell in wanted]
+    else:
+        pairs = run_cells(wanted, options.out, workers=options.workers)
+    for cell, path in pairs:
+        if path is not None:
+            found[cell.label][cell.seed] = json.loads(Path(path).read_text())
+            print(f"{time.perf_counter() - start:7.0f} s  {cell.label}, seed {cell.seed}", flush=True)
+    print("\n" + table({label: by_seed for label, by_seed in found.items() if by_seed}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Freeze the backbone once it has learnt something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State
+from clframe.errors import ConfigError
+from clframe.nn.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freeze(Component):
+    """Freezing: the backbone learns in the first experiences and stays as it is from then on; classifiers go on.
+
+    A baseline that forgets no feature and learns no new one, strong where the first experience is large or the
+    backbone pre-trained. Statistics of batch normalization are frozen too. It costs less than no method at all.
+
+    Args:
+        after: Experiences in which the backbone learns; 0 never trains it.
+    """
+
+    name: ClassVar[str] = "freeze"
+
+    after: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number."""
+        if self.after < 0:
+            raise ConfigError(f"components.freeze.after: found {self.after}; give a number of at least 0")
+
+    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+        """Hold the backbone still; done anew in every epoch, since training mode comes back with each."""
+        if moment.experience.index >= self.after:
+            network.backbone.requires_grad_(False)
+            network.backbone.eval()

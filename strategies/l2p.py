@@ -1,0 +1,105 @@
+"""Learning to Prompt: a pool of prompts instructs a frozen vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State, Step
+from clframe.errors import ConfigError
+from clframe.functional.losses import cross_entropy
+from clframe.functional.prompts import among, pull
+from clframe.nn.network import Network
+from clframe.nn.prompts import QUERY, Frozen, PromptPool, Read, add_prompts, prompt_pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2P(Component):
+    """Learning to Prompt (L2P): learnt tokens, picked for each image from a pool, steer a frozen vision transformer.
+
+    The query q is the untouched backbone's feature; the ``top`` prompts with the nearest keys join the tokens
+    behind the class token, and only prompts, keys and classifiers learn, by the cross-entropy over the
+    experience's own classes and ``pull * sum_n (1 - cos(q, key_n))``. For vision transformers that are
+    pre-trained (``vit_b_16``, ``timm``): it knows what the backbone knows, and keeps no sample. It costs a second
+    forward pass, in training and in use, and ``top * length`` tokens more. Taps grow by these tokens, from the new
+    stage ``prompt`` on; another, ``query``, has the query as its tap. Dropout of the backbone stays off. Prompts are
+    picked for each image by itself, not for a whole batch as in the authors' code, where answers depend on what else
+    is asked. Wang et al., "Learning to Prompt for Continual Learning" (2022).
+
+    Args:
+        prompts: Pool to choose from. 10 as published for CIFAR-100.
+        length: Tokens of a prompt. 5 as published.
+        top: Prompts that join each image's tokens. 5 as published.
+        pull: Weight of the term that draws keys to the queries that pick them. 0.5 as published.
+        read: What is classified: the mean of the ``prompts``' outputs, as published, or the ``first`` token, the
+            class token. Exits before the last always take the first.
+        classes: Over which classes a new sample's cross-entropy goes: those of its ``experience``, as published,
+            or ``all`` so far. Replayed samples compete with all.
+    """
+
+    name: ClassVar[str] = "l2p"
+    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    terms: ClassVar[tuple[str, ...]] = ("pull",)
+
+    prompts: int = 10
+    length: int = 5
+    top: int = 5
+    pull: float = 0.5
+    read: Read = "prompts"
+    classes: Literal["experience", "all"] = "experience"
+
+    def __post_init__(self) -> None:
+        """Refuse pools that are too small and a term that pushes."""
+        for key, ok, advice in (
+            ("prompts", self.prompts >= 1, "give at least 1 prompt"),
+            ("length", self.length >= 1, "give at least 1 token"),
+            ("top", 1 <= self.top <= self.prompts, f"give a number from 1 to prompts, which is {self.prompts}"),
+            ("pull", self.pull >= 0, "give a number of at least 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"components.l2p.{key}: found {getattr(self, key)}; {advice}")
+
+    def taps(self, network: Network) -> Sequence[str]:
+        """The query."""
+        return (QUERY,)
+
+    def edit(self, network: Network) -> None:
+        """Freeze the backbone and add the prompts; the exits stay where they are."""
+        width = network.backbone.features
+        pool = PromptPool(width, pool=self.prompts, length=self.length, top=self.top)
+        add_prompts(network, pool, read=self.read, where="components.l2p")
+
+    def init(self, network: Network) -> State:
+        """Every class competes until an experience says which are its own."""
+        return {"outside": None}
+
+    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+        """Which outputs are not among the experience's classes."""
+        outside_C = torch.ones(network.classes, dtype=torch.bool)
+        outside_C[list(moment.experience.classes)] = False
+        return {"outside": outside_C.to(network.final.weight.device) if self.classes == "experience" else None}
+
+    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+        """Hold the backbone still, also where exits that were trained apart have set it free."""
+        for part in network.backbone.modules():
+            if isinstance(part, Frozen):
+                part.hold()
+
+    def task(self, step: Step, state: State) -> Tensor:
+        """loss_K over the classes that a sample competes with."""
+        logits, y_B = step.output.logits, step.batch.y
+        if state["outside"] is not None:
+            logits = tuple(among(logits_BC, y_B, outside_C=state["outside"]) for logits_BC in logits)
+        return cross_entropy(logits, y_B, weight_B=step.batch.weight_B)
+
+    def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
+        """The pull on the keys: exits have no part in it."""
+        if self.pull == 0:
+            return {}
+        similarity_BN, _ = prompt_pool(step.network).select(step.output.taps[QUERY])
+        return {"pull": self.pull * pull(similarity_BN)}

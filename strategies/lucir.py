@@ -1,0 +1,117 @@
+"""LUCIR: cosine classifiers, features that keep their direction, old classes held apart from new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State, Step
+from clframe.errors import ConfigError
+from clframe.functional.representation import cosine_distance, separation
+from clframe.nn.branches import exit_embeddings
+from clframe.nn.freeze import freeze
+from clframe.nn.heads import CosineLinear
+from clframe.nn.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class LUCIR(Component):
+    """Learning a unified classifier incrementally via rebalancing (LUCIR): cosines, and features that keep their way.
+
+    Every exit classifies by ``eta cos(w_c, features)``; added are ``less_forget sqrt(old / new classes)
+    (1 - cos(f, f_old))`` on its embedded tap, against the frozen model of the last experience, and
+    ``separate sum_j max(m - cos_y + cos_j, 0)`` for replayed samples and the new classes most like them.
+
+    Use it with a memory, ``lucir + er``, which the last term needs; without one that term is zero. Costs a forward
+    pass of the old model a step and a copy of it. The last ReLU before the features, which the paper removes, stays
+    as the backbone has it; rows of new classes are drawn, not imprinted. Hou et al., "Learning a Unified Classifier
+    Incrementally via Rebalancing" (2019).
+
+    Args:
+        less_forget: Weight lambda_base of the constraint on features; 5 for CIFAR-100, 10 for ImageNet.
+        separate: Weight of the separation of classes.
+        margin: m of the separation, in cosines.
+        negatives: New classes that each old sample is held apart from.
+        eta: Scale of the cosines at first; it is learnt, one at each exit. The authors' code starts at 1, from where
+            160 epochs of SGD reach useful values and short runs do not.
+        old: Whether rows of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with Adam
+            may turn a fixed row; SGD and AdamW only shorten it, which changes nothing.)
+    """
+
+    name: ClassVar[str] = "lucir"
+    slots: ClassVar[frozenset[str]] = frozenset({"classifier"})
+    terms: ClassVar[tuple[str, ...]] = ("less_forget", "separate")
+
+    less_forget: float = 5.0
+    separate: float = 1.0
+    margin: float = 0.5
+    negatives: int = 2
+    eta: float = 10.0
+    old: Literal["fixed", "learn"] = "fixed"
+
+    def __post_init__(self) -> None:
+        """Refuse weights below 0 and sizes that mean nothing."""
+        for key, ok, advice in (
+            ("less_forget", self.less_forget >= 0, "give a number of at least 0"),
+            ("separate", self.separate >= 0, "give a number of at least 0"),
+            ("margin", self.margin >= 0, "give a number of at least 0"),
+            ("negatives", self.negatives >= 1, "give at least 1"),
+            ("eta", self.eta > 0, "give a number above 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"components.lucir.{key}: found {getattr(self, key)}; {advice}")
+
+    def taps(self, network: Network) -> Sequence[str]:
+        """Those of all exits."""
+        return network.exit_taps
+
+    def edit(self, network: Network) -> None:
+        """Cosine classifiers at every exit."""
+        network.classify_with(partial(CosineLinear, scale=self.eta))
+
+    def init(self, network: Network) -> State:
+        """No old model, and no class is told apart, before the first experience ends."""
+        return {"teacher": None, "new": None, "factor": 0.0}
+
+    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+        """Fix the rows of old classes; the more of them there are for each new one, the more features are held."""
+        past, classes = moment.experience.past, moment.experience.classes
+        new = sorted(set(classes) - set(past))
+        if self.old == "fixed":
+            for head in network.heads:
+                head.fix(set(past) - set(classes))  # type: ignore[operator]
+        ids = torch.tensor(new, device=network.final.weight.device) if past and new else None
+        return {**state, "new": ids, "factor": sqrt(len(past) / len(classes))}
+
+    def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
+        """The constraint and the separation, from the second experience on."""
+        terms: dict[str, Tensor] = {}
+        network = step.network
+        if state["teacher"] is not None:
+            with torch.no_grad():
+                teacher = state["teacher"](step.batch.x, taps=network.exit_taps)
+            features = exit_embeddings(network, step.output)
+            distance_K = cosine_distance(features, exit_embeddings(network, teacher))
+            terms["less_forget"] = self.less_forget * state["factor"] * distance_K
+        if state["new"] is not None:
+            separate_K = separation(
+                step.output.logits,
+                step.batch.y,
+                new=state["new"],
+                margin=self.margin,
+                negatives=self.negatives,
+                scales=[head.scale for head in network.heads],  # type: ignore[misc]
+            )
+            terms["separate"] = self.separate * separate_K
+        return terms
+
+    def advance(self, network: Network, moment: Moment, state: State) -> State:
+        """The model as it is now teaches the next experience."""
+        return {**state, "teacher": freeze(network)}

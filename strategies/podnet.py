@@ -1,0 +1,156 @@
+"""PODNet: distil what pooling leaves of every map, with several proxies for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State, Step
+from clframe.errors import ConfigError
+from clframe.functional.representation import Pooling, cosine_distance, nca, pod
+from clframe.nn.backbones import Backbone
+from clframe.nn.branches import exit_embeddings
+from clframe.nn.freeze import freeze
+from clframe.nn.heads import CosineLinear
+from clframe.nn.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class PODNet(Component):
+    """Pooled outputs distillation (PODNet): maps keep their sums over rows and columns, features their direction.
+
+    Adds ``sqrt(classes seen / new classes)`` times ``spatial`` x the distance of pooled maps of this and the last
+    experience's model, for exit k the mean over the maps up to it, and ``flat (1 - cos(f, f_old))`` on its
+    embedded tap. Classes are told apart by the local similarity classifier, the cosines to several proxies of each,
+    under an NCA loss with a margin, which takes the place of the cross-entropy.
+
+    Use it for many small experiences, with a memory: ``podnet + er``. Costs a forward pass of the old model a step, a
+    copy of it, and ``proxies`` rows for each class. Maps are taken as the stages return them, behind the last ReLU; new
+    proxies are drawn, not imprinted; the authors' fine-tuning on balanced data is left out. Douillard et al., "PODNet:
+    Pooled Outputs Distillation for Small-Tasks Incremental Learning" (2020).
+
+    Args:
+        spatial: Weight of the maps; the authors' options give 3 for CIFAR-100, 8 for ImageNet.
+        flat: Weight of the features; 1 for CIFAR-100, 10 for ImageNet.
+        pooling: What maps are summed over: ``spatial`` (rows, and columns), ``width``, ``height``, ``gap`` (both),
+            ``channels``, ``pixels`` (nothing). Of tokens, all but the last two sum over the tokens.
+        at: Maps or tokens to hold, by the names of their taps; ``auto``: those of the exits, and the last of
+            every resolution.
+        classifier: ``lsc``: local similarity, NCA loss; ``linear``: what the exits have, cross-entropy.
+        proxies: Of each class, in ``lsc``.
+        margin: Of the NCA loss, in similarities.
+        eta: Scale of the similarities at first; it is learnt, one at each exit. The authors' code starts at 1, from
+            where 160 epochs of SGD reach useful values and short runs do not.
+        old: Whether proxies of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with
+            Adam may turn a fixed one; SGD and AdamW only shorten it, which changes nothing.)
+    """
+
+    name: ClassVar[str] = "podnet"
+    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task"})
+    terms: ClassVar[tuple[str, ...]] = ("spatial", "flat")
+
+    spatial: float = 3.0
+    flat: float = 1.0
+    pooling: Pooling = "spatial"
+    at: Literal["auto"] | tuple[str, ...] = "auto"
+    classifier: Literal["lsc", "linear"] = "lsc"
+    proxies: int = 10
+    margin: float = 0.6
+    eta: float = 10.0
+    old: Literal["fixed", "learn"] = "fixed"
+
+    def __post_init__(self) -> None:
+        """Refuse weights below 0 and sizes that mean nothing."""
+        for key, ok, advice in (
+            ("spatial", self.spatial >= 0, "give a number of at least 0"),
+            ("flat", self.flat >= 0, "give a number of at least 0"),
+            ("proxies", self.proxies >= 1, "give at least 1"),
+            ("margin", self.margin >= 0, "give a number of at least 0"),
+            ("eta", self.eta > 0, "give a number above 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"components.podnet.{key}: found {getattr(self, key)}; {advice}")
+
+    def acts_at(self) -> tuple[str, ...]:
+        """With linear classifiers, not on classifiers nor on the task's loss."""
+        unused = {"edit", "task", "prepare"} if self.classifier == "linear" else set[str]()
+        return tuple(hook for hook in super().acts_at() if hook not in unused)
+
+    def taps(self, network: Network) -> Sequence[str]:
+        """Those of all exits, and the maps to hold."""
+        return tuple(dict.fromkeys((*network.exit_taps, *self._maps(network))))
+
+    def edit(self, network: Network) -> None:
+        """Classifiers with proxies at every exit."""
+        network.classify_with(partial(CosineLinear, proxies=self.proxies, scale=self.eta))
+
+    def init(self, network: Network) -> State:
+        """For every exit the maps up to it; no old model before the first experience ends."""
+        place = network.backbone.tap
+        maps = self._maps(network)
+        up_to = tuple(tuple(tap for tap in maps if place(tap) <= place(end)) for end in network.exit_taps)
+        return {"teacher": None, "maps": up_to}
+
+    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+        """Fix the proxies of old classes."""
+        if self.old == "fixed":
+            for head in network.heads:
+                head.fix(set(moment.experience.past) - set(moment.experience.classes))  # type: ignore[operator]
+        return state
+
+    def task(self, step: Step, state: State) -> Tensor:
+        """The NCA loss at every exit."""
+        scales = [head.scale for head in step.network.heads]
+        batch = step.batch
+        return nca(step.output.logits, batch.y, margin=self.margin, scales=scales, weight_B=batch.weight_B)  # type: ignore[arg-type]
+
+    def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
+        """Distillation of maps and of features, from the second experience on."""
+        if state["teacher"] is None:
+            return {}
+        experience, network = step.moment.experience, step.network
+        factor = sqrt(len(experience.classes_so_far) / len(experience.classes))
+        maps = tuple(dict.fromkeys(tap for taps in state["maps"] for tap in taps))
+        with torch.no_grad():
+            teacher = state["teacher"](step.batch.x, taps=(*network.exit_taps, *maps))
+        flat_K = cosine_distance(exit_embeddings(network, step.output), exit_embeddings(network, teacher))
+        terms = {"flat": self.flat * factor * flat_K}
+        if maps:
+            found = {tap: pod(step.output.taps[tap], teacher.taps[tap], pooling=self.pooling) for tap in maps}
+            none = flat_K.new_zeros(())
+            means = [torch.stack([found[tap] for tap in taps]).mean() if taps else none for taps in state["maps"]]
+            terms["spatial"] = self.spatial * factor * torch.stack(means)
+        return terms
+
+    def advance(self, network: Network, moment: Moment, state: State) -> State:
+        """The model as it is now teaches the next experience."""
+        return {**state, "teacher": freeze(network)}
+
+    def _maps(self, network: Network) -> tuple[str, ...]:
+        """The maps to hold, in order of depth."""
+        backbone = network.backbone
+        if self.at == "auto":
+            return _exits_and_last_of_each_resolution(backbone, network.exit_taps)
+        for tap in self.at:
+            backbone.tap(tap)
+            if len(backbone.tap_shapes[tap]) < 2:
+                raise ConfigError(
+                    f"components.podnet.at: found '{tap}' of shape {backbone.tap_shapes[tap]}, with nothing to pool; "
+                    f"give maps or tokens"
+                )
+        return tuple(sorted(self.at, key=backbone.tap))
+
+
+def _exits_and_last_of_each_resolution(backbone: Backbone, exits: Sequence[str]) -> tuple[str, ...]:
+    """Of the taps that have something to pool. The resolution of tokens is their number."""
+    shapes = backbone.tap_shapes
+    spatial = [name for name in backbone.names if len(shapes[name]) > 1]
+    last = {shapes[name][1:] if len(shapes[name]) == 3 else shapes[name][:1]: name for name in spatial}
+    return tuple(name for name in spatial if name in exits or name in last.values())

@@ -1,0 +1,142 @@
+"""PRD: contrastive features, prototypes that classify, and old prototypes that keep their relation to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clframe.core.component import Component
+from clframe.core.types import Moment, State, Step
+from clframe.errors import ConfigError
+from clframe.functional.losses import distillation
+from clframe.functional.representation import attraction, contrastive, relation
+from clframe.nn.branches import exit_branches
+from clframe.nn.exits.prototypes import embedded_width, prototype_head
+from clframe.nn.features import embedded
+from clframe.nn.freeze import freeze
+from clframe.nn.heads import CosineLinear
+from clframe.nn.network import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRD(Component):
+    """Prototype-sample relation distillation (PRD): contrastive features, prototypes that answer, no memory needed.
+
+    At every exit, on its embedded tap f: the supervised contrastive loss of a projection of f takes the place of the
+    cross-entropy; ``attract (1 - cos(p_y, f))`` draws the prototypes to f, which they do not move; and ``distil``
+    times ``KL(softmax(cos(p_old, f) / T) of the old model || the same of this one)`` lets the prototypes of classes
+    without data move with the features. Answers are cosines to the prototypes.
+
+    Use it where nothing may be stored, with large batches: each sample is shown in one view, so its positives are the
+    other samples of its class. Costs a forward pass of the old model a step, a copy of it, and a projection at
+    each exit, which answers do not need. Heads that ``exits`` asks for give way to prototypes on the same taps.
+    Prototypes have no learning rate of their own, as they have in the paper: SGD of 0.05 serves both, Adam of 0.002
+    leaves prototypes behind. The distillation compares cosines; the authors' code leaves features their length,
+    with which the term may grow without bound. Asadi et al., "Prototype-Sample Relation Distillation:
+    Towards Replay-Free Continual Learning" (2023); Khosla et al., "Supervised Contrastive Learning" (2020).
+
+    Args:
+        attract: Weight of the prototypes' attraction.
+        distil: Weight of the distillation: a sum over old experiences, a mean over the classes of each.
+        temperature: Of the contrastive loss; answers are cosines over it.
+        distil_temperature: Of the distillation.
+        over: What the softmax of the distillation runs over: the ``classes`` of each old experience for each sample,
+            as in the authors' code, or the ``samples`` of the batch for each old prototype.
+        projection: Outputs of the projection, 0 for none.
+        hidden: Units of its two hidden layers.
+    """
+
+    name: ClassVar[str] = "prd"
+    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task"})
+    terms: ClassVar[tuple[str, ...]] = ("attract", "relation")
+
+    attract: float = 2.0
+    distil: float = 4.0
+    temperature: float = 0.1
+    distil_temperature: float = 1.0
+    over: Literal["classes", "samples"] = "classes"
+    projection: int = 128
+    hidden: int = 512
+
+    def __post_init__(self) -> None:
+        """Refuse weights below 0, temperatures that divide by zero and layers without units."""
+        for key, ok, advice in (
+            ("attract", self.attract >= 0, "give a number of at least 0"),
+            ("distil", self.distil >= 0, "give a number of at least 0"),
+            ("temperature", self.temperature > 0, "give a number above 0"),
+            ("distil_temperature", self.distil_temperature > 0, "give a number above 0"),
+            ("projection", self.projection >= 0, "give the number of outputs, 0 for no projection"),
+            ("hidden", self.hidden >= 1, "give at least 1 unit"),
+        ):
+            if not ok:
+                raise ConfigError(f"components.prd.{key}: found {getattr(self, key)}; {advice}")
+
+    def taps(self, network: Network) -> Sequence[str]:
+        """Those of all exits."""
+        return network.exit_taps
+
+    def edit(self, network: Network) -> None:
+        """Prototypes in place of the heads, and a projection beside each."""
+        shapes = network.backbone.tap_shapes
+        network.attach([(tap, prototype_head(shapes[tap])) for tap in network.exit_taps[:-1]])
+        network.classify_with(partial(CosineLinear, scale=1 / self.temperature, learn_scale=False))
+        if self.projection:
+            widths = [embedded_width(shapes[tap]) for tap in network.exit_taps]
+            network.extras[self.name] = nn.ModuleList(self._projection(width) for width in widths)
+
+    def init(self, network: Network) -> State:
+        """No old model before the first experience ends."""
+        return {"teacher": None, "groups": (), "share": None}
+
+    def task(self, step: Step, state: State) -> Tensor:
+        """The contrastive loss at every exit."""
+        features = [embedded(tap) for tap in exit_branches(step.network, step.output)]
+        if self.projection:
+            layers = step.network.extras[self.name]
+            assert isinstance(layers, nn.ModuleList)
+            features = [layer(x_BF) for layer, x_BF in zip(layers, features, strict=True)]
+        return contrastive(features, step.batch.y, temperature=self.temperature, weight_B=step.batch.weight_B)
+
+    def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
+        """The attraction, and from the second experience on the distillation."""
+        network, taps = step.network, exit_branches(step.network, step.output)
+        cosines = _cosines(network, [tap.detach() for tap in taps])
+        terms = {"attract": self.attract * attraction(cosines, step.batch.y)}
+        if state["teacher"] is None:
+            return terms
+        with torch.no_grad():
+            old = state["teacher"](step.batch.x, taps=network.exit_taps)
+            teacher = _cosines(state["teacher"], exit_branches(network, old))
+        student, temperature = _cosines(network, taps), self.distil_temperature
+        if self.over == "samples":
+            loss_K = relation(student, teacher, share_C=state["share"], temperature=temperature)
+        else:
+            loss_K = distillation(student, teacher, groups=state["groups"], temperature=temperature)
+            loss_K = loss_K / temperature**2
+        return {**terms, "relation": self.distil * loss_K}
+
+    def advance(self, network: Network, moment: Moment, state: State) -> State:
+        """The model as it is now teaches the next experience; a class stays in the group it first came in."""
+        known = {c for group in state["groups"] for c in group}
+        new = tuple(sorted(set(moment.experience.classes) - known))
+        groups = (*state["groups"], new) if new else state["groups"]
+        share_C = torch.zeros(network.classes)
+        for group in groups:
+            share_C[list(group)] = 1 / len(group)
+        return {"teacher": freeze(network), "groups": groups, "share": share_C.to(network.final.weight)}
+
+    def _projection(self, width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.hidden), nn.ReLU(),
+            nn.Linear(self.hidden, self.projection),
+        )  # fmt: skip
+
+
+def _cosines(network: Network, taps: Sequence[Tensor]) -> list[Tensor]:
+    """K tensors cosine_BC of embedded taps and prototypes."""
+    return [head(tap) / head.scale for head, tap in zip(network.heads, taps, strict=True)]

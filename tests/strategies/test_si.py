@@ -1,0 +1,187 @@
+"""SI: the path followed step by step, Avalanche's importances, growing heads, and what it does to a run."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import clframe
+from clframe.core import Batch, Experience, Moment, Step
+from clframe.data import SOURCES, TensorSamples
+from clframe.data.avalanche import import_avalanche
+from clframe.data.domains import permuted
+from clframe.errors import ConfigError
+from clframe.functional.seeding import generator_for
+from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.training.checkpoint import decode, encode
+from clframe.training.module import ContinualModule
+from clframe.training.strategy import LightningStrategy
+from strategies import SI
+
+
+def network(exits=0, classes=2):
+    torch.manual_seed(0)
+    net = Network(BACKBONES.get("mlp")((5,), width=4), exits=[("layer1", GrowingLinear(4)) for _ in range(exits)])
+    net.grow(range(classes))
+    return net
+
+
+def moment(index, classes, past=(), count=8):
+    x = torch.randn(count, 5, generator=torch.Generator().manual_seed(index))
+    samples = TensorSamples(x, torch.tensor([classes[i % len(classes)] for i in range(count)]))
+    return Moment(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
+
+
+def train(si, net, now, state, *, steps=5, watch=lambda before: None):
+    """Full batches with momentum, so that a step is not the gradient's."""
+    samples, sgd = now.experience.samples, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        output = net(samples.x)
+        step = Step(Batch(samples.x, samples.y), output, now, net)
+        task = sum(F.cross_entropy(logits, samples.y) for logits in output.logits)
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        sgd.zero_grad()
+        task.backward(retain_graph=True)
+        gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
+        for term in si.losses(step, state).values():
+            term.backward()
+        sgd.step()
+        si.after_step(net, step, state)
+        watch((gradients, before))
+
+
+@pytest.mark.parametrize("exits", [0, 2])
+def test_importances_are_the_path_integral_of_the_tasks_gradient(exits):
+    si, net, past = SI(c=2.0, damping=0.05), network(exits), ()
+    state, importance = si.init(net), {}
+    for index, classes in enumerate([(0, 1), (2,)]):
+        net.grow((*past, *classes))
+        now, path = moment(index, classes, past), {}
+        start = {name: p.detach().clone() for name, p in net.named_parameters()}
+        state = si.prepare(net, now, state)
+
+        def follow(seen, path=path):
+            gradients, before = seen
+            for name, p in net.named_parameters():
+                path[name] = path.get(name, 0) - gradients[name] * (p.detach() - before[name])
+
+        train(si, net, now, state, watch=follow)
+        for name, p in net.named_parameters():
+            old = torch.zeros_like(p)
+            if name in importance:
+                old[tuple(slice(n) for n in importance[name].shape)] = importance[name]
+            moved = p.detach() - start[name]
+            importance[name] = torch.relu(old + path[name] / (moved**2 + 0.05))
+        state, past = si.advance(net, now, state), (*past, *classes)
+    found = state["terms"][0]["importance"]
+    expected = torch.cat([value.flatten() for value in importance.values()])
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6) and found.max() > 0.1
+
+    anchor = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.5
+    net.grow(range(4))
+    later = moment(2, (3,), past)
+    state = si.prepare(net, later, state)
+    term = si.losses(Step(Batch(later.experience.samples.x, later.experience.samples.y), net(later.experience.samples.x), later, net), state)
+    assert term["penalty"].shape == ()
+    assert torch.allclose(term["penalty"], 2 * sum(0.25 * importance[name].sum() for name in anchor), rtol=1e-3)
+
+
+def test_the_total_path_holds_the_penaltys_own_gradient():
+    found = {}
+    for path in ("task", "total"):
+        si, net, first, second = SI(c=5.0, path=path), network(), moment(0, (0, 1)), moment(1, (0, 1), (0, 1))
+        state = si.prepare(net, first, si.init(net))
+        train(si, net, first, state)
+        state = si.prepare(net, second, si.advance(net, first, state))
+        train(si, net, second, state)
+        found[path] = state["path"].clone()
+    assert not torch.allclose(found["task"], found["total"], rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context")  # numpy squares of tensors, in Avalanche
+def test_importances_are_avalanches_before_cutting():
+    """On equal steps: Avalanche's are not cut at zero (its own cut is at 0.001 from above) and follow the total path."""
+    import_avalanche()
+    from avalanche.training.plugins.synaptic_intelligence import SynapticIntelligencePlugin as Plugin
+
+    from clframe.training.repairs import repair
+
+    repair([Plugin(0.1)])
+    si, net, now = SI(path="total", damping=1e-3), network(), moment(0, (0, 1))
+    module = ContinualModule(net, optimizer=partial(torch.optim.SGD, lr=0.1))
+    ewc_data, syn_data, none = ({}, {}), {k: {} for k in ("old_theta", "new_theta", "grad", "trajectory", "cum_trajectory")}, set()
+    Plugin.create_syn_data(module, ewc_data, syn_data, none)
+    Plugin.init_batch(module, ewc_data, syn_data, none)
+    Plugin.pre_update(module, syn_data, none)
+
+    def follow(_):
+        Plugin.post_update(module, syn_data, none)
+        Plugin.pre_update(module, syn_data, none)
+
+    state = si.prepare(net, now, si.init(net))
+    train(si, net, now, state, watch=follow)
+    state = si.advance(net, now, state)
+    Plugin.update_ewc_data(module, ewc_data, syn_data, math.inf, none, 1, eps=1e-3)
+    theirs = torch.cat([ewc_data[1][name].data for name, _ in module.named_parameters()])
+    assert torch.allclose(state["terms"][0]["importance"], theirs.relu(), rtol=1e-3, atol=1e-5)
+    assert (theirs < 0).any() and theirs.max() > 0.1
+    module.network.final.weight.data += 0.5
+    penalty = Plugin.compute_ewc_loss(module, ewc_data, none, "cpu", lambd=0.2)  # it has a factor 1/2
+    rows = [ewc_data[1][f"network.heads.0.{name}"].data for name in ("weight",)]
+    assert torch.allclose(penalty, 0.1 * 0.25 * torch.cat(rows).sum(), rtol=1e-3)
+
+
+def run(strategy):
+    stream = permuted(SOURCES.get("digits")(), experiences=2, seed=0)
+    torch.manual_seed(0)
+    net = Network(BACKBONES.get("mlp")(stream.input_shape, width=32))
+    module = ContinualModule(net, strategy, optimizer=partial(torch.optim.Adam, lr=2e-3), seed=0)
+    loop = LightningStrategy(
+        model=module, benchmark=stream, train_mb_size=16, train_epochs=2, eval_mb_size=512, evaluator=None
+    )
+    for experience in stream.avalanche.train_stream:
+        loop.train(experience)
+    net.eval()
+    parts = [(data.prepare(data.raw(torch.arange(len(data)))), data.y) for data in stream.test]
+    return [(net(x).last.argmax(1) == y).float().mean().item() for x, y in parts]
+
+
+def test_it_forgets_less_than_fine_tuning_and_learns_less():
+    (old, new), (old_si, new_si) = run("naive"), run(SI(c=30.0))
+    assert old_si > old + 0.1 and new_si < new
+
+
+def test_a_state_from_a_checkpoint_goes_on_alike():
+    si, net, now = SI(), network(1), moment(0, (0, 1))
+    state = si.prepare(net, now, si.init(net))
+    train(si, net, now, state)
+    state = si.advance(net, now, state)
+    assert set(state) == {"scopes", "terms"}
+    loaded, later = decode(encode(state), net), moment(1, (0, 1), (0, 1))
+    before, ends = {name: p.detach().clone() for name, p in net.named_parameters()}, []
+    for start in (state, loaded):
+        for name, p in net.named_parameters():
+            p.data.copy_(before[name])
+        now_state = si.prepare(net, later, start)
+        train(si, net, later, now_state)
+        ends.append(si.advance(net, later, now_state)["terms"][0]["importance"])
+    assert torch.equal(*ends)
+
+
+def test_preset_builds(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("defaults: [benchmark/digits, backbone/small_cnn, strategy/si]\n")
+    assert "loss/si/penalty" in clframe.explain(str(file))
+
+
+@pytest.mark.parametrize("option", [{"c": -1.0}, {"c": math.nan}, {"damping": 0.0}, {"ceiling": 0.0}])
+def test_impossible_options(option):
+    with pytest.raises(ConfigError, match=f"components.si.{next(iter(option))}"):
+        SI(**option)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State
+from clframe.core.types import Experience, Moment, State
 from clframe.functional.classifiers import consolidated_rows
-from clframe.nn.class_rows import classifiers, heads_with_rows, read_rows, write_rows
+from clframe.nn.class_rows import heads_with_rows, read_rows, rows_and_fresh, write_rows
 from clframe.nn.network import Network
 
 
@@ -42,8 +42,8 @@ class CWR(Component):
     backbone: Literal["frozen", "free"] = "frozen"
 
     def init(self, network: Network) -> State:
-        """No rows kept, nothing frozen."""
-        return {"rows": {}, "frozen": ()}
+        """No rows kept."""
+        return {"rows": {}}
 
     def prepare(self, network: Network, moment: Moment, state: State) -> State:
         """Rows of this experience's classes as they were kept, zero for all others."""
@@ -56,18 +56,26 @@ class CWR(Component):
             write_rows(head, weight_CF, bias_C)
         return state
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
-        """Hold still what is frozen; done anew in every epoch, since training mode comes back with each."""
-        if not state["frozen"]:
+    def grow(self, network: Network, experience: Experience) -> None:
+        """Hold still what is frozen, before other components look at what learns."""
+        if self.backbone == "free" or experience.index == 0:
             return
-        for name in state["frozen"]:
-            network.get_parameter(name).requires_grad_(False)
-        network.backbone.eval()
+        network.backbone.requires_grad_(False)
+        for _, head in heads_with_rows(network):
+            head.requires_grad_(False)
+            for parameter in rows_and_fresh(head, experience.past):
+                parameter.requires_grad_(True)
+
+    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+        """Done anew in every epoch, since training mode comes back with each."""
+        self.grow(network, moment.experience)
+        if self.backbone == "frozen" and moment.experience.index > 0:
+            network.backbone.eval()
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
         """Consolidate the trained rows and put all that are kept in place."""
         y_N = moment.experience.samples.y.to(network.final.weight.device)
-        rows, linear = {}, set[int]()
+        rows = {}
         for exit, head in heads_with_rows(network):
             weight_CF, bias_C = read_rows(head)
             count_C = torch.bincount(y_N, minlength=len(bias_C))
@@ -76,11 +84,7 @@ class CWR(Component):
             bias_C1, _ = consolidated_rows(kept["bias"][:, None], kept["count"], bias_C[:, None], count_C)
             rows[exit] = {"weight": weight_CF, "bias": bias_C1[:, 0], "count": total_C}
             write_rows(head, weight_CF, bias_C1[:, 0])
-            linear |= {id(parameter) for part, _ in classifiers(head) for parameter in part.parameters()}
-        if not rows:
-            return state
-        frozen = tuple(name for name, parameter in network.named_parameters() if id(parameter) not in linear)
-        return {"rows": rows, "frozen": frozen if self.backbone == "frozen" else ()}
+        return {"rows": rows}
 
     def _sized(self, kept: Mapping[str, Tensor], classes: int, *, like: Tensor | None = None) -> Mapping[str, Any]:
         """What is kept, with zeros for classes that came later."""

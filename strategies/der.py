@@ -43,8 +43,9 @@ class DER(Component):
             a whole batch of new ones, times ``ratio``; ``fixed``: always ``replayed``.
         ratio: With ``extra``, replayed samples for each new one.
         replayed: Samples replayed with each batch where ``replay`` is ``fixed``.
-        columns: Logits compared: those ``stored``, or all of today's with 0 for classes that came later
-            (``padded``), which is near the original, whose network has outputs for all classes from the start.
+        columns: Logits compared: ``padded``, all of today's with 0 for classes that came later, which is near the
+            original, whose network has outputs for all classes from the start; or those ``stored``: nothing then
+            tells old samples from later classes, unless another component does.
     """
 
     name: ClassVar[str] = "der"
@@ -60,7 +61,7 @@ class DER(Component):
     replay: Literal["half", "extra", "fixed"] = "half"
     ratio: float = 1.0
     replayed: int = 32
-    columns: Columns = "stored"
+    columns: Columns = "padded"
 
     def __post_init__(self) -> None:
         """Refuse a negative weight and sizes that mean nothing."""

@@ -28,6 +28,10 @@ class ERACE(Component):
 
     Args:
         over: Classes present: those of the new samples of a ``batch``, as published, or of the ``experience``.
+        rehearse: Classes of the second term: ``all``, as published, where the memory takes in new samples on the way
+            and so learns to tell them from the old ones; new samples of the batch stand for them, with the share of
+            classes that are new. ``past``: only what an end-of-experience memory holds; new classes then win too
+            seldom.
     """
 
     name: ClassVar[str] = "er_ace"
@@ -35,27 +39,31 @@ class ERACE(Component):
     needs_memory: ClassVar[bool] = True
 
     over: Literal["batch", "experience"] = "batch"
+    rehearse: Literal["all", "past"] = "all"
 
     def init(self, network: Network) -> State:
         """No class is new yet."""
-        return {"new": None}
+        return {"new": None, "share": 0.0}
 
     def prepare(self, network: Network, moment: Moment, state: State) -> State:
         """new_C, which classes are this experience's; none are told apart while there are no others."""
         experience = moment.experience
         if not experience.past:
-            return {"new": None}
+            return {"new": None, "share": 0.0}
         new_C = torch.zeros(network.classes, dtype=torch.bool)
         new_C[list(experience.classes)] = True
-        return {"new": new_C.to(network.final.weight.device)}
+        share = len(experience.classes) / len(experience.classes_so_far) if self.rehearse == "all" else 0.0
+        return {"new": new_C.to(network.final.weight.device), "share": share}
 
     def task(self, step: Step, state: State) -> Tensor:
         """One value per exit: plain cross-entropy in the first experience, asymmetric after it."""
         logits, y_B, weight_B = step.output.logits, step.batch.y, step.batch.weight_B
         if state["new"] is None:
             return cross_entropy(logits, y_B, weight_B=weight_B)
-        new_B = present_C = state["new"].to(y_B.device)
-        new_B = new_B.index_select(0, y_B)
-        if self.over == "batch":  # what is replayed writes False where a class is old anyway
-            present_C = torch.zeros_like(present_C).index_put((y_B,), new_B)
-        return asymmetric_cross_entropy(logits, y_B, new_B=new_B, present_C=present_C, weight_B=weight_B)
+        new_C = state["new"].to(y_B.device)
+        new_B = new_C.index_select(0, y_B)
+        # A class is written as often as it has samples, each time with the same answer.
+        present_C = torch.zeros_like(new_C).scatter(0, y_B, new_B) if self.over == "batch" else new_C
+        return asymmetric_cross_entropy(
+            logits, y_B, new_B=new_B, present_C=present_C, share=state["share"], weight_B=weight_B
+        )

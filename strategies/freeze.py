@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State
+from clframe.core.types import Experience, Moment, State
 from clframe.errors import ConfigError
 from clframe.nn.network import Network
 
@@ -31,8 +31,13 @@ class Freeze(Component):
         if self.after < 0:
             raise ConfigError(f"components.freeze.after: found {self.after}; give a number of at least 0")
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
-        """Hold the backbone still; done anew in every epoch, since training mode comes back with each."""
-        if moment.experience.index >= self.after:
+    def grow(self, network: Network, experience: Experience) -> None:
+        """Hold the backbone still before other components look at what learns."""
+        if experience.index >= self.after:
             network.backbone.requires_grad_(False)
+
+    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+        """Done anew in every epoch, since training mode comes back with each."""
+        self.grow(network, moment.experience)
+        if moment.experience.index >= self.after:
             network.backbone.eval()

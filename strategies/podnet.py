@@ -32,9 +32,11 @@ class PODNet(Component):
     under an NCA loss with a margin, which takes the place of the cross-entropy.
 
     Use it for many small experiences, with a memory: ``podnet + er``. Costs a forward pass of the old model a step, a
-    copy of it, and ``proxies`` rows for each class. Maps are taken as the stages return them, behind the last ReLU; new
-    proxies are drawn, not imprinted; the authors' fine-tuning on balanced data is left out. Douillard et al., "PODNet:
-    Pooled Outputs Distillation for Small-Tasks Incremental Learning" (2020).
+    copy of it, and ``proxies`` rows for each class. The gradient of the distances has the same length however near the
+    maps are: where the learning rate stays large they jitter, and a smaller ``spatial`` holds them better.
+    Maps are taken as the stages return them, behind the last ReLU; new proxies are drawn, not imprinted; the authors'
+    fine-tuning on balanced data is left out. Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks
+    Incremental Learning" (2020).
 
     Args:
         spatial: Weight of the maps; the authors' options give 3 for CIFAR-100, 8 for ImageNet.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from clframe.core.component import Component
 from clframe.core.types import Moment, State
@@ -24,11 +24,18 @@ class WA(Component):
 
     Costs nothing but one pass over the classifiers after each experience. Classes that were met before count as old
     when they come again. Components act in the order of their names: a teacher that ``lwf`` keeps is the model
-    before its newest rows were scaled, which in a softmax over these classes alone is another temperature. Cosine classifiers, whose
-    rows count by direction alone, are left as they are.
+    before its newest rows were scaled, which in a softmax over these classes alone is another temperature.
+    Cosine classifiers, whose rows count by direction alone, are left as they are.
+
+    Args:
+        direction: ``both``, as published: new rows that came out shorter than the old ones are lengthened too, which
+            favors new classes further and can cost much accuracy where old and new samples are balanced in
+            every batch or training is short; ``shrink`` leaves those as they are.
     """
 
     name: ClassVar[str] = "wa"
+
+    direction: Literal["both", "shrink"] = "both"
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
         """Scale the rows of the classes just learnt, at every exit by its own factor."""
@@ -38,6 +45,7 @@ class WA(Component):
             return state
         for _, head in heads_with_rows(network):
             weight_CF, bias_C = read_rows(head)
-            weight_CF[new] *= alignment(weight_CF[old], weight_CF[new])
+            scale = alignment(weight_CF[old], weight_CF[new])
+            weight_CF[new] *= scale if self.direction == "both" else scale.clamp_max(1)
             write_rows(head, weight_CF, bias_C)
         return state

@@ -85,7 +85,7 @@ class _Penalties(torch.autograd.Function):
         return torch.stack(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_K: Tensor) -> tuple[Tensor | None, ...]:
         sizes = [prod(shape) for shape in ctx.shapes]
         total_P = gradient_K.new_zeros(sum(sizes))

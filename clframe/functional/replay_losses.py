@@ -47,19 +47,27 @@ def _distance(logits_RC: Tensor, stored_RW: Tensor, columns: Columns) -> Tensor:
 
 
 def asymmetric_cross_entropy(
-    logits: Sequence[Tensor], y_B: Tensor, *, new_B: Tensor, present_C: Tensor, weight_B: Tensor | None = None
+    logits: Sequence[Tensor],
+    y_B: Tensor,
+    *,
+    new_B: Tensor,
+    present_C: Tensor,
+    share: float = 0.0,
+    weight_B: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of new samples among the classes present, plus that of replayed ones among all, at each exit.
 
-    ``loss_K[k] = mean_{b new} -log softmax(logits[k][b, present])[y_b] + mean_{b replayed} w_b * -log
-    softmax(logits[k][b])[y_b]``: new samples never push old classes down. Caccia et al., "New Insights on
-    Reducing Abrupt Representation Change in Online Continual Learning" (2022), equation 3.
+    ``loss_K[k] = mean_{b new} CE(logits[k][b, present]) + (1 - s) mean_{b replayed} CE(logits[k][b]) + s mean_{b new}
+    CE(logits[k][b])``: new samples push old classes down by no more than their share s of what is replayed. Caccia et
+    al., "New Insights on Reducing Abrupt Representation Change in Online Continual Learning" (2022), equation 3,
+    with the expected value in place of new samples that are drawn from memory.
 
     Args:
         logits: K tensors logits_BC.
         y_B: Targets; those of new samples are present.
         new_B: Which samples are new; a side without samples adds 0.
         present_C: Which classes the new samples compete among.
+        share: s, the part of a memory that new samples make up; 0 where it holds none.
         weight_B: Weight of each sample; None weighs all alike.
     """
     hidden_BC = new_B.unsqueeze(1) & ~present_C
@@ -67,6 +75,9 @@ def asymmetric_cross_entropy(
     values = []
     for logits_BC in logits:
         loss_B = F.cross_entropy(logits_BC.masked_fill(hidden_BC, -torch.inf), y_B, reduction="none")
+        if share:
+            all_B = F.cross_entropy(logits_BC, y_B, reduction="none")
+            loss_B = torch.where(new_B, loss_B + share * all_B, (1 - share) * all_B)
         values.append(((loss_B if weight_B is None else loss_B * weight_B) / side_B).sum())
     return torch.stack(values)
 

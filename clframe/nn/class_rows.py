@@ -5,8 +5,10 @@ Shape suffixes: C classes, F features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clframe.nn.exits.heads import ExitHead, PerExperience
 from clframe.nn.heads import GrowingLinear, Head
@@ -30,11 +32,10 @@ def classifiers(head: Head) -> tuple[tuple[GrowingLinear, tuple[int, ...]], ...]
         return classifiers(head.classifier)
     if isinstance(head, PerExperience):
         head_of = head.head_of.tolist()
-        return tuple(
-            (part.classifier, tuple(c for c, owner in enumerate(head_of) if owner == number))
-            for number, part in enumerate(head.heads)
-            if isinstance(part, ExitHead)
-        )
+        parts = [part.classifier for part in head.heads if isinstance(part, ExitHead)]
+        owned = [tuple(c for c, owner in enumerate(head_of) if owner == number) for number in range(len(parts))]
+        pairs = zip(parts, owned, strict=True)
+        return tuple((part, classes) for part, classes in pairs if isinstance(part, GrowingLinear))
     return ()
 
 
@@ -42,6 +43,16 @@ def heads_with_rows(network: Network) -> tuple[tuple[int, Head], ...]:
     """The exits, by number, whose heads have linear layers."""
     heads = ((exit, head) for exit, head in enumerate(network.heads) if isinstance(head, Head))
     return tuple((exit, head) for exit, head in heads if classifiers(head))
+
+
+def rows_and_fresh(head: Head, past: Iterable[int]) -> Iterator[nn.Parameter]:
+    """Parameters of a head's linear layers, and all of what was added for classes that are not ``past``."""
+    for classifier, _ in classifiers(head):
+        yield from classifier.parameters()
+    if isinstance(head, PerExperience):
+        head_of = head.head_of.tolist()
+        old = {head_of[c] for c in past}
+        yield from (p for number, part in enumerate(head.heads) if number not in old for p in part.parameters())
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def fine_tuned(
                 logits = [logits_BC.index_select(1, columns) for logits_BC in learner(x).logits]
                 loss = cross_entropy(logits, torch.searchsorted(columns, y_B)).sum()
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 steps += 1

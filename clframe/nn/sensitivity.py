@@ -49,10 +49,11 @@ def objectives(
     """
     learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     depth = [stage for stage, exits in enumerate(network.exits_at) for _ in exits]
-    count = len(network.heads)
-    groups = {"exit": [(k,) for k in range(count)], "last": [(count - 1,)], "total": [tuple(range(count))]}[scope]
+    everyone = tuple(range(len(network.heads)))
+    groups: dict[Scope, list[tuple[int, ...]]]
+    groups = {"exit": [(k,) for k in everyone], "last": [everyone[-1:]], "total": [everyone]}
     found = []
-    for exits in groups:
+    for exits in groups[scope]:
         parts = [f"backbone.stages.{stage}." for stage in range(depth[exits[-1]] + 1)]
         parts += [f"heads.{exit}." for exit in exits] if heads == "covered" else []
         found.append((exits, tuple(name for name in learning if name.startswith(tuple(parts)))))

@@ -92,7 +92,14 @@ def test_growing_pads_with_zeros_in_every_direction():
 
 def net():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4)]
+    layers = [
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ]
     model = nn.Sequential(*layers).double()
     model(draws(9, 1, 6, 6))
     return model.eval()

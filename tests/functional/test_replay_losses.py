@@ -114,6 +114,18 @@ def test_new_samples_compete_among_the_classes_present(exits, weight):
     assert all(bool((g[:2, :4] == 0).all()) and bool((g[2:] != 0).all()) for g in grads)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_new_samples_stand_for_their_share_of_a_memory(share):
+    student, y = logits(5, 6, exits=2), torch.tensor([4, 5, 0, 1, 3])
+    new_B, present_C = torch.arange(5) < 2, torch.arange(6) >= 4
+    weight_B = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5], dtype=torch.float64)
+    loss_K = asymmetric_cross_entropy(student, y, new_B=new_B, present_C=present_C, share=share, weight_B=weight_B)
+    for k, l_BC in enumerate(student):
+        own = F.cross_entropy(l_BC[:2, 4:], y[:2] - 4)
+        expected = own + (1 - share) * 0.5 * F.cross_entropy(l_BC[2:], y[2:]) + share * F.cross_entropy(l_BC[:2], y[:2])
+        assert torch.allclose(loss_K[k], expected, rtol=1e-12)
+
+
 def test_it_is_avalanches_criterion_but_for_its_half():
     student, y = logits(6, 7, exits=1)[0], torch.tensor([5, 6, 5, 0, 3, 2])
     new_B, present = torch.arange(6) < 3, torch.zeros(7, dtype=torch.bool)
@@ -137,7 +149,7 @@ def test_asymmetric_gradients_where_classes_have_gaps():
 
     def loss(a):
         gapped = a.masked_fill(torch.tensor([False, True, False]), -torch.inf)
-        return asymmetric_cross_entropy([gapped], y, new_B=new_B, present_C=present)
+        return asymmetric_cross_entropy([gapped], y, new_B=new_B, present_C=present, share=0.3)
 
     assert gradcheck(loss, logits(3, 3, exits=1))
 

@@ -14,7 +14,7 @@ from clframe.errors import UnsupportedError
 from clframe.nn import GrowingLinear, Network, freeze, restore
 from clframe.nn.backbones import small_cnn
 from clframe.nn.exits import make_head
-from clframe.nn.exits.heads import PerExperience
+from clframe.nn.exits.heads import PerExperience, linear_each, linear_joined
 from clframe.nn.fold import folded
 from clframe.nn.heads import CosineLinear
 
@@ -187,3 +187,17 @@ def test_changing_the_kind_draws_nothing():
     Network(plain, exits=exits)
     assert torch.equal(torch.get_rng_state(), after) and not torch.equal(state, after)
     assert net.classes == 0
+
+
+def test_products_that_are_joined_hold_fixed_rows_still_and_cosines_are_never_joined():
+    torch.manual_seed(0)
+    linear = [GrowingLinear(6) for _ in range(2)]
+    for head in linear:
+        head.grow([0, 1])
+    linear[0].fix([1])
+    torch.cat(linear_joined(linear, torch.randn(2, 3, 6))).sum().backward()
+    assert linear[0].weight.grad[1].eq(0).all() and linear[0].bias.grad.tolist() == [3.0, 0.0]
+    assert linear[1].weight.grad.ne(0).all()
+    on_accelerator = [grown([0, 1]).to("meta"), grown([0]).to("meta")]
+    parts = linear_each(on_accelerator, torch.empty(2, 5, 6, device="meta"))
+    assert [tuple(part.shape) for part in parts] == [(5, 2), (5, 1)]

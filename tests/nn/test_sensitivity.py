@@ -67,7 +67,9 @@ def test_each_exit_has_its_own_fisher_below_its_tap():
         f"heads.0.{name}" for name, _ in net.heads[0].named_parameters()
     }
     assert not any(name.startswith(("heads.0", "heads.1")) for name in found[2])
-    assert {name for name in found[2] if name.startswith("backbone")} == {f"backbone.{n}" for n, _ in net.backbone.named_parameters()}
+    assert {name for name in found[2] if name.startswith("backbone")} == {
+        f"backbone.{n}" for n, _ in net.backbone.named_parameters()
+    }
 
 
 def test_last_and_total():
@@ -86,7 +88,9 @@ def test_one_exit_is_no_special_case():
 
 def test_free_heads_and_frozen_weights_are_left_out():
     net = network()
-    assert all(name.startswith("backbone") for _, names in objectives(net, scope="exit", heads="free") for name in names)
+    assert all(
+        name.startswith("backbone") for _, names in objectives(net, scope="exit", heads="free") for name in names
+    )
     net.backbone.stages[0].requires_grad_(False)
     assert not any(".stages.0." in name for _, names in objectives(net, scope="exit") for name in names)
 
@@ -177,6 +181,20 @@ def test_frozen_gradient_modes_are_those_of_training():
     assert all(v.abs().max() == 0 for k, v in found[0].items() if k.startswith("backbone"))
     net.gradient = "equilibrium"  # a custom autograd function, which goes one by one
     agree(measure(net, data)[0], longhand(net, data, [0]))
+
+
+@pytest.mark.parametrize("backbone", ["small_cnn", "resnet20", "vit_tiny"])
+def test_common_backbones_take_many_samples_at_once(backbone, monkeypatch):
+    """No operation of theirs, or of their exits' heads, falls back to one sample after the other."""
+    monkeypatch.setattr("clframe.functional.importance.one_by_one", None)
+    torch.manual_seed(0)
+    net = Network(BACKBONES.get(backbone)((3, 32, 32)))
+    tap = net.backbone.names[1]
+    net.attach([(tap, make_head("auto", net.backbone.tap_shapes[tap], per_experience=True))])
+    net.grow(range(CLASSES))
+    data = TensorSamples(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]))
+    (first, _) = measure(net, data)
+    agree(first, longhand(net, data, [0]))
 
 
 def test_growing_linear_gaps():

@@ -95,7 +95,7 @@ def test_lode_longhand(exits):
 
 @pytest.mark.parametrize("component", [LODE(), SSIL()])
 def test_the_first_experience_is_the_plain_cross_entropy(component):
-    net, state = second_experience(component, 2)
+    net, _ = second_experience(component, 2)
     net.grow(range(4))
     step = step_of(net, y=(3, 2, 2), past=())
     first = Step(step.batch, Output(tuple(z[:, 2:] for z in step.output.logits)), moment(0, (0, 1), ()), net)

@@ -168,15 +168,15 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
 
     assert all(torch.allclose(ours[name], value, rtol=1e-4) for name, value in theirs(1).items())
     # On larger batches it squares mean gradients, which is `batches` here and much smaller than the Fisher diagonal.
-    (batches,) = sensitivities(
-        net, samples, **measured, estimate="batches", batch_size=7, generator=generator_for(0)
-    )
+    (batches,) = sensitivities(net, samples, **measured, estimate="batches", batch_size=7, generator=generator_for(0))
     whole = theirs(7)
     assert all(torch.allclose(batches[name], value, rtol=1e-3, atol=1e-8) for name, value in whole.items())
     assert sum(v.sum() for v in whole.values()) < 0.8 * sum(v.sum() for v in ours.values())
 
     plugin, ewc = EWCPlugin(5.0), EWC(lamb=10.0)  # it has no factor 1/2
-    strategy = SimpleNamespace(model=module, device="cpu", loss=torch.zeros(()), clock=SimpleNamespace(train_exp_counter=1))
+    strategy = SimpleNamespace(
+        model=module, device="cpu", loss=torch.zeros(()), clock=SimpleNamespace(train_exp_counter=1)
+    )
     plugin.importances[0] = EWCPlugin(1.0).compute_importances(module, F.cross_entropy, sgd, data, "cpu", 1)
     plugin.saved_params[0] = copy_params_dict(module)
     state = ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
@@ -227,7 +227,10 @@ def test_presets_build(preset, tmp_path):
     assert "loss/ewc/penalty" in clframe.explain(str(file))
 
 
-@pytest.mark.parametrize("option", [{"lamb": -1.0}, {"gamma": 1.5}, {"alpha": math.nan}, {"samples": -1}, {"batch_size": 0}, {"ceiling": 0.0}])
+@pytest.mark.parametrize(
+    "option",
+    [{"lamb": -1.0}, {"gamma": 1.5}, {"alpha": math.nan}, {"samples": -1}, {"batch_size": 0}, {"ceiling": 0.0}],
+)
 def test_impossible_options(option):
     with pytest.raises(ConfigError, match=f"components.ewc.{next(iter(option))}"):
         EWC(**option)

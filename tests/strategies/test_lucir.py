@@ -2,83 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import sqrt
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from clframe.core import Batch, Experience, Moment, Step, compose
-from clframe.data import TensorSamples
-from clframe.data.digits import digits
+from clframe.core import compose
 from clframe.errors import ComposeError, ConfigError
-from clframe.functional.seeding import generator_for
-from clframe.nn import BACKBONES, Network
 from clframe.training.checkpoint import decode, encode
-from clframe.training.learner import Learner
 from strategies import ER, LUCIR, Exits, PODNet
-
-GROUPS = ((0, 1), (2, 3), (4, 5))
-SGD = partial(torch.optim.SGD, lr=0.05)
-
-
-def learner(*components, backbone="small_cnn", seed=0, width=8):
-    torch.manual_seed(seed)
-    return Learner(Network(BACKBONES.get(backbone)((1, 8, 8), width=width)), compose(*components), seed=seed)
-
-
-def samples_of(classes, per_class, *, part="train"):
-    source = getattr(digits(), part)
-    return source.subset(torch.cat([(source.y == c).nonzero().flatten()[:per_class] for c in classes]))
-
-
-def learn(run, *, first=0, last=3, epochs=3, per_class=40):
-    """Experiences ``first`` to ``last``, in batches of 16."""
-    for index in range(first, last):
-        samples = samples_of(GROUPS[index], per_class)
-        past = tuple(c for group in GROUPS[:index] for c in group)
-        run.begin(Experience(index, 3, GROUPS[index], past, (), samples), classes=GROUPS[index], epochs=epochs)
-        optimizer = SGD(run.network.parameters())
-        for epoch in range(epochs):
-            run.network.train()
-            run.begin_epoch(epoch)
-            for index_b in torch.randperm(len(samples)).split(16):
-                batch = run.batch(samples.prepare(samples.raw(index_b)), samples.y[index_b])
-                loss = run.loss(batch, run.network(batch.x, taps=run.taps)).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                run.follow()
-        run.end()
-    return run
-
-
-@torch.no_grad()
-def accuracy(run, classes):
-    samples = samples_of(classes, 30, part="test")
-    output = run.network.eval()(samples.prepare(samples.raw(torch.arange(len(samples)))))
-    return [(logits_BC.argmax(1) == samples.y).float().mean().item() for logits_BC in output.logits]
-
-
-def step_of(run, y, *, classes=(2, 3), past=(0, 1)):
-    """A step of the second experience on random images, whose taps are all there."""
-    generator = generator_for(0, 0)
-    x = torch.randn(len(y), 1, 8, 8, generator=generator)
-    moment = Moment(Experience(1, 3, classes, past, (), TensorSamples(x, torch.tensor(y))), 0, 1, generator)
-    return Step(Batch(x, torch.tensor(y)), run.network(x, taps=run.taps), moment, run.network)
 
 
 @pytest.mark.parametrize("exits", [False, True])
-def test_terms_are_the_formulas_at_every_exit(exits):
+def test_terms_are_the_formulas_at_every_exit(on_digits, exits):
     lucir = LUCIR(less_forget=3.0, separate=2.0, margin=0.4, negatives=1)
-    run = learn(learner(lucir, *([Exits(at=("block1", "block2"))] if exits else [])), last=1, epochs=1, per_class=8)
+    run = on_digits.learn(
+        on_digits.learner(lucir, *([Exits(at=("block1", "block2"))] if exits else [])), last=1, epochs=1, per_class=8
+    )
     teacher = run.state["lucir"]["teacher"]
-    run.network.grow([2, 3])
-    with torch.no_grad():
-        for parameter in run.network.backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    step = step_of(run, [2, 0, 3, 1, 0])
+    on_digits.changed(run)
+    step = on_digits.step(run, [2, 0, 3, 1, 0])
     state = lucir.prepare(run.network, step.moment, run.state["lucir"])
     terms = lucir.losses(step, state)
     old = teacher(step.batch.x, taps=run.taps).taps
@@ -88,35 +32,37 @@ def test_terms_are_the_formulas_at_every_exit(exits):
         new_f, old_f = (t[tap].mean((2, 3)) if t[tap].dim() == 4 else t[tap] for t in (step.output.taps, old))
         distance = (1 - cosine_similarity(new_f, old_f, dim=1)).mean()
         torch.testing.assert_close(terms["less_forget"][k], 3.0 * sqrt(2 / 2) * distance)
-        cos = step.output.logits[k] / 10.0
+        cos = step.output.logits[k] / run.network.heads[k].scale
         hinges = [max(0.0, 0.4 - cos[b, c].item() + cos[b, 2:].max().item()) for b, c in ((1, 0), (3, 1), (4, 0))]
         torch.testing.assert_close(terms["separate"][k].item(), 2.0 * sum(hinges) / 3, rtol=1e-4, atol=1e-5)
     assert len(terms["separate"]) == len(taps) and terms["less_forget"].min() > 0
 
 
-def test_the_first_experience_is_a_cosine_classifier_alone():
-    run = learner(LUCIR(eta=4.0))
-    run.begin(Experience(0, 3, (0, 1), (), (), samples_of((0, 1), 1)), classes=(0, 1), epochs=1)
+def test_the_first_experience_is_a_cosine_classifier_alone(on_digits):
+    run = on_digits.learner(LUCIR(eta=4.0))
+    run.begin(on_digits.experience(0), classes=(0, 1), epochs=1)
     run.begin_epoch(0)
     x = torch.randn(3, 1, 8, 8)
-    assert LUCIR().losses(step_of(run, [0, 1, 0], classes=(0, 1), past=()), run.state["lucir"]) == {}
+    assert LUCIR().losses(on_digits.step(run, [0, 1, 0], classes=(0, 1), past=()), run.state["lucir"]) == {}
     assert run.network(x).last.abs().max() <= 4.0
     assert run.network.final.scale.requires_grad
 
 
-def test_features_are_held_more_the_more_old_classes_there_are_for_a_new_one():
-    run = learner(LUCIR())
+def test_features_are_held_more_the_more_old_classes_there_are_for_a_new_one(on_digits):
+    run = on_digits.learner(LUCIR())
     run.network.grow(range(5))
-    moment = step_of(run, [4], classes=(4,), past=(0, 1, 2, 3)).moment
+    moment = on_digits.step(run, [4], classes=(4,), past=(0, 1, 2, 3)).moment
     state = LUCIR().prepare(run.network, moment, run.state["lucir"])
     assert state["factor"] == 2.0 and state["new"].tolist() == [4]
-    again = step_of(run, [4], classes=(0, 1), past=(0, 1)).moment
+    again = on_digits.step(run, [4], classes=(0, 1), past=(0, 1)).moment
     assert LUCIR().prepare(run.network, again, state)["new"] is None  # nothing new to be held apart from
 
 
 @pytest.mark.parametrize("heads", ["per_experience", "growing"])
-def test_old_rows_stay_and_new_ones_learn_at_every_exit(heads):
-    run = learn(learner(LUCIR(), ER(memory=12), Exits(at=("block1",), heads=heads)), last=1, epochs=1, per_class=8)
+def test_old_rows_stay_and_new_ones_learn_at_every_exit(on_digits, heads):
+    run = on_digits.learn(
+        on_digits.learner(LUCIR(), ER(memory=12), Exits(at=("block1",), heads=heads)), last=1, epochs=1, per_class=8
+    )
     x = torch.randn(4, 32)
 
     def rows():
@@ -125,35 +71,35 @@ def test_old_rows_stay_and_new_ones_learn_at_every_exit(heads):
         return [run.network.heads[0].heads[0].classifier.weight, run.network.final.weight]
 
     before = [row[:2].detach().clone() for row in rows()]
-    learn(run, first=1, last=2, epochs=1, per_class=8)
+    on_digits.learn(run, first=1, last=2, epochs=1, per_class=8)
     after = rows()
     assert all(torch.equal(a, b[:2]) for a, b in zip(before, after, strict=True))
     eta = run.network.final.scale.item()
     assert eta != 10.0 and run.network.final(x).abs().max() <= eta + 1e-5
-    free = learn(learner(LUCIR(old="learn"), ER(memory=12), Exits(at=("block1",), heads=heads)), last=2, epochs=1,
+    free = on_digits.learn(on_digits.learner(LUCIR(old="learn"), ER(memory=12), Exits(at=("block1",), heads=heads)), last=2, epochs=1,
                  per_class=8)  # fmt: skip
     assert not torch.equal(before[1], free.network.final.weight[:2])
 
 
-def test_old_classes_are_kept_with_a_memory_and_a_resumed_run_is_the_same(tmp_path):
+def test_old_classes_are_kept_with_a_memory_and_a_resumed_run_is_the_same(on_digits, tmp_path):
     parts = (LUCIR(), ER(memory=30))
-    whole = learn(learner(*parts))
-    replay = learn(learner(ER(memory=30)))
-    old, replayed = accuracy(whole, (0, 1, 2, 3))[0], accuracy(replay, (0, 1, 2, 3))[0]
-    assert old > replayed + 0.1 and accuracy(whole, (4, 5))[0] > 0.6, (old, replayed)
-    half = learn(learner(*parts), last=2)
+    whole = on_digits.learn(on_digits.learner(*parts))
+    replay = on_digits.learn(on_digits.learner(ER(memory=30)))
+    old, replayed = on_digits.accuracy(whole, (0, 1, 2, 3))[0], on_digits.accuracy(replay, (0, 1, 2, 3))[0]
+    assert old > replayed + 0.1 and on_digits.accuracy(whole, (4, 5))[0] > 0.6, (old, replayed)
+    half = on_digits.learn(on_digits.learner(*parts), last=2)
     torch.save({"network": half.network.state_dict(), "state": encode(half.state)}, tmp_path / "half")
     saved = torch.load(tmp_path / "half", weights_only=True)
-    again = learner(*parts)
+    again = on_digits.learner(*parts)
     again.network.load_state_dict(saved["network"])
     again.state, again.past = decode(saved["state"], again.network), half.past
-    learn(again, first=2)
+    on_digits.learn(again, first=2)
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[name]), name
 
 
-def test_without_a_memory_it_holds_features_and_runs():
-    run = learn(learner(LUCIR()), epochs=1, per_class=5)
+def test_without_a_memory_it_holds_features_and_runs(on_digits):
+    run = on_digits.learn(on_digits.learner(LUCIR()), epochs=1, per_class=5)
     terms = run.flush_terms()
     assert terms["loss/lucir/less_forget"] > 0 and terms["loss/lucir/separate"] == 0
 

@@ -91,6 +91,7 @@ def test_the_penalty_of_each_exit_after_two_experiences(merge, exits):
 def test_labels_play_no_part():
     mas, net, now = MAS(), network(1), moment(0, (0, 1))
     a = learnt(mas, net, now, mas.init(net))
+    now = moment(0, (0, 1))
     now.experience.samples.y.zero_()
     b = learnt(mas, net, now, mas.init(net))
     assert all(torch.equal(x["importance"], y["importance"]) for x, y in zip(a["terms"], b["terms"], strict=True))
@@ -146,7 +147,9 @@ def test_preset_builds(tmp_path):
     assert "loss/mas/penalty" in clframe.explain(str(file))
 
 
-@pytest.mark.parametrize("option", [{"lamb": -1.0}, {"alpha": math.nan}, {"samples": -1}, {"batch_size": 0}, {"ceiling": -1.0}])
+@pytest.mark.parametrize(
+    "option", [{"lamb": -1.0}, {"alpha": math.nan}, {"samples": -1}, {"batch_size": 0}, {"ceiling": -1.0}]
+)
 def test_impossible_options(option):
     with pytest.raises(ConfigError, match=f"components.mas.{next(iter(option))}"):
         MAS(**option)

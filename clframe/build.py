@@ -153,7 +153,7 @@ def build(config: Config) -> Parts:
     source_of = SOURCES.get(config.benchmark.name, where="benchmark.name")
     beside = block_keys("benchmark")
     source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
-    source = source.augmented(augment).read_by(config.benchmark.workers)
+    source = source.first_classes(config.benchmark.classes).augmented(augment).read_by(config.benchmark.workers)
     benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
     composition.check_needs()
     for component in composition:

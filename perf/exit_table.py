@@ -1,7 +1,7 @@
 """The table of strategies with and without exits: accuracy, relative gain, accuracy and cost of stopping early.
 
     python perf/exit_table.py --data-dir DATA --out RESULTS --workers 2 --seeds 0 1 2
-    python perf/exit_table.py ... --set er exits probe control       # the exits themselves, on one strategy
+    python perf/exit_table.py ... --strategies er --variants exits probe control     # the exits themselves
 
 Every run is a cell (``cells.py``): the command resumes where it stopped, and a second call only prints. With exits the
 answer is that of the most confident exit, as in the paper (Szatkowski et al., 2025), next to that of the last one;
@@ -51,7 +51,7 @@ def cells(names: Sequence[str], variants: Sequence[str], shared: Sequence[str], 
                 added, more = VARIANTS[variant]
                 expression = " + ".join(part for part in (strategy, added) if part)
                 label = f"{name} + {variant}" if variant else name
-                overrides = (*shared, f"strategy={expression}", *options, *more)
+                overrides = (f"strategy={expression}", *options, *more, *shared)
                 found.append(Cell(label, config, overrides, seed))
     return found
 
@@ -79,7 +79,7 @@ def row(results: Sequence[dict]) -> dict[str, list[float]]:
 def equal_cost(result: dict, accuracy: float) -> float | None:
     """The smallest share of the backbone's cost at which the test curve is as accurate, None where it never is."""
     curve = result["exits"][-1]["curve"]
-    reached = [cost for cost, found in zip(curve["costs"], curve["accuracies"]) if found >= accuracy]
+    reached = [cost for cost, found in zip(curve["costs"], curve["accuracies"], strict=True) if found >= accuracy]
     return 100 * min(reached) if reached else None
 
 

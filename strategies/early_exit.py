@@ -75,7 +75,7 @@ class EarlyExit(Component):
         """Fit the gate and find thresholds on held-out data."""
         if not self.needs_held_out or len(network.heads) == 1:
             return state
-        logits, targets_N = exit_logits(network, moment.experience.held_out)
+        logits, targets_N = exit_logits(network, moment.experience.held_out, answer=moment.answer)
         scores = network.ensemble(logits)
         gate = fit_gate(scores, targets_N) if self.measure == "gate" else None
         found = {**state, "gate": None if gate is None else dict(gate.state_dict())}

@@ -147,7 +147,10 @@ class Exits(Component):
 
     def init(self, network: Network) -> State:
         """What the exits' losses weigh at the end of a ramp."""
-        return {"weights": self._placement(network).weights}
+        found, exits = self._placement(network).weights, network.exit_taps[:-1]
+        if len(found) != len(exits):  # another component has added stages since the exits were placed
+            found = place(network, taps=exits).weights
+        return {"weights": found}
 
     def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
         """Freeze what does not learn in this phase of the experience."""
@@ -176,13 +179,12 @@ class Exits(Component):
         return {"distil": self.distil * self_distillation(step.output.logits, temperature=self.temperature)}
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
-        """Thaw the trunk and fit the ensemble."""
-        if self.regime != "joint":
-            network.freeze_trunk("free")
-            network.heads.requires_grad_(True)
+        """Fit the ensemble, on what the exits answer with."""
         if self.ensemble == "geometric":
             samples = moment.experience.held_out if self.fit_on == "validation" else (moment.experience.samples,)
-            fit_on_samples(network, samples, epochs=self.fit_epochs, generator=moment.generator)
+            fit_on_samples(
+                network, samples, epochs=self.fit_epochs, generator=moment.generator, answer=moment.answer
+            )
         return state
 
     def _placement(self, network: Network) -> Placement:

@@ -39,6 +39,8 @@ class BenchmarkConfig:
     ``permuted`` and ``rotated`` show all classes in every experience, with pixels in another order or at
     another angle.
     """
+    classes: int | None = None
+    """Only the data set's classes 0 to this number less one, for a smaller problem; null takes all."""
     experiences: int = 5
     """How many experiences, a larger first one included; leftover classes go to the earliest ones."""
     first: int | None = None

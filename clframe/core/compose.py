@@ -43,7 +43,9 @@ class Composition:
         keeps = any(component.keeps_memory for component in self.components)
         for component in self.components:
             if component.needs_memory and not keeps:
-                raise ComposeError(f"strategy: '{component.name}' needs a memory; add one, as in '{component.name} + er'")
+                raise ComposeError(
+                    f"strategy: '{component.name}' needs a memory; add one, as in '{component.name} + er'"
+                )
 
     def acting_at(self, hook: str) -> tuple[Component, ...]:
         """The components that override ``hook``: the only ones the engine calls there."""

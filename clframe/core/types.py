@@ -5,7 +5,7 @@ Shape suffixes: B batch, C classes, K exits, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -112,6 +112,9 @@ class Moment:
     """State of the component that replays (``x`` inputs as stored, ``y`` targets, ...), to be read only; None
     where there is none or it is empty. Components act in the order of their names, so ``er`` has already kept
     samples of an experience when a component behind it in the alphabet consolidates."""
+    answer: Callable[[Tensor], Output] | None = None
+    """From prepared inputs to what every exit answers with now, as the owner of the slot ``answers`` corrects it:
+    what ensembles and policies are fitted on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from clframe.data.lazy import DatasetSamples
 from clframe.data.protocol import hold_out
 from clframe.data.reader import Reader
 from clframe.data.samples import TensorSamples
-from clframe.errors import DataError
+from clframe.errors import ConfigError, DataError
 from clframe.registry import Registry
 
 Data = TensorSamples | DatasetSamples
@@ -52,6 +52,19 @@ class Source:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return self.train.input_shape
+
+    def first_classes(self, count: int | None) -> Source:
+        """The samples of classes 0 to ``count`` - 1, all where that is None.
+
+        Raises:
+            ConfigError: More classes than there are, or none.
+        """
+        if count is None or count == self.classes:
+            return self
+        if not 1 <= count < self.classes:
+            raise ConfigError(f"benchmark.classes: found {count} for {self.classes} classes; give 1 to {self.classes}")
+        train, test = (part.subset((part.y < count).nonzero().flatten().cpu()) for part in (self.train, self.test))
+        return replace(self, train=train, test=test, classes=count, class_names=self.class_names[:count])
 
     def augmented(self, augmentations: tuple[Augmentation, ...]) -> Source:
         """The same data, whose images are augmented so where they are trained on, in place of how they were.

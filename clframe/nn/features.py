@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clframe.core.types import Samples
+from clframe.core.types import Output, Samples
 from clframe.nn.freeze import freeze
 from clframe.nn.network import Network
 
@@ -36,16 +36,22 @@ def feature_reader(
 
 @torch.no_grad()
 def exit_logits(
-    network: Network, parts: Sequence[Samples], *, batch_size: int = 256
+    network: Network,
+    parts: Sequence[Samples],
+    *,
+    answer: Callable[[Tensor], Output] | None = None,
+    batch_size: int = 256,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """K tensors logits_NC, one for each exit, of all samples of all parts, and their targets_N.
 
-    Not augmented, in evaluation mode; the network's own mode is put back.
+    Not augmented, in evaluation mode; the network's own mode is put back. ``answer`` takes the place of the plain
+    forward pass where a component corrects it (``moment.answer``).
     """
     device, training = network.final.weight.device, network.training
+    forward = network if answer is None else answer
     network.eval()
     outputs = [
-        network(samples.prepare(samples.raw(index)).to(device)).logits
+        forward(samples.prepare(samples.raw(index)).to(device)).logits
         for samples in parts
         for index in torch.arange(len(samples)).split(batch_size)
     ]

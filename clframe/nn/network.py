@@ -147,6 +147,8 @@ class Network(nn.Module):
 
     def freeze_trunk(self, frozen: Literal["frozen", "free"]) -> None:
         """Hold the backbone and its own classifier still, statistics of batch normalization included, or not."""
+        if self._trunk_frozen == (frozen == "frozen"):
+            return  # parts that somebody else holds still stay so
         self._trunk_frozen = frozen == "frozen"
         for part in (self.backbone, self.final):
             part.requires_grad_(not self._trunk_frozen)

@@ -35,7 +35,7 @@ class FabricEngine:
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
         """``fabric.backward``; in plain 32 bit that is ``loss.backward``, called without its detours."""
         if self._plain:
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=retain_graph)
         else:
             self._fabric.backward(loss, retain_graph=retain_graph)
 

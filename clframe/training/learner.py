@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clframe.core import Batch, Composition, Experience, Moment, Output, State, Step, total
+from clframe.core import Batch, Component, Composition, Experience, Moment, Output, State, Step, total
 from clframe.functional.losses import cross_entropy
 from clframe.functional.seeding import derive_seed, generator_for
 from clframe.nn.network import Network
@@ -123,10 +123,11 @@ class Learner:
 
     def answers(self, output: Output) -> Output:
         """The output with what each exit answers in place of its logits: corrected, then joined in its ensemble."""
-        owner = self._answers_owner
-        if owner is not None:
-            output = owner.answers(output, self.state[owner.name])
-        return output._replace(logits=self.network.ensemble(output.logits))
+        return output._replace(logits=self.network.ensemble(self._correct(output).logits))
+
+    def corrected(self, x: Tensor) -> Output:
+        """The network's output for prepared inputs, corrected by the owner of the slot ``answers``; no ensemble."""
+        return self._correct(self.network(x, taps=self.taps))
 
     def decide(self, answers: Output) -> Tensor:
         """scores_BC whose arg-max is the answer, from what each exit answers."""
@@ -134,10 +135,11 @@ class Learner:
         return answers.last if owner is None else owner.decide(answers, self.state[owner.name])
 
     def end(self) -> None:
-        """Finish an experience: every component consolidates."""
+        """Finish an experience: every component consolidates, those last that are fitted on what others answer."""
         experience = self._current()
         self.step = None
-        for component in self.composition.acting_at("advance"):
+        self.network.freeze_trunk("free")
+        for component in sorted(self.composition.acting_at("advance"), key=_fitted_late):
             moment = self._moment(component.name, "advance", self.epochs)
             self.state[component.name] = component.advance(self.network, moment, self.state[component.name])
         self.past = tuple(sorted({*self.past, *experience.classes}))
@@ -168,6 +170,10 @@ class Learner:
             self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
         self.term_steps += 1
 
+    def _correct(self, output: Output) -> Output:
+        owner = self._answers_owner
+        return output if owner is None else owner.answers(output, self.state[owner.name])
+
     def _task(self, step: Step) -> Tensor:
         owner = self._task_owner
         if owner is None:
@@ -196,7 +202,7 @@ class Learner:
         experience = self._current()
         base = torch.initial_seed() if self.seed is None else self.seed
         generator = generator_for(base, kind, experience.index, epoch, name)
-        return Moment(experience, epoch, self.epochs, generator, self._memory())
+        return Moment(experience, epoch, self.epochs, generator, self._memory(), self.corrected)
 
     def _memory(self) -> State | None:
         """The memory of the component that keeps one, if there is anything in it."""
@@ -208,3 +214,8 @@ class Learner:
     def _current(self) -> Experience:
         assert self.experience is not None, "begin() comes first"
         return self.experience
+
+
+def _fitted_late(component: Component) -> int:
+    """Order of consolidation: first who learns or keeps something, then the ensemble of exits, then the decision."""
+    return 2 if "decision" in component.slots else 1 if "heads" in component.slots else 0

@@ -14,11 +14,14 @@ from clframe.core import COMPONENTS, HOOKS, SLOTS, Component, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ComposeError, ConfigError
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.exits import make_head
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 
 NAMES = COMPONENTS.names()
+NEEDS_TOKENS = {"l2p"}
+"""Components that refuse every backbone but a vision transformer."""
 
 
 def benchmark(classes=6, per_class=8, experiences=3):
@@ -38,10 +41,21 @@ def fed(strategy):
     return composition + COMPONENTS.get("er")() if lacks and composition.owner("batch") is None else composition
 
 
-def train(strategy, stream, *, exits=1, seed=3, experiences=None):
+def untrained(strategy, stream, *, exits=1, seed=3):
+    """The network as it is before the strategy: a small MLP, or a transformer where a component needs tokens."""
+    composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
     torch.manual_seed(seed)
-    heads = [("layer1", GrowingLinear(12)) for _ in range(exits - 1)]
-    network = Network(BACKBONES.get("mlp")(stream.input_shape, width=12), exits=heads)
+    if {component.name for component in composition} & NEEDS_TOKENS:
+        backbone = BACKBONES.get("vit_tiny")(stream.input_shape, patch=2, width=12, depth=2, heads=2)
+        heads = [("encoder.0", make_head("token", backbone.tap_shapes["encoder.0"])) for _ in range(exits - 1)]
+    else:
+        backbone = BACKBONES.get("mlp")(stream.input_shape, width=12)
+        heads = [("layer1", GrowingLinear(12)) for _ in range(exits - 1)]
+    return Network(backbone, exits=heads)
+
+
+def train(strategy, stream, *, exits=1, seed=3, experiences=None):
+    network = untrained(strategy, stream, exits=exits, seed=seed)
     module = ContinualModule(network, fed(strategy), optimizer=partial(torch.optim.SGD, lr=0.05), seed=seed)
     loop = LightningStrategy(
         model=module, benchmark=stream, train_mb_size=5, train_epochs=2, eval_mb_size=16, evaluator=None
@@ -74,17 +88,17 @@ def test_it_is_a_documented_frozen_dataclass_with_keyword_options_and_defaults(n
 def test_it_trains_with_finite_losses_that_move_every_weight(name, exits):
     stream = benchmark()
     module = train(name, stream, exits=exits)
-    torch.manual_seed(3)
-    heads = [("layer1", GrowingLinear(12)) for _ in range(exits - 1)]
-    fresh = Network(BACKBONES.get("mlp")(stream.input_shape, width=12), exits=heads)
+    kind = COMPONENTS.get(name)
+    fresh = untrained(kind(), stream, exits=exits)
+    for component in compose(kind()):
+        component.edit(fresh)
     assert module.network.classes == 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    assert all(
-        not torch.equal(a, b)
-        for a, b in zip(fresh.backbone.parameters(), module.network.backbone.parameters(), strict=True)
-    )
+    trains = any(kind().sources(index, 3) for index in range(3))  # else it answers without training anything
+    weights = dict(module.network.backbone.named_parameters())
+    for weight, before in fresh.backbone.named_parameters():
+        assert torch.equal(before, weights[weight]) != (trains and before.requires_grad), weight
     sums = module.learner.flush_terms()
-    kind = COMPONENTS.get(name)
     assert set(sums) <= {"loss/task/ce", *(f"loss/{name}/{term}" for term in kind.terms)}
 
 

@@ -114,3 +114,30 @@ def test_a_run_its_loaded_model_and_dynamic_inference_give_the_same_answers(tmp_
     first = model.dynamic(threshold=0.0)(model.prepare(test.x))
     right = (model.ids(first.scores_BC) == test.y).float().mean().item()
     assert right == pytest.approx(result.exits[-1].diagnostics.accuracy_K[0], abs=1e-6)
+
+
+def test_policies_and_ensembles_are_fitted_on_corrected_answers():
+    from clframe.core import compose
+    from clframe.training.learner import Learner
+    from strategies import NCM
+
+    torch.manual_seed(0)
+    net = Network(BACKBONES.get("mlp")((5,), width=9, depth=3))
+    strategy = NCM() + Exits() + EarlyExit(budget=0.9)
+    learner = Learner(net, compose(strategy), seed=0)
+    samples = held_out()
+    learner.begin(moment(samples).experience, classes=(0, 1, 2, 3), epochs=1)
+    learner.begin_epoch(0)
+    learner.end()
+    net.eval()
+    scores = learner.corrected(samples.prepare(samples.x)).logits
+    assert not torch.equal(scores[0], net(samples.prepare(samples.x)).logits[0])
+    policy = EarlyExit(budget=0.9).policy(learner.state["early_exit"])
+    exit_N = select(scores, policy).exit_B
+    cost = torch.tensor(cumulative_macs(net), dtype=torch.float64)
+    within = 0.9 * backbone_macs(net)
+    assert cost[exit_N].mean() <= within
+    # a confidence that held-out samples really have, under the scores that answer
+    confidences = torch.cat([s.softmax(1).amax(1).double() for s in scores[:-1]])
+    finite = [t for t in policy.thresholds if 0 < t <= 1]
+    assert finite and all(bool(torch.isclose(confidences, torch.tensor(t, dtype=torch.float64)).any()) for t in finite)

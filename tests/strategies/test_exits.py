@@ -104,8 +104,8 @@ def test_places_by_time_become_names_that_a_config_keeps(tmp_path):
 
 
 def test_the_ramp_starts_over_in_every_experience_and_one_epoch_works():
-    exits, net = Exits(values=(0.2, 0.6)), network()
-    state = exits.init(net)
+    exits = Exits(values=(0.2, 0.6))
+    state = exits.init(edited(exits))
     assert exits.weigh(moment(0, 5), state) == pytest.approx((0.01, 0.01, 1.0))
     assert exits.weigh(moment(2, 5), state) == pytest.approx((0.01 + 0.5 * 0.19, 0.01 + 0.5 * 0.59, 1.0))
     assert exits.weigh(moment(4, 5), state) == (0.2, 0.6, 1.0)

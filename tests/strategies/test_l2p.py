@@ -79,6 +79,7 @@ def test_new_samples_compete_with_the_classes_of_their_experience(exits):
 
 def test_the_backbone_is_held_still_again_after_exits_thaw_it():
     net = edited(SMALL)
+    net.freeze_trunk("frozen")
     net.freeze_trunk("free")
     assert all(p.requires_grad for p in net.backbone.parameters())
     SMALL.begin_epoch(net, moment((0,)), {})

@@ -5,13 +5,13 @@ Shape suffixes: B batch, N samples, C classes, K exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from clframe.core.types import Samples
+from clframe.core.types import Output, Samples
 from clframe.errors import DataError
 from clframe.functional.exits import log_probabilities
 from clframe.nn.exits.ensemble import Ensemble
@@ -85,6 +85,7 @@ def fit_on_samples(
     lr: float = 5e-4,
     batch_size: int = 128,
     generator: Generator,
+    answer: Callable[[Tensor], Output] | None = None,
 ) -> Tensor:
     """Run the network over samples once, in eval mode, and fit its ensemble on the logits.
 
@@ -95,6 +96,7 @@ def fit_on_samples(
         lr: Adam's learning rate.
         batch_size: Samples in a step, and in a forward pass.
         generator: Draws the order of the samples.
+        answer: In place of the plain forward pass, where a component corrects it (``moment.answer``).
 
     Returns:
         nll_K, the mean cross-entropy of every exit's scores afterwards, in nats.
@@ -105,12 +107,13 @@ def fit_on_samples(
     batches: list[Tensor] = []
     targets: list[Tensor] = []
     training = {part: part.training for part in network.modules()}
+    forward = network if answer is None else answer
     network.eval()
     try:
         with torch.no_grad():
             for part in samples:
                 for index_B in torch.arange(len(part)).split(batch_size):
-                    batches.append(torch.stack(network(part.prepare(part.raw(index_B))).logits))
+                    batches.append(torch.stack(forward(part.prepare(part.raw(index_B))).logits))
                     targets.append(part.y[index_B.to(part.y.device)])
     finally:
         for module, flag in training.items():

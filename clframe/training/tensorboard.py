@@ -7,7 +7,8 @@
 | ``cl/forgetting``, ``cl/backward_transfer`` | experience | from the second experience on |
 | ``cl/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
 | ``experience_accuracy/00`` ... | experience | accuracy on each test experience, from when it was learnt |
-| ``exit_accuracy/<exit>``, ``exit_decision/<rule>`` | experience | each exit alone, and decisions of all |
+| ``exit_accuracy/<exit>``, ``exit_forgetting/<exit>`` | experience | each exit alone |
+| ``exit_decision/<rule>`` | experience | accuracy when all exits decide, and overthinking |
 | ``exit_accuracy_at_cost/50``, ``exit_share_50/<exit>`` | experience | at a budget in %: accuracy, who answers |
 | ``exit_similarity/<exit>`` | experience | CKA of the exit's tap with that after the first experience |
 | ``exits/...`` | experience | figures |
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from clframe.metrics import continual
 from clframe.metrics.continual import Matrix
 from clframe.metrics.exit_record import ExitRecord
+from clframe.metrics.exits import forgetting_by_exit
 from clframe.metrics.tally import Tally
 from clframe.training.exit_figures import exit_images
 
@@ -51,6 +53,7 @@ LAYOUT = {
 EXIT_LAYOUT = {
     "exits": {
         "accuracy per exit": ["Multiline", [r"exit_accuracy/.+"]],
+        "forgetting per exit": ["Multiline", [r"exit_forgetting/.+"]],
         "decisions": ["Multiline", [r"exit_decision/.+"]],
         "accuracy at a share of the cost in %": ["Multiline", [r"exit_accuracy_at_cost/.+"]],
         "who answers at half the cost": ["Multiline", [r"exit_share_50/.+"]],
@@ -124,9 +127,11 @@ class TensorBoard:
             self._writer.add_custom_scalars({**LAYOUT, **EXIT_LAYOUT})
             self._shows_exits = True
         experience, record = len(records) - 1, records[-1]
+        forgetting_K = forgetting_by_exit([[r.accuracy_KE[k] for r in records] for k in range(len(names))])
         for k, name in enumerate(names):
             label = f"{k:0{self._digits}d}_{name}"
             self._number(f"exit_accuracy/{label}", record.diagnostics.accuracy_K[k], experience)
+            self._number(f"exit_forgetting/{label}", forgetting_K[k].value, experience)
             self._number(f"exit_similarity/{label}", record.similarity_K[k], experience)
         for point, share_K in zip(record.points.points or (), record.share_PK, strict=True):
             at = point.name.rstrip("%")

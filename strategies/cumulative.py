@@ -13,8 +13,9 @@ from clframe.core.component import Component
 class Cumulative(Component):
     """Cumulative: each experience goes on training the same model on the data of all experiences so far.
 
-    An upper bound for rehearsal whose cost grows with the stream. It owns the slot ``batch``: a memory
-    beside all the data would have no part to play.
+    Use it as an upper bound for rehearsal. Costs all data kept, and epochs that grow with the stream: ten equal
+    experiences take 5.5 times the steps of fine-tuning. It owns the slot ``batch``: a memory beside all the data
+    would have no part to play.
     """
 
     name: ClassVar[str] = "cumulative"

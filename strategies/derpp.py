@@ -27,10 +27,10 @@ class DERpp(Component):
     """Dark experience replay ++ (DER++): replayed samples keep their stored logits and are learnt by their labels.
 
     The loss is ``CE(new) + alpha * mean (logits(m1) - stored(m1))^2 + beta * CE(m2)`` for two draws m1 and m2 from
-    memory: every exit against its own logits, stored with each sample, and against the labels. The usual choice
-    among replay methods where logits fit in memory: it costs classes times exits numbers for each sample, and a batch
-    that is longer by both draws. Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple
-    Baseline" (2020).
+    memory: every exit against its own logits, stored with each sample, and against the labels. Use it where logits
+    fit in memory, as the usual choice among replay methods. Costs classes times exits numbers for each sample, and
+    a batch that is longer by both draws. Buzzega et al., "Dark Experience for General Continual Learning: a Strong,
+    Simple Baseline" (2020).
 
     Samples and logits are stored at the end of each experience, not augmented and in evaluation mode, as the code
     of the paper on auxiliary classifiers (Szatkowski et al., 2025) and Avalanche do; the original stores them on

@@ -28,6 +28,9 @@ class EarlyExit(Component):
     of the policy; ``clframe.nn.DynamicNetwork`` runs it and skips what is not needed. Kaya et al.,
     "Shallow-Deep Networks" (2019); Szatkowski et al., "Auxiliary Classifiers" (2025).
 
+    Use it with ``exits`` where a prediction should cost less than the whole network. Costs nothing in training;
+    with a budget or a gate, one forward pass over the held-out data after each experience (``benchmark.validation``).
+
     Args:
         rule: ``first`` sure exit; or, with everything computed: the ``last`` exit, the most ``confident``,
             the ``mean`` of all probabilities, the ``vote`` of all.

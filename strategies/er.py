@@ -22,6 +22,10 @@ class ER(Component):
     over both. Rolnick et al., "Experience Replay for Continual Learning" (2019); Chaudhry et al., "On Tiny
     Episodic Memories in Continual Learning" (2019).
 
+    Use it wherever samples may be stored: the first thing to try, and what other components read their replayed
+    samples from. Costs the memory, held as stored in the data, and the training of the replayed samples: batches of
+    twice the size as it stands, or by ``replay`` more steps.
+
     Args:
         memory: Samples kept: in all, or of each class.
         budget: ``total`` shares ``memory`` among the classes so far, ``per_class`` keeps it of each.

@@ -27,6 +27,10 @@ class Exits(Component):
     Szatkowski et al., "Improving Continual Learning Performance and Efficiency with Auxiliary Classifiers"
     (2025); Wojcik et al., "Zero Time Waste in Pre-trained Early Exit Neural Networks" (2023).
 
+    Use it with any strategy whose predictions should cost less, or be more accurate at the same cost. Costs the
+    heads: their weights, and their MACs in each step and in each prediction that gets that far, which
+    ``clframe explain`` counts.
+
     Args:
         at: Taps by name, or ``auto``: the paper's where it has some for the backbone, else all but the last.
         count: How many exits of the paper's tables; ResNet32 has 3, 6 and 12.

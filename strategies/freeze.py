@@ -15,8 +15,8 @@ from clframe.nn.network import Network
 class Freeze(Component):
     """Freezing: the backbone learns in the first experiences and stays as it is from then on; classifiers go on.
 
-    A baseline that forgets no feature and learns no new one, strong where the first experience is large or the
-    backbone pre-trained. Statistics of batch normalization are frozen too. It costs less than no method at all.
+    Use it as a baseline that forgets no feature and learns no new one, strong where the first experience is large or
+    the backbone pre-trained. Statistics of batch normalization are frozen too. It costs less than no method at all.
 
     Args:
         after: Experiences in which the backbone learns; 0 never trains it.

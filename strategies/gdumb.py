@@ -23,9 +23,9 @@ class GDumb(Component):
     The memory takes in the experience at hand before training: ``memory / (classes so far)`` samples of each class,
     at random. Every weight and buffer, exits included, is then put back to what it was before the run, and heads
     are drawn anew. It asks what a memory alone is worth: a method that stays below it learns nothing from the stream.
-    Cheap where the memory is small; it needs as many epochs as training from scratch does, and keeps a copy of
-    the first weights. Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual
-    Learning" (2020).
+    Use it as a baseline. Costs little where the memory is small; it needs as many epochs as training from scratch
+    does, and keeps a copy of the first weights. Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions
+    Our Progress in Continual Learning" (2020).
 
     Where classes are not equally frequent, the published sampler lends what a rare class leaves free to others until
     somebody needs it; here it stays free.

@@ -27,10 +27,10 @@ class ICaRL(Component):
     ``L_k = sum over new classes of BCE(target) + lamb * sum over old classes of BCE(teacher_k's sigmoid)`` at every
     exit k, on new and kept samples alike. Each exit answers with the class whose kept samples have the nearest mean
     in its own features (a tap averaged over its map, or its first token, brought to length 1); the scores are minus
-    the squared distances. Means are taken at the end of each experience. Its samples come from
-    ``er(selection=herding, replay=concatenate) + icarl``. Costs one forward pass of the teacher a step, a copy of
-    the network, and a pass over the memory for each experience. Rebuffi et al., "iCaRL: Incremental Classifier and
-    Representation Learning" (2017).
+    the squared distances. Means are taken at the end of each experience. For class-incremental streams with a
+    memory, as in ``er(selection=herding, replay=concatenate) + icarl``. Costs one forward pass of the teacher a
+    step, a copy of the network, and a pass over the memory for each experience. Rebuffi et al., "iCaRL: Incremental
+    Classifier and Representation Learning" (2017).
 
     Args:
         loss: ``binary`` as published, or ``softmax``: cross-entropy over all classes with the same distillation, as

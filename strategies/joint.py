@@ -13,8 +13,9 @@ from clframe.core.component import Component
 class Joint(Component):
     """Joint: the first experience trains on the data of all; the later ones train nothing.
 
-    The upper bound of every comparison: no class is ever out of sight. Each row of its accuracy matrix is
-    the accuracy of the one model.
+    Use it as the upper bound of every comparison: no class is ever out of sight. Costs all data at once, and in
+    one experience as many steps as fine-tuning takes in all. Each row of its accuracy matrix is the accuracy of the
+    one model.
     """
 
     name: ClassVar[str] = "joint"

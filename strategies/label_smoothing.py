@@ -17,7 +17,7 @@ from clframe.functional.replay_losses import smoothed_cross_entropy
 class LabelSmoothing(Component):
     """Label smoothing: the target gives a share of its probability to all classes met, at every exit.
 
-    The loss is ``(1 - s) * CE + s * mean over classes of -log p``. It keeps logits small and confidence nearer to
+    The loss is ``(1 - s) * CE + s * mean over classes of -log p``. Use it to keep logits small and confidence near
     accuracy, for early exits too; classes not met yet get no share. Costs nothing. Szegedy et al., "Rethinking the
     Inception Architecture for Computer Vision" (2016).
 

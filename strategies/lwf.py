@@ -25,6 +25,9 @@ class LwF(Component):
     experience's classes under a softmax of their own; the teacher is the frozen model as it was before
     this experience. Li and Hoiem, "Learning without Forgetting" (2016).
 
+    Use it where nothing may be stored of old data and new data resemble it, or beside a memory (``er + lwf``), where
+    it is stronger. Costs one forward pass of the teacher a step and a copy of the network.
+
     Args:
         alpha: Weight of the term.
         temperature: T; higher values listen more to the small probabilities.

@@ -27,7 +27,7 @@ class NCM(Component):
     averaged over its map, or its first token is taken. Where a memory is kept, the means are those of its samples,
     taken anew at the end of each experience; classes that it does not hold, all of them where there is none, have
     the mean of their training samples as they were when they were learnt. Unlike a trained classifier it is not
-    biased towards new classes. Nothing changes in training, so it can be added to any strategy. Costs a pass over
+    biased towards new classes. Use it with any strategy, since nothing changes in training. Costs a pass over
     the memory, or over an experience's training data, for each experience. Mensink et al., "Distance-Based Image
     Classification" (2013); Rebuffi et al., "iCaRL" (2017).
 

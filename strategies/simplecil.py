@@ -20,8 +20,8 @@ from clframe.nn.network import Network
 class SimpleCIL(Component):
     """SimpleCIL: frozen features answer by their cosine with the mean feature of each class, no gradients.
 
-    Every exit answers ``score_c = scale * cos(f, mu_c)``, f its embedded tap (a map's mean, the first token). The
-    baseline that methods for pre-trained backbones have to beat. It costs one forward pass over the data and C F
+    Every exit answers ``score_c = scale * cos(f, mu_c)``, f its embedded tap (a map's mean, the first token). For
+    pre-trained backbones, whose other methods have to beat it. It costs one forward pass over the data and C F
     numbers of 8 bytes an exit. It owns the slot ``batch``: no sample is trained on. Zhou et al., "Revisiting
     Class-Incremental Learning with Pre-Trained Models" (2023).
 

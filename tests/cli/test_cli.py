@@ -196,7 +196,8 @@ def test_list(what, names, call):
 
 
 def test_list_shows_options_with_defaults_and_filters(call):
-    assert "[alpha=1.0, temperature=2.0]" in call("list", "strategies", "LWF").out
+    assert "  temperature=2.0  (number) T; higher values" in call("list", "strategies", "LWF").out
+    assert "temperature=" not in call("list", "strategies").out
     assert {line.split()[0] for line in call("list", "backbones", "shortcut=").out.splitlines()} == {
         "resnet20", "resnet32",
     }  # fmt: skip

@@ -36,9 +36,10 @@ def clframe(*arguments, site, cwd, code=0):
 
 
 def test_it_is_listed_trained_and_composed(installed, tmp_path):
-    listed = clframe("list", "strategies", site=installed, cwd=tmp_path).splitlines()
-    (line,) = (line for line in listed if line.startswith("anchor "))
-    assert "Anchor: hold the backbone near the weights" in line and "[strength=0.01]" in line
+    line, option, *_ = clframe("list", "strategies", "anchor", site=installed, cwd=tmp_path).splitlines()
+    assert line.startswith("anchor ") and "Anchor: hold the backbone near the weights" in line
+    assert option.startswith("  strength=0.01  (number)")
+    assert line in clframe("list", "strategies", site=installed, cwd=tmp_path).splitlines()
     clframe("run", "smoke/quickstart", "strategy=er + anchor(strength=0.5)", "--output", "out",
             site=installed, cwd=tmp_path)  # fmt: skip
     (metrics,) = tmp_path.glob("out/*/*/metrics.csv")

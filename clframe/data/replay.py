@@ -131,7 +131,7 @@ class Replay:
         """The batch followed by the kept samples at ``index_R``, augmented as new ones are."""
         device, size = batch.x.device, batch.y.shape[0]
         raw = state["x"].index_select(0, index_R)
-        x = moment.experience.samples.prepare(raw, generator=moment.generator).to(device)
+        x = moment.experience.samples.prepare(raw, generator=moment.generator).to(batch.x)
         y = state["y"].index_select(0, index_R).to(device)
         weight_B = None
         if self.scale != 1:

@@ -23,14 +23,14 @@ def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) 
 
     @torch.no_grad()
     def logits(index_N: Tensor) -> Tensor:
-        device, training = network.final.weight.device, network.training
+        training = network.training
         if not len(index_N):
             return torch.empty(0, len(network.heads), network.classes, device=samples.raw(index_N).device)
         network.eval()
         parts = []
         for index in index_N.split(batch_size):
             raw = samples.raw(index)
-            output: Output = network(samples.prepare(raw).to(device))
+            output: Output = network(network.place(samples.prepare(raw)))
             parts.append(torch.stack(output.logits, dim=1).to(raw.device))
         network.train(training)
         return torch.cat(parts)

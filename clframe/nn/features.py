@@ -26,8 +26,7 @@ def feature_reader(
     def features(index_N: Tensor) -> Tensor:
         if not frozen:
             frozen.append(freeze(network))
-        device = next(network.parameters()).device
-        parts = [samples.prepare(samples.raw(index)).to(device) for index in index_N.split(batch_size)]
+        parts = [network.place(samples.prepare(samples.raw(index))) for index in index_N.split(batch_size)]
         with torch.no_grad():
             return torch.cat([frozen[0].backbone(x) for x in parts])
 
@@ -51,7 +50,7 @@ def exit_logits(
     forward = network if answer is None else answer
     network.eval()
     outputs = [
-        forward(samples.prepare(samples.raw(index)).to(device)).logits
+        forward(network.place(samples.prepare(samples.raw(index)))).logits
         for samples in parts
         for index in torch.arange(len(samples)).split(batch_size)
     ]
@@ -86,7 +85,7 @@ def exit_features(
     network.eval()
     try:
         for index in order.split(batch_size):
-            taps = network(samples.prepare(samples.raw(index)).to(device), taps=names).taps
+            taps = network(network.place(samples.prepare(samples.raw(index))), taps=names).taps
             embedding = {name: embedded(tap) for name, tap in taps.items()}
             yield tuple(embedding[name] for name in names), samples.y[index.to(samples.y.device)].to(device)
     finally:

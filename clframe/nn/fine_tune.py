@@ -54,8 +54,7 @@ def fine_tuned(
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         for _ in range(epochs):
             for index_B in torch.randperm(len(samples), generator=generator).split(batch_size):
-                x = samples.prepare(samples.raw(index_B), generator=generator).to(device)
-                x = x.to(learner.final.weight.dtype) if x.is_floating_point() else x
+                x = network.place(samples.prepare(samples.raw(index_B), generator=generator))
                 y_B = samples.y[index_B.to(samples.y.device)].to(device)
                 logits = [logits_BC.index_select(1, columns) for logits_BC in learner(x).logits]
                 loss = cross_entropy(logits, torch.searchsorted(columns, y_B)).sum()

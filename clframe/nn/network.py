@@ -135,6 +135,11 @@ class Network(nn.Module):
         self.heads = nn.ModuleList(head.use(make) for head in self.heads)  # type: ignore[operator]
         self._make_classifier = make
 
+    def place(self, x: Tensor) -> Tensor:
+        """Prepared inputs on the network's device and, where they are floating-point, in the type of its weights."""
+        weight = self.final.weight
+        return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
     def grow(self, classes: Iterable[int]) -> bool:
         """Grow every head, and the ensemble, for ``classes``; True if parameters were replaced.
 

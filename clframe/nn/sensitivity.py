@@ -105,7 +105,7 @@ def sensitivities(
     try:
         with torch.no_grad():
             for index in index_N.split(batch_size):
-                x = samples.prepare(samples.raw(index)).to(device)
+                x = network.place(samples.prepare(samples.raw(index)))
                 x = x.to(network.final.weight.dtype) if x.is_floating_point() else x
                 y_B = samples.y[index.to(samples.y.device)].to(device)
                 label_BK = _labels(network, x, y_B, labels, generator)

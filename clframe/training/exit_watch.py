@@ -85,7 +85,7 @@ def _taps(network: Network, benchmark: Benchmark) -> dict[str, Tensor]:
     """Each exit's tap on the first test samples of the first experience, flat, on the CPU."""
     samples = benchmark.evaluation[0]
     index = torch.arange(min(PROBES, len(samples)))
-    x = samples.prepare(samples.raw(index)).to(network.final.weight.device)
+    x = network.place(samples.prepare(samples.raw(index)))
     training = network.training
     network.eval()
     taps = network(x, taps=network.exit_taps).taps

@@ -357,14 +357,25 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         if self.learner is None:
             return super().forward(**kwargs)
         spread = self.fabric.world_size > 1 and self._engine is not None
-        network, taps = self._engine.module if spread else self.learner.network, self.learner.taps
-        self.output = output = self.in_precision(lambda: network(self.mb_x, taps=taps))
+        network = self._engine.module if spread else self.learner.network
+        self.output = output = self.predicted(network, self.mb_x)
         if self.is_training:
             return output.last
         self.answers = self.learner.answers(output)
         scores = self.learner.decide(self.answers)
         # Before the first experience there is no class to answer with; Avalanche's metrics want an arg-max.
         return scores if scores.shape[1] else scores.new_full((len(scores), 1), float("-inf"))
+
+    def predicted(self, network: Callable[..., Output], x: Tensor) -> Output:
+        """The output of our network, or of one like it, with the taps that components ask for."""
+        assert self.learner is not None
+        taps = self.learner.taps
+        output: Output = self.in_precision(lambda: network(x, taps=taps))
+        if taps and output.last.dtype != self.learner.network.final.weight.dtype:
+            # Fabric hands on logits and taps in single precision; taps go through layers of the network's own.
+            place = self.learner.network.place
+            return output._replace(taps={name: place(tap) for name, tap in output.taps.items()})
+        return output
 
     def criterion(self) -> Tensor:
         """The mixed loss terms in training; in evaluation the criterion on known classes."""

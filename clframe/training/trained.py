@@ -42,7 +42,7 @@ class TrainedModel:
     def prepare(self, x: Tensor) -> Tensor:
         """Stored inputs as the network wants them."""
         none = torch.zeros(len(x), dtype=torch.long)
-        return TensorSamples(x, none, self.mean, self.std).prepare(x).to(self.network.final.weight.device)
+        return self.network.place(TensorSamples(x, none, self.mean, self.std).prepare(x))
 
     @torch.no_grad()
     def answers(self, x: Tensor) -> Output:

@@ -113,7 +113,7 @@ def fit_on_samples(
         with torch.no_grad():
             for part in samples:
                 for index_B in torch.arange(len(part)).split(batch_size):
-                    batches.append(torch.stack(forward(part.prepare(part.raw(index_B))).logits))
+                    batches.append(torch.stack(forward(network.place(part.prepare(part.raw(index_B)))).logits))
                     targets.append(part.y[index_B.to(part.y.device)])
     finally:
         for module, flag in training.items():

@@ -1,4 +1,4 @@
-"""The command line: ``clframe run``, ``explain`` and ``list``.
+"""The command line: ``clframe run``, ``report``, ``explain`` and ``list``.
 
 Nothing heavy is imported before a verb is known, so ``clframe --help`` answers at once. Whatever is wrong
 with a call is one line on stderr, ``clframe: error: <where>: <what was found>; <what to do>``, and exit
@@ -11,10 +11,12 @@ import argparse
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clframe import __version__
@@ -31,6 +33,7 @@ every prediction costs.
   clframe run quickstart strategy='er + lwf(alpha=2)'  another strategy
   clframe run quickstart components.er.memory=50       another option
   clframe run quickstart --seeds 0..4                  five seeds, mean and deviation
+  clframe report runs/quickstart                       runs as a page, tables and figures
   clframe explain quickstart                           what would happen, before any training
   clframe list strategies                              what there is
 """
@@ -50,6 +53,21 @@ _RUN = f"""\
   clframe run --resume runs/quickstart/20260101-120000-seed0
 """
 
+_REPORT = """\
+Writes report.html, one page that needs no network, and the same as tables (CSV, Markdown, LaTeX) and figures
+(SVG, PNG) to RUN/report.
+
+RUN is a run folder, or a folder above some: then all finished runs below it. Runs that differ in their seed only
+are one group: mean and deviation. Groups are set against the first run given: paired differences over common
+seeds with 95 % confidence intervals, cost at equal accuracy, Pareto front. Runs that cannot be compared, for other
+class orders or splits, are marked and not subtracted; other benchmarks are refused.
+
+  clframe report runs/quickstart/20260101-120000-seed0       one run
+  clframe report runs/quickstart                             all of an experiment
+  clframe report runs/er runs/lwf --output comparison        two, er as the base
+  clframe report runs/quickstart/20260101-120000-seed0 --watch
+"""
+
 _EXPLAIN = f"""\
 Prints the resolved config, who learns what when, who acts where in the timetable, the loss terms, slots,
 parameters and MACs. Nothing is trained and nothing is written.
@@ -60,13 +78,15 @@ parameters and MACs. Nothing is trained and nothing is written.
 """
 
 _LIST = """\
-One line each: name, what it is, options with their defaults. FILTER keeps the lines that contain it.
+One line each: name, what it is, what it needs. FILTER is a name, whose options are then shown as well, or a word
+that lines or options have to contain.
 
   clframe list strategies
+  clframe list strategies lwf
   clframe list configs backbone
 """
 
-_VERBS = ("run", "explain", "list")
+_VERBS = ("run", "report", "explain", "list")
 _LISTS = ("strategies", "benchmarks", "backbones", "configs")
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
 
@@ -152,6 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
     run.set_defaults(act=_act_run)
 
+    report = verb("report", help="one page, tables and figures of runs", description=_REPORT, words="RUN [RUN ...]")
+    report.add_argument("--output", metavar="DIR", help="folder to write to (default: RUN/report)")
+    report.add_argument("--watch", action="store_true", help="write it again while a run goes on, until it is finished")
+    report.set_defaults(act=_act_report)
+
     explain = verb("explain", help="what a run would do, before any training", description=_EXPLAIN, words=words)
     _config_options(explain)
     explain.set_defaults(act=_act_explain)
@@ -234,6 +259,17 @@ def _show(results: Sequence[Result], options: argparse.Namespace) -> None:
         print(f"\n{seeds_table(results)}")
 
 
+def _act_report(options: argparse.Namespace) -> int:
+    from clframe.reporting.report import write_report
+
+    say = partial(print, flush=True)
+    try:
+        write_report(options.words, output=options.output, watch=options.watch, on_written=say)
+    except KeyboardInterrupt:  # the page of the last look stays
+        return 130
+    return 0
+
+
 def _act_explain(options: argparse.Namespace) -> int:
     from clframe.build import explain
 
@@ -302,7 +338,8 @@ def _act_list(options: argparse.Namespace) -> int:
     from clframe.reporting.listing import listing
 
     filter = rest[0] if rest else ""
-    lines = [line for line in listing(what) if filter.lower() in line.lower()]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = listing(what, filter=filter, width=width)
     if not lines:
         raise ConfigError(f"list {what}: nothing contains '{filter}'; leave the filter out to see all")
     print("\n".join(lines))

@@ -86,7 +86,10 @@ def make_run(tmp_path):
             "command": ["clframe", "run", "quickstart", f"strategy={strategy}", "--seed", str(seed)],
             "git_revision": "abc", "machine": {"cores": 2},
         }))  # fmt: skip
-        (folder / "ledger.json").write_text(json.dumps({"inference_macs": {"block": 750, "exit/final": 250}}))
+        (folder / "ledger.json").write_text(json.dumps({
+            "inference_macs": {"block": 750, "exit/final": 250},
+            "totals": {"by_phase": {"forward": 100, "backward": 300}, "uncounted": {"aten::odd": 2}},
+        }))  # fmt: skip
         (folder / "metrics.csv").write_text(
             "experience,step,name,value\n0,20,loss/task/ce,0.5\n1,40,loss/task/ce,0.25\n1,40,train/learning_rate,0.1\n"
         )

@@ -68,6 +68,8 @@ def test_one_run(make_run, exits, read_table):
     assert (half["budget"], float(half["cost it came to"]), float(half["accuracy"])) == ("50%", 0.4, 0.7)
     assert float(half["answered by early"]) == 0.75 and float(half["answered by final"]) == 0.25
     assert [float(row["share"]) for row in read_table(path, "cost")] == [0.75, 0.25, 1.0]
+    assert [float(row["share"]) for row in read_table(path, "run_cost")] == [0.25, 0.75, 1.0]
+    assert "Not counted in the costs: aten::odd." in Page(path.read_text(encoding="utf-8")).text
     figures = {file.name for file in (path.parent / "figures").iterdir()}
     assert figures == {
         f"{name}.{ending}" for ending in ("png", "svg")
@@ -147,6 +149,7 @@ def test_groups_are_told_apart_by_what_differs(make_run, tmp_path, read_table):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_differences_are_paired_and_costs_are_at_equal_accuracy(make_run, tmp_path, exits, read_table):
     for seed, (base, other) in enumerate([((10, 10), (12, 12)), ((12, 12), (16, 16))]):
         make_run(f"base/{seed}", base, seed=seed, macs=1000)

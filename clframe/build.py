@@ -13,6 +13,7 @@ import torch
 from clframe.accounting import count_macs, count_parameters
 from clframe.config.files import read_yaml
 from clframe.config.load import load_config
+from clframe.config.plugins import BLOCK, named_plugins
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
@@ -76,6 +77,7 @@ def run(
             raise ConfigError("resume: takes no overrides; a resumed run keeps the config it began with")
         folder = RunFolder.open(Path(resume))
         config = _config_of(folder)
+        _refuse_plugins(config, folder)
     elif isinstance(config, str):
         config = load_config(config, overrides)
     elif overrides:
@@ -142,6 +144,7 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         composition=parts.composition,
         benchmark=parts.benchmark,
         network=network,
+        plugins=named_plugins(parts.config.components),
     )
 
 
@@ -166,6 +169,11 @@ def build(config: Config) -> Parts:
                 f"benchmark.validation=0.1"
             )
     _check_trainer(config.trainer)
+    named = named_plugins(config.components)
+    if named:
+        from clframe.training.plugins import check_plugins
+
+        check_plugins(named)
     if benchmark.online is not None:
         _check_online(config)
     torch.manual_seed(derive_seed(config.seed, "network"))
@@ -246,7 +254,15 @@ def _check_online(config: Config) -> None:
 
 
 def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
-    """The composition, with every options block checked, also of components that are not selected."""
+    """The composition, with every options block checked, also of components that are not selected.
+
+    ``components.avalanche`` is none of them: plugins of Avalanche's act beside the composition.
+    """
+    if BLOCK in COMPONENTS:
+        raise ClframeError(
+            f"component '{BLOCK}': components.{BLOCK} lists plugins of Avalanche's; give the component another name"
+        )
+    components = {name: options for name, options in components.items() if name != BLOCK}
     for name, options in components.items():
         component = COMPONENTS.get(name, where="components")
         checked = check_options(component, options, where=f"components.{name}", complete=False)
@@ -329,6 +345,7 @@ def _session(parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress],
         csv="csv" in trainer.loggers,
         folder=folder.path,
         config_text=to_yaml(config),
+        plugins=named_plugins(config.components),
         on_evaluated=on_evaluated,
     )
 
@@ -375,11 +392,22 @@ def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progres
         exit_names=network.exit_names,
         exits=progress.exits,
     )
-    folder.write_ledger(network, progress.steps, progress.train_seconds, result.state_bytes)
+    folder.write_ledger(
+        network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger
+    )
     session.write_hyper_parameters(as_tree(config), {name: getattr(result, name) for name in METRICS})
     write_figures(result, folder.path / "figures")
     result.write(folder.path / "results.json")
     return result
+
+
+def _refuse_plugins(config: Config, folder: RunFolder) -> None:
+    """A run with plugins cannot go on: what they have gathered is in no checkpoint."""
+    names = ", ".join(name for name, _ in named_plugins(config.components))
+    if names:
+        raise UnsupportedError(
+            f"{folder.path}: has plugins of Avalanche's ({names}), whose state is in no checkpoint; run it anew"
+        )
 
 
 def _config_of(folder: RunFolder) -> Config:

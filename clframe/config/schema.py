@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from clframe.config.plugins import named_plugins
 from clframe.core.options import shown
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 
@@ -224,7 +225,7 @@ class Config:
     strategy: str = "naive"
     """Which: components joined by '+'."""
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """How: options by component name."""
+    """How: options by component name; ``avalanche`` lists plugins of Avalanche's that act beside them."""
     benchmark: BenchmarkConfig
     backbone: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -233,7 +234,8 @@ class Config:
     """Folder for run folders."""
 
     def __post_init__(self) -> None:
-        """Refuse seeds and names that generators and files cannot take."""
+        """Refuse seeds and names that generators and files cannot take, and plugins that nobody could read."""
+        named_plugins(self.components)
         _need(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0 to 2**63 - 1")
         fine = bool(self.name) and not set(self.name) & set('/\\:*?"<>|') and self.name not in (".", "..")
         short = len(self.name.encode(errors="replace")) <= LONGEST_NAME and self.name.isprintable()

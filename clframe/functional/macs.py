@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-Convention = Literal["macs", "fvcore"]
-"""What is counted: multiply-adds alone, or what published figures hold besides."""
+from clframe.functional.mac_counter import Convention, MacCounter
+
+__all__ = [
+    "Convention", "Staged", "as_found", "backbone_macs", "count_macs", "count_parameters", "cumulative_macs",
+    "stage_macs", "zeros_for",
+]  # fmt: skip
 
 
 class Staged(Protocol):
@@ -163,75 +165,21 @@ def zeros_for(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _counting(module: nn.Module | Staged, convention: Convention) -> Iterator[Callable[[], int]]:
-    """Eval mode, no gradients, the random states put back; yields a function for the MACs so far."""
+def as_found(module: nn.Module | Staged) -> Iterator[None]:
+    """Evaluation mode for a while, after which training flags and random states are what they were."""
     training = {part: part.training for part in module.modules()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    # The fused path of nn.MultiheadAttention in eval mode is one operator that no formula covers.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    formulas = _missing_formulas() | (_elementwise_formulas() if convention == "fvcore" else {})
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), counter:
-            yield lambda: counter.get_total_flops() // 2
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for part, flag in training.items():
             part.training = flag
 
 
-def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for operators that this torch does not count (attention on CPU, in older versions)."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return {} if operator in flop_registry else {operator: _attention_flops}
-
-
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
-) -> int:
-    """FLOPs of softmax(Q K^T) V from shapes (B, heads, length, width): the two products."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
-
-
-def _elementwise_formulas() -> dict[Any, Callable[..., int]]:
-    """What the convention ``fvcore`` adds, doubled: the counter's FLOPs are halved."""
-    normalized = {
-        "native_batch_norm": 2,
-        "cudnn_batch_norm": 2,
-        "miopen_batch_norm": 2,
-        "_native_batch_norm_legit_no_training": 2,
-        "native_layer_norm": 5,
-        "native_group_norm": 5,
-    }
-    scales = {"native_layer_norm": 2}  # the argument that holds the scale; 1 elsewhere
-    summed = {"add": 1, "add_": 1, "mul": 1, "mul_": 1, "lerp": 3, "lerp_": 3}
-    return {
-        **{
-            getattr(torch.ops.aten, name): _normalization_flops(count, scale=scales.get(name, 1))
-            for name, count in normalized.items()
-        },
-        **{
-            getattr(torch.ops.aten, name): _elementwise_flops(count, bias_free=name.startswith("add"))
-            for name, count in summed.items()
-        },
-    }
-
-
-def _normalization_flops(count: int, *, scale: int) -> Callable[..., int]:
-    def flops(*shapes: Any, **_: Any) -> int:
-        values: int = prod(shapes[0])
-        return 2 * values * (count - (shapes[scale] is None))
-
-    return flops
-
-
-def _elementwise_flops(count: int, *, bias_free: bool) -> Callable[..., int]:
-    def flops(left: Any, right: Any, *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-        if bias_free and isinstance(right, Sequence) and len(right) == 1 < len(out_shape):
-            return 0  # the bias of a linear layer, which torch adds apart where its input is not contiguous
-        return 2 * count * prod(out_shape)
-
-    return flops
+@contextmanager
+def _counting(module: nn.Module | Staged, convention: Convention) -> Iterator[Callable[[], int]]:
+    """Eval mode, no gradients, everything as found afterwards; yields a function for the MACs so far."""
+    with as_found(module), torch.no_grad(), MacCounter(convention=convention) as counter:
+        yield lambda: counter.macs

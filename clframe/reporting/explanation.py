@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.core import HOOKS, SLOTS, Composition
 from clframe.data import Benchmark
@@ -29,10 +32,17 @@ _WHEN = {
 }
 
 
-def explanation(*, config: str, composition: Composition, benchmark: Benchmark, network: Network) -> str:
+def explanation(
+    *,
+    config: str,
+    composition: Composition,
+    benchmark: Benchmark,
+    network: Network,
+    plugins: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> str:
     """Resolved config, stream, timetable, loss terms, slots, parameters and MACs, as text.
 
-    ``network`` has already grown to all classes of the benchmark.
+    ``network`` has already grown to all classes of the benchmark; ``plugins`` are Avalanche's, by class name.
     """
     return "\n\n".join(
         f"{title}\n{_indent(body)}"
@@ -43,6 +53,7 @@ def explanation(*, config: str, composition: Composition, benchmark: Benchmark, 
             ("timetable (who acts where)", _timetable(composition)),
             ("loss terms", "\n".join(_terms(composition))),
             ("slots", "\n".join(f"{slot:<10} {_owner(composition, slot)}" for slot in SLOTS)),
+            *([("plugins of Avalanche's, beside the components", _plugins(plugins))] if plugins else ()),
             ("network with all classes", _network(network)),
         )
     )
@@ -80,6 +91,15 @@ def _timetable(composition: Composition) -> str:
 def _terms(composition: Composition) -> list[str]:
     own = [f"loss/{c.name}/{term}" for c in composition for term in c.terms]
     return ["loss/task/ce", *own]
+
+
+def _plugins(plugins: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    lines = [f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" for name, options in plugins]
+    lines += [
+        "what they add to the loss is in no loss term above and their memory in no cost",
+        "their state is in no checkpoint: the run cannot be resumed, and clframe.load gives the network without them",
+    ]
+    return "\n".join(lines)
 
 
 def _owner(composition: Composition, slot: str) -> str:

@@ -21,11 +21,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clframe.accounting import stage_macs
+from clframe.accounting import Ledger, cumulative_macs, stage_macs
 from clframe.errors import RunFolderError
 from clframe.files import write_atomically
 from clframe.nn.network import Network
@@ -100,14 +101,38 @@ class RunFolder:
         """The resolved config."""
         write_atomically(self.config_path, text)
 
-    def write_ledger(self, network: Network, steps: int, train_seconds: float, state_bytes: Mapping[str, int]) -> None:
-        """What training took, what a prediction costs stage by stage, and what components keep."""
-        costs = {
+    def write_ledger(
+        self,
+        network: Network,
+        steps: int,
+        train_seconds: float,
+        state_bytes: Mapping[str, int],
+        *,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """What training took, what a prediction costs stage by stage, what components keep, and every entry."""
+        names, cost_K = network.exit_names, cumulative_macs(network)
+        costs: dict[str, Any] = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
             "training": {"steps": steps, "seconds": train_seconds},
             "inference_macs": stage_macs(network),
+            "exit_macs": dict(zip(names, cost_K, strict=True)),
             "state_bytes": dict(state_bytes),
         }
+        if ledger is not None:
+            costs["ledger"] = ledger.as_tree()
+            costs["totals"] = {
+                "macs": ledger.macs,
+                "training_macs": ledger.training_macs,
+                "by_phase": ledger.by_phase(),
+                "by_component": ledger.by_component(),
+                "samples": ledger.samples("forward"),
+                "replayed_samples": ledger.samples("replay"),
+                "seconds": ledger.seconds(),
+                "bytes": ledger.bytes(),
+                "energy": asdict(ledger.energy()),
+                "uncounted": ledger.uncounted(),
+            }
         write_atomically(self.path / "ledger.json", json.dumps(costs, indent=2) + "\n")
 
     @staticmethod

@@ -15,6 +15,7 @@ from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
+from clframe.training.plugins import Named, make_plugins
 from clframe.training.scoring import Scores
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
@@ -47,17 +48,20 @@ def launch(
     csv: bool,
     folder: Path,
     config_text: str,
+    plugins: Named = (),
     on_evaluated: Callable[[Progress], None] | None,
 ) -> Session:
     """Set up Fabric, module, strategy and monitor; each argument is documented where it ends up.
 
     Raises:
         UnsupportedError: Lightning refuses the accelerator or precision.
+        ConfigError: A plugin's option names no layer.
     """
     module = ContinualModule(
         network, composition, optimizer=optimizer, scheduler=scheduler, seed=seed, clip=clip
     )
     scores = Scores(benchmark)
+    layers = [name for name, _ in module.named_modules() if name]
     strategy = LightningStrategy(
         model=module,
         benchmark=benchmark,
@@ -70,7 +74,7 @@ def launch(
         train_mb_size=batch_size,
         train_epochs=epochs,
         eval_mb_size=eval_batch_size,
-        plugins=[scores],
+        plugins=[*make_plugins(plugins, model=module, layers=layers), scores],
         evaluator=None,
         eval_every=eval_every,
     )

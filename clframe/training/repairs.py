@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clframe.errors import UnsupportedError
+from clframe.nn.network import Network
 
 
 def repair(plugins: Iterable[Any]) -> None:
@@ -121,6 +122,20 @@ def _with_settable_dataset(experience: Any) -> Any:
     return settable
 
 
+@functools.cache
+def _mend_cwr_star() -> None:
+    """It takes the last ``nn.Linear`` for the classifier: in a network of ours a hidden layer, which it sets to 0."""
+    from avalanche.training.plugins.cwr_star import CWRStarPlugin
+
+    find = CWRStarPlugin.get_cwr_layer
+
+    def get_cwr_layer(self: Any) -> Any:
+        network = getattr(self.model, "network", None)
+        return network.final if self.cwr_layer_name is None and isinstance(network, Network) else find(self)
+
+    CWRStarPlugin.get_cwr_layer = get_cwr_layer
+
+
 def _check_gem() -> None:
     """It solves with quadprog, which Avalanche does not install on its own everywhere."""
     import qpsolvers
@@ -139,5 +154,6 @@ _REPAIRS: dict[str, Callable[[], None]] = {
     f"{_PLUGINS}.mas.MASPlugin": _mend_growing_importances,
     f"{_PLUGINS}.synaptic_intelligence.SynapticIntelligencePlugin": _mend_synaptic_intelligence,
     f"{_PLUGINS}.bic.BiCPlugin": _mend_bic,
+    f"{_PLUGINS}.cwr_star.CWRStarPlugin": _mend_cwr_star,
     f"{_PLUGINS}.gem.GEMPlugin": _check_gem,
 }

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from clframe.accounting import DevicePeak, EnergyMeter, Ledger
 from clframe.data.benchmark import Benchmark
 from clframe.errors import RunFolderError
 from clframe.metrics import Tally
 from clframe.metrics.exit_record import ExitRecord
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
+from clframe.training.cost_watch import CostWatch
 from clframe.training.exit_watch import ExitWatch
 from clframe.training.monitor import Monitor
 from clframe.training.scoring import Scores
@@ -46,6 +48,9 @@ class Session:
         checkpoints: Folder for checkpoints; None writes none.
         config: The resolved config as text; a checkpoint of another one is refused.
         on_evaluated: Called with the progress after every experience.
+
+    Attributes:
+        ledger: What the run has cost so far; it is in every checkpoint.
     """
 
     def __init__(
@@ -66,7 +71,10 @@ class Session:
         self._watch = ExitWatch(benchmark, scores)
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
-        strategy.on_step = monitor.on_step
+        self.ledger = Ledger()
+        self._costs = CostWatch(self.learner, self.ledger, on_step=monitor.on_step)
+        strategy.plugins.append(self._costs)
+        strategy.on_step = self._costs.on_step
 
     def resume(self) -> int:
         """Go on from the newest checkpoint; returns how many experiences are finished (0: none)."""
@@ -103,6 +111,8 @@ class Session:
             loss_terms=content["loss_terms"],
         )
         self._watch.reference = content["taps"]
+        if "ledger" in content:
+            self.ledger = self._costs.ledger = Ledger.of(content["ledger"])
         clock = self.strategy.clock
         clock.train_iterations = clock.total_iterations = self.progress.steps
         clock.train_exp_counter = self.benchmark.parts_of(self.progress.finished - 1).stop
@@ -136,14 +146,14 @@ class Session:
         parts = [stream[i] for i in benchmark.parts_of(index)]  # one, unless the stream is online
         label = f"experience {index + 1}/{len(benchmark)} ({benchmark.title(index)})"
         monitor.begin_experience(index, label=label, steps=sum(map(strategy.planned_steps, parts)))
-        start = time.perf_counter()
-        strategy.train(parts, eval_streams=[[benchmark.evaluation_stream[index]]])
-        monitor.flush(strategy)
-        progress.train_seconds += time.perf_counter() - start
+        progress.train_seconds += self._train(parts, index)
         progress.loss_terms.append(monitor.end_experience())
         progress.steps = int(strategy.clock.train_iterations)
+        start = time.perf_counter()
         progress.tallies.append(self._evaluate())
+        self.ledger.add_time("evaluation", seconds=time.perf_counter() - start, experience=index)
         progress.exits.append(self._watch.record(strategy, index))
+        self._costs.book()
         progress.finished = index + 1
         if monitor.tensorboard is not None:
             monitor.tensorboard.evaluation(progress.tallies)
@@ -151,6 +161,26 @@ class Session:
         self._save()
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
+
+    def _train(self, parts: list[Any], index: int) -> float:
+        """Train on the parts of an experience; returns the seconds it took, without those for accounting."""
+        costs, ledger, device = self._costs, self.ledger, self.strategy.device
+        start, before = time.perf_counter(), costs.seconds
+        costs.begin(index)
+        try:
+            with EnergyMeter(device) as meter, DevicePeak(device) as peak:
+                self.strategy.train(parts, eval_streams=[[self.benchmark.evaluation_stream[index]]])
+        finally:
+            costs.end()
+        self._monitor.flush(self.strategy)
+        accounting = costs.seconds - before
+        seconds = time.perf_counter() - start - accounting
+        ledger.add_time("training", seconds=seconds, experience=index)
+        ledger.add_time("accounting", seconds=accounting, experience=index)
+        ledger.add_energy(meter.energy, experience=index)
+        if peak.bytes is not None:
+            ledger.add_bytes("device_peak", bytes=peak.bytes, experience=index)
+        return seconds
 
     def _baseline(self) -> Tally:
         """Accuracies at random initialization, with outputs for the first experience's classes."""
@@ -180,10 +210,12 @@ class Session:
             "data": described(self.benchmark),
             "loss_terms": progress.loss_terms,
             "past": learner.past,
+            "ledger": self.ledger.as_tree(),
             "network": dict(learner.network.state_dict()),
             "components": learner.state,
         }
-        save_checkpoint(self._folder, content, finished=progress.finished)
+        path = save_checkpoint(self._folder, content, finished=progress.finished)
+        self.ledger.add_bytes("checkpoint", bytes=path.stat().st_size, experience=progress.finished - 1)
 
 
 def _tally(content: dict[str, Any] | None) -> Tally | None:

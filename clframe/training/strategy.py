@@ -278,6 +278,8 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             self._own_loader.epoch = self._epoch
         self._step_in_update = 0
         super()._before_training_epoch(**kwargs)
+        if self.dataloader is not self._own_loader:
+            self._refuse_pool()
         self._compile_calls()
 
     def _after_training_epoch(self, **kwargs: Any) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from clframe.accounting import count_macs, count_parameters, stage_macs
-from clframe.functional import macs
 from clframe.functional.macs import backbone_macs, cumulative_macs
 from clframe.nn import GrowingLinear, Head, Network
 from clframe.nn.backbones import mlp, resnet20, resnet32, small_cnn, vgg11, vit_tiny, wrn16_2
@@ -243,13 +242,6 @@ def test_attention_is_counted_whether_or_not_the_fast_path_is_on(enabled):
         assert torch.backends.mha.get_fastpath_enabled() is enabled
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def test_attention_is_counted_where_torch_has_no_formula(monkeypatch):
-    monkeypatch.setattr(macs, "flop_registry", {})
-    assert macs._attention_flops([3, 2, 5, 4], [3, 2, 7, 4], [3, 2, 7, 6]) == 2 * 3 * 2 * 5 * 7 * (4 + 6)
-    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=20, batch_first=True)
-    assert count_macs(layer, (5, 8)) == transformer_macs(5, 8, 20)
 
 
 class Noisy(nn.Module):

@@ -1,0 +1,130 @@
+"""Experts on CUDA in two kernels, without waiting for the device: gather, product, bias and activation in one.
+
+The routing matrix is sorted on the device, each expert's tokens first; blocks behind an expert's last token end at
+once. Outputs are added with atomics, so their last bits vary from run to run: deterministic runs take another way.
+Backward recomputes with :func:`~clframe.nn.moe.executors.grouped`.
+
+Shape suffixes as in ``weights.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clframe.nn.moe.executors import grouped
+from clframe.nn.moe.weights import PARTS, Activation, Weights
+
+BLOCK = 32
+"""Tokens, neurons and inputs that one step of a kernel takes."""
+
+
+def activation_code(activation: Activation) -> int | None:
+    """0 ReLU, 1 GELU, 2 GELU by tanh, 3 SiLU; None for others. Told by what they do, transformers' own included.
+
+    >>> activation_code(nn.GELU(approximate="tanh")), activation_code(torch.relu), activation_code(nn.Tanh())
+    (2, 0, None)
+    """
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        return None
+    points = torch.linspace(-6, 6, 49, dtype=torch.float64)
+    known = (F.relu(points), F.gelu(points), F.gelu(points, approximate="tanh"), F.silu(points))
+    with torch.no_grad():
+        own = activation(points)
+    return next((code for code, values in enumerate(known) if torch.allclose(own, values, atol=1e-9)), None)
+
+
+def triton_works(weights: Weights, x_ND: Tensor) -> bool:
+    """Whether the kernels can take these types and this activation, and Triton is there."""
+    fits = x_ND.dtype == weights.up_EHD.dtype and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return fits and _installed() and _code(weights.activation) is not None
+
+
+def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """y_NO; see :data:`~clframe.nn.moe.weights.Executor`."""
+    y_NO: Tensor = _Experts.apply(weights.activation, x_ND, keep_NE, weight_NE, *weights.parts())
+    return y_NO
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        x_ND: Tensor,
+        keep_NE: Tensor,
+        weight_NE: Tensor | None,
+        *parts: Tensor | None,
+    ) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(x_ND, keep_NE, weight_NE, *parts)
+        return _launch(_weights(activation, parts), x_ND, keep_NE, weight_NE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NO: Tensor) -> Any:
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[1], False, *ctx.needs_input_grad[3:])
+        inputs = [
+            None if value is None else value.detach().requires_grad_(needs)
+            for value, needs in zip(saved, needed, strict=True)
+        ]
+        x_ND, keep_NE, weight_NE, *parts = inputs
+        assert x_ND is not None and keep_NE is not None
+        with torch.enable_grad():
+            y_NO = grouped(_weights(ctx.activation, tuple(parts)), x_ND, keep_NE, weight_NE)
+        wanted = [value for value in inputs if value is not None and value.requires_grad]
+        found = iter(torch.autograd.grad(y_NO, wanted, gradient_NO, allow_unused=True))
+        gradients = [next(found) if value is not None and value.requires_grad else None for value in inputs]
+        return (None, *gradients)
+
+
+def _weights(activation: Activation, parts: tuple[Tensor | None, ...]) -> Weights:
+    return Weights(activation=activation, **dict(zip(PARTS, parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _launch(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None) -> Tensor:
+    from clframe.nn.moe.triton_kernels import add_outputs, make_hidden
+
+    code = _code(weights.activation)
+    assert code is not None
+    experts, neurons, width = weights.up_EHD.shape
+    tokens, outputs = len(x_ND), weights.down_EHO.shape[2]
+    x_ND = x_ND.contiguous()
+    order_EN = keep_NE.t().to(torch.int8).contiguous().argsort(dim=1, descending=True, stable=True)
+    count_E = keep_NE.sum(0, dtype=torch.int32)
+    hidden_ENH = x_ND.new_empty(experts, tokens, neurons)
+    empty = x_ND.new_empty(0)
+    gate_EHD, up_bias_EH, gate_bias_EH = (
+        empty if part is None else part.contiguous()
+        for part in (weights.gate_EHD, weights.up_bias_EH, weights.gate_bias_EH)
+    )
+    blocks = -(-tokens // BLOCK)
+    make_hidden[(experts, blocks, -(-neurons // BLOCK))](
+        x_ND, order_EN, count_E, weights.up_EHD.contiguous(), up_bias_EH, gate_EHD, gate_bias_EH,
+        empty if weight_NE is None else weight_NE.contiguous(), hidden_ENH,
+        tokens, experts, neurons, width,
+        biased=weights.up_bias_EH is not None, gated=weights.gate_EHD is not None,
+        gate_biased=weights.gate_bias_EH is not None, weighted=weight_NE is not None, code=code, BLOCK=BLOCK,
+    )  # fmt: skip
+    y_NO = torch.zeros(tokens, outputs, device=x_ND.device)  # sums in float32 whatever the weights are
+    add_outputs[(experts, blocks, -(-outputs // BLOCK))](
+        hidden_ENH, order_EN, count_E, weights.down_EHO.contiguous(), y_NO, tokens, neurons, outputs, BLOCK=BLOCK
+    )
+    if weights.bias_O is not None:
+        y_NO += weights.bias_O
+    return y_NO.to(x_ND.dtype)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _code(activation: Activation) -> int | None:
+    return activation_code(activation)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,38 @@ def run_cell(cell: Cell, out: Path) -> Path:
     return Path(result.run_folder) / "results.json"
 
 
-def run_cells(cells: Sequence[Cell], out: Path, *, workers: int) -> Iterator[tuple[Cell, Path]]:
+def run_cells(
+    cells: Sequence[Any],
+    out: Path,
+    *,
+    workers: int,
+    run: Callable[[Any, Path], Path] = run_cell,
+    done: Callable[[Any, Path], Path | None] = finished,
+    per_process: int | None = 1,
+) -> Iterator[tuple[Any, Path]]:
     """Every cell with its results, finished ones first, the others as they end.
 
     A cell that fails is named at the end, after all others have been run.
+
+    Args:
+        cells: What to run; each has a ``label`` and a ``seed``.
+        out: Folder of the results.
+        workers: Processes.
+        run: Runs a cell and returns its results; a function of a module's top level.
+        done: The results of a cell that has been run to its end.
+        per_process: Cells that a process runs before another takes its place; None: any number.
     """
     waiting = []
     for cell in cells:
-        done = finished(cell, out)
-        if done is None:
+        results = done(cell, out)
+        if results is None:
             waiting.append(cell)
         else:
-            yield cell, done
+            yield cell, results
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        jobs = {pool.submit(run_cell, cell, out): cell for cell in waiting}
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=per_process) as pool:
+        jobs = {pool.submit(run, cell, out): cell for cell in waiting}
         for job in as_completed(jobs):
             cell, error = jobs[job], job.exception()
             if error is None:

@@ -362,7 +362,9 @@ def _evaluator() -> Any:
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.training.plugins import EvaluationPlugin
 
-    return EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No loggers specified")  # numbers are read, not logged
+        return EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
 
 
 def _ours(course: Course, method: Method) -> Any:

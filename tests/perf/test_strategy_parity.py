@@ -34,7 +34,7 @@ def toy() -> Source:
     return Source("toy", part(12, 1), part(4, 2), classes=10)
 
 
-SETTING = peer_strategies.Setting("toy", per_class=10, epochs=2, batch=8, memory=20)
+SETTING = peer_strategies.Setting("toy", per_class=8, epochs=4, batch=8, memory=20)
 
 
 def test_both_sides_get_the_same_samples_in_the_same_order_of_classes_and_the_same_weights():
@@ -51,7 +51,6 @@ def test_both_sides_get_the_same_samples_in_the_same_order_of_classes_and_the_sa
     assert all(torch.equal(a, b) and a is not b for a, b in pairs)
     x = torch.randn(3, 1, 4, 4)
     assert model(x).shape == (3, 2) and course.model(growing=False)(x).shape == (3, 10)
-    assert torch.equal(model[0](x).outputs if hasattr(model[0](x), "outputs") else model[0](x), course.body()(x))
 
 
 @pytest.mark.parametrize("name", ["Replay", "EWC by sample"])

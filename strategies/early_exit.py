@@ -109,7 +109,7 @@ class EarlyExit(Component):
             return MEASURES[self.measure]
         gate = Gate(1)
         if state["gate"] is not None:
-            gate.load_state_dict(state["gate"])
+            gate.to(state["gate"]["weight_KD"].device).load_state_dict(state["gate"])
         return gate
 
     def _confidences(self, scores: Sequence[Tensor], state: State) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clframe.functional.early_exit.answers import ExitAnswers
 from clframe.functional.early_exit.curves import (
     BudgetPoint,
     BudgetPoints,
@@ -17,7 +18,8 @@ from clframe.functional.early_exit.curves import (
     budget_points,
     shared,
 )
-from clframe.metrics.exits import ExitAnswers, ExitDiagnostics, diagnose, static_accuracies, who_answers
+from clframe.functional.early_exit.decisions import who_answers
+from clframe.metrics.exits import ExitDiagnostics, diagnose, static_accuracies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

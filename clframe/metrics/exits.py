@@ -18,13 +18,7 @@ from torch import Tensor
 
 from clframe.errors import ClframeError
 from clframe.functional.early_exit.answers import ExitAnswers, counts, ratio
-from clframe.functional.early_exit.decisions import ALWAYS, NEVER, Decision, Fallback, Outcome, decide, who_answers
 from clframe.metrics.continual import Matrix, Score, forgetting
-
-__all__ = [
-    "ALWAYS", "NEVER", "Decision", "ExitAnswers", "ExitDiagnostics", "Fallback", "Outcome", "decide", "diagnose",
-    "exit_accuracy_KE", "forgetting_by_exit", "static_accuracies", "who_answers",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

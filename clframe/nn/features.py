@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.core.types import Output, Samples
+from clframe.nn.backbones.taps import untouched
 from clframe.nn.freeze import freeze
 from clframe.nn.network import Network
 
@@ -33,7 +34,6 @@ def feature_reader(
     return features
 
 
-@torch.no_grad()
 def exit_logits(
     network: Network,
     parts: Sequence[Samples],
@@ -43,18 +43,17 @@ def exit_logits(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """K tensors logits_NC, one for each exit, of all samples of all parts, and their targets_N.
 
-    Not augmented, in evaluation mode; the network's own mode is put back. ``answer`` takes the place of the plain
+    Not augmented, in evaluation mode; the mode of every part is put back. ``answer`` takes the place of the plain
     forward pass where a component corrects it (``moment.answer``).
     """
-    device, training = network.final.weight.device, network.training
+    device = network.final.weight.device
     forward = network if answer is None else answer
-    network.eval()
-    outputs = [
-        forward(network.place(samples.prepare(samples.raw(index)))).logits
-        for samples in parts
-        for index in torch.arange(len(samples)).split(batch_size)
-    ]
-    network.train(training)
+    with untouched([network]):
+        outputs = [
+            forward(network.place(samples.prepare(samples.raw(index)))).logits
+            for samples in parts
+            for index in torch.arange(len(samples)).split(batch_size)
+        ]
     targets_N = torch.cat([samples.y.to(device) for samples in parts])
     return tuple(torch.cat(logits) for logits in zip(*outputs, strict=True)), targets_N
 

@@ -13,6 +13,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics.exit_record import ExitRecord, exit_record
+from clframe.nn.backbones.taps import untouched
 from clframe.nn.network import Network
 from clframe.training.scoring import Answers, Scores
 
@@ -80,14 +81,11 @@ def _answers(answers: Answers, cost_K: tuple[int, ...], of_N: Tensor) -> ExitAns
     )
 
 
-@torch.no_grad()
 def _taps(network: Network, benchmark: Benchmark) -> dict[str, Tensor]:
     """Each exit's tap on the first test samples of the first experience, flat, on the CPU."""
     samples = benchmark.evaluation[0]
     index = torch.arange(min(PROBES, len(samples)))
     x = network.place(samples.prepare(samples.raw(index)))
-    training = network.training
-    network.eval()
-    taps = network(x, taps=network.exit_taps).taps
-    network.train(training)
+    with untouched([network]):
+        taps = network(x, taps=network.exit_taps).taps
     return {name: flat_tap(tap, grid=GRID).float().cpu() for name, tap in taps.items()}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from clframe.errors import ClframeError
+from clframe.functional.early_exit import ExitAnswers
 from clframe.metrics import forgetting
 from clframe.metrics.exits import (
-    ExitAnswers,
     diagnose,
     exit_accuracy_KE,
     forgetting_by_exit,

@@ -14,8 +14,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from clframe.errors import ClframeError
+from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.early_exit.curves import BudgetPoint, BudgetPoints, Curve, accuracy_cost_curve
-from clframe.metrics.exits import ExitAnswers
 from clframe.training.drawings import (
     PALETTE,
     curve_image,

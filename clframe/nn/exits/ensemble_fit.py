@@ -104,23 +104,13 @@ def fit_on_samples(
     Raises:
         DataError: No samples.
     """
-    batches: list[Tensor] = []
-    targets: list[Tensor] = []
-    training = {part: part.training for part in network.modules()}
-    forward = network if answer is None else answer
-    network.eval()
-    try:
-        with torch.no_grad():
-            for part in samples:
-                for index_B in torch.arange(len(part)).split(batch_size):
-                    batches.append(torch.stack(forward(network.place(part.prepare(part.raw(index_B)))).logits))
-                    targets.append(part.y[index_B.to(part.y.device)])
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-    if not sum(len(y_B) for y_B in targets):
+    from clframe.nn.features import exit_logits  # networks are built on this package
+
+    parts = tuple(samples)
+    if not sum(len(part) for part in parts):
         raise DataError("ensemble: found no samples to fit it on; hold some out, or fit it on the training data")
-    logits_KNC, y_N = torch.cat(batches, dim=1), torch.cat(targets)
+    logits, y_N = exit_logits(network, parts, answer=answer, batch_size=batch_size)
+    logits_KNC = torch.stack(logits)
     return fit_ensemble(
         network.ensemble, logits_KNC, y_N, epochs=epochs, lr=lr, batch_size=batch_size, generator=generator
     )

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from clframe.errors import ClframeError, ConfigError
+from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.early_exit.budgets import quantile_thresholds, realize, shares_K, solve
 from clframe.functional.early_exit.decisions import ALWAYS, NEVER, who_answers
-from clframe.metrics.exits import ExitAnswers
 
 METHODS = ("shared", "quantiles", "coordinate")
 COSTS = (20, 35, 60, 80, 102)

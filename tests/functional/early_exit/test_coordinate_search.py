@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
+from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.early_exit.coordinate_search import choices_at, coordinate_thresholds
 from clframe.functional.early_exit.curves import Goal
 from clframe.functional.early_exit.decisions import ALWAYS, NEVER, who_answers
-from clframe.metrics.exits import ExitAnswers
 
 
 def random_answers(exits, samples, *, seed=0, levels=None):

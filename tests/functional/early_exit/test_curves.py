@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clframe.errors import ClframeError, ConfigError
+from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.early_exit.curves import (
     NO_VALIDATION,
     Goal,
@@ -21,7 +22,6 @@ from clframe.functional.early_exit.curves import (
     sweep,
 )
 from clframe.functional.early_exit.decisions import ALWAYS, NEVER, who_answers
-from clframe.metrics.exits import ExitAnswers
 
 COSTS = (20, 35, 60, 80, 102)
 

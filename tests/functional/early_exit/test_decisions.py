@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clframe.errors import ConfigError
+from clframe.functional.early_exit import ExitAnswers
 from clframe.functional.early_exit.decisions import ALWAYS, NEVER, decide, mean_cost, who_answers
-from clframe.metrics.exits import ExitAnswers
 
 NAN = math.nan
 

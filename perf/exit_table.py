@@ -19,6 +19,8 @@ from pathlib import Path
 
 from cells import Cell, run_cells
 
+from clframe.reporting.report.statistics import paired
+
 EXITS = "exits"
 STRATEGIES = {
     "naive": ("naive", ()),
@@ -92,15 +94,24 @@ def shown(values: Sequence[float], *, decimals: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
+def difference_of(base: dict[int, dict], others: dict[int, dict]) -> str:
+    """Points that the most confident exit is better than the base, with the paired t-test's interval from two seeds on."""
+    found = paired(
+        {seed: 100 * result["exits"][-1]["static"]["last"] for seed, result in base.items()},
+        {seed: 100 * result["exits"][-1]["static"]["confident"] for seed, result in others.items()},
+    )
+    return f"{found.mean:+.1f}" + ("" if found.half_width != found.half_width else f" ± {found.half_width:.1f}")
+
+
 def table(found: dict[str, dict[int, dict]]) -> str:
     """The rows as Markdown."""
-    heading = ["strategy", "seeds", "parameters", "last exit", "most confident", "gain over base", "forgetting",
+    heading = ["strategy", "seeds", "parameters", "last exit", "most confident", "difference (95 %)", "gain over base", "forgetting",
                "at 25 %", "at 50 %", "at 75 %", "cost at the base's accuracy", "minutes"]  # fmt: skip
     lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
     for label, by_seed in found.items():
         results = [by_seed[seed] for seed in sorted(by_seed)]
         columns, base = row(results), found.get(label.partition(" + ")[0], {})
-        gains, costs = [], []
+        gains, costs, difference = [], [], "-"
         if " + " in label:
             for seed in sorted(by_seed):
                 if seed in base:
@@ -108,12 +119,13 @@ def table(found: dict[str, dict[int, dict]]) -> str:
                     gains.append(100 * (by_seed[seed]["exits"][-1]["static"]["confident"] / before - 1))
                     cost = equal_cost(by_seed[seed], before)
                     costs.append(float("nan") if cost is None else cost)
+            difference = difference_of(base, by_seed)
         points = [
             f"{shown(columns[f'at {share}%'])} (cost {shown(columns[f'cost {share}%'])})" if " + " in label and f"at {share}%" in columns else "-"
             for share in (25, 50, 75)
         ]
         cells = [label, str(len(results)), f"{results[0]['parameters']:,}", shown(columns["last"]),
-                 shown(columns["confident"]) if " + " in label else "-", f"{shown(gains)} %" if gains else "-",
+                 shown(columns["confident"]) if " + " in label else "-", difference, f"{shown(gains)} %" if gains else "-",
                  shown(columns["forgetting"]), *points, f"{shown(costs)} %" if any(c == c for c in costs) else "-",
                  shown(columns["minutes"])]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from avalanche.benchmarks import OnlineCLExperience
@@ -25,17 +25,16 @@ from torch.optim import Optimizer
 from clframe.core import Output
 from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
-from clframe.data.samples import EpochLoader, Loadable, concatenate
-from clframe.data.source import Data
 from clframe.errors import UnsupportedError
 from clframe.training.fabric import OnFabric
 from clframe.training.loop import EVENTS, iterate
 from clframe.training.module import ContinualModule
 from clframe.training.repairs import refuse_schedulers
+from clframe.training.serving import Serving
 from clframe.training.trainer import fit_experience
 
 
-class LightningStrategy(OnFabric, SupervisedTemplate):
+class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
     """An Avalanche strategy whose model is a :class:`ContinualModule` (or any module at all).
 
     With a :class:`ContinualModule` its components act on the timetable and, where no ``optimizer`` is given,
@@ -117,10 +116,7 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             refuse_schedulers(self.plugins)
         self._given_criterion = self._criterion
         self.learner = None if self.module is None else self.module.learner
-        pooling = () if self.learner is None else self.learner.composition.acting_at("pool")
-        self._pool_owner = next(iter(pooling), None)
-        self.benchmark = None if benchmark is None else benchmark.to(self.device)
-        self._avalanche = None if benchmark is None else benchmark.avalanche
+        self.serve(benchmark)
         self.engine_name = engine
         self.trainer_options = trainer or {}
         self.accumulate = accumulate
@@ -137,13 +133,9 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         self._calls: dict[str, tuple[Callable[..., None], ...]] = {}
         self._plugins_touch_loss = True
         self._kwargs: dict[str, Any] = {}
-        self._own_loader: EpochLoader | None = None
-        self._untouched: Any = None
         self._step_in_update = 0
         self._epoch = 0
         self._part, self._parts = 0, 1
-
-    dataloader: Any
 
     # --- the timetable on Avalanche's callbacks ---------------------------------------------------
 
@@ -201,52 +193,6 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             adapted: nn.Module = super().model_adaptation(model)
             return adapted
         return self.model
-
-    def train_dataset_adaptation(self, **kwargs: Any) -> None:
-        """The data of every experience that the strategy names as a source of this one."""
-        super().train_dataset_adaptation(**kwargs)
-        sources = self._sources()
-        if sources and sources != (self.experience.current_experience,):
-            first, *rest = (self._experience_at(i).dataset.train() for i in sources)
-            for dataset in rest:
-                first = first.concat(dataset)
-            self.adapted_dataset = first
-        self._untouched = self.adapted_dataset
-
-    def make_train_dataloader(self, **kwargs: Any) -> None:
-        """Our loader for our benchmark, unless a plugin has changed the data; else Avalanche's."""
-        self._own_loader = None
-        parts = [self._samples_of(self._experience_at(i), "train") for i in self._sources()]
-        changed = self.adapted_dataset is not self._untouched
-        labeled = self.benchmark is not None and self.benchmark.task_labels and len(parts) > 1
-        if not parts or None in parts or changed or labeled or kwargs.get("drop_last"):
-            self._refuse_pool()
-            super().make_train_dataloader(**kwargs)
-            return
-        assert self.learner is not None or self.benchmark is not None
-        seed = torch.initial_seed() if self.learner is None or self.learner.seed is None else self.learner.seed
-        samples, size = self._pooled(concatenate([part for part in parts if part is not None]))
-        self._own_loader = EpochLoader(
-            samples,
-            size,
-            shuffle=kwargs.get("shuffle", True),
-            seed=seed,
-            experience=self.experience.current_experience,
-        )
-        self.dataloader = self._own_loader
-
-    def eval_dataset_adaptation(self, **kwargs: Any) -> None:
-        """Avalanche's, remembered so that a plugin's changes are noticed."""
-        super().eval_dataset_adaptation(**kwargs)
-        self._untouched = self.adapted_dataset
-
-    def make_eval_dataloader(self, **kwargs: Any) -> None:
-        """Our loader for our benchmark's streams, unless a plugin has changed the data; else Avalanche's."""
-        samples = self._samples_of(self.experience, "train", "test", "valid")
-        if samples is None or self.adapted_dataset is not self._untouched:
-            super().make_eval_dataloader(**kwargs)
-        else:
-            self.dataloader = EpochLoader(samples, self.eval_mb_size)
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         if not self._sources():
@@ -312,21 +258,6 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
         iterate(self)
         if self.on_step is not None:
             self.on_step(self)
-
-    def planned_steps(self, experience: Any) -> int:
-        """Training steps that ``train(experience)`` will take on our own benchmark."""
-        index, count = int(experience.current_experience), len(experience.origin_stream)
-        sources = (index,) if self.learner is None else self.learner.sources(index, count)
-        total = sum(len(experience.origin_stream[i].dataset) for i in sources)
-        size = self.train_mb_size
-        samples = self._samples_of(experience, "train")
-        if self._pool_owner is not None and samples is not None:
-            pooled, size = self._pooled(samples)
-            total = len(pooled)
-        batches: int = -(-total // size)
-        if self.limit_batches is not None:
-            batches = min(batches, self.limit_batches)
-        return batches * int(self.train_epochs)
 
     # --- the loop body's driver -------------------------------------------------------------------
 
@@ -433,30 +364,6 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             batches = min(batches, self.limit_batches)
         return int(self.clock.train_epoch_iterations) + 1 == batches
 
-    def _sources(self) -> tuple[int, ...]:
-        index = int(self.experience.current_experience)
-        if self.learner is None:
-            return (index,)
-        return self.learner.sources(index, len(self.experience.origin_stream))
-
-    def _pooled(self, samples: Data) -> tuple[Loadable, int]:
-        """What an epoch runs over and the size of its batches, as the component that pools wants it."""
-        owner = self._pool_owner
-        if owner is None:
-            return samples, self.train_mb_size
-        assert self.learner is not None
-        pooled, size = owner.pool(samples, self.train_mb_size, self.learner.state[owner.name])
-        return cast(Loadable, pooled), size
-
-    def _refuse_pool(self) -> None:
-        """A loader of Avalanche's serves what Avalanche's data sets hold, which no memory of ours can join."""
-        if self._pool_owner is not None:
-            raise UnsupportedError(
-                f"LightningStrategy: '{self._pool_owner.name}' changes what the loader serves, but Avalanche's own "
-                f"loader is in use here; serve the data through benchmark=, without plugins that change it, or let "
-                f"replay join each batch"
-            )
-
     def _place(self) -> tuple[Any, int, int]:
         """The experience that the learner is told of, and which part of how many of it this one is."""
         experience = self.experience
@@ -464,32 +371,6 @@ class LightningStrategy(OnFabric, SupervisedTemplate):
             part = 0 if experience.is_first_subexp else self._part + 1
             return experience.origin_experience, part, int(experience.sub_stream_length)
         return experience, 0, 1
-
-    def _experience_at(self, index: int) -> Any:
-        if index == self.experience.current_experience:
-            return self.experience
-        return self.experience.origin_stream[index]
-
-    def _samples_of(self, experience: Any, *streams: str) -> Data | None:
-        """The samples of an experience of our own benchmark, which is in one of the streams, or None."""
-        benchmark, index = self.benchmark, int(experience.current_experience)
-        if benchmark is None or self._avalanche is None:
-            return None
-        data: dict[str, tuple[Data, ...]] = {"train": benchmark.train, "original_train": benchmark.original,
-                                             "test": benchmark.test, "valid": benchmark.validation}  # fmt: skip
-        for stream in streams:
-            # Avalanche copies experiences and hangs them on streams that know no benchmark; data stays itself.
-            ours = self._avalanche.streams.get(stream, ())
-            if index < len(ours) and ours[index].dataset is experience.dataset:
-                return data[stream][index]
-        return None
-
-    def _held_out(self, experience: Any) -> tuple[Data, ...]:
-        """Validation data of our benchmark up to ``experience``."""
-        ours = self._samples_of(experience, "train", "original_train") is not None
-        if not ours or self.benchmark is None:
-            return ()
-        return self.benchmark.validation[: int(experience.current_experience) + 1]
 
     def _compile_calls(self) -> None:
         """Look up, once an epoch, which plugins act inside a training step."""

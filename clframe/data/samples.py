@@ -79,7 +79,7 @@ class TensorSamples:
         x: Inputs as stored, [N, ...]; integers are kept as they are until a batch is made.
         y: targets_N.
         mean: Per channel, in units of the stored inputs; one value for all or one for each of dim 1.
-        std: Likewise.
+        std: Likewise; empty where inputs are token ids, which are nothing to normalize and stay whole numbers.
         augment: What training does to stored inputs before it normalizes them, in order.
         view: How these samples see what is stored, as a function of a batch that keeps shape and dtype (the
             domain of a domain-incremental stream); None as it is. Everything but ``x`` is seen through it.
@@ -109,7 +109,7 @@ class TensorSamples:
         return self._seen(self.x.index_select(0, index.to(self.x.device)))  # half the time of x[index]
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Normalized float32 inputs, ``(raw - mean) / std`` per channel, in memory of their own.
+        """Normalized float32 inputs, ``(raw - mean) / std`` per channel, or ids, in memory of their own.
 
         Training passes a ``generator``: inputs are then augmented first, by choices drawn from it.
         """
@@ -190,6 +190,9 @@ class TensorSamples:
 
     def _normalize(self, raw: Tensor, *, owned: bool) -> Tensor:
         """Write into ``raw`` only where it is ``owned``: what is stored must stay as it is."""
+        if not self.std:
+            ids = raw.long()
+            return ids.clone() if ids is raw and not owned else ids
         if raw.dtype != torch.float32:
             raw, owned = raw.to(torch.float32), True
         if self._is_normalized:

@@ -1,11 +1,12 @@
-"""Two sets of short texts, as bags of hashed words: intents of customers, by what they wrote."""
+"""Two sets of short texts, intents of customers by what they wrote: as bags of hashed words, or as token ids."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.download import Published, provide
 from clframe.data.sources.paths import text_of
+from clframe.data.sources.tokens import load_tokenizer, padded, require_zero_padding, token_ids
 from clframe.errors import ConfigError, DataError
 
 _CLINC = "https://raw.githubusercontent.com/clinc/oos-eval/master/data"
@@ -35,8 +37,31 @@ Text = tuple[str, str]
 """A text and its label."""
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Texts with labels, before anything is made of them."""
+
+    name: str
+    train: tuple[Text, ...]
+    test: tuple[Text, ...]
+    class_names: tuple[str, ...]
+    """Labels in order of their ids."""
+
+    def ids(self, part: Sequence[Text]) -> Tensor:
+        """The classes of texts: targets_N."""
+        number = {intent: c for c, intent in enumerate(self.class_names)}
+        return torch.tensor([number[label] for _, label in part], dtype=torch.long)
+
+
 @SOURCES.register("clinc150")
-def clinc150(*, n_features: int = 2048, data_dir: str = "data", download: bool = True) -> Source:
+def clinc150(
+    *,
+    n_features: int = 2048,
+    tokens: str | None = None,
+    max_length: int = 64,
+    data_dir: str = "data",
+    download: bool = True,
+) -> Source:
     """Questions to an assistant, 15,000 + 4,500 texts, 150 intents in 10 domains. Larson et al. (2019).
 
     Classes are numbered domain by domain, so ``class_order: sorted`` in 10 experiences learns one domain
@@ -44,38 +69,67 @@ def clinc150(*, n_features: int = 2048, data_dir: str = "data", download: bool =
     see :func:`hashed`.
 
     Args:
-        n_features: Length of a text's vector.
+        n_features: Length of a text's vector, where ``tokens`` is not given.
+        tokens: A model of the Hugging Face hub, or a folder, whose tokenizer makes token ids of the texts, for the
+            backbones bert and hf_text (extra transformers).
+        max_length: Most tokens of a text; what is beyond them is cut off.
         data_dir: Folder of ``clinc150`` or ``text/clinc150``, with ``data_full.json`` and ``domains.json``.
         download: Fetch what is missing.
     """
-    root = _downloaded("CLINC150", data_dir, CLINC150, download=download)
-    texts, domains = _json(root / "data_full.json"), _json(root / "domains.json")
-    try:
-        names = [intent for intents in domains.values() for intent in intents]
-        train, test = ([(str(text), str(label)) for text, label in texts[part]] for part in ("train", "test"))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise DataError(f"{root / 'data_full.json'}: not laid out as published; delete {root} and run again") from None
-    return _text_source("clinc150", train, test, names, n_features=n_features, where=root)
+    corpus = clinc150_texts(data_dir=data_dir, download=download)
+    return _source(corpus, n_features=n_features, tokens=tokens, max_length=max_length)
 
 
 @SOURCES.register("banking77")
-def banking77(*, n_features: int = 2048, data_dir: str = "data", download: bool = True) -> Source:
+def banking77(
+    *,
+    n_features: int = 2048,
+    tokens: str | None = None,
+    max_length: int = 64,
+    data_dir: str = "data",
+    download: bool = True,
+) -> Source:
     """Questions to a bank, 10,003 + 3,080 texts, 77 intents of unequal size. Casanueva et al. (2020).
 
     Classes are numbered as in ``categories.json``. For the features see :func:`hashed`.
 
     Args:
-        n_features: Length of a text's vector.
+        n_features: Length of a text's vector, where ``tokens`` is not given.
+        tokens: A model of the Hugging Face hub, or a folder, whose tokenizer makes token ids of the texts, for the
+            backbones bert and hf_text (extra transformers).
+        max_length: Most tokens of a text; what is beyond them is cut off.
         data_dir: Folder of ``banking77`` or ``text/banking77``, with ``train.csv``, ``test.csv``,
             ``categories.json``.
         download: Fetch what is missing.
     """
+    corpus = banking77_texts(data_dir=data_dir, download=download)
+    return _source(corpus, n_features=n_features, tokens=tokens, max_length=max_length)
+
+
+def clinc150_texts(*, data_dir: str = "data", download: bool = True) -> Corpus:
+    """The texts of CLINC150; options as of :func:`clinc150`."""
+    root = _downloaded("CLINC150", data_dir, CLINC150, download=download)
+    texts, domains = _json(root / "data_full.json"), _json(root / "domains.json")
+    try:
+        names = [str(intent) for intents in domains.values() for intent in intents]
+        train, test = ([(str(text), str(label)) for text, label in texts[part]] for part in ("train", "test"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"{root / 'data_full.json'}: not laid out as published; delete {root} and run again") from None
+    return _corpus("clinc150", train, test, names, where=root)
+
+
+def banking77_texts(*, data_dir: str = "data", download: bool = True) -> Corpus:
+    """The texts of Banking77; options as of :func:`banking77`."""
     root = _downloaded("Banking77", data_dir, BANKING77, download=download)
     names = _json(root / "categories.json")
     if not isinstance(names, list):
         raise DataError(f"{root / 'categories.json'}: no list of names; delete it and run again")
     train, test = (_csv(root / name) for name in ("train.csv", "test.csv"))
-    return _text_source("banking77", train, test, [str(name) for name in names], n_features=n_features, where=root)
+    return _corpus("banking77", train, test, [str(name) for name in names], where=root)
+
+
+CORPORA: Mapping[str, Callable[..., Corpus]] = {"banking77": banking77_texts, "clinc150": clinc150_texts}
+"""Data sets of texts by name: each is read with ``data_dir`` and ``download``."""
 
 
 def hashed(texts: Sequence[str], *, n_features: int) -> Tensor:
@@ -100,21 +154,42 @@ def hashed(texts: Sequence[str], *, n_features: int) -> Tensor:
     return torch.from_numpy(words.transform(texts).toarray())
 
 
-def _text_source(
-    name: str, train: list[Text], test: list[Text], names: list[str], *, n_features: int, where: Path
-) -> Source:
-    number = {intent: c for c, intent in enumerate(names)}
-    strange = {label for _, label in train + test} - set(number)
+def _corpus(name: str, train: list[Text], test: list[Text], names: list[str], *, where: Path) -> Corpus:
+    strange = {label for _, label in train + test} - set(names)
     if strange:
         raise DataError(f"{where}: intent '{min(strange)}' is not listed; delete {where} and run again")
-    samples = []
-    for part in (train, test):
-        x = hashed([text for text, _ in part], n_features=n_features)
-        y = torch.tensor([number[label] for _, label in part])
-        # A vector of length 1 is far shorter than a normalized image; to be learnt at the same rate it is
-        # stretched to the length that as many normalized pixels would have.
-        samples.append(TensorSamples(x, y, std=(n_features**-0.5,)))
-    return Source(name, samples[0], samples[1], classes=len(names), class_names=tuple(names))
+    return Corpus(name, tuple(train), tuple(test), tuple(names))
+
+
+def _source(corpus: Corpus, *, n_features: int, tokens: str | None, max_length: int) -> Source:
+    parts = (corpus.train, corpus.test)
+    texts = [[text for text, _ in part] for part in parts]
+    # A vector of length 1 is far shorter than a normalized image; to be learnt at the same rate it is
+    # stretched to the length that as many normalized pixels would have.
+    scale: tuple[float, ...] = (n_features**-0.5,) if n_features > 0 else (1.0,)
+    if tokens is None:
+        x = [hashed(part, n_features=n_features) for part in texts]
+        train, test = (
+            TensorSamples(x_ND, corpus.ids(part), std=scale) for x_ND, part in zip(x, parts, strict=True)
+        )
+    else:
+        x = _tokens(texts, tokens, max_length=max_length)
+        train, test = (
+            TensorSamples(ids_NT, corpus.ids(part), mean=(), std=()) for ids_NT, part in zip(x, parts, strict=True)
+        )
+    return Source(corpus.name, train, test, classes=len(corpus.class_names), class_names=corpus.class_names)
+
+
+def _tokens(parts: Sequence[Sequence[str]], name: str, *, max_length: int) -> list[Tensor]:
+    """ids_NT of each part, all of one length: the longest text's, or ``max_length``."""
+    tokenizer = load_tokenizer(name, where="benchmark.tokens")
+    require_zero_padding(tokenizer, name=name, where="benchmark.tokens")
+    try:
+        rows = [token_ids(part, tokenizer, max_length=max_length) for part in parts]
+    except ConfigError as error:
+        raise ConfigError(f"benchmark.{error}") from None
+    length = max(len(row) for part in rows for row in part)
+    return [padded(part, length=length) for part in rows]
 
 
 def _downloaded(title: str, data_dir: str, published: Sequence[Published], *, download: bool) -> Path:

@@ -12,6 +12,8 @@ is ever run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -156,9 +158,11 @@ def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], 
         config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != kind:
             raise UnsupportedError(f"{where}.pretrained: {name} is of type {config.model_type}; give a {kind} model")
-        model = getattr(library, loader).from_pretrained(
-            name, config=config, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **options
-        )
+        with _quiet(library):
+            model, found = getattr(library, loader).from_pretrained(
+                name, config=config, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+                output_loading_info=True, **options
+            )  # fmt: skip
     except UnsupportedError:
         raise
     except (OSError, ValueError) as error:  # not there, no connection, no safetensors, code of its own
@@ -166,4 +170,24 @@ def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], 
         raise DataError(
             f"{where}.pretrained: {name} could not be loaded ({reason}); connect, or give a folder with safetensors"
         ) from error
+    if found["missing_keys"]:
+        raise DataError(
+            f"{where}.pretrained: {name} has no weights for {', '.join(sorted(found['missing_keys']))}; take another "
+            f"model" + (", or pooling=mean" if options.get("add_pooling_layer") else "")
+        )
     return model
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Neither a bar nor a report of weights that nobody asked for; both settings are put back."""
+    logging = library.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -123,6 +123,17 @@ def test_what_does_not_fit_the_model_is_named(text_folder):
         hf_text((6,), pretrained=str(text_folder))
 
 
+def test_weights_that_the_model_lacks_are_named_and_nothing_is_printed(tmp_path, capfd):
+    BertModel(text_model().config, add_pooling_layer=False).save_pretrained(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(DataError, match=r"has no weights for pooler.dense.bias, pooler.dense.weight; .*pooling=mean"):
+        hf_text((5,), pretrained=str(tmp_path))
+    text_model().save_pretrained(tmp_path)
+    capfd.readouterr()
+    hf_text((5,), pretrained=str(tmp_path), pooling="mean")  # leaves the pooler's weights out
+    assert capfd.readouterr() == ("", "")
+
+
 def test_images_of_other_channels_are_refused(image_folder):
     with pytest.raises(ConfigError, match=r"^hf_vit: found images of 3 channels; .+ takes 1$"):
         hf_vit((3, 12, 12), pretrained=str(image_folder))

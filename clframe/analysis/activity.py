@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clframe.analysis.masks import Masking
-from clframe.analysis.places import Inputs, answering, called, changing, places_of
+from clframe.analysis.places import Inputs, answering, called, changing, places_of, require_weights
 from clframe.core.types import Samples
 from clframe.errors import ConfigError
 from clframe.functional.sparsity import MaskKind, jaccard
@@ -52,8 +52,9 @@ def activity(
 
     Raises:
         ConfigError: No batches, or a mask that does not fit.
-        UnsupportedError: A model with neither.
+        UnsupportedError: A model with neither, or on the meta device.
     """
+    require_weights(model)
     if not batches:
         raise ConfigError("sparsity.batches: found none; give at least one")
     places = [place for place in places_of(model) if place.role == "intermediate"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.sparsity.sites import FFN, Site, find_sites
 
 Role = Literal["input", "up", "gate", "intermediate"]
@@ -50,6 +50,16 @@ def places_of(model: nn.Module) -> tuple[Place, ...]:
             roles = ["input", *gated, "intermediate"]
         found += [Place(site.name, role, site) for role in roles]
     return tuple(found)
+
+
+def require_weights(model: nn.Module) -> None:
+    """Refuse a model without numbers.
+
+    Raises:
+        UnsupportedError: It is on the meta device.
+    """
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UnsupportedError("sparsity: found a model on the meta device, without weights; load it first")
 
 
 @contextmanager

@@ -8,17 +8,18 @@ Szatkowski et al., "Universal Properties of Activation Sparsity in Modern Large 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from clframe.analysis.curves import Curve, Report
 from clframe.analysis.masks import Masking, Seen
-from clframe.analysis.places import ROLES, Inputs, Place, answering, called, changing, places_of
+from clframe.analysis.places import ROLES, Inputs, Place, answering, called, changing, places_of, require_weights
 from clframe.errors import ConfigError
-from clframe.functional.sparsity import MaskKind, critical_point, critical_sparsity
+from clframe.functional.sparsity import MaskKind, critical_point
 from clframe.functional.sparsity_baselines import baseline_sparsity
 
 Batches = Iterable[tuple[Inputs, Any, Tensor | Mapping[str, Tensor] | None]]
@@ -35,52 +36,6 @@ class Score(Protocol):
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
         """Of one batch."""
-
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A sweep of one rule over one role, or over input and intermediate together (``all inputs``).
-
-    Attributes:
-        role: Where masks were applied.
-        kind: The rule.
-        values: p, the share of neurons kept (top-k) or the threshold.
-        scores: Of the masked model.
-        achieved: Mean sparsity over places, of the tokens that count.
-        layers: The same of each place: ``layer`` or, of all inputs, ``layer/role``.
-        parts: The same of each named mask.
-        gaussian: Sparsity of Gaussian vectors under the same rule, mean over places.
-        critical: The highest sparsity that keeps the share of the dense score.
-        critical_gaussian: The Gaussian's at the same value.
-        critical_layers: Each place's at the same value.
-    """
-
-    role: str
-    kind: MaskKind
-    values: tuple[float, ...]
-    scores: tuple[float, ...]
-    achieved: tuple[float, ...]
-    layers: Mapping[str, tuple[float, ...]]
-    parts: Mapping[str, tuple[float, ...]]
-    gaussian: tuple[float, ...]
-    critical: float
-    critical_gaussian: float
-    critical_layers: Mapping[str, float]
-
-    @property
-    def excess(self) -> float:
-        """Critical sparsity beyond the Gaussian's."""
-        return self.critical - self.critical_gaussian
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`analyse` found: the dense score, the curves, the effective rank of each place by role and layer."""
-
-    dense: float
-    curves: tuple[Curve, ...]
-    ranks: Mapping[str, Mapping[str, float]]
 
 
 def accuracy(output: Any, targets: Tensor) -> Tensor:
@@ -100,6 +55,9 @@ def analyse(
     roles: Sequence[str] = (*ROLES, ALL),
     share: float = 0.99,
     rank_tokens: int = 1024,
+    inside: nn.Module | None = None,
+    answer: Callable[[nn.Module, Inputs], Any] = called,
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Measure where a model's activations are sparse and how much sparser they may become.
 
@@ -107,7 +65,7 @@ def analyse(
 
     Args:
         model: Any module with feed-forward networks, or with activations.
-        batches: What it is scored on; gone through many times, so not an iterator.
+        batches: What it is scored on; a sequence is gone through many times, so its items may be made when asked for.
         score: See :class:`Score`.
         kinds: Rules; see :func:`~clframe.functional.sparsity.keep`.
         sweep: Values of a rule; 26 by default: shares from 1 to 0 (p of top-p, neurons kept of top-k), from 0 to 1
@@ -115,28 +73,71 @@ def analyse(
         roles: Which of the five.
         share: Of the dense score that critical sparsity keeps.
         rank_tokens: Tokens of each place that its effective rank is computed on.
+        inside: The part of the model in which places are looked for and by which they are named; None takes it all.
+        answer: From the model and the inputs of a batch to the output that is scored.
+        on_pass: Called with the passes done and all there are, after each pass over the batches.
 
     Raises:
-        UnsupportedError: A model with neither.
+        UnsupportedError: A model with neither, or on the meta device.
         ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
     """
-    places, given = places_of(model), list(batches)
-    if not given:
+    require_weights(model)
+    places = places_of(model if inside is None else inside)
+    asked = _Asked(model, batches if isinstance(batches, Sequence) else list(batches), score, answer, on_pass)
+    if not asked.batches:
         raise ConfigError("sparsity.batches: found none; give at least one")
     seen = [Seen(place, limit=rank_tokens) for place in places]
-    with answering(model):
-        dense = _pass(model, given, score, [(one.place, one) for one in seen])
+    dense = asked.score_with([(one.place, one) for one in seen])
     by_role = {role: [one for one in seen if _belongs(one.place, role) and one.tokens] for role in roles}
-    curves = [
-        _sweep(
-            model, given, score, there, role=role, kind=kind, values=(sweep or {}).get(kind), dense=dense, share=share
-        )
+    chosen = [
+        (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))
         for role, there in by_role.items()
         for kind in kinds
         if there
     ]
+    asked.expect(sum(len(values) for *_, values in chosen))
+    curves = [
+        _sweep(asked, there, role=role, kind=kind, values=values, dense=dense, share=share)
+        for role, kind, there, values in chosen
+    ]
     ranks = {role: {one.place.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
     return Report(dense, tuple(curves), {role: found for role, found in ranks.items() if found})
+
+
+class _Asked:
+    """Passes of one model over the same batches, counted."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Inputs, Any, Any]],
+        score: Score,
+        answer: Callable[[nn.Module, Inputs], Any],
+        on_pass: Callable[[int, int], None] | None,
+    ) -> None:
+        self.model, self.batches, self.score, self.answer, self.on_pass = model, batches, score, answer, on_pass
+        self.done, self.all = 0, 1
+
+    def expect(self, passes: int) -> None:
+        """So many more passes will come."""
+        self.all += passes
+
+    def score_with(self, changes: Sequence[tuple[Place, Any]]) -> float:
+        """The score over all batches while ``changes`` act."""
+        found: list[Tensor] = []
+        with answering(self.model), changing(changes):
+            for inputs, targets, mask in self.batches:
+                masks = mask if isinstance(mask, Mapping) else {"all": mask}
+                for _, change in changes:
+                    change.masks = masks
+                found.append(self.score(self.answer(self.model, inputs), targets).flatten().double())
+        values = torch.cat(found)
+        if not len(values):
+            raise ConfigError("sparsity.batches: found no samples; give at least one")
+        self.done += 1
+        if self.on_pass is not None:
+            self.on_pass(self.done, self.all)
+        return float(values.mean())
 
 
 @dataclass
@@ -144,56 +145,44 @@ class _Points:
     scores: list[float] = field(default_factory=list)
     layers: dict[str, list[float]] = field(default_factory=dict)
     parts: dict[str, list[float]] = field(default_factory=dict)
-    gaussian: list[float] = field(default_factory=list)
+    gaussian: dict[str, list[float]] = field(default_factory=dict)
 
 
 def _sweep(
-    model: nn.Module,
-    batches: Sequence[tuple[Inputs, Any, Any]],
-    score: Score,
+    asked: _Asked,
     there: Sequence[Seen],
     *,
     role: str,
     kind: MaskKind,
-    values: Sequence[float] | None,
+    values: tuple[float, ...],
     dense: float,
     share: float,
 ) -> Curve:
-    values = tuple(_default_values(kind, there) if values is None else values)
     points = _Points()
     for value in values:
         masks = [Masking(one.place, kind=kind, value=value) for one in there]
-        with answering(model):
-            points.scores.append(_pass(model, batches, score, [(mask.place, mask) for mask in masks]))
-        for mask in masks:
-            points.layers.setdefault(_label(mask.place, role), []).append(mask.sparsity())
+        points.scores.append(asked.score_with([(mask.place, mask) for mask in masks]))
+        for mask, one in zip(masks, there, strict=True):
+            label = _label(mask.place, role)
+            points.layers.setdefault(label, []).append(mask.sparsity())
+            points.gaussian.setdefault(label, []).append(_baseline(one, kind=kind, value=value))
         for part in masks[0].parts:
             points.parts.setdefault(part, []).append(_mean([mask.sparsity(part) for mask in masks]))
-        points.gaussian.append(_mean([_baseline(one, kind=kind, value=value) for one in there]))
     achieved = [_mean(found) for found in zip(*points.layers.values(), strict=True)]
+    gaussian = [_mean(found) for found in zip(*points.gaussian.values(), strict=True)]
     i, j, way = critical_point(achieved, points.scores, dense=dense, share=share)
+
+    def there_of(curves: Mapping[str, Sequence[float]]) -> Mapping[str, float]:
+        return {name: _between(curve, i, j, way) for name, curve in curves.items()}
+
     return Curve(
-        role, kind, values, tuple(points.scores), tuple(achieved), _tuples(points.layers), _tuples(points.parts),
-        tuple(points.gaussian), critical_sparsity(achieved, points.scores, dense=dense, share=share),
-        _between(points.gaussian, i, j, way), {name: _between(s, i, j, way) for name, s in points.layers.items()},
+        role=role, kind=kind, values=values, scores=tuple(points.scores), achieved=tuple(achieved),
+        layers=_tuples(points.layers), parts=_tuples(points.parts),
+        gaussian=tuple(gaussian), gaussian_layers=_tuples(points.gaussian),
+        critical=_between(achieved, i, j, way), critical_value=_between(values, i, j, way),
+        critical_gaussian=_between(gaussian, i, j, way), critical_layers=there_of(points.layers),
+        critical_gaussian_layers=there_of(points.gaussian), critical_parts=there_of(points.parts),
     )  # fmt: skip
-
-
-def _pass(
-    model: nn.Module, batches: Sequence[tuple[Inputs, Any, Any]], score: Score, changes: Sequence[tuple[Place, Any]]
-) -> float:
-    """The score over all batches while ``changes`` act."""
-    found: list[Tensor] = []
-    with changing(changes):
-        for inputs, targets, mask in batches:
-            masks = mask if isinstance(mask, Mapping) else {"all": mask}
-            for _, change in changes:
-                change.masks = masks
-            found.append(score(called(model, inputs), targets).flatten().double())
-    values = torch.cat(found)
-    if not len(values):
-        raise ConfigError("sparsity.batches: found no samples; give at least one")
-    return float(values.mean())
 
 
 def _default_values(kind: MaskKind, there: Sequence[Seen]) -> Sequence[float]:

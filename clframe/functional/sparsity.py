@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,14 +91,20 @@ def keep(x_TN: Tensor, value: float, *, kind: MaskKind, power: float = 1.0) -> T
     if kind == "top_k":
         index_TK = size_TN.topk(min(int(value), x_TN.shape[-1]), dim=-1).indices
         return torch.zeros_like(x_TN, dtype=torch.bool).scatter_(-1, index_TK, value=True)
-    size_TN = size_TN.double()
-    mass_TN = size_TN if power == 1 else size_TN.pow(power)
-    sorted_TN, order_TN = mass_TN.sort(dim=-1, descending=True)
-    sums_TN = sorted_TN.cumsum(-1)
+    sorted_TN = _descending(size_TN)
+    mass_TN = sorted_TN.double() if power == 1 else sorted_TN.double().pow(power)
+    sums_TN = mass_TN.cumsum(-1)
     needed_T1 = value * sums_TN[..., -1:]
-    count_T1 = (sums_TN < needed_T1).sum(-1, keepdim=True)  # entries before the one that reaches it
-    least_T1 = size_TN.gather(-1, order_TN.gather(-1, count_T1.clamp(max=x_TN.shape[-1] - 1)))
+    count_T1 = torch.searchsorted(sums_TN, needed_T1)  # entries before the one that reaches it
+    least_T1 = sorted_TN.gather(-1, count_T1.clamp(max=x_TN.shape[-1] - 1))
     return (size_TN >= least_T1) & (size_TN > 0) & (needed_T1 > 0)
+
+
+def _descending(size_TN: Tensor) -> Tensor:
+    """Each token's entries, largest first; on the CPU by numpy, which sorts no places along and takes a tenth."""
+    if size_TN.device.type != "cpu":
+        return size_TN.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(_full(size_TN.detach()).numpy(), axis=-1)).flip(-1)
 
 
 def require_value(value: float, *, kind: MaskKind) -> None:

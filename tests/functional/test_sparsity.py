@@ -174,3 +174,16 @@ def test_jaccard_of_masks_and_rates():
     assert S.jaccard(a, b) == pytest.approx(1.0 / 2.5)
     assert S.jaccard(a, a) == 1 == S.jaccard(torch.zeros(3), torch.zeros(3))
     assert S.jaccard(torch.tensor([True, False]), torch.tensor([False, True])) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(50, 37), (2, 3, 37), (37,), (0, 37)])
+def test_top_p_is_what_sorting_places_gives(dtype, shape):
+    x = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)).relu() * 4).round().to(dtype)  # many ties
+    size = x.abs().double()
+    ordered, order = size.sort(dim=-1, descending=True)
+    sums = ordered.cumsum(-1)
+    for p in (1.0, 0.9, 0.5, 0.1, 0.0):
+        before = (sums < p * sums[..., -1:]).sum(-1, keepdim=True)
+        least = size.gather(-1, order.gather(-1, before.clamp(max=36)))
+        assert torch.equal(S.keep(x, p, kind="top_p"), (size >= least) & (size > 0) & (p * sums[..., -1:] > 0))

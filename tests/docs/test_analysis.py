@@ -1,0 +1,26 @@
+"""docs/analysis.md says what there is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from clframe.analysis import Curve
+from clframe.functional.sparsity_baselines import baseline_sparsity
+from clframe.studies.sparsity import RULES
+
+TEXT = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
+
+
+def test_its_python_runs(capsys):
+    for code in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL):
+        exec(compile(code, "analysis.md", "exec"), {})
+    assert "beyond a Gaussian vector" in capsys.readouterr().out
+
+
+def test_it_names_every_rule_and_number():
+    named = set(re.findall(r"`(\w+)`", TEXT))
+    assert set(RULES) <= named and {field.name for field in fields(Curve)} - {"role", "kind"} <= named
+    found = [round(100 * baseline_sparsity(p, kind="top_p", neurons=512)) for p in (0.99, 0.95, 0.9, 0.8)]
+    assert "{}, {}, {} and {} % for top-p at 0.99".format(*found) in TEXT

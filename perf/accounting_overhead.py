@@ -1,10 +1,11 @@
 """What keeping the ledger costs a training step, and what measuring one kind of step costs an experience.
 
-    python perf/accounting_overhead.py            # perceptron 784-256-256-10 and ResNet20, batch 32, one thread
-    python perf/accounting_overhead.py --quick    # fewer steps
+    python perf/accounting_overhead.py            # the net of quickstart plain, with replay and with exits; a perceptron
+    python perf/accounting_overhead.py --quick    # 784-256-256-10 and ResNet20; one thread. Fewer steps
 
 While a strategy trains, each step is timed without its accounts, and after it the accounts of a step of a known kind:
-what a session's ``on_step`` adds. Medians over all steps.
+what a session's ``on_step`` adds. Medians over all steps of the second experience, where memories and teachers are in
+use. An evaluation of a batch is timed with and without counting who stops where.
 """
 
 from __future__ import annotations
@@ -13,24 +14,45 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from avalanche.core import SupervisedPlugin
 
 from clframe.accounting import Ledger
-from clframe.data.benchmark import Source, class_incremental
+from clframe.core import parse
+from clframe.data.benchmark import Benchmark, Source, class_incremental
 from clframe.data.samples import TensorSamples
 from clframe.nn import BACKBONES, Network
 from clframe.training.cost_watch import CostWatch
 from clframe.training.module import ContinualModule
+from clframe.training.prediction_watch import PredictionWatch
 from clframe.training.step_cost import step_charges
 from clframe.training.strategy import LightningStrategy
 
-CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "mlp": ((1, 28, 28), {"width": 256}),
-    "resnet20": ((3, 32, 32), {}),
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    backbone: str
+    shape: tuple[int, ...]
+    strategy: str = "naive"
+    batch: int = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "quickstart": Case("small_cnn", (1, 8, 8), batch=16),
+    "quickstart, er + lwf": Case("small_cnn", (1, 8, 8), "er(memory=200) + lwf", batch=16),
+    "quickstart, exits": Case("small_cnn", (1, 8, 8), "er(memory=200) + exits + early_exit", batch=16),
+    "mlp": Case("mlp", (1, 28, 28), options={"width": 256}),
+    "resnet20": Case("resnet20", (3, 32, 32)),
+    "resnet20, exits": Case("resnet20", (3, 32, 32), "exits + early_exit"),
 }
-BATCH, REPEATS = 32, 1000
+REPEATS = 1000
 
 
 class Stopwatch:
@@ -61,26 +83,67 @@ class Stopwatch:
         self._start = time.perf_counter()
 
 
-def overhead(backbone: str, *, steps: int) -> str:
-    """One line about one backbone."""
-    shape, options = CASES[backbone]
-    y = torch.arange(BATCH * steps) % 10
-    x = torch.randint(256, (len(y), *shape), dtype=torch.uint8)
-    source = Source("noise", TensorSamples(x, y), TensorSamples(x[:20], y[:20]), classes=10)
-    bench = class_incremental(source, experiences=1)
+def overhead(name: str, *, steps: int) -> str:
+    """One line about one case."""
+    case = CASES[name]
+    y = torch.arange(2 * case.batch * steps) % 10
+    x = torch.randint(256, (len(y), *case.shape), dtype=torch.uint8)
+    source = Source("noise", TensorSamples(x, y), TensorSamples(x[:320], y[:320]), classes=10)
+    bench = class_incremental(source, experiences=2)
     optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    network = Network(BACKBONES.get(backbone)(shape, **options))
-    module = ContinualModule(network, "naive", optimizer=optimizer, seed=0)
-    strategy = LightningStrategy(model=module, benchmark=bench, train_mb_size=BATCH, evaluator=None)
+    network = Network(BACKBONES.get(case.backbone)(case.shape, **case.options))
+    module = ContinualModule(network, parse(case.strategy), optimizer=optimizer, seed=0)
+    strategy = LightningStrategy(
+        model=module, benchmark=bench, train_mb_size=case.batch, eval_mb_size=32, evaluator=None
+    )
+    first, second = bench.avalanche.train_stream
+    strategy.train(first)
     watch = Stopwatch(strategy)
     strategy.on_step = watch.on_step
-    strategy.train(bench.avalanche.train_stream[0])
+    strategy.train(second)
     step, account = statistics.median(watch.steps), statistics.median(watch.accounts)
     once = statistics.median(watch.measured)
+    evaluation, counting = evaluating(strategy, bench)
     return (
-        f"{backbone:9} step {1e3 * step:8.3f} ms   accounts {1e6 * account:5.2f} us = {100 * account / step:.3f} %   "
-        f"measuring a kind of step {1e3 * once:6.1f} ms = {once / step:.1f} steps"
+        f"{name:22} step {1e3 * step:8.3f} ms   accounts {1e6 * account:5.2f} us = {100 * account / step:.3f} %   "
+        f"measuring a kind of step {1e3 * once:6.1f} ms = {once / step:.1f} steps   counting a batch of an evaluation "
+        f"{1e6 * counting:5.1f} us = {100 * counting / evaluation:.1f} %"
     )
+
+
+def evaluating(strategy: LightningStrategy, bench: Benchmark, *, repeats: int = 20) -> tuple[float, float]:
+    """Seconds of evaluating a batch, and of counting who stops where in it."""
+    assert strategy.learner is not None
+    batches = sum(-(-len(samples) // 32) for samples in bench.test)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        strategy.eval(bench.avalanche.test_stream)
+        times.append((time.perf_counter() - start) / batches)
+    counting = Counting(PredictionWatch(strategy.learner))
+    strategy.plugins.append(counting)
+    strategy.eval(bench.avalanche.test_stream)
+    return statistics.median(times), statistics.median(counting.seconds)
+
+
+class Counting(SupervisedPlugin):
+    """Times who stops where, as a session counts it after each batch of an evaluation."""
+
+    def __init__(self, watch: PredictionWatch) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._watch = watch
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """As a session has it."""
+        self._watch.begin(strategy)
+
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """The same, many times."""
+        start = time.perf_counter()
+        for _ in range(REPEATS // 10):
+            self._watch.count(strategy)
+        self.seconds.append(10 * (time.perf_counter() - start) / REPEATS)
 
 
 if __name__ == "__main__":

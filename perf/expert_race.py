@@ -1,6 +1,6 @@
 """The expert race: wall-clock speed-up of experts over the dense network they were made of, router included.
 
-    python perf/expert_race.py                   # 768-3072-768 as 24 x 128 and 96 x 32, 1 and 2 threads
+    python perf/expert_race.py                   # 768-3072-768 as 24 x 128, 96 x 32 and 512 x 6, 1 and 2 threads
     python perf/expert_race.py --split 24x128 --threads 1 --tokens 197
     python perf/expert_race.py --executors       # every executor by itself, too
     python perf/expert_race.py --quick           # fewer repetitions, wider spread
@@ -47,7 +47,7 @@ from clframe.nn.moe.execute import EXECUTORS
 from clframe.nn.moe.grouped_product import grouped_mm_works
 
 WIDTH, HIDDEN = 768, 3072
-SPLITS = {"24x128": 24, "96x32": 96}
+SPLITS = {"24x128": 24, "96x32": 96, "512x6": 512}
 TOKENS = (1, 16, 197, 1576)
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 REPEATS = {1: 200, 16: 80, 197: 20, 1576: 6}

@@ -25,12 +25,19 @@ from functools import cache
 from math import sqrt
 from pathlib import Path
 
+import peer_bic
+import peer_changes
+import peer_course
+import peer_runs
 import peer_strategies
 from cells import run_cells
-from peer_strategies import METHODS, SETTINGS
+from peer_course import SETTINGS
+from peer_strategies import METHODS
 
 SIDES = ("ours", "theirs")
 MEASURES = ("agnostic", "aware")
+FUTURE = "from __future__ import annotations"
+"""Stands at the head of each module; that of several joined has none."""
 Found = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Side -> seed -> measure -> accuracy in percent."""
 
@@ -50,17 +57,21 @@ class Duel:
         return f"{self.data}, {self.method}, {self.side}"
 
     def path(self, out: Path) -> Path:
-        """Its results; another definition of either side is another file."""
-        content = json.dumps([asdict(SETTINGS[self.data]), METHODS[self.method].ours(SETTINGS[self.data]), definitions()])
+        """Its results; another definition of either side is another file, and rows with the same of ours share it."""
+        setting, method = SETTINGS[self.data], METHODS[self.method]
+        ours = method.ours(setting)
+        row = f"{ours} {'growing' if method.growing else 'fixed'}" if self.side == "ours" else self.method
+        content = json.dumps([asdict(setting), ours, definitions()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        name = "".join(c if c.isalnum() else "-" for c in f"{self.data}-{self.method}-{self.side}")
+        name = "".join(c if c.isalnum() else "-" for c in f"{self.data}-{row}-{self.side}")
         return out / f"{name}-{digest}" / f"seed{self.seed}.json"
 
 
 @cache
 def definitions() -> str:
     """The code of both sides, without what is said about it: sentences, unlike names, have spaces."""
-    tree = ast.parse(inspect.getsource(peer_strategies))
+    modules = (peer_course, peer_changes, peer_bic, peer_strategies, peer_runs)
+    tree = ast.parse("\n".join(inspect.getsource(module) for module in modules).replace(FUTURE, ""))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             node.value = ""
@@ -83,8 +94,8 @@ def run_duel(duel: Duel, out: Path) -> Path:
     path = duel.path(out)
     if not path.exists():
         start = time.process_time()
-        course = peer_strategies.Course(SETTINGS[duel.data], seed=duel.seed, data_dir=duel.data_dir)
-        accuracies = peer_strategies.final_accuracy(course, duel.method, duel.side)
+        course = peer_course.Course(SETTINGS[duel.data], seed=duel.seed, data_dir=duel.data_dir)
+        accuracies = peer_runs.final_accuracy(course, duel.method, duel.side)
         content = {**asdict(duel), **accuracies, "cpu_seconds": time.process_time() - start}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content).encode())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from clframe.core.component import Component
@@ -90,8 +89,7 @@ class DERpp(Component):
 
     def acts_at(self) -> tuple[str, ...]:
         """At ``pool`` only where batches are halved."""
-        unused = {"pool", "batch"} - self._replay.hooks
-        return tuple(hook for hook in super().acts_at() if hook not in unused)
+        return self._replay.acting(super().acts_at())
 
     def check(self, *, classes: int) -> None:
         """The memory must have room for one sample of each class."""
@@ -107,13 +105,7 @@ class DERpp(Component):
 
     def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
         """New samples, then one draw or two that weigh nothing in the cross-entropy; the first one's logits."""
-        if state["x"] is None:
-            return batch
-        index_R = self._replay.drawn(batch, moment, state)
-        stored_RKC = state["logits"].index_select(0, index_R).to(batch.x.device)
-        if self.draws == "two":
-            index_R = torch.cat([index_R, self._replay.drawn(batch, moment, state)])
-        return replace(self._replay.joined(batch, index_R, moment, state), extras={"logits": stored_RKC})
+        return self._replay.batch(batch, moment, state, stored=("logits",), draws=2 if self.draws == "two" else 1)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """The distance from the stored logits and the replayed cross-entropy, from the second experience on."""

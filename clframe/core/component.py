@@ -73,6 +73,9 @@ class Component:
             nothing scales it.
         keeps_memory: Whether its state is a memory (``x``, ``y``), which others read as ``moment.memory``.
         needs_memory: Whether another component of the strategy must keep one.
+        remakes: Whether ``advance`` changes what the network computes in evaluation: it then comes before all others',
+            so that what they keep (means, importances, teachers, thresholds) is of the network that answers.
+        phase: Phase of the ledger that ``prepare`` and ``advance`` are booked under; ``router`` where they train one.
     """
 
     name: ClassVar[str]
@@ -81,6 +84,8 @@ class Component:
     weight: ClassVar[str | None] = None
     keeps_memory: ClassVar[bool] = False
     needs_memory: ClassVar[bool] = False
+    remakes: ClassVar[bool] = False
+    phase: ClassVar[str] = "auxiliary"
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.compose.compose`."""

@@ -5,8 +5,8 @@ Shape suffixes: B batch, M kept samples, R replayed ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -90,6 +90,10 @@ class Replay:
         at_pool, at_batch = self.how in ("half", "concatenate"), self.how != "concatenate"
         return frozenset({*(["pool"] if at_pool else []), *(["batch"] if at_batch else [])})
 
+    def acting(self, hooks: Sequence[str]) -> tuple[str, ...]:
+        """Of the ``hooks`` of a component that has both, those that this way of joining needs."""
+        return tuple(hook for hook in hooks if hook not in {"pool", "batch"} - self.hooks)
+
     def check(self, *, classes: int) -> None:
         """Refuse a memory without room for one sample of each class (ConfigError)."""
         if self.budget == "total" and self.memory < classes:
@@ -117,11 +121,21 @@ class Replay:
             return samples, -(-size // 2)
         return samples.extended(state["x"], state["y"]), size
 
-    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
-        """New samples first, then replayed ones, drawn with replacement; the batch itself while there are none."""
+    def batch(self, batch: Batch, moment: Moment, state: State, *, stored: Sequence[str] = (), draws: int = 1) -> Batch:
+        """New samples first, then replayed ones, drawn with replacement; the batch itself while there are none.
+
+        Args:
+            batch: New samples.
+            moment: Draws, and prepares as the experience does.
+            state: The memory.
+            stored: What else the memory keeps of its samples that the batch shall bring, for those of the first draw.
+            draws: How often to draw.
+        """
         if state["x"] is None:
             return batch
-        return self.joined(batch, self.drawn(batch, moment, state), moment, state)
+        index_R, *more = [self.drawn(batch, moment, state) for _ in range(draws)]
+        extras = {key: state[key].index_select(0, index_R).to(batch.x.device) for key in stored}
+        return replace(self.joined(batch, torch.cat([index_R, *more]), moment, state), extras=extras)
 
     def drawn(self, batch: Batch, moment: Moment, state: State) -> Tensor:
         """index_R of as many kept samples as are replayed with ``batch``."""

@@ -34,6 +34,7 @@ def product_formulas() -> dict[Any, Formula]:
         "addbmm": lambda bias, left, right, **_: 2 * prod(left) * right[-1],
         "_int_mm": lambda left, right, **_: 2 * prod(left) * right[-1],
         "mkldnn_linear": lambda x, weight, *_, **__: 2 * prod(x) * weight[0],
+        "_grouped_mm": _grouped_product,
         "_trilinear": _trilinear,
         "convolution_backward": _convolution_backward,
         "mkldnn_rnn_layer": _recurrent_layer,
@@ -77,6 +78,12 @@ def elementwise_formulas() -> dict[Any, Formula]:
 
 def _matrix_vector(matrix: Shape, vector: Shape, **_: Any) -> int:
     return 2 * prod(matrix)
+
+
+def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    """A product for each group, which share the rows, the columns or the terms of the sums between them."""
+    shared = len(left) == 3 and len(right) == 2  # the columns: each group has its own
+    return 2 * prod(left[1:] if shared else left) * right[-1]
 
 
 def _trilinear(left: Shape, weight: Shape, right: Shape, *expanded: Any, out_shape: Shape, **_: Any) -> int:

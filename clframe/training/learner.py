@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ class Learner:
         composition: The strategy.
         seed: What components draw from; None follows ``torch.initial_seed()`` and leaves the global
             generators alone, otherwise they are seeded anew at every experience and epoch.
+
+    Attributes:
+        around: What a component's ``prepare`` and ``advance`` run in, made from the hook's and the component's name.
     """
 
     def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
@@ -42,6 +46,7 @@ class Learner:
         self.epochs = 1
         self.term_sums: dict[str, Tensor] = {}
         self.term_steps = 0
+        self.around: Callable[[str, str], AbstractContextManager[object]] = _plainly
         self._batch_owner = next(iter(composition.acting_at("batch")), None)
         self._mix_owner = next(iter(composition.acting_at("mix")), None)
         self._gradient_owner = next(iter(composition.acting_at("project")), None)
@@ -74,7 +79,8 @@ class Learner:
             component.grow(self.network, experience)
         for component in self.composition.acting_at("prepare"):
             moment = self._moment(component.name, "prepare", 0)
-            self.state[component.name] = component.prepare(self.network, moment, self.state[component.name])
+            with self.around("prepare", component.name):
+                self.state[component.name] = component.prepare(self.network, moment, self.state[component.name])
 
     def begin_epoch(self, epoch: int) -> None:
         """Start an epoch: from here on randomness is that of (seed, experience, epoch)."""
@@ -141,7 +147,8 @@ class Learner:
         self.network.freeze_trunk("free")
         for component in sorted(self.composition.acting_at("advance"), key=_fitted_late):
             moment = self._moment(component.name, "advance", self.epochs)
-            self.state[component.name] = component.advance(self.network, moment, self.state[component.name])
+            with self.around("advance", component.name):
+                self.state[component.name] = component.advance(self.network, moment, self.state[component.name])
         self.past = tuple(sorted({*self.past, *experience.classes}))
         self.experience = None
 
@@ -216,6 +223,13 @@ class Learner:
         return self.experience
 
 
+def _plainly(hook: str, component: str) -> AbstractContextManager[object]:
+    """Nobody looks on."""
+    return nullcontext()
+
+
 def _fitted_late(component: Component) -> int:
-    """Order of consolidation: first who learns or keeps something, then the ensemble of exits, then the decision."""
+    """Order of consolidation: who remakes the network, who learns or keeps something, exits' ensemble, the decision."""
+    if component.remakes:
+        return -1
     return 2 if "decision" in component.slots else 1 if "heads" in component.slots else 0

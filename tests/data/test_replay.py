@@ -80,3 +80,23 @@ def test_messages_name_the_owner():
     Replay(owner="der", memory=5).check(classes=5)
     Replay(owner="der", memory=2, budget="per_class").check(classes=6)
     assert Replay(owner="er", memory=5).by_class and not Replay(owner="er", memory=5, selection="random").by_class
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_a_batch_brings_what_is_stored_with_its_first_draw(draws):
+    replay, now = Replay(owner="der", memory=6), moment(1, (2,))
+    state = {**kept(replay), "number": torch.arange(6)}
+    batch = Batch(torch.zeros(2, 1), torch.tensor([2, 2]))
+    joined = replay.batch(batch, now, state, stored=("number",), draws=draws)
+    assert len(joined.y) == 2 + 2 * draws and joined.extras["number"].shape == (2,)
+    assert torch.equal(joined.y[2:4], state["y"][joined.extras["number"]])
+    alike = moment(1, (2,))
+    index = torch.cat([replay.drawn(batch, alike, state) for _ in range(draws)])
+    assert torch.equal(joined.y[2:], state["y"][index]) and torch.equal(joined.extras["number"], index[:2])
+    assert replay.batch(batch, moment(1, (2,)), state).extras == {}
+
+
+def test_hooks_that_a_way_of_joining_does_without_are_left_out():
+    hooks = ("init", "pool", "batch", "losses")
+    found = {how: Replay(owner="er", memory=6, how=how).acting(hooks) for how in ("extra", "half", "concatenate")}
+    assert found == {"extra": ("init", "batch", "losses"), "half": hooks, "concatenate": ("init", "pool", "losses")}

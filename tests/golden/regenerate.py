@@ -41,8 +41,8 @@ EXITS = (1, 3)
 STEPS = 5
 """Steps of each experience that are kept."""
 
-TOKENS = {"l2p"}
-"""Components that take a vision transformer only."""
+TOKENS = {"l2p", "moe"}
+"""Components that take a vision transformer only, or no exit on the first layer of two."""
 
 MEMORY = 8
 """Samples that whoever keeps a memory keeps of the first experience's ten, so that it has to choose."""

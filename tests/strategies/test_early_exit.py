@@ -141,3 +141,10 @@ def test_policies_and_ensembles_are_fitted_on_corrected_answers():
     confidences = torch.cat([s.softmax(1).amax(1).double() for s in scores[:-1]])
     finite = [t for t in policy.thresholds if 0 < t <= 1]
     assert finite and all(bool(torch.isclose(confidences, torch.tensor(t, dtype=torch.float64)).any()) for t in finite)
+
+
+def test_before_a_gate_is_fitted_no_exit_is_sure():
+    scores = tuple(torch.full((3, 2), float(exit)) for exit in range(4))
+    component = EarlyExit(measure="gate", threshold=0.01)
+    state = {"thresholds": 0.01, "gate": None}
+    assert torch.equal(component.decide(Output(scores), state), scores[-1])

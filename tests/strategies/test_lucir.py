@@ -82,7 +82,7 @@ def test_old_rows_stay_and_new_ones_learn_at_every_exit(on_digits, heads):
 
 
 def test_old_classes_are_kept_with_a_memory_and_a_resumed_run_is_the_same(on_digits, tmp_path):
-    parts = (LUCIR(), ER(memory=30))
+    parts = (LUCIR(less_forget=5.0), ER(memory=30))
     whole = on_digits.learn(on_digits.learner(*parts))
     replay = on_digits.learn(on_digits.learner(ER(memory=30)))
     old, replayed = on_digits.accuracy(whole, (0, 1, 2, 3))[0], on_digits.accuracy(replay, (0, 1, 2, 3))[0]

@@ -114,8 +114,8 @@ def drift(on_digits, **options):
 
 
 def test_maps_and_features_of_old_classes_move_less(on_digits):
-    maps, flat = drift(on_digits)
-    free_maps, free_flat = drift(on_digits, spatial=0.0, flat=0.0)
+    maps, flat = drift(on_digits, spatial=3.0, eta=10.0)
+    free_maps, free_flat = drift(on_digits, spatial=0.0, flat=0.0, eta=10.0)
     assert maps < 0.5 * free_maps and flat < 0.8 * free_flat, (maps, flat, free_maps, free_flat)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.functional.routing import pairs_by_expert
-from clframe.nn.moe.weights import Weights, cut, hidden_of, inputs_of
+from clframe.nn.moe.weights import Weights, hidden_of, inputs_of
 
 
 def reference(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
@@ -54,11 +54,10 @@ def dense(
     if weight_NE is not None:
         hidden_NEH = hidden_NEH * weight_NE[..., None]
     if keep_NE is not None:
-        dropped_NE1 = ~keep_NE[..., None]
         if torch.is_grad_enabled():  # in place it would write over what backward needs
-            hidden_NEH = hidden_NEH.masked_fill(dropped_NE1, 0)
+            hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
         else:
-            hidden_NEH = hidden_NEH.masked_fill_(dropped_NE1, 0)
+            hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # in a fifth of the time
     hidden_NF, down_FO = hidden_NEH.flatten(1), weights.down_EHO.flatten(0, 1)
     if weights.bias_O is None:
         return hidden_NF @ down_FO
@@ -67,33 +66,50 @@ def dense(
 
 def views(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
     """Token by token, the experts that run one after the other: reads no weight that is not needed."""
-    rows: list[list[bool]] = keep_NE.tolist()
-    if not any(map(any, rows)):
+    chosen: list[list[int]] = [keep_E.nonzero().flatten().tolist() for keep_E in keep_NE]
+    if not any(chosen):
         return reference(weights, x_ND, keep_NE, weight_NE)  # whose gradients are zeros, not missing
-    return token_by_token(weights, x_ND, rows, weight_NE)
+    return token_by_token(weights, x_ND, chosen, weight_NE)
 
 
 def grouped(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """Expert by expert: gather its tokens, two matrix products, add to where they came from."""
+    """Expert by expert: gather its tokens, two matrix products, add to where they came from.
+
+    Here ``weight_NE`` may have a third dimension, one weight for each of so many equal parts of an expert.
+    """
     expert_P, token_P = pairs_by_expert(keep_NE)
     if not len(token_P):
         return reference(weights, x_ND, keep_NE, weight_NE)
-    scale_P1 = None if weight_NE is None else weight_NE[token_P, expert_P][:, None]
     counts: list[int] = keep_NE.sum(0).tolist()
-    *parts, downs = cut(weights)
+    scales = None
+    if weight_NE is not None:
+        scales = weight_NE[token_P, expert_P].view(len(token_P), -1, 1).split(counts)
+    *parts, downs = weights.views()
     y_NO = weights.start(x_ND)
-    start = 0
-    for expert, count in enumerate(counts):
+    for expert, (count, token) in enumerate(zip(counts, token_P.split(counts), strict=True)):
         if not count:
             continue
-        token = token_P[start : start + count]
         own = (None if part is None else part[expert] for part in parts)
         hidden = hidden_of(weights, x_ND.index_select(0, token), *own)
-        if scale_P1 is not None:
-            hidden = hidden * scale_P1[start : start + count]
+        if scales is not None:
+            scale_np1 = scales[expert]
+            hidden = (hidden.view(count, scale_np1.shape[1], -1) * scale_np1).flatten(1)
         y_NO = y_NO.index_add_(0, token, hidden @ downs[expert].t())
-        start += count
     return y_NO
+
+
+def merged(
+    weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None, *, many: int
+) -> Tensor:
+    """As :func:`grouped`, ``many`` neighboring experts at a time: fewer and larger products for small experts.
+
+    A token is computed by all neighbors of an expert that it keeps, and those that it does not keep are masked.
+    """
+    keep_NGm = keep_NE.unflatten(1, (-1, many))
+    weight_NGm = keep_NGm.to(x_ND.dtype)
+    if weight_NE is not None:
+        weight_NGm = weight_NGm * weight_NE.unflatten(1, (-1, many))
+    return grouped(weights.merged(many), x_ND, keep_NGm.any(2), weight_NGm)
 
 
 def _flat(part: Tensor | None) -> Tensor | None:
@@ -101,19 +117,16 @@ def _flat(part: Tensor | None) -> Tensor | None:
 
 
 def token_by_token(
-    weights: Weights, x_ND: Tensor, rows: list[list[bool]], weight_NE: Tensor | None
+    weights: Weights, x_ND: Tensor, chosen: Sequence[Sequence[int]], weight_NE: Tensor | None
 ) -> Tensor:
-    """Matrix times vector throughout, which reads each weight of an active expert once."""
-    ready = weights.cut if weights.cut is not None and not torch.is_grad_enabled() else cut(weights)
-    ups, up_biases, gates, gate_biases, downs = ready
+    """Matrix times vector throughout, which reads each weight of an active expert once; ``chosen`` by token."""
+    ups, up_biases, gates, gate_biases, downs = weights.views()
     activation = weights.activation
     found = []
-    for n, row in enumerate(rows):
+    for n, experts in enumerate(chosen):
         x_D = x_ND[n]
         y_O = x_D.new_zeros(weights.down_EHO.shape[2]) if weights.bias_O is None else weights.bias_O.clone()
-        for expert, runs in enumerate(row):
-            if not runs:
-                continue
+        for expert in experts:
             hidden_H = _layer(ups, up_biases, expert, x_D)
             if gates is None:
                 hidden_H = activation(hidden_H)

@@ -6,14 +6,15 @@ Shape suffixes: N tokens, E experts, H neurons of an expert, D inputs, O outputs
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from clframe.nn.moe.execute import Name, Plan, full_precision, run
+from clframe.nn.moe.execute import Choice, Name, Plan, choose, computed_pairs, full_precision, run
 from clframe.nn.moe.executors import dense, token_by_token
-from clframe.nn.moe.weights import Activation, Weights, cut
+from clframe.nn.moe.weights import Activation, Weights, cut, hidden_of, inputs_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -117,10 +118,12 @@ class ExpertLayer(nn.Module):
         # Attributes of modules are slow to read, and one token does not take long. Views see every change of the
         # weights unless these moved elsewhere.
         of = self._parameters
-        where = (*map(id, of.values()), of["up"].data_ptr(), of["down"].data_ptr(), id(self.activation))  # type: ignore[union-attr]
+        hooks = len(getattr(self.activation, "_forward_hooks", ()))
+        where = (*map(id, of.values()), of["up"].data_ptr(), of["down"].data_ptr(), id(self.activation), hooks)  # type: ignore[union-attr]
         if self._ready is None or self._ready[0] != where:
             whole = self._whole()
-            quick = torch.relu if type(self.activation) is nn.ReLU else self.activation
+            unwatched = type(self.activation) is nn.ReLU and not self.activation._forward_hooks
+            quick = torch.relu_ if unwatched else self.activation
             ready = cut(Weights(*map(_detached, whole)))
             self._ready = (where, whole._replace(cut=ready, activation=quick))
         return self._ready[1]
@@ -140,13 +143,35 @@ class ExpertLayer(nn.Module):
         return self
 
     def forward(self, x_ND: Tensor, keep_NE: Tensor | None = None, weight_NE: Tensor | None = None) -> Tensor:
-        """y_NO of the experts that run; without ``keep_NE``, of all. Computed in the weights' type, autocast or not."""
+        """y_NO of the experts that run; without ``keep_NE``, of all.
+
+        Where all run, autocast casts as it would in a dense network; otherwise it does not, because it would copy all
+        weights for the few that are needed.
+        """
         weights = self.weights()
-        with full_precision(x_ND.device.type):
-            x_ND = x_ND.to(weights.up_EHD.dtype)
-            if self.training and self.dropout:
-                return dense(weights, x_ND, keep_NE, weight_NE, dropout=self.dropout)
+        plain = keep_NE is None and torch.is_autocast_enabled(x_ND.device.type)
+        with nullcontext() if plain else full_precision(x_ND.device.type):
+            if not plain:
+                x_ND = x_ND.to(weights.up_EHD.dtype)
+            if self._computes_all():
+                dropout = self.dropout if self.training else 0.0
+                return dense(weights, x_ND, keep_NE, weight_NE, dropout=dropout)
             return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=self.executor)
+
+    def computed(self, x_ND: Tensor, keep_NE: Tensor | None) -> int | Tensor:
+        """How many (token, expert) pairs :meth:`forward` computes for these; on CUDA a tensor, so that nobody waits."""
+        if keep_NE is None or self._computes_all():
+            return len(x_ND) * self.experts
+        if self.executor is not None:
+            return computed_pairs(Choice(self.executor), keep_NE)
+        return computed_pairs(choose(self.weights(), x_ND.to(self.up.dtype), keep_NE, plan=self.plan), keep_NE)
+
+    def _computes_all(self) -> bool:
+        """Dropout acts on all hidden neurons; and whoever watches them while something learns wants to see all."""
+        if self.training and self.dropout:
+            return True
+        watched = isinstance(self.activation, nn.Module) and bool(self.activation._forward_hooks)
+        return watched and self.training and torch.is_grad_enabled()
 
     def takes_one(self, x_1D: Tensor) -> bool:
         """Whether :meth:`one` can run a token: on the CPU, in evaluation, as the plan will have it."""
@@ -156,12 +181,16 @@ class ExpertLayer(nn.Module):
         assert up is not None
         return x_1D.dtype == up.dtype and self.executor is None and self.plan.few > 0
 
-    def one(self, x_1D: Tensor, row: list[bool]) -> Tensor:
+    def one(self, x_1D: Tensor, chosen: list[int]) -> Tensor:
         """y_1O of one token and the experts that it keeps: what ``forward`` does, by the shortest way."""
         weights = self.weights()
-        if 0 < sum(row) <= self.plan.worth(1, weights.up_EHD.shape[1]) * len(row):
-            return token_by_token(weights, x_1D, [row], None)
-        return dense(weights, x_1D, torch.tensor([row]))
+        experts, neurons, _ = weights.up_EHD.shape
+        if 0 < len(chosen) <= self.plan.worth(neurons) * experts:
+            return token_by_token(weights, x_1D, [chosen], None)
+        if len(chosen) == experts:
+            return dense(weights, x_1D, None)
+        keep_E = torch.zeros(experts, dtype=torch.bool)
+        return dense(weights, x_1D, keep_E.index_fill_(0, torch.tensor(chosen, dtype=torch.long), 1)[None])
 
     @torch.no_grad()
     def norms(self, x_ND: Tensor) -> Tensor:
@@ -178,19 +207,8 @@ class ExpertLayer(nn.Module):
     def hidden(self, x_ND: Tensor) -> Tensor:
         """hidden_NEH of all neurons."""
         w = self.weights()
-
-        def layer(weight_EHD: Tensor, bias_EH: Tensor | None) -> Tensor:
-            bias_F = None if bias_EH is None else bias_EH.flatten()
-            out_NF: Tensor = nn.functional.linear(x_ND, weight_EHD.flatten(0, 1), bias_F)
-            return out_NF
-
-        up_NF = layer(w.up_EHD, w.up_bias_EH)
-        if w.gate_EHD is None:
-            hidden_NF = w.activation(up_NF)
-        else:
-            hidden_NF = up_NF * w.activation(layer(w.gate_EHD, w.gate_bias_EH))
-        hidden_NEH: Tensor = hidden_NF.unflatten(1, (self.experts, self.expert_size))
-        return hidden_NEH
+        hidden_NF = hidden_of(w, x_ND, *(None if part is None else part.flatten(0, 1) for part in inputs_of(w)))
+        return hidden_NF.view(-1, self.experts, self.expert_size)
 
     @torch.no_grad()
     def regroup(self, order_F: Tensor) -> None:

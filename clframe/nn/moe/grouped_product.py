@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clframe.functional.routing import pairs_by_expert
 from clframe.nn.moe.executors import reference
@@ -65,7 +66,8 @@ def _tried(device: str, dtype: torch.dtype) -> bool:
     product = _grouped_product()
     if product is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    with torch.inference_mode(False), torch.enable_grad():
+    # A counter of operators, if one is on, is to see what models do and not what is tried here.
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         x = (torch.arange(80, device=device) % 7 - 3.0).view(5, 16).to(dtype).requires_grad_()
         weight = (torch.arange(768, device=device) % 5 - 2.0).view(3, 16, 16).to(dtype).requires_grad_()
         ends = torch.tensor([2, 2, 5], device=device, dtype=torch.int32)

@@ -5,8 +5,7 @@ Shape suffixes: N tokens, D inputs, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from math import cos, pi
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.functional.seeding import generator_for
-from clframe.nn.moe.convert import Call, layer_inputs, plain_call, to_experts
+from clframe.nn.moe.convert import Call, all_running, layer_inputs, plain_call, to_experts
 from clframe.nn.moe.routed import RoutedExperts, routed_layers, set_gate
 from clframe.nn.moe.router import ALL, Gate, Router, RouterKind
 from clframe.nn.moe.split import Split
@@ -112,7 +111,7 @@ def fit_routers(
         raise ConfigError(f"moe: found {len(batches)} batches for {epochs} epochs of router training; give one or more")
     step = _stepper([layer.router for layer in layers.values()], learning_rate, epochs * len(batches))
     losses = []
-    with _all_running(model), torch.enable_grad():
+    with all_running(model), torch.enable_grad():
         for _ in range(epochs):
             total = torch.zeros(())
             for batch in batches:
@@ -184,25 +183,3 @@ def _stepper(
         return loss.detach().float().cpu()
 
     return step
-
-
-@contextmanager
-def _all_running(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all experts on and routers learning; everything is put back."""
-    layers = routed_layers(model).values()
-    gates = [layer.gate for layer in layers]
-    training = {part: part.training for part in model.modules()}
-    wanted = {p: p.requires_grad for layer in layers for p in layer.router.parameters()}
-    model.eval()
-    try:
-        for layer in layers:
-            layer.gate = ALL
-            layer.router.requires_grad_(True)
-        yield
-    finally:
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.gate = gate
-        for part, flag in training.items():
-            part.training = flag
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clframe.errors import UnsupportedError
 from clframe.nn.backbones.base import Backbone
@@ -60,12 +61,37 @@ def dense_networks(model: nn.Module) -> tuple[Dense, ...]:
     pairs = tuple(_stage_pairs(model))
     if pairs:
         return pairs
-    return tuple(_dense(model, ffn) for ffn in find_ffns(model))
+    try:
+        ffns = find_ffns(model.backbone if isinstance(model, Network) else model)
+    except UnsupportedError:
+        kind = type(model).__name__
+        raise UnsupportedError(
+            f"moe: found no feed-forward network in {kind}, nothing to make experts of; choose a transformer or mlp"
+        ) from None
+    if isinstance(model, Network):
+        ffns = tuple(_inside(ffn, "backbone") for ffn in ffns)
+    return tuple(_dense(model, ffn) for ffn in ffns)
+
+
+def _inside(ffn: FFN, parent: str) -> FFN:
+    """The same by its names in the parent."""
+
+    def full(name: str) -> str:
+        return f"{parent}.{name}" if name else parent
+
+    act = ffn.activation_name
+    return replace(
+        ffn,
+        name=full(ffn.name),
+        up_name=full(ffn.up_name),
+        down_name=full(ffn.down_name),
+        activation_name=None if act is None else full(act),
+    )
 
 
 def _dense(model: nn.Module, ffn: FFN) -> Dense:
     name = ffn.name or type(model).__name__
-    activation = ffn.activation
+    activation = _as_module(ffn.activation)
     up, gate = _split_fused(ffn)
     whole = ffn.owner is not model and _is_whole(ffn, up, gate)
     inner, outer = _dropouts(ffn)
@@ -98,6 +124,13 @@ def _dense(model: nn.Module, ffn: FFN) -> Dense:
         inner_dropout=inner,
         outer_dropout=outer if whole else 0.0,
     )
+
+
+def _as_module(activation: Activation) -> Activation:
+    """Where a network keeps a function of torch's, a module in its place: what watches activations finds it."""
+    if activation in (F.relu, torch.relu):
+        return nn.ReLU()
+    return nn.GELU() if activation is F.gelu else activation
 
 
 def _split_fused(ffn: FFN) -> tuple[Linear, Linear | None]:

@@ -37,8 +37,13 @@ class NormRouter(nn.Module):
 
     def __init__(self, inputs: int, experts: int, *, width: int, generator: Generator | None = None) -> None:
         super().__init__()
-        self.hidden = _drawn(width, inputs, generator=generator)
-        self.score = _drawn(experts, width, generator=generator)
+        self.hidden = nn.Parameter(torch.empty(width, inputs))
+        self.score = nn.Parameter(torch.empty(experts, width))
+        self.draw(generator)
+
+    def draw(self, generator: Generator | None) -> None:
+        """Draw all weights anew."""
+        _draw(self.hidden, self.score, generator=generator)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """scores_NE, from 0 up."""
@@ -71,8 +76,13 @@ class ActivationRouter(nn.Module):
 
     def __init__(self, inputs: int, experts: int, *, width: int, generator: Generator | None = None) -> None:
         super().__init__()
-        self.hidden = _drawn(width, inputs, generator=generator)
-        self.score = _drawn(experts, width, generator=generator)
+        self.hidden = nn.Parameter(torch.empty(width, inputs))
+        self.score = nn.Parameter(torch.empty(experts, width))
+        self.draw(generator)
+
+    def draw(self, generator: Generator | None) -> None:
+        """Draw all weights anew."""
+        _draw(self.hidden, self.score, generator=generator)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """scores_NE between 0 and 1."""
@@ -89,6 +99,9 @@ class ActivationRouter(nn.Module):
     def _logits(self, x_ND: Tensor) -> Tensor:
         return F.linear(F.linear(x_ND, self.hidden).tanh(), self.score)
 
+
+FEW = 64
+"""Up to how many experts Python's lists are faster than operators."""
 
 Router = NormRouter | ActivationRouter
 ROUTERS: dict[str, type[NormRouter] | type[ActivationRouter]] = {
@@ -121,15 +134,14 @@ class DynamicK:
         """keep_NE."""
         return dynamic_k(scores_NE, self.tau)
 
-    def row(self, scores_E: Tensor) -> list[bool]:
-        """The same for one token, without the dozen microseconds that three small operators take."""
-        if scores_E.dtype != torch.float32:
-            row: list[bool] = self(scores_E[None])[0].tolist()
-            return row
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers; without the dozen microseconds of small operators."""
+        if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
+            return _numbers(self(scores_E[None]))
         scores: list[float] = scores_E.tolist()
         # Rounded as the operators round: a product of two float32 is exact in Python's floats.
         least = c_float(max(scores) * c_float(1 - self.tau).value).value
-        return [score >= least for score in scores]
+        return [expert for expert, score in enumerate(scores) if score >= least]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +168,9 @@ class CumulativeShare:
         """keep_NE."""
         return cumulative_share(scores_NE, self.tau)
 
-    def row(self, scores_E: Tensor) -> list[bool]:
-        """The same for one token."""
-        row: list[bool] = self(scores_E[None])[0].tolist()
-        return row
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers."""
+        return _numbers(self(scores_E[None]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,19 +198,21 @@ class TopK:
         """keep_NE."""
         return top_k(scores_NE, self.k)
 
-    def row(self, scores_E: Tensor) -> list[bool]:
-        """The same for one token."""
-        if scores_E.dtype != torch.float32:  # half precision has ties, which the operator breaks in its own way
-            kept: list[bool] = self(scores_E[None])[0].tolist()
-            return kept
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers, in no order."""
+        if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
+            chosen: list[int] = scores_E.topk(min(self.k, len(scores_E))).indices.tolist()
+            return chosen  # half precision has ties, which the operator breaks in its own way
         scores: list[float] = scores_E.tolist()
-        row = [False] * len(scores)
-        for expert in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: self.k]:
-            row[expert] = True
-        return row
+        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: self.k]
 
 
 Gate = DynamicK | CumulativeShare | TopK
+
+
+def _numbers(keep_1E: Tensor) -> list[int]:
+    numbers: list[int] = keep_1E[0].nonzero().flatten().tolist()
+    return numbers
 
 
 def _check_tau(tau: float) -> None:
@@ -207,11 +220,13 @@ def _check_tau(tau: float) -> None:
         raise ConfigError(f"moe.tau: found {tau}; give a number from 0 (one expert a token) to 1 (all of them)")
 
 
-def _drawn(outputs: int, inputs: int, *, generator: Generator | None) -> nn.Parameter:
-    """A weight matrix, drawn as torch draws those of linear layers."""
-    bound = inputs**-0.5
-    return nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator))
-
+@torch.no_grad()
+def _draw(*weights: Tensor, generator: Generator | None) -> None:
+    """As torch draws those of linear layers; on the CPU, whatever the device."""
+    for weight_OI in weights:
+        bound = weight_OI.shape[1] ** -0.5
+        drawn_OI = torch.empty(weight_OI.shape, dtype=weight_OI.dtype).uniform_(-bound, bound, generator=generator)
+        weight_OI.copy_(drawn_OI)
 
 
 ALL = DynamicK(tau=1.0)

@@ -19,15 +19,19 @@ Split = Literal["kmeans", "random", "coactivation"]
 SPLITS: tuple[Split, ...] = ("kmeans", "random", "coactivation")
 
 
-def expert_count(neurons: int, *, experts: int | None, expert_size: int | None, where: str = "moe") -> int:
-    """How many experts ``neurons`` make, given their number or their size.
+def expert_count(
+    neurons: int, *, experts: int | None, expert_size: int | None, most: int | None = None, where: str = "moe"
+) -> int:
+    """How many experts ``neurons`` make, given their number, their size or the most there may be.
 
     Raises:
-        ConfigError: Both or neither given, or experts that are not equal.
+        ConfigError: Two of them given, or none, or experts that are not equal.
 
-    >>> expert_count(3072, experts=None, expert_size=128)
-    24
+    >>> expert_count(3072, experts=None, expert_size=128), expert_count(400, experts=None, expert_size=None, most=24)
+    (24, 20)
     """
+    if most is not None and experts is None and expert_size is None:
+        return max(count for count in range(1, most + 1) if neurons % count == 0)
     if (experts is None) == (expert_size is None):
         found = "neither experts nor expert_size" if experts is None else "both experts and expert_size"
         raise ConfigError(f"{where}: found {found}; give one of them")

@@ -1,6 +1,7 @@
 """The kernels of ``triton_experts.py``. Importing this needs Triton; nothing imports it before it is run.
 
-In a grid (expert, block of its tokens, block of columns) every program computes one tile.
+In a grid (block of columns, block of an expert's tokens, expert) every program computes one tile; blocks behind an
+expert's last token end at once. Sizes of weights are constants of the compiled kernel.
 """
 
 # mypy: ignore-errors
@@ -26,23 +27,23 @@ def activate(z, code: tl.constexpr):
 
 @triton.jit
 def make_hidden(
-    x_ptr, order_ptr, count_ptr, up_ptr, up_bias_ptr, gate_ptr, gate_bias_ptr, weight_ptr, hidden_ptr,
-    tokens, experts, neurons, width,
+    x_ptr, order_ptr, count_ptr, up_ptr, up_bias_ptr, gate_ptr, gate_bias_ptr, weight_ptr, hidden_ptr, tokens,
+    experts: tl.constexpr, neurons: tl.constexpr, width: tl.constexpr,
     biased: tl.constexpr, gated: tl.constexpr, gate_biased: tl.constexpr, weighted: tl.constexpr,
-    code: tl.constexpr, BLOCK: tl.constexpr,
+    code: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """hidden_ENH of each expert's own tokens, packed at the front of its rows."""
-    expert = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(2).to(tl.int64)
     count = tl.load(count_ptr + expert)
-    if tl.program_id(1) * BLOCK >= count:
+    if tl.program_id(1) * ROWS >= count:
         return
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(order_ptr + expert * tokens + row, mask=row < count, other=0)
-    inner = tl.arange(0, BLOCK)
-    up = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    gate = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in range(0, width, BLOCK):
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.load(order_ptr + expert * (tokens + 1) + row, mask=row < count, other=0).to(tl.int64)
+    inner = tl.arange(0, INNER)
+    up = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, width, INNER):
         k = start + inner
         x = tl.load(
             x_ptr + token[:, None] * width + k[None, :],
@@ -51,9 +52,9 @@ def make_hidden(
         )
         place = (expert * neurons + column[None, :]) * width + k[:, None]
         inside = (column[None, :] < neurons) & (k[:, None] < width)
-        up += tl.dot(x, tl.load(up_ptr + place, mask=inside, other=0.0), input_precision="ieee")
+        up += tl.dot(x, tl.load(up_ptr + place, mask=inside, other=0.0), input_precision=precision)
         if gated:
-            gate += tl.dot(x, tl.load(gate_ptr + place, mask=inside, other=0.0), input_precision="ieee")
+            gate += tl.dot(x, tl.load(gate_ptr + place, mask=inside, other=0.0), input_precision=precision)
     own = expert * neurons + column
     if biased:
         up += tl.load(up_bias_ptr + own, mask=column < neurons, other=0.0)[None, :]
@@ -71,19 +72,21 @@ def make_hidden(
 
 @triton.jit
 def add_outputs(
-    hidden_ptr, order_ptr, count_ptr, down_ptr, y_ptr, tokens, neurons, outputs, BLOCK: tl.constexpr
-):
+    hidden_ptr, order_ptr, count_ptr, down_ptr, y_ptr, tokens,
+    neurons: tl.constexpr, outputs: tl.constexpr, precision: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
     """Add each expert's outputs to y_NO, in float32."""
-    expert = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(2).to(tl.int64)
     count = tl.load(count_ptr + expert)
-    if tl.program_id(1) * BLOCK >= count:
+    if tl.program_id(1) * ROWS >= count:
         return
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(order_ptr + expert * tokens + row, mask=row < count, other=0)
-    inner = tl.arange(0, BLOCK)
-    y = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in range(0, neurons, BLOCK):
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.load(order_ptr + expert * (tokens + 1) + row, mask=row < count, other=0).to(tl.int64)
+    inner = tl.arange(0, INNER)
+    y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, neurons, INNER):
         k = start + inner
         hidden = tl.load(
             hidden_ptr + (expert * tokens + row[:, None]) * neurons + k[None, :],
@@ -95,6 +98,6 @@ def add_outputs(
             mask=(k[:, None] < neurons) & (column[None, :] < outputs),
             other=0.0,
         )
-        y += tl.dot(hidden, down, input_precision="ieee")
+        y += tl.dot(hidden, down, input_precision=precision)
     mask = (row[:, None] < count) & (column[None, :] < outputs)
-    tl.atomic_add(y_ptr + token[:, None] * outputs + column[None, :], y, mask=mask)
+    tl.atomic_add(y_ptr + token[:, None] * outputs + column[None, :], y, mask=mask, sem="relaxed")

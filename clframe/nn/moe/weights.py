@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,6 +51,20 @@ class Weights(NamedTuple):
     def parts(self) -> tuple[Tensor | None, ...]:
         """All tensors, in the order of :data:`PARTS`."""
         return tuple(getattr(self, name) for name in PARTS)
+
+    def views(self) -> Cut:
+        """Cut up by expert, so that gradients pass where they are wanted."""
+        return self.cut if self.cut is not None and not torch.is_grad_enabled() else cut(self)
+
+    def merged(self, many: int) -> Weights:
+        """The same with ``many`` neighboring experts as one; views."""
+
+        def joined(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.unflatten(0, (-1, many)).flatten(1, 2)
+
+        up, down, up_bias, gate, gate_bias, bias_O = self.parts()
+        parts = (joined(up), joined(down), joined(up_bias), joined(gate), joined(gate_bias), bias_O)
+        return Weights(activation=self.activation, **dict(zip(PARTS, parts, strict=True)))  # type: ignore[arg-type]
 
     def start(self, x_ND: Tensor) -> Tensor:
         """A fresh y_NO that holds the bias."""

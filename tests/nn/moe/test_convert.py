@@ -284,7 +284,7 @@ def test_one_token_takes_a_shorter_way_to_the_same_answer(gate, dtype):
     set_gate(model, gate)
     for x in torch.randn(40, 1, 6, generator=torch.Generator().manual_seed(2)).to(dtype):
         scores = layer.router(x)
-        assert gate.row(scores[0]) == gate(scores)[0].tolist()
+        assert sorted(gate.best(scores[0])) == gate(scores)[0].nonzero().flatten().tolist()
         with torch.no_grad():
             assert layer.experts.takes_one(x)
             expected = EXECUTORS["reference"](layer.experts.weights(), x, layer.keep(x), None)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clframe.nn.moe.execute import EXECUTORS, Plan, run
-from clframe.nn.moe.executors import reference
+from clframe.nn.moe import execute
+from clframe.nn.moe.execute import EXECUTORS, Choice, Costs, Plan, choose, computed_pairs, run
+from clframe.nn.moe.executors import merged, reference
 from clframe.nn.moe.grouped_product import grouped_mm_works
 from clframe.nn.moe.weights import Weights
 
@@ -144,30 +145,101 @@ def test_double_precision_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(1, 0.2), (1, 1.0), (5, 0.3), (5, 0.95), (40, 0.3)])
-def test_the_choice_changes_nothing(n, fraction):
+@pytest.mark.parametrize("plan", [Plan(), Plan(few=2, read=0, read_all=0, grouped=Costs(0, 0, 0), product=Costs(0, 0, 2), merge=0)])
+def test_the_choice_changes_nothing(n, fraction, plan):
     weights = make(6, 8, 16, 8, dtype=torch.float32)
     x, keep = torch.randn(n, 16), torch.rand(n, 6) < fraction
-    chosen = run(weights, x, keep, plan=Plan(few=2, many=20, overhead=2.0))
-    close(chosen, reference(weights, x, keep), 2e-5)
+    close(run(weights, x, keep, plan=plan), reference(weights, x, keep), 2e-5)
 
 
-def test_which_executor_is_chosen(monkeypatch):
-    from clframe.nn.moe import execute
+NEVER = Costs(1e12, 0, 0)
 
-    seen = []
-    for name in ("dense", "grouped", "grouped_mm", "token_by_token"):
-        original = getattr(execute, name)
-        monkeypatch.setattr(
-            execute, name, lambda *args, name=name, f=original, **kw: (seen.append(name), f(*args, **kw))[1]
-        )
-    monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: True)
+
+@pytest.mark.parametrize("grouped_product", [False, True])
+def test_the_cheapest_is_chosen(monkeypatch, grouped_product):
+    """Costs longhand: 4 experts of 8 neurons, 24 MACs a neuron; on one thread."""
+    monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: grouped_product)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     weights = make(4, 8, 16, 8, dtype=torch.float32)
-    one = torch.zeros(1, 4, dtype=torch.bool)
-    one[:, 2] = True
-    plan = Plan(few=1, many=8, overhead=8.0, overhead_few=8.0)
-    for n, keep in ((1, one), (3, one.expand(3, 4)), (8, one.expand(8, 4)), (3, ~one.expand(3, 4)), (2, None), (1, ~one)):
-        run(weights, torch.randn(n, 16), keep, plan=plan)
-    assert seen == ["token_by_token", "grouped_mm", "grouped", "dense", "dense", "dense"]
+    one = torch.tensor([[False, False, True, False]])
+
+    def chosen(keep, tokens, *, grouped=NEVER, product=NEVER, **options):
+        keep = keep.expand(tokens, 4)
+        plan = Plan(grouped=grouped, product=product, **{"read": 0.0, "read_all": 0.0, "merge": 0, "margin": 1.0, **options})
+        return choose(weights, torch.randn(tokens, 16), keep, plan=plan).name
+
+    assert chosen(one, 1, token=8.0) == "views" and chosen(~one, 1, token=8.0) == "dense"  # 3 of 4 is above 8 / 16
+    # 9 tokens: 9 * 32 * 24 MACs dense, 9 * 8 * 24 of one expert; whatever is added must stay below the difference.
+    for call, start, pair, name in (
+        (0, 0, 0, "grouped"), (5183, 0, 0, "grouped"), (5185, 0, 0, "dense"), (0, 5183, 0, "grouped"), (0, 5185, 0, "dense"),
+        (0, 0, 23.9, "grouped"), (0, 0, 24.1, "dense"),
+    ):  # fmt: skip
+        assert chosen(one, 9, grouped=Costs(call, start, pair)) == name
+    # Three experts: 9 * 24 * 24 MACs, three starts, 27 pairs. Difference 9 * 8 * 24.
+    assert chosen(~one, 9, grouped=Costs(0, 575, 0)) == "grouped" and chosen(~one, 9, grouped=Costs(0, 577, 0)) == "dense"
+    # Weights that are read cost 2 more tokens: 11 * 32 * 24 dense, of one expert 11 * 8 * 24.
+    assert chosen(one, 9, grouped=Costs(6335, 0, 0), read=2.0, read_all=2.0) == "grouped"
+    assert chosen(one, 9, grouped=Costs(6337, 0, 0), read=2.0, read_all=2.0) == "dense"
+    # A share of dense's 9 * 32 * 24.
+    assert chosen(one, 9, grouped=Costs(1727, 0, 0), margin=0.5) == "grouped"
+    assert chosen(one, 9, grouped=Costs(1729, 0, 0), margin=0.5) == "dense"
+    best = "grouped_mm" if grouped_product else "grouped"
+    assert chosen(one, 9, grouped=Costs(9, 0, 0), product=Costs(8, 0, 0)) == best
+    assert chosen(one, 9, grouped=Costs(0, 0, 1), product=Costs(0, 0, 1.1)) == "grouped"
+    assert chosen(torch.zeros(1, 4, dtype=torch.bool), 9, grouped=Costs(0, 0, 0)) == "dense"
+    assert chosen(one, 0, grouped=Costs(0, 0, 0)) == "dense"
+
+
+def test_threads_make_products_cheaper_and_starts_not(monkeypatch):
+    monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: False)
+    weights, keep = make(4, 8, 16, 8, dtype=torch.float32), torch.tensor([[True, False, False, False]]).expand(9, 4)
+    plan = Plan(read=0, read_all=0, grouped=Costs(0, 4000.0, 0), merge=0, margin=1.0)
+    names = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        names.append(choose(weights, torch.randn(9, 16), keep, plan=plan).name)
+    assert names == ["grouped", "dense"]  # 5184 MACs saved, then 2592
+
+
+def test_small_neighbors_run_together_where_tokens_keep_them_together(monkeypatch):
+    monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    weights, x = make(12, 2, 16, 8, dtype=torch.float32), torch.randn(9, 16)
+    blocks = torch.zeros(9, 12, dtype=torch.bool)
+    blocks[:, 4:8] = True
+    costs = {"read": 0, "read_all": 0, "grouped": Costs(0, 50.0, 4.0)}
+    plan = Plan(**costs, merge=8)
+    # 36 pairs of 2 neurons: 4 * 50 + 36 * 6 * 24 MACs; 9 of 8 neurons: 50 + 9 * 12 * 24.
+    assert choose(weights, x, blocks, plan=plan) == Choice("grouped", 4)
+    assert choose(weights, x, blocks.roll(2, 1), plan=plan).merged == 2  # they lie across two blocks of four
+    assert choose(weights, x, blocks, plan=Plan(**costs, merge=6)).merged == 2
+    close(run(weights, x, blocks, plan=plan), reference(weights, x, blocks), 2e-5)
+    assert computed_pairs(Choice("grouped", 4), blocks.roll(2, 1)) == 9 * 8
+    assert computed_pairs(Choice("grouped"), blocks) == 36 and computed_pairs(Choice("dense"), blocks) == 9 * 12
+
+
+@pytest.mark.parametrize(("gated", "biased", "scaled"), list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("many", [1, 2, 3, 6])
+def test_merged_experts_agree_with_the_reference_and_its_gradients(gated, biased, scaled, many):
+    weights = make(6, 3, 5, 7, gated=gated, biased=biased)
+    x, keep = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), routing(8, 6)
+    scale = torch.rand(8, 6, dtype=torch.float64, requires_grad=True) if scaled else None
+    direction = torch.randn(8, 7, dtype=torch.float64)
+    own = gradients(lambda *args: merged(*args, many=many), weights, x, keep, scale, direction)
+    other = gradients(reference, weights, x, keep, scale, direction)
+    close(own[0], other[0], 1e-12)
+    for a, b in zip(own[1], other[1], strict=True):
+        close(a, b, 1e-12)
+    with torch.no_grad():
+        close(merged(weights, x, keep, scale, many=many), other[0].detach(), 1e-12)
+
+
+def test_under_vmap_everything_is_computed_and_masked():
+    """Gradients of samples, as importances of weights take them: nothing may branch on a value."""
+    weights, x = make(4, 8, 16, 8), torch.randn(5, 3, 16, dtype=torch.float64)
+    keep = routing(15, 4).view(5, 3, 4)
+    y = torch.func.vmap(lambda x_ND, keep_NE: run(weights, x_ND, keep_NE))(x, keep)
+    close(y, torch.stack([reference(weights, a, b) for a, b in zip(x, keep, strict=True)]), 1e-12)
 
 
 def test_no_tokens():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypeVar, get_args
 
 Phase = Literal["forward", "backward", "replay", "teachers", "auxiliary", "router", "evaluation"]
 """Where multiply-adds go.
 
 ``forward`` and ``backward`` are the network's own on new data; ``replay`` is both on samples from a memory, and the
-choice of them; ``teachers`` are frozen networks asked in a step; ``auxiliary`` is what else components run.
+choice of them; ``teachers`` are frozen networks asked in a step; ``router`` is the training of routers; ``auxiliary``
+is what else components run.
 """
 PHASES: Final[tuple[str, ...]] = get_args(Phase)
 Count = Literal["dense", "effective"]
@@ -74,3 +76,26 @@ class Figure:
     value: int
     component: str = ""
     experience: int | None = None
+
+
+Row = TypeVar("Row")
+_NUMBERS: Final = {"int": (int,), "float": (int, float), "str": (str,)}
+
+
+def read_row(kind: type[Row], found: Mapping[str, Any]) -> Row:
+    """A row as a file has it; fields that this version does not know are left out.
+
+    Raises:
+        ValueError: A value of another type than its field's.
+        TypeError: A field is missing.
+    """
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]  # rows are dataclasses
+        if field.name not in found:
+            continue
+        value, (wanted, _, rest) = found[field.name], str(field.type).partition(" | ")
+        allowed = _NUMBERS.get(wanted, (str,))
+        if not (isinstance(value, allowed) and not isinstance(value, bool)) and not (value is None and rest == "None"):
+            raise ValueError(f"{field.name} is {value!r}")
+        values[field.name] = value
+    return kind(**values)

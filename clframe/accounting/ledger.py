@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from clframe.accounting.energy import Energy
-from clframe.accounting.entries import CONVENTION, PHASES, SCHEMA, Count, Entry, Figure, Joules, Phase, Size, Time
+from clframe.accounting.entries import (
+    CONVENTION,
+    PHASES,
+    SCHEMA,
+    Count,
+    Entry,
+    Figure,
+    Joules,
+    Phase,
+    Size,
+    Time,
+    read_row,
+)
+from clframe.accounting.predictions import Predictions
 from clframe.errors import ConfigError, RunFolderError, UnknownNameError, unknown_name
 
 Key = TypeVar("Key")
@@ -22,6 +35,9 @@ Key = TypeVar("Key")
 
 class Ledger:
     """Costs of a run.
+
+    Attributes:
+        predictions: What one prediction costs, which is no part of what the run cost.
 
     >>> ledger = Ledger()
     >>> ledger.add("forward", macs=100, experience=0, samples=4, steps=2)
@@ -31,6 +47,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self.predictions = Predictions()
         self._entries: list[Entry] = []
         self._times: list[Time] = []
         self._sizes: list[Size] = []
@@ -73,23 +90,6 @@ class Ledger:
         entry = Entry(phase=phase, macs=macs, experience=experience, component=component, exit=exit, samples=samples,
                       steps=steps, effective_macs=effective_macs)  # fmt: skip
         self._entries.append(entry)
-
-    def add_exits(
-        self, phase: Phase, *, names: Sequence[str], cost_K: Sequence[int], count_K: Sequence[int],
-        experience: int | None = None,
-    ) -> None:  # fmt: skip
-        """Add an entry for every exit at which samples stopped: a table of costs times counts, exact.
-
-        Args:
-            phase: What the samples went through the network for.
-            names: Names of the exits.
-            cost_K: MACs of one sample up to each exit, see :func:`~clframe.accounting.cumulative_macs`.
-            count_K: How many samples stopped at each.
-            experience: After which training experience.
-        """
-        for name, cost, count in list(zip(names, cost_K, count_K, strict=True)):
-            if count:
-                self.add(phase, macs=cost * count, experience=experience, exit=name, samples=count)
 
     def add_time(self, phase: str, *, seconds: float, experience: int | None = None) -> None:
         """Add wall time to a phase, such as ``training``, ``evaluation`` or ``accounting``."""
@@ -197,6 +197,7 @@ class Ledger:
             "energy": [asdict(part) for part in self._energy],
             "figures": [asdict(figure) for figure in self._figures],
             "uncounted": self.uncounted(),
+            "predictions": self.predictions.as_tree(),
         }
 
     @classmethod
@@ -212,12 +213,13 @@ class Ledger:
         ledger = cls()
         try:
             for row in tree["entries"]:
-                ledger.add(**_known(Entry, row))
-            ledger._times = [Time(**_known(Time, row)) for row in tree["times"]]
-            ledger._sizes = [Size(**_known(Size, row)) for row in tree["bytes"]]
-            ledger._energy = [Joules(**_known(Joules, row)) for row in tree["energy"]]
-            ledger._figures = [Figure(**_known(Figure, row)) for row in tree.get("figures", ())]
+                ledger.add(**asdict(read_row(Entry, row)))
+            ledger._times = [read_row(Time, row) for row in tree["times"]]
+            ledger._sizes = [read_row(Size, row) for row in tree["bytes"]]
+            ledger._energy = [read_row(Joules, row) for row in tree["energy"]]
+            ledger._figures = [read_row(Figure, row) for row in tree.get("figures", ())]
             ledger.add_uncounted({str(name): int(calls) for name, calls in tree["uncounted"].items()})
+            ledger.predictions = Predictions.of(tree.get("predictions", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise RunFolderError(f"ledger: is damaged ({reason}); write it anew by resuming the run") from error
@@ -249,7 +251,3 @@ class Ledger:
                 found[key(entry)] = found.get(key(entry), 0) + (macs or 0)
         return found
 
-
-def _known(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {name: value for name, value in row.items() if name in names}

@@ -58,11 +58,12 @@ def latency(
 ) -> tuple[Latency, ...]:
     """Time ``module`` in evaluation mode without gradients, one result for each size of batch.
 
-    The module is left as it was found.
+    Each call gets the next samples of ``example``, and the first ones again after the last: how long a model that stops
+    early takes depends on its inputs. The module is left as it was found.
 
     Args:
         module: What to time; it is called with one tensor.
-        example: Inputs, batch first, on any device; repeated or cut to each size.
+        example: Inputs, batch first, on any device; repeated where a batch is larger.
         batches: Sizes.
         warmup: Calls that are not timed.
         repeats: Calls that are.
@@ -79,8 +80,8 @@ def latency(
     inputs = example.to(tensor.device)
     with as_found(module), torch.inference_mode():
         return tuple(
-            Latency(batch=size, seconds=_times(module, x, warmup, repeats), device=str(x.device))
-            for size, x in ((size, _sized(inputs, size)) for size in batches)
+            Latency(batch=size, seconds=_times(module, parts, warmup, repeats), device=str(inputs.device))
+            for size, parts in ((size, _dealt(inputs, size)) for size in batches)
         )
 
 
@@ -122,19 +123,24 @@ class DevicePeak:
             self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
-def _times(module: nn.Module, x: Tensor, warmup: int, repeats: int) -> tuple[float, ...]:
-    for _ in range(warmup):
-        module(x)
-    synchronize(x.device)
+def _times(module: nn.Module, batches: Sequence[Tensor], warmup: int, repeats: int) -> tuple[float, ...]:
+    device = batches[0].device
+    for call in range(warmup):
+        module(batches[call % len(batches)])
+    synchronize(device)
     seconds = []
-    for _ in range(repeats):
+    for call in range(repeats):
+        x = batches[call % len(batches)]
         start = time.perf_counter()
         module(x)
-        synchronize(x.device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return tuple(seconds)
 
 
-def _sized(x: Tensor, size: int) -> Tensor:
-    copies = -(-size // len(x))
-    return x.repeat(copies, *(1 for _ in x.shape[1:]))[:size].contiguous()
+def _dealt(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Batches of this size, one behind the other; one that repeats the samples where there are fewer."""
+    if len(x) < size:
+        copies = -(-size // len(x))
+        return (x.repeat(copies, *(1 for _ in x.shape[1:]))[:size].contiguous(),)
+    return tuple(x[start : start + size].contiguous() for start in range(0, len(x) - size + 1, size))

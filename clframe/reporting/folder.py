@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -132,6 +133,7 @@ class RunFolder:
                 "bytes": ledger.bytes(),
                 "energy": asdict(ledger.energy()),
                 "uncounted": ledger.uncounted(),
+                "prediction": _prediction(ledger),
             }
         write_atomically(self.path / "ledger.json", json.dumps(costs, indent=2) + "\n")
 
@@ -139,6 +141,21 @@ class RunFolder:
     def versions() -> dict[str, str]:
         """Versions of Python and of the packages that decide a run's numbers."""
         return versions()
+
+
+def _prediction(ledger: Ledger) -> dict[str, Any]:
+    """What a prediction costs at the end of the run; a mean without samples is null."""
+    found = ledger.predictions
+    mean = found.mean()
+    return {
+        "whole": found.whole(),
+        "mean": None if math.isnan(mean) else mean,
+        "by_component": found.by_component(),
+        "by_exit": found.by_exit(),
+        "samples_by_exit": found.samples_by_exit(),
+        "dense_by_role": found.by_role(),
+        "effective_by_role": found.by_role(count="effective"),
+    }
 
 
 def versions() -> dict[str, str]:

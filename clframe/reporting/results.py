@@ -18,6 +18,7 @@ from typing import Any
 
 from clframe.errors import ClframeError, RunFolderError
 from clframe.files import write_atomically
+from clframe.metrics.activity_record import ActivityRecord
 from clframe.metrics.exit_record import ExitRecord
 from clframe.metrics.exits import forgetting_by_exit
 from clframe.metrics.scores import METRICS, scores
@@ -62,6 +63,7 @@ class Result:
     exit_names: tuple[str, ...] = field(default=())
     exit_forgetting: tuple[float, ...] = field(default=())
     exits: tuple[ExitRecord, ...] = field(default=())
+    activity: tuple[ActivityRecord, ...] = field(default=())
 
     def to_json(self) -> str:
         """The object as JSON text, one field a line; NaN is written as ``null``."""
@@ -136,6 +138,7 @@ def summarize(
     loss_terms: Sequence[Mapping[str, float]] = (),
     exit_names: Sequence[str] = (),
     exits: Sequence[ExitRecord] = (),
+    activity: Sequence[ActivityRecord] = (),
 ) -> Result:
     """The results of a run: every metric from the counts taken after each training experience.
 
@@ -175,6 +178,7 @@ def summarize(
         state_bytes=dict(state_bytes), versions=dict(versions), run_folder=str(run_folder),
         loss_terms=tuple(dict(terms) for terms in loss_terms),
         exit_names=tuple(exit_names), exits=tuple(exits), exit_forgetting=_exit_forgetting(exits),
+        activity=tuple(activity),
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def filled():
     ledger.add("forward", macs=500, experience=1, samples=5, steps=1, effective_macs=200)
     ledger.add("teachers", macs=400, experience=1, component="lwf")
     ledger.add("replay", macs=300, experience=1, samples=3)
-    ledger.add_exits("evaluation", names=("a", "b", "final"), cost_K=(10, 20, 50), count_K=(3, 0, 2), experience=1)
+    ledger.add("evaluation", macs=10 * 3, experience=1, exit="a", samples=3)
+    ledger.add("evaluation", macs=50 * 2, experience=1, exit="final", samples=2)
     return ledger
 
 
@@ -95,8 +96,6 @@ def test_what_cannot_be_is_refused():
     for wrong in ({"macs": -1}, {"macs": 1, "steps": -1}, {"macs": 1, "effective_macs": 2}):
         with pytest.raises(ConfigError, match="ledger: found macs"):
             ledger.add("forward", **wrong)
-    with pytest.raises(ValueError, match="zip"):
-        ledger.add_exits("evaluation", names=("a",), cost_K=(1, 2), count_K=(1, 2))
     assert ledger.entries == ()
 
 
@@ -109,6 +108,10 @@ def test_what_cannot_be_is_refused():
         ('{"schema_version": 1}', "is damaged"),
         (filled().to_json().replace('"macs": 1000', '"macs": "x"'), "is damaged"),
         (filled().to_json().replace('"forward"', '"foreword"'), "is damaged"),
+        (filled().to_json().replace('"experience": 1', '"experience": "one"'), "is damaged .experience is 'one'"),
+        (filled().to_json().replace('"times": []', '"times": [{"phase": "training", "seconds": "long"}]'), "seconds is 'lo"),
+        (filled().to_json().replace('"times": []', '"times": [{"phase": "training"}]'), "is damaged"),
+        (filled().to_json().replace('"times": []', '"times": [7]'), "is damaged"),
     ],
 )
 def test_a_damaged_file_is_one_line(text, says):

@@ -47,6 +47,27 @@ def test_latency_calls_as_often_as_it_says():
     assert module.training and torch.equal(state, torch.get_rng_state())
 
 
+class Seeing(nn.Module):
+    """Remembers what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.flatten().tolist())
+        return x
+
+
+def test_calls_go_round_through_the_samples():
+    module = Seeing()
+    latency(module, torch.arange(5.0)[:, None], batches=(2,), warmup=1, repeats=4)
+    assert module.seen == [[0, 1], [0, 1], [2, 3], [0, 1], [2, 3]]  # the fifth fills no batch
+    module.seen.clear()
+    latency(module, torch.arange(3.0)[:, None], batches=(7,), warmup=0, repeats=1)
+    assert module.seen == [[0, 1, 2, 0, 1, 2, 0]]
+
+
 @pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"warmup": -1}])
 def test_latency_refuses_nothing_to_time(wrong):
     with pytest.raises(ConfigError, match="latency: found batches"):

@@ -36,6 +36,10 @@ def test_with_the_ledger_of_a_run(tmp_path):
     ledger.add_bytes("memory", bytes=12, component="er")
     ledger.add_energy(Energy(None, "none"), experience=0)
     ledger.add_uncounted({"aten._fft_r2c": 2})
+    ledger.predictions.add_part("layer1", kind="stage", macs=40, experience=0)
+    ledger.predictions.add_part("exit/layer1", kind="head", macs=30, component="exits", experience=0)
+    ledger.predictions.add_stops(names=("layer1", "final"), cost_K=(70, 200), count_K=(3, 1), of=0, experience=0)
+    ledger.predictions.add_products("linear", macs=400, effective_macs=100, samples=4, experience=0)
     tree = written(tmp_path, ledger=ledger)
     assert Ledger.of(tree["ledger"]).entries == ledger.entries
     assert tree["totals"] == {
@@ -43,4 +47,13 @@ def test_with_the_ledger_of_a_run(tmp_path):
         "by_component": {"": 700}, "samples": 2, "replayed_samples": 1, "seconds": {"training": 0.5},
         "bytes": {"memory": 12}, "energy": {"joules": None, "energy_source": "none"},
         "uncounted": {"aten._fft_r2c": 2},
+        "prediction": {
+            "whole": 70, "mean": (3 * 70 + 200) / 4, "by_component": {"": 40, "exits": 30},
+            "by_exit": {"layer1": 70, "final": 200}, "samples_by_exit": {"layer1": 3, "final": 1},
+            "dense_by_role": {"linear": 100.0}, "effective_by_role": {"linear": 25.0},
+        },
     }  # fmt: skip
+
+
+def test_a_mean_without_samples_is_null(tmp_path):
+    assert written(tmp_path, ledger=Ledger())["totals"]["prediction"]["mean"] is None

@@ -16,7 +16,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from clframe.metrics import Tally
-from clframe.training.tensorboard import LAYOUT, LEARNING_RATE, TensorBoard, matrix_image, matrix_markdown
+from clframe.training.board_layout import LEARNING_RATE, LOSS, THROUGHPUT
+from clframe.training.matrix_drawing import matrix_image, matrix_markdown
+from clframe.training.tensorboard import TensorBoard
 
 NAN = float("nan")
 
@@ -50,6 +52,7 @@ def written(tmp_path):
     board.scalars({"loss/task": 0.5, "loss/lwf/distil": math.inf}, 11)
     for i in range(3):
         board.evaluation(TALLIES[: i + 1])
+        board.lay_out(i + 1)
     board.close()
     return read(tmp_path)
 
@@ -64,31 +67,31 @@ def test_an_evaluation_has_accuracies_averages_and_transfer(written):
     assert points(written, "experience_accuracy/00") == [(0, 1.0), (1, 0.5), (2, 0.25)]
     assert points(written, "experience_accuracy/01") == [(1, 1.0), (2, 0.5)]
     assert points(written, "experience_accuracy/02") == [(2, 0.75)]
-    assert points(written, "cl/average_accuracy") == [(0, 1.0), (1, 0.75), (2, 0.5)]
-    assert points(written, "cl/average_accuracy_task_aware") == [(0, 1.0), (1, 1.0), (2, 1.0)]
-    assert points(written, "cl/forgetting") == [(1, 0.5), (2, (0.75 + 0.5) / 2)]
-    assert points(written, "cl/backward_transfer") == [(1, -0.5), (2, (-0.75 - 0.5) / 2)]
+    assert points(written, "1_progress/accuracy") == [(0, 1.0), (1, 0.75), (2, 0.5)]
+    assert points(written, "continual/accuracy_task_aware") == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert points(written, "1_progress/forgetting") == [(1, 0.5), (2, (0.75 + 0.5) / 2)]
+    assert points(written, "continual/backward_transfer") == [(1, -0.5), (2, (-0.75 - 0.5) / 2)]
 
 
 def test_there_are_no_other_tags(written):
     assert set(written.Tags()["scalars"]) == {
-        "cl/average_accuracy", "cl/average_accuracy_task_aware", "cl/forgetting", "cl/backward_transfer",
+        "1_progress/accuracy", "continual/accuracy_task_aware", "1_progress/forgetting", "continual/backward_transfer",
         "experience_accuracy/00", "experience_accuracy/01", "experience_accuracy/02",
         "loss/task", "loss/lwf/distil", LEARNING_RATE,
     }  # fmt: skip
-    assert written.Tags()["images"] == ["cl/accuracy_matrix"]
-    assert set(written.Tags()["tensors"]) == {"cl/accuracy_matrix/text_summary", "custom_scalars__config__"}
+    assert written.Tags()["images"] == ["2_pictures/accuracy_matrix"]
+    assert set(written.Tags()["tensors"]) == {"2_pictures/accuracy_matrix/text_summary", "custom_scalars__config__"}
 
 
 def test_the_matrix_is_an_image_under_one_tag_per_experience(written):
-    events = written.Images("cl/accuracy_matrix")
+    events = written.Images("2_pictures/accuracy_matrix")
     assert [event.step for event in events] == [0, 1, 2]
     stored = np.asarray(Image.open(io.BytesIO(events[2].encoded_image_string)))
     assert np.array_equal(stored, matrix_image([t.accuracy_E for t in TALLIES]))
 
 
 def test_the_matrix_is_text_too(written):
-    events = written.Tensors("cl/accuracy_matrix/text_summary")
+    events = written.Tensors("2_pictures/accuracy_matrix/text_summary")
     assert [event.step for event in events] == [0, 1, 2]
     assert events[1].tensor_proto.string_val[0].decode() == (
         "| after | 0 | 1 | 2 |\n|---|---|---|---|\n"
@@ -96,23 +99,31 @@ def test_the_matrix_is_text_too(written):
     )
 
 
-def test_every_chart_of_the_layout_finds_its_tags(written):
-    (event,) = written.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(LAYOUT)
+def test_every_chart_of_the_layout_finds_its_tags_and_the_last_layout_has_all(written):
+    events = written.Tensors("custom_scalars__config__")
+    assert [event.step for event in events] == [1, 2]  # forgetting comes up with the second experience
+    layout = layout_pb2.Layout.FromString(events[-1].tensor_proto.string_val[0])
     tags = written.Tags()["scalars"]
     shown = {
         chart.title: {tag for tag in tags for pattern in chart.multiline.tag if re.match(pattern, tag)}
         for category in layout.category
         for chart in category.chart
     }
+    assert [category.title for category in layout.category] == ["progress", "experiences", "training"]
     assert shown == {
-        "accuracy per experience": {f"experience_accuracy/0{j}" for j in range(3)},
-        "average accuracy": {"cl/average_accuracy"},
-        "forgetting": {"cl/forgetting"},
+        "accuracy over the experiences so far": {"1_progress/accuracy"},
+        "forgetting": {"1_progress/forgetting"},
         "losses by term": {"loss/task", "loss/lwf/distil"},
+        "accuracy per experience": {f"experience_accuracy/0{j}" for j in range(3)},
+        "task-aware accuracy and backward transfer": {"continual/accuracy_task_aware", "continual/backward_transfer"},
         "learning rate": {LEARNING_RATE},
     }
+
+
+def test_the_first_page_comes_first():
+    tags = [LOSS, THROUGHPUT, "1_progress/accuracy", "loss/task/ce", "experience_accuracy/00", "2_pictures/neurons", "final/x"]
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags)))
+    assert groups[:2] == ["1_progress", "2_pictures"]
 
 
 def test_what_was_not_evaluated_is_no_point(tmp_path):
@@ -120,7 +131,7 @@ def test_what_was_not_evaluated_is_no_point(tmp_path):
     board.evaluation([Tally(((4, 0), (0, 0)), ((3, 0), (0, 0)), ((4, 0), (0, 0)))])
     board.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {
-        "experience_accuracy/00", "cl/average_accuracy", "cl/average_accuracy_task_aware"}  # fmt: skip
+        "experience_accuracy/00", "1_progress/accuracy", "continual/accuracy_task_aware"}  # fmt: skip
 
 
 def test_experience_numbers_sort_as_text(tmp_path):
@@ -158,22 +169,6 @@ def test_hyper_parameters_and_final_metrics_are_in_the_same_folder(tmp_path):
     assert [info.name.tag for info in experiment.metric_infos] == ["final/final_average_accuracy"]
     assert points(events, "final/final_average_accuracy") == [(2, 0.75)]
     assert "final/forward_transfer" not in events.Tags()["scalars"]
-
-
-def test_a_resumed_run_drops_the_steps_that_are_trained_again(tmp_path):
-    first = TensorBoard(tmp_path, experiences=3)
-    for step in (0, 10, 20, 30):
-        first.scalars({"loss/task": 1.0}, step)
-    first.evaluation(TALLIES[:1])
-    first.close()
-    second = TensorBoard(tmp_path, experiences=3, purge_step=20)
-    for step in (20, 30, 40):
-        second.scalars({"loss/task": 2.0}, step)
-    second.evaluation(TALLIES[:2])
-    second.close()
-    events = read(tmp_path)
-    assert points(events, "loss/task") == [(0, 1.0), (10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
-    assert points(events, "cl/average_accuracy") == [(0, 1.0), (1, 0.75)]
 
 
 def test_closing_twice_is_fine(tmp_path):

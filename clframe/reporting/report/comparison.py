@@ -17,6 +17,8 @@ TRAINING_ONLY = ("benchmark.augment",)
 
 WHOLE = "whole network"
 """Name of the operating point that computes everything."""
+OWN = "own policy"
+"""Name of the operating point at which a run answered by a policy of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Group:
     @property
     def points(self) -> list[Point]:
         """Operating points, means over seeds."""
-        return mean_points([operating_points(result) for result in self.results])
+        return mean_points([operating_points(run) for run in self.runs])
 
     def metric(self, name: str) -> dict[int, float]:
         """A field of every result, such as ``forgetting``, by seed."""
@@ -113,14 +115,26 @@ def mismatch(first: Group, second: Group) -> str:
     return ""
 
 
-def operating_points(result: Result) -> list[Point]:
-    """What a run's model can do: all of it, and stopping early at each budget, where thresholds have been chosen.
+def operating_points(run: Run) -> list[Point]:
+    """What a run's model can do: stop early at each budget, by a policy of its own, or not at all, which comes last.
 
-    Accuracy is over all test samples.
+    Budgets are there where thresholds have been chosen, the policy where some samples stop early. Accuracy is over all
+    test samples. Where experts rest, the whole network costs those that run.
     """
+    result = run.result
+    assert result is not None
     if result.exits:
-        return record_points(result.exits[-1])
-    return [Point(NAN if result.macs is None else result.macs, result.final_weighted_accuracy, WHOLE)]
+        *early, whole = record_points(result.exits[-1])
+    else:
+        early, whole = [], Point(NAN if result.macs is None else result.macs, result.final_weighted_accuracy, WHOLE)
+    if run.ledger is None:
+        return [*early, whole]
+    predictions = run.ledger.predictions
+    stopped = predictions.samples_by_exit()
+    if any(count for name, count in stopped.items() if name != result.exit_names[-1]):
+        early.append(Point(predictions.mean(), result.final_weighted_accuracy, OWN))
+    spared = sum((row.dense_macs - row.macs) / row.samples for row in predictions.experts())
+    return [*early, whole._replace(cost=predictions.whole() - spared) if predictions.experts() else whole]
 
 
 def record_points(record: ExitRecord) -> list[Point]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from clframe import __version__
 from clframe.metrics.continual import average_seen_accuracy, forgetting
 from clframe.reporting.report.comparison import Group, mismatch
+from clframe.reporting.report.cost_section import cost_section, mean_macs
 from clframe.reporting.report.drawing import Drawn, drawn
 from clframe.reporting.report.figures import group_pictures, run_pictures
 from clframe.reporting.report.loading import Run
@@ -23,10 +24,8 @@ from clframe.reporting.report.tables import (
     macs,
     matrix_table,
     metric,
-    phases_table,
     points_table,
     seeds_text,
-    stages_table,
     summary_table,
 )
 
@@ -96,22 +95,18 @@ def _comparison(groups: Sequence[Group], figures: list[Drawn], tables: dict[str,
 
 
 def _group(group: Group, figures: list[Drawn], tables: dict[str, Table], *, prefix: str) -> list[Section]:
-    first, many = group.runs[0], len(group.results[0].exit_names) > 1
+    many = len(group.results[0].exit_names) > 1
     pictures = [drawn(picture) for picture in run_pictures(group.runs, prefix=prefix)]
     shown = [exits_table(group), points_table(group)] if many and group.results[0].exits else []
     folded = [summary_table(group), matrix_table(group.runs)]
-    folded += [stages_table(first)] if first.stage_macs else []
-    folded += [phases_table(first)] if first.phase_macs else []
     figures += pictures
     tables.update({f"{prefix}{table.name}": table for table in [*shown, *folded]})
     seeds = f"Seed{'s' if len(group.seeds) > 1 else ''} {seeds_text(group.seeds)}"
     intro = f"{seeds}. Mean ± sample standard deviation over seeds." if len(group.seeds) > 1 else f"{seeds}."
-    if not first.stage_macs:
-        intro += " Cost by stage: undefined, ledger.json does not say."
-    if first.uncounted:
-        intro += f" Not counted in the costs: {', '.join(first.uncounted)}."
+    costs = "What it costs" if not prefix else f"What it costs: {group.label}"
     return [
         Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, tables=shown, folded=folded),
+        cost_section(group, figures, tables, title=costs, prefix=prefix),
         _what_was_run(group.runs, title="What was run" if not prefix else f"What was run: {group.label}"),
     ]
 
@@ -125,6 +120,9 @@ def _tiles(group: Group) -> list[tuple[str, Quantity, str]]:
         ("state kept", over_seeds(group.by_seed(lambda r: sum(r.state_bytes.values())), kind="whole"), "bytes"),
         ("training", over_seeds(group.by_seed(lambda r: r.train_seconds), kind="decimal"), "s"),
     ]
+    spared = mean_macs(group)
+    if spared is not None:
+        tiles.insert(4, ("MACs a prediction, mean by its own decision", spared, ""))
     records = [result.exits[-1] for result in group.results if result.exits]
     if records and len(group.results[0].exit_names) > 1:
         at = {

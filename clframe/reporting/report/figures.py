@@ -112,8 +112,8 @@ def group_pictures(groups: Sequence[Group], *, comparable: bool = True) -> list[
     if any(group.points for group in groups):
         front = "The line is the Pareto front." if comparable else "No front: the groups are not comparable."
         said = (
-            "Accuracy on all test samples against mean MACs of a prediction: the whole network, and stopping early at "
-            f"each budget. {front}"
+            "Accuracy on all test samples against mean MACs of a prediction: the whole network, stopping early at each "
+            f"budget, and by a policy of its own. {front}"
         )
         pictures.append(Picture("pareto", said, partial(draw_pareto, groups, front=comparable), height))
     return pictures
@@ -253,7 +253,7 @@ def draw_stages(run: Run, figure: Figure) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="MACs")
-    axes.xaxis.set_major_formatter(lambda value, _position: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _position: short_count(value))
 
 
 def draw_pareto(groups: Sequence[Group], figure: Figure, *, front: bool) -> None:
@@ -270,16 +270,16 @@ def draw_pareto(groups: Sequence[Group], figure: Figure, *, front: bool) -> None
         axes.plot([p.cost for p in best], [p.accuracy for p in best], color=MUTED, linewidth=5, alpha=0.28, zorder=0,
                   solid_capstyle="round", drawstyle="steps-post")  # fmt: skip
     axes.set(xlabel="MACs a prediction", ylabel="accuracy, %", xlim=(0, None))
-    axes.xaxis.set_major_formatter(lambda value, _position: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _position: short_count(value))
     axes.margins(y=0.12)
     percent(axes.yaxis)
     legend(figure, axes)
 
 
-def _short(value: float) -> str:
+def short_count(value: float) -> str:
     """A count for an axis.
 
-    >>> _short(0), _short(350_000), _short(1.8e9)
+    >>> short_count(0), short_count(350_000), short_count(1.8e9)
     ('0', '350 k', '1.8 G')
     """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -6,22 +6,18 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
-from clframe.config.files import read_yaml
-from clframe.config.typed import as_tree, from_mapping
-from clframe.core import parse
-from clframe.errors import ClframeError, RunFolderError
+from clframe.accounting import Ledger
+from clframe.errors import RunFolderError
+from clframe.metrics.activity_record import ActivityRecord
 from clframe.metrics.continual import Matrix, final_average_accuracy
 from clframe.metrics.exit_record import ExitRecord
+from clframe.reporting.latency import Timings, read_timings
+from clframe.reporting.report.settings import config_of, settings_of
 from clframe.reporting.results import Result
-
-NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "benchmark.workers")
-"""Keys of a config that change no number of a run, and the seed."""
 
 
 class Logged(NamedTuple):
@@ -40,7 +36,7 @@ class Run:
     path: Path
     config_text: str
     settings: Mapping[str, str]
-    """The config, flat, with every option of the components that the strategy has; :data:`NO_MATTER` left out."""
+    """The config, flat, with every option of the components that the strategy has, without what changes no number."""
     name: str
     seed: int
     strategy: str
@@ -61,6 +57,12 @@ class Run:
     uncounted: Mapping[str, int]
     """What the ledger did not count, and how often it ran."""
     environment: Mapping[str, Any]
+    ledger: Ledger | None = None
+    """Every entry; None where ledger.json has none."""
+    timings: Timings | None = None
+    """How long predictions took, where that was measured."""
+    activity: Sequence[ActivityRecord] = ()
+    """Hidden neurons and experts after each experience."""
 
     @property
     def finished(self) -> bool:
@@ -104,7 +106,7 @@ def load_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file():
         raise RunFolderError(f"{path}: has results.json but no config.yaml; restore it or run again")
-    config = from_mapping_of(path / "config.yaml")
+    config = config_of(path / "config.yaml")
     result = _result(path, seed=config["seed"])
     if result is None:
         accuracy_TE, aware_TE, exits = _so_far(path)
@@ -112,7 +114,7 @@ def load_run(path: Path) -> Run:
     else:
         accuracy_TE, aware_TE = result.accuracy_matrix, result.accuracy_matrix_task_aware
         exits, names = result.exits, result.exit_names
-    settings, strategy = _settings(config)
+    settings, strategy = settings_of(config)
     ledger = _json(path / "ledger.json")
     totals = ledger.get("totals")
     totals = totals if isinstance(totals, Mapping) else {}
@@ -124,46 +126,9 @@ def load_run(path: Path) -> Run:
         result=result, accuracy_matrix=accuracy_TE, accuracy_matrix_task_aware=aware_TE, exits=exits,
         exit_names=names, logged=_logged(path / "metrics.csv"), stage_macs=_counts(ledger.get("inference_macs")),
         phase_macs=_counts(totals.get("by_phase")), uncounted=_counts(totals.get("uncounted")),
-        environment=_json(path / "environment.json"),
+        environment=_json(path / "environment.json"), ledger=_ledger(ledger, path / "ledger.json"),
+        timings=read_timings(path), activity=result.activity if result else (),
     )  # fmt: skip
-
-
-def from_mapping_of(path: Path) -> dict[str, Any]:
-    """A resolved config file as nested plain values, with the defaults of options it does not have."""
-    tree = OmegaConf.to_container(read_yaml(path), resolve=False)
-    assert isinstance(tree, dict)
-    try:
-        return as_tree(from_mapping({str(key): value for key, value in tree.items()}))
-    except ClframeError as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _settings(config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """The flat config and the strategy's name, both the same for two ways of writing one strategy."""
-    tree = {key: value for key, value in config.items() if key not in ("strategy", "components")}
-    strategy = str(config["strategy"])
-    try:
-        composition = parse(strategy, config["components"])
-        strategy, components = str(composition), {component.name: asdict(component) for component in composition}
-    except ClframeError:  # a component of a package that is not installed here
-        components = dict(config["components"])
-    flat = {"strategy": strategy, **flatten(tree), **flatten(components)}
-    return {key: value for key, value in flat.items() if key not in NO_MATTER}, strategy
-
-
-def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one of dotted keys, values as JSON.
-
-    >>> flatten({"trainer": {"epochs": 2, "devices": [0]}})
-    {'trainer.epochs': '2', 'trainer.devices': '[0]'}
-    """
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, prefix=f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
 
 
 def _result(path: Path, *, seed: int) -> Result | None:
@@ -224,6 +189,16 @@ def _logged(path: Path) -> list[Logged]:
             ]
     except (KeyError, TypeError, ValueError, csv.Error):
         raise RunFolderError(f"{path}: is damaged; restore it, or delete it to report without losses") from None
+
+
+def _ledger(found: Mapping[str, Any], path: Path) -> Ledger | None:
+    tree = found.get("ledger")
+    if tree is None:
+        return None
+    try:
+        return Ledger.of(tree if isinstance(tree, Mapping) else {})
+    except RunFolderError as error:
+        raise RunFolderError(f"{path}: {error}") from None
 
 
 def _counts(found: object) -> dict[str, int]:

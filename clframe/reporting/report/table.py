@@ -12,7 +12,7 @@ from typing import Literal
 
 from clframe.reporting.report.statistics import NAN, deviation, mean
 
-Kind = Literal["percent", "points", "whole", "decimal"]
+Kind = Literal["percent", "points", "whole", "decimal", "fine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Quantity:
     deviation: float = NAN
     """Over seeds; NaN shows none."""
     kind: Kind = "percent"
-    """``percent`` shows a fraction times 100, ``points`` with its sign; ``whole`` hides a deviation of 0."""
+    """``percent`` shows a fraction times 100, ``points`` with its sign; ``whole`` hides a deviation of 0; ``fine``
+    shows three decimals."""
     undefined: str = ""
 
     def __str__(self) -> str:
@@ -44,6 +45,8 @@ class Quantity:
             return "infinite"
         if self.kind == "whole":
             return f"{value:,.0f}"
+        if self.kind == "fine":
+            return f"{value:,.3f}"
         scale = 100 if self.kind in ("percent", "points") else 1
         return f"{round(scale * value, 1) + 0.0:,.1f}"  # + 0.0: never "-0.0"
 

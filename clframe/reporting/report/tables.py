@@ -103,20 +103,20 @@ def equal_accuracy_table(groups: Sequence[Group]) -> Table:
     columns = ("group", "seeds", "accuracy to reach, %", f"MACs of {base.label}", "MACs needed", "share, %")
     note = (
         f"The accuracy to reach is that of the whole network of '{base.label}' on all test samples. Operating points: "
-        f"the whole network, and stopping early with thresholds chosen on validation samples; between two points, "
-        f"samples are sent to either by lot."
+        f"the whole network, stopping early with thresholds chosen on validation samples, and by its own policy; "
+        f"between two points, samples are sent to either by lot."
     )
     return Table(name="equal_accuracy", title="Cost at equal accuracy", note=note, columns=columns, rows=tuple(rows))
 
 
 def _equal_cost(base: Group, group: Group, seeds: Sequence[int]) -> tuple[float, float, float]:
-    whole = [operating_points(r)[-1] for r in base.results if r.seed in seeds]
+    whole = [operating_points(run)[-1] for run in base.runs if run.seed in seeds]
     target, cost = mean([point.accuracy for point in whole]), mean([point.cost for point in whole])
     return target, cost, cost_at(_points(group, seeds), target)
 
 
 def _points(group: Group, seeds: Sequence[int]) -> list[Point]:
-    return mean_points([operating_points(result) for result in group.results if result.seed in seeds])
+    return mean_points([operating_points(run) for run in group.runs if run.seed in seeds])
 
 
 def _best(group: Group, seeds: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from clframe.functional.early_exit.curves import BudgetPoint, BudgetPoints, Curv
 from clframe.metrics.exit_record import ExitRecord
 from clframe.metrics.exits import ExitDiagnostics
 from clframe.metrics.tally import Tally
+from clframe.reporting.latency import write_timings
 from clframe.reporting.report import content
 from clframe.reporting.report.drawing import Drawn
 from clframe.reporting.results import summarize
@@ -67,7 +68,7 @@ def make_run(tmp_path):
 
     def making(
         name, final, *, seed=0, first=(20, 0), strategy="er", overrides=(), records=(), macs=1000, classes=(0, 1),
-        change=None,
+        change=None, ledger=None, timings=None, activity=(),
     ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -77,7 +78,7 @@ def make_run(tmp_path):
             [_tally(*first), _tally(*final)], name=config.name, strategy=strategy, benchmark="digits",
             backbone="small_cnn", seed=seed, class_order=classes, experiences=((0,), (1,)), parameters=7, macs=macs,
             train_seconds=2.0, steps=30, state_bytes={"er": 16}, versions={"torch": "2"}, run_folder=folder,
-            exit_names=("early", "final") if records else (), exits=records,
+            exit_names=("early", "final") if records else (), exits=records, activity=activity,
         )  # fmt: skip
         content = json.loads(result.to_json())
         content.update(change or {})
@@ -86,10 +87,16 @@ def make_run(tmp_path):
             "command": ["clframe", "run", "quickstart", f"strategy={strategy}", "--seed", str(seed)],
             "git_revision": "abc", "machine": {"cores": 2},
         }))  # fmt: skip
-        (folder / "ledger.json").write_text(json.dumps({
+        costs = {
             "inference_macs": {"block": 750, "exit/final": 250},
             "totals": {"by_phase": {"forward": 100, "backward": 300}, "uncounted": {"aten::odd": 2}},
-        }))  # fmt: skip
+        }
+        if ledger is not None:
+            costs["ledger"] = ledger.as_tree()
+            costs["totals"] = {"by_phase": ledger.by_phase(), "uncounted": ledger.uncounted()}
+        (folder / "ledger.json").write_text(json.dumps(costs))
+        if timings is not None:
+            write_timings(timings, folder)
         (folder / "metrics.csv").write_text(
             "experience,step,name,value\n0,20,loss/task/ce,0.5\n1,40,loss/task/ce,0.25\n1,40,train/learning_rate,0.1\n"
         )

@@ -109,20 +109,22 @@ def load(run: str | Path, *, device: str = "cpu") -> TrainedModel:
     """The model that a run has trained so far, to predict with; reads neither data nor code.
 
     Args:
-        run: A run folder, finished or not.
+        run: A run folder, finished or not, or the folder of its model converted by ``clframe moefy``.
         device: Where to put it.
 
     Raises:
         RunFolderError: No run folder, or no checkpoint in it that can be read.
     """
-    from clframe.training.trained import newest, restored
+    from clframe.training.trained import CONVERTED, newest, recipe_of, restored
 
     folder = RunFolder.open(Path(run), where="load")
+    recipe = recipe_of(folder.path) if (folder.path / CONVERTED).is_file() else None
     config = _config_of(folder)
     content = newest(folder.path, device=torch.device(device))
     network = Network(_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
     try:
-        trained = restored(network, build_strategy(config.strategy, config.components), content)
+        strategy = build_strategy(config.strategy, config.components)
+        trained = restored(network, strategy, content, recipe=recipe)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
@@ -152,12 +154,7 @@ def build(config: Config) -> Parts:
     """Everything a config names, checked as far as it can be before training."""
     composition = build_strategy(config.strategy, config.components)
     backbone = _backbone(config.backbone)
-    augment = build_augmentations(config.benchmark.augment)
-    source_of = SOURCES.get(config.benchmark.name, where="benchmark.name")
-    beside = block_keys("benchmark")
-    source = source_of(**check_options(source_of, config.benchmark.options, where="benchmark", beside=beside))
-    source = source.first_classes(config.benchmark.classes).augmented(augment).read_by(config.benchmark.workers)
-    benchmark = build_benchmark(source, config.benchmark, seed=config.seed)
+    source, benchmark = build_data(config.benchmark, seed=config.seed)
     composition.check_needs()
     for component in composition:
         component.check(classes=source.classes)
@@ -183,6 +180,16 @@ def build(config: Config) -> Parts:
         options = {component.name: asdict(component) for component in settled}
         config = replace(config, strategy=str(settled), components={**config.components, **options})
     return Parts(config, settled, benchmark, network)
+
+
+def build_data(config: BenchmarkConfig, *, seed: int) -> tuple[Source, Benchmark]:
+    """The data that a benchmark block names, and the same dealt out to experiences."""
+    augment = build_augmentations(config.augment)
+    source_of = SOURCES.get(config.name, where="benchmark.name")
+    beside = block_keys("benchmark")
+    source = source_of(**check_options(source_of, config.options, where="benchmark", beside=beside))
+    source = source.first_classes(config.classes).augmented(augment).read_by(config.workers)
+    return source, build_benchmark(source, config, seed=seed)
 
 
 def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
@@ -391,6 +398,7 @@ def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progres
         loss_terms=progress.loss_terms,
         exit_names=network.exit_names,
         exits=progress.exits,
+        activity=progress.activity,
     )
     folder.write_ledger(
         network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger
@@ -408,6 +416,16 @@ def _refuse_plugins(config: Config, folder: RunFolder) -> None:
         raise UnsupportedError(
             f"{folder.path}: has plugins of Avalanche's ({names}), whose state is in no checkpoint; run it anew"
         )
+
+
+def run_config(run: str | Path, *, where: str = "load") -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        RunFolderError: No run folder.
+        ConfigError: Its config cannot be read.
+    """
+    return _config_of(RunFolder.open(Path(run), where=where))
 
 
 def _config_of(folder: RunFolder) -> Config:

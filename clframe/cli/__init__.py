@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from clframe import __version__
-from clframe.cli import explain, listing, report, run
+from clframe.cli import analyse, explain, latency, listing, moefy, report, run
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
 
 _DESCRIPTION = """\
@@ -28,11 +28,14 @@ every prediction costs.
   clframe run quickstart components.er.memory=50       another option
   clframe run quickstart --seeds 0..4                  five seeds, mean and deviation
   clframe report runs/quickstart                       runs as a page, tables and figures
+  clframe latency RUN                                  how long its predictions take, as far as each exit
+  clframe analyse sparsity RUN                         how sparse its activations are and may become
+  clframe moefy RUN                                    dense to experts, accuracy against cost
   clframe explain quickstart                           what would happen, before any training
   clframe list strategies                              what there is
 """
 
-_VERBS = (run, report, explain, listing)
+_VERBS = (run, report, latency, analyse, moefy, explain, listing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clframe: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nclframe: interrupted; go on with clframe run --resume RUN", file=sys.stderr)
+        advice = "; go on with clframe run --resume RUN" if "run" in given else ""
+        print(f"\nclframe: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read has gone (`| head`): nothing is lost, and the last flush must not complain.
@@ -82,7 +86,7 @@ def _act(given: list[str]) -> int:
 
 
 def _unknown_option(word: str, parser: argparse.ArgumentParser) -> NoReturn:
-    known = sorted(set(re.findall(r"--[a-z]+", parser.format_help())))
+    known = sorted(set(re.findall(r"--[a-z_-]+", parser.format_help())))
     name = word.partition("=")[0]
     close = nearest(name, [option for option in known if option != "--help"])
     advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known)}"

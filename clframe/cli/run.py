@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from clframe.cli.board import Board
 from clframe.cli.call import CONFIG, add_config_options, config_of
 from clframe.cli.notices import Notices, notices
 from clframe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clframe.build import Parts
     from clframe.reporting.results import Result
 
 NAME = "run"
@@ -21,6 +24,7 @@ DESCRIPTION = f"""\
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
+  clframe run quickstart --tensorboard
   clframe run my.yaml --seed 3 --device cuda --output results
   clframe run --resume runs/quickstart/20260101-120000-seed0
 """
@@ -32,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or a list 0,3,7")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard on localhost meanwhile")
     parser.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
 
 
@@ -41,17 +46,17 @@ def act(options: argparse.Namespace) -> int:
 
     if options.resume is not None:
         _refuse_beside_resume(options)
-        with notices(quiet=options.quiet) as said:
-            results = [_run(options, said, resume=options.resume)]
+        with notices(quiet=options.quiet) as said, _board(options) as board:
+            results = [_run(options, said, board, resume=options.resume)]
         _show(results, options)
         return 0
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
     config, overrides = config_of(options)
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
-    with notices(quiet=options.quiet) as said:
+    with notices(quiet=options.quiet) as said, _board(options) as board:
         results = [
-            _run(options, said, config=config, overrides=[*overrides, *seed], output=options.output)
+            _run(options, said, board, config=config, overrides=[*overrides, *seed], output=options.output)
             for seed in seeds or [[]]
         ]
     _show(results, options)
@@ -67,11 +72,19 @@ def _refuse_beside_resume(options: argparse.Namespace) -> None:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
 
 
-def _run(options: argparse.Namespace, said: Notices, **arguments: Any) -> Result:
+def _board(options: argparse.Namespace) -> Board:
+    return Board(wanted=options.tensorboard, say=None if options.quiet else partial(print, flush=True))
+
+
+def _run(options: argparse.Namespace, said: Notices, board: Board, **arguments: Any) -> Result:
     from clframe.build import run
 
+    def begin(parts: Parts) -> None:
+        said.show()
+        board.show(parts.config, resume=options.resume)
+
     shown = None if options.quiet else _say_progress
-    result = run(**arguments, on_built=lambda _: said.show(), on_evaluated=shown)
+    result = run(**arguments, on_built=begin, on_evaluated=shown)
     if not options.quiet:
         from clframe.reporting.tables import accuracy_table, exits_table, summary
 

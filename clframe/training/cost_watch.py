@@ -2,14 +2,16 @@
 
 Each kind of step (so many samples, so many parts that learn) is measured once an experience, by
 :mod:`clframe.training.step_cost`; after that a step adds one to a count. What components do before the first and
-after the last epoch of an experience runs under the counter as it happens.
+after the last epoch of an experience runs under the counter as it happens. What a prediction costs is noted after each
+evaluation, by :mod:`clframe.training.prediction_watch`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from avalanche.core import SupervisedPlugin
@@ -17,15 +19,18 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 
 from clframe.accounting import PHASES, Ledger, MacCounter, count_parameters, module_bytes, process_peak_bytes
+from clframe.accounting.timing import synchronize
+from clframe.nn.moe import Usage, counting
 from clframe.training.checkpoint import nbytes
 from clframe.training.learner import Learner
+from clframe.training.prediction_watch import PredictionWatch
 from clframe.training.step_cost import Charges, answer_charges, declared, state_sizes, step_charges
 
 if TYPE_CHECKING:
     from clframe.training.strategy import LightningStrategy
 
 Kind = tuple[int, int]
-"""What learns (a number for each set of parts and weights), and the samples of the batch."""
+"""What learns (a number for each set of parts, and of exits whose losses weigh), and the samples of the batch."""
 
 
 class CostWatch(SupervisedPlugin):
@@ -45,16 +50,19 @@ class CostWatch(SupervisedPlugin):
         self.seconds = 0.0
         """Time spent on measuring steps, which is no training."""
         self._learner, self._on_step = learner, on_step
+        learner.around = self.around
+        self._predictions = PredictionWatch(learner)
         self._index: int | None = None
-        self._window: MacCounter | None = None
-        self._hooks: tuple[str, ...] = ()
-        self._aside = self._at_eval = 0
+        self._between = 0.0
+        self._counting = ExitStack()
+        self._usage: Callable[[], dict[str, Usage]] = dict
+        self._experts_ran = 0
         self._evaluated: Counter[tuple[str, int]] = Counter()
         self._per_sample: dict[int, Charges] = {}
         self._table: dict[Kind, tuple[Charges, dict[str, int]]] = {}
         self._steps: Counter[Kind] = Counter()
         self._sets: dict[Any, int] = {}
-        self._learning = self._new = self._epochs = self._updates = self._before_epoch = 0
+        self._learning = self._new = self._updates = self._before_epoch = 0
         self._mixed = False
 
     # --- the session ------------------------------------------------------------------------------
@@ -64,17 +72,31 @@ class CostWatch(SupervisedPlugin):
         self._book_evaluations()  # of the untrained network
         self._index = index
         self._reset()
-        self._open("prepare", "advance")  # of an experience without epochs both
-
-    def end(self) -> None:
-        """Its training has ended, or broken off."""
-        self._close()
 
     def book(self) -> None:
         """Write the costs of a finished experience to the ledger."""
         self._book_steps()
         self._book_evaluations()
         self._book_sizes()
+        assert self._index is not None
+        start = time.perf_counter()
+        self._predictions.note(self.ledger.predictions, self._index)
+        self.ledger.add_time("accounting", seconds=time.perf_counter() - start, experience=self._index)
+
+    @contextmanager
+    def around(self, hook: str, component: str) -> Iterator[None]:
+        """Count and time what a component does at ``prepare`` or ``advance``; see :class:`Learner`."""
+        device = self._learner.network.final.weight.device
+        synchronize(device)
+        start = time.perf_counter()
+        with MacCounter() as counter:
+            yield
+        synchronize(device)
+        self._between += time.perf_counter() - start
+        if counter.macs:
+            phase: Any = next(c.phase for c in self._learner.composition if c.name == component)
+            self.ledger.add(phase, macs=counter.macs, experience=self._index, component=component)
+        self.ledger.add_uncounted(counter.uncounted())
 
     def on_step(self, strategy: LightningStrategy) -> None:
         """After a training step: one more of its kind."""
@@ -88,15 +110,10 @@ class CostWatch(SupervisedPlugin):
 
     # --- Avalanche's callbacks, none of them inside a step ----------------------------------------
 
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Another part of the experience, where a stream is online."""
-        self._epochs = 0
-
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """What learns is settled now, and what the epoch runs over."""
-        self._close(among="prepare")
         network, weight_K = self._learner.network, self._learner._weight_K
-        weights = () if weight_K is None else tuple(weight_K.tolist())
+        weights = () if weight_K is None else tuple((weight_K != 0).tolist())  # how much they weigh costs nothing
         learning = (tuple(p.requires_grad for p in network.parameters()), weights)
         self._learning = self._sets.setdefault(learning, len(self._sets))
         new = len(strategy.adapted_dataset)
@@ -107,27 +124,20 @@ class CostWatch(SupervisedPlugin):
         self._before_epoch = sum(self._steps.values())
 
     def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """After the last one components consolidate."""
+        """What the epoch came to in updates."""
         batches = sum(self._steps.values()) - self._before_epoch
         self._updates += -(-batches // strategy.accumulate)
         self.ledger.add_uncounted({f"plugin {name}": batches for name in _foreign(strategy)})
-        self._epochs += 1
-        if self._epochs == strategy.train_epochs:
-            self._open("advance")
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """A part that was stopped before its last epoch has consolidated unseen."""
-        if self._window is None:
-            self.ledger.add_uncounted({f"{c.name}.advance": 1 for c in self._learner.composition.acting_at("advance")})
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Evaluations inside training are no consolidation."""
-        self._at_eval = 0 if self._window is None else self._window.macs
+        """Samples are counted anew, and the experts that run."""
+        self._predictions.begin(strategy)
+        self._counting.close()  # of an evaluation that broke off
+        self._usage = self._counting.enter_context(counting(self._learner.network))
 
-    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """See ``before_eval``."""
-        if self._window is not None:
-            self._aside += self._window.macs - self._at_eval
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Where the samples of a batch stop."""
+        self._predictions.count(strategy)
 
     def after_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
         """One experience has been evaluated: samples times what one of them costs."""
@@ -141,35 +151,17 @@ class CostWatch(SupervisedPlugin):
         for (_, component), macs in self._per_sample[size].items():
             self._evaluated[component, macs] += samples
 
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Experts cost what they really computed."""
+        self._experts_ran += sum(layer.executed_macs for layer in self._usage().values())
+        self._counting.close()
+
     # --- books ------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
         self._table, self._steps, self._sets, self._per_sample = {}, Counter(), {}, {}
-        self._mixed = False
-        self._learning = self._new = self._epochs = self._updates = self._before_epoch = 0
-
-    def _open(self, *hooks: str) -> None:
-        """Count what components do at these hooks, if any acts there."""
-        self._close()
-        self._hooks = hooks
-        if self._acting(*hooks):
-            self._window, self._aside = MacCounter().__enter__(), 0
-
-    def _acting(self, *hooks: str) -> str:
-        composition = self._learner.composition
-        acting = {component.name for hook in hooks for component in composition.acting_at(hook)}
-        return "+".join(sorted(acting))
-
-    def _close(self, *, among: str | None = None) -> None:
-        window, self._window = self._window, None
-        if window is None:
-            return
-        window.__exit__(None, None, None)
-        macs = window.macs - self._aside
-        names = self._acting(*(self._hooks if among is None else (among,)))
-        if macs:
-            self.ledger.add("auxiliary", macs=macs, experience=self._index, component=names)
-        self.ledger.add_uncounted(window.uncounted())
+        self._mixed, self._between = False, 0.0
+        self._learning = self._new = self._updates = self._before_epoch = 0
 
     def _book_steps(self) -> None:
         totals: Charges = {}
@@ -208,6 +200,9 @@ class CostWatch(SupervisedPlugin):
         for (component, macs), count in self._evaluated.items():
             totals[component] += macs * count
             samples += count if component == "" else 0
+        if samples:
+            totals[""] += self._experts_ran
+        self._experts_ran = 0
         self._evaluated.clear()
         for component, macs in totals.items():
             self.ledger.add(
@@ -225,6 +220,8 @@ class CostWatch(SupervisedPlugin):
         for (component_name, key), count in declared(learner).items():
             if key != "macs" and key not in PHASES:
                 ledger.add_figure(key, value=count, component=component_name, experience=index)
+        if self._between:
+            ledger.add_time("components", seconds=self._between, experience=index)
         peak = process_peak_bytes()
         if peak is not None:
             ledger.add_bytes("process_peak", bytes=peak, experience=index)

@@ -29,6 +29,10 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#0
 
 MARKERS = "osD^vP*X"
 LONGEST_LEGEND = 16
+WIDEST, HIGHEST = 14.0, 12.0
+"""Inches beyond which a figure does not grow with its numbers."""
+LARGEST_WITH_DIGITS = 30
+"""Rows and columns up to which a heat map has its numbers drawn in."""
 
 
 def curve_image(
@@ -89,7 +93,7 @@ def who_answers_image(
     _table(share_EK, names, "share_EK")
     from matplotlib import colormaps
 
-    figure, axes = _axes(width=max(4.5, 0.45 * len(share_EK) + 3.0), height=4.2)
+    figure, axes = _axes(width=min(WIDEST, max(4.5, 0.45 * len(share_EK) + 3.0)), height=4.2)
     bottom_E = [0.0] * len(share_EK)
     for k, name in enumerate(names):
         share_E = [0.0 if math.isnan(row[k]) else row[k] for row in share_EK]
@@ -119,23 +123,43 @@ def heat_image(
     row_label: str = "",
     column_label: str = "after experience",
 ) -> Picture:
-    """A small heat map with its numbers drawn in: similarity of each tap, overthinking; ``-`` where undefined."""
+    """A small heat map: similarity of each tap, overthinking; white where undefined.
+
+    Numbers are drawn in, ``-`` where undefined, up to :data:`LARGEST_WITH_DIGITS` rows and columns.
+    """
     import numpy as np
 
     _table(values_RC, columns, "values_RC")
     if len(rows) != len(values_RC):
         raise ClframeError(f"rows: {len(rows)} names for {len(values_RC)} rows; give one each")
     numbers_RC = np.asarray(values_RC, dtype=float)
-    figure, axes = _axes(width=max(4.0, 0.55 * len(columns) + 2.4), height=max(2.2, 0.42 * len(rows) + 1.3))
-    axes.imshow(np.ma.masked_invalid(numbers_RC), vmin=lowest, vmax=highest, cmap="viridis", aspect="auto")
-    axes.grid(False)
+    width, height = _heat_size(len(rows), len(columns))
+    figure, axes = _axes(width=width, height=height)
     axes.set(title=title, ylabel=row_label, xlabel=column_label)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(range(len(columns)), columns)
-    for (r, c), value in np.ndenumerate(numbers_RC):
-        dark = not math.isnan(value) and (value - lowest) < 0.6 * (highest - lowest)
-        text = "-" if math.isnan(value) else f"{value:.2f}"
-        axes.text(c, r, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    _heat(axes, numbers_RC, rows=rows, columns=columns, lowest=lowest, highest=highest)
+    return _drawn(figure)
+
+
+def triangles_image(panels: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
+    """Heat maps of shares side by side: ``panels[title][i][j]`` of experience j after experience i, j up to i.
+
+    Rows are the experiences, columns after which training experience, as in :func:`heat_image`.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    _some(panels, "panels")
+    count = max(len(rows) for rows in panels.values())
+    names = [f"{n}" for n in range(count)]
+    width, height = _heat_size(count, count)
+    figure = Figure(figsize=(min(width, WIDEST / 2) * len(panels), max(height, 2.6)), dpi=100)
+    for place, (title, rows) in enumerate(panels.items(), start=1):
+        numbers_RC = np.full((count, count), np.nan)
+        for i, row in enumerate(rows):
+            numbers_RC[: len(row), i] = row
+        axes: Any = figure.add_subplot(1, len(panels), place)
+        axes.set(title=title, ylabel="experience", xlabel="after experience")
+        _heat(axes, numbers_RC, rows=names, columns=names, undefined="")
     return _drawn(figure)
 
 
@@ -146,6 +170,39 @@ def png(picture: Picture) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
     return file.getvalue()
+
+
+def _heat_size(rows: int, columns: int) -> tuple[float, float]:
+    """Inches that numbers need, or a tenth where there are too many to draw."""
+    wide = 0.55 if _has_digits(rows, columns) else 0.1
+    return min(WIDEST + 6, max(4.0, wide * columns + 2.4)), min(HIGHEST, max(2.2, 0.42 * rows + 1.3))
+
+
+def _has_digits(rows: int, columns: int) -> bool:
+    return max(rows, columns) <= LARGEST_WITH_DIGITS
+
+
+def _heat(
+    axes: Any, numbers_RC: NDArray[np.float64], *, rows: Sequence[str], columns: Sequence[str],
+    lowest: float = 0.0, highest: float = 1.0, undefined: str = "-",
+) -> None:  # fmt: skip
+    """Colors, ticks and, unless there are too many, numbers."""
+    import numpy as np
+
+    axes.imshow(np.ma.masked_invalid(numbers_RC), vmin=lowest, vmax=highest, cmap="viridis", aspect="auto")
+    axes.grid(False)
+    at_R, at_C = _spaced(len(rows), most=LARGEST_WITH_DIGITS), _spaced(len(columns), most=LARGEST_WITH_DIGITS)
+    axes.set_yticks(at_R, [rows[r] for r in at_R])
+    axes.set_xticks(at_C, [columns[c] for c in at_C])
+    if not _has_digits(len(rows), len(columns)):
+        return
+    for (r, c), value in np.ndenumerate(numbers_RC):
+        dark = not math.isnan(value) and (value - lowest) < 0.6 * (highest - lowest)
+        text = undefined if math.isnan(value) else f"{value:.2f}"
+        if not text:
+            continue
+        number = axes.text(c, r, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        number.set_in_layout(False)  # inside the axes: measuring each would take longer than drawing it
 
 
 def _rings(axes: Any, points: BudgetPoints, color: Any) -> None:

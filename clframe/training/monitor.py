@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clframe.files import write_atomically
-from clframe.training.tensorboard import LEARNING_RATE, TensorBoard
+from clframe.training.board_layout import LEARNING_RATE, LOSS, THROUGHPUT
+from clframe.training.tensorboard import TensorBoard
+
+POINTS = 300
+"""Points of a curve over training steps that one experience adds to TensorBoard, at most; metrics.csv has them all."""
 
 
 class Monitor:
@@ -22,6 +27,9 @@ class Monitor:
         csv: Whether to write ``metrics.csv``, one row per value.
         log_every: Steps between two looks at the losses; between them nothing waits for the device.
         progress: Whether to show a bar; it hides itself where the output is no terminal.
+
+    Attributes:
+        aside: Tells the seconds so far that were spent inside steps on something else than training.
     """
 
     def __init__(
@@ -44,7 +52,10 @@ class Monitor:
         self._bar: Any = None
         self._waiting = 0
         self._sums: dict[str, float] = {}
-        self._flushes = 0
+        self._flushes = self._looks = self._samples = 0
+        self._every = 1
+        self._since = 0.0
+        self.aside: Callable[[], float] = lambda: 0.0
         self.experience = 0
 
     def open(self, *, finished: int, steps: int) -> None:
@@ -53,7 +64,8 @@ class Monitor:
             self.tensorboard = TensorBoard(
                 self._folder / "tensorboard",
                 experiences=self._experiences,
-                purge_step=steps + 1 if finished else None,
+                finished=finished,
+                steps=steps,
             )
         if self._path is None or not self._path.is_file():
             return
@@ -67,7 +79,9 @@ class Monitor:
     def begin_experience(self, index: int, *, label: str, steps: int) -> None:
         """Show a fresh bar."""
         self.experience, self._waiting = index, 0
-        self._sums, self._flushes = {}, 0
+        self._sums, self._flushes, self._looks, self._samples = {}, 0, 0, 0
+        self._every = max(1, -(-steps // (self._log_every * POINTS)))
+        self._since = self._now()
         if self._progress:
             from tqdm import tqdm
 
@@ -78,6 +92,7 @@ class Monitor:
     def on_step(self, strategy: Any) -> None:
         """After a training step: cheap, except every ``log_every``-th."""
         self._waiting += 1
+        self._samples += len(strategy.batch.y)
         if self._waiting == self._log_every:
             self.flush(strategy)
 
@@ -90,19 +105,15 @@ class Monitor:
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * self._waiting
         self._flushes += self._waiting
-        self.log({**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}, step=step)
+        values = {**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}
+        self._rows += [(self.experience, step, name, value) for name, value in values.items()]
+        self._draw({**values, LOSS: sum(means.values()), THROUGHPUT: self._throughput()}, step=step)
         if self._bar is not None:
             self._bar.update(self._waiting)
             self._bar.set_postfix(
                 {name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False
             )
         self._waiting = 0
-
-    def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Put values where people look for them."""
-        self._rows += [(self.experience, step, name, value) for name, value in values.items()]
-        if self.tensorboard is not None:
-            self.tensorboard.scalars(values, step)
 
     def end_experience(self) -> dict[str, float]:
         """Close the bar, write metrics.csv; returns the mean of each loss term over the experience."""
@@ -118,6 +129,23 @@ class Monitor:
             self._bar.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+    def _draw(self, values: Mapping[str, float], *, step: int) -> None:
+        """Every so many looks a point, so that event files stay small."""
+        if self.tensorboard is not None and self._looks % self._every == 0:
+            self.tensorboard.scalars(values, step)
+            if self._looks == 0:
+                self.tensorboard.lay_out(self.experience)
+        self._looks += 1
+
+    def _throughput(self) -> float:
+        """Samples a second since the last look; the terms have just been read, so the device is done with them."""
+        before, self._since = self._since, self._now()
+        samples, self._samples = self._samples, 0
+        return samples / max(self._since - before, 1e-9)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.aside()
 
     def _write(self) -> None:
         if self._path is None:

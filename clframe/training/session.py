@@ -14,13 +14,18 @@ from clframe.accounting import DevicePeak, EnergyMeter, Ledger
 from clframe.data.benchmark import Benchmark
 from clframe.errors import RunFolderError
 from clframe.metrics import Tally
+from clframe.metrics.activity_record import ActivityRecord
 from clframe.metrics.exit_record import ExitRecord
+from clframe.training.activity_watch import ActivityWatch
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
 from clframe.training.cost_watch import CostWatch
 from clframe.training.exit_watch import ExitWatch
 from clframe.training.monitor import Monitor
+from clframe.training.prediction_cost import mean_macs
+from clframe.training.prediction_parts import policy_of
 from clframe.training.scoring import Scores
 from clframe.training.strategy import LightningStrategy
+from clframe.training.tensorboard import TensorBoard
 from clframe.training.trained import described
 
 
@@ -34,6 +39,7 @@ class Progress:
     baseline: Tally | None = None
     tallies: list[Tally] = field(default_factory=list)
     exits: list[ExitRecord] = field(default_factory=list)
+    activity: list[ActivityRecord] = field(default_factory=list)
     loss_terms: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -69,10 +75,12 @@ class Session:
         self.progress = Progress()
         self._scores, self._monitor = scores, monitor
         self._watch = ExitWatch(benchmark, scores)
+        self._activity = ActivityWatch(benchmark)
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
         self.ledger = Ledger()
         self._costs = CostWatch(self.learner, self.ledger, on_step=monitor.on_step)
+        monitor.aside = lambda: self._costs.seconds
         strategy.plugins.append(self._costs)
         strategy.on_step = self._costs.on_step
 
@@ -101,16 +109,19 @@ class Session:
         self.strategy.model.to(self.strategy.device)
         learner.past = tuple(content["past"])
         learner.state = decode(content["components"], learner.network)
+        exits = [ExitRecord.of(record) for record in content["exits"]]
         self.progress = Progress(
             finished=content["finished"],
             steps=content["steps"],
             train_seconds=content["train_seconds"],
             baseline=_tally(content["baseline"]),
             tallies=[Tally(**t) for t in content["tallies"]],
-            exits=[ExitRecord.of(record) for record in content["exits"]],
+            exits=exits,
+            activity=_activity(content, finished=len(exits)),
             loss_terms=content["loss_terms"],
         )
         self._watch.reference = content["taps"]
+        self._activity.learnt = list(content.get("active", ()))
         if "ledger" in content:
             self.ledger = self._costs.ledger = Ledger.of(content["ledger"])
         clock = self.strategy.clock
@@ -127,10 +138,14 @@ class Session:
         return self.progress
 
     def write_hyper_parameters(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Put options and final metrics on TensorBoard's HParams page, if it is written."""
+        """Put options, final metrics and costs on TensorBoard's HParams page, if it is written."""
         if self._monitor.tensorboard is not None:
             last = len(self.benchmark) - 1
-            self._monitor.tensorboard.hyper_parameters(values, metrics=metrics, step=last)
+            costs = {
+                "macs_per_prediction": mean_macs(self.learner.network, self.ledger.predictions, experience=last),
+                "sparsity": self.progress.activity[-1].sparsity,
+            }
+            self._monitor.tensorboard.hyper_parameters(values, metrics={**metrics, **costs}, step=last)
 
     def close(self) -> None:
         """Leave no bar and no file open."""
@@ -152,26 +167,33 @@ class Session:
         start = time.perf_counter()
         progress.tallies.append(self._evaluate())
         self.ledger.add_time("evaluation", seconds=time.perf_counter() - start, experience=index)
+        progress.activity.append(self._activity.record(self.learner.network, index))
         progress.exits.append(self._watch.record(strategy, index))
         self._costs.book()
         progress.finished = index + 1
         if monitor.tensorboard is not None:
-            monitor.tensorboard.evaluation(progress.tallies)
-            monitor.tensorboard.exits(progress.exits, names=self.learner.network.exit_names)
+            self._draw(monitor.tensorboard)
         self._save()
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
+
+    def _draw(self, board: TensorBoard) -> None:
+        progress, names = self.progress, self.learner.network.exit_names
+        board.evaluation(progress.tallies)
+        costs, newest = self.ledger.predictions, progress.finished - 1
+        macs, policy = mean_macs(self.learner.network, costs, experience=newest), policy_of(self.learner)
+        board.predictions(costs, macs=macs, experience=newest, names=names, policy=policy is not None)
+        board.activity(progress.activity)
+        board.exits(progress.exits, names=names)
+        board.lay_out(progress.finished)
 
     def _train(self, parts: list[Any], index: int) -> float:
         """Train on the parts of an experience; returns the seconds it took, without those for accounting."""
         costs, ledger, device = self._costs, self.ledger, self.strategy.device
         start, before = time.perf_counter(), costs.seconds
         costs.begin(index)
-        try:
-            with EnergyMeter(device) as meter, DevicePeak(device) as peak:
-                self.strategy.train(parts, eval_streams=[[self.benchmark.evaluation_stream[index]]])
-        finally:
-            costs.end()
+        with EnergyMeter(device) as meter, DevicePeak(device) as peak:
+            self.strategy.train(parts, eval_streams=[[self.benchmark.evaluation_stream[index]]])
         self._monitor.flush(self.strategy)
         accounting = costs.seconds - before
         seconds = time.perf_counter() - start - accounting
@@ -206,7 +228,9 @@ class Session:
             "baseline": None if progress.baseline is None else asdict(progress.baseline),
             "tallies": [asdict(t) for t in progress.tallies],
             "exits": [asdict(record) for record in progress.exits],
+            "activity": [asdict(record) for record in progress.activity],
             "taps": dict(self._watch.reference),
+            "active": [dict(rates) for rates in self._activity.learnt],
             "data": described(self.benchmark),
             "loss_terms": progress.loss_terms,
             "past": learner.past,
@@ -216,6 +240,12 @@ class Session:
         }
         path = save_checkpoint(self._folder, content, finished=progress.finished)
         self.ledger.add_bytes("checkpoint", bytes=path.stat().st_size, experience=progress.finished - 1)
+
+
+def _activity(content: Mapping[str, Any], *, finished: int) -> list[ActivityRecord]:
+    if "activity" not in content:  # written before there were any
+        return [ActivityRecord()] * finished
+    return [ActivityRecord.of(record) for record in content["activity"]]
 
 
 def _tally(content: dict[str, Any] | None) -> Tally | None:

@@ -20,8 +20,10 @@ from torch import Generator, Tensor
 from clframe.accounting import PHASES, MacCounter
 from clframe.core import Batch, Component, Moment, State
 from clframe.errors import ConfigError
+from clframe.nn.moe import counting
 from clframe.nn.network import Network
 from clframe.training.learner import Learner
+from clframe.training.prediction_parts import every_expert
 
 if TYPE_CHECKING:
     from clframe.training.strategy import LightningStrategy
@@ -50,16 +52,21 @@ def step_charges(strategy: LightningStrategy) -> tuple[Charges, dict[str, int]]:
 
 
 def answer_charges(learner: Learner, x: Tensor) -> tuple[Charges, dict[str, int]]:
-    """MACs of answering ``x`` in evaluation: every exit, what components answer with, and who decides."""
+    """MACs of answering ``x`` in evaluation: every exit, what components answer with, and who decides.
+
+    But none of experts and their routers: which run depends on the sample.
+    """
     charges: Charges = {}
     counter = MacCounter()
     shadow = copy.copy(learner)
     _meter_owners(shadow, counter, charges)
-    with random_states_kept(x.device), torch.no_grad(), counter:
+    everyone, counted = every_expert(learner.network), counting(learner.network)
+    with random_states_kept(x.device), torch.no_grad(), everyone, counted as usage, counter:
         output = learner.network(x, taps=learner.taps)
         shadow.decide(shadow.answers(output))
     own = {("evaluation", component): macs for (_, component), macs in charges.items() if macs}
-    own["evaluation", ""] = counter.macs - sum(own.values())
+    experts = sum(layer.dense_macs for layer in usage().values())
+    own["evaluation", ""] = counter.macs - experts - sum(own.values())
     return own, counter.uncounted()
 
 

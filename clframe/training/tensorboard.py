@@ -2,11 +2,21 @@
 
 | tag | x | what |
 |---|---|---|
+| ``1_progress/accuracy``, ``1_progress/forgetting`` | experience | mean over the experiences seen; from the second on |
+| ``1_progress/macs_per_prediction`` | experience | mean MACs of a test sample, under the policy where there is one |
+| ``1_progress/sparsity``, ``1_progress/experts_per_token`` | experience | means over layers |
+| ``1_progress/loss``, ``1_progress/samples_per_second`` | step | the sum of all terms; training, replay included |
+| ``2_pictures/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
+| ``2_pictures/accuracy_and_cost``, ``2_pictures/exits_used`` | experience | figures, where there are several exits |
+| ``2_pictures/neurons`` | experience | active neurons kept and shared, as a figure |
 | ``loss/<component>/<term>``, ``train/learning_rate`` | step | what the engine hands to ``scalars`` |
-| ``cl/average_accuracy``, ``cl/average_accuracy_task_aware`` | experience | mean over the experiences seen |
-| ``cl/forgetting``, ``cl/backward_transfer`` | experience | from the second experience on |
-| ``cl/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
+| ``continual/accuracy_task_aware``, ``continual/backward_transfer`` | experience | means over the experiences seen |
 | ``experience_accuracy/00`` ... | experience | accuracy on each test experience, from when it was learnt |
+| ``exits_used/<exit>`` | experience | share of test samples that each exit answers, by the strategy's own decision |
+| ``sparsity/<layer>`` | experience | share of neurons that a token leaves inactive |
+| ``neurons_kept/<layer>``, ``neurons_shared/<layer>`` | experience | Jaccard overlap of active neurons: of earlier \
+experiences with those when learnt; of the newest with those of earlier ones |
+| ``experts_per_token/<layer>``, ``experts_unused/<layer>`` | experience | experts that run for a token; for none |
 | ``exit_accuracy/<exit>``, ``exit_forgetting/<exit>`` | experience | each exit alone |
 | ``exit_decision/<rule>`` | experience | accuracy when all exits decide, and overthinking |
 | ``exit_accuracy_at_cost/50``, ``exit_share_50/<exit>`` | experience | at a budget in %: accuracy, who answers |
@@ -18,78 +28,57 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clframe.accounting import Predictions
 from clframe.metrics import continual
-from clframe.metrics.continual import Matrix
+from clframe.metrics.activity_record import ActivityRecord
 from clframe.metrics.exit_record import ExitRecord
 from clframe.metrics.exits import forgetting_by_exit
 from clframe.metrics.tally import Tally
+from clframe.training.activity_figures import activity_image, short
+from clframe.training.board_layout import PICTURES, PROGRESS, in_steps, layout, written_anew
+from clframe.training.drawings import who_answers_image
+from clframe.training.event_files import keep, let_a_second_pass
 from clframe.training.exit_figures import exit_images
+from clframe.training.matrix_drawing import matrix_image, matrix_markdown
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-LEARNING_RATE = "train/learning_rate"
-"""Tag of the learning rate."""
-
-LAYOUT = {
-    "continual learning": {
-        "accuracy per experience": ["Multiline", [r"experience_accuracy/\d+$"]],
-        "average accuracy": ["Multiline", [r"cl/average_accuracy$"]],
-        "forgetting": ["Multiline", [r"cl/forgetting$"]],
-    },
-    "training": {
-        "losses by term": ["Multiline", [r"loss/.+"]],
-        "learning rate": ["Multiline", [rf"{LEARNING_RATE}.*"]],
-    },
-}
-"""The Custom Scalars page; tags are regular expressions matched from the start."""
-
-EXIT_LAYOUT = {
-    "exits": {
-        "accuracy per exit": ["Multiline", [r"exit_accuracy/.+"]],
-        "forgetting per exit": ["Multiline", [r"exit_forgetting/.+"]],
-        "decisions": ["Multiline", [r"exit_decision/.+"]],
-        "accuracy at a share of the cost in %": ["Multiline", [r"exit_accuracy_at_cost/.+"]],
-        "who answers at half the cost": ["Multiline", [r"exit_share_50/.+"]],
-        "similarity of taps": ["Multiline", [r"exit_similarity/.+"]],
-    },
-}
-"""Its charts for a network with more than one exit."""
-
-LARGEST_WITH_DIGITS = 30
-"""Experiences up to which the matrix's image has its numbers drawn in."""
+    from clframe.training.drawings import Picture
 
 
 class TensorBoard:
     """Writes one run's event file; ``tensorboard --logdir runs`` shows it.
 
+    What was logged after ``finished`` experiences of ``steps`` training steps by a run that died is taken out of its
+    event files first: it is trained and written again.
+
     Args:
         folder: The run's own folder for event files; runs are told apart by folder.
         experiences: Test experiences of the benchmark, which sets the width of their numbers in tags.
-        purge_step: First training step that is trained again after a resume: what was logged from there on
-            by the run that died is dropped. Evaluations are counted in experiences and are not dropped; one
-            that is repeated is drawn twice, at the same place.
+        finished: Experiences that are not trained again.
+        steps: Their training steps.
     """
 
-    def __init__(self, folder: str | Path, *, experiences: int, purge_step: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, experiences: int, finished: int = 0, steps: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if purge_step is not None:
-            _let_a_second_pass(Path(folder))
+        def keeps(tag: str, step: int) -> bool:
+            return not written_anew(tag) and (step <= steps if in_steps(tag) else step < finished)
+
+        self._tags = dict.fromkeys(keep(Path(folder), keeps))
+        let_a_second_pass(Path(folder))
         self._digits = max(2, len(str(experiences - 1)))
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
-        self._writer.add_custom_scalars(LAYOUT)
-        self._shows_exits = False
+        self._writer: Any = SummaryWriter(str(folder))
+        self._layout: dict[str, Any] = {}
+        self.lay_out(finished)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write each value under its tag at training step ``step``; NaN and infinity are drawn as such."""
         for tag, value in values.items():
+            self._tags[tag] = None
             self._writer.add_scalar(tag, float(value), step)
 
     def evaluation(self, tallies: Sequence[Tally]) -> None:
@@ -106,15 +95,53 @@ class TensorBoard:
         for j, accuracy in enumerate(accuracy_TE[-1][: experience + 1]):
             self._number(f"experience_accuracy/{j:0{self._digits}d}", accuracy, experience)
         for tag, score in (
-            ("cl/average_accuracy", continual.average_seen_accuracy(accuracy_TE)),
-            ("cl/average_accuracy_task_aware", continual.average_seen_accuracy(aware_TE)),
-            ("cl/forgetting", continual.forgetting(accuracy_TE)),
-            ("cl/backward_transfer", continual.backward_transfer(accuracy_TE)),
+            (f"{PROGRESS}/accuracy", continual.average_seen_accuracy(accuracy_TE)),
+            (f"{PROGRESS}/forgetting", continual.forgetting(accuracy_TE)),
+            ("continual/accuracy_task_aware", continual.average_seen_accuracy(aware_TE)),
+            ("continual/backward_transfer", continual.backward_transfer(accuracy_TE)),
         ):
             self._number(tag, score.value, experience)
-        self._writer.add_image("cl/accuracy_matrix", matrix_image(accuracy_TE), experience, dataformats="HWC")
-        self._writer.add_text("cl/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
-        self._writer.flush()
+        self._image(f"{PICTURES}/accuracy_matrix", matrix_image(accuracy_TE), experience)
+        self._writer.add_text(f"{PICTURES}/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
+
+    def predictions(
+        self, costs: Predictions, *, macs: float, experience: int, names: Sequence[str], policy: bool
+    ) -> None:
+        """Write what a prediction costs after experience ``experience``, and which exits answer where a policy decides.
+
+        Args:
+            costs: What was noted after each experience so far.
+            macs: Mean MACs of a prediction, see :func:`~clframe.training.prediction_cost.mean_macs`.
+            experience: The newest one.
+            names: The exits' names, in order of depth.
+            policy: Whether samples may leave early; all exits are computed otherwise.
+        """
+        self._number(f"{PROGRESS}/macs_per_prediction", macs, experience)
+        counts = [costs.samples_by_exit(experience=e) for e in range(experience + 1)]
+        counts = [found for found in counts if any(found.values())]
+        if not policy or not counts:
+            return
+        shares_EK = [[found.get(name, 0) / sum(found.values()) for name in names] for found in counts]
+        for k, share in enumerate(shares_EK[-1]):
+            self._number(f"exits_used/{self._exit(k, names)}", share, experience)
+        picture = who_answers_image(shares_EK, names=names, title="exits used")
+        self._image(f"{PICTURES}/exits_used", picture, experience)
+
+    def activity(self, records: Sequence[ActivityRecord]) -> None:
+        """Write what hidden neurons and experts do after the newest experience; nothing where there are none."""
+        experience, record = len(records) - 1, records[-1]
+        self._number(f"{PROGRESS}/sparsity", record.sparsity, experience)
+        self._number(f"{PROGRESS}/experts_per_token", record.experts_per_token, experience)
+        for n, (name, layer) in enumerate(record.layers.items()):
+            self._number(f"sparsity/{n:02d}_{short(name)}", layer.sparsity, experience)
+            self._number(f"neurons_kept/{n:02d}_{short(name)}", layer.kept, experience)
+            self._number(f"neurons_shared/{n:02d}_{short(name)}", layer.overlap, experience)
+        for n, (name, experts) in enumerate(record.experts.items()):
+            self._number(f"experts_per_token/{n:02d}_{short(name)}", experts.per_token, experience)
+            self._number(f"experts_unused/{n:02d}_{short(name)}", experts.unused, experience)
+        picture = activity_image(records)
+        if picture is not None:
+            self._image(f"{PICTURES}/neurons", picture, experience)
 
     def exits(self, records: Sequence[ExitRecord], *, names: Sequence[str]) -> None:
         """Write what every exit came to after the newest experience; a network with one exit has nothing to add.
@@ -123,13 +150,10 @@ class TensorBoard:
         """
         if len(names) == 1:
             return
-        if not self._shows_exits:  # the last layout of a run is the one that is shown
-            self._writer.add_custom_scalars({**LAYOUT, **EXIT_LAYOUT})
-            self._shows_exits = True
         experience, record = len(records) - 1, records[-1]
         forgetting_K = forgetting_by_exit([[r.accuracy_KE[k] for r in records] for k in range(len(names))])
-        for k, name in enumerate(names):
-            label = f"{k:0{self._digits}d}_{name}"
+        for k in range(len(names)):
+            label = self._exit(k, names)
             self._number(f"exit_accuracy/{label}", record.diagnostics.accuracy_K[k], experience)
             self._number(f"exit_forgetting/{label}", forgetting_K[k].value, experience)
             self._number(f"exit_similarity/{label}", record.similarity_K[k], experience)
@@ -137,12 +161,26 @@ class TensorBoard:
             at = point.name.rstrip("%")
             self._number(f"exit_accuracy_at_cost/{at}", point.accuracy, experience)
             for k, share in enumerate(share_K):
-                self._number(f"exit_share_{at}/{k:0{self._digits}d}_{names[k]}", share, experience)
+                self._number(f"exit_share_{at}/{self._exit(k, names)}", share, experience)
         for rule, accuracy in record.static.items():
             self._number(f"exit_decision/{rule}", accuracy, experience)
         self._number("exit_decision/overthinking", record.diagnostics.overthinking, experience)
-        for tag, image in exit_images(records, names=names).items():
-            self._writer.add_image(f"exits/{tag}", image, experience, dataformats="HWC")
+        for name, picture in exit_images(records, names=names).items():
+            tag = f"{PICTURES}/accuracy_and_cost" if name == "curve" else f"exits/{name}"
+            self._image(tag, picture, experience)
+
+    def lay_out(self, finished: int) -> None:
+        """Write what is waiting, and the Custom Scalars page where charts have come up that it lacks.
+
+        The last page of a run is the one that is shown.
+        """
+        from torch.utils.tensorboard.summary import custom_scalars
+
+        untyped: Any = custom_scalars
+        found = layout(self._tags)
+        if found != self._layout:
+            self._layout = found
+            self._writer.file_writer.add_summary(untyped(found), finished)
         self._writer.flush()
 
     def hyper_parameters(self, values: Mapping[str, Any], *, metrics: Mapping[str, float], step: int) -> None:
@@ -165,64 +203,15 @@ class TensorBoard:
         """Write what is waiting and close the file; closing twice is fine."""
         self._writer.close()
 
+    def _exit(self, k: int, names: Sequence[str]) -> str:
+        return f"{k:0{self._digits}d}_{names[k]}"
+
     def _number(self, tag: str, value: float, experience: int) -> None:
         if not math.isnan(value):  # not evaluated or not defined yet: no point, rather than a point at NaN
-            self._writer.add_scalar(tag, value, experience)
+            self.scalars({tag: value}, experience)
 
-
-def matrix_image(accuracy_TE: Matrix) -> NDArray[np.uint8]:
-    """The accuracy matrix as a picture (height, width, 3): a heat map from 0 to 1 with percents drawn in."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # never pyplot, which keeps figures and picks a backend globally
-
-    matrix_TE = np.asarray(accuracy_TE, dtype=float)
-    rows, columns = matrix_TE.shape
-    digits = columns <= LARGEST_WITH_DIGITS
-    inch = 0.5 if digits else 15 / columns
-    figure = Figure(figsize=(max(4.0, columns * inch + 2), max(2.5, rows * inch + 1.2)), dpi=100)
-    canvas: Any = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(np.ma.masked_invalid(matrix_TE), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set(xlabel="test experience", ylabel="after experience", title="accuracy in %")
-    if digits:
-        axes.set_xticks(range(columns))
-        axes.set_yticks(range(rows))
-        for (i, j), accuracy in np.ndenumerate(matrix_TE):
-            text = "-" if np.isnan(accuracy) else f"{100 * accuracy:.0f}"
-            dark = not np.isnan(accuracy) and accuracy < 0.6
-            axes.text(j, i, text, ha="center", va="center", fontsize=11, color="white" if dark else "black")
-    figure.tight_layout()
-    canvas.draw()
-    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3]
-
-
-def matrix_markdown(accuracy_TE: Matrix) -> str:
-    """The accuracy matrix in percent as a Markdown table, numbers to copy; ``-`` where not evaluated.
-
-    >>> print(matrix_markdown([[1.0, float("nan")], [0.5, 0.75]]))
-    | after | 0 | 1 |
-    |---|---|---|
-    | **0** | 100.0 | - |
-    | **1** | 50.0 | 75.0 |
-    """
-    columns = range(len(accuracy_TE[0]))
-    lines = [f"| after | {' | '.join(str(j) for j in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for i, row in enumerate(accuracy_TE):
-        cells = ("-" if math.isnan(accuracy) else f"{100 * accuracy:.1f}" for accuracy in row)
-        lines.append(f"| **{i}** | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _let_a_second_pass(folder: Path) -> None:
-    """Wait, at most a second, until a new event file sorts behind those in ``folder``.
-
-    Files are read in the order of their names, ``events.out.tfevents.<second>...``; a resumed run's file
-    must come after the file whose steps it drops.
-    """
-    seconds = [name.split(".")[3] for name in (path.name for path in folder.glob("events.out.tfevents.*"))]
-    if f"{int(time.time()):010d}" in seconds:
-        time.sleep(1.0 - time.time() % 1.0)
+    def _image(self, tag: str, picture: Picture, experience: int) -> None:
+        self._writer.add_image(tag, picture, experience, dataformats="HWC")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:

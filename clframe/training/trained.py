@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ from clframe.data.samples import TensorSamples
 from clframe.errors import RunFolderError, UnsupportedError
 from clframe.nn.exits import ExitPolicy
 from clframe.nn.exits.dynamic import DynamicNetwork
+from clframe.nn.moe.recipe import Recipe
 from clframe.nn.network import Network
 from clframe.training.checkpoint import decode, load_latest
 from clframe.training.learner import Learner
+
+CONVERTED = "moefy.json"
+"""What a model that was converted to experts after its run came to, and how; beside its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +108,41 @@ def newest(folder: Path, *, device: torch.device) -> Mapping[str, Any]:
     return content
 
 
-def restored(network: Network, composition: Composition, content: Mapping[str, Any]) -> TrainedModel:
-    """The model of a checkpoint; ``network`` is as the config builds it, without exits."""
+def recipe_of(folder: Path) -> Recipe:
+    """How the model in a folder was converted to experts.
+
+    Raises:
+        RunFolderError: No conversion, or one that cannot be read.
+    """
+    try:
+        tree = json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
+        return Recipe.from_tree(tree["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RunFolderError):
+            raise
+        raise RunFolderError(f"{folder}: holds no {CONVERTED} that can be read; convert the model anew") from None
+
+
+def restored(
+    network: Network, composition: Composition, content: Mapping[str, Any], *, recipe: Recipe | None = None
+) -> TrainedModel:
+    """The model of a checkpoint.
+
+    Args:
+        network: As the config builds it, without exits.
+        composition: The strategy.
+        content: Of the checkpoint.
+        recipe: How the network was converted after its run, if it was.
+    """
     learner, data = Learner(network, composition), content["data"]
-    network.load_state_dict(content["network"])
+    if recipe is None:
+        network.load_state_dict(content["network"])
+        learner.state = decode(content["components"], network)
+    else:
+        network.grow(content["past"])
+        learner.state = decode(content["components"], network)  # frozen copies in it are dense
+        recipe.shape(network)
+        network.load_state_dict(content["network"])
     network.eval().requires_grad_(False)
-    learner.state = decode(content["components"], network)
     learner.past = tuple(content["past"])
     return TrainedModel(learner, tuple(data["class_order"]), tuple(data["mean"]), tuple(data["std"]))

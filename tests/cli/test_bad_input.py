@@ -18,7 +18,10 @@ pytestmark = pytest.mark.usefixtures("no_training")
 
 COMMAND_LINES = [
     (["rn", "quickstart"], "unknown verb 'rn'; did you mean 'run'?"),
-    (["zzz"], "unknown verb 'zzz'; nothing is close to it (known: explain, list, report, run)"),
+    (
+        ["zzz"],
+        "unknown verb 'zzz'; nothing is close to it (known: analyse, explain, latency, list, moefy, report, run)",
+    ),
     (["--bogus"], "unknown option '--bogus'; did you mean '--debug'?"),
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),
     (["run", ""], "run: found no config; begin with one"),

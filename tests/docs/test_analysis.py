@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clframe.analysis import Curve
 from clframe.functional.sparsity_baselines import baseline_sparsity
-from clframe.studies.sparsity import RULES
+from clframe.studies.sparsity.study import RULES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 
 from clframe.data import Source, TensorSamples
 
@@ -15,8 +16,11 @@ PERF = str(Path(__file__).parents[2] / "perf")
 
 sys.path.insert(0, PERF)
 try:
-    import peer_strategies
+    import peer_bic
+    import peer_course
+    import peer_runs
     import strategy_parity
+    from peer_strategies import Method
 finally:
     sys.path.remove(PERF)
 
@@ -34,11 +38,11 @@ def toy() -> Source:
     return Source("toy", part(12, 1), part(4, 2), classes=10)
 
 
-SETTING = peer_strategies.Setting("toy", per_class=8, epochs=4, batch=8, memory=20)
+SETTING = peer_course.Setting("toy", per_class=8, epochs=4, batch=8, memory=20)
 
 
 def test_both_sides_get_the_same_samples_in_the_same_order_of_classes_and_the_same_weights():
-    course = peer_strategies.Course(SETTING, seed=3, source=toy())
+    course = peer_course.Course(SETTING, seed=3, source=toy())
     theirs = course.theirs()
     for ours, experience in zip(course.benchmark.train, theirs.train_stream, strict=True):
         assert len(ours) == len(experience.dataset) == 2 * SETTING.per_class
@@ -56,8 +60,10 @@ def test_both_sides_get_the_same_samples_in_the_same_order_of_classes_and_the_sa
 @pytest.mark.parametrize("name", ["Replay", "EWC by sample"])
 def test_a_duel_is_run_once_on_both_sides_and_kept(name, tmp_path, monkeypatch):
     monkeypatch.setitem(strategy_parity.SETTINGS, "toy", SETTING)
-    make = peer_strategies.Course
-    monkeypatch.setattr(peer_strategies, "Course", lambda *args, data_dir=None, **options: make(*args, **options, source=toy()))
+    make = peer_course.Course
+    monkeypatch.setattr(
+        peer_course, "Course", lambda *args, data_dir=None, **options: make(*args, **options, source=toy())
+    )
     threads = torch.get_num_threads()
     accuracies = {}
     for side in strategy_parity.SIDES:
@@ -73,6 +79,35 @@ def test_a_duel_is_run_once_on_both_sides_and_kept(name, tmp_path, monkeypatch):
     if name == "Replay":  # a memory keeps both well above the last experience's share
         assert min(side["agnostic"] for side in accuracies.values()) > 0.4
     torch.set_num_threads(threads)
+
+
+class Steps(SupervisedPlugin):
+    """Counts training steps."""
+
+    count = 0
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.count += 1
+
+
+def test_changes_of_bic_are_named_ones(monkeypatch):
+    def answers(made):
+        steps = Steps()
+
+        def make(course, shared):
+            strategy = made(course, shared)
+            strategy.plugins.append(steps)
+            return strategy
+
+        monkeypatch.setitem(strategy_parity.METHODS, "toy", Method(lambda s: "naive", make))
+        course = peer_course.Course(SETTING, seed=0, source=toy())
+        return peer_runs.final_accuracy(course, "toy", "theirs"), steps.count
+
+    unchanged = answers(peer_course.own("BiC", mem_size=SETTING.memory, val_percentage=0.1))
+    assert answers(peer_bic.bic()) == unchanged
+    assert answers(peer_bic.bic("softmax", "memory", "pairs", "fit"))[1] == unchanged[1]
+    # Of 16 new samples 14 or 15 are trained on, in 2 batches of 8; with up to 20 of memory, in up to 5.
+    assert unchanged[1] == 5 * 4 * 2 < answers(peer_bic.bic("pool"))[1] <= 4 * (2 + 4 * 5)
 
 
 def test_a_verdict_is_that_of_paired_differences():

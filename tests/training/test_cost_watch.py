@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from clframe.accounting import Ledger
+from clframe.accounting import Ledger, MacCounter
 from clframe.core import Component, compose, parse
 from clframe.data.avalanche import import_avalanche
 from clframe.data.benchmark import Benchmark, Source, class_incremental
@@ -19,11 +20,13 @@ from clframe.data.samples import TensorSamples
 from clframe.errors import ConfigError
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
+from clframe.nn.moe import counting
 
 import_avalanche()
 
 from avalanche.core import SupervisedPlugin
 
+from clframe.training import cost_watch
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
 from clframe.training.scoring import Scores
@@ -176,6 +179,91 @@ def test_hooks_are_charged_to_their_component_and_epochs_by_what_learns(tmp_path
     assert ledger.figures() == {("works", "things"): 2}
 
 
+def test_a_prediction_by_part_and_by_who_stops_where(tmp_path: Path) -> None:
+    for threshold, at in ((0.0, "layer1"), (2.0, "final")):
+        folder = tmp_path / at
+        folder.mkdir()
+        ledger = run(f"exits(head='linear', heads='growing') + early_exit(threshold={threshold})", folder).ledger
+        predictions = ledger.predictions
+        for index, classes in enumerate(CLASSES):
+            early = 4 * 5 + (5 * classes if threshold == 0 else 0)  # a head that is never asked is not computed
+            late = early + 5 * 5 + 5 * classes
+            assert predictions.by_exit(experience=index) == {"layer1": early, "final": late}
+            assert predictions.whole(experience=index) == late
+            seen = {"layer1": 0, "final": 0} | {at: 2 * (index + 1)}  # two test samples an experience
+            assert predictions.samples_by_exit(experience=index) == seen
+            assert predictions.expected(experience=index) == (early if threshold == 0 else late)
+            assert {stop.of for stop in predictions.stops(experience=index)} == set(range(index + 1))
+        assert predictions.by_component().get("exits", 0) == (5 * 6 if threshold == 0 else 0)
+
+
+def test_without_a_policy_a_prediction_runs_every_exit(tmp_path: Path) -> None:
+    ledger = run("exits(head='linear', heads='growing')", tmp_path).ledger
+    late = 4 * 5 + 5 * 6 + 5 * 5 + 5 * 6
+    assert ledger.predictions.expected() == late == ledger.predictions.whole()
+    assert ledger.by_phase(experience=2)["evaluation"] == TESTED * late
+    assert ledger.predictions.by_role() == {"linear": 4 * 5 + 5 * 5, "head": 2 * 5 * 6}
+
+
+def test_a_step_is_measured_once_an_experience_whatever_exits_weigh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], cost_watch.step_charges
+
+    def counted(strategy: Any) -> Any:
+        measured.append(len(strategy.batch.y))
+        return measure(strategy)
+
+    monkeypatch.setattr(cost_watch, "step_charges", counted)
+    run("exits(head='linear', heads='growing')", tmp_path)  # its weights rise from epoch to epoch
+    assert measured == [4, 2] * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routes(Works):
+    """Trains what it calls a router."""
+
+    name: ClassVar[str] = "routes"
+    phase: ClassVar[str] = "router"
+
+
+def test_router_training_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    ledger = run(Routes(), tmp_path).ledger
+    steps = EPOCHS * 5
+    for index in range(3):
+        phases = ledger.by_phase(experience=index)
+        assert phases["auxiliary"] == steps * (7 + 11 + 13 + 100)
+        assert phases["router"] == 2 * 3 * 4 + steps * 1000 + 4 * 5
+    assert set(ledger.seconds()) == {"training", "accounting", "evaluation", "components"}
+    assert ledger.seconds()["components"] <= ledger.seconds()["training"]  # it is part of it
+
+
+def test_two_components_that_consolidate_are_charged_each(tmp_path: Path) -> None:
+    ledger = run(compose(Works(), parse("ewc")), tmp_path).ledger
+    for index, classes in enumerate(CLASSES):
+        found = ledger.by_component(experience=index)
+        assert set(found) == {"", "ewc", "works"}
+        assert found["works"] == 2 * 3 * 4 + EPOCHS * 5 * (7 + 11 + 13 + 1100) + 4 * 5
+        assert found["ewc"] >= SAMPLES * forward(classes)  # a pass over the data for its importances
+
+
+def test_an_evaluation_costs_the_experts_that_it_really_ran(tmp_path: Path) -> None:
+    made = session("moe(experts=5, tau=0.2, router_width=3, epochs=1)", tmp_path)
+    made.run()
+    made.close()
+    network, ledger = made.learner.network, made.ledger
+    x = torch.cat([network.place(part.prepare(part.raw(torch.arange(len(part))))) for part in bench().test])
+    with torch.no_grad(), counting(network) as usage, MacCounter() as counter:
+        for experience in x.split(2):  # as it was evaluated: batches of 5 of experiences of 2
+            network.eval()(experience)
+        used = usage()
+    assert 0 < sum(sum(layer.ran_E) for layer in used.values()) < sum(5 * layer.tokens for layer in used.values())
+    assert ledger.by_phase(experience=2)["evaluation"] == counter.macs
+    assert ledger.by_phase()["router"] == ledger.by_component()["moe"] > 0
+    assert ledger.predictions.experts()[0].pairs == sum(sum(layer.ran_E) for layer in used.values())
+    assert ledger.predictions.mean() < ledger.predictions.expected() == forward(6)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Boasts(Component):
     """Declares what is no count."""
@@ -245,7 +333,7 @@ def test_batches_left_out_are_not_counted(tmp_path: Path) -> None:
 
 EXPRESSIONS = [
     "naive", "er(memory=12)", "er(memory=12) + lwf", "ewc", "si", "der(memory=12)", "agem(memory=12)", "ancl",
-    "bic(memory=12)", "gdumb(memory=12)", "slda", "exits", "prd",
+    "bic(memory=12)", "gdumb(memory=12)", "slda", "exits", "prd", "exits + early_exit(threshold=0.5)", "sparsity",
 ]  # fmt: skip
 
 
@@ -263,6 +351,7 @@ def test_a_run_is_the_same_with_and_without_accounts(expression: str, engine: st
     bare.strategy.plugins.remove(costs)
     bare.strategy.on_step = costs._on_step
     costs.begin = costs.book = lambda *index: None  # type: ignore[method-assign]
+    bare.learner.around = lambda hook, component: contextlib.nullcontext()
     bare.run()
     bare.close()
     one, other = (

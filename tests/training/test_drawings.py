@@ -22,6 +22,7 @@ from clframe.training.drawings import (
     exit_accuracy_image,
     heat_image,
     png,
+    triangles_image,
     who_answers_image,
 )
 
@@ -97,6 +98,28 @@ def test_heat_maps_grow_with_their_table_and_show_what_is_undefined():
     assert pixels(undefined, "white") > pixels(small, "white") + 1000
 
 
+def test_figures_of_long_streams_stop_growing():
+    long = heat_image([[0.5] * 200] * 90, rows=[f"{n}" for n in range(90)], columns=[f"{n}" for n in range(200)], title="t")
+    assert long.shape[0] <= 1200
+    assert long.shape[1] <= 2000
+    assert who_answers_image([[0.5, 0.5]] * 200, names=["a", "b"]).shape[1] <= 1400
+    assert triangles_image({"a": [[0.5] * 120] * 120, "b": [[0.5] * 120] * 120}).shape[1] <= 1400
+
+
+def test_triangles_have_experiences_down_and_time_across():
+    def cells(picture):
+        """Median color of the lower left and of the upper right cell of two."""
+        height, width, _ = picture.shape
+        rows, columns = (height // 4, 2 * height // 3), (width // 4, 3 * width // 4)
+        return [tuple(np.median(picture[rows[r] : rows[r] + 20, columns[c] : columns[c] + 20].reshape(-1, 3), axis=0)) for r, c in ((1, 0), (0, 1))]
+
+    before, after = cells(triangles_image({"only": [[1.0], [0.0, 1.0]]}))
+    assert before == (255, 255, 255)  # experience 1 before it was learnt
+    assert after[0] < 100 and after[2] > after[1]  # experience 0 after it: the dark end of viridis
+    one, two = triangles_image({"a": [[1.0]]}), triangles_image({"a": [[1.0]], "b": [[0.5]]})
+    assert two.shape[1] == 2 * one.shape[1]
+
+
 def test_png_holds_the_picture():
     picture = curve_image({"a": CURVE})
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(picture)))), picture)
@@ -104,6 +127,7 @@ def test_png_holds_the_picture():
 
 @pytest.mark.parametrize("draw", [
     lambda: curve_image({}),
+    lambda: triangles_image({}),
     lambda: exit_accuracy_image([], names=["a"]),
     lambda: exit_accuracy_image([[0.5]], names=["a", "b"]),
     lambda: who_answers_image([[0.5, 0.5], [1.0]], names=["a", "b"]),

@@ -246,9 +246,9 @@ def linear_each(classifiers: Sequence[Classifier], features_TBF: Sequence[Tensor
 
     On a CPU they run one after the other, so that what a new one brings never moves a bit of the old ones'. On
     accelerators, where many small products take longer to start than to run, see :func:`linear_joined`, which
-    knows linear classifiers only.
+    knows linear classifiers only and calls none of them, so that hooks would see nothing.
     """
-    linear = [classifier for classifier in classifiers if isinstance(classifier, GrowingLinear)]
+    linear = [c for c in classifiers if isinstance(c, GrowingLinear) and not c._forward_pre_hooks]
     if features_TBF[0].device.type == "cpu" or len(linear) < len(classifiers):
         return [classifier(x) for classifier, x in zip(classifiers, features_TBF, strict=True)]
     return linear_joined(linear, features_TBF)

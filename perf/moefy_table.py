@@ -60,6 +60,7 @@ BENCHES: dict[str, Bench] = {
         "split_mnist",
         (*ONE, *VIT, "optimizer.schedule=cosine", "trainer.epochs=3", "trainer.batch_size=64"),
         {"on": "all", "sparsify": 1, "epochs": 5, "samples": 8000, "limit": 1500},
+        strength=0.03,
         more={"D2DMoE + projections": {"projections": True}},
     ),
     "mlp": Bench(
@@ -67,6 +68,7 @@ BENCHES: dict[str, Bench] = {
         (*ONE, "backbone=mlp", "backbone.width=384", "backbone.depth=4", "optimizer.name=adam", "optimizer.lr=0.001",
          "optimizer.schedule=cosine", "trainer.epochs=3", "trainer.batch_size=64"),
         {"on": "all", "sparsify": 2, "epochs": 5, "samples": 8000, "limit": 4000},
+        strength=0.003,
     ),
     "text": Bench(
         "quickstart",
@@ -82,7 +84,7 @@ BENCHES: dict[str, Bench] = {
          "components.exits={at: [layer2, layer4]}", *REPLAY, "trainer.epochs=1"),
         {"on": "memory", "sparsify": 8, "epochs": 20, "limit": 2000},
         rows=("MoEfication", "D2DMoE, no regulariser", "D2DMoE"),
-        strength=0.02,
+        strength=0.003,
     ),
     "continual_vit": Bench(
         "split_mnist",

@@ -134,7 +134,8 @@ def open_target(
         return _run_target(name, folder, overrides, device=usable_device(device))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RunFolderError(f"{name}: holds neither a run's config.yaml nor a model's config.json; give such a folder")
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    beside = folder.parent != Path() and folder.parent.is_dir()  # a slip in a path, not a model on a hub
+    if not folder.is_dir() and (beside or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise RunFolderError(f"{name}: no such folder, and no name of a model on a hub; give one of them")
     if data is None:
         raise ConfigError(f"--data: found none for {name}; name what to measure it on, such as --data clinc150")

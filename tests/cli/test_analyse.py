@@ -72,6 +72,12 @@ def test_one_line_for_what_is_wrong(folder, here, capsys, words, said):
     assert not list(here.iterdir())
 
 
+def test_a_slip_in_a_path_is_no_name_on_a_hub(here, capsys):
+    (here / "runs").mkdir()
+    assert main(["analyse", "sparsity", "runs/slip"]) == 2
+    assert "runs/slip: no such folder" in capsys.readouterr().err
+
+
 def test_the_bar(monkeypatch, capsys):
     import sys
 

@@ -112,7 +112,7 @@ _PAGE = """\
 {% if s.tiles %}
 <dl class="tiles">
 {% for name, value, unit in s.tiles %}
-<div><dt>{{ name }}</dt><dd class="{{ kind(value) }}">{{ value }}\
+<div><dt>{{ name }}</dt><dd class="{{ kind(value) }}{{ " long" if value|string|length > 8 }}">{{ value }}\
 {% if kind(value) == "number" %}<span> {{ unit }}</span>{% endif %}</dd></div>
 {% endfor %}
 </dl>

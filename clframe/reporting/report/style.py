@@ -30,6 +30,7 @@ h2 { margin: 34px 0 4px; font-size: 19px; line-height: 1.3; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 .tiles dt { color: var(--muted); font-size: 13px; line-height: 1.35; }
 .tiles dd { margin: 4px 0 0; font-size: 22px; font-weight: 620; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles dd.long { font-size: 16px; line-height: 1.6; }
 .tiles dd span { font-size: 14px; font-weight: 400; color: var(--muted); }
 .tiles dd.undefined { font-size: 14px; font-weight: 400; color: var(--muted); }
 .figures { display: grid; gap: 14px; margin: 12px 0;

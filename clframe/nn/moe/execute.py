@@ -52,6 +52,7 @@ class Plan:
     Args:
         few: Up to how many tokens experts are run token by token.
         token: What a (token, expert) pair costs then, beside its products, in hidden neurons.
+        shared: How much faster more threads make the dense layer for one token, and not experts run one by one.
         read: Tokens whose products take as long as reading an expert's weights from memory.
         read_all: The same where everything is computed, which is slow for its MACs where tokens are few.
         grouped: Of running expert by expert.
@@ -63,6 +64,7 @@ class Plan:
 
     few: int = 1
     token: float = 18.0
+    shared: float = 1.73
     read: float = 16.0
     read_all: float = 24.0
     grouped: Costs = GROUPED
@@ -70,13 +72,13 @@ class Plan:
     margin: float = 0.9
     merge: int = 128
 
-    def worth(self, neurons: int) -> float:
+    def worth(self, neurons: int, *, threads: int = 1) -> float:
         """The fraction of experts above which everything is computed for one token, and masked.
 
-        >>> round(Plan().worth(128), 2), round(Plan().worth(6), 2)
-        (0.88, 0.25)
+        >>> round(Plan().worth(128), 2), round(Plan().worth(6), 2), round(Plan().worth(128, threads=2), 2)
+        (0.88, 0.25, 0.51)
         """
-        return neurons / (neurons + self.token)
+        return neurons / (neurons + self.token) / (1.0 if threads == 1 else self.shared)
 
 
 class Choice(NamedTuple):
@@ -102,7 +104,8 @@ def choose(weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan
     if not pairs:
         return DENSE
     if tokens <= plan.few:
-        return Choice("views") if pairs <= plan.worth(neurons) * keep_NE.numel() else DENSE
+        worth = plan.worth(neurons, threads=torch.get_num_threads())
+        return Choice("views") if pairs <= worth * keep_NE.numel() else DENSE
     inputs, outputs = weights.up_EHD.shape[2], weights.down_EHO.shape[2]
     macs = (inputs * (1 if weights.gate_EHD is None else 2) + outputs) / torch.get_num_threads()  # of a neuron
 

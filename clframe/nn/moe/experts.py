@@ -185,7 +185,7 @@ class ExpertLayer(nn.Module):
         """y_1O of one token and the experts that it keeps: what ``forward`` does, by the shortest way."""
         weights = self.weights()
         experts, neurons, _ = weights.up_EHD.shape
-        if 0 < len(chosen) <= self.plan.worth(neurons) * experts:
+        if 0 < len(chosen) <= self.plan.worth(neurons, threads=torch.get_num_threads()) * experts:
             return token_by_token(weights, x_1D, [chosen], None)
         if len(chosen) == experts:
             return dense(weights, x_1D, None)

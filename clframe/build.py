@@ -24,6 +24,7 @@ from clframe.data.domains import permuted, rotated
 from clframe.data.online import blurry, online
 from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
 from clframe.functional.seeding import derive_seed
+from clframe.functional.torch_settings import torch_settings
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
@@ -89,7 +90,7 @@ def run(
         on_built(parts)
     if resume is None:
         folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
-    with _global_settings(config.trainer):
+    with torch_settings(threads=config.trainer.threads, deterministic=config.trainer.deterministic):
         try:
             if resume is None:
                 folder.write_config(to_yaml(parts.config))
@@ -355,25 +356,6 @@ def _session(parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress],
         plugins=named_plugins(config.components),
         on_evaluated=on_evaluated,
     )
-
-
-class _global_settings:
-    """Threads and determinism for the time of a run, put back afterwards."""
-
-    def __init__(self, config: TrainerConfig) -> None:
-        self._config = config
-
-    def __enter__(self) -> None:
-        self._threads = torch.get_num_threads()
-        self._deterministic = torch.are_deterministic_algorithms_enabled()
-        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
-        torch.use_deterministic_algorithms(self._config.deterministic)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._threads)
-        torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warn_only)
 
 
 def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progress) -> Result:

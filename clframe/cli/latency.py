@@ -29,8 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Measure, write, print."""
-    import torch
-
+    from clframe.functional.torch_settings import torch_settings
     from clframe.studies.latency import time_run
 
     runs = [word for word in options.words if "=" not in word]
@@ -39,9 +38,7 @@ def act(options: argparse.Namespace) -> int:
         raise ConfigError("latency: found no run; give a run folder, such as the one clframe run printed")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: found {options.threads}; give 1 or more")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(options.threads or before)
+    with torch_settings(threads=options.threads):
         for run in runs:
             found = time_run(
                 run, batches=_sizes(options.batches), device=options.device, repeats=options.repeats,
@@ -53,8 +50,6 @@ def act(options: argparse.Namespace) -> int:
             for row in found.rows:
                 times = f"{1e3 * row.p50:12.3f}{1e3 * row.p95:12.3f}{row.throughput:12,.0f}"
                 print(f"{row.way:24}{row.batch:7}{times}{row.macs:16,.0f}")
-    finally:
-        torch.set_num_threads(before)
     return 0
 
 

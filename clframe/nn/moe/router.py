@@ -21,8 +21,8 @@ RouterKind = Literal["norm", "activation"]
 """What a router foresees: the length of an expert's output (D2DMoE), or its summed activations (MoEfication)."""
 
 
-class NormRouter(nn.Module):
-    """``|V relu(U x)|``, trained to be the length of each expert's output; Szatkowski et al. (2024).
+class _TwoLayers(nn.Module):
+    """The weights of a router.
 
     Args:
         inputs: D.
@@ -41,9 +41,17 @@ class NormRouter(nn.Module):
         self.score = nn.Parameter(torch.empty(experts, width))
         self.draw(generator)
 
+    @torch.no_grad()
     def draw(self, generator: Generator | None) -> None:
-        """Draw all weights anew."""
-        _draw(self.hidden, self.score, generator=generator)
+        """Draw all weights anew, as torch draws those of linear layers; on the CPU, whatever the device."""
+        for weight_OI in (self.hidden, self.score):
+            bound = weight_OI.shape[1] ** -0.5
+            drawn_OI = torch.empty(weight_OI.shape, dtype=weight_OI.dtype).uniform_(-bound, bound, generator=generator)
+            weight_OI.copy_(drawn_OI)
+
+
+class NormRouter(_TwoLayers):
+    """``|V relu(U x)|``, trained to be the length of each expert's output; Szatkowski et al. (2024)."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """scores_NE, from 0 up."""
@@ -60,29 +68,8 @@ class NormRouter(nn.Module):
         return F.mse_loss(self(x_ND), target_NE)
 
 
-class ActivationRouter(nn.Module):
-    """Linear, tanh, linear, sigmoid, trained to foresee summed activations; Zhang et al., "MoEfication" (2022).
-
-    Args:
-        inputs: D.
-        experts: E.
-        width: W, of its hidden layer.
-        generator: Draws the weights; on the CPU.
-
-    Attributes:
-        hidden: U, [W, D].
-        score: V, [E, W].
-    """
-
-    def __init__(self, inputs: int, experts: int, *, width: int, generator: Generator | None = None) -> None:
-        super().__init__()
-        self.hidden = nn.Parameter(torch.empty(width, inputs))
-        self.score = nn.Parameter(torch.empty(experts, width))
-        self.draw(generator)
-
-    def draw(self, generator: Generator | None) -> None:
-        """Draw all weights anew."""
-        _draw(self.hidden, self.score, generator=generator)
+class ActivationRouter(_TwoLayers):
+    """Linear, tanh, linear, sigmoid, trained to foresee summed activations; Zhang et al., "MoEfication" (2022)."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """scores_NE between 0 and 1."""
@@ -218,15 +205,6 @@ def _numbers(keep_1E: Tensor) -> list[int]:
 def _check_tau(tau: float) -> None:
     if not 0 <= tau <= 1:
         raise ConfigError(f"moe.tau: found {tau}; give a number from 0 (one expert a token) to 1 (all of them)")
-
-
-@torch.no_grad()
-def _draw(*weights: Tensor, generator: Generator | None) -> None:
-    """As torch draws those of linear layers; on the CPU, whatever the device."""
-    for weight_OI in weights:
-        bound = weight_OI.shape[1] ** -0.5
-        drawn_OI = torch.empty(weight_OI.shape, dtype=weight_OI.dtype).uniform_(-bound, bound, generator=generator)
-        weight_OI.copy_(drawn_OI)
 
 
 ALL = DynamicK(tau=1.0)

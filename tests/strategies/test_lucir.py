@@ -101,7 +101,8 @@ def test_old_classes_are_kept_with_a_memory_and_a_resumed_run_is_the_same(on_dig
 def test_without_a_memory_it_holds_features_and_runs(on_digits):
     run = on_digits.learn(on_digits.learner(LUCIR()), epochs=1, per_class=5)
     terms = run.flush_terms()
-    assert terms["loss/lucir/less_forget"] > 0 and terms["loss/lucir/separate"] == 0
+    # 1 - cosine of nearly equal features: 0 up to rounding, on either side of it.
+    assert terms["loss/lucir/less_forget"] > -1e-6 and terms["loss/lucir/separate"] == 0
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def test_the_order_of_experiences_changes_nothing():
     start = {**SMALL.init(net), "exits": [{**one["exits"][0], "gram": torch.zeros(16, 16).double(), "cross": torch.zeros(16, 0).double()}]}
     other = learnt(SMALL, net, parts[::-1], start)
     for key in ("gram", "cross"):
-        torch.testing.assert_close(one["exits"][0][key], other["exits"][0][key], rtol=1e-12, atol=1e-9)
+        # Features are single precision: a batch of another size may round them by a few units in the last place.
+        torch.testing.assert_close(one["exits"][0][key], other["exits"][0][key], rtol=1e-5, atol=1e-4)
 
 
 def test_the_projection_is_drawn_once_from_the_runs_seed():

@@ -64,7 +64,8 @@ def test_sharing_the_pooling_changes_nothing(shape, batch):
         alone.append(plain)
     parameters = [x, *head.parameters()]
     logits_BC, plain_BC = head(x), torch.cat([plain(x) for plain in alone], 1)
-    assert torch.equal(logits_BC, plain_BC)
+    # One product over shared inputs and one product per head may run different BLAS kernels, which round differently.
+    torch.testing.assert_close(logits_BC, plain_BC, rtol=1e-5, atol=1e-6)
     fast = torch.autograd.grad(logits_BC.square().sum(), parameters)
     slow = torch.autograd.grad(plain_BC.square().sum(), parameters)
     for one, other in zip(fast, slow, strict=True):
@@ -121,11 +122,12 @@ def test_columns_are_classes_whatever_the_order_they_come_in():
     shared = head.common(x)
     assert head.head_of.tolist() == [1, -1, 0, -1, -1, 0, -1, 1]
     assert len(head.heads) == 2
-    assert torch.equal(logits_BC[:, [2, 5]], head.heads[0](shared))
-    assert torch.equal(logits_BC[:, [0, 7]], head.heads[1](shared))
+    # A head called alone sees another memory layout than inside the joined call: another kernel, other rounding.
+    torch.testing.assert_close(logits_BC[:, [2, 5]], head.heads[0](shared), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits_BC[:, [0, 7]], head.heads[1](shared), rtol=1e-5, atol=1e-6)
     assert (logits_BC[:, [1, 3, 4, 6]] == -inf).all()
     head.grow([1, 3, 4, 6])
-    assert torch.equal(head(x)[:, [0, 2, 5, 7]], logits_BC[:, [0, 2, 5, 7]])
+    torch.testing.assert_close(head(x)[:, [0, 2, 5, 7]], logits_BC[:, [0, 2, 5, 7]], rtol=1e-5, atol=1e-6)
     assert head(x).isfinite().all()
 
 

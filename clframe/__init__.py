@@ -10,15 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clframe.avalanche_bridge.fabric import on_fabric
     from clframe.build import explain, load, run
     from clframe.config.load import load_config
     from clframe.config.schema import Config
-    from clframe.core import Component, Composition, Output, compose, parse, register
-    from clframe.data import Benchmark, class_incremental
+    from clframe.core import compose
+    from clframe.core.component import Component, Composition
+    from clframe.core.expression import parse, register
+    from clframe.data.benchmark import Benchmark, class_incremental
     from clframe.errors import ClframeError
-    from clframe.nn import Network
-    from clframe.reporting.results import Result
-    from clframe.training.fabric import on_fabric
+    from clframe.nn.network import Network
+    from clframe.nn.types import Output
+    from clframe.results import Result
     from clframe.training.module import ContinualModule
     from clframe.training.strategy import LightningStrategy
 
@@ -34,13 +37,13 @@ _HOMES = {
     "LightningStrategy": "clframe.training.strategy",
     "Network": "clframe.nn",
     "Output": "clframe.core",
-    "Result": "clframe.reporting.results",
+    "Result": "clframe.results",
     "class_incremental": "clframe.data",
     "compose": "clframe.core",
     "explain": "clframe.build",
     "load": "clframe.build",
     "load_config": "clframe.config.load",
-    "on_fabric": "clframe.training.fabric",
+    "on_fabric": "clframe.avalanche_bridge.fabric",
     "parse": "clframe.core",
     "register": "clframe.core",
     "run": "clframe.build",

@@ -13,25 +13,30 @@ import torch
 from clframe.accounting import count_macs, count_parameters
 from clframe.config.files import read_yaml
 from clframe.config.load import load_config
-from clframe.config.plugins import BLOCK, named_plugins
-from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.schema import (
+    BLOCK,
+    BackboneConfig,
+    BenchmarkConfig,
+    Config,
+    OptimizerConfig,
+    TrainerConfig,
+    named_plugins,
+)
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.core import COMPONENTS, Composition, parse
-from clframe.core.options import check_options, missing_options, shown
 from clframe.data import SOURCES, Benchmark, Source, class_incremental
-from clframe.data.augment import AUGMENTATIONS, Augmentation
-from clframe.data.domains import permuted, rotated
-from clframe.data.online import blurry, online
+from clframe.data.augmentation import AUGMENTATIONS, Augmentation
+from clframe.data.streams import blurry, online, permuted, rotated
 from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
-from clframe.functional.seeding import derive_seed
-from clframe.functional.torch_settings import torch_settings
 from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
-from clframe.reporting.explanation import explanation
-from clframe.reporting.figures import write_figures
-from clframe.reporting.folder import RunFolder
-from clframe.reporting.results import Result, summarize
+from clframe.options import check_options, missing_options, shown
+from clframe.report.explanation import explanation
+from clframe.report.figures import write_figures
+from clframe.results import Result, summarize
+from clframe.run_folder import RunFolder
+from clframe.seeding import derive_seed, torch_settings
 
 if TYPE_CHECKING:
     from clframe.training.session import Progress, Session
@@ -139,8 +144,8 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         config = load_config(config, overrides)
     parts = build(config)
     network = parts.network
-    for component in parts.composition.acting_at("edit"):
-        component.edit(network)
+    for component in parts.composition.acting_at("setup_network"):
+        component.setup_network(network)
     network.grow(range(len(parts.benchmark.class_order)))
     return explanation(
         config=to_yaml(parts.config),
@@ -169,14 +174,14 @@ def build(config: Config) -> Parts:
     _check_trainer(config.trainer)
     named = named_plugins(config.components)
     if named:
-        from clframe.training.plugins import check_plugins
+        from clframe.avalanche_bridge.plugins import check_plugins
 
         check_plugins(named)
     if benchmark.online is not None:
         _check_online(config)
     torch.manual_seed(derive_seed(config.seed, "network"))
     network = Network(backbone(benchmark.input_shape))
-    settled = composition.replace(lambda component: component.settle(network))
+    settled = composition.replace(lambda component: component.resolve(network))
     if settled != composition:
         options = {component.name: asdict(component) for component in settled}
         config = replace(config, strategy=str(settled), components={**config.components, **options})
@@ -316,7 +321,7 @@ def _lightning_parts(config: TrainerConfig, folder: Path) -> dict[str, Any]:
     """What only a Lightning Trainer takes; nothing under Fabric."""
     if config.engine != "trainer":
         return {}
-    from clframe.training.trainer_options import trainer_options
+    from clframe.training.trainer import trainer_options
 
     foreign = [name for name in config.loggers if name not in ("tensorboard", "csv")]
     return trainer_options(config.callbacks, foreign, precision=config.precision, folder=folder)

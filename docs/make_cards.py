@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import strategies
-from clframe.config.files import read_yaml
-from clframe.config.paths import shipped_configs
+from clframe.config.files import read_yaml, shipped_configs
 from clframe.core import COMPONENTS, Component, parse
-from clframe.reporting.docstrings import described
+from clframe.report.explanation import described
 
 FILE = Path(__file__).parent / "strategies.md"
 

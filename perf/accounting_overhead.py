@@ -23,12 +23,12 @@ from avalanche.core import SupervisedPlugin
 
 from clframe.accounting import Ledger
 from clframe.core import parse
-from clframe.data.benchmark import Benchmark, Source, class_incremental
+from clframe.data.benchmark import Benchmark, class_incremental
 from clframe.data.samples import TensorSamples
+from clframe.data.source import Source
 from clframe.nn import BACKBONES, Network
-from clframe.training.cost_watch import CostWatch
+from clframe.training.cost_recorder import CostWatch, PredictionWatch
 from clframe.training.module import ContinualModule
-from clframe.training.prediction_watch import PredictionWatch
 from clframe.training.step_cost import step_charges
 from clframe.training.strategy import LightningStrategy
 

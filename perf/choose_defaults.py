@@ -71,9 +71,9 @@ def measured(one: Cell, out: Path) -> Path:
     path = results.parent / "zeros.json"
     if not path.exists():
         import clframe
-        from clframe.analysis import experience_activity
         from clframe.build import build
         from clframe.files import write_atomically
+        from clframe.sparsity import experience_activity
 
         experiences = build(clframe.load_config(str(results.parent / "config.yaml"))).benchmark.validation
         activities = experience_activity(clframe.load(results.parent).network, experiences, value=1.0)

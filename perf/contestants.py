@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from clframe.data import class_incremental
-from clframe.data.benchmark import Source
 from clframe.data.samples import TensorSamples
-from clframe.functional.seeding import epoch_order, generator_for
+from clframe.data.source import Source
 from clframe.nn import BACKBONES, Network
+from clframe.seeding import epoch_order, generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
 from clframe.training.strategy import LightningStrategy

@@ -72,7 +72,7 @@ def crossed(**values: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-PRD = {"attract": 2.0, "distil": 4.0, "temperature": 0.1, "distil_temperature": 1.0}
+PRD = {"attract": 2.0, "distill": 4.0, "temperature": 0.1, "distill_temperature": 1.0}
 HERDED = "er(memory=200, selection='herding', replay='concatenate')"
 GRIDS = {
     "lucir": Grid(
@@ -89,8 +89,8 @@ GRIDS = {
     ),
     "prd": Grid(
         "", ["digits, SGD", "mnist, batches of 64"],
-        [*crossed(attract=[1.0, 2.0, 4.0], distil=[1.0, 4.0, 16.0], temperature=[0.1], distil_temperature=[1.0]),
-         *around({"attract": 2.0, "distil": 4.0}, temperature=[0.05, 0.2, 0.5], distil_temperature=[0.1, 0.3, 3.0])[1:]],
+        [*crossed(attract=[1.0, 2.0, 4.0], distill=[1.0, 4.0, 16.0], temperature=[0.1], distill_temperature=[1.0]),
+         *around({"attract": 2.0, "distill": 4.0}, temperature=[0.05, 0.2, 0.5], distill_temperature=[0.1, 0.3, 3.0])[1:]],
         published=PRD,
     ),
     "sparsity": Grid(

@@ -47,15 +47,15 @@ if "MALLOC_TOP_PAD_" not in os.environ:
 import torch
 from torch import Tensor
 
-from clframe.functional.macs import stage_macs
+from clframe.accounting.macs import stage_macs
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.fusion import folded
+from clframe.exits.head_kinds import make_head
+from clframe.exits.placement import every, preset
+from clframe.exits.policies import ExitPolicy, max_probability
 from clframe.nn import Network
 from clframe.nn.backbones import resnet32, vit_tiny
 from clframe.nn.backbones.base import tap_of
-from clframe.nn.exits.dynamic import DynamicNetwork
-from clframe.nn.exits.heads_by_kind import make_head
-from clframe.nn.exits.placement import every, preset
-from clframe.nn.exits.policies import ExitPolicy, max_probability
-from clframe.nn.fold import folded
 
 CLASSES = 100
 SAMPLES = {1: 64, 32: 128, 256: 256}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cells import Cell, run_cells
 
-from clframe.reporting.report.statistics import paired
+from clframe.metrics.statistics import paired
 
 EXITS = "exits"
 STRATEGIES = {

@@ -1,4 +1,4 @@
-"""What executors of experts cost beside their products: the numbers of ``clframe.nn.moe.Plan``, measured here.
+"""What executors of experts cost beside their products: the numbers of ``clframe.moe.Plan``, measured here.
 
     python perf/expert_costs.py              # some minutes, on one thread
     python perf/expert_costs.py --quick
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.nn.moe import to_experts
-from clframe.nn.moe.execute import EXECUTORS
-from clframe.nn.moe.grouped_product import grouped_mm_works
+from clframe.moe import to_experts
+from clframe.moe.dispatch import EXECUTORS
+from clframe.moe.executors import grouped_mm_works
 
 SHAPES = ((768, 3072, (24, 96, 512)), (384, 1536, (24, 96)), (192, 768, (24,)), (64, 256, (4, 16)))
 TOKENS = (2, 4, 16, 64, 197, 1576)

@@ -6,7 +6,7 @@
     python perf/expert_race.py --quick           # fewer repetitions, wider spread
 
 Weights and tokens are random but fixed. The dense network is ``Linear, ReLU, Linear`` as torch runs it; the experts are
-what ``clframe.nn.moe.to_experts`` makes of it: router, gate, the executor that the plan chooses. Routing is random: the
+what ``clframe.moe.to_experts`` makes of it: router, gate, the executor that the plan chooses. Routing is random: the
 router's scores of random tokens under a top-k gate, so that exactly the fraction asked for runs, and other tokens come in
 every turn (of a set of 16), so that no expert's weights stay in the cache for want of others. All take turns within a
 repetition; ratios are taken within it, their median is reported with the middle half.
@@ -42,9 +42,9 @@ if "MALLOC_TOP_PAD_" not in os.environ:
 import torch
 from torch import Tensor, nn
 
-from clframe.nn.moe import RoutedExperts, TopK, to_experts
-from clframe.nn.moe.execute import EXECUTORS
-from clframe.nn.moe.grouped_product import grouped_mm_works
+from clframe.moe import RoutedExperts, TopK, to_experts
+from clframe.moe.dispatch import EXECUTORS
+from clframe.moe.executors import grouped_mm_works
 
 WIDTH, HIDDEN = 768, 3072
 SPLITS = {"24x128": 24, "96x32": 96, "512x6": 512}

@@ -19,8 +19,8 @@ import torch
 from expert_race import SPLITS, WIDTH, build
 from torch import Tensor, nn
 
-from clframe.nn.moe import DynamicK, RoutedExperts
-from clframe.nn.moe.execute import EXECUTORS, choose
+from clframe.moe import DynamicK, RoutedExperts
+from clframe.moe.dispatch import EXECUTORS, choose
 
 TOKENS = (197, 1576, 12608, 50432)
 FRACTIONS = (0.125, 0.25, 0.5)

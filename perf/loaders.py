@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from clframe.data.augment import AUGMENTATIONS
+from clframe.data.augmentation import AUGMENTATIONS
 from clframe.data.lazy import DatasetSamples
 from clframe.data.samples import EpochLoader, Loadable, TensorSamples
-from clframe.functional.seeding import epoch_order, generator_for
+from clframe.seeding import epoch_order, generator_for
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 """Of images from 0 to 1, as Avalanche has them for CIFAR-100."""

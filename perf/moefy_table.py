@@ -113,16 +113,16 @@ def convert(run: Path, options: Mapping[str, Any], folder: Path, overrides: Sequ
     """What a conversion came to, made where it is not there yet."""
     import torch
 
-    from clframe.studies import open_target
-    from clframe.studies.experts.files import write_study
-    from clframe.studies.experts.options import Options
-    from clframe.studies.experts.study import moefy_target
+    from clframe.moe.conversion.options import Options
+    from clframe.moe.conversion.study import moefy_target
+    from clframe.targets import open_target
+    from clframe.targets.folders import write_conversion
 
     file = folder / "moefy.json"
     if not file.is_file():
         torch.set_num_threads(1)
         study = moefy_target(open_target(str(run), overrides=overrides), Options(**options))
-        write_study(study, folder)
+        write_conversion(study, folder)
     tree: dict[str, Any] = json.loads(file.read_text())
     if json.loads(json.dumps({**tree["options"], **options})) != tree["options"]:
         raise SystemExit(f"{folder}: made with other options; delete it, or give another --out")

@@ -26,7 +26,7 @@ Change = Literal["softmax", "pool", "memory", "pairs", "fit"]
 
 
 class SoftmaxOverClasses(BiCPlugin):
-    """Distils the teacher's probabilities of the old classes, a softmax for each sample."""
+    """Distills the teacher's probabilities of the old classes, a softmax for each sample."""
 
     def cross_entropy(self, new_outputs: Tensor, old_outputs: Tensor) -> Tensor:
         return F.cross_entropy(new_outputs / self.T, (old_outputs / self.T).softmax(1))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from clframe.data import SOURCES, Benchmark, Source, class_incremental
-from clframe.functional.seeding import derive_seed
 from clframe.nn import BACKBONES, Network
+from clframe.seeding import derive_seed
 
 EXPERIENCES, PER_EXPERIENCE, WIDTH, LR = 5, 2, 128, 0.05
 

@@ -15,8 +15,8 @@ from avalanche.core import SupervisedPlugin
 from peer_course import EXPERIENCES, LR, Course, Maker
 from peer_strategies import METHODS, Method
 
+from clframe.avalanche_bridge.repairs import repair
 from clframe.training.module import ContinualModule
-from clframe.training.repairs import repair
 from clframe.training.strategy import LightningStrategy
 
 

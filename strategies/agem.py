@@ -9,15 +9,14 @@ from typing import ClassVar
 import torch
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
-from clframe.data.memory import Budget, Selection, drawn
-from clframe.data.replay import Replay
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.losses import cross_entropy
-from clframe.functional.replay_losses import project_gradient
-from clframe.nn.aside import forward_aside
+from clframe.functional.losses import cross_entropy, project_gradient
 from clframe.nn.features import feature_reader
+from clframe.nn.frozen import forward_aside
 from clframe.nn.network import Network
+from clframe.replay.buffers import Budget, Selection, drawn
+from clframe.replay.joining import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +61,17 @@ class AGEM(Component):
         """The memory must have room for one sample of each class."""
         self._replay.check(classes=classes)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory."""
         return self._replay.empty()
 
-    def project(self, network: Network, step: Step, state: State) -> None:
+    def modify_gradients(self, network: Network, step: Step, state: State) -> None:
         """Project the gradient where it disagrees with that of a batch of memory."""
         if state["x"] is None:
             return
-        index_R = drawn(state, self.sample, generator=step.moment.generator)
+        index_R = drawn(state, self.sample, generator=step.context.generator)
         raw, like = state["x"].index_select(0, index_R), step.batch.x
-        x = step.moment.experience.samples.prepare(raw, generator=step.moment.generator).to(like.device, like.dtype)
+        x = step.context.experience.samples.prepare(raw, generator=step.context.generator).to(like.device, like.dtype)
         y_R = state["y"].index_select(0, index_R).to(like.device)
         parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
         loss_K = cross_entropy(forward_aside(network, x).logits, y_R)
@@ -81,7 +80,7 @@ class AGEM(Component):
         references = torch.autograd.grad(loss_K.sum(), parameters, allow_unused=True)
         project_gradient([p.grad for p in parameters if p.grad is not None], references)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Make room, then keep samples of this experience."""
-        features = feature_reader(network, moment.experience.samples)
-        return self._replay.renewed(moment, state, features=features)
+        features = feature_reader(network, context.experience.samples)
+        return self._replay.renewed(context, state, features=features)

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.losses import distillation
-from clframe.nn.fine_tune import fine_tuned
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import fine_tuned, freeze
 from clframe.nn.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class ANCL(Component):
-    """Auxiliary network continual learning (ANCL): distil from the old model and from one that learns only the new.
+    """Auxiliary network continual learning (ANCL): distill from the old model and from one that learns only the new.
 
     Before each experience but the first a copy of the network is fine-tuned on its data alone: it shows what the new
     classes look like to a network free to forget. Then every exit learns from the same exit of two teachers:
@@ -46,7 +45,7 @@ class ANCL(Component):
     """
 
     name: ClassVar[str] = "ancl"
-    terms: ClassVar[tuple[str, ...]] = ("distil", "auxiliary")
+    terms: ClassVar[tuple[str, ...]] = ("distill", "auxiliary")
 
     lamb: float = 1.0
     lamb_a: float = 1.0
@@ -73,32 +72,32 @@ class ANCL(Component):
             if not ok:
                 raise ConfigError(f"components.ancl.{key}: found {getattr(self, key)}; {advice}")
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No teachers before the first experience ends."""
         return {"teacher": None, "auxiliary": None, "groups": (), "auxiliary_steps": 0}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fine-tune the auxiliary network, from the second experience on."""
         if state["teacher"] is None or self.lamb_a == 0:
             return state
         learnt, steps = fine_tuned(
             network,
-            moment.experience.samples,
-            classes=moment.experience.classes,
-            epochs=self.epochs or moment.epochs,
+            context.experience.samples,
+            classes=context.experience.classes,
+            epochs=self.epochs or context.epochs,
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             batch_size=self.batch_size,
-            generator=moment.generator,
+            generator=context.generator,
         )
         return {**state, "auxiliary": freeze(learnt), "auxiliary_steps": state["auxiliary_steps"] + steps}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """Both distillation terms, from the second experience on."""
         teachers = {
-            "distil": (self.lamb, state["teacher"], state["groups"]),
-            "auxiliary": (self.lamb_a, state["auxiliary"], (step.moment.experience.classes,)),
+            "distill": (self.lamb, state["teacher"], state["groups"]),
+            "auxiliary": (self.lamb_a, state["auxiliary"], (step.context.experience.classes,)),
         }
         found = {}
         for term, (weight, teacher, groups) in teachers.items():
@@ -110,15 +109,15 @@ class ANCL(Component):
             found[term] = weight / self.temperature**2 * loss_K
         return found
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience; the auxiliary network has done its part."""
         known = {c for group in state["groups"] for c in group}
-        new = tuple(sorted(set(moment.experience.classes) - known))
+        new = tuple(sorted(set(context.experience.classes) - known))
         groups = (*state["groups"], new) if new else state["groups"]
         if self.softmax == "joint":
             groups = (tuple(sorted(known.union(new))),)
         return {**state, "teacher": freeze(network), "auxiliary": None, "groups": groups}
 
-    def cost(self, network: Network, state: State) -> Mapping[str, int]:
+    def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
         """Training steps of auxiliary networks so far."""
         return {"auxiliary_steps": int(state["auxiliary_steps"])}

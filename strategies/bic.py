@@ -12,17 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clframe.core.component import Component, total
-from clframe.core.types import Experience, Moment, Output, Pool, State, Step
-from clframe.data.kept import Kept
-from clframe.data.memory import Budget
-from clframe.data.replay import Replay
-from clframe.data.split_memory import SplitMemory
+from clframe.core.types import Experience, Pool, State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import among, bias_corrected, columns, fit_bias
 from clframe.functional.losses import cross_entropy, distillation
 from clframe.nn.features import exit_logits, feature_reader
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
+from clframe.nn.types import Output
+from clframe.replay.buffers import Budget, Kept, SplitMemory
+from clframe.replay.joining import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,8 @@ class BiC(Component):
     """
 
     name: ClassVar[str] = "bic"
-    slots: ClassVar[frozenset[str]] = frozenset({"batch", "task", "mix", "answers"})
-    terms: ClassVar[tuple[str, ...]] = ("distil",)
+    slots: ClassVar[frozenset[str]] = frozenset({"batch", "task_loss", "loss_mix", "logits"})
+    terms: ClassVar[tuple[str, ...]] = ("distill",)
     keeps_memory: ClassVar[bool] = True
 
     memory: int = 2000
@@ -84,23 +83,23 @@ class BiC(Component):
         """What the memory keeps and holds out."""
         return SplitMemory(self.memory, self.budget, self.selection, self.held_out)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory, no teacher, and no class to correct."""
         nothing = torch.empty(len(network.heads), 0)
         return {**self.split.empty(), "teacher": None, "alpha_KC": nothing, "beta_KC": nothing}
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """Memory and new data, without what is held out of either."""
         return self.split.pool(samples, state), size
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """New classes are not corrected yet."""
         new = (0, network.classes - state["alpha_KC"].shape[1])
         device = network.final.weight.device
         alpha_KC, beta_KC = pad(state["alpha_KC"], new, value=1.0), pad(state["beta_KC"], new)
         return {**state, "alpha_KC": alpha_KC.to(device), "beta_KC": beta_KC.to(device)}
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """Cross-entropy of corrected logits."""
         logits = bias_corrected(step.output.logits, state["alpha_KC"], state["beta_KC"])
         return cross_entropy(logits, step.batch.y, weight_B=step.batch.weight_B)
@@ -112,30 +111,30 @@ class BiC(Component):
         with torch.no_grad():
             teacher = state["teacher"](step.batch.x)
         correct = partial(bias_corrected, alpha_KC=state["alpha_KC"], beta_KC=state["beta_KC"])
-        groups, temperature = [step.moment.experience.past], self.temperature
+        groups, temperature = [step.context.experience.past], self.temperature
         loss_K = distillation(
             correct(step.output.logits), correct(teacher.logits), groups=groups, temperature=temperature
         )
-        return {"distil": loss_K / temperature**2}
+        return {"distill": loss_K / temperature**2}
 
-    def mix(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
+    def combine_losses(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
         """``(1 - l) CE + l KD``, or ``CE + lamb KD``, plus all other terms."""
-        if "bic/distil" not in terms:
+        if "bic/distill" not in terms:
             return total(terms)
-        task, distil = self._weights(step.moment.experience)
-        weights = {"task/ce": task, "bic/distil": distil}
+        task, distill = self._weights(step.context.experience)
+        weights = {"task/ce": task, "bic/distill": distill}
         return total({name: weights.get(name, 1.0) * value for name, value in terms.items()})
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Renew the memory, fit the pairs on what is held out, and keep the model as a teacher."""
-        experience = moment.experience
+        experience = context.experience
         memory = self.split.renewed(
-            state, experience, generator=moment.generator, features=partial(feature_reader, network)
+            state, experience, generator=context.generator, features=partial(feature_reader, network)
         )
         pairs = self._fitted(network, experience, state, memory["held"])
         return {**memory, **pairs, "teacher": freeze(network)}
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """Corrected logits at every exit."""
         return output._replace(logits=bias_corrected(output.logits, state["alpha_KC"], state["beta_KC"]))
 

@@ -21,6 +21,6 @@ class Cumulative(Component):
     name: ClassVar[str] = "cumulative"
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """This experience and all before it."""
         return range(index + 1)

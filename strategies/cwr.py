@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.core.component import Component
-from clframe.core.types import Experience, Moment, State
-from clframe.functional.classifiers import consolidated_rows
-from clframe.nn.class_rows import heads_with_rows, read_rows, rows_and_fresh, write_rows
+from clframe.core.types import Experience, State, StepContext
+from clframe.exits.features import heads_with_rows, read_rows, rows_and_fresh, write_rows
+from clframe.functional.prototypes import consolidated_rows
 from clframe.nn.network import Network
 
 
@@ -41,22 +41,22 @@ class CWR(Component):
 
     backbone: Literal["frozen", "free"] = "frozen"
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No rows kept."""
         return {"rows": {}}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Rows of this experience's classes as they were kept, zero for all others."""
         for exit, head in heads_with_rows(network):
             weight_CF, bias_C = (torch.zeros_like(part) for part in read_rows(head))
             if exit in state["rows"]:
                 kept = self._sized(state["rows"][exit], len(bias_C))
-                now = list(moment.experience.classes)
+                now = list(context.experience.classes)
                 weight_CF[now], bias_C[now] = kept["weight"][now], kept["bias"][now]
             write_rows(head, weight_CF, bias_C)
         return state
 
-    def grow(self, network: Network, experience: Experience) -> None:
+    def add_classes(self, network: Network, experience: Experience) -> None:
         """Hold still what is frozen, before other components look at what learns."""
         if self.backbone == "free" or experience.index == 0:
             return
@@ -66,15 +66,15 @@ class CWR(Component):
             for parameter in rows_and_fresh(head, experience.past):
                 parameter.requires_grad_(True)
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Done anew in every epoch, since training mode comes back with each."""
-        self.grow(network, moment.experience)
-        if self.backbone == "frozen" and moment.experience.index > 0:
+        self.add_classes(network, context.experience)
+        if self.backbone == "frozen" and context.experience.index > 0:
             network.backbone.eval()
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Consolidate the trained rows and put all that are kept in place."""
-        y_N = moment.experience.samples.y.to(network.final.weight.device)
+        y_N = context.experience.samples.y.to(network.final.weight.device)
         rows = {}
         for exit, head in heads_with_rows(network):
             weight_CF, bias_C = read_rows(head)

@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Batch, Moment, Pool, State, Step
-from clframe.data.memory import Budget, Selection
-from clframe.data.replay import Replay
+from clframe.core.types import Batch, Pool, State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.replay_losses import Columns, logit_matching
-from clframe.nn.aside import logits_reader
+from clframe.functional.losses import Columns, logit_matching
 from clframe.nn.features import feature_reader
+from clframe.nn.frozen import logits_reader
 from clframe.nn.network import Network
+from clframe.replay.buffers import Budget, Selection
+from clframe.replay.joining import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +90,17 @@ class DER(Component):
         """The memory must have room for one sample of each class."""
         self._replay.check(classes=classes)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory."""
         return self._replay.empty()
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """New data in half batches, once there is something to replay."""
-        return self._replay.pool(samples, size, state)
+        return self._replay.training_set(samples, size, state)
 
-    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
+    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
         """New samples, then replayed ones that weigh nothing in the cross-entropy; their stored logits."""
-        return self._replay.batch(batch, moment, state, stored=("logits",))
+        return self._replay.make_batch(batch, context, state, stored=("logits",))
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """The distance from the stored logits, from the second experience on."""
@@ -110,10 +110,10 @@ class DER(Component):
         old = [logits_BC[-stored_RKC.shape[0] :] for logits_BC in step.output.logits]
         return {"logits": self.alpha * logit_matching(old, stored_RKC, columns=self.columns)}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Make room, then keep samples of this experience and what every exit says of them."""
-        samples = moment.experience.samples
+        samples = context.experience.samples
         read = logits_reader(network, samples)
         return self._replay.renewed(
-            moment, state, features=feature_reader(network, samples), targets=lambda index: {"logits": read(index)}
+            context, state, features=feature_reader(network, samples), targets=lambda index: {"logits": read(index)}
         )

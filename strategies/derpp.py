@@ -10,15 +10,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Batch, Moment, Pool, State, Step
-from clframe.data.memory import Budget, Selection
-from clframe.data.replay import Replay
+from clframe.core.types import Batch, Pool, State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.losses import cross_entropy
-from clframe.functional.replay_losses import Columns, logit_matching
-from clframe.nn.aside import logits_reader
+from clframe.functional.losses import Columns, cross_entropy, logit_matching
 from clframe.nn.features import feature_reader
+from clframe.nn.frozen import logits_reader
 from clframe.nn.network import Network
+from clframe.replay.buffers import Budget, Selection
+from clframe.replay.joining import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +94,17 @@ class DERpp(Component):
         """The memory must have room for one sample of each class."""
         self._replay.check(classes=classes)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory."""
         return self._replay.empty()
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """New data in half batches, once there is something to replay."""
-        return self._replay.pool(samples, size, state)
+        return self._replay.training_set(samples, size, state)
 
-    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
+    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
         """New samples, then one draw or two that weigh nothing in the cross-entropy; the first one's logits."""
-        return self._replay.batch(batch, moment, state, stored=("logits",), draws=2 if self.draws == "two" else 1)
+        return self._replay.make_batch(batch, context, state, stored=("logits",), draws=2 if self.draws == "two" else 1)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """The distance from the stored logits and the replayed cross-entropy, from the second experience on."""
@@ -121,10 +120,10 @@ class DERpp(Component):
             "replay": self.beta * cross_entropy(replayed, step.batch.y[end - drawn :]),
         }
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Make room, then keep samples of this experience and what every exit says of them."""
-        samples = moment.experience.samples
+        samples = context.experience.samples
         read = logits_reader(network, samples)
         return self._replay.renewed(
-            moment, state, features=feature_reader(network, samples), targets=lambda index: {"logits": read(index)}
+            context, state, features=feature_reader(network, samples), targets=lambda index: {"logits": read(index)}
         )

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from clframe.accounting.macs import backbone_macs, cumulative_macs
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State
+from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.early_exit import ExitAnswers, Method, solve
-from clframe.functional.macs import backbone_macs, cumulative_macs
-from clframe.nn.exits import MEASURES, STATIC, ExitPolicy, Gate, Measure, fit_gate, select
+from clframe.exits import MEASURES, STATIC, ExitAnswers, ExitPolicy, Gate, Measure, Method, fit_gate, select, solve
 from clframe.nn.features import exit_logits
 from clframe.nn.network import Network
+from clframe.nn.types import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class EarlyExit(Component):
     """
 
     name: ClassVar[str] = "early_exit"
-    slots: ClassVar[frozenset[str]] = frozenset({"decision"})
+    slots: ClassVar[frozenset[str]] = frozenset({"prediction"})
 
     rule: Literal["first", "last", "confident", "mean", "vote"] = "first"
     measure: Literal["max_probability", "entropy", "margin", "patience", "gate"] = "max_probability"
@@ -70,15 +70,15 @@ class EarlyExit(Component):
             return ""
         return "budget" if self.budget is not None else "measure" if self.measure == "gate" else ""
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Given thresholds, which a budget's take the place of; no exit is sure before a gate is fitted."""
         return {"thresholds": self.threshold, "gate": None}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fit the gate and find thresholds on held-out data."""
         if not self.needs_held_out or len(network.heads) == 1:
             return state
-        logits, targets_N = exit_logits(network, moment.experience.held_out, answer=moment.answer)
+        logits, targets_N = exit_logits(network, context.experience.held_out, answer=context.answer)
         scores = network.ensemble(logits)
         gate = fit_gate(scores, targets_N) if self.measure == "gate" else None
         found = {**state, "gate": None if gate is None else dict(gate.state_dict())}
@@ -98,7 +98,7 @@ class EarlyExit(Component):
         """The policy as it stands; ``clframe.nn.DynamicNetwork`` takes it."""
         return ExitPolicy(measure=self._measure(state), thresholds=state["thresholds"], fallback=self.fallback)
 
-    def decide(self, output: Output, state: State) -> Tensor:
+    def predict(self, output: Output, state: State) -> Tensor:
         """The scores of each sample's answer."""
         if self.rule != "first":
             return STATIC[self.rule](output.logits).scores_BC

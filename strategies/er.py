@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import ClassVar
 
 from clframe.core.component import Component
-from clframe.core.types import Batch, Moment, Pool, State
-from clframe.data.memory import Budget, MemoryPolicy, Selection
-from clframe.data.replay import Joining, Replay
+from clframe.core.types import Batch, Pool, State, StepContext
 from clframe.nn.features import feature_reader
 from clframe.nn.network import Network
+from clframe.replay.buffers import Budget, MemoryPolicy, Selection
+from clframe.replay.joining import Joining, Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +88,19 @@ class ER(Component):
         if self._replay.by_class:
             self._replay.check(classes=classes)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory."""
         return self._replay.empty()
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """Memory and new data, or new data in half batches; the new data alone while the memory is empty."""
-        return self._replay.pool(samples, size, state)
+        return self._replay.training_set(samples, size, state)
 
-    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
+    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
         """New samples first, then replayed ones."""
-        return self._replay.batch(batch, moment, state)
+        return self._replay.make_batch(batch, context, state)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Make room, then keep samples of this experience."""
-        features = feature_reader(network, moment.experience.samples)
-        return self._replay.renewed(moment, state, features=features)
+        features = feature_reader(network, context.experience.samples)
+        return self._replay.renewed(context, state, features=features)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
-from clframe.functional.losses import cross_entropy
-from clframe.functional.replay_losses import asymmetric_cross_entropy
+from clframe.core.types import State, Step, StepContext
+from clframe.functional.losses import asymmetric_cross_entropy, cross_entropy
 from clframe.nn.network import Network
 
 
@@ -35,19 +34,19 @@ class ERACE(Component):
     """
 
     name: ClassVar[str] = "er_ace"
-    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     needs_memory: ClassVar[bool] = True
 
     over: Literal["batch", "experience"] = "batch"
     rehearse: Literal["all", "past"] = "all"
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No class is new yet."""
         return {"new": None, "share": 0.0}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """new_C, which classes are this experience's; none are told apart while there are no others."""
-        experience = moment.experience
+        experience = context.experience
         if not experience.past:
             return {"new": None, "share": 0.0}
         new_C = torch.zeros(network.classes, dtype=torch.bool)
@@ -55,7 +54,7 @@ class ERACE(Component):
         share = len(experience.classes) / len(experience.classes_so_far) if self.rehearse == "all" else 0.0
         return {"new": new_C.to(network.final.weight.device), "share": share}
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """One value per exit: plain cross-entropy in the first experience, asymmetric after it."""
         logits, y_B, weight_B = step.output.logits, step.batch.y, step.batch.weight_B
         if state["new"] is None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.importance import Quadratic, added, quadratic
 from clframe.nn.network import Network
-from clframe.nn.sensitivity import Estimate, Labels, Scope
-from clframe.nn.springs import Springs
+from clframe.regularization.importance import Quadratic, added, quadratic
+from clframe.regularization.penalties import Springs
+from clframe.regularization.sensitivity import Estimate, Labels, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ class EWC(Component):
             ceiling=self.ceiling,
         )
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Nothing is held before the first experience ends."""
         return self._springs.empty()
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """What is held, in the shapes of the grown classifiers."""
         return self._springs.prepared(network, state)
 
@@ -108,10 +108,10 @@ class EWC(Component):
         """The penalty, from the second experience on."""
         return self._springs.penalty(state, lamb=self.lamb / 2)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Measure the Fisher diagonals and hold the weights as they are now."""
         return self._springs.renewed(
-            network, moment, state, loss=F.cross_entropy, power=2, combine=self._combine,
+            network, context, state, loss=F.cross_entropy, power=2, combine=self._combine,
             estimate=self.estimate, labels=self.labels,
         )  # fmt: skip
 

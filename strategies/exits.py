@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ClframeError, ConfigError
-from clframe.functional.exits import Ramp, exit_weights, self_distillation
+from clframe.exits import EnsembleKind, Placement, fit_on_samples, make_ensemble, make_head, matched_head, place
+from clframe.exits.losses import Ramp, exit_weights, self_distillation
 from clframe.nn.backbones import Backbone
-from clframe.nn.exits import EnsembleKind, Placement, fit_on_samples, make_ensemble, make_head, matched_head, place
 from clframe.nn.heads import Head
 from clframe.nn.network import Gradient, Network
 
@@ -57,14 +57,14 @@ class Exits(Component):
         regime: ``joint`` trains everything together; ``mixed`` the backbone first, then everything;
             ``disjoint`` the backbone first, then the exits on a frozen trunk.
         trunk_share: Share of an experience's epochs for the backbone alone, in the last two.
-        distil: Weight of distillation from the last exit into the others.
+        distill: Weight of distillation from the last exit into the others.
         temperature: Of that distillation.
         scale: Factor on all weights of exits; 0 leaves the exits out.
     """
 
     name: ClassVar[str] = "exits"
-    slots: ClassVar[frozenset[str]] = frozenset({"heads"})
-    terms: ClassVar[tuple[str, ...]] = ("distil",)
+    slots: ClassVar[frozenset[str]] = frozenset({"exit_weights"})
+    terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "scale"
 
     at: Literal["auto"] | tuple[str, ...] = "auto"
@@ -86,7 +86,7 @@ class Exits(Component):
     gradient: Gradient = "through"
     regime: Literal["joint", "mixed", "disjoint"] = "joint"
     trunk_share: float = 0.5
-    distil: float = 0.0
+    distill: float = 0.0
     temperature: float = 3.0
     scale: float = 1.0
 
@@ -105,7 +105,7 @@ class Exits(Component):
             ("hidden", self.hidden >= 1, "give at least 1 unit"),
             ("fit_epochs", self.fit_epochs >= 1, "give at least 1"),
             ("trunk_share", 0 < self.trunk_share < 1, "give a share between 0 and 1"),
-            ("distil", self.distil >= 0, "give a number of at least 0"),
+            ("distill", self.distill >= 0, "give a number of at least 0"),
             ("temperature", self.temperature > 0, "give a number above 0"),
             ("scale", self.scale >= 0, "give a number of at least 0"),
             ("values", all(value >= 0 for value in self.values), "give numbers of at least 0"),
@@ -118,14 +118,14 @@ class Exits(Component):
         """A geometric ensemble is fitted on held-out data, unless told otherwise."""
         return "fit_on" if self.ensemble == "geometric" and self.fit_on == "validation" else ""
 
-    def settle(self, network: Network) -> Exits:
+    def resolve(self, network: Network) -> Exits:
         """Places measured in time, which differ from one measurement to the next, become names."""
         if not self.at_latency:
             return self
         where = self._placement(network)
         return replace(self, at=where.taps, values=where.weights, at_latency=())
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Put the heads on their taps."""
         backbone = network.backbone
         exits: list[tuple[str, Head]] = []
@@ -149,45 +149,45 @@ class Exits(Component):
         network.boosted = self.ensemble == "boosted"
         network.ensemble = make_ensemble(self.ensemble, exits=len(network.heads))
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """What the exits' losses weigh at the end of a ramp."""
         found, exits = self._placement(network).weights, network.exit_taps[:-1]
         if len(found) != len(exits):  # another component has added stages since the exits were placed
             found = place(network, taps=exits).weights
         return {"weights": found}
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Freeze what does not learn in this phase of the experience."""
         if self.regime == "joint":
             return
-        alone = moment.epoch < self._trunk_epochs(moment)
+        alone = context.epoch < self._trunk_epochs(context)
         network.gradient = "detached" if alone else self.gradient
         for head in network.heads[:-1]:
             head.requires_grad_(not alone)
         network.freeze_trunk("frozen" if self.regime == "disjoint" and not alone else "free")
 
-    def weigh(self, moment: Moment, state: State) -> Sequence[float]:
+    def exit_loss_weights(self, context: StepContext, state: State) -> Sequence[float]:
         """w_k of this epoch, and 1 for the backbone's own classifier."""
-        own, values = self._trunk_epochs(moment), state["weights"]
-        if moment.epoch < own:
+        own, values = self._trunk_epochs(context), state["weights"]
+        if context.epoch < own:
             return (*(0.0 for _ in values), 1.0)
         if self.regime == "disjoint":
             return (*(self.scale for _ in values), 0.0)
-        found = exit_weights(self.weights, values, epoch=moment.epoch - own, epochs=moment.epochs - own)
+        found = exit_weights(self.weights, values, epoch=context.epoch - own, epochs=context.epochs - own)
         return (*(self.scale * weight for weight in found), 1.0)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """Distillation from the last exit, if wanted."""
-        if self.distil == 0:
+        if self.distill == 0:
             return {}
-        return {"distil": self.distil * self_distillation(step.output.logits, temperature=self.temperature)}
+        return {"distill": self.distill * self_distillation(step.output.logits, temperature=self.temperature)}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fit the ensemble, on what the exits answer with."""
         if self.ensemble == "geometric":
-            samples = moment.experience.held_out if self.fit_on == "validation" else (moment.experience.samples,)
+            samples = context.experience.held_out if self.fit_on == "validation" else (context.experience.samples,)
             fit_on_samples(
-                network, samples, epochs=self.fit_epochs, generator=moment.generator, answer=moment.answer
+                network, samples, epochs=self.fit_epochs, generator=context.generator, answer=context.answer
             )
         return state
 
@@ -205,16 +205,16 @@ class Exits(Component):
         except ClframeError as error:
             raise type(error)(f"components.{error}") from None
 
-    def _trunk_epochs(self, moment: Moment) -> int:
+    def _trunk_epochs(self, context: StepContext) -> int:
         """Epochs of the experience for the backbone alone: a share of them, at least one, never all."""
         if self.regime == "joint":
             return 0
-        if moment.epochs < 2:
+        if context.epochs < 2:
             raise ConfigError(
                 f"components.exits.regime: found {self.regime} with 1 epoch an experience; give at least 2, or "
                 f"regime=joint"
             )
-        return min(max(round(self.trunk_share * moment.epochs), 1), moment.epochs - 1)
+        return min(max(round(self.trunk_share * context.epochs), 1), context.epochs - 1)
 
 
 def _last_like(tap: str, backbone: Backbone) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clframe.core.component import Component
-from clframe.core.types import Experience, Moment, State
+from clframe.core.types import Experience, State, StepContext
 from clframe.errors import ConfigError
 from clframe.nn.network import Network
 
@@ -31,13 +31,13 @@ class Freeze(Component):
         if self.after < 0:
             raise ConfigError(f"components.freeze.after: found {self.after}; give a number of at least 0")
 
-    def grow(self, network: Network, experience: Experience) -> None:
+    def add_classes(self, network: Network, experience: Experience) -> None:
         """Hold the backbone still before other components look at what learns."""
         if experience.index >= self.after:
             network.backbone.requires_grad_(False)
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Done anew in every epoch, since training mode comes back with each."""
-        self.grow(network, moment.experience)
-        if moment.experience.index >= self.after:
+        self.add_classes(network, context.experience)
+        if context.experience.index >= self.after:
             network.backbone.eval()

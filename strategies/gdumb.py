@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Experience, Moment, Pool, Samples, State
-from clframe.data.memory import MemoryPolicy
-from clframe.data.replay import Replay
-from clframe.functional.seeding import generator_for
+from clframe.core.types import Experience, Pool, State, StepContext
 from clframe.nn.network import Network
+from clframe.nn.types import Samples
+from clframe.replay.buffers import MemoryPolicy
+from clframe.replay.joining import Replay
+from clframe.seeding import generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class GDumb(Component):
         """The memory must have room for one sample of each class."""
         self._replay.check(classes=classes)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """An empty memory, and every weight and buffer as it is before the run.
 
         What the memory keeps is drawn before an experience has a moment, in ``pool``: so the seed is noted here,
@@ -70,25 +71,25 @@ class GDumb(Component):
         blank = {name: tensor.detach().clone() for name, tensor in weights.items()}
         return {**self.policy.empty(), "blank": blank, "grown": (), "seed": torch.initial_seed()}
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """The memory as it will be after this experience, and nothing else."""
         memory = self._renewed(samples, state)
         nothing = samples.subset(torch.empty(0, dtype=torch.long))
         return nothing.extended(memory["x"], memory["y"]), size
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Start over: first weights and buffers, then heads that grow as they did, experience by experience."""
         if self.restart == "never":
             return state
         network.load_state_dict(state["blank"])
-        grown = (*state["grown"], moment.experience.classes)
+        grown = (*state["grown"], context.experience.classes)
         for classes in grown:
             network.grow(classes)
         return {**state, "grown": grown}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Keep the memory that was trained on."""
-        return {**state, **self._renewed(moment.experience.samples, state)}
+        return {**state, **self._renewed(context.experience.samples, state)}
 
     def _renewed(self, samples: Samples, state: State) -> State:
         """The memory with ``samples`` in it: the same for the same state, whoever asks."""

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State, Step
-from clframe.data.kept import Kept
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import binary_cross_entropy, binary_distillation, mean_scores
 from clframe.functional.losses import cross_entropy
 from clframe.nn.features import class_sums, embedded
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
+from clframe.nn.types import Output
+from clframe.replay.buffers import Kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class ICaRL(Component):
     """
 
     name: ClassVar[str] = "icarl"
-    slots: ClassVar[frozenset[str]] = frozenset({"task", "answers"})
-    terms: ClassVar[tuple[str, ...]] = ("distil",)
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss", "logits"})
+    terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True
 
     loss: Literal["binary", "softmax"] = "binary"
@@ -55,22 +56,22 @@ class ICaRL(Component):
         """Where the exits are."""
         return tuple(dict.fromkeys(network.exit_taps))
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No teacher and no means before the first experience ends."""
         return {"teacher": None, "taps": network.exit_taps, "sums": None, "known_C": None}
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """One-against-all cross-entropy over the new classes, or cross-entropy over all."""
         logits, batch = step.output.logits, step.batch
         if self.loss == "softmax":
             return cross_entropy(logits, batch.y, weight_B=batch.weight_B)
         return binary_cross_entropy(
-            logits, batch.y, classes=step.moment.experience.classes, weight_B=batch.weight_B
+            logits, batch.y, classes=step.context.experience.classes, weight_B=batch.weight_B
         )
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
         """One-against-all distillation over the old classes, from the second experience on."""
-        experience = step.moment.experience
+        experience = step.context.experience
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         if state["teacher"] is None or not old or self.lamb == 0:
             return {}
@@ -79,17 +80,17 @@ class ICaRL(Component):
         loss_K = binary_distillation(
             step.output.logits, teacher.logits, classes=old, weight_B=step.batch.weight_B
         )
-        return {"distil": self.lamb * loss_K}
+        return {"distill": self.lamb * loss_K}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience; the means are those of the memory as it is now."""
         state = {**state, "teacher": freeze(network)}
-        if moment.memory is None:
+        if context.memory is None:
             return state
-        sums, count_C = class_sums(network, Kept(moment.memory, moment.experience.samples))
+        sums, count_C = class_sums(network, Kept(context.memory, context.experience.samples))
         return {**state, "sums": sums, "known_C": count_C > 0}
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """Minus the squared distance to each class mean, at every exit; logits before there are means."""
         if state["sums"] is None:
             return output

@@ -21,6 +21,6 @@ class Joint(Component):
     name: ClassVar[str] = "joint"
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """All experiences at first, none after."""
         return range(count) if index == 0 else ()

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.losses import cross_entropy
-from clframe.functional.prompts import among, pull
 from clframe.nn.network import Network
-from clframe.nn.prompts import QUERY, Frozen, PromptPool, Read, add_prompts, prompt_pool
+from clframe.nn.prompts import QUERY, Frozen, PromptPool, Read, add_prompts, among, prompt_pool, pull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class L2P(Component):
     """
 
     name: ClassVar[str] = "l2p"
-    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("pull",)
 
     prompts: int = 10
@@ -68,29 +67,29 @@ class L2P(Component):
         """The query."""
         return (QUERY,)
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Freeze the backbone and add the prompts; the exits stay where they are."""
         width = network.backbone.features
         pool = PromptPool(width, pool=self.prompts, length=self.length, top=self.top)
         add_prompts(network, pool, read=self.read, where="components.l2p")
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Every class competes until an experience says which are its own."""
         return {"outside": None}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Which outputs are not among the experience's classes."""
         outside_C = torch.ones(network.classes, dtype=torch.bool)
-        outside_C[list(moment.experience.classes)] = False
+        outside_C[list(context.experience.classes)] = False
         return {"outside": outside_C.to(network.final.weight.device) if self.classes == "experience" else None}
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Hold the backbone still, also where exits that were trained apart have set it free."""
         for part in network.backbone.modules():
             if isinstance(part, Frozen):
                 part.hold()
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """loss_K over the classes that a sample competes with."""
         logits, y_B = step.output.logits, step.batch.y
         if state["outside"] is not None:

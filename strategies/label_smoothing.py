@@ -10,7 +10,7 @@ from torch import Tensor
 from clframe.core.component import Component
 from clframe.core.types import State, Step
 from clframe.errors import ConfigError
-from clframe.functional.replay_losses import smoothed_cross_entropy
+from clframe.functional.losses import smoothed_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class LabelSmoothing(Component):
     """
 
     name: ClassVar[str] = "label_smoothing"
-    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     weight: ClassVar[str] = "smoothing"
 
     smoothing: float = 0.1
@@ -38,7 +38,7 @@ class LabelSmoothing(Component):
                 f"components.{self.name}.smoothing: found {self.smoothing}; give a share from 0 to below 1"
             )
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """One value per exit."""
         batch = step.batch
         return smoothed_cross_entropy(step.output.logits, batch.y, smoothing=self.smoothing, weight_B=batch.weight_B)

@@ -30,7 +30,7 @@ class LODE(Component):
     """
 
     name: ClassVar[str] = "lode"
-    slots: ClassVar[frozenset[str]] = frozenset({"task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     needs_memory: ClassVar[bool] = True
 
     c: float = 1.0
@@ -42,9 +42,9 @@ class LODE(Component):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"components.lode.{key}: found {getattr(self, key)}; give a number of at least 0")
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """The decoupled loss of new samples and the cross-entropy of old ones."""
-        experience, batch = step.moment.experience, step.batch
+        experience, batch = step.context.experience, step.batch
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         if not old:
             return cross_entropy(step.output.logits, batch.y, weight_B=batch.weight_B)

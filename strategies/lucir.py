@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
+from clframe.exits.features import exit_embeddings
 from clframe.functional.representation import cosine_distance, separation
-from clframe.nn.branches import exit_embeddings
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.heads import CosineLinear
 from clframe.nn.network import Network
 
@@ -73,17 +73,17 @@ class LUCIR(Component):
         """Those of all exits."""
         return network.exit_taps
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Cosine classifiers at every exit."""
         network.classify_with(partial(CosineLinear, scale=self.eta))
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No old model, and no class is told apart, before the first experience ends."""
         return {"teacher": None, "new": None, "factor": 0.0}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fix the rows of old classes; the more of them there are for each new one, the more features are held."""
-        past, classes = moment.experience.past, moment.experience.classes
+        past, classes = context.experience.past, context.experience.classes
         new = sorted(set(classes) - set(past))
         if self.old == "fixed":
             for head in network.heads:
@@ -113,6 +113,6 @@ class LUCIR(Component):
             terms["separate"] = self.separate * separate_K
         return terms
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience."""
         return {**state, "teacher": freeze(network)}

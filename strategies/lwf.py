@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.losses import distillation
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class LwF(Component):
-    """Learning without Forgetting (LwF): distil the old classes from the model of the last experience.
+    """Learning without Forgetting (LwF): distill the old classes from the model of the last experience.
 
     Adds ``alpha * T^2 * sum over old experiences of KL(teacher || student)`` at every exit, each old
     experience's classes under a softmax of their own; the teacher is the frozen model as it was before
@@ -34,7 +34,7 @@ class LwF(Component):
     """
 
     name: ClassVar[str] = "lwf"
-    terms: ClassVar[tuple[str, ...]] = ("distil",)
+    terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "alpha"
 
     alpha: float = 1.0
@@ -47,7 +47,7 @@ class LwF(Component):
         if not self.temperature > 0:
             raise ConfigError(f"components.lwf.temperature: found {self.temperature}; give a number above 0")
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No teacher before the first experience ends."""
         return {"teacher": None, "groups": ()}
 
@@ -60,10 +60,10 @@ class LwF(Component):
         loss_K = distillation(
             step.output.logits, teacher.logits, groups=state["groups"], temperature=self.temperature
         )
-        return {"distil": self.alpha * loss_K}
+        return {"distill": self.alpha * loss_K}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience; a class stays in the group it first came in."""
         known = {c for group in state["groups"] for c in group}
-        new = tuple(sorted(set(moment.experience.classes) - known))
+        new = tuple(sorted(set(context.experience.classes) - known))
         return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.importance import Quadratic, quadratic, squared_norm
 from clframe.nn.network import Network
-from clframe.nn.sensitivity import Scope
-from clframe.nn.springs import Springs
+from clframe.regularization.importance import Quadratic, quadratic, squared_norm
+from clframe.regularization.penalties import Springs
+from clframe.regularization.sensitivity import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,11 @@ class MAS(Component):
             ceiling=self.ceiling,
         )
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Nothing is held before the first experience ends."""
         return self._springs.empty()
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """What is held, in the shapes of the grown classifiers."""
         return self._springs.prepared(network, state)
 
@@ -90,9 +90,9 @@ class MAS(Component):
         """The penalty, from the second experience on."""
         return self._springs.penalty(state, lamb=self.lamb)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Measure what the outputs react to and hold the weights as they are now."""
-        return self._springs.renewed(network, moment, state, loss=squared_norm, power=1, combine=self._combine)
+        return self._springs.renewed(network, context, state, loss=squared_norm, power=1, combine=self._combine)
 
     def _combine(self, old: Quadratic | None, importance_P: Tensor, weight_P: Tensor) -> Mapping[str, Tensor]:
         kept = self.alpha if self.merge == "average" else 1.0

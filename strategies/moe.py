@@ -10,14 +10,15 @@ import torch
 from torch import Generator, nn
 
 from clframe.core.component import Component
-from clframe.core.types import Experience, Moment, Samples, State
-from clframe.data.kept import Kept
+from clframe.core.types import Experience, State, StepContext
 from clframe.errors import ClframeError, ConfigError
-from clframe.nn.backbones.taps import untouched
-from clframe.nn.moe import CumulativeShare, DynamicK, TopK, counting, fit_routers, regroup, routed_layers, to_experts
-from clframe.nn.moe.router import Gate, RouterKind
-from clframe.nn.moe.split import Split
+from clframe.moe import CumulativeShare, DynamicK, TopK, counting, fit_routers, regroup, routed_layers, to_experts
+from clframe.moe.convert import Split
+from clframe.moe.router import Gate, RouterKind
+from clframe.nn.backbones.base import untouched
 from clframe.nn.network import Network
+from clframe.nn.types import Samples
+from clframe.replay.buffers import Kept
 
 MOST = 24
 """Experts of a network at most, where nothing else is asked for: ViT-B's 3072 neurons make the published 24 x 128."""
@@ -33,7 +34,7 @@ class MoE(Component):
     be without. At the end of the first experience neurons with similar input weights become one expert (balanced
     k-means), routers are trained on the inputs of their layers, all else frozen, and from then on the gate acts in
     evaluation mode: in answers, in features that others keep, in teachers. tau may be changed on a trained model
-    (``clframe.nn.moe.set_tau``): one run gives the whole curve of accuracy against cost. Szatkowski et al.,
+    (``clframe.moe.set_tau``): one run gives the whole curve of accuracy against cost. Szatkowski et al.,
     "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024); with
     ``router=activation gate=top_k``: Zhang et al., "MoEfication" (2022).
 
@@ -101,7 +102,7 @@ class MoE(Component):
             if not ok:
                 raise ConfigError(f"components.moe.{key}: found {getattr(self, key)}; {advice}")
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Put experts in place of every feed-forward network; their neurons lie as they did, and all run."""
         sized = self.experts is not None or self.expert_size is not None
         try:
@@ -122,33 +123,33 @@ class MoE(Component):
             layer.when = "always" if self.training == "gated" else "evaluation"
         _hold_routers(network)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No router has been trained."""
         return {"fitted": 0, "loss": None, "experts_per_token": ()}
 
-    def grow(self, network: Network, experience: Experience) -> None:
+    def add_classes(self, network: Network, experience: Experience) -> None:
         """Hold the routers still before other components look at what learns."""
         _hold_routers(network)
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Done anew in every epoch, since others may have set the whole backbone free."""
         _hold_routers(network)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """After the first experience make the experts; train the routers if it is their turn."""
         _hold_routers(network)
-        samples, first = moment.experience.samples, not state["fitted"]
+        samples, first = context.experience.samples, not state["fitted"]
         parts: tuple[Samples, ...] = (samples,)
-        if moment.memory is not None:
-            parts = (samples, Kept(moment.memory, samples))
-        batches = self._drawn(parts, moment.generator)
+        if context.memory is not None:
+            parts = (samples, Kept(context.memory, samples))
+        batches = self._drawn(parts, context.generator)
         if not batches or not (first or self.fit == "each"):
             return state
         layers = routed_layers(network)
         if first:
-            regroup(network, split=self.split, generator=moment.generator, batches=batches, call=_run)
+            regroup(network, split=self.split, generator=context.generator, batches=batches, call=_run)
             for layer in layers.values():
-                layer.router.draw(moment.generator)
+                layer.router.draw(context.generator)
                 layer.ready = True
         losses = fit_routers(network, batches, epochs=self.epochs, learning_rate=self.lr, call=_run)
         with untouched([network]), counting(network) as usage:
@@ -161,7 +162,7 @@ class MoE(Component):
             "experts_per_token": tuple(used[name].experts_per_token for name in layers),
         }
 
-    def cost(self, network: Network, state: State) -> Mapping[str, int]:
+    def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
         """MACs of a token in all feed-forward networks: dense, of the routers, and as routed when these were fitted."""
         macs = [layer.macs() for layer in routed_layers(network).values()]
         found = {"dense_macs_per_token": sum(m.dense for m in macs)}

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State
-from clframe.data.kept import Kept
+from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import among, mean_scores
 from clframe.functional.prototypes import widened
 from clframe.nn.features import class_sums, embedded
 from clframe.nn.network import Network
+from clframe.nn.types import Output
+from clframe.replay.buffers import Kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class NCM(Component):
     """
 
     name: ClassVar[str] = "ncm"
-    slots: ClassVar[frozenset[str]] = frozenset({"answers"})
+    slots: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     sharpness: float = 1.0
 
@@ -50,15 +51,15 @@ class NCM(Component):
         """Where the exits are."""
         return tuple(dict.fromkeys(network.exit_taps))
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No means before the first experience ends."""
         return {"taps": network.exit_taps, "sums": None, "known_C": None}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Means of the memory; of this experience's training data for classes that it does not hold."""
-        samples, memory = moment.experience.samples, moment.memory
+        samples, memory = context.experience.samples, context.memory
         held = set() if memory is None else set(memory["y"].unique().tolist())
-        missing = sorted(set(moment.experience.classes) - held)
+        missing = sorted(set(context.experience.classes) - held)
         found = state
         if missing:
             sums, count_C = class_sums(network, samples)
@@ -70,7 +71,7 @@ class NCM(Component):
             found = _merged(found, sums, count_C > 0, keep=0.0)
         return found
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """Minus the squared distance to each class mean, at every exit; logits before there are means."""
         if state["sums"] is None:
             return output

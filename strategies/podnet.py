@@ -1,4 +1,4 @@
-"""PODNet: distil what pooling leaves of every map, with several proxies for each class."""
+"""PODNet: distill what pooling leaves of every map, with several proxies for each class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
+from clframe.exits.features import exit_embeddings
 from clframe.functional.representation import Pooling, cosine_distance, nca, pod
 from clframe.nn.backbones import Backbone
-from clframe.nn.branches import exit_embeddings
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.heads import CosineLinear
 from clframe.nn.network import Network
 
@@ -57,7 +57,7 @@ class PODNet(Component):
     """
 
     name: ClassVar[str] = "podnet"
-    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("spatial", "flat")
 
     spatial: float = 1.0
@@ -84,32 +84,32 @@ class PODNet(Component):
 
     def acts_at(self) -> tuple[str, ...]:
         """With linear classifiers, not on classifiers nor on the task's loss."""
-        unused = {"edit", "task", "prepare"} if self.classifier == "linear" else set[str]()
+        unused = {"setup_network", "task_loss", "before_experience"} if self.classifier == "linear" else set[str]()
         return tuple(hook for hook in super().acts_at() if hook not in unused)
 
     def taps(self, network: Network) -> Sequence[str]:
         """Those of all exits, and the maps to hold."""
         return tuple(dict.fromkeys((*network.exit_taps, *self._maps(network))))
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Classifiers with proxies at every exit."""
         network.classify_with(partial(CosineLinear, proxies=self.proxies, scale=self.eta))
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """For every exit the maps up to it; no old model before the first experience ends."""
         place = network.backbone.tap
         maps = self._maps(network)
         up_to = tuple(tuple(tap for tap in maps if place(tap) <= place(end)) for end in network.exit_taps)
         return {"teacher": None, "maps": up_to}
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fix the proxies of old classes."""
         if self.old == "fixed":
             for head in network.heads:
-                head.fix(set(moment.experience.past) - set(moment.experience.classes))  # type: ignore[operator]
+                head.fix(set(context.experience.past) - set(context.experience.classes))  # type: ignore[operator]
         return state
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """The NCA loss at every exit."""
         scales = [head.scale for head in step.network.heads]
         batch = step.batch
@@ -119,7 +119,7 @@ class PODNet(Component):
         """Distillation of maps and of features, from the second experience on."""
         if state["teacher"] is None:
             return {}
-        experience, network = step.moment.experience, step.network
+        experience, network = step.context.experience, step.network
         factor = sqrt(len(experience.classes_so_far) / len(experience.classes))
         maps = tuple(dict.fromkeys(tap for taps in state["maps"] for tap in taps))
         with torch.no_grad():
@@ -133,7 +133,7 @@ class PODNet(Component):
             terms["spatial"] = self.spatial * factor * torch.stack(means)
         return terms
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience."""
         return {**state, "teacher": freeze(network)}
 

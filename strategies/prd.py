@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
+from clframe.exits.features import exit_branches
+from clframe.exits.head_kinds import embedded_width, prototype_head
 from clframe.functional.losses import distillation
 from clframe.functional.representation import attraction, contrastive, relation
-from clframe.nn.branches import exit_branches
-from clframe.nn.exits.prototypes import embedded_width, prototype_head
 from clframe.nn.features import embedded
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.heads import CosineLinear
 from clframe.nn.network import Network
 
@@ -28,7 +28,7 @@ class PRD(Component):
     """Prototype-sample relation distillation (PRD): contrastive features, prototypes that answer, no memory needed.
 
     At every exit, on its embedded tap f: the supervised contrastive loss of a projection of f takes the place of the
-    cross-entropy; ``attract (1 - cos(p_y, f))`` draws the prototypes to f, which they do not move; and ``distil``
+    cross-entropy; ``attract (1 - cos(p_y, f))`` draws the prototypes to f, which they do not move; and ``distill``
     times ``KL(softmax(cos(p_old, f) / T) of the old model || the same of this one)`` lets the prototypes of classes
     without data move with the features. Answers are cosines to the prototypes.
 
@@ -38,15 +38,15 @@ class PRD(Component):
     Prototypes have no learning rate of their own, as they have in the paper: SGD of 0.05 serves both, Adam of 0.002
     leaves prototypes behind. The distillation compares cosines; the authors' code leaves features their length,
     with which the term may grow without bound. Defaults are those of the authors' commands; of 14 other choices of
-    ``attract``, ``distil`` and temperatures none was clearly better on held-out digits and MNIST. Asadi et al.,
+    ``attract``, ``distill`` and temperatures none was clearly better on held-out digits and MNIST. Asadi et al.,
     "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning" (2023); Khosla et al.,
     "Supervised Contrastive Learning" (2020).
 
     Args:
         attract: Weight of the prototypes' attraction.
-        distil: Weight of the distillation: a sum over old experiences, a mean over the classes of each.
+        distill: Weight of the distillation: a sum over old experiences, a mean over the classes of each.
         temperature: Of the contrastive loss; answers are cosines over it.
-        distil_temperature: Of the distillation.
+        distill_temperature: Of the distillation.
         over: What the softmax of the distillation runs over: the ``classes`` of each old experience for each sample,
             as in the authors' code, or the ``samples`` of the batch for each old prototype.
         projection: Outputs of the projection, 0 for none.
@@ -54,13 +54,13 @@ class PRD(Component):
     """
 
     name: ClassVar[str] = "prd"
-    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task"})
+    slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("attract", "relation")
 
     attract: float = 2.0
-    distil: float = 4.0
+    distill: float = 4.0
     temperature: float = 0.1
-    distil_temperature: float = 1.0
+    distill_temperature: float = 1.0
     over: Literal["classes", "samples"] = "classes"
     projection: int = 128
     hidden: int = 512
@@ -69,9 +69,9 @@ class PRD(Component):
         """Refuse weights below 0, temperatures that divide by zero and layers without units."""
         for key, ok, advice in (
             ("attract", self.attract >= 0, "give a number of at least 0"),
-            ("distil", self.distil >= 0, "give a number of at least 0"),
+            ("distill", self.distill >= 0, "give a number of at least 0"),
             ("temperature", self.temperature > 0, "give a number above 0"),
-            ("distil_temperature", self.distil_temperature > 0, "give a number above 0"),
+            ("distill_temperature", self.distill_temperature > 0, "give a number above 0"),
             ("projection", self.projection >= 0, "give the number of outputs, 0 for no projection"),
             ("hidden", self.hidden >= 1, "give at least 1 unit"),
         ):
@@ -82,7 +82,7 @@ class PRD(Component):
         """Those of all exits."""
         return network.exit_taps
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Prototypes in place of the heads, and a projection beside each."""
         shapes = network.backbone.tap_shapes
         network.attach([(tap, prototype_head(shapes[tap])) for tap in network.exit_taps[:-1]])
@@ -91,11 +91,11 @@ class PRD(Component):
             widths = [embedded_width(shapes[tap]) for tap in network.exit_taps]
             network.extras[self.name] = nn.ModuleList(self._projection(width) for width in widths)
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No old model before the first experience ends."""
         return {"teacher": None, "groups": (), "share": None}
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """The contrastive loss at every exit."""
         features = [embedded(tap) for tap in exit_branches(step.network, step.output)]
         if self.projection:
@@ -114,18 +114,18 @@ class PRD(Component):
         with torch.no_grad():
             old = state["teacher"](step.batch.x, taps=network.exit_taps)
             teacher = _cosines(state["teacher"], exit_branches(network, old))
-        student, temperature = _cosines(network, taps), self.distil_temperature
+        student, temperature = _cosines(network, taps), self.distill_temperature
         if self.over == "samples":
             loss_K = relation(student, teacher, share_C=state["share"], temperature=temperature)
         else:
             loss_K = distillation(student, teacher, groups=state["groups"], temperature=temperature)
             loss_K = loss_K / temperature**2
-        return {**terms, "relation": self.distil * loss_K}
+        return {**terms, "relation": self.distill * loss_K}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience; a class stays in the group it first came in."""
         known = {c for group in state["groups"] for c in group}
-        new = tuple(sorted(set(moment.experience.classes) - known))
+        new = tuple(sorted(set(context.experience.classes) - known))
         groups = (*state["groups"], new) if new else state["groups"]
         share_C = torch.zeros(network.classes)
         for group in groups:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State
+from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.prototypes import (
     exact,
@@ -23,6 +23,7 @@ from clframe.functional.prototypes import (
 )
 from clframe.nn.features import embedded, exit_features
 from clframe.nn.network import Network
+from clframe.nn.types import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class RanPAC(Component):
     """
 
     name: ClassVar[str] = "ranpac"
-    slots: ClassVar[frozenset[str]] = frozenset({"batch", "answers"})
+    slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     projection: int = 1000
     ridges: tuple[float, ...] = tuple(10.0**power for power in range(-8, 9))
@@ -66,23 +67,23 @@ class RanPAC(Component):
         """Every exit's own."""
         return network.exit_taps
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """Nothing is trained on, but the first experience where that is wanted."""
         return (0,) if self.train_first and index == 0 else ()
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No samples yet."""
         return {"taps": network.exit_taps, "count": torch.empty(0, dtype=torch.long), "exits": []}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Stream over the experience's samples in random order, choose the ridge parameter and solve."""
-        samples, classes, count_C = moment.experience.samples, network.classes, state["count"]
-        order_N = torch.randperm(len(samples), generator=moment.generator)
+        samples, classes, count_C = context.experience.samples, network.classes, state["count"]
+        order_N = torch.randperm(len(samples), generator=context.generator)
         exits = [{**sums, "gram": sums["gram"].clone()} for sums in state["exits"]]
         first: list[list[Tensor]] = [[] for _ in network.heads]  # up to M samples by which to choose
         seen = 0
         for features, y_B in exit_features(network, samples, order=order_N):
-            exits = exits or [self._fresh(values_BF, moment.generator) for values_BF in features]
+            exits = exits or [self._fresh(values_BF, context.generator) for values_BF in features]
             targets_BC = F.one_hot(y_B, classes)
             count_C = widened(count_C.to(y_B.device), classes) + targets_BC.sum(0)
             for sums, rows, values_BF in zip(exits, first, features, strict=True):
@@ -99,7 +100,7 @@ class RanPAC(Component):
             sums["weight"] = weight_MC.to(sums["projection"])
         return {**state, "count": count_C, "exits": exits}
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """Linear scores of the random features at every exit, from the end of the first experience on."""
         if not state["exits"]:
             return output

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.functional.importance import flat, path_importance, quadratic
-from clframe.nn.consolidation import consolidated, held, taken_up, unconsolidated
-from clframe.nn.moe.order import followed, neuron_orders
+from clframe.moe.usage import followed, neuron_orders
 from clframe.nn.network import Network
-from clframe.nn.sensitivity import objectives
+from clframe.regularization.importance import flat, path_importance, quadratic
+from clframe.regularization.penalties import consolidated, held, taken_up, unconsolidated
+from clframe.regularization.sensitivity import objectives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class SI(Component):
         if self.ceiling is not None and not self.ceiling > 0:
             raise ConfigError(f"components.si.ceiling: found {self.ceiling}; give a number above 0, or none")
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Nothing is held before the first experience ends."""
         return unconsolidated()
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """What is held, in the shapes of the grown classifiers, and a path that begins here."""
         state = taken_up(network, state, objectives(network, scope="total"))
         start_P = flat(state["live"])
@@ -87,7 +87,7 @@ class SI(Component):
         state["path"].addcmul_(gradient_P, now_P - latest_P, value=-1)
         latest_P.copy_(now_P)
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Importances from the path, and the weights as they are now."""
         live, (names,) = state["live"], state["scopes"]
         old_P = state["terms"][0]["importance"] if state["terms"] else torch.zeros_like(state["path"])

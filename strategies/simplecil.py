@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State
+from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.prototypes import cosines, exact, for_met_classes, updated_means, widened
 from clframe.nn.features import embedded, exit_features
 from clframe.nn.network import Network
+from clframe.nn.types import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class SimpleCIL(Component):
     """
 
     name: ClassVar[str] = "simplecil"
-    slots: ClassVar[frozenset[str]] = frozenset({"batch", "answers"})
+    slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     scale: float = 1.0
     train_first: bool = False
@@ -46,18 +47,18 @@ class SimpleCIL(Component):
         """Every exit's own."""
         return network.exit_taps
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """Nothing is trained on, but the first experience where that is wanted."""
         return (0,) if self.train_first and index == 0 else ()
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No samples yet."""
         return {"taps": network.exit_taps, "count": torch.empty(0, dtype=torch.float64), "mean": []}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Stream over the experience's samples."""
         classes, count_C, means = network.classes, state["count"], list(state["mean"])
-        for features, y_B in exit_features(network, moment.experience.samples):
+        for features, y_B in exit_features(network, context.experience.samples):
             for exit, values_BF in enumerate(features):
                 new_BF = exact(values_BF)
                 if exit == len(means):
@@ -69,7 +70,7 @@ class SimpleCIL(Component):
             count_C = after_C
         return {**state, "count": count_C, "mean": means}
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """Scaled cosines at every exit, from the end of the first experience on."""
         if not state["mean"]:
             return output

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, Output, State
+from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.prototypes import discriminant, exact, for_met_classes, scatter_of, updated_means, widened
 from clframe.nn.features import embedded, exit_features
 from clframe.nn.network import Network
+from clframe.nn.types import Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class SLDA(Component):
     """
 
     name: ClassVar[str] = "slda"
-    slots: ClassVar[frozenset[str]] = frozenset({"batch", "answers"})
+    slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     shrinkage: float = 1e-4
     covariance: Literal["within", "published"] = "within"
@@ -51,20 +52,20 @@ class SLDA(Component):
         """Every exit's own."""
         return network.exit_taps
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """Nothing is trained on, but the first experience where that is wanted."""
         return (0,) if self.train_first and index == 0 else ()
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No samples yet."""
         empty = torch.empty(0, dtype=torch.float64)
         return {"taps": network.exit_taps, "count": empty, "mean": [], "scatter": [], "weight": [], "bias": []}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Stream over the experience's samples, then solve for the weights."""
         classes, count_C, dtype = network.classes, state["count"], torch.float32
         means, scatters = list(state["mean"]), list(state["scatter"])
-        for features, y_B in exit_features(network, moment.experience.samples):
+        for features, y_B in exit_features(network, context.experience.samples):
             for exit, values_BF in enumerate(features):
                 new_BF, dtype = exact(values_BF), values_BF.dtype
                 y_B, width = y_B.to(new_BF.device), new_BF.shape[1]
@@ -84,7 +85,7 @@ class SLDA(Component):
         weights, biases = ([part.to(device, dtype) for part in parts] for parts in zip(*solved, strict=True))
         return {**state, "count": count_C, "mean": means, "scatter": scatters, "weight": weights, "bias": biases}
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """The scores of the discriminant at every exit, from the end of the first experience on."""
         if not state["weight"]:
             return output

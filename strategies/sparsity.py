@@ -12,10 +12,10 @@ from torch import Tensor
 from clframe.core.component import Component
 from clframe.core.types import State, Step
 from clframe.errors import ConfigError, UnsupportedError
-from clframe.functional.sparsity import displaced, hoyer, l1
 from clframe.nn.network import Network
-from clframe.nn.sparsity.sites import find_sites
-from clframe.nn.sparsity.watch import MEASURED, swap_for_relu, watch
+from clframe.sparsity.functional import displaced, hoyer, l1
+from clframe.sparsity.penalties import MEASURED, swap_for_relu, watch
+from clframe.sparsity.sites import find_sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Sparsity(Component):
             if not ok:
                 raise ConfigError(f"components.sparsity.{key}: found {getattr(self, key)}; {advice}")
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Swap activations, and watch them."""
         if self.relu:
             swap_for_relu(network.backbone)
@@ -100,5 +100,5 @@ class Sparsity(Component):
 
     def _ramp(self, step: Step) -> float:
         """The share of the strength in this epoch."""
-        share = (step.moment.epoch + 1) / step.moment.epochs
+        share = (step.context.epoch + 1) / step.context.epochs
         return {"constant": 1.0, "linear": share, "warmup": min(1.0, 2 * share)}[self.schedule]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import separated_cross_entropy
 from clframe.functional.losses import distillation
-from clframe.nn.freeze import freeze
+from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 
 
@@ -35,8 +35,8 @@ class SSIL(Component):
     """
 
     name: ClassVar[str] = "ssil"
-    slots: ClassVar[frozenset[str]] = frozenset({"task"})
-    terms: ClassVar[tuple[str, ...]] = ("distil",)
+    slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
+    terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True
 
     lamb: float = 0.25
@@ -49,13 +49,13 @@ class SSIL(Component):
         if not self.temperature > 0:
             raise ConfigError(f"components.ssil.temperature: found {self.temperature}; give a number above 0")
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """No teacher before the first experience ends."""
         return {"teacher": None, "groups": ()}
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """Cross-entropy under separated softmaxes."""
-        experience, batch = step.moment.experience, step.batch
+        experience, batch = step.context.experience, step.batch
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         return separated_cross_entropy(
             step.output.logits, batch.y, new=experience.classes, old=old, weight_B=batch.weight_B
@@ -70,10 +70,10 @@ class SSIL(Component):
         loss_K = distillation(
             step.output.logits, teacher.logits, groups=state["groups"], temperature=self.temperature
         )
-        return {"distil": self.lamb * loss_K}
+        return {"distill": self.lamb * loss_K}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The model as it is now teaches the next experience; a class stays in the group it first came in."""
         known = {c for group in state["groups"] for c in group}
-        new = tuple(sorted(set(moment.experience.classes) - known))
+        new = tuple(sorted(set(context.experience.classes) - known))
         return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

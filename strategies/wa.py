@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from clframe.core.component import Component
-from clframe.core.types import Moment, State
-from clframe.functional.classifiers import alignment
-from clframe.nn.class_rows import heads_with_rows, read_rows, write_rows
+from clframe.core.types import State, StepContext
+from clframe.exits.features import heads_with_rows, read_rows, write_rows
+from clframe.functional.prototypes import alignment
 from clframe.nn.network import Network
 
 
@@ -37,10 +37,10 @@ class WA(Component):
 
     direction: Literal["both", "shrink"] = "both"
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Scale the rows of the classes just learnt, at every exit by its own factor."""
-        old = sorted(moment.experience.past)
-        new = sorted(set(moment.experience.classes) - set(old))
+        old = sorted(context.experience.past)
+        new = sorted(set(context.experience.classes) - set(old))
         if not old or not new:
             return state
         for _, head in heads_with_rows(network):

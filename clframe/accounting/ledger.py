@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from clframe.accounting.energy import Energy
 from clframe.accounting.entries import (
     CONVENTION,
     PHASES,
@@ -27,6 +26,7 @@ from clframe.accounting.entries import (
     Time,
     read_row,
 )
+from clframe.accounting.measurement import Energy
 from clframe.accounting.predictions import Predictions
 from clframe.errors import ConfigError, RunFolderError, UnknownNameError, unknown_name
 

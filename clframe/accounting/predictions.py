@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar, get_args
 
-from clframe.accounting.entries import Count, read_row
-from clframe.accounting.prediction_rows import Experts, Part, PartKind, Products, Stop
+from clframe.accounting.entries import Count, Experts, Part, PartKind, Products, Stop, read_row
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 
 Row = TypeVar("Row", Part, Stop, Products, Experts)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from clframe import __version__
-from clframe.cli import analyse, explain, latency, listing, moefy, report, run
+from clframe.cli import analyze as analyze
+from clframe.cli import explain, latency, listing, moefy, report, run
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
 
 _DESCRIPTION = """\
@@ -29,13 +30,13 @@ every prediction costs.
   clframe run quickstart --seeds 0..4                  five seeds, mean and deviation
   clframe report runs/quickstart                       runs as a page, tables and figures
   clframe latency RUN                                  how long its predictions take, as far as each exit
-  clframe analyse sparsity RUN                         how sparse its activations are and may become
+  clframe analyze sparsity RUN                         how sparse its activations are and may become
   clframe moefy RUN                                    dense to experts, accuracy against cost
   clframe explain quickstart                           what would happen, before any training
   clframe list strategies                              what there is
 """
 
-_VERBS = (run, report, latency, analyse, moefy, explain, listing)
+_VERBS = (run, report, latency, analyze, moefy, explain, listing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

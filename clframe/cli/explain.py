@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from clframe.cli.call import CONFIG, add_config_options, config_of
-from clframe.cli.notices import notices
+from clframe.cli.context import CONFIG, add_config_options, config_of, notices
 
 NAME = "explain"
 HELP = "what a run would do, before any training"

@@ -29,8 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Measure, write, print."""
-    from clframe.functional.torch_settings import torch_settings
-    from clframe.studies.latency import time_run
+    from clframe.seeding import torch_settings
+    from clframe.targets.latency import time_run
 
     runs = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]

@@ -35,7 +35,7 @@ def act(options: argparse.Namespace) -> int:
         raise UnknownNameError(unknown_name("kind", what, LISTS, where="list"))
     if len(rest) > 1:
         raise ConfigError(f"list: found '{rest[1]}' behind the filter '{rest[0]}'; give one filter")
-    from clframe.reporting.listing import listing
+    from clframe.report.explanation import listing
 
     filter = rest[0] if rest else ""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

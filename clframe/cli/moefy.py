@@ -33,7 +33,7 @@ chosen on validation data, read off on test data. MACs count routers, experts th
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options; what is not given is as :class:`~clframe.studies.experts.options.Options` has it."""
+    """Its options; what is not given is as :class:`~clframe.moe.conversion.options.Options` has it."""
     given: dict[str, Any] = {"default": argparse.SUPPRESS}
     add = parser.add_argument
     add("--method", metavar="NAME", help="d2dmoe (default) or moefication", **given)
@@ -71,12 +71,11 @@ def act(options: argparse.Namespace) -> int:
     """Convert, measure, write, print."""
     from dataclasses import fields
 
-    from clframe.studies.experts.files import folder_for, write_study
-    from clframe.studies.experts.options import Options
-    from clframe.studies.experts.record import record
-    from clframe.studies.experts.study import moefy_target
-    from clframe.studies.experts.tables import summary
-    from clframe.studies.target import open_target
+    from clframe.moe.conversion.options import Options
+    from clframe.moe.conversion.output import summary
+    from clframe.moe.conversion.study import moefy_target, record
+    from clframe.targets.folders import folder_for, write_conversion
+    from clframe.targets.opening import open_target
 
     if not options.words:
         raise ConfigError("moefy: found no model; give a run folder, or a model's folder or name on the hub")
@@ -85,7 +84,7 @@ def act(options: argparse.Namespace) -> int:
     folder = folder_for(target, wanted, output=options.output)
     with _bars(quiet=options.quiet) as tick:
         study = moefy_target(target, wanted, tick=tick)
-    write_study(study, folder)
+    write_conversion(study, folder)
     if not options.quiet:
         print(f"{summary(record(study))}\n")
     print(folder)

@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Write the report."""
-    from clframe.reporting.report import write_report
+    from clframe.report import write_report
 
     say = partial(print, flush=True)
     try:

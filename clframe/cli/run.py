@@ -8,13 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clframe.cli.board import Board
-from clframe.cli.call import CONFIG, add_config_options, config_of
-from clframe.cli.notices import Notices, notices
+from clframe.cli.context import CONFIG, Notices, add_config_options, config_of, notices
 from clframe.errors import ConfigError
 
 if TYPE_CHECKING:
     from clframe.build import Parts
-    from clframe.reporting.results import Result
+    from clframe.results import Result
 
 NAME = "run"
 HELP = "train and evaluate on every experience of a benchmark"
@@ -86,7 +85,7 @@ def _run(options: argparse.Namespace, said: Notices, board: Board, **arguments: 
     shown = None if options.quiet else _say_progress
     result = run(**arguments, on_built=begin, on_evaluated=shown)
     if not options.quiet:
-        from clframe.reporting.tables import accuracy_table, exits_table, summary
+        from clframe.report.terminal import accuracy_table, exits_table, summary
 
         print("\n" + "\n\n".join(filter(None, (accuracy_table(result), exits_table(result), summary(result)))))
     return result
@@ -109,6 +108,6 @@ def _show(results: Sequence[Result], options: argparse.Namespace) -> None:
         for result in results:
             print(f"{result.final_average_accuracy:.4f}")
     if len(results) > 1:
-        from clframe.reporting.tables import seeds_table
+        from clframe.report.terminal import seeds_table
 
         print(f"\n{seeds_table(results)}")

@@ -1,7 +1,4 @@
-"""Config files: where they are looked for, what a name means, how one is read.
-
-Nothing in a file is executed: YAML tags that name code are no valid YAML here.
-"""
+"""Where the configs that come with clframe are."""
 
 from __future__ import annotations
 
@@ -10,8 +7,32 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from clframe.config.paths import shipped_configs
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped_configs() -> Path:
+    """The folder of the YAML files that come with clframe.
+
+    An installed wheel carries them inside the package, as ``clframe/_configs``; a checkout, also one
+    installed with ``pip install -e``, has them live in ``configs`` beside it. Raises
+    :class:`~clframe.errors.ConfigError` where neither is there.
+
+    >>> shipped_configs().is_dir()
+    True
+    """
+    installed = _PACKAGE / "_configs"
+    if installed.is_dir():
+        return installed
+    checkout = _PACKAGE.parent
+    # site-packages may hold a foreign "configs": only a folder beside our pyproject.toml is ours.
+    if (checkout / "configs").is_dir() and (checkout / "pyproject.toml").is_file():
+        return checkout / "configs"
+    raise ConfigError(
+        f"configs: neither {installed} nor a checkout's {checkout / 'configs'} exists; install clframe again"
+    )
+
 
 YAML = (".yaml", ".yml")
 """Endings that tell a file from a name."""

@@ -19,8 +19,8 @@ from clframe.config.files import YAML, find_config, known_configs, read_yaml, re
 from clframe.config.schema import OPEN_BLOCKS, Config
 from clframe.config.typed import check_keys, from_mapping
 from clframe.core import COMPONENTS
-from clframe.core.options import shown
 from clframe.errors import ConfigError
+from clframe.options import shown
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -162,3 +162,15 @@ def _resolved(merged: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{key}: {reason(error)}; refer to another key or give a value") from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+def data_config(data: str, overrides: Sequence[str]) -> Config:
+    """The config of a benchmark by name, with changes of its block.
+
+    Raises:
+        ConfigError: A change of anything else.
+    """
+    for text in overrides:
+        if not text.startswith("benchmark.") and not text.startswith("seed="):
+            raise ConfigError(f"override '{text}': changes no data; write it like benchmark.data_dir=DIR")
+    return load_config("quickstart", [f"benchmark={data}", *overrides])

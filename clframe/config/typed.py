@@ -1,4 +1,4 @@
-"""From a plain tree to the typed config and back; what is said of keys that no block has."""
+"""Typed configs from plain trees and back, and messages about unknown keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NoReturn, get_type_hints
 from omegaconf import OmegaConf
 
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.core.options import convert, shown
 from clframe.errors import ConfigError, nearest
+from clframe.options import convert, shown
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:

@@ -1,59 +1,65 @@
-"""Components: the ingredients of a strategy, and the timetable they act on.
+"""Components, the ingredients of a strategy, and their composition.
 
-This file teaches the system. A run is this loop; every name that is a method of :class:`Component`
-has a neutral default, so a component overrides only what it changes::
+This file teaches the system. A run is the loop below. Every indented name that is a method of :class:`Component`
+is a *hook* with a neutral default, so a component overrides only what it changes::
 
-    edit(network)                          once, before any optimizer exists; SLOT classifier: of what kind they are
-    state = init(network)
+    setup_network(network)                        once, before any optimizer exists    SLOT classifier: their kind
+    state = init_state(network)                   once
     for experience in stream:
-        sources(index, count)              which experiences' data this one trains on
-        pool(samples, size, state)         SLOT batch      what epochs run over, how much at a time: memory joins here
-        grow(network, experience)          heads have grown; add outputs of your own
-        state = prepare(network, moment, state)      start over, train helpers
+        training_experiences(index, count)        which experiences' data this one trains on
+        training_set(samples, size, state)        the samples an epoch iterates over, and the batch size   SLOT batch
+        add_classes(network, experience)          heads have grown; add further outputs
+        state = before_experience(network, context, state)
         for epoch in epochs:
-            begin_epoch(network, moment, state)      freeze and thaw, schedules
-            weight_K = weigh(moment, state)          SLOT heads      what each exit's terms weigh
+            before_epoch(network, context, state)           schedules, freezing
+            weight_K = exit_loss_weights(context, state)                        SLOT exit_weights, default 1 each
             for batch in loader:
-                batch = batch(batch, moment, state)  SLOT batch      replay joins here
-                output = network(batch.x)                            every exit's logits
-                terms = {"task/ce": task(step, state)}     SLOT task the loss on the targets
-                terms |= losses(step, state)                         named terms, one value per exit
-                loss = mix(weight_K * terms, step, state)  SLOT mix  default: the sum
+                batch = make_batch(batch, context, state, network)              SLOT batch: replay joins here
+                output = network(batch.x)                                       logits of every exit
+                terms = {"task/ce": task_loss(step, state)}                     SLOT task_loss, default cross-entropy
+                terms |= losses(step, state)                                    named terms, one value per exit
+                loss = combine_losses(weight_K * terms, step, state)            SLOT loss_mix, default the sum
                 loss.backward()
-                project(network, step, state)        SLOT gradient   edit gradients in place
+                modify_gradients(network, step, state)                          SLOT gradient
                 optimizer.step()
-                after_step(network, step, state)     follow the path of the weights
-        state = advance(network, moment, state)      consolidate: teachers, memory, Fisher
-    output = answers(output, state)        SLOT answers    what each exit answers; default: its logits
-    scores = decide(output, state)         SLOT decision   who answers; default: the last exit
-    cost(network, state)                   what the component adds to the ledger
+                state = after_step(network, step, state)
+        state = after_experience(network, context, state)   consolidation: teachers, buffers, Fisher information
+    output = adjust_logits(output, state)         SLOT logits      bias correction, nearest class means
+    scores = predict(output, state)               SLOT prediction  default: the last exit
+    extra_cost(network, state)                    figures for the ledger that only the component knows
 
-A component holds options only. Whatever changes during a run is *state*: returned by ``init`` and
-``advance``, handed back to every other method, kept under the component's name. So a checkpoint needs
-no help from the component, and two runs never share anything by accident.
+A *slot* is a resource that only one component of a strategy may own; two owners are refused when composing.
+
+A component holds options only. Everything that changes during a run is its *state*: returned by ``init_state``,
+``before_experience``, ``after_step`` and ``after_experience``, passed to every other hook, and stored under the
+component's name. So a checkpoint needs no code of the component, and two runs share nothing by accident.
+
+Laws (tests/core/test_laws.py): composing is associative; ``naive`` is the identity; terms commute, bit for bit,
+because a composition sorts its components by name; a component of weight zero is dropped; two owners of one slot, or
+one name twice, are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from torch import Tensor
 
-from clframe.core.types import Batch, Experience, Moment, Output, Pool, State, Step
+from clframe.core.types import Batch, Experience, Pool, State, Step, StepContext
+from clframe.errors import ComposeError
 from clframe.functional.losses import cross_entropy
+from clframe.nn.network import Network
+from clframe.nn.types import Output
 
-if TYPE_CHECKING:
-    from clframe.core.compose import Composition
-    from clframe.nn.network import Network
-
-SLOTS: Final = ("batch", "heads", "classifier", "task", "mix", "gradient", "optimizer", "answers", "decision")
+SLOTS: Final = ("batch", "classifier", "exit_weights", "task_loss", "loss_mix", "gradient", "logits", "prediction")
 """What only one component of a strategy may own."""
 
 HOOKS: Final = (
-    "edit", "init", "sources", "pool", "grow", "prepare", "begin_epoch", "weigh", "batch", "task", "losses", "mix",
-    "project", "after_step", "advance", "answers", "decide", "cost",
+    "setup_network", "init_state", "training_experiences", "training_set", "add_classes", "before_experience",
+    "before_epoch", "exit_loss_weights", "make_batch", "task_loss", "losses", "combine_losses", "modify_gradients",
+    "after_step", "after_experience", "adjust_logits", "predict", "extra_cost",
 )  # fmt: skip
 """The methods of the timetable, in the order in which a run reaches them."""
 
@@ -71,7 +77,7 @@ class Component:
         weight: The option that scales everything the component does. At zero the component is the
             identity: composing drops it, so the run is bit-identical to one without it. None where
             nothing scales it.
-        keeps_memory: Whether its state is a memory (``x``, ``y``), which others read as ``moment.memory``.
+        keeps_memory: Whether its state is a memory (``x``, ``y``), which others read as ``context.memory``.
         needs_memory: Whether another component of the strategy must keep one.
         remakes: Whether ``advance`` changes what the network computes in evaluation: it then comes before all others',
             so that what they keep (means, importances, teachers, thresholds) is of the network that answers.
@@ -88,9 +94,7 @@ class Component:
     phase: ClassVar[str] = "auxiliary"
 
     def __add__(self, other: Component | Composition) -> Composition:
-        """Compose; see :func:`clframe.core.compose.compose`."""
-        from clframe.core.compose import compose
-
+        """Compose; see :func:`clframe.core.component.compose`."""
         return compose(self, other)
 
     @property
@@ -114,22 +118,22 @@ class Component:
         """Stages whose outputs ``step.output.taps`` and ``answers`` are to hold."""
         return ()
 
-    def settle(self, network: Network) -> Component:
+    def resolve(self, network: Network) -> Component:
         """The component with every choice that depends on this machine made; a run's config records it."""
         return self
 
-    def edit(self, network: Network) -> None:
+    def setup_network(self, network: Network) -> None:
         """Change the network once, before any optimizer exists."""
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """The state at the start of a run."""
         return {}
 
-    def sources(self, index: int, count: int) -> Sequence[int]:
+    def training_experiences(self, index: int, count: int) -> Sequence[int]:
         """Experiences whose training data experience ``index`` of ``count`` trains on; none skips it."""
         return (index,)
 
-    def pool(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
+    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
         """What an epoch runs over, once and in one shuffled order, and how many of it make a batch. Slot ``batch``.
 
         Called when the loader of an experience is made, before anything has grown.
@@ -141,25 +145,25 @@ class Component:
         """
         return samples, size
 
-    def grow(self, network: Network, experience: Experience) -> None:
+    def add_classes(self, network: Network, experience: Experience) -> None:
         """Add what a new experience needs; the classifiers have already grown."""
 
-    def prepare(self, network: Network, moment: Moment, state: State) -> State:
+    def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The state for an experience about to be trained; heads have grown and are on their device."""
         return state
 
-    def begin_epoch(self, network: Network, moment: Moment, state: State) -> None:
+    def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
         """Set what lasts for an epoch, such as which parts of the network learn."""
 
-    def weigh(self, moment: Moment, state: State) -> Sequence[float]:
+    def exit_loss_weights(self, context: StepContext, state: State) -> Sequence[float]:
         """What each exit's terms weigh in this epoch, one number per exit. Slot ``heads``; default: 1 each."""
         return (1.0,)
 
-    def batch(self, batch: Batch, moment: Moment, state: State) -> Batch:
+    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
         """The batch to train on instead. Slot ``batch``."""
         return batch
 
-    def task(self, step: Step, state: State) -> Tensor:
+    def task_loss(self, step: Step, state: State) -> Tensor:
         """loss_K on the targets, logged as ``loss/task/ce``. Slot ``task``; default: cross-entropy at every exit."""
         return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
 
@@ -167,32 +171,32 @@ class Component:
         """Named loss terms, each of shape [K] (one value per exit) or [] (exits have no part in it)."""
         return {}
 
-    def mix(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
+    def combine_losses(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
         """One scalar out of all named terms. Slot ``mix``; default: the sum over terms and exits."""
         return total(terms)
 
-    def project(self, network: Network, step: Step, state: State) -> None:
+    def modify_gradients(self, network: Network, step: Step, state: State) -> None:
         """Edit ``parameter.grad`` in place, after backward. Slot ``gradient``."""
 
     def after_step(self, network: Network, step: Step, state: State) -> None:
         """Look at weights just updated, whose gradients are still there; may write into tensors of the state."""
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """The state after an experience has been learnt."""
         return state
 
-    def answers(self, output: Output, state: State) -> Output:
+    def adjust_logits(self, output: Output, state: State) -> Output:
         """The output with other logits at every exit, such as corrected ones. Slot ``answers``."""
         return output
 
-    def decide(self, output: Output, state: State) -> Tensor:
+    def predict(self, output: Output, state: State) -> Tensor:
         """scores_BC whose arg-max is the answer. Slot ``decision``; default: the last exit's.
 
         Here ``output.logits`` holds what each exit answers: its logits, or the scores of its ensemble.
         """
         return output.last
 
-    def cost(self, network: Network, state: State) -> Mapping[str, int]:
+    def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
         """Costs only the component knows, such as ``{"macs": ...}`` per training step; default: none."""
         return {}
 
@@ -207,3 +211,112 @@ def total(terms: Mapping[str, Tensor]) -> Tensor:
     for part in parts[1:]:
         result = result + part
     return result
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A strategy: components in the order of their names. Build one with :func:`compose` or ``+``."""
+
+    components: tuple[Component, ...] = ()
+
+    def __add__(self, other: Component | Composition) -> Composition:
+        """Compose with another component or composition."""
+        return compose(self, other)
+
+    def __iter__(self) -> Iterator[Component]:
+        return iter(self.components)
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def __str__(self) -> str:
+        return " + ".join(component.name for component in self.components) or "naive"
+
+    def owner(self, slot: str) -> Component | None:
+        """The component that owns ``slot``, if any."""
+        return next((component for component in self.components if slot in component.slots), None)
+
+    def check_needs(self) -> None:
+        """Refuse a strategy in which a component lacks another that it needs (ComposeError)."""
+        keeps = any(component.keeps_memory for component in self.components)
+        for component in self.components:
+            if component.needs_memory and not keeps:
+                raise ComposeError(
+                    f"strategy: '{component.name}' needs a memory; add one, as in '{component.name} + er'"
+                )
+
+    def acting_at(self, hook: str) -> tuple[Component, ...]:
+        """The components that override ``hook``: the only ones the engine calls there."""
+        return tuple(component for component in self.components if hook in component.acts_at())
+
+    def replace(self, change: Callable[[Component], Component]) -> Composition:
+        """The composition of ``change(component)`` for every component."""
+        return compose(*(change(component) for component in self.components))
+
+
+def compose(*parts: Component | Composition) -> Composition:
+    """Compose components into a strategy.
+
+    Raises:
+        ComposeError: One slot claimed twice (naming both), one component twice, an unknown slot, or a
+            hook overridden without owning its slot.
+
+    >>> str(compose())
+    'naive'
+    """
+    components: dict[str, Component] = {}
+    for component in _flatten(parts):
+        _check(component)
+        if component.is_identity:
+            continue
+        if component.name in components:
+            raise ComposeError(f"strategy: component '{component.name}' appears twice; give its options once")
+        components[component.name] = component
+    ordered = tuple(components[name] for name in sorted(components))
+    _refuse_clashes(ordered)
+    return Composition(ordered)
+
+
+def _flatten(parts: tuple[Any, ...]) -> Iterator[Component]:
+    for part in parts:
+        if isinstance(part, Composition):
+            yield from part.components
+        elif isinstance(part, Component):
+            yield part
+        else:
+            raise ComposeError(
+                f"strategy: cannot compose {part!r} of type {type(part).__name__}; "
+                f"compose Component instances or parse an expression with clframe.parse"
+            )
+
+
+_SLOT_OF_HOOK = {
+    "training_set": "batch", "make_batch": "batch", "exit_loss_weights": "exit_weights", "task_loss": "task_loss",
+    "combine_losses": "loss_mix", "modify_gradients": "gradient", "adjust_logits": "logits", "predict": "prediction",
+}  # fmt: skip
+
+
+def _check(component: Component) -> None:
+    unknown = component.slots - set(SLOTS)
+    if unknown:
+        raise ComposeError(
+            f"component '{component.name}': claims unknown slots {sorted(unknown)}; slots are {list(SLOTS)}"
+        )
+    for hook, slot in _SLOT_OF_HOOK.items():
+        if hook in component.acts_at() and slot not in component.slots:
+            raise ComposeError(
+                f"component '{component.name}': overrides {hook}() without owning the slot '{slot}'; "
+                f"declare slots = frozenset({{'{slot}'}})"
+            )
+
+
+def _refuse_clashes(components: tuple[Component, ...]) -> None:
+    owners: dict[str, str] = {}
+    for component in components:
+        for slot in sorted(component.slots):
+            if slot in owners:
+                raise ComposeError(
+                    f"strategy: '{owners[slot]}' and '{component.name}' both own the slot '{slot}'; "
+                    f"keep one of them"
+                )
+            owners[slot] = component.name

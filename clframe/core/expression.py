@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from clframe.core.component import Component
-from clframe.core.compose import Composition, compose
-from clframe.core.options import check_options
+from clframe.core.component import Component, Composition, compose
 from clframe.errors import ClframeError, ConfigError
+from clframe.options import check_options
 from clframe.registry import Registry
 
 LONGEST = 2000

@@ -7,52 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    from clframe.nn.network import Network
+from clframe.nn.network import Network
+from clframe.nn.types import Output, Samples
 
 State = Mapping[str, Any]
 """A component's state: nested mappings and sequences of tensors, numbers, strings and frozen networks."""
-
-
-class Output(NamedTuple):
-    """What a model returns: the logits of every exit, in order of depth, the model's own last.
-
-    A plain network is a network with one exit: ``len(output.logits) == 1``.
-    """
-
-    logits: tuple[Tensor, ...]
-    """K tensors logits_BC. Classes not learnt yet have no column, or ``-inf`` where columns have gaps."""
-    taps: Mapping[str, Tensor] = MappingProxyType({})
-    """Stage outputs by name, as many as were asked for."""
-
-    @property
-    def last(self) -> Tensor:
-        """logits_BC of the model's own classifier."""
-        return self.logits[-1]
-
-
-class Samples(Protocol):
-    """Training data of one experience, as a component may see it."""
-
-    @property
-    def y(self) -> Tensor:
-        """targets_N, in learning order."""
-
-    def __len__(self) -> int: ...
-
-    def raw(self, index: Tensor) -> Tensor:
-        """The stored inputs at ``index``, before augmentation and normalization."""
-
-    def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Stored inputs as the model wants them: float, normalized, on the device.
-
-        Where a batch is trained, pass a ``generator``: the experience's augmentations then come first.
-        """
 
 
 class Pool(Samples, Protocol):
@@ -100,7 +63,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StepContext:
     """Where in a run a batch is trained, and the randomness that belongs to that place."""
 
     experience: Experience
@@ -123,7 +86,7 @@ class Step:
 
     batch: Batch
     output: Output
-    moment: Moment
+    context: StepContext
     network: Network
     """What learns; for terms on weights rather than outputs."""
     weight_K: Tensor | None = None

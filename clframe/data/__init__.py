@@ -1,10 +1,11 @@
 """Data: sources, protocols and the loaders that feed the model."""
 
 from clframe.data.benchmark import Benchmark, class_incremental
-from clframe.data.digits import digits
 from clframe.data.samples import EpochLoader, TensorSamples, concatenate
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources import ImageFiles, from_avalanche, from_datasets
+from clframe.data.sources.characters import digits
+from clframe.data.sources.given import from_avalanche, from_datasets
+from clframe.data.sources.image_files import ImageFiles
 
 __all__ = [
     "SOURCES", "Benchmark", "EpochLoader", "ImageFiles", "Source", "TensorSamples", "class_incremental",

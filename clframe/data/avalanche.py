@@ -6,17 +6,48 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from clframe.core.types import Experience, Samples
+from clframe.core.types import Experience
+from clframe.nn.types import Samples
 
 if TYPE_CHECKING:
-    from clframe.data.benchmark import Benchmark
     from clframe.data.source import Data
+
+
+class Streams(Protocol):
+    """The part of a :class:`~clframe.data.benchmark.Benchmark` that Avalanche's streams are made from."""
+
+    @property
+    def train(self) -> tuple[Data, ...]:
+        """Training data of each experience, or of each small one of an online stream."""
+
+    @property
+    def original(self) -> tuple[Data, ...]:
+        """Training data of each experience that an online stream is cut from."""
+
+    @property
+    def test(self) -> tuple[Data, ...]:
+        """Test data of each experience."""
+
+    @property
+    def validation(self) -> tuple[Data, ...]:
+        """Validation data of each experience; empty where none is held out."""
+
+    @property
+    def task_labels(self) -> bool:
+        """Whether experiences carry their index as task label."""
+
+    @property
+    def online(self) -> Any:
+        """Size and boundaries of an online stream; None where every experience is trained as a whole."""
+
+    def parts_of(self, index: int) -> Any:
+        """Indices of the small experiences that experience ``index`` is cut into."""
 
 
 def import_avalanche() -> None:
@@ -65,7 +96,7 @@ class _Prepare:
         return self._samples.prepare(raw.unsqueeze(0), generator=generator)[0]
 
 
-def as_avalanche(benchmark: Benchmark) -> Any:
+def as_avalanche(benchmark: Streams) -> Any:
     """The benchmark as Avalanche sees it, with class timelines, and task labels where it has them.
 
     Streams are ``train``, ``test`` and, where data is held out, ``valid``. An online benchmark's ``train``
@@ -112,7 +143,7 @@ def _dataset(samples: Data, task_label: int | None) -> Any:
     )
 
 
-def _cut(benchmark: Benchmark, stream: Any) -> Any:
+def _cut(benchmark: Streams, stream: Any) -> Any:
     """The experiences of ``stream`` cut into the benchmark's small ones, by Avalanche's own splitter."""
     from avalanche.benchmarks import EagerCLStream, OnlineCLExperience, split_online_stream
 

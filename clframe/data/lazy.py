@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from clframe.data.augment import Augmentation
+from clframe.data.augmentation import Augmentation, upload
 from clframe.data.reader import Reader
 from clframe.data.samples import TensorSamples
 from clframe.errors import DataError
-from clframe.functional.memory import upload
-from clframe.functional.seeding import derive_seed
+from clframe.seeding import derive_seed
 
 CPU = torch.device("cpu")
 

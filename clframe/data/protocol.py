@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError, DataError
-from clframe.functional.seeding import generator_for
+from clframe.seeding import generator_for
 
 ICARL_ORDER = (
     68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 43, 38, 58, 70, 77, 1, 85,

@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from clframe.data.augment import Augmentation, augmented
+from clframe.data.augmentation import Augmentation, augmented
 from clframe.errors import DataError
-from clframe.functional.seeding import derive_seed, epoch_order, generator_for
+from clframe.seeding import derive_seed, epoch_order, generator_for
 
 
 class Loadable(Protocol):

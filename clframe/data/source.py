@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clframe.data.augment import Augmentation, ColorJitter
+from clframe.data.augmentation import Augmentation, ColorJitter
 from clframe.data.lazy import DatasetSamples
 from clframe.data.protocol import hold_out
 from clframe.data.reader import Reader

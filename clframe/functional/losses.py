@@ -1,12 +1,9 @@
-"""Losses at every exit.
-
-Shape suffixes: B batch, C classes, K exits. Each function takes the logits of all exits and returns one
-value per exit, so a plain network (K = 1) is no special case.
-"""
+"""Losses at every exit: cross-entropy, distillation, and losses on replayed samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,3 +77,126 @@ def _columns(group: Sequence[int]) -> slice | list[int]:
 
 def _stack(values: list[Tensor]) -> Tensor:
     return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
+
+
+Columns = Literal["stored", "padded"]
+
+
+def logit_matching(logits: Sequence[Tensor], stored_RKW: Tensor, *, columns: Columns = "stored") -> Tensor:
+    """Mean squared distance between the logits of replayed samples and those stored with them, at each exit.
+
+    ``loss_K[k] = mean over (r, c) of (logits[k][r, c] - stored[r, k, c])^2``, over the columns that were stored
+    with sample r: logits of classes that came later have nothing to be compared with. Buzzega et al., "Dark
+    Experience for General Continual Learning" (2020), equation 5, divided by the number of columns as in the
+    authors' code.
+
+    Args:
+        logits: K tensors logits_RC, C >= W.
+        stored_RKW: Logits as they were; ``-inf`` for classes that had not been met.
+        columns: ``padded`` compares all C columns instead and takes 0 for what was not stored.
+
+    >>> logit_matching([torch.tensor([[1.0, 5.0]])], torch.tensor([[[3.0, -torch.inf]]])).tolist()
+    [4.0]
+    """
+    return torch.stack([_distance(l_RC, stored_RKW[:, k], columns) for k, l_RC in enumerate(logits)])
+
+
+def _distance(logits_RC: Tensor, stored_RW: Tensor, columns: Columns) -> Tensor:
+    width = stored_RW.shape[1]
+    known_RC = stored_RW.isfinite()
+    if columns == "padded":
+        stored_RW = F.pad(stored_RW.masked_fill(~known_RC, 0.0), (0, logits_RC.shape[1] - width))
+        known_RC = logits_RC.isfinite()  # a gap among the classes has no logit to pull
+    else:
+        logits_RC = logits_RC[:, :width]
+    difference_RC = torch.where(known_RC, logits_RC - stored_RW, 0.0)
+    return difference_RC.square().sum() / known_RC.sum()
+
+
+def asymmetric_cross_entropy(
+    logits: Sequence[Tensor],
+    y_B: Tensor,
+    *,
+    new_B: Tensor,
+    present_C: Tensor,
+    share: float = 0.0,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of new samples among the classes present, plus that of replayed ones among all, at each exit.
+
+    ``loss_K[k] = mean_{b new} CE(logits[k][b, present]) + (1 - s) mean_{b replayed} CE(logits[k][b]) + s mean_{b new}
+    CE(logits[k][b])``: new samples push old classes down by no more than their share s of what is replayed. Caccia et
+    al., "New Insights on Reducing Abrupt Representation Change in Online Continual Learning" (2022), equation 3,
+    with the expected value in place of new samples that are drawn from memory.
+
+    Args:
+        logits: K tensors logits_BC.
+        y_B: Targets; those of new samples are present.
+        new_B: Which samples are new; a side without samples adds 0.
+        present_C: Which classes the new samples compete among.
+        share: s, the part of a memory that new samples make up; 0 where it holds none.
+        weight_B: Weight of each sample; None weighs all alike.
+    """
+    hidden_BC = new_B.unsqueeze(1) & ~present_C
+    side_B = torch.where(new_B, new_B.sum(), (~new_B).sum())  # how many samples are on each one's side
+    values = []
+    for logits_BC in logits:
+        loss_B = F.cross_entropy(logits_BC.masked_fill(hidden_BC, -torch.inf), y_B, reduction="none")
+        if share:
+            all_B = F.cross_entropy(logits_BC, y_B, reduction="none")
+            loss_B = torch.where(new_B, loss_B + share * all_B, (1 - share) * all_B)
+        values.append(((loss_B if weight_B is None else loss_B * weight_B) / side_B).sum())
+    return torch.stack(values)
+
+
+def smoothed_cross_entropy(
+    logits: Sequence[Tensor], y_B: Tensor, *, smoothing: float, weight_B: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy with smoothed labels at each exit, over the classes met.
+
+    ``loss_K[k] = sum_b w_b * (-(1 - s) log p_b[y_b] - s / C sum_c log p_b[c]) / sum_b w_b``, C the classes whose
+    logits are finite. Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016).
+
+    Args:
+        logits: K tensors logits_BC, ``-inf`` for classes not met.
+        y_B: Targets.
+        smoothing: s, from 0 to below 1.
+        weight_B: Weight of each sample; None weighs all alike.
+
+    >>> smoothed_cross_entropy([torch.zeros(1, 4)], torch.tensor([2]), smoothing=0.1).exp()
+    tensor([4.])
+    """
+    values = []
+    for logits_BC in logits:
+        log_p_BC, met_BC = F.log_softmax(logits_BC, dim=1), logits_BC.isfinite()
+        all_B = log_p_BC.masked_fill(~met_BC, 0.0).sum(1) / met_BC.sum(1)
+        loss_B = (1 - smoothing) * F.nll_loss(log_p_BC, y_B, reduction="none") - smoothing * all_B
+        values.append(loss_B.mean() if weight_B is None else (loss_B * weight_B).sum() / weight_B.sum())
+    return torch.stack(values)
+
+
+@torch.no_grad()
+def project_gradient(gradients: Sequence[Tensor], references: Sequence[Tensor | None]) -> None:
+    """Take out of the gradient, in place, what would raise the reference's loss.
+
+    ``g <- g - min(g . r, 0) / (r . r) * r``: unchanged where both agree, else the nearest gradient at a right
+    angle to r. Chaudhry et al., "Efficient Lifelong Learning with A-GEM" (2019), equation 11. The host never
+    waits for the products.
+
+    Args:
+        gradients: The parts of g.
+        references: The parts of r, in the same order; None for zeros.
+
+    >>> g = torch.tensor([1.0, -1.0])
+    >>> project_gradient([g], [torch.tensor([0.0, 2.0])])
+    >>> g
+    tensor([1., 0.])
+    """
+    pairs = [(g, r) for g, r in zip(gradients, references, strict=True) if r is not None]
+    if not pairs:
+        return
+    dot = torch.stack([(g * r).sum() for g, r in pairs]).sum()
+    square = torch.stack([r.square().sum() for _, r in pairs]).sum()
+    share = dot.clamp(max=0) / square.clamp(min=torch.finfo(square.dtype).tiny)
+    for g, r in pairs:
+        g.addcmul_(r, share, value=-1)

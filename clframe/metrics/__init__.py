@@ -13,7 +13,7 @@ from clframe.metrics.continual import (
     forward_transfer,
     learning_accuracy,
 )
-from clframe.metrics.scores import METRICS, scores
+from clframe.metrics.registry import METRICS, scores
 from clframe.metrics.tally import Counts, Tally, TallyCounter
 
 __all__ = [

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clframe.core.types import Output, Samples
-from clframe.nn.backbones.taps import untouched
-from clframe.nn.freeze import freeze
+from clframe.nn.backbones.base import untouched
+from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
+from clframe.nn.types import Output, Samples
 
 
 def feature_reader(
@@ -44,7 +44,7 @@ def exit_logits(
     """K tensors logits_NC, one for each exit, of all samples of all parts, and their targets_N.
 
     Not augmented, in evaluation mode; the mode of every part is put back. ``answer`` takes the place of the plain
-    forward pass where a component corrects it (``moment.answer``).
+    forward pass where a component corrects it (``context.answer``).
     """
     device = network.final.weight.device
     forward = network if answer is None else answer

@@ -1,25 +1,87 @@
-"""The network: a backbone with classifiers on its taps.
+"""The interface of exit ensembles, and the default one: each exit for itself.
 
-A plain network is a network with one exit, its own classifier on the last tap; the same code serves both.
+Shape suffixes: B batch, C classes, K exits.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from clframe.core.types import Output
 from clframe.errors import ConfigError
-from clframe.functional.exits import scale_gradient
 from clframe.nn.backbones.base import Backbone, Flow, tap_of
-from clframe.nn.exits.ensemble import Ensemble, Single
 from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head
+from clframe.nn.types import Output
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Carried = tuple[Tensor, ...]
+"""What goes from one exit to the next: tensors whose first dimension is the batch."""
+
+
+class Ensemble(nn.Module, ABC):
+    """Turns the logits of exit k, and what the exits before it left, into the scores that exit k answers with."""
+
+    def grow(self, classes: Iterable[int]) -> bool:
+        """Make room for ``classes``; True if parameters were replaced."""
+        return False
+
+    @abstractmethod
+    def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+        """scores_BC of exit ``exit`` (their softmax is its answer's probability), and what to carry on.
+
+        Args:
+            exit: Its number k, counted from 0; the backbone's own classifier is the last.
+            logits_BC: Its logits.
+            carried: What the step of exit k - 1 returned; empty at the first exit.
+        """
+
+    def forward(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """scores_BC of every exit, from the logits of all."""
+        scores: list[Tensor] = []
+        carried: Carried = ()
+        for exit, logits_BC in enumerate(logits):
+            scores_BC, carried = self.step(exit, logits_BC, carried)
+            scores.append(scores_BC)
+        return tuple(scores)
+
+
+class Single(Ensemble):
+    """No ensemble: every exit answers with its own logits."""
+
+    def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+        """The logits as they are."""
+        return logits_BC, ()
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself, whose gradient is multiplied by ``factor`` on its way back.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> scale_gradient(x, 0.25).sum().backward()
+    >>> x.grad
+    tensor([0.2500, 0.2500])
+    """
+    scaled: Tensor = _ScaledGradient.apply(x, factor)
+    return scaled
+
 
 Gradient = Literal["through", "detached", "equilibrium"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clframe.errors import RunFolderError
 from clframe.files import write_atomically
-from clframe.nn.freeze import restore
+from clframe.nn.frozen import restore
 from clframe.nn.network import Network
 
 FORMAT = 2

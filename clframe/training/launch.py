@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from lightning import Fabric
 
+from clframe.avalanche_bridge.plugins import Named, make_plugins
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
+from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
-from clframe.training.plugins import Named, make_plugins
-from clframe.training.scoring import Scores
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
 

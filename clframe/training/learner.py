@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clframe.core import Batch, Component, Composition, Experience, Moment, Output, State, Step, total
+from clframe.core import Batch, Component, Composition, Experience, State, Step, StepContext, total
 from clframe.functional.losses import cross_entropy
-from clframe.functional.seeding import derive_seed, generator_for
 from clframe.nn.network import Network
+from clframe.nn.types import Output
+from clframe.seeding import derive_seed, generator_for
 
 
 class Learner:
@@ -37,9 +38,9 @@ class Learner:
         self.network = network
         self.composition = composition
         self.seed = seed
-        for component in composition.acting_at("edit"):
-            component.edit(network)
-        self.state: dict[str, State] = {c.name: c.init(network) for c in composition}
+        for component in composition.acting_at("setup_network"):
+            component.setup_network(network)
+        self.state: dict[str, State] = {c.name: c.init_state(network) for c in composition}
         self.past: tuple[int, ...] = ()
         self.experience: Experience | None = None
         self.step: Step | None = None
@@ -47,87 +48,88 @@ class Learner:
         self.term_sums: dict[str, Tensor] = {}
         self.term_steps = 0
         self.around: Callable[[str, str], AbstractContextManager[object]] = _plainly
-        self._batch_owner = next(iter(composition.acting_at("batch")), None)
-        self._mix_owner = next(iter(composition.acting_at("mix")), None)
-        self._gradient_owner = next(iter(composition.acting_at("project")), None)
-        self._decision_owner = next(iter(composition.acting_at("decide")), None)
-        self._heads_owner = next(iter(composition.acting_at("weigh")), None)
-        self._task_owner = next(iter(composition.acting_at("task")), None)
-        self._answers_owner = next(iter(composition.acting_at("answers")), None)
+        self._batch_owner = next(iter(composition.acting_at("make_batch")), None)
+        self._mix_owner = next(iter(composition.acting_at("combine_losses")), None)
+        self._gradient_owner = next(iter(composition.acting_at("modify_gradients")), None)
+        self._decision_owner = next(iter(composition.acting_at("predict")), None)
+        self._heads_owner = next(iter(composition.acting_at("exit_loss_weights")), None)
+        self._task_owner = next(iter(composition.acting_at("task_loss")), None)
+        self._answers_owner = next(iter(composition.acting_at("adjust_logits")), None)
         self._followers = composition.acting_at("after_step")
         self.taps = tuple(dict.fromkeys(tap for component in composition for tap in component.taps(network)))
         self._losses = composition.acting_at("losses")
         self._term_names: dict[tuple[str, str], str] = {}
-        self._moments: dict[str, Moment] = {}
+        self._contexts: dict[str, StepContext] = {}
         self._weight_K: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """A copy of the model (a foreign plugin's teacher, say) shares the run; it never forks it."""
         return self
 
-    def sources(self, index: int, count: int) -> tuple[int, ...]:
+    def training_experiences(self, index: int, count: int) -> tuple[int, ...]:
         """The experiences whose data experience ``index`` trains on."""
-        owner = next(iter(self.composition.acting_at("sources")), None)
-        return (index,) if owner is None else tuple(owner.sources(index, count))
+        owner = next(iter(self.composition.acting_at("training_experiences")), None)
+        return (index,) if owner is None else tuple(owner.training_experiences(index, count))
 
     def begin(self, experience: Experience, *, classes: tuple[int, ...], epochs: int) -> None:
         """Start an experience: seed, grow every head by ``classes``, then let components grow."""
         self.experience, self.epochs = experience, epochs
         self.seed_everything("experience", experience.index)
         self.network.grow(classes)
-        for component in self.composition.acting_at("grow"):
-            component.grow(self.network, experience)
-        for component in self.composition.acting_at("prepare"):
-            moment = self._moment(component.name, "prepare", 0)
+        for component in self.composition.acting_at("add_classes"):
+            component.add_classes(self.network, experience)
+        for component in self.composition.acting_at("before_experience"):
+            context = self._context(component.name, "prepare", 0)
             with self.around("prepare", component.name):
-                self.state[component.name] = component.prepare(self.network, moment, self.state[component.name])
+                state = self.state[component.name]
+                self.state[component.name] = component.before_experience(self.network, context, state)
 
-    def begin_epoch(self, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Start an epoch: from here on randomness is that of (seed, experience, epoch)."""
         experience = self._current()
         self.seed_everything("epoch", experience.index, epoch)
-        self._moments = {c.name: self._moment(c.name, "epoch", epoch) for c in self.composition}
-        self._task_moment = self._moment("task", "epoch", epoch)
-        for component in self.composition.acting_at("begin_epoch"):
-            component.begin_epoch(self.network, self._moments[component.name], self.state[component.name])
+        self._contexts = {c.name: self._context(c.name, "epoch", epoch) for c in self.composition}
+        self._task_context = self._context("task", "epoch", epoch)
+        for component in self.composition.acting_at("before_epoch"):
+            component.before_epoch(self.network, self._contexts[component.name], self.state[component.name])
         self._weight_K = self._weights()
 
-    def batch(self, x: Tensor, y: Tensor) -> Batch:
+    def make_batch(self, x: Tensor, y: Tensor) -> Batch:
         """The batch to train on: replay joins here."""
         batch = Batch(x, y)
         owner = self._batch_owner
         if owner is None:
             return batch
-        return owner.batch(batch, self._moments[owner.name], self.state[owner.name])
+        return owner.make_batch(batch, self._contexts[owner.name], self.state[owner.name])
 
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """One scalar: the task's cross-entropy and every component's terms, mixed."""
-        self.step = step = Step(batch, output, self._task_moment, self.network, self._weight_K)
+        self.step = step = Step(batch, output, self._task_context, self.network, self._weight_K)
         terms = {"task/ce": self._task(step)}
         for component in self._losses:
-            own = Step(batch, output, self._moments[component.name], self.network, self._weight_K)
+            own = Step(batch, output, self._contexts[component.name], self.network, self._weight_K)
             for term, value in component.losses(own, self.state[component.name]).items():
                 terms[self._term_name(component.name, term)] = value
         if self._weight_K is not None:
             terms = {name: value * self._weight_K if value.ndim else value for name, value in terms.items()}
         self._count(terms)
         owner = self._mix_owner
-        return total(terms) if owner is None else owner.mix(terms, step, self.state[owner.name])
+        return total(terms) if owner is None else owner.combine_losses(terms, step, self.state[owner.name])
 
-    def project(self) -> None:
+    def modify_gradients(self) -> None:
         """Let the owner of the gradient edit it."""
         owner = self._gradient_owner
         if owner is not None:
             assert self.step is not None
-            owner.project(self.network, self.step, self.state[owner.name])
+            owner.modify_gradients(self.network, self.step, self.state[owner.name])
 
-    def follow(self) -> None:
+    def after_step(self) -> None:
         """Let components look at the weights after an update."""
         for component in self._followers:
             assert self.step is not None
             component.after_step(self.network, self.step, self.state[component.name])
 
-    def answers(self, output: Output) -> Output:
+    def adjust_logits(self, output: Output) -> Output:
         """The output with what each exit answers in place of its logits: corrected, then joined in its ensemble."""
         return output._replace(logits=self.network.ensemble(self._correct(output).logits))
 
@@ -135,20 +137,21 @@ class Learner:
         """The network's output for prepared inputs, corrected by the owner of the slot ``answers``; no ensemble."""
         return self._correct(self.network(x, taps=self.taps))
 
-    def decide(self, answers: Output) -> Tensor:
+    def predict(self, answers: Output) -> Tensor:
         """scores_BC whose arg-max is the answer, from what each exit answers."""
         owner = self._decision_owner
-        return answers.last if owner is None else owner.decide(answers, self.state[owner.name])
+        return answers.last if owner is None else owner.predict(answers, self.state[owner.name])
 
     def end(self) -> None:
         """Finish an experience: every component consolidates, those last that are fitted on what others answer."""
         experience = self._current()
         self.step = None
         self.network.freeze_trunk("free")
-        for component in sorted(self.composition.acting_at("advance"), key=_fitted_late):
-            moment = self._moment(component.name, "advance", self.epochs)
+        for component in sorted(self.composition.acting_at("after_experience"), key=_fitted_late):
+            context = self._context(component.name, "advance", self.epochs)
             with self.around("advance", component.name):
-                self.state[component.name] = component.advance(self.network, moment, self.state[component.name])
+                state = self.state[component.name]
+                self.state[component.name] = component.after_experience(self.network, context, state)
         self.past = tuple(sorted({*self.past, *experience.classes}))
         self.experience = None
 
@@ -179,21 +182,21 @@ class Learner:
 
     def _correct(self, output: Output) -> Output:
         owner = self._answers_owner
-        return output if owner is None else owner.answers(output, self.state[owner.name])
+        return output if owner is None else owner.adjust_logits(output, self.state[owner.name])
 
     def _task(self, step: Step) -> Tensor:
         owner = self._task_owner
         if owner is None:
             return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
-        own = Step(step.batch, step.output, self._moments[owner.name], self.network, self._weight_K)
-        return owner.task(own, self.state[owner.name])
+        own = Step(step.batch, step.output, self._contexts[owner.name], self.network, self._weight_K)
+        return owner.task_loss(own, self.state[owner.name])
 
     def _weights(self) -> Tensor | None:
         """weight_K of this epoch on the network's device; None where each is 1, which leaves every term alone."""
         owner = self._heads_owner
         if owner is None:
             return None
-        weights = tuple(owner.weigh(self._moments[owner.name], self.state[owner.name]))
+        weights = tuple(owner.exit_loss_weights(self._contexts[owner.name], self.state[owner.name]))
         if all(weight == 1 for weight in weights):
             return None
         return torch.tensor(weights, device=self.network.final.weight.device)
@@ -205,11 +208,11 @@ class Learner:
             name = self._term_names[key] = f"{component}/{term}"
         return name
 
-    def _moment(self, name: str, kind: str, epoch: int) -> Moment:
+    def _context(self, name: str, kind: str, epoch: int) -> StepContext:
         experience = self._current()
         base = torch.initial_seed() if self.seed is None else self.seed
         generator = generator_for(base, kind, experience.index, epoch, name)
-        return Moment(experience, epoch, self.epochs, generator, self._memory(), self.corrected)
+        return StepContext(experience, epoch, self.epochs, generator, self._memory(), self.corrected)
 
     def _memory(self) -> State | None:
         """The memory of the component that keeps one, if there is anything in it."""
@@ -232,4 +235,4 @@ def _fitted_late(component: Component) -> int:
     """Order of consolidation: who remakes the network, who learns or keeps something, exits' ensemble, the decision."""
     if component.remakes:
         return -1
-    return 2 if "decision" in component.slots else 1 if "heads" in component.slots else 0
+    return 2 if "prediction" in component.slots else 1 if "exit_weights" in component.slots else 0

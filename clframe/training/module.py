@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from clframe.core import Composition, Experience, Output, compose, parse
+from clframe.avalanche_bridge.fabric import TrainerEngine
+from clframe.core import Composition, Experience, compose, parse
 from clframe.core.component import Component
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
-from clframe.training.engines import TrainerEngine
+from clframe.nn.types import Output
 from clframe.training.learner import Learner
 from clframe.training.loop import iterate
 
@@ -82,7 +83,7 @@ class ContinualModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Lightning's hook."""
-        self.driver.begin_epoch(self.current_epoch)
+        self.driver.before_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Lightning's hook: -1 skips the rest of the epoch when training was asked to stop."""
@@ -108,7 +109,7 @@ class TrainerDriver:
         """What ``configure_optimizers`` returns."""
         raise NotImplementedError
 
-    def begin_epoch(self, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """An epoch starts."""
 
     def stopping(self) -> bool:
@@ -134,7 +135,7 @@ class PlainDriver(TrainerDriver):
     def configure(self) -> Optimizer:
         """A fresh optimizer for this fit."""
         module = self._module
-        for component in module.learner.composition.acting_at("pool"):
+        for component in module.learner.composition.acting_at("training_set"):
             raise UnsupportedError(
                 f"ContinualModule: '{component.name}' changes what the loader serves, which a plain Trainer is given; "
                 f"train with LightningStrategy, or let replay join each batch"
@@ -143,14 +144,14 @@ class PlainDriver(TrainerDriver):
         self._scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
         return optimizer
 
-    def begin_epoch(self, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Randomness and component generators of this epoch."""
-        self._module.learner.begin_epoch(epoch)
+        self._module.learner.before_epoch(epoch)
 
     def train_on(self, batch: Any) -> None:
         """The batch, extended by the owner of the slot, through the loop body."""
         x, y = batch[0], batch[1]
-        self._batch = self._module.learner.batch(x, y)
+        self._batch = self._module.learner.make_batch(x, y)
         iterate(self)
 
     def end_epoch(self) -> None:
@@ -179,9 +180,9 @@ class PlainDriver(TrainerDriver):
     def backward(self) -> None:
         """Backward, then the gradient's owner."""
         self._engine.backward(self._loss, retain_graph=False)
-        self._module.learner.project()
+        self._module.learner.modify_gradients()
 
     def optimizer_step(self) -> None:
         """Clip and update."""
         self._engine.step(clip=self._module.clip)
-        self._module.learner.follow()
+        self._module.learner.after_step()

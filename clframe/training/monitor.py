@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clframe.files import write_atomically
-from clframe.training.board_layout import LEARNING_RATE, LOSS, THROUGHPUT
-from clframe.training.tensorboard import TensorBoard
+from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
 POINTS = 300
 """Points of a curve over training steps that one experience adds to TensorBoard, at most; metrics.csv has them all."""

@@ -13,17 +13,14 @@ import torch
 from clframe.accounting import DevicePeak, EnergyMeter, Ledger
 from clframe.data.benchmark import Benchmark
 from clframe.errors import RunFolderError
+from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics import Tally
-from clframe.metrics.activity_record import ActivityRecord
-from clframe.metrics.exit_record import ExitRecord
-from clframe.training.activity_watch import ActivityWatch
+from clframe.sparsity.activity import ActivityRecord
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
-from clframe.training.cost_watch import CostWatch
-from clframe.training.exit_watch import ExitWatch
+from clframe.training.cost_recorder import CostWatch
+from clframe.training.evaluation import ActivityWatch, ExitWatch, Scores
 from clframe.training.monitor import Monitor
-from clframe.training.prediction_cost import mean_macs
-from clframe.training.prediction_parts import policy_of
-from clframe.training.scoring import Scores
+from clframe.training.prediction_cost import mean_macs, policy_of
 from clframe.training.strategy import LightningStrategy
 from clframe.training.tensorboard import TensorBoard
 from clframe.training.trained import described

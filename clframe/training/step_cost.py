@@ -18,12 +18,12 @@ import torch
 from torch import Generator, Tensor
 
 from clframe.accounting import PHASES, MacCounter
-from clframe.core import Batch, Component, Moment, State
+from clframe.core import Batch, Component, State, StepContext
 from clframe.errors import ConfigError
-from clframe.nn.moe import counting
+from clframe.moe import counting
 from clframe.nn.network import Network
 from clframe.training.learner import Learner
-from clframe.training.prediction_parts import every_expert
+from clframe.training.prediction_cost import every_expert
 
 if TYPE_CHECKING:
     from clframe.training.strategy import LightningStrategy
@@ -42,7 +42,7 @@ def step_charges(strategy: LightningStrategy) -> tuple[Charges, dict[str, int]]:
     with random_states_kept(batch.x.device), torch.enable_grad(), counter:
         if shadow._batch_owner is not None:
             fresh = min(strategy.train_mb_size, len(batch.y))
-            shadow.batch(batch.x[:fresh], batch.y[:fresh])
+            shadow.make_batch(batch.x[:fresh], batch.y[:fresh])
         _take(strategy, shadow, Batch(batch.x, batch.y, batch.weight_B, batch.extras), counter, charges)
     for (component, key), macs in declared(learner).items():
         phase = "auxiliary" if key == "macs" else key
@@ -63,7 +63,7 @@ def answer_charges(learner: Learner, x: Tensor) -> tuple[Charges, dict[str, int]
     everyone, counted = every_expert(learner.network), counting(learner.network)
     with random_states_kept(x.device), torch.no_grad(), everyone, counted as usage, counter:
         output = learner.network(x, taps=learner.taps)
-        shadow.decide(shadow.answers(output))
+        shadow.predict(shadow.adjust_logits(output))
     own = {("evaluation", component): macs for (_, component), macs in charges.items() if macs}
     experts = sum(layer.dense_macs for layer in usage().values())
     own["evaluation", ""] = counter.macs - experts - sum(own.values())
@@ -91,8 +91,8 @@ def declared(learner: Learner) -> dict[tuple[str, str], int]:
         ConfigError: A figure that is no count.
     """
     found = {}
-    for component in learner.composition.acting_at("cost"):
-        for key, count in component.cost(learner.network, learner.state[component.name]).items():
+    for component in learner.composition.acting_at("extra_cost"):
+        for key, count in component.extra_cost(learner.network, learner.state[component.name]).items():
             if not isinstance(count, int) or count < 0:
                 raise ConfigError(f"{component.name}: its cost() found {key}={count!r}; give whole numbers from 0")
             found[component.name, key] = count
@@ -121,8 +121,8 @@ def _take(strategy: LightningStrategy, shadow: Learner, batch: Batch, counter: M
     if loss.requires_grad:
         loss.backward()
     charge(("backward", ""), before, others)
-    shadow.project()
-    shadow.follow()
+    shadow.modify_gradients()
+    shadow.after_step()
 
 
 def _shadow(learner: Learner, counter: MacCounter, charges: Charges) -> Learner:
@@ -132,14 +132,14 @@ def _shadow(learner: Learner, counter: MacCounter, charges: Charges) -> Learner:
     writers = {component.name for component in learner.composition.acting_at("after_step")}
     shadow.state = {n: copy.deepcopy(s) if n in writers else s for n, s in learner.state.items()}
     shadow.term_sums = {}
-    shadow._moments = {name: _same_draws(moment) for name, moment in learner._moments.items()}
-    shadow._task_moment = _same_draws(learner._task_moment)
+    shadow._contexts = {name: _same_draws(context) for name, context in learner._contexts.items()}
+    shadow._task_context = _same_draws(learner._task_context)
     _meter_owners(shadow, counter, charges)
     return shadow
 
 
-def _same_draws(moment: Moment) -> Moment:
-    return dataclasses.replace(moment, generator=Generator().set_state(moment.generator.get_state()))
+def _same_draws(context: StepContext) -> StepContext:
+    return dataclasses.replace(context, generator=Generator().set_state(context.generator.get_state()))
 
 
 def _meter_owners(shadow: Learner, counter: MacCounter, charges: Charges) -> None:

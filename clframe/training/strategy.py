@@ -22,15 +22,15 @@ from lightning import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clframe.core import Output
+from clframe.avalanche_bridge.fabric import OnFabric
+from clframe.avalanche_bridge.repairs import refuse_schedulers
 from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
-from clframe.training.fabric import OnFabric
+from clframe.nn.types import Output
+from clframe.training.loaders import Serving
 from clframe.training.loop import EVENTS, iterate
 from clframe.training.module import ContinualModule
-from clframe.training.repairs import refuse_schedulers
-from clframe.training.serving import Serving
 from clframe.training.trainer import fit_experience
 
 
@@ -219,7 +219,7 @@ class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
     def _before_training_epoch(self, **kwargs: Any) -> None:
         self._epoch = self._part * self.train_epochs + self.clock.train_exp_epochs
         if self.learner is not None:
-            self.learner.begin_epoch(self._epoch)
+            self.learner.before_epoch(self._epoch)
         if self._own_loader is not None:
             self._own_loader.epoch = self._epoch
         self._step_in_update = 0
@@ -252,7 +252,7 @@ class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
         self.mbatch = batch
         self._unpack_minibatch()
         if self.learner is not None:
-            self.batch = joined = self.learner.batch(self.mbatch[0], self.mbatch[1])
+            self.batch = joined = self.learner.make_batch(self.mbatch[0], self.mbatch[1])
             joined.x = self.as_stored(joined.x)
             self.mbatch[0], self.mbatch[1] = joined.x, joined.y
         iterate(self)
@@ -294,8 +294,8 @@ class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
         self.output = output = self.predicted(network, self.mb_x)
         if self.is_training:
             return output.last
-        self.answers = self.learner.answers(output)
-        scores = self.learner.decide(self.answers)
+        self.answers = self.learner.adjust_logits(output)
+        scores = self.learner.predict(self.answers)
         # Before the first experience there is no class to answer with; Avalanche's metrics want an arg-max.
         return scores if scores.shape[1] else scores.new_full((len(scores), 1), float("-inf"))
 
@@ -335,7 +335,7 @@ class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
         loss = self.loss if self.accumulate == 1 else self.loss / self.accumulate
         self._engine.backward(loss, retain_graph=self.retain_graph)
         if self.learner is not None:
-            self.learner.project()
+            self.learner.modify_gradients()
 
     def optimizer_step(self) -> None:
         """Clip and update once ``accumulate`` batches, or the epoch's last ones, have been added up."""
@@ -345,7 +345,7 @@ class LightningStrategy(Serving, OnFabric, SupervisedTemplate):
             self.keep_up()
             self._engine.step(clip=None if self.module is None else self.module.clip)
             if self.learner is not None:
-                self.learner.follow()
+                self.learner.after_step()
             self._step_in_update = 0
 
     # --- where things are -------------------------------------------------------------------------

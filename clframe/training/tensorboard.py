@@ -1,52 +1,93 @@
-"""TensorBoard: one writer for a run, with a fixed set of tags and a first page made to be read.
-
-| tag | x | what |
-|---|---|---|
-| ``1_progress/accuracy``, ``1_progress/forgetting`` | experience | mean over the experiences seen; from the second on |
-| ``1_progress/macs_per_prediction`` | experience | mean MACs of a test sample, under the policy where there is one |
-| ``1_progress/sparsity``, ``1_progress/experts_per_token`` | experience | means over layers |
-| ``1_progress/loss``, ``1_progress/samples_per_second`` | step | the sum of all terms; training, replay included |
-| ``2_pictures/accuracy_matrix`` | experience | the matrix as an image, and as Markdown under Text |
-| ``2_pictures/accuracy_and_cost``, ``2_pictures/exits_used`` | experience | figures, where there are several exits |
-| ``2_pictures/neurons`` | experience | active neurons kept and shared, as a figure |
-| ``loss/<component>/<term>``, ``train/learning_rate`` | step | what the engine hands to ``scalars`` |
-| ``continual/accuracy_task_aware``, ``continual/backward_transfer`` | experience | means over the experiences seen |
-| ``experience_accuracy/00`` ... | experience | accuracy on each test experience, from when it was learnt |
-| ``exits_used/<exit>`` | experience | share of test samples that each exit answers, by the strategy's own decision |
-| ``sparsity/<layer>`` | experience | share of neurons that a token leaves inactive |
-| ``neurons_kept/<layer>``, ``neurons_shared/<layer>`` | experience | Jaccard overlap of active neurons: of earlier \
-experiences with those when learnt; of the newest with those of earlier ones |
-| ``experts_per_token/<layer>``, ``experts_unused/<layer>`` | experience | experts that run for a token; for none |
-| ``exit_accuracy/<exit>``, ``exit_forgetting/<exit>`` | experience | each exit alone |
-| ``exit_decision/<rule>`` | experience | accuracy when all exits decide, and overthinking |
-| ``exit_accuracy_at_cost/50``, ``exit_share_50/<exit>`` | experience | at a budget in %: accuracy, who answers |
-| ``exit_similarity/<exit>`` | experience | CKA of the exit's tap with that after the first experience |
-| ``exits/...`` | experience | figures |
-| ``final/<metric>`` | last experience | the metrics that the HParams page compares runs by |
-"""
+"""Names on TensorBoard: the tags of the first page, what counts in training steps, and the Custom Scalars page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clframe.accounting import Predictions
+from clframe.exits.diagnostics import ExitRecord, forgetting_by_exit
+from clframe.exits.plots import exit_images, who_answers_image
 from clframe.metrics import continual
-from clframe.metrics.activity_record import ActivityRecord
-from clframe.metrics.exit_record import ExitRecord
-from clframe.metrics.exits import forgetting_by_exit
 from clframe.metrics.tally import Tally
-from clframe.training.activity_figures import activity_image, short
-from clframe.training.board_layout import PICTURES, PROGRESS, in_steps, layout, written_anew
-from clframe.training.drawings import who_answers_image
+from clframe.plotting.images import matrix_image, matrix_markdown
+from clframe.sparsity.activity import ActivityRecord
+from clframe.sparsity.output import activity_image, short
 from clframe.training.event_files import keep, let_a_second_pass
-from clframe.training.exit_figures import exit_images
-from clframe.training.matrix_drawing import matrix_image, matrix_markdown
 
 if TYPE_CHECKING:
-    from clframe.training.drawings import Picture
+    from clframe.plotting.images import PixelArray
+
+
+PROGRESS = "1_progress"
+"""The group that answers how it is going; TensorBoard sorts by name, digits first, and opens the first groups."""
+PICTURES = "2_pictures"
+"""The group of images behind it."""
+LOSS = f"{PROGRESS}/loss"
+"""Tag of the sum of all loss terms."""
+THROUGHPUT = f"{PROGRESS}/samples_per_second"
+"""Tag of the samples trained on a second."""
+LEARNING_RATE = "train/learning_rate"
+"""Tag of the learning rate."""
+
+CHARTS: Mapping[str, Mapping[str, str]] = {
+    "progress": {
+        "accuracy over the experiences so far": rf"{PROGRESS}/accuracy$",
+        "forgetting": rf"{PROGRESS}/forgetting$",
+        "losses by term": r"loss/.+",
+        "MACs of a prediction": rf"{PROGRESS}/macs_per_prediction$",
+        "exits used": r"exits_used/.+",
+        "inactive neurons by layer": r"sparsity/.+",
+        "experts per token by layer": r"experts_per_token/.+",
+        "samples per second": rf"{THROUGHPUT}$",
+    },
+    "experiences": {
+        "accuracy per experience": r"experience_accuracy/\d+$",
+        "active neurons kept since learnt": r"neurons_kept/.+",
+        "active neurons shared with earlier experiences": r"neurons_shared/.+",
+        "task-aware accuracy and backward transfer": r"continual/.+",
+    },
+    "exits": {
+        "accuracy per exit": r"exit_accuracy/.+",
+        "forgetting per exit": r"exit_forgetting/.+",
+        "decisions": r"exit_decision/.+",
+        "accuracy at a share of the cost in %": r"exit_accuracy_at_cost/.+",
+        "who answers at half the cost": r"exit_share_50/.+",
+        "similarity of taps": r"exit_similarity/.+",
+    },
+    "training": {
+        "learning rate": rf"{LEARNING_RATE}.*",
+    },
+}
+"""Charts of the Custom Scalars page by category: a regular expression for their tags, matched from the start."""
+
+
+def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
+    """The Custom Scalars page with those charts that have something to show, as ``SummaryWriter`` takes it.
+
+    >>> layout(["loss/task/ce", "train/learning_rate"])["training"]
+    {'learning rate': ['Multiline', ['train/learning_rate.*']]}
+    """
+    written = tuple(tags)
+    found: dict[str, dict[str, list[object]]] = {}
+    for category, charts in CHARTS.items():
+        for title, pattern in charts.items():
+            if any(re.match(pattern, tag) for tag in written):
+                found.setdefault(category, {})[title] = ["Multiline", [pattern]]
+    return found
+
+
+def in_steps(tag: str) -> bool:
+    """Whether a tag's x is the training step; it is the number of the experience otherwise."""
+    return tag in (LOSS, THROUGHPUT) or tag.startswith(("loss/", "train/"))
+
+
+def written_anew(tag: str) -> bool:
+    """Whether a tag is one that every session of a run writes again: the layout, hyper-parameters, final metrics."""
+    return tag.startswith(("custom_scalars__", "_hparams_/", "final/"))
 
 
 class TensorBoard:
@@ -210,7 +251,7 @@ class TensorBoard:
         if not math.isnan(value):  # not evaluated or not defined yet: no point, rather than a point at NaN
             self.scalars({tag: value}, experience)
 
-    def _image(self, tag: str, picture: Picture, experience: int) -> None:
+    def _image(self, tag: str, picture: PixelArray, experience: int) -> None:
         self._writer.add_image(tag, picture, experience, dataformats="HWC")
 
 

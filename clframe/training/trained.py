@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clframe.core import Composition, Output
+from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.data.samples import TensorSamples
 from clframe.errors import RunFolderError, UnsupportedError
-from clframe.nn.exits import ExitPolicy
-from clframe.nn.exits.dynamic import DynamicNetwork
-from clframe.nn.moe.recipe import Recipe
+from clframe.exits import ExitPolicy
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
+from clframe.nn.types import Output
 from clframe.training.checkpoint import decode, load_latest
 from clframe.training.learner import Learner
 
@@ -50,13 +51,13 @@ class TrainedModel:
         return self.network.place(TensorSamples(x, none, self.mean, self.std).prepare(x))
 
     @torch.no_grad()
-    def answers(self, x: Tensor) -> Output:
+    def outputs(self, x: Tensor) -> Output:
         """What every exit answers: scores_BC in learning order for each."""
-        return self.learner.answers(self.network(self.prepare(x), taps=self.learner.taps))
+        return self.learner.adjust_logits(self.network(self.prepare(x), taps=self.learner.taps))
 
     def classify(self, x: Tensor) -> Tensor:
         """class_B, the data set's ids, by the strategy's own decision, everything computed."""
-        return self.ids(self.learner.decide(self.answers(x)))
+        return self.ids(self.learner.predict(self.outputs(x)))
 
     def ids(self, scores_BC: Tensor) -> Tensor:
         """class_B, the data set's ids, of scores in learning order, such as those of :meth:`dynamic`."""
@@ -72,13 +73,13 @@ class TrainedModel:
         Raises:
             UnsupportedError: No threshold and no such component, or a strategy that corrects answers afterwards.
         """
-        for component in self.learner.composition.acting_at("answers"):
+        for component in self.learner.composition.acting_at("adjust_logits"):
             raise UnsupportedError(
                 f"dynamic: '{component.name}' corrects the answers of all exits together; use classify"
             )
         if threshold is not None:
             return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold))
-        owner = self.learner.composition.owner("decision")
+        owner = self.learner.composition.owner("prediction")
         policy = getattr(owner, "policy", None)
         if owner is None or policy is None:
             raise UnsupportedError("dynamic: the strategy has no early_exit; give a threshold")

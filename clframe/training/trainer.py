@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import loggers as lightning_loggers
 
-from clframe.errors import UnsupportedError
-from clframe.training.engines import TrainerEngine
+from clframe.avalanche_bridge.fabric import TrainerEngine
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.training.module import TrainerDriver
-
-if TYPE_CHECKING:
-    from clframe.training.strategy import LightningStrategy
 
 
 class StrategyDriver(TrainerDriver):
     """Lets a Trainer call the strategy's own epochs and steps."""
 
-    def __init__(self, strategy: LightningStrategy, kwargs: dict[str, Any]) -> None:
+    def __init__(self, strategy: Any, kwargs: dict[str, Any]) -> None:
         self._strategy = strategy
         self._kwargs = kwargs
         self._stopped_before_epoch = False
@@ -31,7 +32,7 @@ class StrategyDriver(TrainerDriver):
         """The strategy's optimizer."""
         return self._strategy.optimizer
 
-    def begin_epoch(self, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Avalanche's ``before_training_epoch``; early stopping takes effect here, as in Avalanche."""
         strategy = self._strategy
         strategy._before_training_epoch(**self._kwargs)
@@ -64,7 +65,7 @@ class StrategyDriver(TrainerDriver):
 class _Batches:
     """The strategy's loader as Lightning sees it: a plain iterable, left alone."""
 
-    def __init__(self, strategy: LightningStrategy) -> None:
+    def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
 
     def __len__(self) -> int:
@@ -118,7 +119,7 @@ def _without_banners() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
+def fit_experience(strategy: Any, **kwargs: Any) -> None:
     """Train the current experience of ``strategy`` in a new Trainer."""
     module = strategy.module
     assert module is not None
@@ -151,3 +152,51 @@ def fit_experience(strategy: LightningStrategy, **kwargs: Any) -> None:
         module.driver = plain_driver
         strategy._engine = fabric_engine
         module.to(strategy.device)  # the Trainer's teardown has moved it to the CPU
+
+
+def trainer_options(
+    callbacks: Mapping[str, Any], loggers: Sequence[str], *, precision: str, folder: Path
+) -> dict[str, Any]:
+    """Keyword arguments of ``lightning.Trainer``.
+
+    Args:
+        callbacks: Options by class name of ``lightning.pytorch.callbacks``.
+        loggers: Class names of ``lightning.pytorch.loggers``; each writes below ``folder``.
+        precision: As Lightning names it.
+        folder: The run folder.
+
+    Raises:
+        UnknownNameError: No such class; the message has the nearest name.
+        ConfigError: Options that the class does not take.
+    """
+    options = {
+        "callbacks": [
+            _make(lightning_callbacks, name, options or {}, "trainer.callbacks")
+            for name, options in callbacks.items()
+        ],
+        "logger": [
+            _make(lightning_loggers, name, {"save_dir": str(folder / name)}, "trainer.loggers")
+            for name in loggers
+        ]
+        or False,
+        "precision": precision,
+        "default_root_dir": str(folder),
+    }
+    make_trainer(options, accelerator="auto", max_epochs=1)  # refuse now what could not train later
+    return options
+
+
+def _make(module: Any, name: str, options: Any, where: str) -> Any:
+    if name not in module.__all__:
+        raise UnknownNameError(unknown_name("Lightning class", name, module.__all__, where=where))
+    maker = getattr(module, name)
+    accepted = inspect.signature(maker).parameters
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where}.{name}: found {options!r}; give a mapping of options")
+    for option in options:
+        if option not in accepted:
+            raise ConfigError(f"{where}.{name}.{option}: unknown option; options are {', '.join(accepted)}")
+    try:
+        return maker(**options)
+    except Exception as error:  # whatever a class of Lightning's thinks of its options
+        raise ConfigError(f"{where}.{name}: {' '.join(str(error).split())}; mend its options") from None

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from clframe.accounting import DevicePeak, EnergyMeter, Latency, latency, process_peak_bytes
-from clframe.accounting import energy as energy_module
-from clframe.accounting.energy import Energy, Reading, rapl
+from clframe.accounting import measurement as energy_module
+from clframe.accounting.measurement import Energy, Reading, rapl
 from clframe.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ def test_latency_refuses_nothing_to_time(wrong):
 
 def test_the_device_has_finished_before_a_clock_is_read(monkeypatch):
     """The order on a device: warm-up, wait, then for each call start, call, wait, stop."""
-    from clframe.accounting import timing
+    from clframe.accounting import measurement as timing
 
     log = []
     monkeypatch.setattr(timing, "synchronize", lambda device: log.append("wait"))

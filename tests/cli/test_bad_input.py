@@ -20,7 +20,7 @@ COMMAND_LINES = [
     (["rn", "quickstart"], "unknown verb 'rn'; did you mean 'run'?"),
     (
         ["zzz"],
-        "unknown verb 'zzz'; nothing is close to it (known: analyse, explain, latency, list, moefy, report, run)",
+        "unknown verb 'zzz'; nothing is close to it (known: analyze, explain, latency, list, moefy, report, run)",
     ),
     (["--bogus"], "unknown option '--bogus'; did you mean '--debug'?"),
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_nothing(refused, here, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clframe.reporting.folder.write_atomically", full)
+    monkeypatch.setattr("clframe.run_folder.write_atomically", full)
     refused(["run", "quickstart"], "output: runs/quickstart cannot be written (No space left")
 
 

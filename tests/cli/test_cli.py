@@ -19,7 +19,7 @@ import clframe
 import clframe.build
 from clframe.cli import main
 from clframe.config.typed import from_mapping
-from clframe.reporting.results import Result
+from clframe.results import Result
 
 TINY = ("trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone.width=4")
 
@@ -151,8 +151,8 @@ def test_explain_tells_all_and_writes_nothing(call, here):
                       "loss terms", "slots", "network with all classes"]  # fmt: skip
     assert "  seed: 7\n" in out
     assert "\n  er + lwf\n" in out
-    assert "\n  loss/task/ce\n  loss/lwf/distil\n" in out
-    assert re.search(r"^  batch +er$", out, re.M) and re.search(r"^  mix +-$", out, re.M)
+    assert "\n  loss/task/ce\n  loss/lwf/distill\n" in out
+    assert re.search(r"^  batch +er$", out, re.M) and re.search(r"^  loss_mix +-$", out, re.M)
     assert re.search(r"^  losses +every step: loss terms +lwf$", out, re.M)
     assert len(re.findall(r"^  experience +\d +\d+ train +\d+ test +classes \d \d$", out, re.M)) == 5
     assert list(here.iterdir()) == []

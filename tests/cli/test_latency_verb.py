@@ -9,8 +9,8 @@ import torch
 
 from clframe.cli import latency
 from clframe.errors import ConfigError
-from clframe.reporting.latency import Setting, Timed, Timings
-from clframe.studies import latency as study
+from clframe.report.latency import Setting, Timed, Timings
+from clframe.targets import latency as study
 
 SETTING = Setting(device="cpu", processor="x", threads=1, torch="2", dtype="float32", warmup=5, repeats=3, samples=9)
 TIMINGS = Timings(

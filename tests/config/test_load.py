@@ -9,9 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from clframe.build import build
-from clframe.config.files import config_folders, find_config, known_configs, read_yaml
+from clframe.config.files import config_folders, find_config, known_configs, read_yaml, shipped_configs
 from clframe.config.load import load_config
-from clframe.config.paths import shipped_configs
 from clframe.config.schema import Config
 from clframe.config.typed import as_tree, from_mapping, to_yaml
 from clframe.errors import ConfigError, UnknownNameError

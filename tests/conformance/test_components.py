@@ -13,8 +13,8 @@ import torch
 from clframe.core import COMPONENTS, HOOKS, SLOTS, Component, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ComposeError, ConfigError
+from clframe.exits import make_head
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.exits import make_head
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -91,10 +91,10 @@ def test_it_trains_with_finite_losses_that_move_every_weight(name, exits):
     kind = COMPONENTS.get(name)
     fresh = untrained(kind(), stream, exits=exits)
     for component in compose(kind()):
-        component.edit(fresh)
+        component.setup_network(fresh)
     assert module.network.classes == 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    trains = any(kind().sources(index, 3) for index in range(3))  # else it answers without training anything
+    trains = any(kind().training_experiences(index, 3) for index in range(3))  # else it answers without training anything
     weights = dict(module.network.backbone.named_parameters())
     for weight, before in fresh.backbone.named_parameters():
         if ".router." in weight:  # fitted between experiences, by itself

@@ -16,9 +16,9 @@ from strategies import ER, Cumulative, Joint, LwF, Naive
 @dataclass(frozen=True, kw_only=True)
 class Mixer(Component):
     name: ClassVar[str] = "mixer"
-    slots: ClassVar[frozenset[str]] = frozenset({"mix"})
+    slots: ClassVar[frozenset[str]] = frozenset({"loss_mix"})
 
-    def mix(self, terms, step, state):
+    def combine_losses(self, terms, step, state):
         return sum(terms.values()).sum()
 
 
@@ -59,10 +59,10 @@ def test_overriding_a_hook_takes_its_slot():
     class Thief(Component):
         name: ClassVar[str] = "thief"
 
-        def batch(self, batch, moment, state):
+        def make_batch(self, batch, context, state):
             return batch
 
-    with pytest.raises(ComposeError, match=r"'thief': overrides batch\(\) without owning the slot 'batch'"):
+    with pytest.raises(ComposeError, match=r"'thief': overrides make_batch\(\) without owning the slot 'batch'"):
         compose(Thief())
 
 
@@ -86,12 +86,12 @@ def test_owner_and_who_acts_where():
     strategy = LwF() + ER() + Mixer()
     assert [c.name for c in strategy] == ["er", "lwf", "mixer"]
     assert {slot: getattr(strategy.owner(slot), "name", None) for slot in SLOTS} == {
-        "batch": "er", "heads": None, "classifier": None, "task": None, "mix": "mixer", "gradient": None,
-        "optimizer": None, "answers": None, "decision": None,
+        "batch": "er", "classifier": None, "exit_weights": None, "task_loss": None, "loss_mix": "mixer",
+        "gradient": None, "logits": None, "prediction": None,
     }  # fmt: skip
-    assert [c.name for c in strategy.acting_at("advance")] == ["er", "lwf"]
-    assert strategy.acting_at("project") == ()
-    assert ER().acts_at() == ("init", "batch", "advance")
+    assert [c.name for c in strategy.acting_at("after_experience")] == ["er", "lwf"]
+    assert strategy.acting_at("modify_gradients") == ()
+    assert ER().acts_at() == ("init_state", "make_batch", "after_experience")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from clframe.data import EpochLoader, TensorSamples
-from clframe.data.augment import AUGMENTATIONS, ColorJitter, Flip, PadCrop, augmented
+from clframe.data import augmentation as im
+from clframe.data.augmentation import AUGMENTATIONS, ColorJitter, Flip, PadCrop, augmented
 from clframe.errors import ConfigError, DataError, UnknownNameError
-from clframe.functional import images as im
-from clframe.functional.seeding import generator_for
+from clframe.seeding import generator_for
 
 ADJUSTMENTS = [
     (im.adjust_brightness, tv.adjust_brightness),

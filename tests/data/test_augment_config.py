@@ -13,10 +13,10 @@ from clframe.build import build
 from clframe.config.load import load_config
 from clframe.config.schema import MOST_WORKERS
 from clframe.data import EpochLoader
-from clframe.data.augment import ColorJitter, Flip, PadCrop
+from clframe.data.augmentation import ColorJitter, Flip, PadCrop
 from clframe.data.lazy import DatasetSamples
 from clframe.errors import ConfigError, DataError, UnknownNameError
-from clframe.functional.seeding import epoch_order, generator_for
+from clframe.seeding import epoch_order, generator_for
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from clframe.core import Batch, Experience, Moment
+from clframe.core import Batch, Experience, StepContext
 from clframe.data import EpochLoader, TensorSamples, concatenate
-from clframe.data.augment import ColorJitter, Flip, PadCrop
+from clframe.data.augmentation import ColorJitter, Flip, PadCrop
 from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import Reader, seeded
 from clframe.errors import ConfigError, DataError
-from clframe.functional.seeding import epoch_order, generator_for
 from clframe.nn import BACKBONES, Network
+from clframe.seeding import epoch_order, generator_for
 from strategies import ER
 
 # Workers are forked, as torch forks them everywhere; Python 3.12 warns of it where torch has threads.
@@ -295,10 +295,10 @@ def test_a_memory_of_read_samples_is_that_of_samples_in_memory():
     states, joined = [], []
     for samples in (lazy(), in_memory()):
         er = ER(memory=6, selection="herding")
-        moment = Moment(Experience(0, 2, (0, 1, 2), (), (), samples), 0, 1, generator_for(0))
+        context = StepContext(Experience(0, 2, (0, 1, 2), (), (), samples), 0, 1, generator_for(0))
         torch.manual_seed(0)
-        states.append(er.advance(network, moment, er.init(network)))
-        joined.append(er.batch(Batch(torch.zeros(2, 3, 6, 6), torch.zeros(2).long()), moment, states[-1]))
+        states.append(er.after_experience(network, context, er.init_state(network)))
+        joined.append(er.make_batch(Batch(torch.zeros(2, 3, 6, 6), torch.zeros(2).long()), context, states[-1]))
     assert all(torch.equal(states[0][name], states[1][name]) for name in ("x", "y", "group"))
     assert torch.equal(joined[0].x, joined[1].x) and len(joined[0].y) == 4
 

@@ -12,12 +12,23 @@ import torch
 from torchvision.transforms.functional import InterpolationMode, rotate
 
 from clframe.data.avalanche import describe, import_avalanche
-from clframe.data.benchmark import Source, class_incremental
-from clframe.data.domains import PixelOrder, Rotation, domain_incremental, permuted, rotated, rotations
+from clframe.data.benchmark import class_incremental
 from clframe.data.lazy import DatasetSamples
-from clframe.data.online import blurry, linear_decay, mixture, online
 from clframe.data.protocol import ICARL_ORDER, class_order, deal, hold_out
 from clframe.data.samples import TensorSamples, concatenate
+from clframe.data.source import Source
+from clframe.data.streams import (
+    PixelOrder,
+    Rotation,
+    blurry,
+    domain_incremental,
+    linear_decay,
+    mixture,
+    online,
+    permuted,
+    rotated,
+    rotations,
+)
 from clframe.errors import ConfigError, DataError
 
 SHAPE = (1, 3, 3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from clframe.data import samples as module
-from clframe.data.augment import Flip
+from clframe.data.augmentation import Flip
 from clframe.data.samples import EpochLoader, TensorSamples
-from clframe.functional.seeding import epoch_order, generator_for
+from clframe.seeding import epoch_order, generator_for
 
 MEAN, STD = (3.0, -1.0), (2.0, 0.5)
 

@@ -9,9 +9,9 @@ import pytest
 from clframe.build import build
 from clframe.config.files import known_configs
 from clframe.config.load import load_config
-from clframe.core.options import option_types
 from clframe.data import SOURCES
 from clframe.errors import ConfigError, DataError
+from clframe.options import option_types
 
 CONFIGS = {name.split("/")[1]: path.resolve() for name, path in known_configs("benchmark").items()}
 DOWNLOADED = sorted(name for name in CONFIGS if "download" in option_types(SOURCES.get(name)))

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from clframe.data.lazy import DatasetSamples
-from clframe.data.sources.image_files import ImageFiles, opened
-from clframe.data.sources.in_memory import image_source, joined_parts
+from clframe.data.sources.image_files import ImageFiles, image_source, joined_parts, opened
 from clframe.errors import ConfigError, DataError
 
 

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from clframe.data import Source, TensorSamples
-from clframe.data.sources.labels import checked_labels, relabel, split_off_test, warn_of_duplicates
-from clframe.data.sources.normalization import PUBLISHED, evenly_spaced, measured
+from clframe.data.sources.labels import (
+    PUBLISHED,
+    checked_labels,
+    evenly_spaced,
+    measured,
+    relabel,
+    split_off_test,
+    warn_of_duplicates,
+)
 from clframe.errors import ConfigError, DataError
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from clframe.data import SOURCES
 from clframe.data.sources import published_folders, text
-from clframe.data.sources.download import Published
-from clframe.data.sources.normalization import PUBLISHED, measured
+from clframe.data.sources.labels import PUBLISHED, measured
+from clframe.data.sources.paths import Published
 from clframe.errors import ConfigError, DataError
 
 RANDOM = np.random.default_rng(0)
@@ -416,7 +416,7 @@ def test_a_data_dir_that_is_a_file(server, monkeypatch, tmp_path):
 def test_two_runs_that_download_at_once_both_get_there(server, monkeypatch, tmp_path):
     offer_mnist(server, monkeypatch)
     offer_tiny_imagenet(server, monkeypatch)
-    from clframe.data.sources.download import _move
+    from clframe.data.sources.paths import _move
 
     for name in ("mnist", "tiny_imagenet"):
         one, other = tmp_path / name / "one", tmp_path / name / "other"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clframe.data import SOURCES, class_incremental
-from clframe.data.sources.normalization import PUBLISHED, measured
+from clframe.data.sources.labels import PUBLISHED, measured
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPIES = Path(os.environ.get("CLFRAME_DATA") or REPOSITORY.parent / "shared" / "data")

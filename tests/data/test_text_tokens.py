@@ -10,7 +10,7 @@ import torch
 
 from clframe.data import SOURCES, class_incremental
 from clframe.data.samples import EpochLoader, TensorSamples
-from clframe.data.sources.tokens import padded
+from clframe.data.sources.text import padded
 from clframe.errors import ConfigError, DataError, UnsupportedError
 
 pytest.importorskip("transformers")

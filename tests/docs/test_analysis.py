@@ -6,9 +6,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from clframe.analysis import Curve
-from clframe.functional.sparsity_baselines import baseline_sparsity
-from clframe.studies.sparsity.study import RULES
+from clframe.sparsity import Curve
+from clframe.sparsity.functional import baseline_sparsity
+from clframe.sparsity.study import RULES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
 

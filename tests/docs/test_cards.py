@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import strategies
-from clframe.reporting.docstrings import described
+from clframe.report.explanation import described
 
 DOCS = str(Path(__file__).parents[2] / "docs")
 
@@ -62,7 +62,7 @@ def test_who_is_in_no_family_stands_under_more():
 
 def test_a_card_in_full():
     text = card("ssil")
-    assert "*Declares:* owns `task`; needs a memory; logs `loss/ssil/distil`." in text
+    assert "*Declares:* owns `task_loss`; needs a memory; logs `loss/ssil/distill`." in text
     assert "| `lamb` | number | `0.25` | Weight of the distillation: 0.25 as tuned" in text
     assert "- `strategy=strategy/ssil` (`er + ssil`): SS-IL as first published" in text
     assert "- `strategy=ssil_paper` (`er + ssil`): SS-IL as tuned in" in text

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from clframe.config.paths import shipped_configs
+from clframe.config.files import shipped_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]

@@ -98,16 +98,16 @@ def test_a_batch_of_new_or_old_samples_alone_is_finite(y):
 def test_one_against_all_longhand(weight_B):
     student, teacher = logits(), [part[:, :4] for part in logits(seed=9)]
     task_K = binary_cross_entropy(student, Y, classes=NEW, weight_B=weight_B)
-    distil_K = binary_distillation(student, teacher, classes=OLD, weight_B=weight_B)
+    distill_K = binary_distillation(student, teacher, classes=OLD, weight_B=weight_B)
     w = [1.0] * 5 if weight_B is None else weight_B.tolist()
     for k in range(3):
-        task = distil = 0.0
+        task = distill = 0.0
         for b, y in enumerate(Y.tolist()):
             p, q = ([sigmoid(z) for z in rows[k][b].tolist()] for rows in (student, teacher))
             task += w[b] / sum(w) * sum(-math.log(p[c] if c == y else 1 - p[c]) for c in NEW)
-            distil += w[b] / sum(w) * sum(-q[c] * math.log(p[c]) - (1 - q[c]) * math.log(1 - p[c]) for c in OLD)
+            distill += w[b] / sum(w) * sum(-q[c] * math.log(p[c]) - (1 - q[c]) * math.log(1 - p[c]) for c in OLD)
         assert task_K[k].item() == pytest.approx(task, rel=1e-10)
-        assert distil_K[k].item() == pytest.approx(distil, rel=1e-10)
+        assert distill_K[k].item() == pytest.approx(distill, rel=1e-10)
 
 
 def test_distillation_is_at_rest_where_student_and_teacher_agree():

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from clframe.functional.classifiers import alignment, consolidated_rows
+from clframe.functional.prototypes import alignment, consolidated_rows
 
 
 def test_alignment_is_the_ratio_of_mean_lengths():

@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from clframe.data.avalanche import import_avalanche
-from clframe.functional.losses import cross_entropy
-from clframe.functional.replay_losses import (
+from clframe.functional.losses import (
     asymmetric_cross_entropy,
+    cross_entropy,
     logit_matching,
     project_gradient,
     smoothed_cross_entropy,

@@ -30,8 +30,8 @@ from torch import Tensor
 import strategies
 from clframe.core import COMPONENTS, Composition, compose
 from clframe.data import Benchmark, Source, TensorSamples, class_incremental
+from clframe.exits import make_head
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.exits import make_head
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 
@@ -49,7 +49,7 @@ MEMORY = 8
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "early_exit": {"rule": "mean"},
-    "exits": {"distil": 0.5, "cascade": True},
+    "exits": {"distill": 0.5, "cascade": True},
     "ranpac": {"projection": 16, "ridges": (1.0,), "train_first": True},  # well conditioned on so few samples
     "simplecil": {"train_first": True},
     "slda": {"shrinkage": 0.1, "train_first": True},
@@ -85,8 +85,8 @@ def _curve(name: str, *, exits: int) -> dict[str, Any]:
         module.eval()
         with torch.no_grad():
             x = stream.test[0].prepare(stream.test[0].raw(torch.tensor([0])))
-            answers = module.learner.answers(module.network(x, taps=module.learner.taps))
-            scores = module.learner.decide(answers)[0].tolist()
+            answers = module.learner.adjust_logits(module.network(x, taps=module.learner.taps))
+            scores = module.learner.predict(answers)[0].tolist()
     first, second = recorder.losses
     second = second[:STEPS]
     losses = first[: 2 * STEPS - len(second)] + second

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.core.options import check_options
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.nn.backbones import BACKBONES, Backbone, _load, mlp, resnet20, resnet32, small_cnn
+from clframe.options import check_options
 
 SMALL_IMAGES = ("mlp", "resnet20", "resnet32", "small_cnn")
 SIZES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 33, 31), (2, 9, 14), (5, 4, 7)]
@@ -193,5 +193,5 @@ def test_options_are_checked_against_the_signature(name):
 
 
 def test_an_entry_point_names_a_backbone():
-    point = EntryPoint("perceptron", "clframe.nn.backbones.small:mlp", "clframe.backbones")
+    point = EntryPoint("perceptron", "clframe.nn.backbones.plain:mlp", "clframe.backbones")
     assert list(_load(point)) == [("perceptron", mlp)]

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import normalize
 
 from clframe.data import TensorSamples
-from clframe.data.augment import Flip
+from clframe.data.augmentation import Flip
+from clframe.exits import make_head
 from clframe.nn import BACKBONES, Network
-from clframe.nn.exits import make_head
 from clframe.nn.features import class_sums
 
 

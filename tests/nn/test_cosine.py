@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from clframe.errors import UnsupportedError
+from clframe.exits import make_head
+from clframe.exits.fusion import folded
+from clframe.exits.heads import PerExperience, linear_each, linear_joined
 from clframe.nn import GrowingLinear, Network, freeze, restore
 from clframe.nn.backbones import small_cnn
-from clframe.nn.exits import make_head
-from clframe.nn.exits.heads import PerExperience, linear_each, linear_joined
-from clframe.nn.fold import folded
 from clframe.nn.heads import CosineLinear
 
 

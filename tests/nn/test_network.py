@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from clframe.core.types import Output
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.nn import GrowingLinear, Head, Network, freeze, restore
 from clframe.nn.backbones import mlp, resnet20, small_cnn
+from clframe.nn.types import Output
 
 
 class Pooled(Head):

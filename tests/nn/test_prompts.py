@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from clframe.errors import ConfigError, UnsupportedError
+from clframe.exits import make_head
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.policies import ExitPolicy
 from clframe.nn import BACKBONES, Network, freeze, restore
 from clframe.nn.backbones import Backbone
-from clframe.nn.exits import make_head
-from clframe.nn.exits.dynamic import DynamicNetwork
-from clframe.nn.exits.policies import ExitPolicy
 from clframe.nn.prompts import PromptPool, add_prompts, prompt_pool
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clframe.config import paths
+from clframe.config import files as paths
 from clframe.errors import ConfigError
 
 

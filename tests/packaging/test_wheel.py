@@ -129,7 +129,7 @@ def test_the_wheel_runs_its_configs_from_an_empty_folder(wheel: zipfile.ZipFile,
     wheel.extractall(site)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "from clframe.config.paths import shipped_configs\n"
+        "from clframe.config.files import shipped_configs\n"
         "print(shipped_configs())"
     )
     found = Path(run([sys.executable, "-c", code], cwd=empty).strip())

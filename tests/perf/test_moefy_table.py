@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clframe.config.load import load_config
-from clframe.studies.experts.options import Options
+from clframe.moe.conversion.options import Options
 
 PERF = str(Path(__file__).parents[2] / "perf")
 

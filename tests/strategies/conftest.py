@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Batch, Experience, Moment, Step, compose
+from clframe.core import Batch, Experience, Step, StepContext, compose
 from clframe.data import TensorSamples
-from clframe.data.digits import digits
-from clframe.functional.seeding import generator_for
+from clframe.data.sources.characters import digits
 from clframe.nn import BACKBONES, Network
+from clframe.seeding import generator_for
 from clframe.training.learner import Learner
 
 
@@ -45,15 +45,15 @@ class DigitRuns:
             optimizer = partial(torch.optim.SGD, lr=lr)(run.network.parameters())
             for epoch in range(epochs):
                 run.network.train()
-                run.begin_epoch(epoch)
+                run.before_epoch(epoch)
                 for chosen in torch.randperm(len(samples)).split(16):
-                    batch = run.batch(samples.prepare(samples.raw(chosen)), samples.y[chosen])
+                    batch = run.make_batch(samples.prepare(samples.raw(chosen)), samples.y[chosen])
                     loss = run.loss(batch, run.network(batch.x, taps=run.taps)).sum()
                     optimizer.zero_grad()
                     loss.backward()
-                    run.project()
+                    run.modify_gradients()
                     optimizer.step()
-                    run.follow()
+                    run.after_step()
             run.end()
         return run
 
@@ -62,15 +62,15 @@ class DigitRuns:
         """Of every exit, on test samples of these classes."""
         samples = self.samples(classes, 30, part="test")
         output = run.network.eval()(samples.prepare(samples.raw(torch.arange(len(samples)))), taps=run.taps)
-        answers = run.answers(output)
+        answers = run.adjust_logits(output)
         return [(logits_BC.argmax(1) == samples.y).float().mean().item() for logits_BC in answers.logits]
 
     def step(self, run, y, *, classes=(2, 3), past=(0, 1)):
         """A step of the second experience on random images, whose taps are all there."""
         generator = generator_for(0, 0)
         x, y = torch.randn(len(y), 1, 8, 8, generator=generator), torch.tensor(y)
-        moment = Moment(Experience(1, 3, classes, past, (), TensorSamples(x, y)), 0, 1, generator)
-        return Step(Batch(x, y), run.network(x, taps=run.taps), moment, run.network)
+        context = StepContext(Experience(1, 3, classes, past, (), TensorSamples(x, y)), 0, 1, generator)
+        return Step(Batch(x, y), run.network(x, taps=run.taps), context, run.network)
 
     def changed(self, run, *, classes=(2, 3)):
         """The run, grown by ``classes``, after its backbone has moved a little."""

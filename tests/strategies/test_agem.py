@@ -7,22 +7,22 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Batch, Experience, Moment, Step, compose, parse
+from clframe.core import Batch, Experience, Step, StepContext, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ConfigError
 from clframe.functional.losses import cross_entropy
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.seeding import generator_for
 from clframe.training.learner import Learner
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import AGEM, Exits
 
 
-def moment(index, classes, past=(), *, shape=(1, 2, 2), seed=0):
+def context(index, classes, past=(), *, shape=(1, 2, 2), seed=0):
     y = torch.tensor([c for c in classes for _ in range(9)])
     part = TensorSamples(torch.rand(len(y), *shape) + y.reshape(-1, 1, 1, 1), y, mean=(0.5,), std=(2.0,))
-    return Moment(Experience(index, 9, tuple(classes), tuple(past), (), part), 0, 1, generator_for(seed, index))
+    return StepContext(Experience(index, 9, tuple(classes), tuple(past), (), part), 0, 1, generator_for(seed, index))
 
 
 def network(exits=1, classes=3, backbone="mlp", shape=(1, 2, 2)):
@@ -41,7 +41,7 @@ def flat(parts):
 
 def stepped(net, agem, state, y, *, weight_K=None, shape=(1, 2, 2), seed=1):
     """A step after backward, and the gradient that came of it."""
-    now = moment(1, (2,), (0, 1), shape=shape, seed=seed)
+    now = context(1, (2,), (0, 1), shape=shape, seed=seed)
     batch = Batch(torch.randn(len(y), *shape), torch.tensor(y))
     output = net(batch.x)
     loss_K = cross_entropy(output.logits, batch.y)
@@ -62,11 +62,11 @@ def reference(net, agem, state, now, weight_K=None):
 @pytest.mark.parametrize("y", [[2, 2, 2], [0, 1, 0, 1]])
 def test_the_gradient_is_projected_onto_what_the_memory_allows(exits, weight_K, y):
     agem, net = AGEM(memory=6, sample=5), network(exits)
-    state = agem.advance(net, moment(0, (0, 1)), agem.init(net))
+    state = agem.after_experience(net, context(0, (0, 1)), agem.init_state(net))
     now = stepped(net, agem, state, y, weight_K=weight_K)
     before, r = flat(p.grad for p in net.parameters()), reference(net, agem, state, now, weight_K)
     values = [p.detach().clone() for p in net.parameters()]
-    agem.project(net, now, state)
+    agem.modify_gradients(net, now, state)
     after = flat(p.grad for p in net.parameters())
     dot = before @ r
     assert (dot < 0) == (y[0] == 2)  # new classes pull against the old, old ones along
@@ -78,21 +78,21 @@ def test_the_gradient_is_projected_onto_what_the_memory_allows(exits, weight_K, 
 
 def test_without_memory_nothing_is_projected():
     agem, net = AGEM(), network()
-    now = stepped(net, agem, agem.init(net), [2, 2])
+    now = stepped(net, agem, agem.init_state(net), [2, 2])
     before = [p.grad.clone() for p in net.parameters()]
-    agem.project(net, now, agem.init(net))
+    agem.modify_gradients(net, now, agem.init_state(net))
     assert all(torch.equal(a, p.grad) for a, p in zip(before, net.parameters(), strict=True))
 
 
 def test_statistics_of_batch_normalization_are_left_alone_and_frozen_parts_stay_out():
     shape = (1, 8, 8)
     agem, net = AGEM(memory=6, sample=4), network(backbone="resnet20", shape=shape)
-    state = agem.advance(net, moment(0, (0, 1), shape=shape), agem.init(net))
+    state = agem.after_experience(net, context(0, (0, 1), shape=shape), agem.init_state(net))
     first = next(iter(net.parameters())).requires_grad_(False)
     now = stepped(net.train(), agem, state, [2, 2, 2], shape=shape)
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     before = flat(p.grad for p in net.parameters() if p.grad is not None)
-    agem.project(net, now, state)
+    agem.modify_gradients(net, now, state)
     assert first.grad is None and net.training
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
     assert not torch.equal(before, flat(p.grad for p in net.parameters() if p.grad is not None))
@@ -103,17 +103,17 @@ def test_the_engine_tells_the_weights_of_the_exits():
     seen = []
 
     class Spy(AGEM):
-        def project(self, network, step, state):
+        def modify_gradients(self, network, step, state):
             seen.append(step.weight_K)
 
     net = network(classes=0)
     learner = Learner(net, compose(Exits(at=("layer1",), values=(0.5,)), Spy()), seed=0)
-    learner.begin(moment(0, (0, 1)).experience, classes=(0, 1), epochs=2)
+    learner.begin(context(0, (0, 1)).experience, classes=(0, 1), epochs=2)
     for epoch in range(2):
-        learner.begin_epoch(epoch)
-        batch = learner.batch(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+        learner.before_epoch(epoch)
+        batch = learner.make_batch(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
         learner.loss(batch, net(batch.x)).sum().backward()
-        learner.project()
+        learner.modify_gradients()
     torch.testing.assert_close(torch.stack(seen), torch.tensor([[0.01, 1.0], [0.5, 1.0]]))
 
 

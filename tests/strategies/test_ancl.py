@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.fine_tune import fine_tuned
+from clframe.nn.frozen import fine_tuned
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from strategies import ANCL
 
@@ -26,11 +26,11 @@ def network(exits=0, classes=2):
     return net
 
 
-def moment(index, classes, past=(), count=10, epochs=1):
+def context(index, classes, past=(), count=10, epochs=1):
     targets = torch.tensor([classes[i % len(classes)] for i in range(count)])
     x = torch.randn(count, 5, generator=torch.Generator().manual_seed(index)) + targets[:, None]
     experience = Experience(index, 3, tuple(classes), tuple(past), (), TensorSamples(x, targets))
-    return Moment(experience, 0, epochs, generator_for(0, index))
+    return StepContext(experience, 0, epochs, generator_for(0, index))
 
 
 def losses(ancl, net, now, state):
@@ -40,13 +40,13 @@ def losses(ancl, net, now, state):
 
 def begun(ancl, exits=0):
     """A network in its third experience: classes 0 to 2 are old, 3 and 4 new."""
-    net, state, past = network(exits), ancl.init(None), ()
+    net, state, past = network(exits), ancl.init_state(None), ()
     for index, classes in enumerate([(0, 1), (2,), (3, 4)]):
         net.grow((*past, *classes))
-        now = moment(index, classes, past)
-        state = ancl.prepare(net, now, state)
+        now = context(index, classes, past)
+        state = ancl.before_experience(net, now, state)
         if index < 2:
-            state, past = ancl.advance(net, now, state), (*past, *classes)
+            state, past = ancl.after_experience(net, now, state), (*past, *classes)
     return net, now, state
 
 
@@ -68,19 +68,19 @@ def test_both_terms_at_every_exit(exits, softmax):
         return (p * (p.log() - (student[k][:, columns] / 2).log_softmax(1))).sum(1).mean()
 
     groups = [[0, 1, 2]] if softmax == "joint" else [[0, 1], [2]]
-    assert found["distil"].shape == found["auxiliary"].shape == (exits + 1,)
+    assert found["distill"].shape == found["auxiliary"].shape == (exits + 1,)
     for k in range(exits + 1):
         expected = 2 * sum(divergence(old, k, group) for group in groups)
-        assert torch.allclose(found["distil"][k], expected, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(found["distill"][k], expected, rtol=1e-3, atol=1e-6)
         assert torch.allclose(found["auxiliary"][k], 3 * divergence(new, k, [3, 4]), rtol=1e-3, atol=1e-6)
 
 
 def test_no_terms_in_the_first_experience_and_none_of_weight_zero():
-    ancl, net, now = ANCL(), network(), moment(0, (0, 1))
-    state = ancl.prepare(net, now, ancl.init(net))
-    assert losses(ancl, net, now, state) == {} and ancl.cost(net, state) == {"auxiliary_steps": 0}
+    ancl, net, now = ANCL(), network(), context(0, (0, 1))
+    state = ancl.before_experience(net, now, ancl.init_state(net))
+    assert losses(ancl, net, now, state) == {} and ancl.extra_cost(net, state) == {"auxiliary_steps": 0}
     net, now, state = begun(ANCL(lamb_a=0.0))
-    assert set(losses(ANCL(lamb_a=0.0), net, now, state)) == {"distil"} and state["auxiliary"] is None
+    assert set(losses(ANCL(lamb_a=0.0), net, now, state)) == {"distill"} and state["auxiliary"] is None
     net, now, state = begun(ANCL(lamb=0.0))
     assert set(losses(ANCL(lamb=0.0), net, now, state)) == {"auxiliary"}
 
@@ -92,15 +92,15 @@ def test_the_auxiliary_network_learns_the_new_classes_and_its_steps_are_counted(
     before, after = (F.cross_entropy(model(x).last[:, 3:], y - 3).item() for model in (net, state["auxiliary"]))
     assert after < 0.7 * before
     assert not any(p.requires_grad for p in state["auxiliary"].parameters())
-    assert ancl.cost(net, state)["auxiliary_steps"] == 2 * 20 * 3  # two experiences of 10 samples in batches of 4
-    assert ancl.advance(net, now, state)["auxiliary"] is None
+    assert ancl.extra_cost(net, state)["auxiliary_steps"] == 2 * 20 * 3  # two experiences of 10 samples in batches of 4
+    assert ancl.after_experience(net, now, state)["auxiliary"] is None
     as_long = ANCL(batch_size=10)
-    later = moment(2, (3, 4), (0, 1, 2), epochs=7)
-    assert as_long.prepare(net, later, {**state, "auxiliary_steps": 0})["auxiliary_steps"] == 7
+    later = context(2, (3, 4), (0, 1, 2), epochs=7)
+    assert as_long.before_experience(net, later, {**state, "auxiliary_steps": 0})["auxiliary_steps"] == 7
 
 
 def test_fine_tuning_is_sgd_and_leaves_everything_else_alone():
-    net, now = network(1, classes=4), moment(1, (2, 3), (0, 1), count=3)
+    net, now = network(1, classes=4), context(1, (2, 3), (0, 1), count=3)
     options = {"classes": (2, 3), "epochs": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 8}
     before, state = [p.detach().clone() for p in net.parameters()], torch.get_rng_state()
     learnt, steps = fine_tuned(net, now.experience.samples, **options, generator=generator_for(3))
@@ -121,7 +121,7 @@ def test_state_round_trips_with_both_networks():
     ancl = ANCL()
     net, now, state = begun(ancl, 1)
     a, b = losses(ancl, net, now, state), losses(ancl, net, now, decode(encode(state), net))
-    assert all(torch.equal(a[term], b[term]) for term in ("distil", "auxiliary"))
+    assert all(torch.equal(a[term], b[term]) for term in ("distill", "auxiliary"))
 
 
 @pytest.mark.parametrize("preset", ["ancl", "ancl_paper"])

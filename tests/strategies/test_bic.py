@@ -10,24 +10,24 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples, class_incremental
 from clframe.data.source import SOURCES
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import fit_bias
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import BiC
 
 
-def moment(index, classes, past, per_class=12):
+def context(index, classes, past, per_class=12):
     y = torch.tensor([c for c in classes for _ in range(per_class)])
     generator = torch.Generator().manual_seed(index)
     x = torch.randn(len(y), 1, 2, 2, generator=generator) + y.reshape(-1, 1, 1, 1)
     experience = Experience(index, 5, tuple(classes), tuple(past), (), TensorSamples(x, y))
-    return Moment(experience, 0, 1, generator_for(0, index))
+    return StepContext(experience, 0, 1, generator_for(0, index))
 
 
 def learnt(bic, exits):
@@ -35,14 +35,14 @@ def learnt(bic, exits):
     torch.manual_seed(0)
     net = Network(BACKBONES.get("mlp")((1, 2, 2), width=5), exits=[("layer1", GrowingLinear(5)) for _ in range(exits)])
     net.grow([0, 1])
-    first = moment(0, (0, 1), ())
-    state = bic.advance(net, first, bic.prepare(net, first, bic.init(net)))
+    first = context(0, (0, 1), ())
+    state = bic.after_experience(net, first, bic.before_experience(net, first, bic.init_state(net)))
     net.grow([2])
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    now = moment(1, (2,), (0, 1))
-    return net, now, bic.prepare(net, now, state)
+    now = context(1, (2,), (0, 1))
+    return net, now, bic.before_experience(net, now, state)
 
 
 @pytest.mark.parametrize("exits", [0, 2])
@@ -55,7 +55,7 @@ def test_the_mixed_loss_longhand(exits, lamb, weights):
     state["alpha_KC"][:, :2] = torch.arange(1.0, exits + 2)[:, None] / 2
     state["beta_KC"][:, :2] = -0.25
     step = Step(Batch(x, y), net(x), now, net)
-    terms = {"task/ce": bic.task(step, state), "bic/distil": bic.losses(step, state)["distil"]}
+    terms = {"task/ce": bic.task_loss(step, state), "bic/distill": bic.losses(step, state)["distill"]}
     assert all(term.shape == (exits + 1,) for term in terms.values())
     expected = 0.0
     for k in range(exits + 1):
@@ -66,9 +66,9 @@ def test_the_mixed_loss_longhand(exits, lamb, weights):
         q, log_p = ((a * t - 0.25) / 3).softmax(1), (corrected[:, :2] / 3).log_softmax(1)
         kd = (q * (q.log() - log_p)).sum(1).mean()
         torch.testing.assert_close(terms["task/ce"][k], ce)
-        torch.testing.assert_close(terms["bic/distil"][k], kd)
+        torch.testing.assert_close(terms["bic/distill"][k], kd)
         expected = expected + weights[0] * ce + weights[1] * kd
-    mixed = bic.mix({**terms, "other": torch.tensor(5.0)}, step, state)
+    mixed = bic.combine_losses({**terms, "other": torch.tensor(5.0)}, step, state)
     torch.testing.assert_close(mixed.squeeze(), expected + 5)
 
 
@@ -76,14 +76,14 @@ def test_the_first_experience_is_plain():
     bic = BiC(memory=20)
     net = Network(BACKBONES.get("mlp")((1, 2, 2), width=5))
     net.grow([0, 1])
-    now = moment(0, (0, 1), ())
-    state = bic.prepare(net, now, bic.init(net))
+    now = context(0, (0, 1), ())
+    state = bic.before_experience(net, now, bic.init_state(net))
     x, y = now.experience.samples.x[:3], now.experience.samples.y[:3]
     step = Step(Batch(x, y), net(x), now, net)
     assert bic.losses(step, state) == {}
-    task = bic.task(step, state)
-    assert torch.equal(task[0], cross_entropy(net(x).last, y)) and torch.equal(bic.mix({"task/ce": task}, step, state), task)
-    after = bic.advance(net, now, state)
+    task = bic.task_loss(step, state)
+    assert torch.equal(task[0], cross_entropy(net(x).last, y)) and torch.equal(bic.combine_losses({"task/ce": task}, step, state), task)
+    after = bic.after_experience(net, now, state)
     assert after["alpha_KC"].tolist() == [[1, 1]] and after["beta_KC"].tolist() == [[0, 0]]
 
 
@@ -91,7 +91,7 @@ def test_the_first_experience_is_plain():
 def test_each_exit_has_a_pair_of_its_own_fitted_on_held_out_samples(exits):
     bic = BiC(memory=30, held_out=0.4, decay=0.01)
     net, now, state = learnt(bic, exits)
-    after = bic.advance(net, now, state)
+    after = bic.after_experience(net, now, state)
     held = after["held"]
     assert sorted(held["y"].tolist()) == [0] * 4 + [1] * 4 + [2] * 4  # ceil(0.4 * (30 // 3 - 1))
     with torch.no_grad():
@@ -102,19 +102,19 @@ def test_each_exit_has_a_pair_of_its_own_fitted_on_held_out_samples(exits):
         assert after["beta_KC"][k].tolist() == pytest.approx([0, 0, pair[1]])
     assert exits == 0 or after["alpha_KC"][0, 2] != after["alpha_KC"][-1, 2]
     output = net(now.experience.samples.x)
-    for k, answer in enumerate(bic.answers(output, after).logits):
+    for k, answer in enumerate(bic.adjust_logits(output, after).logits):
         expected = output.logits[k].clone()
         expected[:, 2] = after["alpha_KC"][k, 2] * expected[:, 2] + after["beta_KC"][k, 2]
         torch.testing.assert_close(answer, expected)
     net.grow([3])  # the next experience's class is not corrected
-    later = bic.prepare(net, moment(2, (3,), (0, 1, 2)), after)
+    later = bic.before_experience(net, context(2, (3,), (0, 1, 2)), after)
     assert later["alpha_KC"][:, 3].tolist() == [1] * (exits + 1)
 
 
 def test_an_epoch_sees_neither_part_that_is_held_out():
     bic = BiC(memory=30, held_out=0.4)
     _, now, state = learnt(bic, 0)
-    pool, size = bic.pool(now.experience.samples, 7, state)
+    pool, size = bic.training_set(now.experience.samples, 7, state)
     counts = torch.bincount(pool.y).tolist()
     assert size == 7 and counts == [7, 7, 8]  # ceil(0.4 * 11) of 12 held out at first; now ceil(0.4 * 9)
 
@@ -149,7 +149,7 @@ def accuracies(strategy, *, exits=0):
     test = source.test
     with torch.no_grad():
         output = net.eval()(test.prepare(test.x), taps=module.learner.taps)
-    parts = module.learner.answers(output), output
+    parts = module.learner.adjust_logits(output), output
     return [[(z.argmax(1) == test.y).float().mean().item() for z in part.logits] for part in parts]
 
 

@@ -11,23 +11,24 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Output, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples, class_incremental
 from clframe.data.source import SOURCES
 from clframe.errors import ComposeError, ConfigError
 from clframe.functional.losses import distillation
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import ER, LODE, NCM, SSIL, ICaRL
 
 
-def moment(index, classes, past, *, memory=None, per_class=5):
+def context(index, classes, past, *, memory=None, per_class=5):
     y = torch.tensor([c for c in classes for _ in range(per_class)])
     x = torch.randn(len(y), 1, 2, 2, generator=torch.Generator().manual_seed(index)) + y.reshape(-1, 1, 1, 1)
     experience = Experience(index, 5, tuple(classes), tuple(past), (), TensorSamples(x, y, mean=(1.0,), std=(2.0,)))
-    return Moment(experience, 0, 1, generator_for(0, index), memory)
+    return StepContext(experience, 0, 1, generator_for(0, index), memory)
 
 
 def second_experience(component, exits, *, memory=None):
@@ -35,7 +36,7 @@ def second_experience(component, exits, *, memory=None):
     torch.manual_seed(0)
     net = Network(BACKBONES.get("mlp")((1, 2, 2), width=5), exits=[("layer1", GrowingLinear(5)) for _ in range(exits)])
     net.grow([0, 1])
-    state = component.advance(net, moment(0, (0, 1), (), memory=memory), component.init(net))
+    state = component.after_experience(net, context(0, (0, 1), (), memory=memory), component.init_state(net))
     net.grow([2, 3])
     with torch.no_grad():
         for p in net.parameters():
@@ -46,7 +47,7 @@ def second_experience(component, exits, *, memory=None):
 def step_of(net, y=(3, 0, 2, 1, 1), weight_B=None, past=(0, 1)):
     y = torch.tensor(y)
     x = torch.randn(len(y), 1, 2, 2)
-    return Step(Batch(x, y, weight_B), net(x, taps=net.exit_taps), moment(1, (2, 3), past), net)
+    return Step(Batch(x, y, weight_B), net(x, taps=net.exit_taps), context(1, (2, 3), past), net)
 
 
 @pytest.mark.parametrize("exits", [0, 2])
@@ -54,30 +55,30 @@ def test_ssil_longhand(exits):
     ssil = SSIL(lamb=0.5, temperature=3.0)
     net, state = second_experience(ssil, exits)
     step = step_of(net)
-    task_K, distil_K = ssil.task(step, state), ssil.losses(step, state)["distil"]
+    task_K, distill_K = ssil.task_loss(step, state), ssil.losses(step, state)["distill"]
     teacher = state["teacher"](step.batch.x).logits
     for k, z in enumerate(step.output.logits):
         new, old = torch.tensor([0, 2]), torch.tensor([1, 3, 4])
         ce = 2 * cross_entropy(z[new, 2:], step.batch.y[new] - 2) + 3 * cross_entropy(z[old, :2], step.batch.y[old])
         torch.testing.assert_close(task_K[k], ce / 5)
         q, log_p = (teacher[k] / 3).softmax(1), (z[:, :2] / 3).log_softmax(1)
-        torch.testing.assert_close(distil_K[k], 0.5 * 9 * (q * (q.log() - log_p)).sum(1).mean())
-    assert ssil.advance(net, step.moment, state)["groups"] == ((0, 1), (2, 3))
+        torch.testing.assert_close(distill_K[k], 0.5 * 9 * (q * (q.log() - log_p)).sum(1).mean())
+    assert ssil.after_experience(net, step.context, state)["groups"] == ((0, 1), (2, 3))
     assert SSIL(lamb=0.0).losses(step, state) == {}
 
 
 def test_ssil_distils_each_old_experience_under_a_softmax_of_its_own():
     ssil = SSIL(lamb=1.0)
     net, state = second_experience(ssil, 0)
-    state = ssil.advance(net, moment(1, (2, 3), (0, 1)), state)
+    state = ssil.after_experience(net, context(1, (2, 3), (0, 1)), state)
     net.grow([4])
     with torch.no_grad():
         net.final.weight.add_(torch.randn_like(net.final.weight))
     x = torch.randn(3, 1, 2, 2)
-    step = Step(Batch(x, torch.tensor([4, 0, 2])), net(x), moment(2, (4,), (0, 1, 2, 3)), net)
+    step = Step(Batch(x, torch.tensor([4, 0, 2])), net(x), context(2, (4,), (0, 1, 2, 3)), net)
     teacher = state["teacher"](x)
     expected = distillation(step.output.logits, teacher.logits, groups=[(0, 1), (2, 3)], temperature=2.0)
-    assert torch.equal(ssil.losses(step, state)["distil"], expected)
+    assert torch.equal(ssil.losses(step, state)["distill"], expected)
 
 
 @pytest.mark.parametrize("exits", [0, 2])
@@ -90,7 +91,7 @@ def test_lode_longhand(exits):
         inner = cross_entropy(z[new, 2:], step.batch.y[new] - 2)
         outer = -z[new].softmax(1)[:, 2:].sum(1).log().mean()
         expected = 4 * inner + 0.5 * (2 / 2) * outer + 0.5 * cross_entropy(z[old], step.batch.y[old])
-        torch.testing.assert_close(lode.task(step, state)[k], expected)
+        torch.testing.assert_close(lode.task_loss(step, state)[k], expected)
 
 
 @pytest.mark.parametrize("component", [LODE(), SSIL()])
@@ -98,9 +99,9 @@ def test_the_first_experience_is_the_plain_cross_entropy(component):
     net, _ = second_experience(component, 2)
     net.grow(range(4))
     step = step_of(net, y=(3, 2, 2), past=())
-    first = Step(step.batch, Output(tuple(z[:, 2:] for z in step.output.logits)), moment(0, (0, 1), ()), net)
-    shifted = Step(Batch(step.batch.x, step.batch.y - 2), first.output, first.moment, net)
-    found = component.task(shifted, component.init(net))
+    first = Step(step.batch, Output(tuple(z[:, 2:] for z in step.output.logits)), context(0, (0, 1), ()), net)
+    shifted = Step(Batch(step.batch.x, step.batch.y - 2), first.output, first.context, net)
+    found = component.task_loss(shifted, component.init_state(net))
     expected = torch.stack([cross_entropy(z, step.batch.y - 2) for z in first.output.logits])
     torch.testing.assert_close(found, expected)
 
@@ -110,7 +111,7 @@ def test_icarl_longhand(exits):
     icarl = ICaRL(lamb=0.7)
     net, state = second_experience(icarl, exits)
     step = step_of(net)
-    task_K, distil_K = icarl.task(step, state), icarl.losses(step, state)["distil"]
+    task_K, distill_K = icarl.task_loss(step, state), icarl.losses(step, state)["distill"]
     teacher = state["teacher"](step.batch.x).logits
     hot = torch.nn.functional.one_hot(step.batch.y, 4).float()[:, 2:]
     for k, z in enumerate(step.output.logits):
@@ -118,10 +119,10 @@ def test_icarl_longhand(exits):
         bce = -(hot * p[:, 2:].log() + (1 - hot) * (1 - p[:, 2:]).log()).sum(1).mean()
         kd = -(q * p[:, :2].log() + (1 - q) * (1 - p[:, :2]).log()).sum(1).mean()
         torch.testing.assert_close(task_K[k], bce)
-        torch.testing.assert_close(distil_K[k], 0.7 * kd)
-        softmax = ICaRL(loss="softmax").task(step, state)
+        torch.testing.assert_close(distill_K[k], 0.7 * kd)
+        softmax = ICaRL(loss="softmax").task_loss(step, state)
         torch.testing.assert_close(softmax[k], cross_entropy(z, step.batch.y))
-    assert icarl.losses(step, icarl.init(net)) == {}
+    assert icarl.losses(step, icarl.init_state(net)) == {}
 
 
 def memory_of(classes, samples=7):
@@ -135,10 +136,10 @@ def test_each_exit_answers_by_the_means_of_the_memory_in_its_own_features(exits,
     memory = memory_of((0, 1))
     net, state = second_experience(component, exits)
     assert tuple(component.taps(net)) == (("layer1", net.exit_taps[-1]) if exits else net.exit_taps)
-    state = component.advance(net, moment(1, (0, 1), (), memory=memory), component.init(net))
+    state = component.after_experience(net, context(1, (0, 1), (), memory=memory), component.init_state(net))
     x = torch.randn(6, 1, 2, 2)
     output = net.eval()(x, taps=component.taps(net))
-    answers = component.answers(output, state)
+    answers = component.adjust_logits(output, state)
     stored = net((memory["x"] - 1) / 2, taps=net.exit_taps).taps
     for k, tap in enumerate(net.exit_taps):
         means = [normalize(normalize(stored[tap][memory["y"] == c], dim=1).mean(0), dim=0) for c in (0, 1)]
@@ -154,24 +155,24 @@ def test_each_exit_answers_by_the_means_of_the_memory_in_its_own_features(exits,
 def test_before_there_are_means_logits_answer(component):
     net, _ = second_experience(component, 0)
     output = net(torch.randn(2, 1, 2, 2), taps=component.taps(net))
-    assert component.answers(output, component.init(net)) is output
+    assert component.adjust_logits(output, component.init_state(net)) is output
 
 
 def test_without_a_memory_means_are_those_of_training_and_stay():
     ncm, net = NCM(), second_experience(NCM(), 0)[0]
-    first = moment(0, (0, 1), ())
-    state = ncm.advance(net, first, ncm.init(net))
+    first = context(0, (0, 1), ())
+    state = ncm.after_experience(net, first, ncm.init_state(net))
     before = state["sums"][0][:2].clone()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.3)
-    state = ncm.advance(net, moment(1, (2, 3), (0, 1)), state)
+    state = ncm.after_experience(net, context(1, (2, 3), (0, 1)), state)
     assert torch.equal(state["sums"][0][:2], before) and state["known_C"].tolist() == [True] * 4
-    again = ncm.advance(net, moment(2, (1,), (0, 1, 2, 3)), state)  # class 1 comes back: its mean runs on
+    again = ncm.after_experience(net, context(2, (1,), (0, 1, 2, 3)), state)  # class 1 comes back: its mean runs on
     assert torch.equal(again["sums"][0][[0, 2, 3]], state["sums"][0][[0, 2, 3]])
     assert again["sums"][0][1].norm() > state["sums"][0][1].norm()
-    known = ncm.advance(net, moment(3, (0,), (0, 1, 2, 3), memory=memory_of((0, 2))), again)
-    only = ncm.advance(net, moment(3, (0,), (), memory=memory_of((0, 2))), ncm.init(net))
+    known = ncm.after_experience(net, context(3, (0,), (0, 1, 2, 3), memory=memory_of((0, 2))), again)
+    only = ncm.after_experience(net, context(3, (0,), (), memory=memory_of((0, 2))), ncm.init_state(net))
     assert torch.equal(known["sums"][0][[0, 2]], only["sums"][0][[0, 2]])
     assert torch.equal(known["sums"][0][[1, 3]], again["sums"][0][[1, 3]])
 
@@ -214,7 +215,7 @@ def accuracies(*components, exits=2, classes=10):
     test = source.test.subset((source.test.y < classes).nonzero().flatten())
     with torch.no_grad():
         output = net.eval()(test.prepare(test.x), taps=module.learner.taps)
-    return [(z.argmax(1) == test.y).float().mean().item() for z in module.learner.answers(output).logits]
+    return [(z.argmax(1) == test.y).float().mean().item() for z in module.learner.adjust_logits(output).logits]
 
 
 def test_on_digits_every_exit_does_what_it_is_for():

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clframe.core import Batch, Experience, Moment, Step, compose, parse
+from clframe.core import Batch, Experience, Step, StepContext, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
-from clframe.data.augment import Flip
+from clframe.data.augmentation import Flip
 from clframe.data.avalanche import import_avalanche
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import DER, DERpp
@@ -32,9 +32,9 @@ def samples(sizes, *, offset=0, **options):
     return TensorSamples(x, y, mean=(0.5,), std=(2.0,), **options)
 
 
-def moment(index, sizes, past=(), *, seed=0, **options):
+def context(index, sizes, past=(), *, seed=0, **options):
     part = samples(sizes, offset=100 * index, **options)
-    return Moment(Experience(index, 9, tuple(sizes), tuple(past), (), part), 0, 1, generator_for(seed, index))
+    return StepContext(Experience(index, 9, tuple(sizes), tuple(past), (), part), 0, 1, generator_for(seed, index))
 
 
 def network(exits=1, classes=2):
@@ -47,13 +47,13 @@ def network(exits=1, classes=2):
 
 def after_one(component, net):
     """The state after an experience of classes 0 and 1, of which 9 samples each."""
-    return component.advance(net, moment(0, {0: 9, 1: 9}), component.init(net))
+    return component.after_experience(net, context(0, {0: 9, 1: 9}), component.init_state(net))
 
 
 def joined(component, net, state, size, now=None):
-    now = now or moment(1, {2: 9}, (0, 1))
+    now = now or context(1, {2: 9}, (0, 1))
     x, y = now.experience.samples.batch(torch.arange(size))
-    batch = component.batch(Batch(x, y), now, state)
+    batch = component.make_batch(Batch(x, y), now, state)
     return batch, Step(batch, net(batch.x), now, net)
 
 
@@ -64,11 +64,11 @@ IDS = ["der", "derpp", "one draw"]
 @pytest.mark.parametrize("component", KINDS, ids=IDS)
 def test_nothing_is_replayed_while_there_is_nothing(component):
     net = network()
-    batch, step = joined(component, net, component.init(net), 3, moment(0, {0: 9, 1: 9}))
-    assert batch.weight_B is None and len(batch.y) == 3 and component.losses(step, component.init(net)) == {}
-    now = moment(0, {0: 9})
-    assert component.pool(now.experience.samples, 7, component.init(net)) == (now.experience.samples, 7)
-    assert component.pool(now.experience.samples, 7, after_one(component, net))[1] == 4
+    batch, step = joined(component, net, component.init_state(net), 3, context(0, {0: 9, 1: 9}))
+    assert batch.weight_B is None and len(batch.y) == 3 and component.losses(step, component.init_state(net)) == {}
+    now = context(0, {0: 9})
+    assert component.training_set(now.experience.samples, 7, component.init_state(net)) == (now.experience.samples, 7)
+    assert component.training_set(now.experience.samples, 7, after_one(component, net))[1] == 4
 
 
 @pytest.mark.parametrize("exits", [1, 3])
@@ -77,7 +77,7 @@ def test_logits_of_all_exits_are_stored_with_each_sample_as_evaluation_gives_the
     der, net = DER(memory=7, selection=selection), network(exits)
     states = [after_one(der, net)]
     net.grow(range(4))
-    states.append(der.advance(net, moment(1, {2: 9, 3: 9}, (0, 1)), states[-1]))
+    states.append(der.after_experience(net, context(1, {2: 9, 3: 9}, (0, 1)), states[-1]))
     part = TensorSamples(states[1]["x"], states[1]["y"], mean=(0.5,), std=(2.0,))
     with torch.no_grad():
         fresh = torch.stack(net(part.prepare(part.x)).logits, 1)
@@ -113,7 +113,7 @@ def test_draws_have_the_size_that_replay_says(replay, options, size, drawn):
     derpp, net = DERpp(replay=replay, **options), network()
     batch, _ = joined(derpp, net, after_one(derpp, net), size)
     assert len(batch.y) == size + 2 * drawn and len(batch.extras["logits"]) == drawn
-    assert "pool" not in derpp.acts_at() and "pool" in DERpp().acts_at()
+    assert "training_set" not in derpp.acts_at() and "training_set" in DERpp().acts_at()
 
 
 @pytest.mark.parametrize("exits", [1, 3])
@@ -154,7 +154,7 @@ def test_replayed_samples_are_augmented_as_new_ones_are():
     derpp, net = DERpp(), network()
     state = after_one(derpp, net)
     plain, _ = joined(derpp, net, state, 3)
-    mirrored, _ = joined(derpp, net, state, 3, moment(1, {2: 9}, (0, 1), augment=(Flip(1.0),)))
+    mirrored, _ = joined(derpp, net, state, 3, context(1, {2: 9}, (0, 1), augment=(Flip(1.0),)))
     assert torch.equal(plain.x[3:].flip(-1), mirrored.x[3:])
 
 

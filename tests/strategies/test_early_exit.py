@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import clframe
-from clframe.core import Experience, Moment, Output
+from clframe.accounting.macs import backbone_macs, cumulative_macs
+from clframe.core import Experience, StepContext
 from clframe.data import TensorSamples
 from clframe.errors import ComposeError, ConfigError
-from clframe.functional.macs import backbone_macs, cumulative_macs
-from clframe.functional.seeding import generator_for
+from clframe.exits import ExitPolicy, select
 from clframe.nn import BACKBONES, Network
-from clframe.nn.exits import ExitPolicy, select
 from clframe.nn.features import exit_logits
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from strategies import EarlyExit, Exits
 
 FAST = ["backbone=mlp", "backbone.width=12", "backbone.depth=3", "trainer.epochs=2", "trainer.progress=false",
@@ -22,7 +23,7 @@ FAST = ["backbone=mlp", "backbone.width=12", "backbone.depth=3", "trainer.epochs
 
 def network(classes=4):
     net = Network(BACKBONES.get("mlp")((5,), width=9, depth=3))
-    Exits().edit(net)
+    Exits().setup_network(net)
     net.grow(range(classes))
     with torch.no_grad():
         for parameter in net.parameters():
@@ -30,9 +31,9 @@ def network(classes=4):
     return net
 
 
-def moment(samples):
+def context(samples):
     experience = Experience(0, 1, (0, 1, 2, 3), (), (), samples, (samples,))
-    return Moment(experience, 0, 1, generator_for(0, 0))
+    return StepContext(experience, 0, 1, generator_for(0, 0))
 
 
 def held_out(count=101):
@@ -43,13 +44,13 @@ def test_the_rule_is_that_of_select():
     scores = tuple(3 * torch.randn(33, 4) for _ in range(3))
     for threshold in (0.0, 0.6, (0.9, 0.5), 1.5):
         component = EarlyExit(threshold=threshold)
-        state = component.init(network())
+        state = component.init_state(network())
         expected = select(scores, ExitPolicy(thresholds=threshold)).scores_BC
-        assert torch.equal(component.decide(Output(scores), state), expected)
-    assert torch.equal(EarlyExit(threshold=0.0).decide(Output(scores), {"thresholds": 0.0, "gate": None}), scores[0])
-    assert torch.equal(EarlyExit(rule="last").decide(Output(scores), state), scores[-1])
+        assert torch.equal(component.predict(Output(scores), state), expected)
+    assert torch.equal(EarlyExit(threshold=0.0).predict(Output(scores), {"thresholds": 0.0, "gate": None}), scores[0])
+    assert torch.equal(EarlyExit(rule="last").predict(Output(scores), state), scores[-1])
     mean = torch.stack([s.softmax(1) for s in scores]).mean(0)
-    assert torch.allclose(EarlyExit(rule="mean").decide(Output(scores), state).softmax(1), mean)
+    assert torch.allclose(EarlyExit(rule="mean").predict(Output(scores), state).softmax(1), mean)
 
 
 @pytest.mark.parametrize("solver", ["shared", "quantiles", "coordinate"])
@@ -57,7 +58,7 @@ def test_the_rule_is_that_of_select():
 def test_a_budget_is_kept_on_held_out_data(solver, measure):
     net, samples = network(), held_out()
     component = EarlyExit(budget=0.8, solver=solver, measure=measure)
-    state = component.advance(net, moment(samples), component.init(net))
+    state = component.after_experience(net, context(samples), component.init_state(net))
     logits, _ = exit_logits(net, [samples])
     exit_N = select(logits, component.policy(state)).exit_B
     cost = torch.tensor(cumulative_macs(net), dtype=torch.float64)[exit_N].mean()
@@ -68,7 +69,7 @@ def test_a_budget_is_kept_on_held_out_data(solver, measure):
 def test_a_gate_without_a_budget_is_fitted_and_keeps_its_threshold():
     net = network()
     component = EarlyExit(measure="gate", threshold=0.4)
-    state = component.advance(net, moment(held_out()), component.init(net))
+    state = component.after_experience(net, context(held_out()), component.init_state(net))
     assert state["thresholds"] == 0.4 and state["gate"]["weight_KD"].abs().sum() > 0
 
 
@@ -76,15 +77,15 @@ def test_a_plain_network_has_nothing_to_leave_early_from():
     net = Network(BACKBONES.get("mlp")((5,), width=9))
     net.grow(range(4))
     component = EarlyExit(budget=0.5)
-    state = component.advance(net, moment(held_out()), component.init(net))
+    state = component.after_experience(net, context(held_out()), component.init_state(net))
     scores = (torch.randn(5, 4),)
-    assert torch.equal(component.decide(Output(scores), state), scores[0])
+    assert torch.equal(component.predict(Output(scores), state), scores[0])
 
 
 def test_too_small_a_budget_buys_the_first_exit():
     net, samples = network(), held_out()
     component = EarlyExit(budget=0.01)
-    state = component.advance(net, moment(samples), component.init(net))
+    state = component.after_experience(net, context(samples), component.init_state(net))
     logits, _ = exit_logits(net, [samples])
     assert not select(logits, component.policy(state)).exit_B.any()
 
@@ -126,8 +127,8 @@ def test_policies_and_ensembles_are_fitted_on_corrected_answers():
     strategy = NCM() + Exits() + EarlyExit(budget=0.9)
     learner = Learner(net, compose(strategy), seed=0)
     samples = held_out()
-    learner.begin(moment(samples).experience, classes=(0, 1, 2, 3), epochs=1)
-    learner.begin_epoch(0)
+    learner.begin(context(samples).experience, classes=(0, 1, 2, 3), epochs=1)
+    learner.before_epoch(0)
     learner.end()
     net.eval()
     scores = learner.corrected(samples.prepare(samples.x)).logits
@@ -147,4 +148,4 @@ def test_before_a_gate_is_fitted_no_exit_is_sure():
     scores = tuple(torch.full((3, 2), float(exit)) for exit in range(4))
     component = EarlyExit(measure="gate", threshold=0.01)
     state = {"thresholds": 0.01, "gate": None}
-    assert torch.equal(component.decide(Output(scores), state), scores[-1])
+    assert torch.equal(component.predict(Output(scores), state), scores[-1])

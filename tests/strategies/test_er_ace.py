@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clframe.core import Batch, Experience, Moment, Output, Step, compose, parse
+from clframe.core import Batch, Experience, Step, StepContext, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ComposeError, ConfigError
 from clframe.functional.losses import cross_entropy
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import ER, ERACE, LabelSmoothing
@@ -29,7 +30,7 @@ def network(classes, exits=1):
 
 def step(net, y, classes, past, *, weight_B=None):
     part = TensorSamples(torch.zeros(1, 1, 2, 2), torch.zeros(1).long())
-    now = Moment(Experience(1, 3, tuple(classes), tuple(past), (), part), 0, 1, generator_for(0))
+    now = StepContext(Experience(1, 3, tuple(classes), tuple(past), (), part), 0, 1, generator_for(0))
     batch = Batch(torch.rand(len(y), 1, 2, 2), torch.tensor(y), weight_B)
     return Step(batch, net(batch.x), now, net)
 
@@ -40,7 +41,7 @@ def step(net, y, classes, past, *, weight_B=None):
 def test_new_samples_compete_among_classes_present_and_replayed_ones_among_all(over, present, rehearse, share, exits):
     ace, net = ERACE(over=over, rehearse=rehearse), network(range(6), exits)
     now = step(net, [3, 5, 3, 0, 2], classes=(3, 4, 5), past=(0, 1, 2))
-    loss_K = ace.task(now, ace.prepare(net, now.moment, ace.init(net)))
+    loss_K = ace.task_loss(now, ace.before_experience(net, now.context, ace.init_state(net)))
     assert loss_K.shape == (exits,)
     targets = torch.tensor([present.index(c) for c in (3, 5, 3)])
     for k, logits in enumerate(now.output.logits):
@@ -53,11 +54,11 @@ def test_new_samples_compete_among_classes_present_and_replayed_ones_among_all(o
 def test_the_first_experience_and_a_lone_class_are_plain():
     ace, net = ERACE(), network(range(2))
     now = step(net, [0, 1, 1], classes=(0, 1), past=())
-    state = ace.prepare(net, now.moment, ace.init(net))
-    assert torch.equal(ace.task(now, state), cross_entropy(now.output.logits, now.batch.y))
+    state = ace.before_experience(net, now.context, ace.init_state(net))
+    assert torch.equal(ace.task_loss(now, state), cross_entropy(now.output.logits, now.batch.y))
     ace, net = ERACE(rehearse="past"), network(range(3))
     now = step(net, [2], classes=(2,), past=(0, 1))  # one sample of one class: nothing to tell it from
-    assert ace.task(now, ace.prepare(net, now.moment, ace.init(net))).tolist() == [0.0]
+    assert ace.task_loss(now, ace.before_experience(net, now.context, ace.init_state(net))).tolist() == [0.0]
 
 
 def test_weights_of_replayed_samples_scale_their_term():
@@ -66,7 +67,7 @@ def test_weights_of_replayed_samples_scale_their_term():
     now = step(net, [2, 3, 0, 1], classes=(2, 3), past=(0, 1), weight_B=weights)
     logits, y = now.output.last, now.batch.y
     expected = F.cross_entropy(logits[:2, 2:], y[:2] - 2) + 0.25 * F.cross_entropy(logits[2:], y[2:])
-    assert torch.allclose(ace.task(now, ace.prepare(net, now.moment, ace.init(net)))[0], expected, rtol=1e-5)
+    assert torch.allclose(ace.task_loss(now, ace.before_experience(net, now.context, ace.init_state(net)))[0], expected, rtol=1e-5)
 
 
 def test_it_needs_a_memory():
@@ -82,7 +83,7 @@ def test_it_needs_a_memory():
 def test_smoothed_targets_at_every_exit(smoothing):
     net = network(range(4), exits=3)
     now = step(net, [0, 3, 3], classes=(2, 3), past=(0, 1))
-    loss_K = LabelSmoothing(smoothing=smoothing).task(now, {})
+    loss_K = LabelSmoothing(smoothing=smoothing).task_loss(now, {})
     for k, logits in enumerate(now.output.logits):
         assert torch.allclose(loss_K[k], F.cross_entropy(logits, now.batch.y, label_smoothing=smoothing), rtol=1e-5)
 
@@ -91,9 +92,9 @@ def test_smoothing_ignores_gaps_and_one_class_costs_nothing():
     net = network([0, 2])
     now = step(net, [0, 2], classes=(0, 2), past=())
     dense = F.cross_entropy(now.output.last[:, [0, 2]], torch.tensor([0, 1]), label_smoothing=0.1)
-    assert torch.allclose(LabelSmoothing().task(now, {})[0], dense, rtol=1e-5)
-    alone = Step(Batch(torch.zeros(1), torch.tensor([0])), Output((torch.tensor([[3.0]]),)), now.moment, net)
-    assert LabelSmoothing().task(alone, {}).tolist() == [0.0]
+    assert torch.allclose(LabelSmoothing().task_loss(now, {})[0], dense, rtol=1e-5)
+    alone = Step(Batch(torch.zeros(1), torch.tensor([0])), Output((torch.tensor([[3.0]]),)), now.context, net)
+    assert LabelSmoothing().task_loss(alone, {}).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from clframe.core import Batch, Experience, Moment, Output, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from strategies import ER, Cumulative, Joint, LwF
 
 
@@ -21,9 +22,9 @@ def samples(classes, per_class):
     return TensorSamples(x, y, mean=(1.0,), std=(2.0,))
 
 
-def moment(index, classes, past, *, per_class=9, seed=0):
+def context(index, classes, past, *, per_class=9, seed=0):
     experience = Experience(index, 5, tuple(classes), tuple(past), (), samples(classes, per_class))
-    return Moment(experience, 0, 1, generator_for(seed, index))
+    return StepContext(experience, 0, 1, generator_for(seed, index))
 
 
 def network(classes=4, exits=()):
@@ -35,10 +36,10 @@ def network(classes=4, exits=()):
 @pytest.mark.parametrize("memory", [6, 7, 20, 1000])
 def test_memory_is_balanced_full_and_keeps_old_samples(memory):
     er, net = ER(memory=memory), network()
-    state, past = er.init(net), ()
+    state, past = er.init_state(net), ()
     for index, classes in enumerate([(0, 1), (2,), (3, 4, 5)]):
         before = state
-        state = er.advance(net, moment(index, classes, past), state)
+        state = er.after_experience(net, context(index, classes, past), state)
         past = (*past, *classes)
         counts = torch.bincount(state["y"], minlength=len(past))
         room = memory // len(past)
@@ -53,10 +54,10 @@ def test_memory_is_balanced_full_and_keeps_old_samples(memory):
 
 def test_a_class_met_again_keeps_samples_of_both_experiences():
     er, net = ER(memory=8), network()
-    state = er.advance(net, moment(0, (0, 1), ()), er.init(net))
-    again = moment(1, (0, 1), (0, 1), seed=5)
+    state = er.after_experience(net, context(0, (0, 1), ()), er.init_state(net))
+    again = context(1, (0, 1), (0, 1), seed=5)
     again.experience.samples.x.add_(0.5)
-    state = er.advance(net, again, state)
+    state = er.after_experience(net, again, state)
     late = (state["x"][:, 0, 0, 0] % 1) >= 0.5
     assert [int((late & (state["y"] == c)).sum()) for c in (0, 1)] == [2, 2]
     assert [int((~late & (state["y"] == c)).sum()) for c in (0, 1)] == [2, 2]
@@ -65,10 +66,10 @@ def test_a_class_met_again_keeps_samples_of_both_experiences():
 @pytest.mark.parametrize("ratio, size, replayed", [(1.0, 4, 4), (0.5, 3, 2), (2.0, 1, 2), (0.1, 1, 1)])
 def test_replay_joins_the_batch_normalized(ratio, size, replayed):
     er, net = ER(memory=10, ratio=ratio), network()
-    state = er.advance(net, moment(0, (0, 1), ()), er.init(net))
-    now = moment(1, (2,), (0, 1))
+    state = er.after_experience(net, context(0, (0, 1), ()), er.init_state(net))
+    now = context(1, (2,), (0, 1))
     x, y = now.experience.samples.prepare(now.experience.samples.x[:size]), now.experience.samples.y[:size]
-    joined = er.batch(Batch(x, y), now, state)
+    joined = er.make_batch(Batch(x, y), now, state)
     assert torch.equal(joined.x[:size], x) and torch.equal(joined.y[:size], y)
     assert len(joined.y) == size + replayed and joined.weight_B is None
     assert set(joined.y[size:].tolist()) <= {0, 1}
@@ -78,13 +79,13 @@ def test_replay_joins_the_batch_normalized(ratio, size, replayed):
 def test_no_memory_no_replay():
     er, net = ER(), network()
     batch = Batch(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))
-    assert er.batch(batch, moment(0, (0, 1), ()), er.init(net)) is batch
+    assert er.make_batch(batch, context(0, (0, 1), ()), er.init_state(net)) is batch
 
 
 def test_scale_weighs_replayed_samples():
     er, net = ER(memory=4, scale=0.25), network()
-    state = er.advance(net, moment(0, (0, 1), ()), er.init(net))
-    joined = er.batch(Batch(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), moment(1, (2,), (0, 1)), state)
+    state = er.after_experience(net, context(0, (0, 1), ()), er.init_state(net))
+    joined = er.make_batch(Batch(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), context(1, (2,), (0, 1)), state)
     assert joined.weight_B.tolist() == [1.0] * 3 + [0.25] * 3
 
 
@@ -117,20 +118,20 @@ def test_lwf_distils_from_the_model_as_it_was(exits):
     net, lwf = network(2, taps), LwF(alpha=3.0, temperature=2.0)
     x = torch.randn(4, 1, 2, 2)
     assert (
-        lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), moment(0, (0, 1), ()), net), lwf.init(net))
+        lwf.losses(Step(Batch(x, torch.zeros(4).long()), net(x), context(0, (0, 1), ()), net), lwf.init_state(net))
         == {}
     )
-    state = lwf.advance(net, moment(0, (0, 1), ()), lwf.init(net))
+    state = lwf.after_experience(net, context(0, (0, 1), ()), lwf.init_state(net))
     net.grow(range(3))
     before = net(x)
-    step = Step(Batch(x, torch.zeros(4).long()), before, moment(1, (2,), (0, 1)), net)
-    term = lwf.losses(step, state)["distil"]
+    step = Step(Batch(x, torch.zeros(4).long()), before, context(1, (2,), (0, 1)), net)
+    term = lwf.losses(step, state)["distill"]
     assert term.shape == (exits + 1,) and term.abs().max().item() < 1e-6
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter))
     after = net(x)
-    term = lwf.losses(Step(step.batch, after, step.moment, net), state)["distil"]
+    term = lwf.losses(Step(step.batch, after, step.context, net), state)["distill"]
     for k in range(exits + 1):
         old = (before.logits[k][:, :2] / 2).softmax(1)
         new = (after.logits[k][:, :2] / 2).softmax(1)
@@ -140,21 +141,21 @@ def test_lwf_distils_from_the_model_as_it_was(exits):
 
 def test_lwf_teacher_stays_as_it_was_and_learns_each_experience_once():
     net, lwf = network(2), LwF()
-    state = lwf.advance(net, moment(0, (0, 1), ()), lwf.init(net))
+    state = lwf.after_experience(net, context(0, (0, 1), ()), lwf.init_state(net))
     weights = [p.clone() for p in state["teacher"].parameters()]
     net.grow(range(3))
     for parameter in net.parameters():
         parameter.data.zero_()
     assert all(torch.equal(a, b) for a, b in zip(weights, state["teacher"].parameters(), strict=True))
-    assert lwf.advance(net, moment(1, (2,), (0, 1)), state)["groups"] == ((0, 1), (2,))
+    assert lwf.after_experience(net, context(1, (2,), (0, 1)), state)["groups"] == ((0, 1), (2,))
 
 
 def test_sources():
-    assert [list(Cumulative().sources(i, 3)) for i in range(3)] == [[0], [0, 1], [0, 1, 2]]
-    assert [list(Joint().sources(i, 3)) for i in range(3)] == [[0, 1, 2], [], []]
-    assert ER().sources(2, 3) == (2,)
+    assert [list(Cumulative().training_experiences(i, 3)) for i in range(3)] == [[0], [0, 1], [0, 1, 2]]
+    assert [list(Joint().training_experiences(i, 3)) for i in range(3)] == [[0, 1, 2], [], []]
+    assert ER().training_experiences(2, 3) == (2,)
 
 
 def test_decisions_default_to_the_last_exit():
     first, last = torch.zeros(1, 2), torch.ones(1, 2)
-    assert ER().decide(Output((first, last)), {}) is last
+    assert ER().predict(Output((first, last)), {}) is last

@@ -11,14 +11,14 @@ import torch
 from torch.nn import functional as F
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import SOURCES, TensorSamples
 from clframe.data.avalanche import import_avalanche
-from clframe.data.domains import permuted
+from clframe.data.streams import permuted
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.sensitivity import objectives, sensitivities
+from clframe.regularization.sensitivity import objectives, sensitivities
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -32,10 +32,10 @@ def network(exits=0, classes=2):
     return net
 
 
-def moment(index, classes, past=(), count=6):
+def context(index, classes, past=(), count=6):
     x = torch.randn(count, 5, generator=torch.Generator().manual_seed(index))
     samples = TensorSamples(x, torch.tensor([classes[i % len(classes)] for i in range(count)]))
-    return Moment(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
+    return StepContext(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
 
 
 def step(net, now):
@@ -84,17 +84,17 @@ def longhand(net, importance, anchor):
 @pytest.mark.parametrize("exits", [0, 2])
 def test_the_penalty_of_each_exit_over_three_experiences(mode, exits):
     ewc, net = EWC(lamb=3.0, mode=mode, gamma=0.5, alpha=0.25), network(exits)
-    state, past, kept = ewc.init(net), (), []
+    state, past, kept = ewc.init_state(net), (), []
     for index, classes in enumerate([(0, 1), (2,), (3, 4)]):
         net.grow((*past, *classes))
-        now = moment(index, classes, past)
-        state = ewc.prepare(net, now, state)
+        now = context(index, classes, past)
+        state = ewc.before_experience(net, now, state)
         assert ("penalty" in ewc.losses(step(net, now), state)) == (index > 0)
         move(net)
         if index == 2:
             break
         kept.append(([fisher(net, now, k) for k in range(exits + 1)], weights(net)))
-        state, past = ewc.advance(net, now, state), (*past, *classes)
+        state, past = ewc.after_experience(net, now, state), (*past, *classes)
     term_K = ewc.losses(step(net, now), state)["penalty"]
     assert term_K.shape == (exits + 1,)
     for k in range(exits + 1):
@@ -115,13 +115,13 @@ def test_the_penalty_of_each_exit_over_three_experiences(mode, exits):
 
 
 def test_scopes():
-    net, now = network(2), moment(0, (0, 1))
+    net, now = network(2), context(0, (0, 1))
     for scope, shape in (("exit", (3,)), ("last", ()), ("total", ())):
         ewc = EWC(scope=scope, lamb=2.0)
-        state = ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
+        state = ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net)))
         before = weights(net)
         move(net)
-        term = ewc.losses(step(net, now), ewc.prepare(net, now, state))["penalty"]
+        term = ewc.losses(step(net, now), ewc.before_experience(net, now, state))["penalty"]
         assert term.shape == shape
         put(net, before)
         if scope == "last":
@@ -132,21 +132,21 @@ def test_scopes():
 
 
 def test_at_the_old_weights_there_is_no_penalty_and_no_pull():
-    ewc, net, now = EWC(lamb=1e6), network(1), moment(0, (0, 1))
-    state = ewc.prepare(net, now, ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net))))
+    ewc, net, now = EWC(lamb=1e6), network(1), context(0, (0, 1))
+    state = ewc.before_experience(net, now, ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net))))
     term = ewc.losses(step(net, now), state)["penalty"]
     term.sum().backward()
     assert term.tolist() == [0, 0] and all(p.grad.abs().max() == 0 for p in net.parameters())
 
 
 def test_ceiling_and_divergence():
-    net, now = network(), moment(0, (0, 1))
+    net, now = network(), context(0, (0, 1))
     ewc = EWC(ceiling=1e-3)
-    state = ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
+    state = ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net)))
     assert math.isclose(state["terms"][0]["importance"].max().item(), 1e-3, rel_tol=1e-6)
     net.final.weight.data.fill_(torch.inf)
     with pytest.raises(ConfigError, match=r"components.ewc.lamb: found a value with which training diverged"):
-        ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
+        ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net)))
 
 
 def test_importances_and_penalty_are_avalanches_on_batches_of_one():
@@ -154,7 +154,7 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
     from avalanche.training.plugins import EWCPlugin
     from avalanche.training.utils import copy_params_dict
 
-    net, now = network(), moment(0, (0, 1), count=7)
+    net, now = network(), context(0, (0, 1), count=7)
     samples = now.experience.samples
     measured = {"measured": objectives(net, scope="exit"), "loss": F.cross_entropy, "power": 2}
     (ours,) = sensitivities(net, samples, **measured, generator=generator_for(0))
@@ -179,10 +179,10 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
     )
     plugin.importances[0] = EWCPlugin(1.0).compute_importances(module, F.cross_entropy, sgd, data, "cpu", 1)
     plugin.saved_params[0] = copy_params_dict(module)
-    state = ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
+    state = ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net)))
     move(net)
     plugin.before_backward(strategy)
-    term = ewc.losses(step(net, now), ewc.prepare(net, now, state))["penalty"]
+    term = ewc.losses(step(net, now), ewc.before_experience(net, now, state))["penalty"]
     assert torch.allclose(term[0], strategy.loss, rtol=1e-4)
 
 
@@ -209,13 +209,13 @@ def test_it_forgets_less_than_fine_tuning_and_learns_less():
 
 
 def test_a_state_from_a_checkpoint_goes_on_alike():
-    ewc, net, now = EWC(), network(1), moment(0, (0, 1))
-    state = ewc.advance(net, now, ewc.prepare(net, now, ewc.init(net)))
+    ewc, net, now = EWC(), network(1), context(0, (0, 1))
+    state = ewc.after_experience(net, now, ewc.before_experience(net, now, ewc.init_state(net)))
     loaded = decode(encode(state), net)
     net.grow((0, 1, 2))
     move(net)
-    later = moment(1, (2,), (0, 1))
-    a, b = (ewc.losses(step(net, later), ewc.prepare(net, later, s))["penalty"] for s in (state, loaded))
+    later = context(1, (2,), (0, 1))
+    a, b = (ewc.losses(step(net, later), ewc.before_experience(net, later, s))["penalty"] for s in (state, loaded))
     assert torch.equal(a, b) and a.min() > 0
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import clframe
-from clframe.core import Experience, Moment, Output, Step, compose
+from clframe.core import Experience, Step, StepContext, compose
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.functional.losses import cross_entropy
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, Backbone, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.learner import Learner
 from strategies import ER, Exits
 
@@ -27,15 +28,15 @@ def network(*, depth=3, width=6, classes=4, seed=0):
 
 def edited(component, net=None, *, classes=4):
     net = network() if net is None else net
-    component.edit(net)
+    component.setup_network(net)
     net.grow(range(classes))
     return net
 
 
-def moment(epoch=0, epochs=5, *, held_out=()):
+def context(epoch=0, epochs=5, *, held_out=()):
     samples = TensorSamples(torch.randn(12, 5), torch.arange(12) % 4)
     experience = Experience(0, 3, (0, 1, 2, 3), (), (), samples, held_out)
-    return Moment(experience, epoch, epochs, generator_for(0, epoch))
+    return StepContext(experience, epoch, epochs, generator_for(0, epoch))
 
 
 def run(tmp_path, strategy, *more, seed=1):
@@ -69,12 +70,12 @@ def test_exits_sit_where_they_are_asked_for(options, names):
 def test_the_papers_places_and_weights_are_the_default_where_there_are_some():
     net = Network(BACKBONES.get("resnet32")((3, 32, 32)))
     exits = Exits()
-    exits.edit(net)
+    exits.setup_network(net)
     assert net.exit_names[:-1] == ("layer1.2", "layer1.4", "layer2.1", "layer2.3", "layer3.0", "layer3.2")
-    assert exits.init(net)["weights"] == (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+    assert exits.init_state(net)["weights"] == (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
     for name, count in (("vgg19", 10), ("wrn16_2", 5)):
         other = Network(BACKBONES.get(name)((3, 32, 32)))
-        Exits().edit(other)
+        Exits().setup_network(other)
         assert len(other.heads) == count + 1, name
 
 
@@ -82,7 +83,7 @@ def test_parameters_and_the_control_of_resnet32():
     sizes = {}
     for control in ("none", "last"):
         net = Network(BACKBONES.get("resnet32")((3, 32, 32)))
-        Exits(control=control).edit(net)
+        Exits(control=control).setup_network(net)
         for t in range(10):
             net.grow(range(10 * t, 10 * t + 10))
         sizes[control] = sum(p.numel() for p in net.parameters())
@@ -105,44 +106,44 @@ def test_places_by_time_become_names_that_a_config_keeps(tmp_path):
 
 def test_the_ramp_starts_over_in_every_experience_and_one_epoch_works():
     exits = Exits(values=(0.2, 0.6))
-    state = exits.init(edited(exits))
-    assert exits.weigh(moment(0, 5), state) == pytest.approx((0.01, 0.01, 1.0))
-    assert exits.weigh(moment(2, 5), state) == pytest.approx((0.01 + 0.5 * 0.19, 0.01 + 0.5 * 0.59, 1.0))
-    assert exits.weigh(moment(4, 5), state) == (0.2, 0.6, 1.0)
-    assert exits.weigh(moment(0, 1), state) == (0.2, 0.6, 1.0)
-    assert Exits(values=(0.2, 0.6), weights="constant", scale=0.5).weigh(moment(0, 5), state) == (0.1, 0.3, 1.0)
+    state = exits.init_state(edited(exits))
+    assert exits.exit_loss_weights(context(0, 5), state) == pytest.approx((0.01, 0.01, 1.0))
+    assert exits.exit_loss_weights(context(2, 5), state) == pytest.approx((0.01 + 0.5 * 0.19, 0.01 + 0.5 * 0.59, 1.0))
+    assert exits.exit_loss_weights(context(4, 5), state) == (0.2, 0.6, 1.0)
+    assert exits.exit_loss_weights(context(0, 1), state) == (0.2, 0.6, 1.0)
+    assert Exits(values=(0.2, 0.6), weights="constant", scale=0.5).exit_loss_weights(context(0, 5), state) == (0.1, 0.3, 1.0)
 
 
 def test_regimes_weigh_their_phases():
     state = {"weights": (0.2, 0.6)}
     mixed, disjoint = Exits(regime="mixed"), Exits(regime="disjoint", trunk_share=0.4)
-    assert mixed.weigh(moment(1, 6), state) == (0.0, 0.0, 1.0)
-    assert mixed.weigh(moment(3, 6), state) == pytest.approx((0.01, 0.01, 1.0))  # its ramp begins with it
-    assert mixed.weigh(moment(5, 6), state) == (0.2, 0.6, 1.0)
-    assert [disjoint.weigh(moment(e, 5), state) for e in (1, 2)] == [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0)]
+    assert mixed.exit_loss_weights(context(1, 6), state) == (0.0, 0.0, 1.0)
+    assert mixed.exit_loss_weights(context(3, 6), state) == pytest.approx((0.01, 0.01, 1.0))  # its ramp begins with it
+    assert mixed.exit_loss_weights(context(5, 6), state) == (0.2, 0.6, 1.0)
+    assert [disjoint.exit_loss_weights(context(e, 5), state) for e in (1, 2)] == [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0)]
     with pytest.raises(ConfigError, match=r"^components\.exits\.regime: found mixed with 1 epoch an experience"):
-        mixed.weigh(moment(0, 1), state)
+        mixed.exit_loss_weights(context(0, 1), state)
 
 
 def test_every_term_of_the_loss_is_weighed_exit_by_exit():
     net = network()
     learner = Learner(net, compose(Exits(values=(0.25, 0.5), weights="constant")), seed=0)
-    now = moment(0, 1)
+    now = context(0, 1)
     learner.begin(now.experience, classes=(0, 1, 2, 3), epochs=1)
-    learner.begin_epoch(0)
+    learner.before_epoch(0)
     x, y = torch.randn(7, 5), torch.arange(7) % 4
     output = net(x)
-    loss = learner.loss(learner.batch(x, y), output)
+    loss = learner.loss(learner.make_batch(x, y), output)
     one, two, last = cross_entropy(output.logits, y)
     assert loss.item() == pytest.approx((0.25 * one + 0.5 * two + last).item(), rel=1e-6)
     assert learner.flush_terms()["loss/task/ce"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_distillation_from_the_last_exit_reaches_the_others_only():
-    net = edited(Exits(distil=0.5, temperature=2.0))
+    net = edited(Exits(distill=0.5, temperature=2.0))
     output = Output(tuple(torch.randn(3, 4, requires_grad=True) for _ in range(3)))
-    step = Step(None, output, moment(), net)
-    term = Exits(distil=0.5, temperature=2.0).losses(step, {})["distil"]
+    step = Step(None, output, context(), net)
+    term = Exits(distill=0.5, temperature=2.0).losses(step, {})["distill"]
     assert term.shape == (3,) and term[-1] == 0 and (term[:2] > 0).all()
     teacher = (output.logits[-1] / 2).softmax(1)
     longhand = 0.5 * 4 * (teacher * (teacher.log() - (output.logits[0] / 2).log_softmax(1))).sum(1).mean()
@@ -158,7 +159,7 @@ def pulls(gradient, exits=3):
     """What each exit's loss, alone, pulls on a trunk of identities: (shallowest tap, deepest tap) by exit."""
     stages = [(f"s{i}", nn.Identity(), (4,)) for i in range(exits)]
     net = Network(Backbone(stages, input_shape=(4,)))
-    Exits(at=tuple(f"s{i}" for i in range(exits - 1)), head="linear", heads="growing", gradient=gradient).edit(net)
+    Exits(at=tuple(f"s{i}" for i in range(exits - 1)), head="linear", heads="growing", gradient=gradient).setup_network(net)
     net.grow(range(2))
     for head in net.heads:  # every exit the same function: only the branches can make a difference
         linear = next(part for part in head.modules() if hasattr(part, "weight") and part.weight.ndim == 2)
@@ -206,16 +207,16 @@ def trained(regime):
     stages = [("one", Noted(nn.Linear(5, 6), nn.BatchNorm1d(6)), (6,)), ("two", nn.Linear(6, 6), (6,))]
     net = Network(Backbone(stages, input_shape=(5,)))
     learner = Learner(net, compose(Exits(regime=regime)), seed=0)
-    now = moment()
+    now = context()
     learner.begin(now.experience, classes=(0, 1, 2, 3), epochs=2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
     kept = []
     for epoch in range(2):
         net.train()
-        learner.begin_epoch(epoch)
+        learner.before_epoch(epoch)
         for _ in range(3):
             optimizer.zero_grad()
-            batch = learner.batch(torch.randn(6, 5), torch.arange(6) % 4)
+            batch = learner.make_batch(torch.randn(6, 5), torch.arange(6) % 4)
             learner.loss(batch, net(batch.x)).backward()
             optimizer.step()
         kept.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
@@ -286,7 +287,7 @@ def test_heads_of_every_kind_train(options, tmp_path):
         ({"values": (0.1, -1.0)}, r"components\.exits\.values: found"),
         ({"cascade_norm": True}, r"components\.exits\.cascade_norm: found true without a cascade"),
         ({"control": "last", "cascade": True}, r"components\.exits\.control: found last with a cascade"),
-        ({"distil": -1.0}, r"components\.exits\.distil: found -1\.0"),
+        ({"distill": -1.0}, r"components\.exits\.distill: found -1\.0"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(options, error):

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Experience, Moment, compose, parse
+from clframe.core import Experience, StepContext, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
-from clframe.data.domains import rotated
+from clframe.data.streams import rotated
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, Network
+from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 from strategies import Exits, GDumb
@@ -27,9 +27,9 @@ def samples(sizes, *, offset=0):
     return TensorSamples(x, y)
 
 
-def moment(index, sizes, past=(), *, seed=0):
+def context(index, sizes, past=(), *, seed=0):
     part = samples(sizes, offset=1000 * index)
-    return Moment(Experience(index, 9, tuple(sizes), tuple(past), (), part), 0, 1, generator_for(seed, index))
+    return StepContext(Experience(index, 9, tuple(sizes), tuple(past), (), part), 0, 1, generator_for(seed, index))
 
 
 def build(backbone, shape, exits, seed=4):
@@ -37,8 +37,8 @@ def build(backbone, shape, exits, seed=4):
     options = {"width": 6} if backbone == "mlp" else {}
     net = Network(BACKBONES.get(backbone)(shape, **options))
     if exits:
-        for component in compose(exits).acting_at("edit"):
-            component.edit(net)
+        for component in compose(exits).acting_at("setup_network"):
+            component.setup_network(net)
     return net
 
 
@@ -57,15 +57,15 @@ EXITS = [
 @pytest.mark.parametrize("backbone, shape", [("mlp", (1, 2, 2)), ("resnet20", (1, 8, 8))])
 def test_every_weight_and_buffer_is_that_of_a_fresh_build(backbone, shape, exits):
     gdumb, net, fresh = GDumb(memory=6), build(backbone, shape, exits), build(backbone, shape, exits)
-    state = gdumb.init(net)
+    state = gdumb.init_state(net)
     for index, classes in enumerate([(0, 1), (3,)]):
         net.grow(classes)
         with torch.no_grad():  # training moves everything, in place and by way of new tensors
             for tensor in net.state_dict().values():
                 tensor.add_(1) if tensor.is_floating_point() else None
-        now = moment(index, dict.fromkeys(classes, 3))
+        now = context(index, dict.fromkeys(classes, 3))
         torch.manual_seed(index)
-        state = gdumb.prepare(net, now, state)
+        state = gdumb.before_experience(net, now, state)
     torch.manual_seed(1)
     fresh.grow((0, 1))
     fresh.grow((3,))
@@ -78,7 +78,7 @@ def test_every_weight_and_buffer_is_that_of_a_fresh_build(backbone, shape, exits
 
 def test_what_is_kept_of_the_first_weights_does_not_follow_training():
     net, gdumb = build("mlp", (1, 2, 2), None), GDumb()
-    state, before = gdumb.init(net), copied(net)
+    state, before = gdumb.init_state(net), copied(net)
     for parameter in net.parameters():
         parameter.data.add_(1)
     assert all(torch.equal(state["blank"][name], before[name]) for name in before)
@@ -86,8 +86,8 @@ def test_what_is_kept_of_the_first_weights_does_not_follow_training():
 
 def test_the_paper_code_never_starts_over():
     net, gdumb = build("mlp", (1, 2, 2), None), GDumb(restart="never")
-    state, before = gdumb.init(net), copied(net)
-    assert gdumb.prepare(net, moment(1, {0: 2}), state) is state and state["blank"] == {}
+    state, before = gdumb.init_state(net), copied(net)
+    assert gdumb.before_experience(net, context(1, {0: 2}), state) is state and state["blank"] == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
@@ -111,13 +111,13 @@ def greedy(stream, memory, seed=0):
 def test_the_memory_holds_the_experience_at_hand_in_the_shares_of_the_published_sampler(memory):
     stream = [{0: 30, 1: 30}, {2: 30}, {3: 30, 4: 30, 5: 30}]
     net, gdumb = build("mlp", (1, 2, 2), None), GDumb(memory=memory)
-    state = gdumb.init(net)
+    state = gdumb.init_state(net)
     for index, sizes in enumerate(stream):
-        now = moment(index, sizes)
-        pooled, size = gdumb.pool(now.experience.samples, 8, state)
-        again, _ = gdumb.pool(now.experience.samples, 8, state)
+        now = context(index, sizes)
+        pooled, size = gdumb.training_set(now.experience.samples, 8, state)
+        again, _ = gdumb.training_set(now.experience.samples, 8, state)
         before = set() if state["x"] is None else set(state["x"][:, 0, 0, 0].tolist())
-        state = gdumb.advance(net, now, gdumb.prepare(net, now, state))
+        state = gdumb.after_experience(net, now, gdumb.before_experience(net, now, state))
         assert size == 8 and len(pooled) == memory
         assert (
             torch.equal(pooled.x, again.x) and torch.equal(pooled.x, state["x"]) and torch.equal(pooled.y, state["y"])
@@ -131,8 +131,8 @@ def test_the_memory_holds_the_experience_at_hand_in_the_shares_of_the_published_
 def test_what_is_kept_depends_on_the_seed_of_the_run():
     kept = set()
     for seed in range(6):
-        state = GDumb().init(build("mlp", (1, 2, 2), None, seed=seed))
-        pooled, _ = GDumb(memory=3).pool(samples({0: 50}), 8, state)
+        state = GDumb().init_state(build("mlp", (1, 2, 2), None, seed=seed))
+        pooled, _ = GDumb(memory=3).training_set(samples({0: 50}), 8, state)
         kept.add(tuple(pooled.x[:, 0, 0, 0].tolist()))
     assert len(kept) == 6
 
@@ -140,8 +140,8 @@ def test_what_is_kept_depends_on_the_seed_of_the_run():
 def test_views_of_a_domain_are_kept_as_seen():
     source = Source("toy", samples({0: 4, 1: 4}), samples({0: 1, 1: 1}), classes=2)
     benchmark = rotated(source, experiences=2)
-    state = GDumb().init(build("mlp", (1, 2, 2), None))
-    pooled, _ = GDumb(memory=100).pool(benchmark.train[1], 8, state)
+    state = GDumb().init_state(build("mlp", (1, 2, 2), None))
+    pooled, _ = GDumb(memory=100).training_set(benchmark.train[1], 8, state)
     seen = benchmark.train[1].raw(torch.arange(8))
     assert sorted(pooled.raw(torch.arange(8)).flatten(1).tolist()) == sorted(seen.flatten(1).tolist())
 

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Batch, Experience, Moment, Step, compose
+from clframe.core import Batch, Experience, Step, StepContext, compose
 from clframe.data import SOURCES, class_incremental
 from clframe.errors import ConfigError, UnsupportedError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, Network, freeze
 from clframe.nn.prompts import prompt_pool
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.learner import Learner
 from clframe.training.module import ContinualModule
@@ -30,13 +30,13 @@ def vit(shape=(1, 8, 8)):
 
 def edited(component, *, classes=3):
     net = vit()
-    component.edit(net)
+    component.setup_network(net)
     net.grow(range(classes))
     return net
 
 
-def moment(classes, past=()):
-    return Moment(Experience(1, 3, tuple(classes), tuple(past), (), None), 0, 1, generator_for(0, 1))
+def context(classes, past=()):
+    return StepContext(Experience(1, 3, tuple(classes), tuple(past), (), None), 0, 1, generator_for(0, 1))
 
 
 def step_of(component, net, now, y):
@@ -47,8 +47,8 @@ def step_of(component, net, now, y):
 
 def test_the_pull_longhand_and_its_gradient_reaches_selected_keys_only():
     net, component = edited(SMALL), SMALL
-    step = step_of(component, net, moment((1, 2), (0,)), [1, 2, 1])
-    term = component.losses(step, component.init(net))["pull"]
+    step = step_of(component, net, context((1, 2), (0,)), [1, 2, 1])
+    term = component.losses(step, component.init_state(net))["pull"]
     keys, query = prompt_pool(net).keys, step.output.taps["query"]
     cosine = torch.nn.functional.cosine_similarity(query[:, None], keys[None], dim=2)
     nearest = cosine.topk(2, dim=1)
@@ -62,17 +62,17 @@ def test_the_pull_longhand_and_its_gradient_reaches_selected_keys_only():
 @pytest.mark.parametrize("exits", [False, True])
 def test_new_samples_compete_with_the_classes_of_their_experience(exits):
     learner = Learner(vit(), compose(SMALL, EXITS) if exits else compose(SMALL), seed=0)
-    net, now = learner.network, moment((1, 2), (0,))
+    net, now = learner.network, context((1, 2), (0,))
     net.grow(range(3))
-    state = SMALL.prepare(net, now, SMALL.init(net))
+    state = SMALL.before_experience(net, now, SMALL.init_state(net))
     step = step_of(SMALL, net, now, [1, 2, 0])  # the last one is replayed
-    loss_K = SMALL.task(step, state)
+    loss_K = SMALL.task_loss(step, state)
     assert loss_K.shape == (3 if exits else 1,)
     for exit, logits in enumerate(step.output.logits):
         own, all_ = logits[:, 1:].log_softmax(1), logits.log_softmax(1)
         torch.testing.assert_close(loss_K[exit], -(own[0, 0] + own[1, 1] + all_[2, 0]) / 3)
     everything = L2P(classes="all")
-    loss_K = everything.task(step, everything.prepare(net, now, everything.init(net)))
+    loss_K = everything.task_loss(step, everything.before_experience(net, now, everything.init_state(net)))
     expected = [torch.nn.functional.cross_entropy(logits, step.batch.y) for logits in step.output.logits]
     torch.testing.assert_close(loss_K, torch.stack(expected))
 
@@ -82,7 +82,7 @@ def test_the_backbone_is_held_still_again_after_exits_thaw_it():
     net.freeze_trunk("frozen")
     net.freeze_trunk("free")
     assert all(p.requires_grad for p in net.backbone.parameters())
-    SMALL.begin_epoch(net, moment((0,)), {})
+    SMALL.before_epoch(net, context((0,)), {})
     assert {n for n, p in net.backbone.named_parameters() if p.requires_grad} == {"stages.2.keys", "stages.2.prompts"}
 
 
@@ -110,7 +110,7 @@ def test_impossible_options(options, key):
 
 def test_a_backbone_without_tokens_is_refused_by_name():
     with pytest.raises(UnsupportedError, match=r"components\.l2p: found a backbone with taps \(16, 8, 8\) to \(64,\)"):
-        L2P().edit(Network(BACKBONES.get("resnet20")((1, 8, 8))))
+        L2P().setup_network(Network(BACKBONES.get("resnet20")((1, 8, 8))))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def test_terms_are_the_formulas_at_every_exit(on_digits, exits):
     teacher = run.state["lucir"]["teacher"]
     on_digits.changed(run)
     step = on_digits.step(run, [2, 0, 3, 1, 0])
-    state = lucir.prepare(run.network, step.moment, run.state["lucir"])
+    state = lucir.before_experience(run.network, step.context, run.state["lucir"])
     terms = lucir.losses(step, state)
     old = teacher(step.batch.x, taps=run.taps).taps
     taps = ["block1", "block2", "hidden"] if exits else ["hidden"]
@@ -41,7 +41,7 @@ def test_terms_are_the_formulas_at_every_exit(on_digits, exits):
 def test_the_first_experience_is_a_cosine_classifier_alone(on_digits):
     run = on_digits.learner(LUCIR(eta=4.0))
     run.begin(on_digits.experience(0), classes=(0, 1), epochs=1)
-    run.begin_epoch(0)
+    run.before_epoch(0)
     x = torch.randn(3, 1, 8, 8)
     assert LUCIR().losses(on_digits.step(run, [0, 1, 0], classes=(0, 1), past=()), run.state["lucir"]) == {}
     assert run.network(x).last.abs().max() <= 4.0
@@ -51,11 +51,11 @@ def test_the_first_experience_is_a_cosine_classifier_alone(on_digits):
 def test_features_are_held_more_the_more_old_classes_there_are_for_a_new_one(on_digits):
     run = on_digits.learner(LUCIR())
     run.network.grow(range(5))
-    moment = on_digits.step(run, [4], classes=(4,), past=(0, 1, 2, 3)).moment
-    state = LUCIR().prepare(run.network, moment, run.state["lucir"])
+    context = on_digits.step(run, [4], classes=(4,), past=(0, 1, 2, 3)).context
+    state = LUCIR().before_experience(run.network, context, run.state["lucir"])
     assert state["factor"] == 2.0 and state["new"].tolist() == [4]
-    again = on_digits.step(run, [4], classes=(0, 1), past=(0, 1)).moment
-    assert LUCIR().prepare(run.network, again, state)["new"] is None  # nothing new to be held apart from
+    again = on_digits.step(run, [4], classes=(0, 1), past=(0, 1)).context
+    assert LUCIR().before_experience(run.network, again, state)["new"] is None  # nothing new to be held apart from
 
 
 @pytest.mark.parametrize("heads", ["per_experience", "growing"])

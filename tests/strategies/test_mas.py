@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples
 from clframe.data.avalanche import import_avalanche
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from strategies import MAS
@@ -28,19 +28,19 @@ def network(exits=0, classes=2):
     return net
 
 
-def moment(index, classes, past=(), count=6):
+def context(index, classes, past=(), count=6):
     x = torch.randn(count, 5, generator=torch.Generator().manual_seed(index))
     samples = TensorSamples(x, torch.tensor([classes[i % len(classes)] for i in range(count)]))
-    return Moment(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
+    return StepContext(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
 
 
 def penalty(mas, net, now, state):
     x, y = now.experience.samples.x, now.experience.samples.y
-    return mas.losses(Step(Batch(x, y), net(x), now, net), mas.prepare(net, now, state))["penalty"]
+    return mas.losses(Step(Batch(x, y), net(x), now, net), mas.before_experience(net, now, state))["penalty"]
 
 
 def learnt(mas, net, now, state):
-    return mas.advance(net, now, mas.prepare(net, now, state))
+    return mas.after_experience(net, now, mas.before_experience(net, now, state))
 
 
 def move(net):
@@ -66,12 +66,12 @@ def sensitivity(net, now, exit):
 @pytest.mark.parametrize("exits", [0, 2])
 def test_the_penalty_of_each_exit_after_two_experiences(merge, exits):
     mas, net = MAS(lamb=3.0, merge=merge, alpha=0.25), network(exits)
-    first = moment(0, (0, 1))
-    state = learnt(mas, net, first, mas.init(net))
+    first = context(0, (0, 1))
+    state = learnt(mas, net, first, mas.init_state(net))
     old = [sensitivity(net, first, k) for k in range(exits + 1)]
     net.grow(range(4))
     move(net)
-    second = moment(1, (2, 3), (0, 1))
+    second = context(1, (2, 3), (0, 1))
     new = [sensitivity(net, second, k) for k in range(exits + 1)]
     anchor = {name: p.detach().clone() for name, p in net.named_parameters()}
     state = learnt(mas, net, second, state)
@@ -89,11 +89,11 @@ def test_the_penalty_of_each_exit_after_two_experiences(merge, exits):
 
 
 def test_labels_play_no_part():
-    mas, net, now = MAS(), network(1), moment(0, (0, 1))
-    a = learnt(mas, net, now, mas.init(net))
-    now = moment(0, (0, 1))
+    mas, net, now = MAS(), network(1), context(0, (0, 1))
+    a = learnt(mas, net, now, mas.init_state(net))
+    now = context(0, (0, 1))
     now.experience.samples.y.zero_()
-    b = learnt(mas, net, now, mas.init(net))
+    b = learnt(mas, net, now, mas.init_state(net))
     assert all(torch.equal(x["importance"], y["importance"]) for x, y in zip(a["terms"], b["terms"], strict=True))
 
 
@@ -102,9 +102,9 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
     from avalanche.training.plugins import MASPlugin
     from avalanche.training.utils import copy_params_dict
 
-    mas, net, now = MAS(lamb=4.0, alpha=0.5), network(), moment(0, (0, 1), count=7)
+    mas, net, now = MAS(lamb=4.0, alpha=0.5), network(), context(0, (0, 1), count=7)
     samples = now.experience.samples
-    state = learnt(mas, net, now, mas.init(net))
+    state = learnt(mas, net, now, mas.init_state(net))
     module = ContinualModule(net, optimizer=partial(torch.optim.SGD, lr=0.1))
     strategy = SimpleNamespace(
         model=module,
@@ -132,11 +132,11 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
 
 
 def test_a_state_from_a_checkpoint_goes_on_alike():
-    mas, net, now = MAS(scope="total"), network(1), moment(0, (0, 1))
-    state = learnt(mas, net, now, mas.init(net))
+    mas, net, now = MAS(scope="total"), network(1), context(0, (0, 1))
+    state = learnt(mas, net, now, mas.init_state(net))
     net.grow((0, 1, 2))
     move(net)
-    later = moment(1, (2,), (0, 1))
+    later = context(1, (2,), (0, 1))
     a, b = (penalty(mas, net, later, s) for s in (state, decode(encode(state), net)))
     assert torch.equal(a, b) and a.shape == () and a > 0
 

@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Batch, Experience, Moment
-from clframe.core.options import check_options
+from clframe.core import Batch, Experience, StepContext
 from clframe.data import Source, TensorSamples, class_incremental
-from clframe.data.augment import Flip
-from clframe.data.memory import MemoryPolicy
+from clframe.data.augmentation import Flip
 from clframe.errors import ConfigError
-from clframe.functional.memory import herding
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, Network
 from clframe.nn.features import feature_reader
+from clframe.options import check_options
+from clframe.replay.buffers import MemoryPolicy
+from clframe.replay.selection import herding
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode, nbytes
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -35,9 +35,9 @@ def samples(sizes, *, offset=0, **options):
     return TensorSamples(x, y, **options)
 
 
-def moment(index, sizes, *, seed=0, offset=0, **options):
+def context(index, sizes, *, seed=0, offset=0, **options):
     part = samples(sizes, offset=offset, **options)
-    return Moment(Experience(index, 9, tuple(sizes), (), (), part), 0, 1, generator_for(seed, index))
+    return StepContext(Experience(index, 9, tuple(sizes), (), (), part), 0, 1, generator_for(seed, index))
 
 
 def network():
@@ -49,9 +49,9 @@ def network():
 def run(er, stream, *, seed=0):
     """The memory after every experience of ``stream``, a list of {class: samples}."""
     net = network()
-    states = [er.init(net)]
+    states = [er.init_state(net)]
     for index, sizes in enumerate(stream):
-        states.append(er.advance(net, moment(index, sizes, seed=seed, offset=1000 * index), states[-1]))
+        states.append(er.after_experience(net, context(index, sizes, seed=seed, offset=1000 * index), states[-1]))
     return states
 
 
@@ -105,11 +105,11 @@ def test_the_reservoir_holds_every_sample_alike():
     """Chi-square over 12 samples of three experiences, 4 kept; 31.3 is its 99.9 % quantile at 11 degrees."""
     er, runs, counts = ER(memory=4, selection="reservoir"), 1500, Counter()
     net, parts = network(), [{0: 6}, {1: 2}, {2: 4}]
-    moments = [moment(i, sizes, offset=1000 * i) for i, sizes in enumerate(parts)]
+    contexts = [context(i, sizes, offset=1000 * i) for i, sizes in enumerate(parts)]
     for seed in range(runs):
-        state = er.init(net)
-        for m in moments:
-            state = er.advance(net, Moment(m.experience, 0, 1, generator_for(seed, m.experience.index)), state)
+        state = er.init_state(net)
+        for m in contexts:
+            state = er.after_experience(net, StepContext(m.experience, 0, 1, generator_for(seed, m.experience.index)), state)
         counts.update(numbers(state))
     expected = runs * 4 / 12
     assert len(counts) == 12
@@ -124,15 +124,15 @@ def test_random_selections_differ_by_seed(selection):
 
 
 def test_herding_keeps_the_samples_nearest_to_the_class_mean_in_feature_space():
-    net, now = network(), moment(0, {0: 9, 1: 7})
-    state = ER(memory=6, selection="herding").advance(net, now, ER().init(net))
+    net, now = network(), context(0, {0: 9, 1: 7})
+    state = ER(memory=6, selection="herding").after_experience(net, now, ER().init_state(net))
     part = now.experience.samples
     with torch.no_grad():
         features = net.eval().backbone(part.prepare(part.x))
     expected = [part.x[part.y == c][herding(features[part.y == c], 3)] for c in (0, 1)]
     assert torch.equal(state["x"], torch.cat(expected)) and state["y"].tolist() == [0] * 3 + [1] * 3
     net.train()
-    smaller = ER(memory=6, selection="herding").advance(net, moment(1, {2: 9}), state)
+    smaller = ER(memory=6, selection="herding").after_experience(net, context(1, {2: 9}), state)
     assert torch.equal(smaller["x"][:4], torch.cat([e[:2] for e in expected]))
 
 
@@ -154,9 +154,9 @@ def test_features_are_those_of_evaluation_and_leave_the_network_alone():
 def test_a_fixed_number_is_replayed_whatever_the_batch(size):
     er = ER(memory=4, replay="fixed", replayed=7, scale=0.5)
     state = run(er, [{0: 9, 1: 9}])[-1]
-    now = moment(1, {2: 9})
+    now = context(1, {2: 9})
     x, y = now.experience.samples.batch(torch.arange(size))
-    joined = er.batch(Batch(x, y), now, state)
+    joined = er.make_batch(Batch(x, y), now, state)
     assert len(joined.y) == size + 7 and torch.equal(joined.x[:size], x) and set(joined.y[size:].tolist()) <= {0, 1}
     assert joined.weight_B.tolist() == [1.0] * size + [0.5] * 7
 
@@ -164,15 +164,15 @@ def test_a_fixed_number_is_replayed_whatever_the_batch(size):
 def test_replayed_samples_are_augmented_by_the_components_generator():
     er = ER(memory=8)
     state = run(er, [{0: 9, 1: 9}])[-1]
-    plain, mirrored = moment(1, {2: 9}), moment(1, {2: 9}, augment=(Flip(1.0),))
+    plain, mirrored = context(1, {2: 9}), context(1, {2: 9}, augment=(Flip(1.0),))
     batch = Batch(torch.zeros(4, 1, 2, 3), torch.zeros(4).long())
-    a, b = er.batch(batch, plain, state), er.batch(batch, mirrored, state)
+    a, b = er.make_batch(batch, plain, state), er.make_batch(batch, mirrored, state)
     assert torch.equal(a.y, b.y) and torch.equal(a.x[4:].flip(-1), b.x[4:]) and not torch.equal(a.x, b.x)
     assert torch.equal(b.x[:4], batch.x)  # the loader has augmented the new ones
-    half = moment(1, {2: 9}, augment=(Flip(0.5),))
-    again = moment(1, {2: 9}, augment=(Flip(0.5),))
-    first, second = er.batch(batch, half, state), er.batch(batch, half, state)
-    assert torch.equal(first.x, er.batch(batch, again, state).x) and not torch.equal(first.x, second.x)
+    half = context(1, {2: 9}, augment=(Flip(0.5),))
+    again = context(1, {2: 9}, augment=(Flip(0.5),))
+    first, second = er.make_batch(batch, half, state), er.make_batch(batch, half, state)
+    assert torch.equal(first.x, er.make_batch(batch, again, state).x) and not torch.equal(first.x, second.x)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -183,8 +183,8 @@ def test_the_memory_survives_a_checkpoint_and_says_its_size(selection):
     torch.save(encode(states[1]), file)
     file.seek(0)
     loaded = decode(torch.load(file, weights_only=True), network())
-    again = er.advance(network(), moment(1, stream[1], offset=1000), loaded)
-    straight = er.advance(network(), moment(1, stream[1], offset=1000), states[1])
+    again = er.after_experience(network(), context(1, stream[1], offset=1000), loaded)
+    straight = er.after_experience(network(), context(1, stream[1], offset=1000), states[1])
     assert again.keys() == straight.keys() and again.get("owner") == straight.get("owner")
     if selection != "herding":  # the images that the two moments hold differ in all but their number
         assert numbers(again) == numbers(straight)
@@ -195,7 +195,7 @@ def test_the_memory_survives_a_checkpoint_and_says_its_size(selection):
 def test_other_targets_are_kept_beside_their_samples():
     policy, memory = MemoryPolicy(4), MemoryPolicy(4).empty()
     for index, sizes in enumerate([{0: 5, 1: 5}, {2: 5, 3: 5}]):
-        now = moment(index, sizes, offset=1000 * index)
+        now = context(index, sizes, offset=1000 * index)
         part, width = now.experience.samples, 2 * (index + 1)
 
         def logits(fresh, part=part, width=width):

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 import clframe
-from clframe.core import Experience, Moment, compose
+from clframe.core import Experience, StepContext, compose
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError, UnsupportedError
-from clframe.functional.seeding import generator_for
-from clframe.functional.sparsity import hoyer
+from clframe.exits import ExitPolicy, make_head, select
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.moe import CumulativeShare, DynamicK, TopK, counting, expert_usage, routed_layers, set_tau
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.exits import ExitPolicy, make_head, select
-from clframe.nn.exits.dynamic import DynamicNetwork
-from clframe.nn.freeze import freeze
-from clframe.nn.moe import CumulativeShare, DynamicK, TopK, counting, expert_usage, routed_layers, set_tau
+from clframe.nn.frozen import freeze
+from clframe.seeding import generator_for
+from clframe.sparsity.functional import hoyer
 from clframe.training.learner import Learner
 from strategies import ANCL, DER, ER, EWC, MAS, NCM, SI, EarlyExit, Exits, LwF, MoE, Sparsity
 
@@ -234,13 +234,13 @@ def test_samples_are_drawn_from_the_experience_and_the_memory_each_once():
     seen = []
     run.network.grow([0])
     run.network.backbone.stages[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].flatten()))
-    moment = Moment(Experience(0, 1, (0,), (), (), samples), 1, 1, generator_for(0, 0), memory)
-    component.advance(run.network, moment, run.state["moe"])
+    context = StepContext(Experience(0, 1, (0,), (), (), samples), 1, 1, generator_for(0, 0), memory)
+    component.after_experience(run.network, context, run.state["moe"])
     each = [*range(10), *range(20, 26)]
     assert sorted(torch.cat(seen).tolist()) == sorted(2 * each)  # to train, and to count
     assert max(map(len, seen)) == 3
     seen.clear()
-    replace(component, samples=7).advance(run.network, moment, run.state["moe"])
+    replace(component, samples=7).after_experience(run.network, context, run.state["moe"])
     assert sum(map(len, seen)) == 14
 
 
@@ -249,8 +249,8 @@ def test_one_class_and_one_sample(on_digits):
     for index, y in enumerate((3, 1)):
         samples = TensorSamples(torch.randn(1, 1, 8, 8), torch.tensor([y]))
         run.begin(Experience(index, 2, (y,), (), (), samples), classes=(y,), epochs=1)
-        run.begin_epoch(0)
-        run.loss(run.batch(samples.raw(torch.tensor([0])), samples.y), run.network.train()(samples.x)).sum().backward()
+        run.before_epoch(0)
+        run.loss(run.make_batch(samples.raw(torch.tensor([0])), samples.y), run.network.train()(samples.x)).sum().backward()
         run.end()
     assert logits(run, samples.x)[0].isfinite().sum() == 2 and run.state["moe"]["fitted"] == 1
 
@@ -373,7 +373,7 @@ def test_a_run_broken_off_ends_as_one_that_was_not_and_loads_as_it_was(tmp_path,
     model = clframe.load(folder)
     weights = copy.deepcopy(dict(model.network.state_dict()))
     x = on_digits.samples(range(6), 10, part="test").x
-    answers = model.answers(x).last
+    answers = model.outputs(x).last
     for path in sorted((folder / "checkpoints").iterdir())[-1:]:
         path.unlink()
     (folder / "results.json").unlink()
@@ -381,12 +381,12 @@ def test_a_run_broken_off_ends_as_one_that_was_not_and_loads_as_it_was(tmp_path,
     assert again.accuracy_matrix == whole.accuracy_matrix
     resumed = clframe.load(folder)
     assert all(torch.equal(t, weights[name]) for name, t in resumed.network.state_dict().items())
-    assert torch.equal(resumed.answers(x).last, answers)
+    assert torch.equal(resumed.outputs(x).last, answers)
     (layer,) = routed_layers(resumed.network).values()
     assert layer.ready and layer.gate == DynamicK(tau=0.4)
     assert next(iter(expert_usage(resumed.network, resumed.prepare(x)).values())).experts_per_token < 16
     set_tau(resumed.network, 1.0)
-    assert not torch.equal(resumed.answers(x).last, answers)
+    assert not torch.equal(resumed.outputs(x).last, answers)
 
 
 @pytest.mark.parametrize("preset", ["moe", "moe_paper"])
@@ -402,11 +402,11 @@ def test_costs_are_arithmetic(on_digits):
     component = MoE(experts=4, router_width=3, epochs=1, samples=40)
     run = learner(component)
     dense, router = 2 * 2 * 8 * 32, 2 * 3 * (8 + 4)  # two layers, up and down; routers from 8 to 3 to 4
-    assert component.cost(run.network, run.state["moe"]) == {"dense_macs_per_token": dense, "router_macs_per_token": router}
+    assert component.extra_cost(run.network, run.state["moe"]) == {"dense_macs_per_token": dense, "router_macs_per_token": router}
     on_digits.learn(run, last=1, epochs=1, per_class=10)
     ran = run.state["moe"]["experts_per_token"]
     assert all(1 <= count <= 4 for count in ran)
-    cost = component.cost(run.network, run.state["moe"])
+    cost = component.extra_cost(run.network, run.state["moe"])
     assert cost["routed_macs_per_token"] == round(router + sum(ran) * 2 * 8 * 8)
 
 

@@ -20,8 +20,8 @@ from strategies import ER, Exits, PODNet
 def maps_of(name, shape, *exits, **options):
     network = Network(BACKBONES.get(name)(shape, **options))
     if exits:
-        Exits(at=exits).edit(network)
-    return PODNet().init(network)["maps"]
+        Exits(at=exits).setup_network(network)
+    return PODNet().init_state(network)["maps"]
 
 
 def test_it_holds_the_last_map_of_every_resolution_and_those_of_exits():
@@ -37,7 +37,7 @@ def test_it_holds_the_last_map_of_every_resolution_and_those_of_exits():
 
 def test_tokens_are_held_where_the_backbone_has_them():
     network = Network(BACKBONES.get("vit_tiny")((3, 8, 8)))
-    (maps,) = PODNet().init(network)["maps"]
+    (maps,) = PODNet().init_state(network)["maps"]
     names = [name for name in network.backbone.names if len(network.backbone.tap_shapes[name]) == 2]
     assert maps and maps[-1] == names[-1]
 
@@ -61,7 +61,7 @@ def test_terms_are_the_formulas_at_every_exit(on_digits, exits):
         torch.testing.assert_close(terms["flat"][k], 2.0 * factor * (1 - cosine_similarity(a, b, dim=1)).mean())
     scales = [head.scale for head in run.network.heads]
     expected = nca(step.output.logits, step.batch.y, margin=0.6, scales=scales)
-    torch.testing.assert_close(podnet.task(step, run.state["podnet"]), expected)
+    torch.testing.assert_close(podnet.task_loss(step, run.state["podnet"]), expected)
     assert run.network.final.weight.shape == (5, 3, 32) and terms["spatial"].min() > 0
 
 
@@ -84,7 +84,7 @@ def test_linear_classifiers_keep_the_cross_entropy(on_digits):
     assert type(run.network.final) is GrowingLinear
     step = on_digits.step(on_digits.changed(run), [2, 0, 3])
     run.begin(on_digits.experience(1, per_class=2), classes=(2, 3), epochs=1)
-    run.begin_epoch(0)
+    run.before_epoch(0)
     run.flush_terms()
     run.loss(step.batch, step.output)
     found = run.flush_terms()
@@ -136,10 +136,10 @@ def test_a_resumed_run_is_the_same(on_digits, tmp_path):
 def test_taps_that_do_not_exist_or_have_nothing_to_pool_are_named():
     network = Network(BACKBONES.get("small_cnn")((1, 8, 8), width=4))
     with pytest.raises(UnknownNameError, match=r"unknown tap 'blok1'"):
-        PODNet(at=("blok1",)).init(network)
+        PODNet(at=("blok1",)).init_state(network)
     with pytest.raises(ConfigError, match=r"^components\.podnet\.at: found 'hidden' of shape \(16,\), with nothing to"):
-        PODNet(at=("hidden",)).init(network)
-    assert PODNet(at=("block2", "block1")).init(network)["maps"] == (("block1", "block2"),)
+        PODNet(at=("hidden",)).init_state(network)
+    assert PODNet(at=("block2", "block1")).init_state(network)["maps"] == (("block1", "block2"),)
     for options in ({"spatial": -1.0}, {"proxies": 0}, {"eta": 0.0}, {"margin": -0.1}):
         with pytest.raises(ConfigError, match=rf"^components\.podnet\.{next(iter(options))}: found"):
             PODNet(**options)

@@ -8,10 +8,10 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from clframe.core import compose
 from clframe.errors import ConfigError
+from clframe.exits.head_kinds import prototype_head
 from clframe.functional.representation import contrastive
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp
-from clframe.nn.exits.prototypes import prototype_head
 from clframe.training.checkpoint import decode, encode
 from strategies import LUCIR, PRD, Exits, LwF
 
@@ -31,13 +31,13 @@ def rows(network):
 @pytest.mark.parametrize("over", ["classes", "samples"])
 @pytest.mark.parametrize("exits", [False, True])
 def test_terms_are_the_formulas_at_every_exit(on_digits, exits, over):
-    prd = PRD(attract=3.0, distil=2.0, distil_temperature=0.5, over=over, projection=5, hidden=7)
+    prd = PRD(attract=3.0, distill=2.0, distill_temperature=0.5, over=over, projection=5, hidden=7)
     parts = [prd, Exits(at=("block1", "block2"))] if exits else [prd]
     run = on_digits.learn(on_digits.learner(*parts), last=2, epochs=1, per_class=8)
     state = run.state["prd"]
     on_digits.changed(run, classes=(4, 5))
     step = on_digits.step(run, [4, 5, 5, 4, 4], classes=(4, 5), past=(0, 1, 2, 3))
-    terms, task = prd.losses(step, state), prd.task(step, state)
+    terms, task = prd.losses(step, state), prd.task_loss(step, state)
     old = state["teacher"](step.batch.x, taps=run.taps).taps
     names = ["block1", "block2", "hidden"] if exits else ["hidden"]
     assert run.network.exit_taps == tuple(names)
@@ -75,7 +75,7 @@ def test_attraction_moves_prototypes_alone_and_relation_features_too(on_digits):
 
 def test_heads_give_way_to_prototypes_on_the_same_taps():
     network = Network(mlp((4,), width=3, depth=3), exits=[("layer1", GrowingLinear(3)), ("layer2", GrowingLinear(3))])
-    PRD().edit(network)
+    PRD().setup_network(network)
     network.grow([0, 1])
     assert network.exit_names == ("layer1", "layer2", "final")
     assert all(float(head.scale) == pytest.approx(10.0) for head in network.heads)
@@ -93,7 +93,7 @@ def test_no_projection_contrasts_the_features(on_digits):
     step = on_digits.step(run, [0, 1, 0, 1], classes=(0, 1), past=())
     assert "prd" not in run.network.extras
     expected = contrastive([step.output.taps["hidden"]], step.batch.y, temperature=0.3)
-    torch.testing.assert_close(prd.task(step, run.state["prd"]), expected)
+    torch.testing.assert_close(prd.task_loss(step, run.state["prd"]), expected)
     assert set(prd.losses(step, run.state["prd"])) == {"attract"}
 
 
@@ -101,7 +101,7 @@ def test_linear_probes_leave_the_backbone_to_the_last_exit(on_digits):
     run = on_digits.learner(PRD(), Exits(at=("block1",), gradient="detached"))
     run.network.grow([0, 1])
     step = on_digits.step(run, [0, 1, 0, 1], classes=(0, 1), past=())
-    probe, own = PRD().task(step, run.state["prd"])
+    probe, own = PRD().task_loss(step, run.state["prd"])
     weight = run.network.backbone.stages[0][0].weight
     assert torch.autograd.grad(probe, [weight], retain_graph=True)[0].eq(0).all()
     assert torch.autograd.grad(own, [weight])[0].abs().sum() > 0
@@ -130,7 +130,7 @@ def test_one_class_and_one_sample_at_a_time_is_finite(on_digits):
 
 
 def test_options_that_cannot_be_are_one_line():
-    for options in ({"temperature": 0.0}, {"distil": -1.0}, {"projection": -1}, {"hidden": 0}):
+    for options in ({"temperature": 0.0}, {"distill": -1.0}, {"projection": -1}, {"hidden": 0}):
         with pytest.raises(ConfigError, match=rf"^components\.prd\.{next(iter(options))}: found"):
             PRD(**options)
     with pytest.raises(ValueError, match="'lucir' and 'prd' both own the slot 'classifier'"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from clframe.config.files import read_yaml
-from clframe.config.paths import shipped_configs
+from clframe.config.files import read_yaml, shipped_configs
 from clframe.core import Composition, parse
 
 FOLDER = shipped_configs() / "strategy"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PUBLISHED = {
-    "prd": {"attract": 2.0, "distil": 4.0, "temperature": 0.1, "distil_temperature": 1.0, "projection": 128, "hidden": 512},
+    "prd": {"attract": 2.0, "distill": 4.0, "temperature": 0.1, "distill_temperature": 1.0, "projection": 128, "hidden": 512},
     "lucir": {"less_forget": 5.0, "separate": 0.5, "margin": 0.5, "negatives": 2, "eta": 1.0},
     "podnet": {"spatial": 3.0, "flat": 1.0, "proxies": 10, "margin": 0.6, "eta": 1.0},
     "sparsity": {"strength": 0.2, "regularizer": "hoyer", "relu": True},

@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Experience, Moment, Output
+from clframe.core import Experience, StepContext
 from clframe.data import SOURCES, TensorSamples, class_incremental
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -35,10 +36,10 @@ def data(classes, per_class, *, seed=0):
 
 
 def learnt(component, net, parts, state=None, *, seed=0):
-    state = component.init(net) if state is None else state
+    state = component.init_state(net) if state is None else state
     for index, part in enumerate(parts):
         experience = Experience(index, 3, tuple(part.y.unique().tolist()), (), (), part)
-        state = component.advance(net, Moment(experience, 0, 1, generator_for(seed, index)), state)
+        state = component.after_experience(net, StepContext(experience, 0, 1, generator_for(seed, index)), state)
     return state
 
 
@@ -49,7 +50,7 @@ def test_every_exit_answers_by_the_regression_on_all_data_at_once(exits):
     x, y, test = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), torch.randn(5, 1, 2, 2)
     with torch.no_grad():
         seen, asked = net(x, taps=net.exit_taps), net(test, taps=net.exit_taps)
-    answers = SMALL.answers(asked, state)
+    answers = SMALL.adjust_logits(asked, state)
     for exit, tap in enumerate(net.exit_taps):
         sums = state["exits"][exit]
         h = (seen.taps[tap] @ sums["projection"]).clamp(min=0).double()
@@ -67,7 +68,7 @@ def test_every_exit_answers_by_the_regression_on_all_data_at_once(exits):
 def test_the_order_of_experiences_changes_nothing():
     net, parts = network(), [data((0, 1), 20), data((2,), 7, seed=1), data((3, 0), 11, seed=2)]
     one = learnt(SMALL, net, parts)
-    start = {**SMALL.init(net), "exits": [{**one["exits"][0], "gram": torch.zeros(16, 16).double(), "cross": torch.zeros(16, 0).double()}]}
+    start = {**SMALL.init_state(net), "exits": [{**one["exits"][0], "gram": torch.zeros(16, 16).double(), "cross": torch.zeros(16, 0).double()}]}
     other = learnt(SMALL, net, parts[::-1], start)
     for key in ("gram", "cross"):
         # Features are single precision: a batch of another size may round them by a few units in the last place.
@@ -115,7 +116,7 @@ def test_an_advance_leaves_the_state_it_was_given_as_it_was():
 def test_logits_until_there_is_a_regression_and_a_checkpoint_between():
     net, parts = network(exits=3), [data((0, 1), 5), data((2, 3), 5)]
     output = Output((torch.ones(2, 4),), {"layer2": torch.ones(2, 6)})
-    assert SMALL.answers(output, SMALL.init(net)) is output
+    assert SMALL.adjust_logits(output, SMALL.init_state(net)) is output
     half = learnt(SMALL, net, parts[:1])
     one, other = (learnt(SMALL, net, parts[1:], state) for state in (half, decode(encode(half), net)))
     for a, b in zip(one["exits"], other["exits"], strict=True):
@@ -125,7 +126,7 @@ def test_logits_until_there_is_a_regression_and_a_checkpoint_between():
 def test_one_sample():
     net = network()
     state = learnt(RanPAC(projection=16), net, [data((1,), 1)])
-    scores = SMALL.answers(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
+    scores = SMALL.adjust_logits(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
     assert scores.argmax(1).tolist() == [1, 1, 1] and state["exits"][0]["ridge"] == 1.0
 
 
@@ -151,6 +152,6 @@ def test_it_learns_digits(train_first):
     x, y = torch.cat([p.prepare(p.x) for p in stream.test]), torch.cat([p.y for p in stream.test])
     with torch.no_grad():
         output = net.eval()(x, taps=module.learner.taps)
-    right = module.learner.answers(output).last.argmax(1) == y
+    right = module.learner.adjust_logits(output).last.argmax(1) == y
     assert right.float().mean() > 0.85  # random features; chance is 0.1
     assert loop.clock.train_iterations == (-(-len(stream.train[0]) // 32) if train_first else 0)

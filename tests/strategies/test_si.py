@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 
 import clframe
-from clframe.core import Batch, Experience, Moment, Step
+from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import SOURCES, TensorSamples
 from clframe.data.avalanche import import_avalanche
-from clframe.data.domains import permuted
+from clframe.data.streams import permuted
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -30,10 +30,10 @@ def network(exits=0, classes=2):
     return net
 
 
-def moment(index, classes, past=(), count=8):
+def context(index, classes, past=(), count=8):
     x = torch.randn(count, 5, generator=torch.Generator().manual_seed(index))
     samples = TensorSamples(x, torch.tensor([classes[i % len(classes)] for i in range(count)]))
-    return Moment(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
+    return StepContext(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
 
 
 def train(si, net, now, state, *, steps=5, maximize=False, watch=lambda before: None):
@@ -57,12 +57,12 @@ def train(si, net, now, state, *, steps=5, maximize=False, watch=lambda before: 
 @pytest.mark.parametrize("exits", [0, 2])
 def test_importances_are_the_path_integral_of_the_tasks_gradient(exits):
     si, net, past = SI(c=2.0, damping=0.05), network(exits), ()
-    state, importance = si.init(net), {}
+    state, importance = si.init_state(net), {}
     for index, classes in enumerate([(0, 1), (2,)]):
         net.grow((*past, *classes))
-        now, path = moment(index, classes, past), {}
+        now, path = context(index, classes, past), {}
         start = {name: p.detach().clone() for name, p in net.named_parameters()}
-        state = si.prepare(net, now, state)
+        state = si.before_experience(net, now, state)
 
         def follow(seen, path=path):
             gradients, before = seen
@@ -76,7 +76,7 @@ def test_importances_are_the_path_integral_of_the_tasks_gradient(exits):
                 old[tuple(slice(n) for n in importance[name].shape)] = importance[name]
             moved = p.detach() - start[name]
             importance[name] = torch.relu(old + path[name] / (moved**2 + 0.05))
-        state, past = si.advance(net, now, state), (*past, *classes)
+        state, past = si.after_experience(net, now, state), (*past, *classes)
     found = state["terms"][0]["importance"]
     expected = torch.cat([value.flatten() for value in importance.values()])
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6) and found.max() > 0.1
@@ -86,8 +86,8 @@ def test_importances_are_the_path_integral_of_the_tasks_gradient(exits):
         for p in net.parameters():
             p += 0.5
     net.grow(range(4))
-    later = moment(2, (3,), past)
-    state = si.prepare(net, later, state)
+    later = context(2, (3,), past)
+    state = si.before_experience(net, later, state)
     x, y = later.experience.samples.x, later.experience.samples.y
     term = si.losses(Step(Batch(x, y), net(x), later, net), state)
     assert term["penalty"].shape == ()
@@ -97,10 +97,10 @@ def test_importances_are_the_path_integral_of_the_tasks_gradient(exits):
 def test_the_total_path_holds_the_penaltys_own_gradient():
     found = {}
     for path in ("task", "total"):
-        si, net, first, second = SI(c=5.0, path=path), network(), moment(0, (0, 1)), moment(1, (0, 1), (0, 1))
-        state = si.prepare(net, first, si.init(net))
+        si, net, first, second = SI(c=5.0, path=path), network(), context(0, (0, 1)), context(1, (0, 1), (0, 1))
+        state = si.before_experience(net, first, si.init_state(net))
         train(si, net, first, state)
-        state = si.prepare(net, second, si.advance(net, first, state))
+        state = si.before_experience(net, second, si.after_experience(net, first, state))
         train(si, net, second, state)
         found[path] = state["path"].clone()
     assert not torch.allclose(found["task"], found["total"], rtol=1e-2)
@@ -113,10 +113,10 @@ def test_importances_are_avalanches_before_cutting(uphill):
     import_avalanche()
     from avalanche.training.plugins.synaptic_intelligence import SynapticIntelligencePlugin as Plugin
 
-    from clframe.training.repairs import repair
+    from clframe.avalanche_bridge.repairs import repair
 
     repair([Plugin(0.1)])
-    si, net, now = SI(path="total", damping=1e-3), network(), moment(0, (0, 1))
+    si, net, now = SI(path="total", damping=1e-3), network(), context(0, (0, 1))
     module = ContinualModule(net, optimizer=partial(torch.optim.SGD, lr=0.1))
     names = ("old_theta", "new_theta", "grad", "trajectory", "cum_trajectory")
     ewc_data, syn_data, none = ({}, {}), {name: {} for name in names}, set()
@@ -128,9 +128,9 @@ def test_importances_are_avalanches_before_cutting(uphill):
         Plugin.post_update(module, syn_data, none)
         Plugin.pre_update(module, syn_data, none)
 
-    state = si.prepare(net, now, si.init(net))
+    state = si.before_experience(net, now, si.init_state(net))
     train(si, net, now, state, maximize=uphill, watch=follow)
-    state = si.advance(net, now, state)
+    state = si.after_experience(net, now, state)
     Plugin.update_ewc_data(module, ewc_data, syn_data, math.inf, none, 1, eps=1e-3)
     theirs = torch.cat([ewc_data[1][name].data for name, _ in module.named_parameters()])
     assert torch.allclose(state["terms"][0]["importance"], theirs.relu(), rtol=1e-3, atol=1e-5)
@@ -162,19 +162,19 @@ def test_it_forgets_less_than_fine_tuning_and_learns_less():
 
 
 def test_a_state_from_a_checkpoint_goes_on_alike():
-    si, net, now = SI(), network(1), moment(0, (0, 1))
-    state = si.prepare(net, now, si.init(net))
+    si, net, now = SI(), network(1), context(0, (0, 1))
+    state = si.before_experience(net, now, si.init_state(net))
     train(si, net, now, state)
-    state = si.advance(net, now, state)
+    state = si.after_experience(net, now, state)
     assert set(state) == {"scopes", "terms"}
-    loaded, later = decode(encode(state), net), moment(1, (0, 1), (0, 1))
+    loaded, later = decode(encode(state), net), context(1, (0, 1), (0, 1))
     before, ends = {name: p.detach().clone() for name, p in net.named_parameters()}, []
     for start in (state, loaded):
         for name, p in net.named_parameters():
             p.data.copy_(before[name])
-        now_state = si.prepare(net, later, start)
+        now_state = si.before_experience(net, later, start)
         train(si, net, later, now_state)
-        ends.append(si.advance(net, later, now_state)["terms"][0]["importance"])
+        ends.append(si.after_experience(net, later, now_state)["terms"][0]["importance"])
     assert torch.equal(*ends)
 
 

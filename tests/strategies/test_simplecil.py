@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from clframe.core import Experience, Moment, Output
+from clframe.core import Experience, StepContext
 from clframe.data import SOURCES, TensorSamples, class_incremental
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -32,10 +33,10 @@ def data(classes, per_class, *, seed=0):
 
 
 def learnt(component, net, parts, state=None):
-    state = component.init(net) if state is None else state
+    state = component.init_state(net) if state is None else state
     for index, part in enumerate(parts):
         experience = Experience(index, 3, tuple(part.y.unique().tolist()), (), (), part)
-        state = component.advance(net, Moment(experience, 0, 1, generator_for(0, index)), state)
+        state = component.after_experience(net, StepContext(experience, 0, 1, generator_for(0, index)), state)
     return state
 
 
@@ -46,7 +47,7 @@ def test_every_exit_answers_by_cosines_with_its_own_class_means(exits):
     x, y, test = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), torch.randn(5, 1, 2, 2)
     with torch.no_grad():
         seen, asked = net(x, taps=net.exit_taps), net(test, taps=net.exit_taps)
-    answers = SimpleCIL(scale=20.0).answers(asked, state)
+    answers = SimpleCIL(scale=20.0).adjust_logits(asked, state)
     for exit, tap in enumerate(net.exit_taps):
         assert answers.logits[exit].shape == (5, 4) and answers.logits[exit][:, 2].max() == -torch.inf
         for c in (0, 1, 3):
@@ -60,7 +61,7 @@ def test_every_exit_answers_by_cosines_with_its_own_class_means(exits):
 def test_logits_until_there_are_means_and_a_checkpoint_between():
     net, parts = network(), [data((0, 1), 5), data((2, 3), 5)]
     output = Output((torch.ones(2, 4),), {"layer2": torch.ones(2, 6)})
-    assert SimpleCIL().answers(output, SimpleCIL().init(net)) is output
+    assert SimpleCIL().adjust_logits(output, SimpleCIL().init_state(net)) is output
     half = learnt(SimpleCIL(), net, parts[:1])
     one, other = (learnt(SimpleCIL(), net, parts[1:], state) for state in (half, decode(encode(half), net)))
     assert torch.equal(one["mean"][0], other["mean"][0]) and one["count"].tolist() == [5, 5, 5, 5]
@@ -69,7 +70,7 @@ def test_logits_until_there_are_means_and_a_checkpoint_between():
 def test_one_sample():
     net = network()
     state = learnt(SimpleCIL(), net, [data((1,), 1)])
-    scores = SimpleCIL().answers(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
+    scores = SimpleCIL().adjust_logits(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
     assert scores.argmax(1).tolist() == [1, 1, 1] and scores[:, 1].abs().max() <= 1 + 1e-6
 
 
@@ -90,6 +91,6 @@ def test_it_learns_digits(train_first):
     x, y = torch.cat([p.prepare(p.x) for p in stream.test]), torch.cat([p.y for p in stream.test])
     with torch.no_grad():
         output = net.eval()(x, taps=module.learner.taps)
-    right = module.learner.answers(output).last.argmax(1) == y
+    right = module.learner.adjust_logits(output).last.argmax(1) == y
     assert right.float().mean() > 0.55 and right[y < 2].float().mean() > 0.6  # random features; nothing forgotten
     assert loop.clock.train_iterations == (-(-len(stream.train[0]) // 32) if train_first else 0)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import clframe
-from clframe.core import Experience, Moment, Output
+from clframe.core import Experience, StepContext
 from clframe.data import SOURCES, Source, TensorSamples, class_incremental
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.nn.features import embedded
+from clframe.nn.types import Output
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -33,14 +34,14 @@ def data(classes, per_class, *, seed=0):
     return TensorSamples(torch.randn(len(y), 1, 2, 2, generator=generator) + y.reshape(-1, 1, 1, 1), y)
 
 
-def moment(index, part):
-    return Moment(Experience(index, 3, tuple(part.y.unique().tolist()), (), (), part), 0, 1, generator_for(0, index))
+def context(index, part):
+    return StepContext(Experience(index, 3, tuple(part.y.unique().tolist()), (), (), part), 0, 1, generator_for(0, index))
 
 
 def learnt(slda, net, parts):
-    state = slda.init(net)
+    state = slda.init_state(net)
     for index, part in enumerate(parts):
-        state = slda.advance(net, moment(index, part), state)
+        state = slda.after_experience(net, context(index, part), state)
     return state
 
 
@@ -56,7 +57,7 @@ def test_every_exit_answers_by_the_closed_form_on_all_data_of_its_own_tap(exits)
     x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
     test = torch.randn(9, 1, 2, 2) + 1
     output = net(test, taps=net.exit_taps)
-    answers = SLDA().answers(output, state)
+    answers = SLDA().adjust_logits(output, state)
     assert len(answers.logits) == exits and answers.taps is output.taps
     for exit in range(exits):
         f = features(net, x, exit)
@@ -96,7 +97,7 @@ def test_the_published_covariance_is_avalanches_on_equal_features():
     theirs.Lambda = torch.linalg.inv((1 - 1e-4) * theirs.Sigma + 1e-4 * torch.eye(12).double())
     expected = features(net, test) @ theirs.Lambda @ theirs.muK.T
     expected = expected - 0.5 * (theirs.muK @ theirs.Lambda * theirs.muK).sum(1)
-    found = SLDA().answers(net(test, taps=net.exit_taps), state).last
+    found = SLDA().adjust_logits(net(test, taps=net.exit_taps), state).last
     assert torch.equal(found.argmax(1), expected.argmax(1))
     within = learnt(SLDA(), net, parts)
     assert not torch.allclose(within["scatter"][0], state["scatter"][0], rtol=1e-2)
@@ -104,13 +105,13 @@ def test_the_published_covariance_is_avalanches_on_equal_features():
 
 def test_before_the_first_experience_ends_the_logits_answer():
     net, output = network(), Output((torch.ones(2, 4),), {"layer2": torch.ones(2, 12)})
-    assert SLDA().answers(output, SLDA().init(net)) is output
+    assert SLDA().adjust_logits(output, SLDA().init_state(net)) is output
 
 
 def test_one_sample_then_a_class_without_data():
     net = network()
     state = learnt(SLDA(), net, [data((2,), 1)])
-    scores = SLDA().answers(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
+    scores = SLDA().adjust_logits(net(torch.randn(3, 1, 2, 2), taps=net.exit_taps), state).last
     assert scores.shape == (3, 4) and scores.argmax(1).tolist() == [2, 2, 2]
     assert scores[:, [0, 1, 3]].max() == -torch.inf and bool(torch.isfinite(scores[:, 2]).all())
 
@@ -139,7 +140,7 @@ def accuracy(module, stream):
     for part in stream.test:
         with torch.no_grad():
             output = module.network.eval()(part.prepare(part.x), taps=module.learner.taps)
-        answers = module.learner.decide(module.learner.answers(output))
+        answers = module.learner.predict(module.learner.adjust_logits(output))
         right, total = right + int((answers.argmax(1) == part.y).sum()), total + len(part)
     return right / total
 
@@ -169,7 +170,7 @@ def test_a_state_out_of_a_checkpoint_goes_on_alike():
     net, parts = network(exits=3), [data((0, 1), 20), data((2, 3), 20, seed=1)]
     half = learnt(SLDA(), net, parts[:1])
     loaded = decode(encode(half), net)
-    one, other = (SLDA().advance(net, moment(1, parts[1]), state) for state in (half, loaded))
+    one, other = (SLDA().after_experience(net, context(1, parts[1]), state) for state in (half, loaded))
     for a, b in zip(one["weight"], other["weight"], strict=True):
         assert torch.equal(a, b)
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import clframe
-from clframe.analysis import experience_activity
 from clframe.core import compose
 from clframe.errors import ConfigError, UnsupportedError
-from clframe.functional.sparsity import displaced, hoyer, l1
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.sparsity import experience_activity
+from clframe.sparsity.functional import displaced, hoyer, l1
 from clframe.training.learner import Learner
 from strategies import ER, Sparsity
 
@@ -63,7 +63,7 @@ def test_schedules_over_the_epochs_of_an_experience(on_digits, schedule, shares)
     step = on_digits.step(run_of(component), [2, 3])
     values = []
     for epoch in range(4):
-        now = replace(step, moment=replace(step.moment, epoch=epoch, epochs=4))
+        now = replace(step, context=replace(step.context, epoch=epoch, epochs=4))
         values.append(component.losses(now, {})["penalty"].item())
     assert [value / values[-1] for value in values] == pytest.approx(shares, rel=1e-6)
 

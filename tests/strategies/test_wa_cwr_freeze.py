@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import clframe
-from clframe.core import Experience, Moment
+from clframe.core import Experience, StepContext
 from clframe.data import SOURCES, TensorSamples, class_incremental
 from clframe.data.avalanche import import_avalanche
 from clframe.errors import ConfigError
-from clframe.functional.seeding import generator_for
+from clframe.exits import make_head
+from clframe.exits.features import read_rows, write_rows
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.class_rows import read_rows, write_rows
-from clframe.nn.exits import make_head
+from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -34,10 +34,10 @@ def network():
     return net
 
 
-def moment(index, classes, past=(), counts=(3, 5)):
+def context(index, classes, past=(), counts=(3, 5)):
     y = torch.tensor([c for c, n in zip(classes, counts, strict=False) for _ in range(n)])
     samples = TensorSamples(torch.randn(len(y), 5), y)
-    return Moment(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
+    return StepContext(Experience(index, 3, tuple(classes), tuple(past), (), samples), 0, 1, generator_for(0, index))
 
 
 def shuffled_rows(net):
@@ -71,17 +71,17 @@ def test_wa_makes_new_rows_as_long_as_old_ones_at_every_exit():
     net.grow([0, 1, 2, 3])
     shuffled_rows(net)
     before = rows(net)
-    assert wa.advance(net, moment(0, (0, 1)), {}) == {} and all(
+    assert wa.after_experience(net, context(0, (0, 1)), {}) == {} and all(
         torch.equal(a[0], b[0]) for a, b in zip(before, rows(net), strict=True)
     )
-    wa.advance(net, moment(1, (2, 3), (0, 1)), {})
+    wa.after_experience(net, context(1, (2, 3), (0, 1)), {})
     for (weight, bias), (after, same) in zip(before, rows(net), strict=True):
         factor = weight[:2].norm(dim=1).mean() / weight[2:].norm(dim=1).mean()
         assert torch.equal(after[:2], weight[:2]) and torch.equal(bias, same)
         assert torch.allclose(after[2:], weight[2:] * factor) and abs(factor - 1) > 1e-3
     shuffled_rows(net)
     before = rows(net)
-    wa.advance(net, moment(2, (0, 3), (0, 1, 2, 3)), {})  # nothing new: nothing to align
+    wa.after_experience(net, context(2, (0, 3), (0, 1, 2, 3)), {})  # nothing new: nothing to align
     assert all(torch.equal(a[0], b[0]) for a, b in zip(before, rows(net), strict=True))
 
 
@@ -91,18 +91,18 @@ def test_wa_that_only_shrinks_leaves_shorter_rows(length, expected):
     net.grow([0, 1])
     weight = torch.ones(2, 6) * torch.tensor([[1.0], [length]])
     write_rows(net.final, weight, torch.zeros(2))
-    WA(direction="shrink").advance(net, moment(1, (1,), (0,)), {})
+    WA(direction="shrink").after_experience(net, context(1, (1,), (0,)), {})
     assert torch.allclose(net.final.weight, torch.tensor([[1.0], [expected]]).expand(2, 6))
 
 
 def test_cwr_keeps_rows_aside_and_trains_the_new_ones_from_zero():
     net, cwr = network(), CWR()
-    state, past, kept = cwr.init(net), (), {}
+    state, past, kept = cwr.init_state(net), (), {}
     counts = {}
     for index, classes in enumerate([(0, 1), (2, 3), (1, 4)]):
         net.grow((*past, *classes))
-        now = moment(index, classes, past)
-        state = cwr.prepare(net, now, state)
+        now = context(index, classes, past)
+        state = cwr.before_experience(net, now, state)
         for exit, (weight, bias) in enumerate(rows(net)):
             for c in range(len(bias)):
                 known = c in classes and (exit, c) in kept
@@ -110,7 +110,7 @@ def test_cwr_keeps_rows_aside_and_trains_the_new_ones_from_zero():
                 assert bias[c] == (kept[exit, c][1] if known else 0)
         shuffled_rows(net)
         trained = rows(net)
-        state = cwr.advance(net, now, state)
+        state = cwr.after_experience(net, now, state)
         for exit, ((weight, bias), (found, found_bias)) in enumerate(zip(trained, rows(net), strict=True)):
             shift, bias_shift = weight[list(classes)].mean(), bias[list(classes)].mean()
             for c, count in zip(classes, (3, 5), strict=True):
@@ -133,11 +133,11 @@ def test_cwr_keeps_rows_aside_and_trains_the_new_ones_from_zero():
 def test_cwr_freezes_all_but_linear_layers_and_what_is_new():
     net, cwr = network(), CWR()
     net.grow([0, 1])
-    cwr.grow(net, moment(0, (0, 1)).experience)
+    cwr.add_classes(net, context(0, (0, 1)).experience)
     assert all(p.requires_grad for p in net.parameters())
-    cwr.grow(net, moment(1, (2,), (0, 1)).experience)
+    cwr.add_classes(net, context(1, (2,), (0, 1)).experience)
     net.grow([0, 1, 2])
-    cwr.begin_epoch(net, moment(1, (2,), (0, 1)), {})
+    cwr.before_epoch(net, context(1, (2,), (0, 1)), {})
     learning = {name.rpartition(".")[0] for name, p in net.named_parameters() if p.requires_grad}
     assert learning == {
         "heads.0.heads.0.classifier", "heads.0.heads.1.layers.0", "heads.0.heads.1.classifier", "heads.1.classifier",
@@ -146,7 +146,7 @@ def test_cwr_freezes_all_but_linear_layers_and_what_is_new():
     assert not net.backbone.training
     cwr = CWR(backbone="free")
     net.requires_grad_(True)
-    cwr.grow(net, moment(1, (2,), (0, 1)).experience)
+    cwr.add_classes(net, context(1, (2,), (0, 1)).experience)
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -159,11 +159,11 @@ def test_cwr_weights_are_avalanches():
     torch.manual_seed(0)
     net, theirs = Network(BACKBONES.get("mlp")((5,), width=6)), nn.Sequential(nn.Linear(6, 4))
     cwr, plugin = CWR(), CWRStarPlugin(theirs, "0")
-    state, past = cwr.init(net), ()
+    state, past = cwr.init_state(net), ()
     for index, (classes, counts) in enumerate([((0, 1), (3, 5)), ((2, 3), (2, 2)), ((1, 3), (4, 1))]):
         net.grow(range(4))
-        now = moment(index, classes, past, counts)
-        state = cwr.prepare(net, now, state)
+        now = context(index, classes, past, counts)
+        state = cwr.before_experience(net, now, state)
         plugin.model.cur_j = dict(zip(classes, counts, strict=True))
         plugin.cur_class = list(classes)
         plugin.reset_weights(plugin.cur_class)
@@ -171,7 +171,7 @@ def test_cwr_weights_are_avalanches():
         trained = torch.randn(4, 6)
         for layer in (net.final, theirs[0]):
             layer.weight.data.copy_(trained)
-        state = cwr.advance(net, now, state)
+        state = cwr.after_experience(net, now, state)
         plugin.consolidate_weights()
         plugin.set_consolidate_weights()
         met = sorted({*past, *classes})
@@ -220,9 +220,9 @@ def test_frozen_normalization_stands_still():
     net = Network(BACKBONES.get("resnet20")((3, 8, 8)))
     net.grow([0, 1])
     net.train()
-    Freeze().begin_epoch(net, moment(0, (0, 1)), {})
+    Freeze().before_epoch(net, context(0, (0, 1)), {})
     assert net.backbone.training and all(p.requires_grad for p in net.parameters())
-    Freeze().begin_epoch(net, moment(1, (0, 1)), {})
+    Freeze().before_epoch(net, context(1, (0, 1)), {})
     assert not any(module.training for module in net.backbone.modules())
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["heads.0.weight", "heads.0.bias"]
 

@@ -10,10 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import clframe
-from clframe.training.board_layout import THROUGHPUT
 from clframe.training.event_files import keep
 from clframe.training.session import Session
-from clframe.training.tensorboard import TensorBoard
+from clframe.training.tensorboard import THROUGHPUT, TensorBoard
 
 ALL = {"images": 0, "scalars": 0, "tensors": 0}
 RUN = ["strategy=er(memory=40) + exits + early_exit(threshold=0.5) + sparsity", "backbone=mlp", "backbone.width=20", "trainer.epochs=2",

@@ -15,8 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.data.avalanche import import_avalanche
-from clframe.data.benchmark import Benchmark, Source, class_incremental
+from clframe.data.benchmark import Benchmark, class_incremental
 from clframe.data.samples import EpochLoader, TensorSamples
+from clframe.data.source import Source
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
 

@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clframe.training import monitor as monitor_module
-from clframe.training.board_layout import LEARNING_RATE, LOSS, THROUGHPUT
 from clframe.training.monitor import POINTS, Monitor
+from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT
 
 
 class Clock:
@@ -59,7 +59,7 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
     monitor.open(finished=0, steps=0)
     clock.now += 1000  # loading, say
     monitor.begin_experience(0, label="", steps=5)
-    small = strategy(3, {"loss/task/ce": 0.5, "loss/lwf/distil": 0.25})
+    small = strategy(3, {"loss/task/ce": 0.5, "loss/lwf/distill": 0.25})
     step(monitor, small, clock, 0.5)
     step(monitor, small, clock, 1.0)  # 6 samples in 1.5 s
     aside[0] += 7.0
@@ -83,7 +83,7 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
     assert found[LEARNING_RATE][0] == (2, 0.125)
     with open(tmp_path / "metrics.csv", newline="") as file:
         names = {row["name"] for row in csv.DictReader(file)}
-    assert names == {"loss/task/ce", "loss/lwf/distil", LEARNING_RATE}  # what is not the same again is not in it
+    assert names == {"loss/task/ce", "loss/lwf/distill", LEARNING_RATE}  # what is not the same again is not in it
 
 
 @pytest.mark.parametrize("looks", [POINTS, POINTS + 1, 2 * POINTS + 5])

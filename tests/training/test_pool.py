@@ -14,9 +14,9 @@ from clframe.data.lazy import DatasetSamples
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Source
 from clframe.errors import ComposeError, ConfigError, UnsupportedError
-from clframe.functional.seeding import epoch_order
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
+from clframe.seeding import epoch_order
 from strategies import ER
 
 import_avalanche()
@@ -110,9 +110,9 @@ def test_the_memory_keeps_new_samples_of_the_experience_alone():
 
 
 def test_only_the_way_of_replay_acts():
-    assert ER(replay="concatenate").acts_at() == ("init", "pool", "advance")
-    assert ER(replay="half").acts_at() == ("init", "pool", "batch", "advance")
-    assert ER(replay="fixed").acts_at() == ER().acts_at() == ("init", "batch", "advance")
+    assert ER(replay="concatenate").acts_at() == ("init_state", "training_set", "after_experience")
+    assert ER(replay="half").acts_at() == ("init_state", "training_set", "make_batch", "after_experience")
+    assert ER(replay="fixed").acts_at() == ER().acts_at() == ("init_state", "make_batch", "after_experience")
 
 
 def test_a_pool_weighs_all_samples_alike():
@@ -125,10 +125,10 @@ def test_pool_belongs_to_the_slot_batch():
     class Pooling(Component):
         name = "pooling"
 
-        def pool(self, samples, size, state):
+        def training_set(self, samples, size, state):
             return samples, size
 
-    with pytest.raises(ComposeError, match=r"^component 'pooling': overrides pool\(\) without owning the slot 'batch'"):
+    with pytest.raises(ComposeError, match=r"^component 'pooling': overrides training_set\(\) without owning the slot 'batch'"):
         compose(Pooling())
 
 

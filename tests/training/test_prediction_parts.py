@@ -10,12 +10,12 @@ import torch
 from clframe.accounting import MacCounter
 from clframe.core import parse
 from clframe.data.avalanche import import_avalanche
+from clframe.exits import ExitPolicy, select
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp
-from clframe.nn.exits import ExitPolicy, select
-from clframe.nn.exits.dynamic import DynamicNetwork
 from clframe.training.learner import Learner
-from clframe.training.prediction_parts import policy_of, prediction_cost, stops_B
+from clframe.training.prediction_cost import policy_of, prediction_cost, stops_B
 
 import_avalanche()
 
@@ -93,7 +93,7 @@ def test_without_a_policy_all_parts_are_what_an_evaluation_runs(strategy: str) -
     x = samples(1)
     cost = prediction_cost(made, x)
     with torch.no_grad(), MacCounter() as counter:
-        made.decide(made.answers(made.network.eval()(x, taps=made.taps)))
+        made.predict(made.adjust_logits(made.network.eval()(x, taps=made.taps)))
     assert sum(part.macs for part in cost.parts) == cost.cost_K[-1] == counter.macs
 
 

@@ -12,19 +12,19 @@ import torch
 
 import clframe
 from clframe.data.avalanche import import_avalanche
-from clframe.data.benchmark import Source, class_incremental
-from clframe.data.domains import permuted
-from clframe.data.online import blurry, online
+from clframe.data.benchmark import class_incremental
 from clframe.data.samples import TensorSamples, concatenate
+from clframe.data.source import Source
+from clframe.data.streams import blurry, online, permuted
 from clframe.errors import ConfigError
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
 
 import_avalanche()
 
+from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
-from clframe.training.scoring import Scores
 from clframe.training.strategy import LightningStrategy
 
 SMALL = ["backbone=mlp", "backbone.width=16", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[csv]"]
@@ -53,14 +53,14 @@ def train(strategy, benchmark, experience):
 def record(monkeypatch, strategy):
     """What the learner is told, and what each step trains on."""
     learner, told, steps = strategy.learner, [], []
-    begin, begin_epoch, end = learner.begin, learner.begin_epoch, learner.end
+    begin, before_epoch, end = learner.begin, learner.before_epoch, learner.end
 
     def on_begin(experience, *, classes, epochs):
         told.append(("begin", experience.index, experience.count, experience.classes, epochs, experience.samples))
         begin(experience, classes=classes, epochs=epochs)
 
     monkeypatch.setattr(learner, "begin", on_begin)
-    monkeypatch.setattr(learner, "begin_epoch", lambda epoch: (told.append(("epoch", epoch)), begin_epoch(epoch)))
+    monkeypatch.setattr(learner, "before_epoch", lambda epoch: (told.append(("epoch", epoch)), before_epoch(epoch)))
     monkeypatch.setattr(learner, "end", lambda: (told.append(("end",)), end()))
     strategy.on_step = lambda s: steps.append((s.mb_x.clone(), s.mb_y.clone()))
     return told, steps

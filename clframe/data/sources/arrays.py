@@ -14,9 +14,16 @@ from torch import Tensor
 
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources.in_memory import MEMORY_GB, fits
-from clframe.data.sources.labels import checked_labels, relabel, split_off_test, warn_of_duplicates
-from clframe.data.sources.normalization import UNCHANGED, Normalization, measured
+from clframe.data.sources.image_files import MEMORY_GB, fits
+from clframe.data.sources.labels import (
+    UNCHANGED,
+    Normalization,
+    checked_labels,
+    measured,
+    relabel,
+    split_off_test,
+    warn_of_duplicates,
+)
 from clframe.data.sources.paths import given_path
 from clframe.errors import ConfigError, DataError
 

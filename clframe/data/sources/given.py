@@ -16,10 +16,17 @@ from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import seeded
 from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.source import Data, Source
-from clframe.data.sources.image_files import as_pixels, channels_of
-from clframe.data.sources.in_memory import MEMORY_GB, fits
-from clframe.data.sources.labels import Labels, checked_labels, relabel, warn_of_duplicates
-from clframe.data.sources.normalization import UNCHANGED, Normalization, evenly_spaced, measured
+from clframe.data.sources.image_files import MEMORY_GB, as_pixels, channels_of, fits
+from clframe.data.sources.labels import (
+    UNCHANGED,
+    Labels,
+    Normalization,
+    checked_labels,
+    evenly_spaced,
+    measured,
+    relabel,
+    warn_of_duplicates,
+)
 from clframe.errors import DataError
 
 logger = logging.getLogger("clframe.data")

@@ -8,11 +8,9 @@ from typing import Literal
 import torch
 
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources.download import Published, provide
-from clframe.data.sources.image_files import ImageFiles
-from clframe.data.sources.in_memory import MEMORY_GB, image_source, joined_parts
-from clframe.data.sources.normalization import PUBLISHED
-from clframe.data.sources.paths import images_below, subfolders, text_of
+from clframe.data.sources.image_files import MEMORY_GB, ImageFiles, image_source, joined_parts
+from clframe.data.sources.labels import PUBLISHED
+from clframe.data.sources.paths import Published, images_below, provide, subfolders, text_of
 from clframe.errors import DataError
 
 TINY_IMAGENET = Published(

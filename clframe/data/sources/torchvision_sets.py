@@ -17,8 +17,8 @@ from torch import Tensor
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
-from clframe.data.sources.download import Published, provide
-from clframe.data.sources.normalization import PUBLISHED, measured
+from clframe.data.sources.labels import PUBLISHED, measured
+from clframe.data.sources.paths import Published, provide
 from clframe.errors import DataError
 
 _DIGITS = tuple("0123456789")

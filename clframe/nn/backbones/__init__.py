@@ -14,17 +14,21 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 
 from clframe.nn.backbones.base import Backbone
-from clframe.nn.backbones.convnext import convnext_tiny
-from clframe.nn.backbones.efficientnet import efficientnet_b0, efficientnet_v2_s
+from clframe.nn.backbones.cifar_resnets import resnet20, resnet32, wide_resnet, wrn16_2
 from clframe.nn.backbones.from_timm import timm
 from clframe.nn.backbones.from_transformers import bert, hf_text, hf_vit
-from clframe.nn.backbones.imagenet_resnet import resnet18, resnet34, resnet50
-from clframe.nn.backbones.resnet import resnet20, resnet32
-from clframe.nn.backbones.small import mlp, small_cnn
-from clframe.nn.backbones.swin import swin_t, swin_v2_s
-from clframe.nn.backbones.vgg import vgg11, vgg13, vgg16, vgg19
+from clframe.nn.backbones.plain import mlp, small_cnn, vgg11, vgg13, vgg16, vgg19
+from clframe.nn.backbones.torchvision_nets import (
+    convnext_tiny,
+    efficientnet_b0,
+    efficientnet_v2_s,
+    resnet18,
+    resnet34,
+    resnet50,
+    swin_t,
+    swin_v2_s,
+)
 from clframe.nn.backbones.vit import vit_b_16, vit_tiny
-from clframe.nn.backbones.wide_resnet import wide_resnet, wrn16_2
 from clframe.registry import Registry
 
 

@@ -17,10 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, nearest
-from clframe.nn.backbones.base import Backbone, require_image
-from clframe.nn.backbones.extras import needed
-from clframe.nn.backbones.pretrained import ChannelsFirst
-from clframe.nn.backbones.taps import same_function, shaped
+from clframe.nn.backbones.base import Backbone, require_image, same_function, shaped
+from clframe.nn.backbones.pretrained import ChannelsFirst, needed
 
 
 def timm(input_shape: tuple[int, int, int], *, model: str, pretrained: bool = False) -> Backbone:

@@ -1,16 +1,31 @@
-"""Models of torchvision by name, with its published weights or random ones, for any number of channels.
-
-torchvision is imported where a model is built: listing backbones stays fast.
-"""
+"""Packages that only some backbones need, imported when one of those is built."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from clframe.errors import ConfigError, DataError, UnknownNameError, unknown_name
+from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, unknown_name
+
+
+def needed(package: str, *, where: str) -> Any:
+    """The module ``package``, which the extra of the same name installs.
+
+    Raises:
+        UnsupportedError: It is not installed, or something that it needs itself is missing.
+
+    >>> needed("no_such_package", where="mine")
+    Traceback (most recent call last):
+    clframe.errors.UnsupportedError: mine: found no package no_such_package; pip install clframe[no_such_package]
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        found = f"no package {package}" if error.name == package else f"a broken {package} ({error})"
+        raise UnsupportedError(f"{where}: found {found}; pip install clframe[{package}]") from error
 
 
 def torchvision_model(name: str, *, weights: str | None, channels: int) -> Any:

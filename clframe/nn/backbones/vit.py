@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, require_at_least, require_image
+from clframe.nn.backbones.base import Backbone, require_at_least, require_image, shaped
 from clframe.nn.backbones.pretrained import for_channels, published_state
-from clframe.nn.backbones.taps import shaped
 
 
 def vit_tiny(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clframe.core import Component, Moment, State, Step
+from clframe.core import Component, State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.nn import Network
 
@@ -36,7 +36,7 @@ class Anchor(Component):
                 f"components.anchor.strength: found {self.strength}; give a number of at least 0"
             )
 
-    def init(self, network: Network) -> State:
+    def init_state(self, network: Network) -> State:
         """Nothing holds the first experience."""
         return {"old": None}
 
@@ -48,6 +48,6 @@ class Anchor(Component):
         squares = [(p - old).square().sum() for p, old in zip(live, state["old"], strict=True)]
         return {"distance": self.strength / 2 * torch.stack(squares).sum()}
 
-    def advance(self, network: Network, moment: Moment, state: State) -> State:
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Remember the weights as they are now."""
         return {"old": [p.detach().clone() for p in network.backbone.parameters()]}

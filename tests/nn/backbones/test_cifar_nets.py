@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clframe.errors import ConfigError
 from clframe.nn.backbones import vgg11, vgg13, vgg16, vgg19, wide_resnet, wrn16_2
-from clframe.nn.backbones.wide_resnet import PreactivationBlock
+from clframe.nn.backbones.cifar_resnets import PreactivationBlock
 
 
 def parameters(module):

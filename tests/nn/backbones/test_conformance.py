@@ -12,9 +12,9 @@ import torch
 
 from clframe.config.files import known_configs
 from clframe.config.load import load_config
-from clframe.core.options import check_options, missing_options
 from clframe.nn import BACKBONES
 from clframe.nn.backbones.base import tap_of
+from clframe.options import check_options, missing_options
 
 OPTIONS = {
     "bert": {"vocabulary": 50, "width": 16, "dropout": 0.0},
@@ -153,7 +153,7 @@ def test_every_backbone_has_a_config_that_gives_all_it_needs(name):
 
 def test_listing_backbones_imports_none_of_their_libraries():
     code = (
-        "import sys; from clframe.nn import BACKBONES; from clframe.core.options import option_types\n"
+        "import sys; from clframe.nn import BACKBONES; from clframe.options import option_types\n"
         "[option_types(entry) for _, entry in BACKBONES.items()]\n"
         "print(*sorted({'torchvision', 'timm', 'transformers'} & set(sys.modules)))"
     )

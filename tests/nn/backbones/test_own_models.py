@@ -11,8 +11,7 @@ from torch import nn
 
 from clframe.errors import ConfigError
 from clframe.nn import Backbone, Network
-from clframe.nn.backbones.base import tap_of
-from clframe.nn.backbones.taps import shaped
+from clframe.nn.backbones.base import shaped, tap_of
 
 
 def layers():

@@ -21,10 +21,7 @@ from torchvision.models.swin_transformer import (
 
 from clframe.errors import ConfigError, DataError, UnknownNameError
 from clframe.nn.backbones import Backbone, convnext_tiny, resnet18, resnet50, swin_t, vit_b_16, vit_tiny
-from clframe.nn.backbones.convnext import convnext_stages
-from clframe.nn.backbones.efficientnet import efficientnet_stages
-from clframe.nn.backbones.imagenet_resnet import resnet_stages
-from clframe.nn.backbones.swin import swin_stages
+from clframe.nn.backbones.torchvision_nets import convnext_stages, efficientnet_stages, resnet_stages, swin_stages
 from clframe.nn.backbones.vit import vit_stages
 
 

@@ -1,0 +1,188 @@
+"""Operators that count nothing by convention, by family; whatever is in none of them and has no formula is a gap."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from clframe.accounting.mac_formulas import elementwise_formulas, product_formulas
+
+NAMES: Final = {
+    "normalization": "linalg_vector_norm norm renorm",
+    "reduction": "sum mean var std var_mean std_mean amax amin aminmax max min prod any all argmax argmin "
+    "logsumexp cumsum cumprod logcumsumexp cummax cummin trace count_nonzero bincount histc median "
+    "nanmedian mode kthvalue topk sort argsort equal isin searchsorted bucketize",
+    "data movement": "clone cat stack gather take put select slice masked_fill squeeze unsqueeze t transpose swapaxes "
+    "roll flip rot90 repeat repeat_interleave embedding embedding_dense masked_select nonzero tril "
+    "triu diag diag_embed diagonal unfold im2col col2im where resize set local_scalar_dense item "
+    "split split_with_sizes chunk pixel_shuffle pixel_unshuffle unsafe_view unsafe_split alias "
+    "reshape_alias mkldnn_reshape to_mkldnn to_dense one_hot assert_async assert_scalar "
+    "linalg_check_errors assert_tensor_metadata pin_memory pack_padded_sequence pad_packed_sequence "
+    "native_channel_shuffle channel_shuffle reshape view lift is_pinned",
+    "creation": "empty empty_strided new_empty new_empty_strided zeros ones full arange linspace logspace eye "
+    "rand randn randint randperm normal uniform bernoulli multinomial exponential scalar_tensor zero "
+    "fill zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
+    "new_ones new_full random poisson log_normal geometric cauchy efficientzerotensor "
+    "cudnn_init_dropout_state",
+    "loss": "nll_loss nll_loss2d mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy",
+}
+"""Operators by family, without what decorates their names."""
+
+PARTS: Final = {
+    "cell": "activation", "softmax": "activation", "glu": "activation", "dropout": "activation", "relu": "activation",
+    "batch_norm": "normalization", "layer_norm": "normalization", "group_norm": "normalization",
+    "rms_norm": "normalization", "weight_norm": "normalization", "embedding_renorm": "normalization",
+    "pool": "pooling", "margin_loss": "loss", "ctc_loss": "loss", "binary_cross_entropy": "loss",
+    "foreach": "update", "fused_sgd": "update", "fused_adam": "update", "fused_adagrad": "update", "amp": "update",
+    "upsample": "interpolation", "grid_sampler": "interpolation", "affine_grid": "interpolation",
+    "index": "data movement", "scatter": "data movement", "pad": "data movement", "copy": "data movement",
+    "reflection_pad": "data movement", "replication_pad": "data movement", "unique": "reduction",
+}  # fmt: skip
+"""Whole parts of names, such as the ``pool`` of ``max_pool2d``, that place an operator in a family."""
+
+_DECORATIONS: Final = ("_backward", "_forward", "_data")
+_FAMILY_OF: Final = {name: family for family, names in NAMES.items() for name in names.split()}
+
+
+def family_of(operator: Any) -> str | None:
+    """The family in which an operator (an overload, such as ``aten.relu.default``) counts nothing; None: in none.
+
+    >>> family_of(torch.ops.aten.max_pool2d_with_indices.default)
+    'pooling'
+    >>> family_of(torch.ops.aten.linalg_inv_ex.default) is None
+    True
+    """
+    if operator.namespace == "profiler":
+        return "bookkeeping"
+    if operator.namespace not in ("aten", "prim", "prims"):
+        return None
+    if operator.is_view:
+        return "data movement"
+    name = str(operator.overloadpacket.__name__).strip("_")
+    for decoration in _DECORATIONS:
+        name = name.replace(decoration, "")
+    if name in _FAMILY_OF:
+        return _FAMILY_OF[name]
+    if torch.Tag.pointwise in operator.tags:
+        return "element-wise"
+    return next((family for part, family in PARTS.items() if f"_{part}" in f"_{name}"), None)
+
+
+Convention = Literal["macs", "fvcore"]
+"""What is counted: multiply-adds alone, or what published figures hold besides."""
+
+
+class MacCounter:
+    """A context in which every operator is counted.
+
+    Args:
+        convention: What is counted.
+        modules: Whether to keep counts by module; gradients of what runs then carry hooks.
+
+    >>> with MacCounter() as counter:
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+    >>> counter.macs
+    30
+    """
+
+    def __init__(self, *, convention: Convention = "macs", modules: bool = False) -> None:
+        formulas = product_formulas() | (elementwise_formulas() if convention == "fvcore" else {})
+        self._flops = _torch_counter(formulas)
+        if not modules:
+            self._flops.mod_tracker = _Whole()
+        self._seen: Any = _Seen()
+        self._fast_path = True
+
+    def __enter__(self) -> MacCounter:
+        # The fused layers of nn.MultiheadAttention in eval mode are single operators that no formula covers.
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._seen.__enter__()
+        self._flops.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._flops.__exit__(kind, error, trace)
+            self._seen.__exit__(kind, error, trace)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(self._fast_path)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds so far."""
+        return int(self._flops.get_total_flops()) // 2
+
+    def by_module(self) -> dict[str, int]:
+        """Multiply-adds so far by the full name of each module called, its class first, parts included.
+
+        Empty without ``modules``.
+        """
+        return {
+            name: sum(counts.values()) // 2
+            for name, counts in self._flops.get_flop_counts().items()
+            if name != "Global"
+        }
+
+    def uncounted(self) -> dict[str, int]:
+        """Calls of operators that neither a formula nor a convention covers, by name."""
+        return self._sorted(None)
+
+    def by_convention(self) -> dict[str, dict[str, int]]:
+        """Calls of operators that count nothing by convention, by family and name."""
+        families = sorted({family for operator in self._seen.calls if (family := self._family(operator)) is not None})
+        return {family: self._sorted(family) for family in families if family}
+
+    def _sorted(self, family: str | None) -> dict[str, int]:
+        calls: Counter[str] = Counter()
+        for operator, count in self._seen.calls.items():
+            if self._family(operator) == family:
+                calls[str(getattr(operator, "overloadpacket", operator))] += count
+        return dict(sorted(calls.items()))
+
+    def _family(self, operator: Any) -> str | None:
+        """Empty where a formula counts it."""
+        if getattr(operator, "overloadpacket", operator) in self._formulas:
+            return ""
+        return family_of(operator) if isinstance(operator, torch._ops.OpOverload) else None
+
+    @property
+    def _formulas(self) -> Mapping[Any, Any]:
+        formulas: Mapping[Any, Any] = self._flops.flop_registry
+        return formulas
+
+
+def _torch_counter(formulas: Mapping[Any, Any]) -> Any:
+    return FlopCounterMode(display=False, custom_mapping=dict(formulas))
+
+
+class _Whole:
+    """Stands for torch's tracker of modules where nobody asks which module runs."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Seen(TorchDispatchMode):
+    """Counts the calls of every operator that comes through the counter above it, after decomposition."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has not typed it
+        self.calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,125 @@
+"""Written characters: the digits bundled with scikit-learn, and Omniglot."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from clframe.data.samples import TensorSamples
+from clframe.data.source import SOURCES, Source
+from clframe.data.sources.arrays import array_source
+from clframe.data.sources.image_files import opened
+from clframe.data.sources.labels import measured, split_off_test
+from clframe.data.sources.paths import Published, class_folders, provide, subfolders
+from clframe.errors import ConfigError, DataError
+
+
+@SOURCES.register("digits")
+def digits(*, test_fraction: float = 0.25) -> Source:
+    """1,797 grey 8x8 digits of scikit-learn, 10 classes; a fixed, class-balanced test split.
+
+    Values 0..16 are kept as bytes; mean 4.88 and deviation 6.02 are those of the whole set. The split is
+    the same for every seed. Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (1998).
+
+    Args:
+        test_fraction: Share of each class kept for testing.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
+    y = torch.from_numpy(bunch.target).long()
+    train, test = split_off_test(y, fraction=test_fraction, name="digits")
+    samples = TensorSamples(x, y, mean=(4.884,), std=(6.017,))
+    return Source(
+        "digits",
+        samples.subset(train),
+        samples.subset(test),
+        classes=10,
+    )
+
+
+_PARTS = ("images_background", "images_evaluation")
+
+
+@SOURCES.register("omniglot")
+def omniglot(*, test_fraction: float = 0.25, size: int = 28, data_dir: str = "data", download: bool = True) -> Source:
+    """Characters of 50 alphabets as ink on black, 1,623 classes of 20 grey images. Lake et al. (2015).
+
+    Both parts of the set make one: background alphabets first, then the evaluation ones, each sorted.
+    Images of 105x105 are averaged down over boxes. Mean and deviation are measured on the training part.
+
+    Args:
+        test_fraction: Share of each character to test on: 5 of the 20; the same for every seed.
+        size: Side in pixels.
+        data_dir: Folder of ``omniglot-py``, or of ``omniglot.npz`` with the images as arrays ``x`` and ``y``.
+        download: Fetch what is missing, through torchvision.
+    """
+    from torchvision.datasets import Omniglot
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    if not 1 <= size <= 105:
+        raise ConfigError(f"benchmark.size: found {size}; give 1 to 105 pixels")
+    root = Path(data_dir).expanduser()
+    wanted = [f"{Omniglot.folder}/{part}" for part in _PARTS]
+    if (root / "omniglot.npz").is_file() and not all((root / name).exists() for name in wanted):
+        source = array_source(
+            "omniglot",
+            root / "omniglot.npz",
+            test_fraction=test_fraction,
+            memory_gb=math.inf,
+            duplicates=False,
+        )
+        if source.input_shape != (1, size, size):
+            raise DataError(
+                f"{root / 'omniglot.npz'}: images of {source.input_shape[1]} pixels; "
+                f"set benchmark.size={source.input_shape[1]}"
+            )
+        return source
+    published = [
+        Published(f"{name}.zip", f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part])
+        for name, part in zip(wanted, _PARTS, strict=True)
+    ]
+
+    def fetch(folder: str) -> None:
+        # Omniglot itself takes an archive that is there for one that is unpacked.
+        for p in published:
+            place, name = os.path.split(os.path.join(folder, p.file))
+            download_and_extract_archive(p.url, place, filename=name, md5=p.md5)
+
+    provide("Omniglot", root, wanted=wanted, published=published, download=download, fetch=fetch)
+    x, y, class_names = _drawings([root / name for name in wanted], size)
+    train, test = split_off_test(y, fraction=test_fraction, name="npz", where=str(root), class_names=class_names)
+    mean, std = measured(x[train])
+    samples = TensorSamples(x, y, mean, std)
+    return Source(
+        "omniglot",
+        samples.subset(train),
+        samples.subset(test),
+        classes=len(class_names),
+        class_names=class_names,
+    )
+
+
+def _drawings(parts: list[Path], size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    characters = {
+        f"{alphabet}/{character}": paths
+        for part in parts
+        for alphabet in subfolders(part)
+        for character, paths in class_folders(part / alphabet).items()
+    }
+    paths = [path for drawings in characters.values() for path in drawings]
+    y = torch.tensor([c for c, drawings in enumerate(characters.values()) for _ in drawings])
+    return torch.stack([_ink(path, size) for path in paths]), y, tuple(characters)
+
+
+def _ink(path: str, size: int) -> Tensor:
+    with opened(path) as image:
+        ink = ImageOps.invert(image.convert("L")).resize((size, size), Image.Resampling.BOX)
+        return torch.from_numpy(np.array(ink)).unsqueeze(0)

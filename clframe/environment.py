@@ -1,0 +1,43 @@
+"""The environment of a run: versions of packages, git revision, machine and command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("clframe", "torch", "lightning", "avalanche-lib", "torchvision", "omegaconf", "numpy")
+"""Packages whose versions a run records."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Where a run ran: versions, git revision of the working directory, machine, command."""
+    return {
+        "versions": versions(),
+        "git_revision": _git_revision(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,263 @@
+"""Tables and figures of a conversion."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import nan
+from typing import Any
+
+from clframe.plotting.style import INK, MUTED, Picture, label, legend, look, percent
+
+WIDTH = 100
+
+
+def summary(tree: Mapping[str, Any]) -> str:
+    """What the terminal shows: layers, steps, points, time. ``tree`` is the content of moefy.json."""
+    parts = [_heading(tree), _steps(tree), _layers(tree), _aligned(*points_table(tree)), *_exits(tree)]
+    parts += [f"note: {note}" for note in tree["notes"]]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(tree: Mapping[str, Any]) -> str:
+    """The same tables in Markdown, and the whole curve."""
+    blocks = [f"# {_heading(tree)}", _steps(tree)]
+    for title, (heading, rows) in (
+        ("Accuracy within a budget, the setting chosen on validation data", points_table(tree)),
+        ("The curve on test data", curve_table(tree)),
+        ("Layers", layers_table(tree)),
+        ("Experts and early exits together", exits_table(tree)),
+    ):
+        if rows:
+            lines = ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows)]
+            blocks.append(f"## {title}\n\n" + "\n".join(lines))
+    blocks += [f"Note: {note}." for note in tree["notes"]]
+    return "\n\n".join(blocks) + "\n"
+
+
+def curve_csv(tree: Mapping[str, Any]) -> str:
+    """Every setting on validation and test data, with the experts per token of each layer."""
+    file, name = io.StringIO(), setting_name(tree)
+    columns = ["accuracy", "ffn_share", "share"]
+    writer = csv.writer(file, lineterminator="\n")
+    layers = [layer["name"] for layer in tree["layers"]]
+    writer.writerow([name, *(f"{part}_{c}" for part in ("validation", "test") for c in columns), *layers])
+    for row in tree["curve"]:
+        numbers = [row[part][column] for part in ("validation", "test") for column in columns]
+        writer.writerow([row[name], *numbers, *row["test"]["experts"]])
+    return file.getvalue()
+
+
+def setting_name(tree: Mapping[str, Any]) -> str:
+    """``tau`` or ``k``."""
+    return "k" if "k" in tree["setting"] else "tau"
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def points_table(tree: Mapping[str, Any]) -> Table:
+    """Budgets, what they came to on test data, and the time of the same setting."""
+    name = setting_name(tree)
+    dense = tree["accuracy"]["dense"]
+    heading = ["cost of", "budget", name, "accuracy", "to dense", "FFNs", "model", "batch 1", "batch"]
+    rows = []
+    for point in tree["points"]:
+        scope = {"ffn": "FFNs", "model": "model"}[point["scope"]]
+        if point["test"] is None:
+            cheapest = f"cheapest is {_percent(point['cheapest'])}"
+            rows.append([scope, _percent(point["budget"], 0), "-", cheapest, *["-"] * 5])
+            continue
+        test = point["test"]
+        times = {one["batch"] > 1: one for one in tree["times"] if one[name] == point[name]}
+        speed = [f"{times[large]['speedup']:.2f}x" if large in times else "-" for large in (False, True)]
+        rows.append([
+            scope, _percent(point["budget"], 0), f"{point[name]:.4g}", _percent(test["accuracy"]),
+            f"{100 * (test['accuracy'] - dense):+.1f}", _percent(test["ffn_share"]), _percent(test["share"]), *speed,
+        ])  # fmt: skip
+    return heading, rows
+
+
+def curve_table(tree: Mapping[str, Any]) -> Table:
+    """Every setting on test data."""
+    name = setting_name(tree)
+    rows = [
+        [f"{row[name]:.4g}", _percent(row["test"]["accuracy"]), _percent(row["test"]["ffn_share"]),
+         _percent(row["test"]["share"])]
+        for row in tree["curve"]
+    ]  # fmt: skip
+    return [name, "accuracy", "FFNs", "model"], rows
+
+
+def layers_table(tree: Mapping[str, Any]) -> Table:
+    """Sizes, and the router's part of the cost."""
+    used = tree["experts_per_token"]["by_layer"]
+    rows = [
+        [layer["name"], f"{layer['inputs']} -> {layer['neurons']} -> {layer['outputs']}",
+         f"{layer['experts']} x {layer['expert_size']}", _percent(layer["router_share"]),
+         "-" if mean is None else f"{mean:.1f}"]
+        for layer, mean in zip(tree["layers"], used, strict=True)
+    ]  # fmt: skip
+    return ["layer", "network", "experts", "router's cost", "experts a token"], rows
+
+
+def exits_table(tree: Mapping[str, Any]) -> Table:
+    """Within each budget of the model's cost: experts alone, exits alone, both."""
+    if tree["exits"] is None:
+        return [], []
+    ways = list(tree["exits"]["curves"])
+    rows = [
+        [_percent(point["budget"], 0), *("-" if point[way] is None else
+         f"{_percent(point[way]['accuracy'])} at {_percent(point[way]['share'])}" for way in ways)]
+        for point in tree["exits"]["points"]
+    ]  # fmt: skip
+    return ["budget of the model", *ways], rows
+
+
+def _heading(tree: Mapping[str, Any]) -> str:
+    options, samples = tree["options"], tree["samples"]
+    on = f", on {options['on']}" if options["on"] else ""
+    return (
+        f"{options['method']}: {tree['target']['name']}{on} ({samples['fit']} samples to train on, "
+        f"{samples['validation']} to choose by, {samples['test']} to measure on)"
+    )
+
+
+def _steps(tree: Mapping[str, Any]) -> str:
+    steps = ", ".join(f"{name} {_percent(value)}" for name, value in tree["accuracy"].items())
+    lines = [f"accuracy on test data: {steps}"]
+    lines.append(
+        f"networks that became experts: {_percent(tree['ffn_macs'] / tree['dense_macs'])} of "
+        f"{tree['dense_macs']:,.0f} MACs a sample; their routers add {_percent(tree['router_share'])} of theirs"
+    )
+    return "\n".join(lines)
+
+
+def _layers(tree: Mapping[str, Any]) -> str:
+    heading, rows = layers_table(tree)
+    if len(rows) > 12:
+        rows = [*rows[:6], ["..."] * len(heading), *rows[-5:]]
+    return _aligned(heading, rows)
+
+
+def _exits(tree: Mapping[str, Any]) -> list[str]:
+    heading, rows = exits_table(tree)
+    return [_aligned(heading, rows)] if rows else []
+
+
+def _aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [heading, *rows]
+    widths = [max(len(row[at]) for row in table) for at in range(len(heading))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([lines[0], "-" * min(WIDTH, max(map(len, lines))), *lines[1:]])
+
+
+def _percent(value: float, decimals: int = 1) -> str:
+    return f"{100 * value:.{decimals}f} %"
+
+
+SHARE = "cost in % of the dense model's"
+
+
+def pictures(tree: Mapping[str, Any]) -> Iterator[Picture]:
+    """Accuracy against cost, experts per token by layer, class and experience, and the routers' cost."""
+    text = "Accuracy against cost as the gate's setting moves, on test data."
+    yield Picture("accuracy_cost", text, partial(_curve, tree))
+    yield Picture("experts_by_layer", "Experts a token runs, by layer, at each setting.", partial(_by_layer, tree))
+    text = "The router's cost in % of its dense network's."
+    yield Picture("router_share", text, partial(_routers, tree), _tall(tree))
+    used = tree["experts_per_token"]
+    layers = [_short(name) for name in used["layers"]]
+    if used["by_class"]:
+        draw = partial(_heat, used["by_class"], [str(c) for c in used["classes"]], layers, "class")
+        yield Picture("experts_by_class", "Experts a token runs, by class and layer.", draw, 3.6)
+    if used["by_experience"]:
+        names = [str(e) for e in range(len(used["by_experience"]))]
+        draw = partial(_heat, used["by_experience"], names, layers, "experience")
+        yield Picture("experts_by_experience", "Experts a token runs, by experience and layer.", draw)
+    if tree["exits"] is not None:
+        yield Picture("experts_and_exits", "Experts, early exits, and both: test data, chosen on validation.",
+                      partial(_draw_exits, tree))  # fmt: skip
+
+
+def _curve(tree: Mapping[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    for n, (key, name) in enumerate((("ffn_share", "of the networks"), ("share", "of the model"))):
+        costs = [row["test"][key] for row in tree["curve"]]
+        scores = [row["test"]["accuracy"] for row in tree["curve"]]
+        axes.plot(costs, scores, label=f"cost {name}", **look(n))
+    axes.axhline(tree["accuracy"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
+    _costs(axes)
+    legend(figure, axes)
+
+
+def _draw_exits(tree: Mapping[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    for n, (way, stops) in enumerate(tree["exits"]["curves"].items()):
+        axes.plot([stop["share"] for stop in stops], [stop["accuracy"] for stop in stops], label=way, **look(n))
+    axes.axhline(tree["accuracy"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
+    _costs(axes)
+    legend(figure, axes)
+
+
+def _by_layer(tree: Mapping[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    name = "k" if "k" in tree["setting"] else "tau"
+    curve = tree["curve"]
+    few = [curve[at] for at in sorted({round(step * (len(curve) - 1) / 4) for step in range(5)})]
+    numbers = range(1, len(tree["layers"]) + 1)
+    for n, row in enumerate(few):
+        experts = [nan if each is None else each for each in row["test"]["experts"]]
+        axes.plot(numbers, experts, label=f"{name} {row[name]:.3g}", **look(n))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("experts per token")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend(figure, axes)
+
+
+def _routers(tree: Mapping[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    layers = tree["layers"]
+    shares = [layer["router_share"] for layer in layers]
+    axes.barh(range(len(layers)), shares, color=look(0)["color"])
+    axes.set_yticks(range(len(layers)), [_short(layer["name"]) for layer in layers], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("router's MACs in % of the dense network's")
+    percent(axes.xaxis)
+
+
+def _heat(
+    values: Sequence[Sequence[float | None]], names: Sequence[str], layers: Sequence[str], what: str, figure: Any
+) -> None:
+    axes = figure.subplots()
+    grid = [[nan if value is None else value for value in row] for row in values]
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.grid(False)
+    every = max(1, -(-len(names) // 12))
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    step = max(1, -(-len(layers) // 12))
+    axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=40, ha="right", fontsize=7)
+    axes.set_ylabel(what)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("experts per token", color=INK)
+
+
+def _costs(axes: Any) -> None:
+    axes.set_xlabel(SHARE)
+    axes.set_ylabel("accuracy in %")
+    axes.set_xlim(left=0)
+    percent(axes.xaxis)
+    percent(axes.yaxis)
+
+
+def _tall(tree: Mapping[str, Any]) -> float:
+    return max(2.4, 0.9 + 0.16 * len(tree["layers"]))
+
+
+def _short(name: str) -> str:
+    """The end of a layer's name."""
+    parts = [part for part in name.split(".") if part not in ("backbone", "stages", "embed", "encoder", "layer")]
+    return label(".".join(parts[-3:]), most=24)

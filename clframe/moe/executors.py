@@ -1,0 +1,307 @@
+"""Executors of experts in plain torch, and the weights that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from clframe.moe.routing import pairs_by_expert
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Cut(NamedTuple):
+    """Views of each expert's weights: up_HD, its bias, gate_HD, its bias, down_OH."""
+
+    ups: Sequence[Tensor]
+    up_biases: Sequence[Tensor] | None
+    gates: Sequence[Tensor] | None
+    gate_biases: Sequence[Tensor] | None
+    downs: Sequence[Tensor]
+
+
+class Weights(NamedTuple):
+    """The weights of all experts of a layer.
+
+    Attributes:
+        up_EHD: Rows of the input weights.
+        down_EHO: Columns of the output weights, transposed.
+        activation: Of the input, or of the gate.
+        up_bias_EH: Bias of the input weights.
+        gate_EHD: Rows of the gate, in a gated network.
+        gate_bias_EH: Bias of the gate.
+        bias_O: Added once, whichever experts run.
+        cut: The same, cut up by expert beforehand; detached, for use without gradients.
+    """
+
+    up_EHD: Tensor
+    down_EHO: Tensor
+    activation: Activation
+    up_bias_EH: Tensor | None = None
+    gate_EHD: Tensor | None = None
+    gate_bias_EH: Tensor | None = None
+    bias_O: Tensor | None = None
+    cut: Cut | None = None
+
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """All tensors, in the order of :data:`PARTS`."""
+        return tuple(getattr(self, name) for name in PARTS)
+
+    def views(self) -> Cut:
+        """Cut up by expert, so that gradients pass where they are wanted."""
+        return self.cut if self.cut is not None and not torch.is_grad_enabled() else cut(self)
+
+    def merged(self, many: int) -> Weights:
+        """The same with ``many`` neighboring experts as one; views."""
+
+        def joined(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.unflatten(0, (-1, many)).flatten(1, 2)
+
+        up, down, up_bias, gate, gate_bias, bias_O = self.parts()
+        parts = (joined(up), joined(down), joined(up_bias), joined(gate), joined(gate_bias), bias_O)
+        return Weights(activation=self.activation, **dict(zip(PARTS, parts, strict=True)))  # type: ignore[arg-type]
+
+    def start(self, x_ND: Tensor) -> Tensor:
+        """A fresh y_NO that holds the bias."""
+        outputs = self.down_EHO.shape[2]
+        if self.bias_O is None:
+            return x_ND.new_zeros(len(x_ND), outputs)
+        return self.bias_O.repeat(len(x_ND), 1)
+
+
+PARTS = ("up_EHD", "down_EHO", "up_bias_EH", "gate_EHD", "gate_bias_EH", "bias_O")
+
+Executor = Callable[[Weights, Tensor, Tensor, "Tensor | None"], Tensor]
+"""y_NO of the weights, x_ND, keep_NE (what runs) and weight_NE (what outputs are multiplied by; None: 1)."""
+
+
+def inputs_of(weights: Weights) -> tuple[Tensor | None, ...]:
+    """up_EHD, its bias, gate_EHD and its bias."""
+    return weights.up_EHD, weights.up_bias_EH, weights.gate_EHD, weights.gate_bias_EH
+
+
+def hidden_of(
+    weights: Weights,
+    x_ND: Tensor,
+    up_HD: Tensor | None,
+    up_bias_H: Tensor | None,
+    gate_HD: Tensor | None,
+    gate_bias_H: Tensor | None,
+) -> Tensor:
+    """hidden_NH of some neurons."""
+    assert up_HD is not None
+    up_NH = F.linear(x_ND, up_HD, up_bias_H)
+    if gate_HD is None:
+        return weights.activation(up_NH)
+    return up_NH * weights.activation(F.linear(x_ND, gate_HD, gate_bias_H))
+
+
+def cut(weights: Weights) -> Cut:
+    """Views by expert, cut in one go, so that their gradients come back in one go, too."""
+
+    def unbound(part: Tensor | None) -> Sequence[Tensor] | None:
+        return None if part is None else part.unbind(0)
+
+    return Cut(
+        weights.up_EHD.unbind(0),
+        unbound(weights.up_bias_EH),
+        unbound(weights.gate_EHD),
+        unbound(weights.gate_bias_EH),
+        weights.down_EHO.transpose(1, 2).unbind(0),
+    )
+
+
+def reference(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Every hidden neuron computed, those of experts that do not run set to zero: the definition."""
+    up_NEH = torch.einsum("nd,ehd->neh", x_ND, weights.up_EHD)
+    if weights.up_bias_EH is not None:
+        up_NEH = up_NEH + weights.up_bias_EH
+    if weights.gate_EHD is None:
+        hidden_NEH = weights.activation(up_NEH)
+    else:
+        gate_NEH = torch.einsum("nd,ehd->neh", x_ND, weights.gate_EHD)
+        if weights.gate_bias_EH is not None:
+            gate_NEH = gate_NEH + weights.gate_bias_EH
+        hidden_NEH = up_NEH * weights.activation(gate_NEH)
+    if weight_NE is not None:
+        hidden_NEH = hidden_NEH * weight_NE[..., None]
+    hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
+    y_NO = torch.einsum("neh,eho->no", hidden_NEH, weights.down_EHO)
+    return y_NO if weights.bias_O is None else y_NO + weights.bias_O
+
+
+def dense(
+    weights: Weights,
+    x_ND: Tensor,
+    keep_NE: Tensor | None,
+    weight_NE: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same as two large matrix products; ``keep_NE`` None keeps all. ``dropout`` acts on the hidden neurons."""
+    experts, neurons, _ = weights.up_EHD.shape
+    hidden_NF = hidden_of(weights, x_ND, *(_flat(part) for part in inputs_of(weights)))
+    if dropout:
+        hidden_NF = F.dropout(hidden_NF, dropout)
+    hidden_NEH = hidden_NF.view(len(x_ND), experts, neurons)
+    if weight_NE is not None:
+        hidden_NEH = hidden_NEH * weight_NE[..., None]
+    if keep_NE is not None:
+        if torch.is_grad_enabled():  # in place it would write over what backward needs
+            hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
+        else:
+            hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # in a fifth of the time
+    hidden_NF, down_FO = hidden_NEH.flatten(1), weights.down_EHO.flatten(0, 1)
+    if weights.bias_O is None:
+        return hidden_NF @ down_FO
+    return torch.addmm(weights.bias_O, hidden_NF, down_FO)
+
+
+def views(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Token by token, the experts that run one after the other: reads no weight that is not needed."""
+    chosen: list[list[int]] = [keep_E.nonzero().flatten().tolist() for keep_E in keep_NE]
+    if not any(chosen):
+        return reference(weights, x_ND, keep_NE, weight_NE)  # whose gradients are zeros, not missing
+    return token_by_token(weights, x_ND, chosen, weight_NE)
+
+
+def grouped(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Expert by expert: gather its tokens, two matrix products, add to where they came from.
+
+    Here ``weight_NE`` may have a third dimension, one weight for each of so many equal parts of an expert.
+    """
+    expert_P, token_P = pairs_by_expert(keep_NE)
+    if not len(token_P):
+        return reference(weights, x_ND, keep_NE, weight_NE)
+    counts: list[int] = keep_NE.sum(0).tolist()
+    scales = None
+    if weight_NE is not None:
+        scales = weight_NE[token_P, expert_P].view(len(token_P), -1, 1).split(counts)
+    *parts, downs = weights.views()
+    y_NO = weights.start(x_ND)
+    for expert, (count, token) in enumerate(zip(counts, token_P.split(counts), strict=True)):
+        if not count:
+            continue
+        own = (None if part is None else part[expert] for part in parts)
+        hidden = hidden_of(weights, x_ND.index_select(0, token), *own)
+        if scales is not None:
+            scale_np1 = scales[expert]
+            hidden = (hidden.view(count, scale_np1.shape[1], -1) * scale_np1).flatten(1)
+        y_NO = y_NO.index_add_(0, token, hidden @ downs[expert].t())
+    return y_NO
+
+
+def merged(
+    weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None, *, many: int
+) -> Tensor:
+    """As :func:`grouped`, ``many`` neighboring experts at a time: fewer and larger products for small experts.
+
+    A token is computed by all neighbors of an expert that it keeps, and those that it does not keep are masked.
+    """
+    keep_NGm = keep_NE.unflatten(1, (-1, many))
+    weight_NGm = keep_NGm.to(x_ND.dtype)
+    if weight_NE is not None:
+        weight_NGm = weight_NGm * weight_NE.unflatten(1, (-1, many))
+    return grouped(weights.merged(many), x_ND, keep_NGm.any(2), weight_NGm)
+
+
+def _flat(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.flatten(0, 1)
+
+
+def token_by_token(
+    weights: Weights, x_ND: Tensor, chosen: Sequence[Sequence[int]], weight_NE: Tensor | None
+) -> Tensor:
+    """Matrix times vector throughout, which reads each weight of an active expert once; ``chosen`` by token."""
+    ups, up_biases, gates, gate_biases, downs = weights.views()
+    activation = weights.activation
+    found = []
+    for n, experts in enumerate(chosen):
+        x_D = x_ND[n]
+        y_O = x_D.new_zeros(weights.down_EHO.shape[2]) if weights.bias_O is None else weights.bias_O.clone()
+        for expert in experts:
+            hidden_H = _layer(ups, up_biases, expert, x_D)
+            if gates is None:
+                hidden_H = activation(hidden_H)
+            else:
+                hidden_H = hidden_H * activation(_layer(gates, gate_biases, expert, x_D))
+            if weight_NE is not None:
+                hidden_H = hidden_H * weight_NE[n, expert]
+            y_O.addmv_(downs[expert], hidden_H)
+        found.append(y_O)
+    return torch.stack(found) if len(found) != 1 else found[0][None]
+
+
+def _layer(weight: Sequence[Tensor], bias: Sequence[Tensor] | None, expert: int, x_D: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mv(weight[expert], x_D)
+    return torch.addmv(bias[expert], weight[expert], x_D)
+
+
+def grouped_mm(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """All pairs gathered, expert by expert, and torch's grouped matrix product over them.
+
+    See :func:`grouped_mm_works` for where this is possible.
+    """
+    product = _grouped_product()
+    assert product is not None
+    expert_P, token_P = pairs_by_expert(keep_NE)
+    if not len(token_P):
+        return reference(weights, x_ND, keep_NE, weight_NE)
+    ends_E = keep_NE.sum(0).cumsum(0).int()
+    x_PD = x_ND.index_select(0, token_P)
+
+    def layer(weight_EHD: Tensor, bias_EH: Tensor | None) -> Tensor:
+        out_PH: Tensor = product(x_PD, weight_EHD.transpose(1, 2), offs=ends_E)
+        return out_PH if bias_EH is None else out_PH.add_(bias_EH.index_select(0, expert_P))
+
+    up_PH = layer(weights.up_EHD, weights.up_bias_EH)
+    if weights.gate_EHD is None:
+        hidden_PH = weights.activation(up_PH)
+    else:
+        hidden_PH = up_PH * weights.activation(layer(weights.gate_EHD, weights.gate_bias_EH))
+    if weight_NE is not None:
+        hidden_PH = hidden_PH * weight_NE[token_P, expert_P][:, None]
+    return weights.start(x_ND).index_add_(0, token_P, product(hidden_PH, weights.down_EHO, offs=ends_E))
+
+
+def grouped_mm_works(weights: Weights, x_ND: Tensor) -> bool:
+    """Whether torch's grouped product takes these types and strides on this device; tried once for each."""
+    sizes = (*weights.up_EHD.shape[1:], weights.down_EHO.shape[2])
+    if x_ND.dtype != weights.up_EHD.dtype or any(size * x_ND.element_size() % 16 for size in sizes):
+        return False
+    return _tried(x_ND.device.type, x_ND.dtype)
+
+
+@cache
+def _grouped_product() -> Callable[..., Any] | None:
+    """Torch's grouped matrix product; public from 2.10 on."""
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+@cache
+def _tried(device: str, dtype: torch.dtype) -> bool:
+    """Whether the product is right on a small problem with an empty group, forwards and backwards."""
+    product = _grouped_product()
+    if product is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    # A counter of operators, if one is on, is to see what models do and not what is tried here.
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        x = (torch.arange(80, device=device) % 7 - 3.0).view(5, 16).to(dtype).requires_grad_()
+        weight = (torch.arange(768, device=device) % 5 - 2.0).view(3, 16, 16).to(dtype).requires_grad_()
+        ends = torch.tensor([2, 2, 5], device=device, dtype=torch.int32)
+        try:
+            y = product(x, weight.transpose(1, 2), offs=ends)
+            plain = torch.cat([x[:2] @ weight[0].t(), x[2:] @ weight[2].t()])
+            gradients = torch.autograd.grad(y.square().sum(), (x, weight))
+            expected = torch.autograd.grad(plain.square().sum(), (x, weight))
+        except (RuntimeError, ValueError, NotImplementedError, TypeError):
+            return False
+        pairs = zip((y, *gradients), (plain, *expected), strict=True)
+        return all(torch.allclose(a.float(), b.float(), rtol=1e-2) for a, b in pairs)

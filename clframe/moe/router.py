@@ -1,0 +1,211 @@
+"""Routers, which foresee what each expert contributes, and gates, which choose by it.
+
+Shape suffixes: N tokens, D inputs, E experts, W width of a router's hidden layer.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from clframe.errors import ConfigError
+from clframe.moe.experts import ExpertLayer
+from clframe.moe.routing import cumulative_share, dynamic_k, share_loss, top_k
+
+RouterKind = Literal["norm", "activation"]
+"""What a router foresees: the length of an expert's output (D2DMoE), or its summed activations (MoEfication)."""
+
+
+class _TwoLayers(nn.Module):
+    """The weights of a router.
+
+    Args:
+        inputs: D.
+        experts: E.
+        width: W, of its hidden layer.
+        generator: Draws the weights; on the CPU.
+
+    Attributes:
+        hidden: U, [W, D].
+        score: V, [E, W].
+    """
+
+    def __init__(self, inputs: int, experts: int, *, width: int, generator: Generator | None = None) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.empty(width, inputs))
+        self.score = nn.Parameter(torch.empty(experts, width))
+        self.draw(generator)
+
+    @torch.no_grad()
+    def draw(self, generator: Generator | None) -> None:
+        """Draw all weights anew, as torch draws those of linear layers; on the CPU, whatever the device."""
+        for weight_OI in (self.hidden, self.score):
+            bound = weight_OI.shape[1] ** -0.5
+            drawn_OI = torch.empty(weight_OI.shape, dtype=weight_OI.dtype).uniform_(-bound, bound, generator=generator)
+            weight_OI.copy_(drawn_OI)
+
+
+class NormRouter(_TwoLayers):
+    """``|V relu(U x)|``, trained to be the length of each expert's output; Szatkowski et al. (2024)."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """scores_NE, from 0 up."""
+        if len(x_ND) == 1:  # matrix times vector, which is quicker than a matrix of one row
+            return torch.mv(self.score, torch.mv(self.hidden, x_ND[0]).relu_()).abs()[None]
+        return F.linear(F.linear(x_ND, self.hidden).relu_(), self.score).abs()
+
+    def targets(self, experts: ExpertLayer, x_ND: Tensor) -> Tensor:
+        """target_NE: lengths of the outputs, all experts on, without gradient."""
+        return experts.norms(x_ND)
+
+    def loss(self, x_ND: Tensor, target_NE: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(self(x_ND), target_NE)
+
+
+class ActivationRouter(_TwoLayers):
+    """Linear, tanh, linear, sigmoid, trained to foresee summed activations; Zhang et al., "MoEfication" (2022)."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """scores_NE between 0 and 1."""
+        return self._logits(x_ND).sigmoid()
+
+    def targets(self, experts: ExpertLayer, x_ND: Tensor) -> Tensor:
+        """target_NE: positive activations summed over each expert's neurons."""
+        return experts.hidden(x_ND).clamp_min(0).sum(2)
+
+    def loss(self, x_ND: Tensor, target_NE: Tensor) -> Tensor:
+        """Binary cross-entropy; see :func:`~clframe.moe.routing.share_loss`."""
+        return share_loss(self._logits(x_ND), target_NE)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        return F.linear(F.linear(x_ND, self.hidden).tanh(), self.score)
+
+
+FEW = 64
+"""Up to how many experts Python's lists are faster than operators."""
+
+Router = NormRouter | ActivationRouter
+ROUTERS: dict[str, type[NormRouter] | type[ActivationRouter]] = {
+    "norm": NormRouter,
+    "activation": ActivationRouter,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicK:
+    """Experts with at least ``1 - tau`` of the token's highest score; see ``functional.routing.dynamic_k``.
+
+    Args:
+        tau: From 0, the best expert only, to 1, all of them.
+    """
+
+    name: ClassVar[str] = "dynamic_k"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a tau outside [0, 1]."""
+        _check_tau(self.tau)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no score can matter."""
+        return self.tau == 1
+
+    def __call__(self, scores_NE: Tensor) -> Tensor:
+        """keep_NE."""
+        return dynamic_k(scores_NE, self.tau)
+
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers; without the dozen microseconds of small operators."""
+        if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
+            return _numbers(self(scores_E[None]))
+        scores: list[float] = scores_E.tolist()
+        # Rounded as the operators round: a product of two float32 is exact in Python's floats.
+        least = c_float(max(scores) * c_float(1 - self.tau).value).value
+        return [expert for expert, score in enumerate(scores) if score >= least]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CumulativeShare:
+    """The best experts whose shares of the total score reach ``tau``.
+
+    Args:
+        tau: From 0, the best expert only, to 1, all with a score above 0.
+    """
+
+    name: ClassVar[str] = "cumulative_share"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a tau outside [0, 1]."""
+        _check_tau(self.tau)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no score can matter."""
+        return self.tau == 1
+
+    def __call__(self, scores_NE: Tensor) -> Tensor:
+        """keep_NE."""
+        return cumulative_share(scores_NE, self.tau)
+
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers."""
+        return _numbers(self(scores_E[None]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The ``k`` best experts, always as many: MoEfication's gate.
+
+    Args:
+        k: How many.
+    """
+
+    name: ClassVar[str] = "top_k"
+    k: int
+
+    def __post_init__(self) -> None:
+        """Refuse to run nothing."""
+        if self.k < 1:
+            raise ConfigError(f"moe.k: found {self.k}; give 1 or more")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no score can matter: never known without the number of experts."""
+        return False
+
+    def __call__(self, scores_NE: Tensor) -> Tensor:
+        """keep_NE."""
+        return top_k(scores_NE, self.k)
+
+    def best(self, scores_E: Tensor) -> list[int]:
+        """The same for one token, the experts' numbers, in no order."""
+        if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
+            chosen: list[int] = scores_E.topk(min(self.k, len(scores_E))).indices.tolist()
+            return chosen  # half precision has ties, which the operator breaks in its own way
+        scores: list[float] = scores_E.tolist()
+        return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: self.k]
+
+
+Gate = DynamicK | CumulativeShare | TopK
+
+
+def _numbers(keep_1E: Tensor) -> list[int]:
+    numbers: list[int] = keep_1E[0].nonzero().flatten().tolist()
+    return numbers
+
+
+def _check_tau(tau: float) -> None:
+    if not 0 <= tau <= 1:
+        raise ConfigError(f"moe.tau: found {tau}; give a number from 0 (one expert a token) to 1 (all of them)")
+
+
+ALL = DynamicK(tau=1.0)
+"""All experts run."""

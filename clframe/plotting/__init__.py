@@ -1,0 +1,1 @@
+"""Figures: one style, and charts that several subjects draw."""

@@ -1,0 +1,1 @@
+"""Importance of weights, and quadratic penalties on their change."""

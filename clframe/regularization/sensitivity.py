@@ -1,0 +1,165 @@
+"""How the losses of a network's exits react to its weights, measured on stored samples.
+
+Shape suffixes: B batch, C classes, K exits, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.func import functional_call
+
+from clframe.nn.network import Network
+from clframe.nn.types import Samples
+from clframe.regularization.importance import gradient_sums
+
+Scope = Literal["exit", "last", "total"]
+"""Whose loss counts: of each exit by itself; of the last one; of all together."""
+
+Labels = Literal["given", "sampled", "predicted"]
+"""The data's; drawn from what each exit predicts; each exit's arg-max."""
+
+Estimate = Literal["samples", "batches", "published"]
+
+Objective = tuple[tuple[int, ...], tuple[str, ...]]
+"""Exits whose losses are added up, and the weights that they are a function of, by name, the backbone's first."""
+
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+"""The loss of logits_BC and labels_B, a mean over samples."""
+
+AT_ONCE = 2**26
+"""Values of per-sample gradients held at once; 256 MiB in float32."""
+
+
+def objectives(
+    network: Network, *, scope: Scope, heads: Literal["covered", "free"] = "covered"
+) -> tuple[Objective, ...]:
+    """What to measure the sensitivity of: one objective, or with ``exit`` one for each exit.
+
+    An exit's weights are the backbone's up to its tap and its own head's. Weights that do not learn are left out.
+
+    >>> from clframe.nn import GrowingLinear
+    >>> from clframe.nn.backbones import mlp
+    >>> network = Network(mlp((4,), width=3), exits=[("layer1", GrowingLinear(3))])
+    >>> objectives(network, scope="exit")[0]
+    ((0,), ('backbone.stages.0.weight', 'backbone.stages.0.bias', 'heads.0.weight', 'heads.0.bias'))
+    """
+    learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    depth = [stage for stage, exits in enumerate(network.exits_at) for _ in exits]
+    everyone = tuple(range(len(network.heads)))
+    groups: dict[Scope, list[tuple[int, ...]]]
+    groups = {"exit": [(k,) for k in everyone], "last": [everyone[-1:]], "total": [everyone]}
+    found = []
+    for exits in groups[scope]:
+        parts = [f"backbone.stages.{stage}." for stage in range(depth[exits[-1]] + 1)]
+        parts += [f"heads.{exit}." for exit in exits] if heads == "covered" else []
+        found.append((exits, tuple(name for name in learning if name.startswith(tuple(parts)))))
+    return tuple(found)
+
+
+def sensitivities(
+    network: Network,
+    samples: Samples,
+    *,
+    measured: Sequence[Objective],
+    loss: SampleLoss,
+    power: int,
+    estimate: Estimate = "samples",
+    labels: Labels = "given",
+    limit: int = 0,
+    batch_size: int = 64,
+    generator: Generator,
+) -> tuple[dict[str, Tensor], ...]:
+    """For each objective, the mean over samples of ``|gradient of the sample's loss|^power``, by weight.
+
+    Not augmented, in evaluation mode (batch normalization uses its running statistics), gradients as training
+    lets them through; nothing of the network changes. It costs a forward and a backward pass of every sample for
+    each objective, about as much as ten training epochs on a CPU (convolutional nets and small transformers, all
+    exits) and more where linear layers are large, because every sample has its own gradient of the weights;
+    ``limit`` bounds it.
+
+    Args:
+        network: What is measured.
+        samples: On what.
+        measured: See :func:`objectives`.
+        loss: Of an exit's logits and labels.
+        power: 2 for a Fisher diagonal, 1 for the size of gradients.
+        estimate: ``samples`` is the quantity. ``batches`` averages over batches what the gradient of the batch's
+            mean loss gives: one backward pass a batch, but where the gradients of different samples do not
+            correlate, squares come out ``batch_size`` times too small. ``published`` divides by the number of
+            samples after every batch instead of once at the end: all batches but the last all but vanish.
+        labels: Whose labels the loss takes.
+        limit: Most samples to use, drawn at random; 0 uses all.
+        batch_size: Samples at once; part of the definition of the last two estimates only.
+        generator: Draws the order and the sampled labels.
+    """
+    index_N = torch.randperm(len(samples), generator=generator)
+    index_N = index_N[:limit] if limit else index_N
+    weights = {name: value.detach() for name, value in network.named_parameters()}
+    found = [{name: torch.zeros_like(weights[name]) for name in names} for _, names in measured]
+    training, device = network.training, network.final.weight.device
+    network.eval()
+    try:
+        with torch.no_grad():
+            for index in index_N.split(batch_size):
+                x = network.place(samples.prepare(samples.raw(index)))
+                x = x.to(network.final.weight.dtype) if x.is_floating_point() else x
+                y_B = samples.y[index.to(samples.y.device)].to(device)
+                label_BK = _labels(network, x, y_B, labels, generator)
+                for sums, (exits, names) in zip(found, measured, strict=True):
+                    own = {name: weights[name] for name in names}
+                    _add(sums, network, loss, exits, own, x, label_BK, power, estimate, len(index_N))
+    finally:
+        network.train(training)
+    if estimate == "samples":
+        torch._foreach_div_([value for sums in found for value in sums.values()], len(index_N))
+    return tuple(found)
+
+
+def _add(
+    sums: dict[str, Tensor],
+    network: Network,
+    loss: SampleLoss,
+    exits: Sequence[int],
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    label_BK: Tensor,
+    power: int,
+    estimate: Estimate,
+    count: int,
+) -> None:
+    """Add what one batch of ``count`` samples in all contributes to one objective."""
+
+    def batch_loss(values: dict[str, Tensor], x_B: Tensor, labels_BK: Tensor) -> Tensor:
+        logits = functional_call(network, values, (x_B,)).logits
+        total: Tensor = sum((loss(logits[k], labels_BK[:, k]) for k in exits), start=x.new_zeros(()))
+        return total
+
+    def sample_loss(values: dict[str, Tensor], x_1: Tensor, label_K: Tensor) -> Tensor:
+        return batch_loss(values, x_1.unsqueeze(0), label_K.unsqueeze(0))
+
+    if estimate == "samples":
+        size = sum(value.numel() for value in weights.values())
+        chunk = max(1, AT_ONCE // max(1, size))
+        for name, value in gradient_sums(sample_loss, weights, x, label_BK, power=power, chunk=chunk).items():
+            sums[name] += value
+        return
+    gradients = torch.func.grad(batch_loss)(dict(weights), x, label_BK)
+    for name, gradient in gradients.items():
+        sums[name] += gradient.abs() ** power * (len(x) if estimate == "published" else len(x) / count)
+        if estimate == "published":
+            sums[name] /= count
+
+
+def _labels(network: Network, x: Tensor, y_B: Tensor, labels: Labels, generator: Generator) -> Tensor:
+    """label_BK of every exit."""
+    if labels == "given":
+        return y_B[:, None].expand(-1, len(network.heads))
+    logits = network(x).logits
+    if labels == "predicted":
+        return torch.stack([logits_BC.argmax(1) for logits_BC in logits], 1)
+    drawn = [torch.multinomial(logits_BC.softmax(1).cpu(), 1, generator=generator) for logits_BC in logits]
+    return torch.cat(drawn, 1).to(x.device)

@@ -1,0 +1,1 @@
+"""Replay: which samples a buffer stores, and how they join the new data."""

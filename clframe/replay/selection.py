@@ -1,0 +1,99 @@
+"""Which samples a replay buffer stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import normalize, pad
+
+
+def quotas(size: int, classes: Sequence[int]) -> dict[int, int]:
+    """A memory of ``size`` samples shared by ``classes``: equal parts, leftovers to the first classes.
+
+    >>> quotas(7, [3, 5, 8])
+    {3: 3, 5: 2, 8: 2}
+    """
+    share, rest = divmod(size, len(classes))
+    return {c: share + (i < rest) for i, c in enumerate(classes)}
+
+
+def balanced_choice(y_N: Tensor, quota: dict[int, int], *, generator: Generator) -> Tensor:
+    """index_M: a random subset with at most ``quota[c]`` samples of each class, in order of class.
+
+    A class with fewer samples than its quota gives all it has.
+    """
+    chosen = []
+    for c, count in quota.items():
+        index = (y_N == c).nonzero().flatten()
+        chosen.append(index[torch.randperm(len(index), generator=generator)[:count]])
+    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.long)
+
+
+def balanced_trim(y_N: Tensor, quota: dict[int, int]) -> Tensor:
+    """index_M: the first ``quota[c]`` samples of each class, in order of class.
+
+    Trimming a list that was filled in random order keeps a random subset.
+    """
+    chosen = [(y_N == c).nonzero().flatten()[:count] for c, count in quota.items()]
+    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.long)
+
+
+def herding(features_NF: Tensor, count: int) -> Tensor:
+    """index_K: samples whose running mean stays nearest to the mean of all, in the order of picking.
+
+    Pick k minimizes ``|| mu - (f_1 + ... + f_k) / k ||`` over the samples not picked yet, with f the features
+    divided by their length and mu their mean; the first K are the best K of any longer list. For features of
+    one length that is the largest ``f . (k mu - f_1 - ... - f_{k-1})``. Algorithm 4 of Rebuffi et al.,
+    "iCaRL: Incremental Classifier and Representation Learning" (2017).
+
+    Args:
+        features_NF: Of one class.
+        count: How many to pick; all where there are no more.
+
+    >>> herding(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), 2).tolist()
+    [1, 0]
+    """
+    unit_NF = normalize(features_NF.double(), dim=1)
+    mean_F = unit_NF.mean(dim=0)
+    free_N = torch.zeros(len(unit_NF), dtype=torch.float64, device=unit_NF.device)
+    wanted_F = mean_F.clone()
+    picked = []
+    for _ in range(min(count, len(unit_NF))):
+        pick = (unit_NF @ wanted_F + free_N).argmax()
+        free_N[pick] = -torch.inf
+        wanted_F += mean_F - unit_NF[pick]
+        picked.append(pick)
+    return torch.stack(picked) if picked else torch.empty(0, dtype=torch.long, device=unit_NF.device)
+
+
+def reservoir(key_M: Tensor, key_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which of M kept and N fresh samples stay: those with the ``size`` smallest of the keys each drew once.
+
+    The keys that stay go with their samples. Every sample ever seen is then kept with the same probability,
+    as by Vitter, "Random Sampling with a Reservoir" (1985), in whatever portions the samples came.
+
+    Returns:
+        index into the kept and index into the fresh samples, ascending.
+
+    >>> [part.tolist() for part in reservoir(torch.tensor([0.1, 0.7]), torch.tensor([0.9, 0.2, 0.8]), 3)]
+    [[0, 1], [1]]
+    """
+    kept = len(key_M)
+    stays = torch.cat([key_M, key_N]).argsort()[:size].sort().values
+    return stays[stays < kept], stays[stays >= kept] - kept
+
+
+def appended(old: Tensor, new: Tensor) -> Tensor:
+    """Rows of ``old``, then rows of ``new``; the last dimension grows to the wider of the two.
+
+    What is missing in the narrower rows is ``-inf``: kept logits have none for classes learnt later.
+
+    >>> appended(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]])).tolist()
+    [[1.0, -inf], [2.0, 3.0]]
+    """
+    if old.ndim > 1 and old.shape[-1] != new.shape[-1]:
+        width = max(old.shape[-1], new.shape[-1])
+        old, new = (pad(rows, (0, width - rows.shape[-1]), value=-torch.inf) for rows in (old, new))
+    return torch.cat([old, new])

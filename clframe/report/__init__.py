@@ -1,0 +1,5 @@
+"""Reports: HTML page, tables and figures of runs, and text for the terminal."""
+
+from clframe.report.writing import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,265 @@
+"""The config of a run as a report compares it: flat, without what changes no number."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from clframe.accounting import Ledger
+from clframe.config.files import read_yaml
+from clframe.config.typed import as_tree, from_mapping
+from clframe.core import parse
+from clframe.errors import ClframeError, RunFolderError
+from clframe.exits.diagnostics import ExitRecord
+from clframe.metrics.continual import Matrix, final_average_accuracy
+from clframe.report.latency import Timings, read_timings
+from clframe.results import Result
+from clframe.sparsity.activity import ActivityRecord
+
+NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "benchmark.workers")
+"""Keys of a config that change no number of a run, and the seed."""
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """A resolved config file as nested plain values, with the defaults of options it does not have."""
+    tree = OmegaConf.to_container(read_yaml(path), resolve=False)
+    assert isinstance(tree, dict)
+    try:
+        return as_tree(from_mapping({str(key): value for key, value in tree.items()}))
+    except ClframeError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """The flat config and the strategy's name, both the same for two ways of writing one strategy."""
+    tree = {key: value for key, value in config.items() if key not in ("strategy", "components")}
+    strategy = str(config["strategy"])
+    try:
+        composition = parse(strategy, config["components"])
+        strategy, components = str(composition), {component.name: asdict(component) for component in composition}
+    except ClframeError:  # a component of a package that is not installed here
+        components = dict(config["components"])
+    flat = {"strategy": strategy, **flatten(tree), **flatten(components)}
+    return {key: value for key, value in flat.items() if key not in NO_MATTER}, strategy
+
+
+def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one of dotted keys, values as JSON.
+
+    >>> flatten({"trainer": {"epochs": 2, "devices": [0]}})
+    {'trainer.epochs': '2', 'trainer.devices': '[0]'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, prefix=f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+class Logged(NamedTuple):
+    """One row of metrics.csv."""
+
+    experience: int
+    step: int
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, finished or not. Without ``result`` it is still going on, or was killed."""
+
+    path: Path
+    config_text: str
+    settings: Mapping[str, str]
+    """The config, flat, with every option of the components that the strategy has, without what changes no number."""
+    name: str
+    seed: int
+    strategy: str
+    benchmark: str
+    backbone: str
+    experiences: int
+    """How many the benchmark has as far as is known, 0 before the first evaluation."""
+    result: Result | None
+    accuracy_matrix: Matrix
+    accuracy_matrix_task_aware: Matrix
+    exits: Sequence[ExitRecord]
+    exit_names: Sequence[str]
+    logged: Sequence[Logged]
+    stage_macs: Mapping[str, int]
+    """MACs of one prediction by stage; empty where ledger.json does not say."""
+    phase_macs: Mapping[str, int]
+    """MACs of the whole run by phase; empty where ledger.json does not say."""
+    uncounted: Mapping[str, int]
+    """What the ledger did not count, and how often it ran."""
+    environment: Mapping[str, Any]
+    ledger: Ledger | None = None
+    """Every entry; None where ledger.json has none."""
+    timings: Timings | None = None
+    """How long predictions took, where that was measured."""
+    activity: Sequence[ActivityRecord] = ()
+    """Hidden neurons and experts after each experience."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.result is not None
+
+
+def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """``(given, below)``: run folders that were named, and those found below a folder that is none itself.
+
+    Raises:
+        RunFolderError: No such folder, or no run in it.
+    """
+    given: dict[Path, Path] = {}
+    below: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            found = "is a file" if path.exists() else "no such folder"
+            raise RunFolderError(f"{path}: {found}; give a run folder, or a folder above some")
+        if (path / "config.yaml").is_file() or (path / "results.json").is_file():
+            given[path.resolve()] = path
+            continue
+        here = sorted(p for p in path.rglob("*") if p.is_dir() and _is_run(p))
+        if not here:
+            raise RunFolderError(f"{path}: not a run, and no run below it; give a folder that clframe run printed")
+        below.update((p.resolve(), p) for p in here)
+    return list(given.values()), [p for key, p in below.items() if key not in given]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "results.json").is_file() or all(
+        (path / name).is_file() for name in ("config.yaml", "environment.json")
+    )
+
+
+def load_run(path: Path) -> Run:
+    """Everything a report shows of one run folder.
+
+    Raises:
+        ClframeError: A file that is damaged, of a newer schema, or does not fit the others.
+    """
+    if not (path / "config.yaml").is_file():
+        raise RunFolderError(f"{path}: has results.json but no config.yaml; restore it or run again")
+    config = config_of(path / "config.yaml")
+    result = _result(path, seed=config["seed"])
+    if result is None:
+        accuracy_TE, aware_TE, exits = _so_far(path)
+        names: Sequence[str] = [f"exit {k}" for k in range(len(exits[-1].macs_K))] if exits else ()
+    else:
+        accuracy_TE, aware_TE = result.accuracy_matrix, result.accuracy_matrix_task_aware
+        exits, names = result.exits, result.exit_names
+    settings, strategy = settings_of(config)
+    ledger = _json(path / "ledger.json")
+    totals = ledger.get("totals")
+    totals = totals if isinstance(totals, Mapping) else {}
+    return Run(
+        path=path, config_text=(path / "config.yaml").read_text(encoding="utf-8"), settings=settings,
+        name=str(config["name"]), seed=config["seed"], strategy=result.strategy if result else strategy,
+        benchmark=result.benchmark if result else str(config["benchmark"]["name"]),
+        backbone=str(config["backbone"]["name"]), experiences=len(accuracy_TE[0]) if accuracy_TE else 0,
+        result=result, accuracy_matrix=accuracy_TE, accuracy_matrix_task_aware=aware_TE, exits=exits,
+        exit_names=names, logged=_logged(path / "metrics.csv"), stage_macs=_counts(ledger.get("inference_macs")),
+        phase_macs=_counts(totals.get("by_phase")), uncounted=_counts(totals.get("uncounted")),
+        environment=_json(path / "environment.json"), ledger=_ledger(ledger, path / "ledger.json"),
+        timings=read_timings(path), activity=result.activity if result else (),
+    )  # fmt: skip
+
+
+def _result(path: Path, *, seed: int) -> Result | None:
+    file = path / "results.json"
+    if not file.is_file():
+        return None
+    result = Result.from_json(file)
+    if result.seed != seed:
+        raise RunFolderError(f"{file}: seed {result.seed}, but config.yaml has {seed}; restore the one that is wrong")
+    _check_shapes(result, file)
+    return result
+
+
+def _check_shapes(result: Result, file: Path) -> None:
+    """Refuse what a hand or a disk may have changed: every number below stands on these."""
+    for field in ("accuracy_matrix", "accuracy_matrix_task_aware"):
+        matrix: Matrix = getattr(result, field)
+        if not matrix or any(len(row) != len(result.test_samples) for row in matrix) or not matrix[0]:
+            raise RunFolderError(f"{file}: rows of {field} do not fit test_samples; restore the file or run again")
+        if any(accuracy < 0 or accuracy > 1 for row in matrix for accuracy in row):
+            raise RunFolderError(f"{file}: {field} has a number outside 0 to 1; restore the file or run again")
+    found, said = final_average_accuracy(result.accuracy_matrix).value, result.final_average_accuracy
+    if not (math.isnan(found) and math.isnan(said)) and not math.isclose(found, said, abs_tol=1e-9):
+        raise RunFolderError(
+            f"{file}: final_average_accuracy is {said:g}, its matrix says {found:g}; restore the file or run again"
+        )
+    exits, names = result.exits, result.exit_names
+    if (exits and len(exits) != len(result.accuracy_matrix)) or any(len(r.macs_K) != len(names) for r in exits):
+        raise RunFolderError(f"{file}: exits do not fit exit_names and experiences; restore the file or run again")
+
+
+def _so_far(path: Path) -> tuple[Matrix, Matrix, Sequence[ExitRecord]]:
+    """What the newest checkpoint of an unfinished run has counted."""
+    if not any((path / "checkpoints").glob("experience_*.ckpt")):
+        return (), (), ()
+    import torch
+
+    from clframe.metrics.tally import Tally
+    from clframe.training.checkpoint import load_latest  # here, because training brings Avalanche with it
+
+    content = load_latest(path / "checkpoints", device=torch.device("cpu")) or {}
+    try:
+        tallies = [Tally(**tally) for tally in content["tallies"]]
+        exits = [ExitRecord.of(record) for record in content["exits"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path}: its newest checkpoint cannot be read ({error}); delete it") from None
+    return [t.accuracy_E for t in tallies], [t.accuracy_aware_E for t in tallies], exits
+
+
+def _logged(path: Path) -> list[Logged]:
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                Logged(int(row["experience"]), int(row["step"]), str(row["name"]), float(row["value"]))
+                for row in csv.DictReader(file)
+            ]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise RunFolderError(f"{path}: is damaged; restore it, or delete it to report without losses") from None
+
+
+def _ledger(found: Mapping[str, Any], path: Path) -> Ledger | None:
+    tree = found.get("ledger")
+    if tree is None:
+        return None
+    try:
+        return Ledger.of(tree if isinstance(tree, Mapping) else {})
+    except RunFolderError as error:
+        raise RunFolderError(f"{path}: {error}") from None
+
+
+def _counts(found: object) -> dict[str, int]:
+    """A mapping of names to whole numbers, or nothing where it is something else."""
+    if not isinstance(found, Mapping) or any(type(macs) is not int for macs in found.values()):
+        return {}
+    return {str(name): count for name, count in found.items()}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{path}: is damaged; restore it, or delete it to report without it")
+    return found

@@ -1,0 +1,121 @@
+"""Writing a report, once or again and again while runs go on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clframe.errors import ClframeError, RunFolderError
+from clframe.files import write_atomically
+from clframe.report.comparison import group_runs
+from clframe.report.content import page_of
+from clframe.report.loading import Run, find_runs, load_run
+from clframe.report.page import html
+from clframe.tables import to_csv, to_latex, to_markdown
+
+FORMATS = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    watch: bool = False,
+    every: float = 3.0,
+    on_written: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the report of runs: ``report.html``, ``tables/`` and ``figures/``; returns the path of the page.
+
+    Args:
+        runs: Run folders, or folders above them, which stand for all finished runs below.
+        output: Folder to write to; None takes ``report`` in the one folder given, or in the one above several.
+        watch: Whether to take unfinished runs too, and to write again until all are finished.
+        every: Seconds between two looks at the folders, with ``watch``.
+        on_written: Called with the page's path each time it has been written.
+
+    Raises:
+        ClframeError: No run, a run that is damaged, not finished or of a newer schema, or runs that cannot be compared.
+    """
+    paths = [Path(run) for run in runs]
+    if not paths:
+        raise RunFolderError("report: no run given; give a run folder, such as the one clframe run printed")
+    folder = _folder(paths) if output is None else Path(output)
+    seen: dict[Path, float] | None = None
+    failed = False
+    while True:
+        stamps = _stamps(paths)
+        if stamps != seen:
+            try:
+                page, going = _write(paths, folder, watch=watch)
+            except RunFolderError:
+                # A checkpoint may be gone between the look and the reading; what is really damaged is so next time.
+                if seen is None or failed:
+                    raise
+                failed = True
+            else:
+                seen, failed = stamps, False
+                if on_written is not None:
+                    on_written(page)
+                if not going:
+                    return page
+        time.sleep(every)
+
+
+def _folder(paths: Sequence[Path]) -> Path:
+    if len(paths) == 1:
+        return paths[0] / "report"
+    above = os.path.commonpath([path.resolve() for path in paths])
+    return Path(os.path.relpath(above)) / "report"
+
+
+def _stamps(paths: Sequence[Path]) -> dict[Path, float]:
+    """When the files that a report reads were last written."""
+    found: dict[Path, float] = {}
+    for group in find_runs(paths):
+        for path in group:
+            for name in ("results.json", "metrics.csv", "checkpoints"):
+                if (path / name).exists():
+                    found[path / name] = (path / name).stat().st_mtime
+    return found
+
+
+def _write(paths: Sequence[Path], folder: Path, *, watch: bool) -> tuple[Path, bool]:
+    """Write everything once; whether something goes on."""
+    finished, running, notices = _load(paths, watch=watch)
+    groups, said = group_runs(finished) if finished else ([], [])
+    page, (figures, tables) = page_of(groups, running, [*notices, *said])
+    for below in (folder / "tables", folder / "figures"):
+        try:
+            below.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"output: {below} cannot be made ({error.strerror}); choose another --output"
+            ) from None
+    for name, table in tables.items():
+        for ending, text in FORMATS:
+            write_atomically(folder / "tables" / f"{name}.{ending}", text(table))
+    for figure in figures:
+        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg)
+        write_atomically(folder / "figures" / f"{figure.name}.png", figure.png)
+    write_atomically(folder / "report.html", html(page))
+    return folder / "report.html", bool(running)
+
+
+def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], list[str]]:
+    given, below = find_runs(paths)
+    runs = [(load_run(path), path in given) for path in [*given, *below]]
+    finished = [run for run, _ in runs if run.finished]
+    unfinished = [(run, named) for run, named in runs if not run.finished]
+    if watch:
+        return finished, [run for run, _ in unfinished], []
+    for run, named in unfinished:
+        if named:
+            raise RunFolderError(
+                f"{run.path}: not finished, results.json is missing; go on with clframe run --resume {run.path}, or "
+                f"follow it with --watch"
+            )
+    if not finished:
+        raise ClframeError(f"{paths[0]}: no run below it is finished; follow them with --watch")
+    return finished, [], [f"{run.path} is not finished and left out." for run, _ in unfinished]

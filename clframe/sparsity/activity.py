@@ -1,0 +1,225 @@
+"""Active neurons by experience: rates, overlap, and the record for results.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clframe.errors import ConfigError
+from clframe.nn.frozen import answering, called
+from clframe.nn.network import Network
+from clframe.nn.types import Inputs, Samples
+from clframe.sparsity.functional import MaskKind, jaccard
+from clframe.sparsity.masking import Masking, changing, places_of, require_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerActivity:
+    """The hidden neurons of one layer, measured on the same few samples of each experience every time.
+
+    Shares are rounded to four decimals, finer than a few hundred samples tell.
+    """
+
+    neurons: int
+    sparsity: float
+    """Share of neurons that a token leaves inactive, mean over the experiences so far."""
+    sparsity_E: tuple[float, ...]
+    """On each experience."""
+    overlap_E: tuple[float, ...]
+    """Jaccard overlap of the newest experience's active neurons with each one's, all in the network as it is now."""
+    kept_E: tuple[float, ...]
+    """Jaccard overlap of each experience's active neurons with those when it had just been learnt; NaN where the layer
+    was another one then."""
+
+    @property
+    def overlap(self) -> float:
+        """Mean overlap of the newest experience with the earlier ones; NaN before the second."""
+        return _mean(self.overlap_E[:-1])
+
+    @property
+    def kept(self) -> float:
+        """Mean of ``kept_E`` over the earlier experiences; NaN before the second."""
+        return _mean(self.kept_E[:-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertActivity:
+    """The experts of one layer, measured on the same samples."""
+
+    experts: int
+    per_token: float
+    """Experts that run for a token, mean over the experiences so far."""
+    per_token_E: tuple[float, ...]
+    """On each experience."""
+    unused: int
+    """Experts that no token of any experience used."""
+    macs_share: float
+    """What the layer computes, its router included, over the same layer with all experts; mean over experiences."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivityRecord:
+    """Hidden neurons and experts by layer; both empty for a network that has none."""
+
+    samples_E: tuple[int, ...] = ()
+    """Samples of each experience that were looked at."""
+    layers: Mapping[str, LayerActivity] = field(default_factory=dict)
+    experts: Mapping[str, ExpertActivity] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Mean over layers; NaN where there are none."""
+        return _mean([layer.sparsity for layer in self.layers.values()])
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean over layers; NaN where there are none."""
+        return _mean([layer.per_token for layer in self.experts.values()])
+
+    @property
+    def overlap_E(self) -> tuple[float, ...]:
+        """Mean over layers of :attr:`LayerActivity.overlap_E`."""
+        return tuple(map(_mean, zip(*(layer.overlap_E for layer in self.layers.values()), strict=True)))
+
+    @property
+    def kept_E(self) -> tuple[float, ...]:
+        """Mean over layers of :attr:`LayerActivity.kept_E`."""
+        return tuple(map(_mean, zip(*(layer.kept_E for layer in self.layers.values()), strict=True)))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> ActivityRecord:
+        """The record that ``dataclasses.asdict`` took apart."""
+        return cls(
+            samples_E=tuple(content["samples_E"]),
+            layers={name: LayerActivity(**layer) for name, layer in content["layers"].items()},
+            experts={name: ExpertActivity(**layer) for name, layer in content["experts"].items()},
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    found = [value for value in values if not math.isnan(value)]
+    return math.fsum(found) / len(found) if found else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """Hidden neurons of a model on one set of data.
+
+    Attributes:
+        active: By layer, the share of tokens in which each neuron is active: rate_N.
+    """
+
+    active: Mapping[str, Tensor]
+
+    @property
+    def sparsity(self) -> Mapping[str, float]:
+        """By layer, the share of neurons that a token leaves inactive."""
+        return {layer: 1 - float(rate_N.mean()) for layer, rate_N in self.active.items()}
+
+
+def activity(
+    model: nn.Module,
+    batches: Sequence[tuple[Inputs, Tensor | None]],
+    *,
+    kind: MaskKind = "top_p",
+    value: float = 0.99,
+) -> Activity:
+    """How often each hidden neuron is active, every layer measured in the unmasked model.
+
+    A neuron is active in a token where the rule keeps it and it is not zero. With ReLU, ``value=1`` of top-p counts
+    every neuron that fires at all.
+
+    Args:
+        model: Any module with feed-forward networks, or with activations.
+        batches: (inputs, mask of the tokens that count, None for all).
+        kind: The rule.
+        value: Its p, threshold or share of neurons kept.
+
+    Raises:
+        ConfigError: No batches, or a mask that does not fit.
+        UnsupportedError: A model with neither, or on the meta device.
+    """
+    require_weights(model)
+    if not batches:
+        raise ConfigError("sparsity.batches: found none; give at least one")
+    places = [place for place in places_of(model) if place.role == "intermediate"]
+    counts = [_Counting(place, kind=kind, value=value) for place in places]
+    with answering(model), changing([(count.place, count) for count in counts]):
+        for inputs, mask in batches:
+            for count in counts:
+                count.masks = {"all": mask}
+            called(model, inputs)
+    return Activity({count.place.layer: count.active_N for count in counts if count.parts})
+
+
+def experience_activity(
+    network: Network,
+    experiences: Sequence[Samples],
+    *,
+    kind: MaskKind = "top_p",
+    value: float = 0.99,
+    limit: int = 2000,
+    batch_size: int = 256,
+) -> tuple[Activity, ...]:
+    """The activity of a network's backbone on each experience, such as ``benchmark.test``.
+
+    Args:
+        network: Such as ``clframe.load(run).network``.
+        experiences: Data of each.
+        kind: As in :func:`activity`.
+        value: As there.
+        limit: Samples of each experience, the first ones.
+        batch_size: How many at a time.
+
+    Raises:
+        ConfigError: An experience without samples.
+    """
+    device = network.final.weight.device
+    found = []
+    for samples in experiences:
+        parts = torch.arange(min(len(samples), limit)).split(batch_size) if len(samples) else ()
+        batches = [(samples.prepare(samples.raw(part)).to(device), None) for part in parts]
+        found.append(activity(network.backbone, batches, kind=kind, value=value))
+    return tuple(found)
+
+
+def overlap(activities: Sequence[Activity], *, active_above: float | None = None) -> Mapping[str, Tensor]:
+    """By layer, the overlap of active neurons between each two experiences: jaccard_EE, 1 on the diagonal.
+
+    Args:
+        activities: One for each experience.
+        active_above: A neuron is active in an experience if it is in more than this share of its tokens; None
+            compares the rates themselves.
+
+    >>> a = Activity({"layer": torch.tensor([1.0, 0.5, 0.0])})
+    >>> b = Activity({"layer": torch.tensor([0.5, 0.5, 0.5])})
+    >>> overlap([a, b])["layer"][0].tolist()
+    [1.0, 0.5]
+    >>> overlap([a, b], active_above=0.2)["layer"][0, 1].item()
+    0.6666...
+    """
+    layers = list(activities[0].active) if activities else []
+
+    def rate(one: Activity, layer: str) -> Tensor:
+        return one.active[layer] if active_above is None else one.active[layer] > active_above
+
+    return {
+        layer: torch.tensor(
+            [[jaccard(rate(a, layer), rate(b, layer)) for b in activities] for a in activities], dtype=torch.float64
+        )
+        for layer in layers
+    }
+
+
+class _Counting(Masking):
+    """Counts what would be zero, and changes nothing: a layer is measured on what the whole model gives it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        super().__call__(x)
+        return x

@@ -1,0 +1,270 @@
+"""Sparsity that activations have or may have: achieved and critical sparsity by role and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clframe.errors import ConfigError
+from clframe.nn.frozen import answering, called
+from clframe.nn.types import Inputs
+from clframe.sparsity.functional import MaskKind, baseline_sparsity, critical_point
+from clframe.sparsity.masking import ROLES, Masking, Place, Seen, changing, places_of, require_weights
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A sweep of one rule over one role, or over input and intermediate together (``all inputs``).
+
+    Attributes:
+        role: Where masks were applied.
+        kind: The rule.
+        values: p, the share of neurons kept (top-k) or the threshold.
+        scores: Of the masked model.
+        achieved: Mean sparsity over places, of the tokens that count.
+        layers: The same of each place: ``layer`` or, of all inputs, ``layer/role``.
+        parts: The same of each named mask.
+        gaussian: Sparsity of Gaussian vectors under the same rule, mean over places.
+        gaussian_layers: The same of each place.
+        critical: The highest sparsity that keeps the share of the dense score.
+        critical_value: The rule's value there.
+        critical_gaussian: The Gaussian's at the same value.
+        critical_layers: Each place's at the same value.
+        critical_gaussian_layers: The Gaussian's of each place at the same value.
+        critical_parts: Each part's at the same value.
+    """
+
+    role: str
+    kind: MaskKind
+    values: tuple[float, ...]
+    scores: tuple[float, ...]
+    achieved: tuple[float, ...]
+    layers: Mapping[str, tuple[float, ...]]
+    parts: Mapping[str, tuple[float, ...]]
+    gaussian: tuple[float, ...]
+    gaussian_layers: Mapping[str, tuple[float, ...]]
+    critical: float
+    critical_value: float
+    critical_gaussian: float
+    critical_layers: Mapping[str, float]
+    critical_gaussian_layers: Mapping[str, float]
+    critical_parts: Mapping[str, float]
+
+    @property
+    def excess(self) -> float:
+        """Critical sparsity beyond the Gaussian's."""
+        return self.critical - self.critical_gaussian
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`~clframe.sparsity.analysis.analyze` found.
+
+    Attributes:
+        dense: Score of the model as it is.
+        curves: One for each role and rule.
+        ranks: Effective rank of each place by role and layer.
+    """
+
+    dense: float
+    curves: tuple[Curve, ...]
+    ranks: Mapping[str, Mapping[str, float]]
+
+
+Batches = Iterable[tuple[Inputs, Any, Tensor | Mapping[str, Tensor] | None]]
+"""(inputs, targets, mask): the mask says which tokens count; several by name, such as prompt and generated, apart."""
+
+SWEEP: tuple[float, ...] = tuple(1 - at / 25 for at in range(26))
+"""26 shares from 1.00 to 0."""
+
+ALL = "all inputs"
+
+
+class Score(Protocol):
+    """One number for each sample or token, higher is better, whose mean is the model's score."""
+
+    def __call__(self, output: Any, targets: Any) -> Tensor:
+        """Of one batch."""
+
+
+def accuracy(output: Any, targets: Tensor) -> Tensor:
+    """1 where the largest logit of the last axis is the target's, else 0, for outputs that are or have logits."""
+    logits = getattr(output, "last", getattr(output, "logits", output))
+    right: Tensor = logits.argmax(-1) == targets
+    return right.float()
+
+
+def analyze(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    score: Score = accuracy,
+    kinds: Sequence[MaskKind] = ("top_p",),
+    sweep: Mapping[str, Sequence[float]] | None = None,
+    roles: Sequence[str] = (*ROLES, ALL),
+    share: float = 0.99,
+    rank_tokens: int = 1024,
+    inside: nn.Module | None = None,
+    answer: Callable[[nn.Module, Inputs], Any] = called,
+    on_pass: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Measure where a model's activations are sparse and how much sparser they may become.
+
+    Costs a pass over the batches for every value of every rule and role.
+
+    Args:
+        model: Any module with feed-forward networks, or with activations.
+        batches: What it is scored on; a sequence is gone through many times, so its items may be made when asked for.
+        score: See :class:`Score`.
+        kinds: Rules; see :func:`~clframe.sparsity.functional.keep`.
+        sweep: Values of a rule; 26 by default: shares from 1 to 0 (p of top-p, neurons kept of top-k), from 0 to 1
+            (max-p), or quantiles of the magnitudes found (threshold).
+        roles: Which of the five.
+        share: Of the dense score that critical sparsity keeps.
+        rank_tokens: Tokens of each place that its effective rank is computed on.
+        inside: The part of the model in which places are looked for and by which they are named; None takes it all.
+        answer: From the model and the inputs of a batch to the output that is scored.
+        on_pass: Called with the passes done and all there are, after each pass over the batches.
+
+    Raises:
+        UnsupportedError: A model with neither, or on the meta device.
+        ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
+    """
+    require_weights(model)
+    places = places_of(model if inside is None else inside)
+    asked = _Asked(model, batches if isinstance(batches, Sequence) else list(batches), score, answer, on_pass)
+    if not asked.batches:
+        raise ConfigError("sparsity.batches: found none; give at least one")
+    seen = [Seen(place, limit=rank_tokens) for place in places]
+    dense = asked.score_with([(one.place, one) for one in seen])
+    by_role = {role: [one for one in seen if _belongs(one.place, role) and one.tokens] for role in roles}
+    chosen = [
+        (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))
+        for role, there in by_role.items()
+        for kind in kinds
+        if there
+    ]
+    asked.expect(sum(len(values) for *_, values in chosen))
+    curves = [
+        _sweep(asked, there, role=role, kind=kind, values=values, dense=dense, share=share)
+        for role, kind, there, values in chosen
+    ]
+    ranks = {role: {one.place.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
+    return Report(dense, tuple(curves), {role: found for role, found in ranks.items() if found})
+
+
+class _Asked:
+    """Passes of one model over the same batches, counted."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Inputs, Any, Any]],
+        score: Score,
+        answer: Callable[[nn.Module, Inputs], Any],
+        on_pass: Callable[[int, int], None] | None,
+    ) -> None:
+        self.model, self.batches, self.score, self.answer, self.on_pass = model, batches, score, answer, on_pass
+        self.done, self.all = 0, 1
+
+    def expect(self, passes: int) -> None:
+        """So many more passes will come."""
+        self.all += passes
+
+    def score_with(self, changes: Sequence[tuple[Place, Any]]) -> float:
+        """The score over all batches while ``changes`` act."""
+        found: list[Tensor] = []
+        with answering(self.model), changing(changes):
+            for inputs, targets, mask in self.batches:
+                masks = mask if isinstance(mask, Mapping) else {"all": mask}
+                for _, change in changes:
+                    change.masks = masks
+                found.append(self.score(self.answer(self.model, inputs), targets).flatten().double())
+        values = torch.cat(found)
+        if not len(values):
+            raise ConfigError("sparsity.batches: found no samples; give at least one")
+        self.done += 1
+        if self.on_pass is not None:
+            self.on_pass(self.done, self.all)
+        return float(values.mean())
+
+
+@dataclass
+class _Points:
+    scores: list[float] = field(default_factory=list)
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    gaussian: dict[str, list[float]] = field(default_factory=dict)
+
+
+def _sweep(
+    asked: _Asked,
+    there: Sequence[Seen],
+    *,
+    role: str,
+    kind: MaskKind,
+    values: tuple[float, ...],
+    dense: float,
+    share: float,
+) -> Curve:
+    points = _Points()
+    for value in values:
+        masks = [Masking(one.place, kind=kind, value=value) for one in there]
+        points.scores.append(asked.score_with([(mask.place, mask) for mask in masks]))
+        for mask, one in zip(masks, there, strict=True):
+            label = _label(mask.place, role)
+            points.layers.setdefault(label, []).append(mask.sparsity())
+            points.gaussian.setdefault(label, []).append(_baseline(one, kind=kind, value=value))
+        for part in masks[0].parts:
+            points.parts.setdefault(part, []).append(_mean([mask.sparsity(part) for mask in masks]))
+    achieved = [_mean(found) for found in zip(*points.layers.values(), strict=True)]
+    gaussian = [_mean(found) for found in zip(*points.gaussian.values(), strict=True)]
+    i, j, way = critical_point(achieved, points.scores, dense=dense, share=share)
+
+    def there_of(curves: Mapping[str, Sequence[float]]) -> Mapping[str, float]:
+        return {name: _between(curve, i, j, way) for name, curve in curves.items()}
+
+    return Curve(
+        role=role, kind=kind, values=values, scores=tuple(points.scores), achieved=tuple(achieved),
+        layers=_tuples(points.layers), parts=_tuples(points.parts),
+        gaussian=tuple(gaussian), gaussian_layers=_tuples(points.gaussian),
+        critical=_between(achieved, i, j, way), critical_value=_between(values, i, j, way),
+        critical_gaussian=_between(gaussian, i, j, way), critical_layers=there_of(points.layers),
+        critical_gaussian_layers=there_of(points.gaussian), critical_parts=there_of(points.parts),
+    )  # fmt: skip
+
+
+def _default_values(kind: MaskKind, there: Sequence[Seen]) -> Sequence[float]:
+    if kind == "threshold":
+        sizes = torch.cat([one.rows.abs().flatten() for one in there]).sort().values
+        return [float(sizes[round((1 - at) * (len(sizes) - 1))]) for at in SWEEP]
+    return [1 - at for at in SWEEP] if kind == "max_p" else SWEEP
+
+
+def _baseline(one: Seen, *, kind: MaskKind, value: float) -> float:
+    value = round(value * one.neurons) if kind == "top_k" else value
+    return baseline_sparsity(value, kind=kind, neurons=one.neurons, scale=one.scale)
+
+
+def _belongs(place: Place, role: str) -> bool:
+    return place.role in ("input", "intermediate") if role == ALL else place.role == role
+
+
+def _label(place: Place, role: str) -> str:
+    return f"{place.layer}/{place.role}" if role == ALL else place.layer
+
+
+def _between(values: Sequence[float], i: int, j: int, way: float) -> float:
+    return values[i] + way * (values[j] - values[i])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _tuples(lists: Mapping[str, Sequence[float]]) -> Mapping[str, tuple[float, ...]]:
+    return {name: tuple(values) for name, values in lists.items()}

@@ -1,1 +1,0 @@
-"""How sparse the activations of a trained model are and may become: what ``clframe analyse sparsity`` does."""

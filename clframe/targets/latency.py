@@ -1,0 +1,109 @@
+"""How long a prediction of a trained run takes: measured on its own test samples, exit by exit and under its policy.
+
+Nothing is derived from counts; MACs stand beside the times because the two need not agree.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clframe.accounting import MacCounter, latency
+from clframe.errors import ConfigError, RunFolderError
+from clframe.exits import ExitPolicy
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.nn.network import Network
+from clframe.report.latency import Setting, Timed, Timings, write_timings
+from clframe.targets.opening import open_target
+from clframe.training.prediction_cost import policy_of
+
+SAMPLES = 256
+"""Test samples that calls go round through."""
+
+
+def time_run(
+    run: str | Path,
+    *,
+    batches: Sequence[int] = (1, 32),
+    device: str = "cpu",
+    warmup: int = 5,
+    repeats: int = 30,
+    overrides: Sequence[str] = (),
+) -> Timings:
+    """Time the model that a run has left, and write ``latency.json`` into its folder.
+
+    Args:
+        run: A run folder.
+        batches: Sizes of batches.
+        device: Where to measure: cpu, cuda, cuda:N, mps or auto.
+        warmup: Calls that are not timed.
+        repeats: Calls that are, each on the next samples.
+        overrides: Other places of the data, such as ``benchmark.data_dir=DIR``.
+
+    Raises:
+        RunFolderError: No run, or none that can be loaded.
+        ConfigError: Sizes or numbers of calls below 1.
+    """
+    if not batches or min(batches) < 1 or repeats < 1 or warmup < 0:
+        raise ConfigError(
+            f"latency: found batches {list(batches)}, repeats {repeats}; give sizes and a number of calls of 1 or more"
+        )
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"latency: {run} holds no config.yaml; give the run folder that a run printed")
+    target = open_target(str(run), device=device, overrides=overrides)
+    assert target.run is not None
+    x = torch.cat([_tensor(batch.inputs) for batch in target.batches("test", limit=max(SAMPLES, *batches))])
+    rows: list[Timed] = []
+    for way, module in _ways(target.run.network, policy_of(target.run.learner)):
+        rows += [
+            Timed(way=way, batch=found.batch, p50=found.p50, p95=found.p95, throughput=found.throughput,
+                  macs=_macs(module, x, found.batch))
+            for found in latency(module, x, batches=batches, warmup=warmup, repeats=repeats)
+        ]  # fmt: skip
+    setting = Setting(
+        device=_named(x.device), processor=platform.machine(), threads=torch.get_num_threads(),
+        torch=str(torch.__version__), dtype=str(x.dtype).removeprefix("torch."), warmup=warmup, repeats=repeats,
+        samples=len(x),
+    )  # fmt: skip
+    timings = Timings(setting=setting, rows=tuple(rows))
+    write_timings(timings, folder)
+    return timings
+
+
+def _ways(network: Network, policy: ExitPolicy | None) -> Iterator[tuple[str, nn.Module]]:
+    """What to time: everything, as far as each exit, and as the policy has it."""
+    yield "whole network", network
+    last = len(network.heads) - 1
+    if last:
+        for exit, name in enumerate(network.exit_names):
+            thresholds = tuple(0.0 if place == exit else inf for place in range(last))
+            yield f"exit/{name}", DynamicNetwork(network, ExitPolicy(thresholds=thresholds))
+    if policy is not None:
+        yield "policy", DynamicNetwork(network, policy)
+
+
+def _macs(module: nn.Module, x: Tensor, size: int) -> float:
+    """Mean MACs of a sample in whole batches of this size, counted as they run."""
+    size = min(size, len(x))
+    count = len(x) // size * size
+    with torch.no_grad(), MacCounter() as counter:
+        for start in range(0, count, size):
+            module(x[start : start + size])
+    return counter.macs / count
+
+
+def _tensor(inputs: object) -> Tensor:
+    assert isinstance(inputs, Tensor)  # inputs of a run's network are one tensor
+    return inputs
+
+
+def _named(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)

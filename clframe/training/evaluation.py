@@ -1,0 +1,278 @@
+"""Records of an evaluation: correct predictions, every exit, hidden neurons and experts.
+
+Shape suffixes: B batch, N samples of an evaluation, K exits, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from clframe.accounting import backbone_macs, cumulative_macs
+from clframe.data.benchmark import Benchmark
+from clframe.exits import STATIC, ExitAnswers
+from clframe.exits.diagnostics import ExitRecord, exit_record
+from clframe.functional.similarity import flat_tap, unbiased_linear_cka
+from clframe.metrics import Tally, TallyCounter
+from clframe.moe import Usage, counting
+from clframe.moe.usage import active_rates, overlaps
+from clframe.nn.backbones.base import untouched
+from clframe.nn.network import Network
+from clframe.nn.types import Samples
+from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What every exit answered in one evaluation, sample by sample, on the CPU."""
+
+    confidence_KN: Tensor
+    """Largest probability of each exit's answer."""
+    correct_KN: Tensor
+    """Whether that answer is right."""
+    experience_N: Tensor
+    """Test experience of each sample."""
+    static: Mapping[str, Tensor]
+    """For each decision of :data:`~clframe.exits.STATIC`, whether it is right on each sample."""
+
+
+class Scores(SupervisedPlugin):
+    """An Avalanche plugin that keeps what the last evaluation came to.
+
+    Attributes:
+        tally: Right answers of the model's decision, by test experience and class.
+        exits: The same of each exit's own answer, in order of depth.
+        answers: Each exit's answer to each sample.
+    """
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        super().__init__()
+        self._benchmark = benchmark
+        self._counter: TallyCounter | None = None
+        self._exits: list[TallyCounter] = []
+        self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor]]] = []
+        self.tally: Tally | None = None
+        self.exits: tuple[Tally, ...] = ()
+        self.answers: Answers | None = None
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Start counting anew."""
+        self._counter = self._new_counter(strategy)
+        self._exits = [self._new_counter(strategy) for _ in strategy.learner.network.heads]
+        self._batches = []
+
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Count one batch."""
+        assert self._counter is not None
+        index, y_B = strategy.experience.current_experience, strategy.mb_y
+        classes = self._benchmark.classes[index]
+        self._counter.update(index, strategy.mb_output, y_B, classes)
+        scores = strategy.answers.logits
+        for counter, scores_BC in zip(self._exits, scores, strict=True):
+            counter.update(index, scores_BC, y_B, classes)
+        if scores[0].shape[1]:
+            best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
+            correct_KB = torch.stack([answer_B == y_B for _, answer_B in best])
+            static = {name: decide(scores).scores_BC.argmax(1) == y_B for name, decide in STATIC.items()}
+            self._batches.append((torch.stack([p_B for p_B, _ in best]), correct_KB, index, static))
+
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Read the counts from the device, once."""
+        assert self._counter is not None
+        self.tally = self._counter.result()
+        self.exits = tuple(counter.result() for counter in self._exits)
+        self.answers = self._gathered(len(self._exits))
+        self._batches = []
+
+    def _new_counter(self, strategy: Any) -> TallyCounter:
+        benchmark = self._benchmark
+        return TallyCounter(len(benchmark), len(benchmark.class_order), device=strategy.device)
+
+    def _gathered(self, exits: int) -> Answers:
+        parts = self._batches
+        nothing_N = torch.zeros(0, dtype=torch.bool)
+        return Answers(
+            torch.cat([torch.zeros(exits, 0), *(p[0].cpu() for p in parts)], dim=1),
+            torch.cat([torch.zeros(exits, 0, dtype=torch.bool), *(p[1].cpu() for p in parts)], dim=1),
+            torch.cat([torch.zeros(0, dtype=torch.long), *(torch.full((p[0].shape[1],), p[2]) for p in parts)]),
+            {name: torch.cat([nothing_N, *(p[3][name].cpu() for p in parts)]) for name in STATIC},
+        )
+
+
+PROBES = 256
+"""Samples of the first experience on which taps are compared."""
+GRID = 4
+"""Larger maps are averaged down to this many cells a side first."""
+
+
+class ExitWatch:
+    """Makes an :class:`~clframe.exits.diagnostics.ExitRecord` of each evaluation.
+
+    Args:
+        benchmark: The stream.
+        scores: The plugin that holds the last evaluation's answers.
+
+    Attributes:
+        reference: Each exit's tap after the first experience, by name; part of every checkpoint.
+    """
+
+    def __init__(self, benchmark: Benchmark, scores: Scores) -> None:
+        self._benchmark, self._scores = benchmark, scores
+        self.reference: Mapping[str, Tensor] = {}
+
+    def record(self, strategy: Any, index: int) -> ExitRecord:
+        """The record after experience ``index``, whose evaluation was the last thing that happened."""
+        network: Network = strategy.learner.network
+        cost_K = cumulative_macs(network)
+        answers = self._scores.answers
+        assert answers is not None
+        accuracy_KE = tuple(tally.accuracy_E for tally in self._scores.exits)
+        seen_N = answers.experience_N <= index
+        return exit_record(
+            _answers(answers, cost_K, seen_N),
+            self._validation(strategy, index, cost_K),
+            backbone_macs=backbone_macs(network),
+            accuracy_KE=accuracy_KE,
+            correct={name: right_N[seen_N] for name, right_N in answers.static.items()},
+            similarity_K=self._similarity(network, index),
+        )
+
+    def _validation(self, strategy: Any, index: int, cost_K: tuple[int, ...]) -> ExitAnswers | None:
+        """Answers on held-out data of the experiences so far, where there is more than one exit to choose from."""
+        benchmark = self._benchmark
+        if len(cost_K) == 1 or not benchmark.validation or benchmark.evaluate == "validation":
+            return None
+        strategy.eval(benchmark.avalanche.streams["valid"][: index + 1])
+        answers = self._scores.answers
+        assert answers is not None
+        return _answers(answers, cost_K, answers.experience_N <= index)
+
+    def _similarity(self, network: Network, index: int) -> tuple[float, ...]:
+        now = _taps(network, self._benchmark)
+        if index == 0:
+            self.reference = now
+        return tuple(unbiased_linear_cka(self.reference[tap], now[tap]) for tap in network.exit_taps)
+
+
+def _answers(answers: Answers, cost_K: tuple[int, ...], of_N: Tensor) -> ExitAnswers:
+    return ExitAnswers(
+        confidence_KN=answers.confidence_KN[:, of_N],
+        correct_KN=answers.correct_KN[:, of_N],
+        cost_K=cost_K,
+        experience_N=answers.experience_N[of_N],
+    )
+
+
+def _taps(network: Network, benchmark: Benchmark) -> dict[str, Tensor]:
+    """Each exit's tap on the first test samples of the first experience, flat, on the CPU."""
+    samples = benchmark.evaluation[0]
+    index = torch.arange(min(PROBES, len(samples)))
+    x = network.place(samples.prepare(samples.raw(index)))
+    with untouched([network]):
+        taps = network(x, taps=network.exit_taps).taps
+    return {name: flat_tap(tap, grid=GRID).float().cpu() for name, tap in taps.items()}
+
+
+NEURON_PROBES = 256
+"""Samples of an experience that are looked at, at most."""
+MOST_PROBES = 2048
+"""Samples of all experiences of a stream together, at most: what keeps long streams cheap."""
+BATCH = 32
+"""Few at a time: the hidden layers of a transformer on a batch are the largest thing that is held."""
+DIGITS = 4
+
+
+class ActivityWatch:
+    """Makes an :class:`~clframe.sparsity.activity.ActivityRecord` after each training experience.
+
+    Args:
+        benchmark: The stream.
+
+    Attributes:
+        learnt: For each experience, rate_N by layer when it had just been learnt; part of every checkpoint.
+    """
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        self._benchmark = benchmark
+        self.learnt: list[Mapping[str, Tensor]] = []
+
+    def record(self, network: Network, index: int) -> ActivityRecord:
+        """The record after experience ``index``, which is remembered as how its neurons were when learnt.
+
+        The network, its modes and random states stay as they are.
+        """
+        samples_E, rates, usage = [], [], []
+        with untouched([network]):
+            for samples in self._benchmark.evaluation[: index + 1]:
+                at = probes(len(samples), experiences=len(self._benchmark))
+                batches = (_prepared(network, samples, part) for part in at.split(BATCH) if len(part))
+                with counting(network) as used:
+                    found = active_rates(network.backbone, batches, call=network)
+                    usage.append(used())
+                rates.append({layer: rate_N.float() for layer, rate_N in found.items()})
+                samples_E.append(len(at))
+        self.learnt = [*self.learnt[:index], *[{}] * (index - len(self.learnt)), rates[index]]
+        layers = dict.fromkeys(layer for found in rates for layer in found)
+        return ActivityRecord(
+            samples_E=tuple(samples_E),
+            layers={layer: self._layer([found.get(layer) for found in rates], layer) for layer in layers},
+            experts={layer: _experts([used[layer] for used in usage]) for layer in usage[index]},
+        )
+
+    def _layer(self, rates: Sequence[Tensor | None], layer: str) -> LayerActivity:
+        """``rates`` are those of each experience; None where it has no samples."""
+        known = next(rate_N for rate_N in rates if rate_N is not None)
+        now_EN = torch.stack([torch.full_like(known, torch.nan) if rate_N is None else rate_N for rate_N in rates])
+        sparsity_E = 1 - now_EN.double().mean(1)
+        return LayerActivity(
+            neurons=len(known),
+            sparsity=_round(float(sparsity_E.nanmean())),
+            sparsity_E=tuple(map(_round, sparsity_E.tolist())),
+            overlap_E=tuple(map(_round, overlaps(now_EN)[-1].tolist())),
+            kept_E=tuple(_kept(learnt.get(layer), now_N) for learnt, now_N in zip(self.learnt, now_EN, strict=True)),
+        )
+
+
+def probes(samples: int, *, experiences: int) -> Tensor:
+    """Which of an experience's samples are looked at: evenly spaced, since samples often lie sorted by class.
+
+    >>> probes(10, experiences=2048).tolist(), probes(3, experiences=5).tolist(), len(probes(10_000, experiences=5))
+    ([0], [0, 1, 2], 256)
+    """
+    count = min(samples, NEURON_PROBES, max(1, MOST_PROBES // experiences))
+    return torch.arange(count) * samples // max(count, 1)
+
+
+def _prepared(network: Network, samples: Samples, index: Tensor) -> Tensor:
+    return network.place(samples.prepare(samples.raw(index)))
+
+
+def _kept(learnt_N: Tensor | None, now_N: Tensor) -> float:
+    if learnt_N is None or len(learnt_N) != len(now_N):
+        return float("nan")
+    return _round(float(overlaps(torch.stack([learnt_N.to(now_N), now_N]))[0, 1]))
+
+
+def _experts(usage: Sequence[Usage]) -> ExpertActivity:
+    per_token_E = [one.experts_per_token for one in usage]
+    ran_E = torch.tensor([one.ran_E for one in usage]).sum(0)
+    return ExpertActivity(
+        experts=usage[-1].macs.experts,
+        per_token=_round(_mean(per_token_E)),
+        per_token_E=tuple(map(_round, per_token_E)),
+        unused=int((ran_E == 0).sum()),
+        macs_share=_round(_mean([one.share for one in usage])),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).nanmean())
+
+
+def _round(value: float) -> float:
+    return round(value, DIGITS)

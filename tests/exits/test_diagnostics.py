@@ -1,0 +1,134 @@
+"""Diagnostics against loops written out, and what they are by definition on small cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from clframe.errors import ClframeError
+from clframe.exits import ExitAnswers
+from clframe.exits.diagnostics import diagnose, exit_accuracy_KE, forgetting_by_exit, static_accuracies
+from clframe.metrics import forgetting
+
+# one column a sample: all right, only the first, first two, only the last, none, all but the first, middle alone
+RIGHT = torch.tensor([[1, 1, 1, 0, 0, 0, 0],
+                      [1, 0, 1, 0, 0, 1, 1],
+                      [1, 0, 0, 1, 0, 1, 0]]).bool()  # fmt: skip
+
+
+def answers(correct_KN, *, confidence_KN=None, **more):
+    exits = len(correct_KN)
+    confidence_KN = torch.rand(correct_KN.shape) if confidence_KN is None else confidence_KN
+    return ExitAnswers(confidence_KN=confidence_KN, correct_KN=correct_KN, cost_K=range(1, exits + 1), **more)
+
+
+def random_answers(exits, samples, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return answers(torch.rand(exits, samples, generator=generator) < 0.6)
+
+
+def test_seven_samples_by_hand():
+    found = diagnose(answers(RIGHT))
+    assert found.accuracy_K == (3 / 7, 4 / 7, 3 / 7)
+    assert found.oracle_accuracy == 6 / 7
+    assert found.overthinking == 3 / 7
+    assert found.overthinking_relative == 1.0
+    assert found.unique_accuracy_K == (1 / 7, 1 / 7, 1 / 7)
+    assert found.fixed_final_errors_K == (2 / 4, 2 / 4, 0.0)
+    assert math.isnan(found.hindsight_improvability_K[0])
+    # exit 1 is wrong on samples 1, 3, 4: the first exit had 1; exit 2 on 1, 2, 4, 6: all but 4 were known
+    assert found.hindsight_improvability_K[1:] == (1 / 3, 3 / 4)
+
+
+@pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 9), (2, 1), (3, 17), (7, 301)])
+def test_against_loops_over_samples(exits, samples):
+    given = random_answers(exits, samples, seed=exits * samples)
+    found, right = diagnose(given), given.correct_KN.tolist()
+    columns = [[right[k][n] for k in range(exits)] for n in range(samples)]
+    assert found.oracle_accuracy == sum(any(column) for column in columns) / samples
+    assert found.overthinking == pytest.approx(found.oracle_accuracy - found.accuracy_K[-1], abs=1e-15)
+    for k in range(exits):
+        assert found.accuracy_K[k] == sum(column[k] for column in columns) / samples
+        alone = [column for column in columns if column[k] and sum(column) == 1]
+        assert found.unique_accuracy_K[k] == len(alone) / samples
+        wrong = [column for column in columns if not column[k]]
+        if k and wrong:
+            assert found.hindsight_improvability_K[k] == sum(any(column[:k]) for column in wrong) / len(wrong)
+        else:
+            assert math.isnan(found.hindsight_improvability_K[k])
+        missed = [column for column in columns if not column[-1]]
+        if missed:
+            assert found.fixed_final_errors_K[k] == sum(column[k] for column in missed) / len(missed)
+        else:
+            assert math.isnan(found.fixed_final_errors_K[k])
+
+
+def test_what_is_undefined_is_nan():
+    perfect = diagnose(answers(torch.ones(2, 3).bool()))
+    assert all(math.isnan(share) for share in perfect.fixed_final_errors_K + perfect.hindsight_improvability_K)
+    assert (perfect.overthinking, perfect.overthinking_relative) == (0.0, 0.0)
+    hopeless = diagnose(answers(torch.tensor([[True], [False]])))
+    assert hopeless.overthinking == 1.0
+    assert math.isnan(hopeless.overthinking_relative)
+
+
+def test_one_exit_never_overthinks():
+    found = diagnose(answers(torch.tensor([[True, False, True]])))
+    assert found.overthinking == 0.0
+    assert found.unique_accuracy_K == found.accuracy_K == (2 / 3,)
+
+
+def test_static_decisions():
+    confidence_KN = torch.tensor([[0.9, 0.2, 0.5], [0.1, 0.3, 0.5]])
+    correct_KN = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
+    given = answers(correct_KN, confidence_KN=confidence_KN)
+    vote_N = torch.tensor([True, False, False])
+    assert static_accuracies(given, correct={"vote": vote_N}) == {
+        "last": 1 / 3, "confident": 1.0, "oracle": 1.0, "vote": 1 / 3,
+    }  # fmt: skip
+    with pytest.raises(ClframeError, match=r"correct\.mean: shape \(2,\); give 3 answers"):
+        static_accuracies(given, correct={"mean": vote_N[:2]})
+
+
+def test_the_earliest_of_equally_confident_exits():
+    given = answers(torch.ones(4, 3).bool(), confidence_KN=torch.tensor([[1, 2, 0], [1, 3, 0], [1, 3, 0], [0, 3, 0]]))
+    assert given.most_confident_N().tolist() == [0, 1, 0]
+
+
+def test_by_experience():
+    given = answers(RIGHT, experience_N=torch.tensor([0, 0, 2, 2, 2, 0, 0]))
+    accuracy_KE = exit_accuracy_KE(given, experiences=3)
+    assert [row[0] for row in accuracy_KE] == [2 / 4, 3 / 4, 2 / 4]
+    assert [row[2] for row in accuracy_KE] == [1 / 3, 1 / 3, 1 / 3]
+    assert all(math.isnan(row[1]) for row in accuracy_KE)
+    assert [row[0] for row in accuracy_KE] == list(diagnose(given.of(0)).accuracy_K)
+    with pytest.raises(ClframeError, match=r"confidence_KN \(3, 0\)"):
+        given.of(1)
+    with pytest.raises(ClframeError, match="experience_N was not given"):
+        answers(RIGHT).of(0)
+
+
+def test_forgetting_of_each_exit_is_that_of_its_matrix():
+    accuracy_KTE = [[[0.5, 0.0, 0.0], [0.75, 0.5, 0.0], [0.25, 0.5, 1.0]], [[1.0, 0, 0], [0.5, 1.0, 0], [0, 0, 1.0]]]
+    found = forgetting_by_exit(accuracy_KTE)
+    assert [score.value for score in found] == [0.25, 1.0]
+    assert found == tuple(forgetting(accuracy_TE) for accuracy_TE in accuracy_KTE)
+    assert forgetting_by_exit([[[0.5]]])[0].undefined == "needs two experiences, found one"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"cost_K": (1, 2)}, "2 costs for 3 exits"),
+    ({"cost_K": (3, 2, 4)}, "which rise with depth"),
+    ({"cost_K": (0, 2, 4)}, "which rise with depth"),
+    ({"cost_K": (1, 2, math.nan)}, "which rise with depth"),
+    ({"cost_K": (1, 2, math.inf)}, "which rise with depth"),
+    ({"correct_KN": RIGHT[:, :3]}, r"confidence_KN \(3, 7\), correct_KN \(3, 3\)"),
+    ({"correct_KN": RIGHT[0], "confidence_KN": torch.rand(7)}, "for every exit and sample"),
+    ({"experience_N": torch.zeros(3)}, "each of 7 samples"),
+])  # fmt: skip
+def test_arrays_that_do_not_fit(change, message):
+    fitting = {"confidence_KN": torch.rand(3, 7), "correct_KN": RIGHT, "cost_K": (1, 2, 3)}
+    with pytest.raises(ClframeError, match=message):
+        ExitAnswers(**(fitting | change))

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clframe.replay.selection import balanced_choice, balanced_trim, quotas
+from clframe.seeding import derive_seed, epoch_order, generator_for
+
+
+@pytest.mark.parametrize("size, count", [(10, 1), (10, 3), (3, 3), (2, 5), (200, 7)])
+def test_quotas_share_everything_and_differ_by_one_at_most(size, count):
+    shares = quotas(size, range(count))
+    assert sum(shares.values()) == size
+    assert max(shares.values()) - min(shares.values()) <= 1
+
+
+def test_choice_is_a_random_subset_per_class():
+    y = torch.tensor([0, 1, 0, 1, 0, 2, 0])
+    chosen = balanced_choice(y, {0: 2, 1: 5, 2: 0}, generator=generator_for(0))
+    assert y[chosen].tolist() == [0, 0, 1, 1]
+    assert len(set(chosen.tolist())) == 4
+    draws = {
+        tuple(sorted(balanced_choice(y, {0: 2}, generator=generator_for(s)).tolist())) for s in range(200)
+    }
+    assert len(draws) == 6  # all pairs of the four zeros
+
+
+def test_trim_keeps_the_first_of_each():
+    y = torch.tensor([1, 0, 0, 1, 0])
+    assert balanced_trim(y, {0: 2, 1: 1}).tolist() == [1, 2, 0]
+    assert balanced_trim(y, {}).tolist() == []
+
+
+def test_seeds_depend_on_every_part_of_the_place():
+    places = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, 1, "a"), (0, "1"), (0, 1)]
+    assert len({derive_seed(*place) for place in places}) == len(places)
+    assert derive_seed(3, "order", 1, 2) == derive_seed(3, "order", 1, 2) < 2**63
+
+
+def test_order_is_a_permutation_that_its_arguments_alone_decide():
+    first = epoch_order(11, seed=1, experience=2, epoch=3)
+    torch.rand(5)  # the global generator has no say
+    assert torch.equal(first, epoch_order(11, seed=1, experience=2, epoch=3))
+    assert sorted(first.tolist()) == list(range(11))
+    others = [epoch_order(11, seed=s, experience=e, epoch=p) for s, e, p in ((0, 2, 3), (1, 1, 3), (1, 2, 2))]
+    assert not any(torch.equal(first, other) for other in others)

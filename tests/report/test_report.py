@@ -1,0 +1,370 @@
+"""Reports of runs whose numbers are known: one, several, those that must not be compared, and one that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+import shutil
+
+import pytest
+
+from clframe.cli import main
+from clframe.errors import ClframeError
+from clframe.plotting.style import Picture, drawn
+from clframe.report import write_report
+from clframe.training.checkpoint import save_checkpoint
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page, and sees that every element that is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.seen, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_one_run(make_run, exits, read_table):
+    run = make_run("run", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75, at_half=(0.4, 0.7))])
+    path = write_report([run])
+    assert path == run / "report" / "report.html"
+    scalars = {row["what"]: row["value"] for row in read_table(path, "summary")}
+    assert float(scalars["final average accuracy, %"]) == (12 / 20 + 18 / 20) / 2
+    assert float(scalars["forgetting, %"]) == pytest.approx(1 - 12 / 20)
+    assert float(scalars["average incremental accuracy, %"]) == (1 + 0.75) / 2
+    assert float(scalars["state of er, bytes"]) == 16
+    matrix = read_table(path, "accuracy_matrix")
+    assert [[float(row[c]) for c in ("on 0", "on 1", "so far")] for row in matrix] == [[1, 0, 1], [0.6, 0.9, 0.75]]
+    first, last = read_table(path, "exits")
+    assert (first["exit"], float(first["MACs up to it"]), float(first["share of the backbone"])) == ("early", 100, 0.25)
+    assert float(first["forgetting"]) == 0.5 - 0.25 and float(last["accuracy"]) == 0.75
+    (half,) = read_table(path, "budgets")
+    assert (half["budget"], float(half["cost it came to"]), float(half["accuracy"])) == ("50%", 0.4, 0.7)
+    assert float(half["answered by early"]) == 0.75 and float(half["answered by final"]) == 0.25
+    assert [float(row["share"]) for row in read_table(path, "cost")] == [0.75, 0.25, 1.0]
+    assert [float(row["share"]) for row in read_table(path, "run_cost")] == [0.25, 0.75, 1.0]
+    assert "Not counted in the costs: aten::odd." in Page(path.read_text(encoding="utf-8")).text
+    figures = {file.name for file in (path.parent / "figures").iterdir()}
+    assert figures == {
+        f"{name}.{ending}" for ending in ("png", "svg")
+        for name in ("average_accuracy", "accuracy_matrix", "forgetting", "losses", "accuracy_cost", "who_exits",
+                     "exit_accuracy", "cost")
+    }  # fmt: skip
+
+
+def test_the_page_needs_nothing_and_runs_nothing(make_run, exits):
+    run = make_run("run", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75, at_half=(0.4, 0.7))])
+    text = write_report([run]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "img", "iframe", "object", "embed"} & set(page.seen)
+    assert page.seen.count("svg") == 8
+    assert "http" not in text and "@import" not in text and "//" not in text
+    assert all(value in ("data:,", None) or value.startswith("#") for name, value in page.attributes if name == "href")
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(set(ids)) == len(ids)
+    for target in re.findall(r"url\(#([^)]+)\)", text):
+        assert target in ids
+    for said in ("clframe run quickstart strategy=er --seed 0", "prefers-color-scheme: dark", "strategy: er"):
+        assert said in text
+
+
+def test_the_same_runs_give_the_same_page(make_run):
+    run = make_run("run", (12, 18))
+    once = write_report([run], output=run / "a").read_bytes()
+    assert write_report([run], output=run / "b").read_bytes() == once
+
+
+def test_names_cannot_inject(make_run, read_table):
+    """From the config, the results, the environment, the ledger and the log; through the page and through its SVG."""
+    evil = '<script>alert("1")</script>$\\frac{_'
+    change = {"benchmark": evil, "versions": {"torch": evil}, "strategy": evil}
+    run = make_run("run", (12, 18), change={**change, "forgetting": None, "undefined": {"forgetting": evil}})
+    with open(run / "config.yaml", "a") as file:
+        file.write(f"# {evil}\n")
+    (run / "environment.json").write_text(json.dumps({"command": ["clframe", "run", evil], "git_revision": evil}))
+    (run / "ledger.json").write_text(json.dumps({"inference_macs": {evil: 10, "_hidden": 5}}))
+    log = run / "metrics.csv"
+    log.write_text(log.read_text() + '1,40,"loss/<b onload=x>&/_",0.5\n')
+    path = write_report([run])
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not {"script", "img", "b"} & set(page.seen)
+    assert not [key for key, _ in page.attributes if key.startswith("on")]
+    assert page.text.count(evil) >= 7
+    assert read_table(path, "cost")[0]["stage"] == evil
+    assert evil[:23] + "…" in page.words  # the stage's name, shortened, in the figure
+    assert " _hidden" in page.words and "<b onload=x>&/_" in page.words
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_seeds_are_one_group(make_run, tmp_path, read_table):
+    for seed, right in enumerate((12, 14, 16)):
+        make_run(f"runs/{seed}", (right, 18), seed=seed)
+    path = write_report([tmp_path / "runs"])
+    assert path == tmp_path / "runs" / "report" / "report.html"
+    row = next(row for row in read_table(path, "summary") if row["what"].startswith("final average"))
+    assert float(row["value"]) == pytest.approx((0.75 + 0.8 + 0.85) / 3)
+    assert float(row["value: deviation"]) == pytest.approx(0.05)
+    assert "80.0 ± 5.0" in Page(path.read_text()).text
+    assert not (path.parent / "tables" / "differences.csv").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_groups_are_told_apart_by_what_differs(make_run, tmp_path, read_table):
+    make_run("runs/a", (12, 18), overrides=["components.er.memory=50"])
+    make_run("runs/b", (12, 18), overrides=["components.er.memory=100", "trainer.log_every=3", "output=elsewhere"])
+    make_run("runs/c", (12, 18), strategy="er(memory=50)", seed=1)  # the same as a, written otherwise
+    make_run("runs/d", (12, 18), strategy="naive", overrides=["components.er.memory=7"])
+    make_run("runs/e", (12, 18), strategy="naive", seed=1)  # a block that is not selected makes no difference
+    rows = read_table(write_report([tmp_path / "runs"]), "groups")
+    # a, b and c are named "er" by their results
+    assert [(row["group"], row["seeds"]) for row in rows] == [
+        ("er, er.memory=50", "0, 1"), ("er, er.memory=100", "0"), ("naive", "0, 1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_differences_are_paired_and_costs_are_at_equal_accuracy(make_run, tmp_path, exits, read_table):
+    for seed, (base, other) in enumerate([((10, 10), (12, 12)), ((12, 12), (16, 16))]):
+        make_run(f"base/{seed}", base, seed=seed, macs=1000)
+        late = other[0] / 20
+        records = [exits(0.5, 0.9), exits(0.2, late, at_half=(0.5, late - 0.1))]
+        make_run(f"other/{seed}", other, seed=seed, strategy="er + exits", records=records, macs=400)
+    path = write_report([tmp_path / "base", tmp_path / "other"], output=tmp_path / "out")
+    row = read_table(path, "differences")[0]
+    assert (row["group"], row["metric"], row["seeds"]) == ("er + exits", "final accuracy", "0, 1")
+    assert float(row["er"]) == pytest.approx(0.55)
+    assert float(row["difference"]) == pytest.approx(0.15)
+    # d = 0.1, 0.2: s = 0.1 / sqrt(2), half width t(0.975, 1) s / sqrt(2) = 12.7062 * 0.05
+    assert float(row["95 % from"]) == pytest.approx(0.15 - 12.7062 * 0.05, rel=1e-5)
+    assert float(row["to"]) == pytest.approx(0.15 + 12.7062 * 0.05, rel=1e-5)
+    assert (row["leaves out 0"], float(row["relative gain"])) == ("no", pytest.approx(0.15 / 0.55))
+    # points of the other: 200 MACs at 0.6 and 400 MACs at 0.7; 0.55 is reached at the first
+    (equal,) = read_table(path, "equal_accuracy")
+    assert float(equal["accuracy to reach"]) == pytest.approx(0.55)
+    assert (float(equal["MACs of er"]), float(equal["MACs needed"]), float(equal["share"])) == (1000, 200, 0.2)
+    assert (path.parent / "figures" / "pareto.svg").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_what_cannot_be_reached_says_so(make_run, tmp_path, read_table):
+    make_run("base", (18, 18))
+    make_run("other", (10, 12), strategy="naive")
+    (equal,) = read_table(write_report([tmp_path / "base", tmp_path / "other"]), "equal_accuracy")
+    assert equal["MACs needed"] == "undefined: it reaches 55.0 % at most"
+    assert float(equal["accuracy to reach"]) == 0.9
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(
+    "other, why",
+    [
+        ({"classes": (1, 0)}, "class orders of seed 0 differ"),
+        ({"overrides": ["benchmark.validation=0.1"]}, "benchmark.validation differs"),
+        ({"change": {"test_samples": [20, 21]}}, "test splits of seed 0 differ"),
+    ],
+)
+def test_another_stream_is_flagged_and_not_subtracted(other, why, make_run, tmp_path, read_table):
+    make_run("a", (12, 18))
+    make_run("b", (14, 18), strategy="naive", **other)
+    path = write_report([tmp_path / "a", tmp_path / "b"])
+    assert f"are not comparable: {why}" in Page(path.read_text()).text
+    for row in read_table(path, "differences"):
+        assert f"undefined: {why}" in row.values() and row["difference"] == "-"
+    assert f"undefined: {why}" in read_table(path, "equal_accuracy")[0]["MACs needed"]
+    assert "No front: the groups are not comparable." in Page(path.read_text()).text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_missing_seeds_are_flagged(make_run, tmp_path, read_table):
+    make_run("a/0", (12, 18), seed=0)
+    make_run("a/1", (12, 18), seed=1)
+    make_run("b/0", (14, 18), seed=0, strategy="naive")
+    path = write_report([tmp_path / "a", tmp_path / "b"])
+    assert "'naive' has no seed 1: its means are over 1 of 2 seeds." in Page(path.read_text()).text
+    row = read_table(path, "differences")[0]
+    assert (row["seeds"], row["95 % from"]) == ("0", "undefined: one seed in common")
+    assert float(row["difference"]) == pytest.approx(0.05)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_no_common_seed_is_no_difference(make_run, tmp_path, read_table):
+    make_run("a", (12, 18), seed=0)
+    make_run("b", (14, 18), seed=1, strategy="naive")
+    row = read_table(write_report([tmp_path / "a", tmp_path / "b"]), "differences")[0]
+    assert row["seeds"] == "none" and "undefined: no seed in common" in row.values()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_an_undefined_metric_says_why(make_run, tmp_path, read_table):
+    change = {"forgetting": None, "undefined": {"forgetting": "experience 0 was not evaluated"}}
+    make_run("runs/0", (12, 18), seed=0)
+    make_run("runs/1", (12, 18), seed=1, change=change)
+    path = write_report([tmp_path / "runs"])
+    row = next(row for row in read_table(path, "summary") if row["what"].startswith("forgetting"))
+    assert row["value"] == "undefined: experience 0 was not evaluated (seed 1)"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_losses_that_are_no_numbers_are_flagged(make_run):
+    run = make_run("run", (12, 18))
+    log = run / "metrics.csv"
+    log.write_text(log.read_text() + "1,60,loss/task/ce,nan\n1,80,loss/task/ce,inf\n")
+    assert "loss/task/ce is no finite number from step 60 on" in Page(write_report([run]).read_text()).text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_without_validation_samples_budgets_are_undefined(make_run, exits, read_table):
+    run = make_run("run", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75)])
+    (row,) = read_table(write_report([run]), "budgets")
+    assert row["accuracy"] == "undefined: no validation samples; set benchmark.validation=0.1"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_repeated_run_counts_once_and_a_contradiction_is_refused(make_run, tmp_path, read_table):
+    first = make_run("runs/a", (12, 18))
+    shutil.copytree(first, tmp_path / "runs" / "b")
+    path = write_report([tmp_path / "runs"])
+    assert "number for number; it is counted once" in Page(path.read_text()).text
+    make_run("runs/c", (13, 18))
+    with pytest.raises(ClframeError, match="one config and one seed, 0, but different numbers"):
+        write_report([tmp_path / "runs"])
+
+
+def _drop(name):
+    return lambda run: (run / name).unlink()
+
+
+def _swap(name, old, new):
+    def swap(run):
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+
+    return swap
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (_drop("results.json"), "not finished, results.json is missing"),
+        (_drop("config.yaml"), "no config.yaml"),
+        (_swap("results.json", '"schema_version": 1', '"schema_version": 2'), "schema_version 2, this clframe reads 1"),
+        (_swap("results.json", "}", ""), "not JSON"),
+        (_swap("results.json", '"seed": 0', '"seed": 5'), "seed 5, but config.yaml has 0"),
+        (_swap("results.json", "[[1.0, 0.0]", "[[1.0]"), "do not fit test_samples"),
+        (_swap("results.json", "[[1.0, 0.0]", "[[1.5, 0.0]"), "outside 0 to 1"),
+        (_swap("results.json", "[0.6, 0.9]", "[0.7, 0.9]"), "final_average_accuracy is 0.75, its matrix says 0.8"),
+        (_swap("config.yaml", "strategy: er", "strateg: er"), "unknown key 'strateg'"),
+        (_swap("metrics.csv", "0.25", "much"), "metrics.csv: is damaged"),
+        (_swap("ledger.json", "}", ""), "ledger.json: is damaged"),
+    ],
+)
+def test_a_bad_run_is_one_line(damage, said, make_run, capsys):
+    run = make_run("run", (12, 18))
+    damage(run)
+    assert main(["report", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("clframe: error: ") and ";" in err
+    assert said in err
+    assert not (run / "report").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_bad_calls_are_one_line(make_run, tmp_path, capsys):
+    run = make_run("run", (12, 18))
+    other = make_run("other", (12, 18), overrides=["benchmark.name=mnist"])
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        ([], "no run given"),
+        ([tmp_path / "nowhere"], "no such folder"),
+        ([tmp_path / "empty"], "not a run, and no run below it"),
+        ([run / "results.json"], "is a file"),
+        ([run, other], "different benchmarks, digits, mnist"),
+        ([run, "--output", run / "results.json"], "cannot be made"),
+        ([run, "--wach"], "did you mean '--watch'?"),
+    ):
+        assert main(["report", *map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_command_prints_the_page(make_run, capsys):
+    run = make_run("run", (12, 18))
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report' / 'report.html'}\n"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_unfinished_runs_below_a_folder_are_left_out_and_named(make_run, tmp_path):
+    make_run("runs/a", (12, 18))
+    half = make_run("runs/b", (12, 18), seed=1)
+    (half / "results.json").unlink()
+    page = Page(write_report([tmp_path / "runs"]).read_text())
+    assert f"{half} is not finished and left out." in page.text
+    assert "1 run" in page.text
+
+
+def test_watch_shows_a_running_run_until_it_is_finished(make_run, tally, exits):
+    run = make_run("run", (12, 18))
+    results = (run / "results.json").read_bytes()
+    (run / "results.json").unlink()
+    (run / "ledger.json").unlink()
+    (run / "checkpoints").mkdir()
+    seen = []
+
+    def go_on(path):
+        seen.append(Page(path.read_text()))
+        if len(seen) == 1:
+            record = exits(0.5, 0.9, at_half=(0.4, 0.7))
+            content = {"tallies": [dataclasses.asdict(tally(16, 0))], "exits": [dataclasses.asdict(record)]}
+            save_checkpoint(run / "checkpoints", content, finished=1)
+        elif len(seen) == 2:
+            (run / "results.json").write_bytes(results)
+
+    write_report([run], watch=True, every=0.01, on_written=go_on)
+    first, second, last = seen
+    assert "No experience is finished yet." in first.text and first.seen.count("svg") == 1
+    assert "average accuracy so far 80.0 %" in second.text and "1 of 2" in second.text
+    assert ("http-equiv", "refresh") in first.attributes and ("http-equiv", "refresh") in second.attributes
+    assert ("http-equiv", "refresh") not in last.attributes and "Running" not in last.text
+
+
+def test_a_figure_on_the_page_follows_the_scheme_and_its_file_does_not():
+    def draw(figure):
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color="#0072b2")
+        axes.set_title("http://x.org/<&>")
+
+    found = drawn(Picture("p", "", draw))
+    assert "var(--s0)" in found.inline and "#0072b2" not in found.inline
+    assert "#0072b2" in found.svg and "var(" not in found.svg
+    assert found.png.startswith(b"\x89PNG")
+    assert "&lt;&amp;&gt;" in found.inline

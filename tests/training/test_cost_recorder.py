@@ -1,0 +1,393 @@
+"""A session's ledger against arithmetic, and that nobody notices it being kept."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from clframe.accounting import Ledger, MacCounter
+from clframe.core import Component, compose, parse
+from clframe.data.avalanche import import_avalanche
+from clframe.data.benchmark import Benchmark, class_incremental
+from clframe.data.samples import TensorSamples
+from clframe.data.source import Source
+from clframe.errors import ConfigError
+from clframe.moe import counting
+from clframe.nn import Network
+from clframe.nn.backbones import mlp
+
+import_avalanche()
+
+from avalanche.core import SupervisedPlugin
+
+from clframe.training import cost_recorder as cost_watch
+from clframe.training.evaluation import Scores
+from clframe.training.module import ContinualModule
+from clframe.training.monitor import Monitor
+from clframe.training.session import Session
+from clframe.training.strategy import LightningStrategy
+
+BATCH, EPOCHS, SAMPLES, TESTED = 4, 2, 18, 6
+"""18 samples an experience: batches of 4, 4, 4, 4 and 2; six test samples in all."""
+
+
+@functools.cache
+def bench() -> Benchmark:
+    y = torch.arange(6).repeat_interleave(9)
+    x = torch.randint(256, (len(y), 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = Source("toy", TensorSamples(x, y, mean=(99.0,), std=(50.0,)), TensorSamples(x[::9], y[::9]), classes=6)
+    return class_incremental(source, experiences=3, order="sorted")
+
+
+def session(strategy: Any, folder: Path, *, plugins: Any = (), **options: Any) -> Session:
+    torch.manual_seed(0)
+    composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    module = ContinualModule(Network(mlp((1, 2, 2), width=5, depth=2)), composition, optimizer=optimizer, seed=1)
+    scores = Scores(bench())
+    sizes = {"train_mb_size": BATCH, "train_epochs": EPOCHS, "eval_mb_size": 5}
+    made = LightningStrategy(
+        model=module, benchmark=bench(), plugins=[scores, *plugins], evaluator=None, **sizes, **options
+    )
+    monitor = Monitor(folder, experiences=3, tensorboard=False, csv=False, log_every=100, progress=False)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return Session(made, bench(), scores=scores, monitor=monitor, checkpoints=folder / "checkpoints")
+
+
+def run(strategy: Any, folder: Path, **options: Any) -> Session:
+    made = session(strategy, folder, **options)
+    made.run()
+    made.close()
+    return made
+
+
+def forward(classes: int) -> int:
+    """MACs of one sample: 4 inputs, two layers of 5, a head."""
+    return 4 * 5 + 5 * 5 + 5 * classes
+
+
+def backward(classes: int) -> int:
+    """Both gradients of every layer, but no gradient of the input."""
+    return 2 * forward(classes) - 4 * 5
+
+
+CLASSES = (2, 4, 6)
+
+
+@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+def test_plain_training(engine: str, tmp_path: Path) -> None:
+    ledger = run("naive", tmp_path, engine=engine).ledger
+    for index, classes in enumerate(CLASSES):
+        assert ledger.by_phase(experience=index) == {
+            "forward": EPOCHS * SAMPLES * forward(classes),
+            "backward": EPOCHS * SAMPLES * backward(classes),
+            "evaluation": TESTED * forward(classes),
+        }
+        assert ledger.samples(experience=index) == EPOCHS * SAMPLES
+        assert ledger.steps(experience=index) == EPOCHS * 5
+    assert ledger.by_experience()[None] == TESTED * forward(2)  # before anything was learnt
+    assert ledger.by_component().keys() == {""} and ledger.uncounted() == {}
+    weights = 4 * (4 * 5 + 5 + 5 * 5 + 5 + 6 * 5 + 6)
+    assert ledger.bytes()["parameters"] - weights in range(100)  # and what the head notes of its classes
+    assert set(ledger.seconds()) == {"training", "accounting", "evaluation"}
+
+
+def test_replay_is_split_from_new_samples(tmp_path: Path) -> None:
+    made = session("er(memory=12)", tmp_path)
+    rows, on_step = 0, made.strategy.on_step
+    assert on_step is not None
+
+    def counted(strategy: Any) -> None:
+        nonlocal rows
+        rows += len(strategy.batch.y)
+        on_step(strategy)
+
+    made.strategy.on_step = counted
+    made.run()
+    made.close()
+    ledger = made.ledger
+    assert ledger.samples("replay") == rows - 3 * EPOCHS * SAMPLES > 0
+    for index, classes in enumerate(CLASSES):
+        phases, old = ledger.by_phase(experience=index), ledger.samples("replay", experience=index)
+        assert (old > 0) == (index > 0)
+        assert phases["forward"] == EPOCHS * SAMPLES * forward(classes)
+        assert phases["backward"] == EPOCHS * SAMPLES * backward(classes)
+        assert phases.get("replay", 0) == old * (forward(classes) + backward(classes))
+    assert ledger.bytes()["memory"] == made.state_bytes()["er"] >= 12 * (4 + 8)
+
+
+def test_teachers_cost_their_own_forward_pass(tmp_path: Path) -> None:
+    ledger = run("lwf", tmp_path).ledger
+    for index, before in ((1, 2), (2, 4)):
+        assert ledger.by_phase(experience=index)["teachers"] == EPOCHS * SAMPLES * forward(before)
+    assert "teachers" not in ledger.by_phase(experience=0)
+    assert ledger.by_component()["lwf"] == ledger.by_phase()["teachers"]
+    assert ledger.bytes()["teachers"] > 4 * (4 * 5 + 25 + 4 * 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Works(Component):
+    """Multiplies matrices at every hook that may, thaws, and declares."""
+
+    name: ClassVar[str] = "works"
+    terms: ClassVar[tuple[str, ...]] = ("nothing",)
+    slots: ClassVar[frozenset[str]] = frozenset({"gradient"})
+
+    def before_experience(self, network: Any, context: Any, state: Any) -> Any:
+        torch.ones(2, 3) @ torch.ones(3, 4)
+        return {"prepared": 1}
+
+    def before_epoch(self, network: Any, context: Any, state: Any) -> None:
+        for parameter in network.backbone.stages[0].parameters():
+            parameter.requires_grad = context.epoch == 0
+
+    def losses(self, step: Any, state: Any) -> Any:
+        return {"nothing": 0 * (torch.ones(1, 7) @ torch.ones(7, 1)).sum()}
+
+    def modify_gradients(self, network: Any, step: Any, state: Any) -> None:
+        torch.ones(1, 11) @ torch.ones(11, 1)
+
+    def after_step(self, network: Any, step: Any, state: Any) -> None:
+        torch.ones(1, 13) @ torch.ones(13, 1)
+
+    def after_experience(self, network: Any, context: Any, state: Any) -> Any:
+        torch.fft.rfft(torch.ones(4) @ torch.ones(4, 5))
+        return {"prepared": 2}
+
+    def extra_cost(self, network: Any, state: Any) -> Any:
+        return {"macs": 100, "router": 1000, "things": state.get("prepared", 0)}
+
+
+def test_hooks_are_charged_to_their_component_and_epochs_by_what_learns(tmp_path: Path) -> None:
+    ledger = run(Works(), tmp_path).ledger
+    steps = EPOCHS * 5
+    for index, classes in enumerate(CLASSES):
+        phases = ledger.by_phase(experience=index)
+        assert phases["auxiliary"] == 2 * 3 * 4 + steps * (7 + 11 + 13 + 100) + 4 * 5
+        assert phases["router"] == steps * 1000
+        assert phases["forward"] == EPOCHS * SAMPLES * forward(classes)
+        # In the second epoch the first layer learns nothing, and the second one hands no gradient on.
+        assert phases["backward"] == SAMPLES * (backward(classes) + 5 * 5 + 2 * 5 * classes)
+    assert set(ledger.by_component()) == {"", "works"}
+    assert ledger.uncounted() == {"aten._fft_r2c": 3}
+    assert ledger.figures() == {("works", "things"): 2}
+
+
+def test_a_prediction_by_part_and_by_who_stops_where(tmp_path: Path) -> None:
+    for threshold, at in ((0.0, "layer1"), (2.0, "final")):
+        folder = tmp_path / at
+        folder.mkdir()
+        ledger = run(f"exits(head='linear', heads='growing') + early_exit(threshold={threshold})", folder).ledger
+        predictions = ledger.predictions
+        for index, classes in enumerate(CLASSES):
+            early = 4 * 5 + (5 * classes if threshold == 0 else 0)  # a head that is never asked is not computed
+            late = early + 5 * 5 + 5 * classes
+            assert predictions.by_exit(experience=index) == {"layer1": early, "final": late}
+            assert predictions.whole(experience=index) == late
+            seen = {"layer1": 0, "final": 0} | {at: 2 * (index + 1)}  # two test samples an experience
+            assert predictions.samples_by_exit(experience=index) == seen
+            assert predictions.expected(experience=index) == (early if threshold == 0 else late)
+            assert {stop.of for stop in predictions.stops(experience=index)} == set(range(index + 1))
+        assert predictions.by_component().get("exits", 0) == (5 * 6 if threshold == 0 else 0)
+
+
+def test_without_a_policy_a_prediction_runs_every_exit(tmp_path: Path) -> None:
+    ledger = run("exits(head='linear', heads='growing')", tmp_path).ledger
+    late = 4 * 5 + 5 * 6 + 5 * 5 + 5 * 6
+    assert ledger.predictions.expected() == late == ledger.predictions.whole()
+    assert ledger.by_phase(experience=2)["evaluation"] == TESTED * late
+    assert ledger.predictions.by_role() == {"linear": 4 * 5 + 5 * 5, "head": 2 * 5 * 6}
+
+
+def test_a_step_is_measured_once_an_experience_whatever_exits_weigh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], cost_watch.step_charges
+
+    def counted(strategy: Any) -> Any:
+        measured.append(len(strategy.batch.y))
+        return measure(strategy)
+
+    monkeypatch.setattr(cost_watch, "step_charges", counted)
+    run("exits(head='linear', heads='growing')", tmp_path)  # its weights rise from epoch to epoch
+    assert measured == [4, 2] * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routes(Works):
+    """Trains what it calls a router."""
+
+    name: ClassVar[str] = "routes"
+    phase: ClassVar[str] = "router"
+
+
+def test_router_training_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    ledger = run(Routes(), tmp_path).ledger
+    steps = EPOCHS * 5
+    for index in range(3):
+        phases = ledger.by_phase(experience=index)
+        assert phases["auxiliary"] == steps * (7 + 11 + 13 + 100)
+        assert phases["router"] == 2 * 3 * 4 + steps * 1000 + 4 * 5
+    assert set(ledger.seconds()) == {"training", "accounting", "evaluation", "components"}
+    assert ledger.seconds()["components"] <= ledger.seconds()["training"]  # it is part of it
+
+
+def test_two_components_that_consolidate_are_charged_each(tmp_path: Path) -> None:
+    ledger = run(compose(Works(), parse("ewc")), tmp_path).ledger
+    for index, classes in enumerate(CLASSES):
+        found = ledger.by_component(experience=index)
+        assert set(found) == {"", "ewc", "works"}
+        assert found["works"] == 2 * 3 * 4 + EPOCHS * 5 * (7 + 11 + 13 + 1100) + 4 * 5
+        assert found["ewc"] >= SAMPLES * forward(classes)  # a pass over the data for its importances
+
+
+def test_an_evaluation_costs_the_experts_that_it_really_ran(tmp_path: Path) -> None:
+    made = session("moe(experts=5, tau=0.2, router_width=3, epochs=1)", tmp_path)
+    made.run()
+    made.close()
+    network, ledger = made.learner.network, made.ledger
+    x = torch.cat([network.place(part.prepare(part.raw(torch.arange(len(part))))) for part in bench().test])
+    with torch.no_grad(), counting(network) as usage, MacCounter() as counter:
+        for experience in x.split(2):  # as it was evaluated: batches of 5 of experiences of 2
+            network.eval()(experience)
+        used = usage()
+    assert 0 < sum(sum(layer.ran_E) for layer in used.values()) < sum(5 * layer.tokens for layer in used.values())
+    assert ledger.by_phase(experience=2)["evaluation"] == counter.macs
+    assert ledger.by_phase()["router"] == ledger.by_component()["moe"] > 0
+    assert ledger.predictions.experts()[0].pairs == sum(sum(layer.ran_E) for layer in used.values())
+    assert ledger.predictions.mean() < ledger.predictions.expected() == forward(6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boasts(Component):
+    """Declares what is no count."""
+
+    name: ClassVar[str] = "boasts"
+
+    def extra_cost(self, network: Any, state: Any) -> Any:
+        return {"macs": -1}
+
+
+def test_a_cost_that_is_no_count_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"boasts: its cost\(\) found macs=-1; give"):
+        run(Boasts(), tmp_path)
+    with torch.no_grad():
+        torch.ones(2, 2) @ torch.ones(2, 2)  # no counter has stayed on
+
+
+def test_an_experience_without_epochs_is_counted_too(tmp_path: Path) -> None:
+    ledger = run("simplecil", tmp_path).ledger
+    assert ledger.steps() == 0 and ledger.samples() == 0
+    for index in range(3):
+        assert ledger.by_phase(experience=index)["auxiliary"] >= SAMPLES * forward(0)
+    assert set(ledger.by_component()) == {"", "simplecil"}
+
+
+def test_accumulated_batches_are_one_optimizer_step(tmp_path: Path) -> None:
+    ledger = run("naive", tmp_path, accumulate=2).ledger
+    assert ledger.steps() == 3 * EPOCHS * 3
+    assert ledger.samples() == 3 * EPOCHS * SAMPLES
+
+
+def test_evaluations_inside_training_are_evaluations(tmp_path: Path) -> None:
+    often = run("ewc", tmp_path, eval_every=1).ledger
+    (tmp_path / "other").mkdir()
+    once = run("ewc", tmp_path / "other").ledger
+    assert often.training_macs == once.training_macs
+    assert often.by_phase()["evaluation"] > once.by_phase()["evaluation"]
+
+
+class Hidden(SupervisedPlugin):
+    """Acts in every step, unseen."""
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Multiply where nobody looks."""
+        torch.ones(2, 2) @ torch.ones(2, 2)
+
+
+class Idle(SupervisedPlugin):
+    """Acts between experiences."""
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def test_foreign_plugins_are_named(tmp_path: Path) -> None:
+    ledger = run("naive", tmp_path, plugins=[Hidden(), Idle()]).ledger
+    assert ledger.uncounted() == {"plugin Hidden": 3 * EPOCHS * 5}
+    assert ledger.by_phase(experience=0)["forward"] == EPOCHS * SAMPLES * forward(2)
+
+
+def test_batches_left_out_are_not_counted(tmp_path: Path) -> None:
+    ledger = run("naive", tmp_path, limit_batches=2).ledger
+    assert ledger.samples() == 3 * EPOCHS * 2 * BATCH and ledger.steps() == 3 * EPOCHS * 2
+    assert ledger.by_phase(experience=0)["forward"] == EPOCHS * 2 * BATCH * forward(2)
+    assert ledger.samples("evaluation", experience=0) == TESTED
+
+
+EXPRESSIONS = [
+    "naive", "er(memory=12)", "er(memory=12) + lwf", "ewc", "si", "der(memory=12)", "agem(memory=12)", "ancl",
+    "bic(memory=12)", "gdumb(memory=12)", "slda", "exits", "prd", "exits + early_exit(threshold=0.5)", "sparsity",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("expression", "engine"),
+    [*((expression, "fabric") for expression in EXPRESSIONS), ("er(memory=12) + lwf", "trainer"), ("ewc", "trainer")],
+)
+def test_a_run_is_the_same_with_and_without_accounts(expression: str, engine: str, tmp_path: Path) -> None:
+    """Weights and states bit for bit, so no random state, statistic or memory has been touched."""
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    kept = run(expression, tmp_path / "with", engine=engine)
+    bare = session(expression, tmp_path / "without", engine=engine)
+    costs = bare._costs
+    bare.strategy.plugins.remove(costs)
+    bare.strategy.on_step = costs._on_step
+    costs.begin = costs.book = lambda *index: None  # type: ignore[method-assign]
+    bare.learner.around = lambda hook, component: contextlib.nullcontext()
+    bare.run()
+    bare.close()
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints" / "experience_003.ckpt", weights_only=True)
+        for name in ("with", "without")
+    )
+    assert kept.ledger.macs > 0 and bare.ledger.macs == 0
+    for key in ("network", "components", "tallies", "loss_terms", "steps", "taps"):
+        assert_equal(one[key], other[key])
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    else:
+        assert one == other
+
+
+def test_a_resumed_run_keeps_its_books(tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = run("er(memory=12) + lwf", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken", dirs_exist_ok=True)
+    (tmp_path / "broken" / "checkpoints" / "experience_003.ckpt").unlink()
+    again = session("er(memory=12) + lwf", tmp_path / "broken")
+    assert again.resume() == 2 and again.ledger.macs < whole.ledger.macs
+    again.run()
+    again.close()
+    assert again.ledger.entries == whole.ledger.entries
+    assert Ledger.from_json(again.ledger.to_json()).entries == whole.ledger.entries

@@ -1,7 +1,7 @@
-"""clframe: continual learning that stays cheap to run.
+"""clframe: continual learning with accounting of compute.
 
-Train a model class by class, compose strategies in one line, and know at the end what it forgot and what
-every prediction costs. Names load when they are first used, so importing this package is fast.
+Train on a stream of experiences, compose strategies in one line, and report accuracy, forgetting and the cost of every
+prediction. Public names are imported on first use, so that importing this package is fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clframe.avalanche_bridge.fabric import on_fabric
-    from clframe.build import explain, load, run
+    from clframe.api import explain, load, run
     from clframe.config.load import load_config
     from clframe.config.schema import Config
     from clframe.core import compose
@@ -40,13 +40,13 @@ _HOMES = {
     "Result": "clframe.results",
     "class_incremental": "clframe.data",
     "compose": "clframe.core",
-    "explain": "clframe.build",
-    "load": "clframe.build",
+    "explain": "clframe.api",
+    "load": "clframe.api",
     "load_config": "clframe.config.load",
     "on_fabric": "clframe.avalanche_bridge.fabric",
     "parse": "clframe.core",
     "register": "clframe.core",
-    "run": "clframe.build",
+    "run": "clframe.api",
 }
 
 __all__ = [

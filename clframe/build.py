@@ -1,51 +1,49 @@
-"""The one file where config meets constructors. No class below sees a config object."""
+"""Build objects from a config: data, backbone, strategy, optimizer.
+
+This is the only module that passes a config to constructors: no class below it depends on the config.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from clframe.accounting import count_macs, count_parameters
-from clframe.config.files import read_yaml
-from clframe.config.load import load_config
 from clframe.config.schema import (
     BLOCK,
+    DEFAULT_GAMMA,
     BackboneConfig,
     BenchmarkConfig,
     Config,
     OptimizerConfig,
     TrainerConfig,
+    lightning_loggers,
     named_plugins,
 )
-from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
+from clframe.config.typed import block_keys
 from clframe.core import COMPONENTS, Composition, parse
 from clframe.data import SOURCES, Benchmark, Source, class_incremental
 from clframe.data.augmentation import AUGMENTATIONS, Augmentation
-from clframe.data.streams import blurry, online, permuted, rotated
-from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
-from clframe.metrics import METRICS
+from clframe.data.samples import TensorSamples
+from clframe.data.streams import blurry_stream, online_stream, permuted_stream, rotated_stream
+from clframe.errors import ClframeError, ConfigError, UnsupportedError
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
-from clframe.options import check_options, missing_options, shown
-from clframe.report.explanation import explanation
-from clframe.report.figures import write_figures
-from clframe.results import Result, summarize
-from clframe.run_folder import RunFolder
-from clframe.seeding import derive_seed, torch_settings
+from clframe.nn.backbones.from_transformers import TextEmbed
+from clframe.options import check_options, format_value, missing_options, rename_options
+from clframe.seeding import derive_seed
 
-if TYPE_CHECKING:
-    from clframe.training.session import Progress, Session
-    from clframe.training.trained import TrainedModel
+_log = logging.getLogger("clframe.data")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a config names, built, before any training."""
+class Setup:
+    """The objects of one run, before any training."""
 
     config: Config
     composition: Composition
@@ -53,125 +51,29 @@ class Parts:
     network: Network
 
 
-def run(
-    config: str | Config = "quickstart",
-    overrides: Sequence[str] = (),
-    *,
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
-    on_built: Callable[[Parts], None] | None = None,
-    on_evaluated: Callable[[Progress], None] | None = None,
-) -> Result:
-    """Train and evaluate on every experience of a benchmark; what ``clframe run`` does.
-
-    Args:
-        config: A config's name, path, or typed config.
-        overrides: Like those of the command line, ``"trainer.epochs=3"``.
-        output: Folder for run folders; None takes the config's (``runs``).
-        resume: A run folder to go on with; its own config is used and ``config`` is not read.
-        on_built: Called once with what the config names, before any training.
-        on_evaluated: Called with the progress after every experience.
-
-    Returns:
-        The result, as written to ``results.json``.
-
-    Raises:
-        ClframeError: Anything a user can mend, in one line.
-    """
-    if resume is not None:
-        if overrides:
-            raise ConfigError("resume: takes no overrides; a resumed run keeps the config it began with")
-        folder = RunFolder.open(Path(resume))
-        config = _config_of(folder)
-        _refuse_plugins(config, folder)
-    elif isinstance(config, str):
-        config = load_config(config, overrides)
-    elif overrides:
-        raise ConfigError("run: overrides go with a config's name; change a typed config with dataclasses.replace")
-    if output is not None and resume is None:
-        config = replace(config, output=str(output))
-    parts = build(config)
-    if on_built is not None:
-        on_built(parts)
-    if resume is None:
-        folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
-    with torch_settings(threads=config.trainer.threads, deterministic=config.trainer.deterministic):
-        try:
-            if resume is None:
-                folder.write_config(to_yaml(parts.config))
-            session = _session(parts, folder, on_evaluated)
-        except BaseException:
-            folder.discard()
-            raise
-        try:
-            if resume is not None:
-                session.resume()
-            return _finish(parts, folder, session, session.run())
-        finally:
-            session.close()
-
-
-def load(run: str | Path, *, device: str = "cpu") -> TrainedModel:
-    """The model that a run has trained so far, to predict with; reads neither data nor code.
-
-    Args:
-        run: A run folder, finished or not, or the folder of its model converted by ``clframe moefy``.
-        device: Where to put it.
-
-    Raises:
-        RunFolderError: No run folder, or no checkpoint in it that can be read.
-    """
-    from clframe.training.trained import CONVERTED, newest, recipe_of, restored
-
-    folder = RunFolder.open(Path(run), where="load")
-    recipe = recipe_of(folder.path) if (folder.path / CONVERTED).is_file() else None
-    config = _config_of(folder)
-    content = newest(folder.path, device=torch.device(device))
-    network = Network(_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
-    try:
-        strategy = build_strategy(config.strategy, config.components)
-        trained = restored(network, strategy, content, recipe=recipe)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
-    network.to(device)
-    return trained
-
-
-def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
-    """What a run would do, before any training: config, timetable, loss terms, slots, sizes and costs."""
-    if isinstance(config, str):
-        config = load_config(config, overrides)
-    parts = build(config)
-    network = parts.network
-    for component in parts.composition.acting_at("setup_network"):
-        component.setup_network(network)
-    network.grow(range(len(parts.benchmark.class_order)))
-    return explanation(
-        config=to_yaml(parts.config),
-        composition=parts.composition,
-        benchmark=parts.benchmark,
-        network=network,
-        plugins=named_plugins(parts.config.components),
-    )
-
-
-def build(config: Config) -> Parts:
-    """Everything a config names, checked as far as it can be before training."""
+def build(config: Config) -> Setup:
+    """Build everything a config names and check all that can be checked before training."""
     composition = build_strategy(config.strategy, config.components)
-    backbone = _backbone(config.backbone)
+    backbone = build_backbone(config.backbone)
     source, benchmark = build_data(config.benchmark, seed=config.seed)
     composition.check_needs()
     for component in composition:
         component.check(classes=source.classes)
         option = component.needs_held_out
         if option and not config.benchmark.validation:
-            found = shown(getattr(component, option))
+            found = format_value(getattr(component, option))
             raise ConfigError(
                 f"components.{component.name}.{option}: found {found}, which needs held-out data; set "
                 f"benchmark.validation=0.1"
             )
     _check_trainer(config.trainer)
+    if config.trainer.callbacks:
+        from clframe.training.trainer import check_monitors, early_stopping
+
+        if config.trainer.engine != "trainer":
+            early_stopping(config.trainer.callbacks)  # refuses options that it does not take
+        check_monitors(config.trainer.callbacks, validation=config.benchmark.validation > 0)
+    _check_optimizer(config)
     named = named_plugins(config.components)
     if named:
         from clframe.avalanche_bridge.plugins import check_plugins
@@ -181,27 +83,30 @@ def build(config: Config) -> Parts:
         _check_online(config)
     torch.manual_seed(derive_seed(config.seed, "network"))
     network = Network(backbone(benchmark.input_shape))
-    settled = composition.replace(lambda component: component.resolve(network))
-    if settled != composition:
-        options = {component.name: asdict(component) for component in settled}
-        config = replace(config, strategy=str(settled), components={**config.components, **options})
-    return Parts(config, settled, benchmark, network)
+    _check_token_ids(source, network)
+    resolved = composition.replace(lambda component: component.resolve(network))
+    if resolved != composition:
+        options = {component.name: asdict(component) for component in resolved}
+        config = replace(config, strategy=str(resolved), components={**config.components, **options})
+    return Setup(config, resolved, benchmark, network)
 
 
 def build_data(config: BenchmarkConfig, *, seed: int) -> tuple[Source, Benchmark]:
-    """The data that a benchmark block names, and the same dealt out to experiences."""
+    """Load the data of a benchmark block and split it into experiences."""
     augment = build_augmentations(config.augment)
     source_of = SOURCES.get(config.name, where="benchmark.name")
-    beside = block_keys("benchmark")
-    source = source_of(**check_options(source_of, config.options, where="benchmark", beside=beside))
-    source = source.first_classes(config.classes).augmented(augment).read_by(config.workers)
+    options = check_options(source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"))
+    source = source_of(**options)
+    if config.workers and isinstance(source.train, TensorSamples) and isinstance(source.test, TensorSamples):
+        _log.warning("benchmark.workers: found %d, but %s is in memory and needs none", config.workers, source.name)
+    source = source.first_classes(config.classes).with_augmentations(augment).with_workers(config.workers)
     return source, build_benchmark(source, config, seed=seed)
 
 
-def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
-    """From an input shape to the backbone; its name and options are checked at once."""
+def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
+    """Return the function from an input shape to the backbone; name and options are checked immediately."""
     maker = BACKBONES.get(config.name, where="backbone.name")
-    options = check_options(maker, config.options, where="backbone", beside=block_keys("backbone"))
+    options = check_options(maker, config.options, where="backbone", block_keys=block_keys("backbone"))
 
     def make(input_shape: tuple[int, ...]) -> Backbone:
         try:
@@ -216,7 +121,7 @@ def _backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
 
 
 def build_augmentations(names: str | Sequence[str] | None) -> tuple[Augmentation, ...]:
-    """The augmentations that a config names, one after the other.
+    """The augmentations that a config names, in order.
 
     >>> build_augmentations("cifar") == build_augmentations(["crop", "flip"])
     True
@@ -226,11 +131,11 @@ def build_augmentations(names: str | Sequence[str] | None) -> tuple[Augmentation
 
 
 def build_benchmark(source: Source, config: BenchmarkConfig, *, seed: int) -> Benchmark:
-    """``source`` as the protocol of ``config`` deals it out."""
+    """Split ``source`` into experiences by the protocol of ``config``."""
     if config.protocol == "permuted":
-        found = permuted(source, experiences=config.experiences, seed=seed, validation=config.validation)
+        found = permuted_stream(source, experiences=config.experiences, seed=seed, validation=config.validation)
     elif config.protocol == "rotated":
-        found = rotated(
+        found = rotated_stream(
             source,
             experiences=config.experiences,
             angles=config.angles,
@@ -249,54 +154,117 @@ def build_benchmark(source: Source, config: BenchmarkConfig, *, seed: int) -> Be
             task_labels=config.protocol == "task_incremental",
         )
     if config.online is not None and config.blurry:
-        found = blurry(found, size=config.online, blur=config.blurry, seed=seed)
+        found = blurry_stream(found, size=config.online, blur=config.blurry, seed=seed)
     elif config.online is not None:
-        found = online(found, size=config.online, seed=seed, boundaries=config.boundaries)
+        found = online_stream(found, size=config.online, seed=seed, boundaries=config.boundaries)
     return replace(found, evaluate=config.evaluate)
 
 
+def _check_token_ids(source: Source, network: Network) -> None:
+    """Refuse a text backbone on inputs that are not token ids, which it would round to ids, or ids it does not have."""
+    embed = network.backbone.stages[0]
+    if not isinstance(embed, TextEmbed):
+        return
+    if not source.are_token_ids():
+        raise ConfigError(
+            f"backbone.name: found a text backbone for {source.name}, whose inputs are not token ids; set "
+            f"benchmark.kind=tokens (npz) or benchmark.tokens=MODEL (clinc150, banking77), or use another backbone"
+        )
+    words = getattr(embed.embeddings, "word_embeddings", None)
+    inputs = [samples.x for samples in (source.train, source.test) if isinstance(samples, TensorSamples)]
+    largest = max((int(x.max()) for x in inputs if len(x)), default=0)
+    if isinstance(words, torch.nn.Embedding) and largest >= words.num_embeddings:
+        raise ConfigError(
+            f"backbone.vocabulary: found token id {largest} in {source.name} for a vocabulary of "
+            f"{words.num_embeddings}; give at least {largest + 1}, or the tokenizer of the backbone"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    """Refuse settings without any effect.
+
+    Not part of the schema, which also reads the configs of finished runs: those stay readable.
+    """
+    optimizer, epochs = config.optimizer, config.trainer.epochs
+    if optimizer.lr < torch.finfo(torch.float32).tiny:
+        raise ConfigError(f"optimizer.lr: found {optimizer.lr}, which is 0 in float32; give a larger number")
+    if optimizer.gamma != DEFAULT_GAMMA and optimizer.schedule not in ("multistep", "step"):
+        raise ConfigError(
+            f"optimizer.gamma: found {optimizer.gamma} with the schedule '{optimizer.schedule}', which has no factor; "
+            f"leave it out or set optimizer.schedule"
+        )
+    if optimizer.warmup and optimizer.warmup >= epochs:
+        raise ConfigError(f"optimizer.warmup: found {optimizer.warmup} for {epochs} epochs; give less, or more epochs")
+
+
 def _check_online(config: Config) -> None:
-    """Refuse what makes sense only where an experience is more than a few batches."""
+    """Refuse options that need experiences of more than a few batches."""
     for key, found, wanted in (
         ("trainer.engine", config.trainer.engine, "fabric"),
         ("trainer.eval_every", config.trainer.eval_every, -1),
+        ("trainer.callbacks", config.trainer.callbacks, {}),
         ("optimizer.schedule", config.optimizer.schedule, "constant"),
+        ("optimizer.warmup", config.optimizer.warmup, 0),
     ):
         if found != wanted:
             raise ConfigError(f"{key}: found {found} for an online stream of small experiences; set {wanted}")
 
 
 def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
-    """The composition, with every options block checked, also of components that are not selected.
+    """The composition of an expression; every options block is checked, including those of components not selected.
 
-    ``components.avalanche`` is none of them: plugins of Avalanche's act beside the composition.
+    ``components.avalanche`` is not a component: it lists Avalanche plugins, which run next to the composition.
     """
     if BLOCK in COMPONENTS:
         raise ClframeError(
-            f"component '{BLOCK}': components.{BLOCK} lists plugins of Avalanche's; give the component another name"
+            f"component '{BLOCK}': components.{BLOCK} lists Avalanche plugins; give the component another name"
         )
     components = {name: options for name, options in components.items() if name != BLOCK}
     for name, options in components.items():
         component = COMPONENTS.get(name, where="components")
-        checked = check_options(component, options, where=f"components.{name}", complete=False)
-        if not missing_options(component, checked):  # else the expression may give the rest
+        where = f"components.{name}"
+        options = rename_options(options, component.renamed, where=where)
+        checked = check_options(component, options, where=where, complete=False)
+        if not missing_options(component, checked):  # otherwise the expression may give the rest
             component(**checked)
     return parse(expression, components)
 
 
-def _optimizer(config: OptimizerConfig) -> Callable[..., Any]:
-    if config.name == "sgd":
-        return partial(torch.optim.SGD, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return partial(kind, lr=config.lr, weight_decay=config.weight_decay)
+def build_optimizer(config: OptimizerConfig) -> Callable[..., Any]:
+    """Return the function from parameters to the optimizer."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name in ("sgd", "rmsprop"):
+        options["momentum"] = config.momentum
+    if config.betas is not None:
+        options["betas"] = config.betas
+    optim = torch.optim
+    kinds = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW, "rmsprop": optim.RMSprop}
+    return partial(kinds[config.name], **options)
 
 
-def _scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] | None:
+def build_scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] | None:
+    """Return the function from the optimizer to its learning-rate schedule; None keeps the rate constant."""
+    schedules = torch.optim.lr_scheduler
+    main: Callable[..., Any] | None = None
     if config.schedule == "cosine":
-        return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
-    if config.schedule == "multistep":
-        return partial(torch.optim.lr_scheduler.MultiStepLR, milestones=list(config.milestones), gamma=config.gamma)
-    return None
+        main = partial(schedules.CosineAnnealingLR, T_max=epochs)
+    elif config.schedule == "multistep":
+        main = partial(schedules.MultiStepLR, milestones=list(config.milestones), gamma=config.gamma)
+    elif config.schedule == "plateau":
+        factor = 1 / 3 if config.factor is None else config.factor
+        patience = 5 if config.patience is None else config.patience
+        main = partial(schedules.ReduceLROnPlateau, factor=factor, patience=patience)
+    elif config.schedule == "step":
+        main = partial(schedules.StepLR, step_size=config.step or 1, gamma=config.gamma)
+    if not config.warmup:
+        return main
+
+    def with_warmup(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        # All of these schedules multiply the current rate, so that chaining two of them multiplies their factors.
+        rise = schedules.LinearLR(optimizer, start_factor=1 / (config.warmup + 1), total_iters=config.warmup)
+        return schedules.ChainedScheduler([rise, *([] if main is None else [main(optimizer)])])
+
+    return with_warmup
 
 
 def _check_trainer(config: TrainerConfig) -> None:
@@ -314,113 +282,14 @@ def _check_trainer(config: TrainerConfig) -> None:
             raise UnsupportedError(f"{found}, but torch sees {count} GPUs; count from 0")
     if config.precision == "16-mixed" and not on_gpu and wanted != "mps":
         raise UnsupportedError("trainer.precision: found 16-mixed on the CPU, which has none; use bf16-mixed")
-    _lightning_parts(config, Path())
+    lightning_options(config, Path())
 
 
-def _lightning_parts(config: TrainerConfig, folder: Path) -> dict[str, Any]:
-    """What only a Lightning Trainer takes; nothing under Fabric."""
+def lightning_options(config: TrainerConfig, folder: Path) -> dict[str, Any]:
+    """Options for the Lightning Trainer; empty for the Fabric engine."""
     if config.engine != "trainer":
         return {}
     from clframe.training.trainer import trainer_options
 
-    foreign = [name for name in config.loggers if name not in ("tensorboard", "csv")]
-    return trainer_options(config.callbacks, foreign, precision=config.precision, folder=folder)
-
-
-def _session(parts: Parts, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None) -> Session:
-    from clframe.training.launch import launch
-
-    config, trainer = parts.config, parts.config.trainer
-    options = _lightning_parts(trainer, folder.path)
-    return launch(
-        network=parts.network,
-        composition=parts.composition,
-        benchmark=parts.benchmark,
-        optimizer=_optimizer(config.optimizer),
-        scheduler=_scheduler(config.optimizer, trainer.epochs),
-        seed=config.seed,
-        engine=trainer.engine,
-        accelerator="cuda" if trainer.accelerator == "gpu" else trainer.accelerator,
-        devices=list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices,
-        precision=trainer.precision,
-        epochs=1 if trainer.fast_dev_run else trainer.epochs,
-        batch_size=trainer.batch_size,
-        eval_batch_size=trainer.eval_batch_size,
-        clip=trainer.gradient_clip,
-        accumulate=trainer.accumulate,
-        eval_every=trainer.eval_every,
-        limit_batches=2 if trainer.fast_dev_run else None,
-        channels_last=trainer.channels_last,
-        trainer_options=options,
-        log_every=trainer.log_every,
-        progress=trainer.progress,
-        tensorboard="tensorboard" in trainer.loggers,
-        csv="csv" in trainer.loggers,
-        folder=folder.path,
-        config_text=to_yaml(config),
-        plugins=named_plugins(config.components),
-        on_evaluated=on_evaluated,
-    )
-
-
-def _finish(parts: Parts, folder: RunFolder, session: Session, progress: Progress) -> Result:
-    config, benchmark, network = parts.config, parts.benchmark, parts.network
-    result = summarize(
-        progress.tallies,
-        name=config.name,
-        strategy=str(parts.composition),
-        benchmark=benchmark.name,
-        backbone=config.backbone.name,
-        seed=config.seed,
-        class_order=benchmark.class_order,
-        experiences=benchmark.classes,
-        parameters=count_parameters(network),
-        macs=count_macs(network, benchmark.input_shape),
-        train_seconds=progress.train_seconds,
-        steps=progress.steps,
-        state_bytes=session.state_bytes(),
-        versions=folder.versions(),
-        run_folder=folder.path,
-        baseline=progress.baseline,
-        loss_terms=progress.loss_terms,
-        exit_names=network.exit_names,
-        exits=progress.exits,
-        activity=progress.activity,
-    )
-    folder.write_ledger(
-        network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger
-    )
-    session.write_hyper_parameters(as_tree(config), {name: getattr(result, name) for name in METRICS})
-    write_figures(result, folder.path / "figures")
-    result.write(folder.path / "results.json")
-    return result
-
-
-def _refuse_plugins(config: Config, folder: RunFolder) -> None:
-    """A run with plugins cannot go on: what they have gathered is in no checkpoint."""
-    names = ", ".join(name for name, _ in named_plugins(config.components))
-    if names:
-        raise UnsupportedError(
-            f"{folder.path}: has plugins of Avalanche's ({names}), whose state is in no checkpoint; run it anew"
-        )
-
-
-def run_config(run: str | Path, *, where: str = "load") -> Config:
-    """The resolved config of a run.
-
-    Raises:
-        RunFolderError: No run folder.
-        ConfigError: Its config cannot be read.
-    """
-    return _config_of(RunFolder.open(Path(run), where=where))
-
-
-def _config_of(folder: RunFolder) -> Config:
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.to_container(read_yaml(folder.config_path), resolve=False)
-    assert isinstance(tree, dict)
-    try:
-        return from_mapping({str(key): value for key, value in tree.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{folder.config_path}: {error}") from None
+    loggers = lightning_loggers(config.loggers)
+    return trainer_options(config.callbacks, loggers, precision=config.precision, folder=folder)

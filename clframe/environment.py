@@ -1,4 +1,4 @@
-"""The environment of a run: versions of packages, git revision, machine and command."""
+"""Environment of a run: package versions, git revision, machine and command."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("clframe", "torch", "lightning", "avalanche-lib", "torchvision", "omegaconf", "numpy")
-"""Packages whose versions a run records."""
+"""Packages with versions recorded by every run."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of :data:`PACKAGES`."""
+    """Installed versions of Python and of :data:`PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run ran: versions, git revision of the working directory, machine, command."""
+    """Describe the environment: versions, git revision of the working directory, machine, command."""
     return {
         "versions": versions(),
         "git_revision": _git_revision(),

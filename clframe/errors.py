@@ -1,13 +1,14 @@
 """Errors that a user can act on.
 
-Every error is one line: ``<where>: <what was found>; <what to do>``. The command line prints it and
-leaves with exit code 2; from Python they are ordinary :class:`ValueError` subclasses.
+Every error is one line: ``<where>: <what was found>; <what to do>``. The command line prints it and exits with code 2;
+from Python, errors are ordinary :class:`ValueError` subclasses.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ClframeError(ValueError):
@@ -15,31 +16,47 @@ class ClframeError(ValueError):
 
 
 class ConfigError(ClframeError):
-    """A configuration key, override or option is unknown, mistyped or out of range."""
+    """A configuration key, override or option that is unknown, mistyped or out of range."""
 
 
 class UnknownNameError(ClframeError):
-    """A name that no registry entry, file or option answers to."""
+    """A name without a registry entry, file or option."""
 
 
 class ComposeError(ClframeError):
-    """Components that cannot stand in one strategy."""
+    """Components that cannot be combined in one strategy."""
 
 
 class DataError(ClframeError):
-    """Data that is missing, damaged or unfit for the protocol asked for."""
+    """Data that is missing, damaged or unfit for the requested protocol."""
 
 
 class RunFolderError(ClframeError):
     """A run folder that cannot be written, read or resumed."""
 
 
+class DivergenceError(ClframeError):
+    """Training whose losses or weights are no longer finite."""
+
+
 class UnsupportedError(ClframeError):
-    """Something that cannot work with this engine, version or machine; the message says why."""
+    """Something that this engine, version or machine cannot do; the message gives the reason."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped by the user or by a signal.
+
+    Attributes:
+        folder: The run folder, which ``clframe run --resume`` continues.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; resume with clframe run --resume {folder}")
+        self.folder = folder
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to ``name``, or None where nothing is close.
+    """The known name closest to ``name``, or None if none is close.
 
     >>> nearest("lwff", ["er", "lwf"])
     'lwf'
@@ -51,7 +68,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "") -> str:
-    """One line for an unknown name: what was found, the nearest valid name, the whole list.
+    """Message for an unknown name: the name, the nearest known name, all known names.
 
     >>> unknown_name("component", "lwff", ["er", "lwf"])
     "unknown component 'lwff'; did you mean 'lwf'? (known: er, lwf)"

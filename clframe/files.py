@@ -1,18 +1,22 @@
-"""Files that are either the old ones or the new ones, never half of each."""
+"""Atomic writes: a file has either its old or its new content, never half of each."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from pathlib import Path
 
 from clframe.errors import RunFolderError
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write ``data`` to a temporary file beside ``path``, sync it, and rename it over ``path``.
+    """Write ``data`` to a temporary file next to ``path``, sync it, and rename it to ``path``.
 
     Raises:
-        RunFolderError: The folder cannot be written; what stood at ``path`` is untouched.
+        RunFolderError: The folder cannot be written; ``path`` keeps its content.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,14 +29,24 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror}); check the folder, its rights and the free space"
+            f"{path}: cannot be written ({error.strerror}); check the folder, its permissions and the free space"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a read-only file system even this fails, and its error would replace the one above.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete the temporary files that killed writes have left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems cannot sync a folder, which is no loss of data."""
+    """Make the rename itself durable; file systems that cannot sync a folder lose no data by it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,8 +1,7 @@
-"""Options by name, checked against the annotations of the function or class that takes them.
+"""Check options by name against the signature of the function or class that takes them.
 
-The one open place of a config is where a component, backbone or benchmark gets its own options. Here
-they are held against the constructor's signature before it is called, so that a wrong name or type is
-one line that names the key.
+The config schema leaves one thing open: the options of components, backbones and benchmarks. They are checked against
+the constructor's annotations before it is called, so that a wrong name or type is one line that names the key.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 from clframe.errors import ConfigError, nearest
 
 REQUIRED: Final = inspect.Parameter.empty
-"""Stands for the default of an option that has none."""
+"""Marks an option without a default."""
 
 
 def option_types(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Keyword options of ``constructor``: name -> (annotation, default or :data:`REQUIRED`).
+    """Map each keyword option of ``constructor`` to ``(annotation, default or REQUIRED)``.
 
     >>> def make(shape: tuple[int, ...], *, width: int = 8): ...
     >>> option_types(make)
@@ -46,17 +45,17 @@ def check_options(
     given: Mapping[str, Any],
     *,
     where: str,
-    beside: Iterable[str] = (),
+    block_keys: Iterable[str] = (),
     complete: bool = True,
 ) -> dict[str, Any]:
-    """The options converted to their declared types.
+    """Convert options to their declared types.
 
     Args:
-        constructor: Whoever will be called with them.
-        given: Options as a config or an expression states them.
+        constructor: The function or class that takes them.
+        given: Options from a config or a strategy expression.
         where: Key prefix for messages, such as ``components.er``.
-        beside: Other names that the same block takes; only messages use them.
-        complete: Whether options without a default must be there.
+        block_keys: Further keys of the same config block, for the suggestions in messages.
+        complete: Whether options without a default must be given.
 
     Raises:
         ConfigError: An unknown option (with the nearest one), a value of another type, or a missing option.
@@ -69,7 +68,7 @@ def check_options(
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            close = nearest(str(name), (*known, *beside))
+            close = nearest(str(name), (*known, *block_keys))
             advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
             raise ConfigError(f"{where}.{name}: unknown option; {advice}")
         annotation, _ = known[name]
@@ -79,8 +78,28 @@ def check_options(
     return checked
 
 
+def rename_options(given: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
+    """Replace former option names by their present ones, so that older configs and run folders stay readable.
+
+    Args:
+        given: Options from a config or a strategy expression.
+        renamed: Present names by former ones.
+        where: Key prefix for messages, such as ``components.er``.
+
+    Raises:
+        ConfigError: An option given under both names.
+
+    >>> rename_options({"buffer": 50}, {"buffer": "memory"}, where="components.er")
+    {'memory': 50}
+    """
+    for former, present in renamed.items():
+        if former in given and present in given:
+            raise ConfigError(f"{where}.{former}: is the former name of '{present}', which is given too; remove it")
+    return {renamed.get(name, name): value for name, value in given.items()}
+
+
 def missing_options(constructor: Callable[..., Any], given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Options without a default that ``given`` does not have.
+    """List options without a default that are missing from ``given``.
 
     >>> def make(*, path: str, width: int = 8): ...
     >>> missing_options(make, {"width": 4})
@@ -91,10 +110,10 @@ def missing_options(constructor: Callable[..., Any], given: Mapping[str, Any]) -
 
 
 def convert(value: Any, annotation: Any, *, where: str) -> Any:
-    """``value`` as the annotated type, or a :class:`ConfigError` naming the key.
+    """Convert ``value`` to the annotated type, or raise a :class:`ConfigError` that names the key.
 
-    Whole numbers are accepted for floats and text for paths; nothing else changes its type, so ``"3"`` is
-    no integer and ``true`` is no number. Numbers are finite, whole ones fit 64 bits.
+    Whole numbers are accepted for floats and text for paths. Nothing else is converted, so ``"3"`` is not an integer
+    and ``true`` is not a number. Numbers must be finite, and whole numbers must fit in 64 bits.
 
     >>> convert(2, float, where="lr")
     2.0
@@ -114,13 +133,13 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
     if annotation is float and type(value) in (int, float):
         return _finite(value, where=where)
     if annotation is int and type(value) is int and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{where}: found {shown(value)}; give a number that fits 64 bits")
+        raise ConfigError(f"{where}: found {format_value(value)}; give a number that fits 64 bits")
     if annotation is Path and type(value) is str:
         return Path(value)
     if isinstance(annotation, type) and type(value) is annotation:
         return value
     quotes = ", in quotes" if annotation is str and isinstance(value, (bool, int, float)) else ""
-    raise ConfigError(f"{where}: found {shown(value)}; give {_describe(annotation)}{quotes}")
+    raise ConfigError(f"{where}: found {format_value(value)}; give {_describe(annotation)}{quotes}")
 
 
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
@@ -132,25 +151,25 @@ def _convert_literal(value: Any, choices: tuple[Any, ...], *, where: str) -> Any
         return value
     close = nearest(str(value), [str(choice) for choice in choices])
     advice = f"did you mean '{close}'?" if close else "give one of them"
-    raise ConfigError(f"{where}: found {shown(value)}; {advice} (known: {', '.join(map(str, choices))})")
+    raise ConfigError(f"{where}: found {format_value(value)}; {advice} (known: {', '.join(map(str, choices))})")
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], *, where: str) -> Any:
     if value is None and type(None) in choices:
         return None
-    of_its_kind: list[ConfigError] = []
+    same_kind: list[ConfigError] = []
     for choice in choices:
         try:
             return convert(value, choice, where=where)
         except ConfigError as failure:
             if _is_kind(value, get_origin(choice) or choice):
-                of_its_kind.append(failure)
-    if len(of_its_kind) == 1:  # a list where a list may stand, say: what is wrong is inside
-        raise of_its_kind[0]
+                same_kind.append(failure)
+    if len(same_kind) == 1:  # for example a list where a list is allowed: the fault is in one of its items
+        raise same_kind[0]
     words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
     close = nearest(value, map(str, words)) if isinstance(value, str) else None
     advice = f"did you mean '{close}'? give" if close else "give"
-    raise ConfigError(f"{where}: found {shown(value)}; {advice} {_join(choices)}")
+    raise ConfigError(f"{where}: found {format_value(value)}; {advice} {_join(choices)}")
 
 
 def _is_kind(value: Any, origin: Any) -> bool:
@@ -163,7 +182,7 @@ def _convert_sequence(value: Any, origin: Any, args: tuple[Any, ...], *, where: 
     kind = list if origin is list else tuple
     if origin is tuple and args and args[-1] is not Ellipsis:
         if len(value) != len(args):
-            raise ConfigError(f"{where}: found {shown(value)}; give a list of {len(args)}")
+            raise ConfigError(f"{where}: found {format_value(value)}; give a list of {len(args)}")
         items = args
     else:
         items = (args[0] if args else Any,) * len(value)
@@ -179,7 +198,7 @@ def _finite(value: float, *, where: str) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{where}: found {shown(value)}; give a finite number")
+        raise ConfigError(f"{where}: found {format_value(value)}; give a finite number")
     return number
 
 
@@ -193,10 +212,10 @@ _WORDS: dict[Any, str] = {
 _KINDS: dict[Any, str] = {str: " (text)", list: " (a list)", tuple: " (a list)", dict: " (a mapping)"}
 
 
-def shown(value: Any, *, limit: int = 60) -> str:
-    """A value as messages show it: as YAML writes null and booleans, shortened, text and lists called so.
+def format_value(value: Any, *, limit: int = 60) -> str:
+    """Format a value for messages: null and booleans as in YAML, long values shortened, text and lists labeled.
 
-    >>> shown(None), shown(True), shown(3), shown("er")
+    >>> format_value(None), format_value(True), format_value(3), format_value("er")
     ('null', 'true', '3', "'er' (text)")
     """
     if value is None or isinstance(value, bool):

@@ -1,8 +1,7 @@
 """Registries: explicit, typed and strict.
 
-A registry maps a name to a class or function. Packages add to it through an entry point, the one
-door that clframe's own strategies use too; scripts call :meth:`Registry.add`. A second entry of the
-same name is an error, a miss offers the nearest name.
+A registry maps a name to a class or function. Packages add to it through an entry point, as clframe's own strategies
+do; scripts call :meth:`Registry.add`. A second entry of the same name is an error, a miss offers the nearest name.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named things of one kind.
+    """Named entries of one kind.
 
     Args:
-        kind: What an entry is, as error messages call it ("component").
+        kind: Kind of entry in error messages, such as "component".
         group: Entry-point group searched on first use; None for a closed registry.
         load: Turns a loaded entry point into ``(name, entry)`` pairs.
 
@@ -63,8 +62,14 @@ class Registry(Generic[T]):
 
         return decorate
 
+    @property
+    def not_loaded(self) -> tuple[str, ...]:
+        """One line for each entry point that could not be loaded."""
+        self._search()
+        return tuple(self._broken)
+
     def get(self, name: str, *, where: str = "") -> T:
-        """The entry called ``name``; raises :class:`UnknownNameError` with the nearest name."""
+        """Return the entry called ``name``; raises :class:`UnknownNameError` with the nearest name."""
         self._search()
         try:
             return self._entries[name]
@@ -75,12 +80,12 @@ class Registry(Generic[T]):
             raise UnknownNameError(message) from None
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         self._search()
         return tuple(sorted(self._entries))
 
     def items(self) -> tuple[tuple[str, T], ...]:
-        """All ``(name, entry)`` pairs, sorted by name."""
+        """Return all ``(name, entry)`` pairs, sorted by name."""
         return tuple((name, self._entries[name]) for name in self.names())
 
     def __contains__(self, name: object) -> bool:
@@ -99,8 +104,14 @@ class Registry(Generic[T]):
             except ClframeError:
                 self._searched = False
                 raise
-            except Exception as error:  # a broken third-party package must not take the others down
-                self._broken.append(f"entry point {point.name} = {point.value} ({error})")
+            except KeyboardInterrupt:
+                self._searched = False
+                raise
+            except BaseException as error:  # SystemExit too: a broken package must not take every command down
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(error, SystemExit):
+                    reason = f"exits with {error.code} when it is imported"
+                self._broken.append(f"entry point {point.name} = {point.value} ({reason})")
 
 
 def _origin(entry: Any) -> str:

@@ -1,34 +1,43 @@
-"""The results of a run: one frozen object, one JSON file of a documented and versioned schema.
+"""The results of a run: one frozen object, one JSON file with a documented and versioned schema.
 
-Every field is described in ``docs/results_schema.md``. Inside a run classes are numbered in learning
-order; everything here uses the data set's own class ids.
+Every field is described in ``docs/results_schema.md``. Inside a run classes are numbered in learning order; everything
+here uses the data set's own class ids.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from clframe.errors import ClframeError, RunFolderError
+from clframe.errors import ClframeError, RunFolderError, nearest
 from clframe.exits.diagnostics import ExitRecord, forgetting_by_exit
 from clframe.files import write_atomically
-from clframe.metrics.registry import METRICS, scores
+from clframe.metrics.continual import NAN, Score
+from clframe.metrics.registry import scores
+from clframe.metrics.statistics import deviation, mean
 from clframe.metrics.tally import Tally
+from clframe.records import read_record, to_json
 from clframe.sparsity.activity import ActivityRecord
 
-SCHEMA_VERSION = 1
-"""Raised when a field is removed or changes its meaning; a new optional field does not raise it."""
+SCHEMA_VERSION: Final = 2
+"""Raised when a field is removed or changes its meaning; a new field with a default does not raise it."""
+
+_METRICS_OF_VERSION_1: Final = (
+    "final_average_accuracy", "final_average_accuracy_task_aware", "final_weighted_accuracy",
+    "average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy",
+)  # fmt: skip
+"""Fields of a version-1 file that are entries of ``metrics`` since."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What ``clframe.run`` returns and ``results.json`` holds; see ``docs/results_schema.md``."""
+    """Results of one run, as ``clframe.run`` returns them and ``results.json`` stores them.
+
+    Every metric is also an attribute: ``result.forgetting`` is ``result.metrics["forgetting"]``.
+    """
 
     schema_version: int = SCHEMA_VERSION
     name: str
@@ -36,15 +45,10 @@ class Result:
     benchmark: str
     backbone: str
     seed: int
-    final_average_accuracy: float
-    final_average_accuracy_task_aware: float
-    final_weighted_accuracy: float
-    average_incremental_accuracy: float
-    forgetting: float
-    backward_transfer: float
-    forward_transfer: float
-    learning_accuracy: float
+    metrics: Mapping[str, float]
+    """By name in :data:`~clframe.metrics.METRICS`; NaN where undefined."""
     undefined: Mapping[str, str]
+    """Why a metric is NaN."""
     accuracy_matrix: tuple[tuple[float, ...], ...]
     accuracy_matrix_task_aware: tuple[tuple[float, ...], ...]
     accuracy_by_class: Mapping[int, float]
@@ -59,18 +63,43 @@ class Result:
     versions: Mapping[str, str]
     run_folder: str
     loss_terms: tuple[Mapping[str, float], ...] = field(default=())
+    diverged: tuple[str, ...] = field(default=())
     exit_names: tuple[str, ...] = field(default=())
     exit_forgetting: tuple[float, ...] = field(default=())
     exits: tuple[ExitRecord, ...] = field(default=())
     activity: tuple[ActivityRecord, ...] = field(default=())
 
+    def __getattr__(self, name: str) -> float:
+        """Return the metric called ``name``."""
+        # Copying and unpickling ask for dunder names, and for ``metrics``, before any field is set.
+        metrics = {} if name == "metrics" or name.startswith("__") else self.metrics
+        if name in metrics:
+            return metrics[name]
+        close = nearest(name, metrics)
+        advice = f"; did you mean '{close}'?" if close else ""
+        raise AttributeError(f"Result has no field or metric '{name}'{advice}")
+
+    def score(self, name: str) -> Score:
+        """Return a metric with the reason where it is undefined, also of one that this run has not computed."""
+        if name not in self.metrics:
+            return Score(NAN, "not in results.json, which an earlier version wrote or another set of packages")
+        return Score(self.metrics[name], self.undefined.get(name, ""))
+
     def to_json(self) -> str:
-        """The object as JSON text, one field a line; NaN is written as ``null``."""
-        return _to_json(self)
+        """Return JSON text, one field a line; NaN is written as ``null``."""
+        return to_json(self)
+
+    @classmethod
+    def upgrade(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the content of a version-1 file in the shape of version 2."""
+        if content.get("schema_version") != 1:
+            return content
+        metrics = {name: content[name] for name in _METRICS_OF_VERSION_1 if name in content}
+        return {**content, "schema_version": SCHEMA_VERSION, "metrics": metrics}
 
     @classmethod
     def from_json(cls, path: str | Path) -> Result:
-        """Read ``results.json``; raises :class:`RunFolderError` where the file is not such a file."""
+        """Read ``results.json`` of this or an earlier version; raises :class:`RunFolderError` for any other file."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -78,19 +107,12 @@ class Result:
         except ValueError:  # neither UTF-8 nor JSON
             raise RunFolderError(f"{path}: not JSON; give the results.json of a finished run") from None
         version = found.get("schema_version") if isinstance(found, dict) else None
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise RunFolderError(
-                f"{path}: schema_version {version!r}, this clframe reads {SCHEMA_VERSION}; "
+                f"{path}: schema_version {version!r}, this clframe reads 1 to {SCHEMA_VERSION}; "
                 f"read it with the version of clframe that wrote it"
             )
-        hints = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for entry in fields(cls):
-            if entry.name in found:
-                values[entry.name] = _decode(hints[entry.name], found[entry.name], f"{path}: {entry.name}")
-            elif entry.default is MISSING:
-                raise RunFolderError(f"{path}: field '{entry.name}' is missing; run the experiment again")
-        return cls(**values)
+        return read_record(cls, found, prefix=f"{path}: ")
 
     def write(self, path: str | Path) -> None:
         """Write :meth:`to_json` to the file ``path``, all or nothing."""
@@ -107,13 +129,13 @@ class Aggregate:
     backbone: str
     seeds: tuple[int, ...]
     mean: Mapping[str, float]
-    """By name in :data:`METRICS`; NaN where any seed has none."""
+    """By metric; NaN where any seed has no number."""
     deviation: Mapping[str, float]
     """``sqrt(sum (x - mean)^2 / (n - 1))``; NaN for one seed."""
 
     def to_json(self) -> str:
-        """The object as JSON text, one field a line; NaN is written as ``null``."""
-        return _to_json(self)
+        """Return JSON text, one field a line; NaN is written as ``null``."""
+        return to_json(self)
 
 
 def summarize(
@@ -135,37 +157,48 @@ def summarize(
     run_folder: str | Path,
     baseline: Tally | None = None,
     loss_terms: Sequence[Mapping[str, float]] = (),
+    diverged: Sequence[str] = (),
     exit_names: Sequence[str] = (),
     exits: Sequence[ExitRecord] = (),
     activity: Sequence[ActivityRecord] = (),
 ) -> Result:
-    """The results of a run: every metric from the counts taken after each training experience.
+    """Compute the results of a run from the evaluations after each training experience.
 
-    ``tallies`` holds one evaluation per training experience, ``baseline`` one of the model before any
-    training, for forward transfer. ``class_order`` is the data set's id of the class learnt first, second
-    and so on; ``experiences`` are each experience's classes in learning order, which the result holds in
-    original ids. ``loss_terms`` are the means of every loss term in each training experience.
+    Args:
+        tallies: One evaluation per training experience.
+        name: Of the experiment.
+        strategy: Its expression.
+        benchmark: Name of the benchmark.
+        backbone: Name of the backbone.
+        seed: Of the run.
+        class_order: The data set's id of the class learned first, second and so on.
+        experiences: Classes of each experience in learning order, numbered from 0; the result has the data set's ids.
+        parameters: Of the model at the end.
+        macs: Of one forward pass of one sample; None where not counted.
+        train_seconds: Wall time of training.
+        steps: Optimizer steps.
+        state_bytes: Size of each component's state.
+        versions: By package.
+        run_folder: Where the run's files are.
+        baseline: An evaluation before any training, for forward transfer.
+        loss_terms: Means of every loss term in each training experience.
+        diverged: One line for each experience whose losses or weights were not finite.
+        exit_names: In order of depth.
+        exits: One record per training experience.
+        activity: One record per training experience.
 
-    Raises :class:`ClframeError` for no tallies, tallies of different shapes, or a class order that does
-    not fit them.
+    Raises:
+        ClframeError: No tallies, tallies of different shapes, or a class order that does not fit them.
     """
     found = scores(tallies, baseline=baseline)
     last = tallies[-1]
-    ids = tuple(int(c) for c in class_order)  # plain numbers also where an array was given
+    ids = tuple(int(c) for c in class_order)  # plain numbers even of an array, so that json can write them
     classes = len(last.accuracy_C)
     if len(ids) != classes or len(set(ids)) < classes:
         raise ClframeError(f"class_order: {list(ids)} for {classes} classes; name each class once")
-    value = {metric: score.value for metric, score in found.items()}
     return Result(
         name=name, strategy=strategy, benchmark=benchmark, backbone=backbone, seed=seed,
-        final_average_accuracy=value["final_average_accuracy"],
-        final_average_accuracy_task_aware=value["final_average_accuracy_task_aware"],
-        final_weighted_accuracy=value["final_weighted_accuracy"],
-        average_incremental_accuracy=value["average_incremental_accuracy"],
-        forgetting=value["forgetting"],
-        backward_transfer=value["backward_transfer"],
-        forward_transfer=value["forward_transfer"],
-        learning_accuracy=value["learning_accuracy"],
+        metrics={metric: score.value for metric, score in found.items()},
         undefined={metric: score.undefined for metric, score in found.items() if score.undefined},
         accuracy_matrix=tuple(tally.accuracy_E for tally in tallies),
         accuracy_matrix_task_aware=tuple(tally.accuracy_aware_E for tally in tallies),
@@ -176,22 +209,24 @@ def summarize(
         parameters=parameters, macs=macs, train_seconds=train_seconds, steps=steps,
         state_bytes=dict(state_bytes), versions=dict(versions), run_folder=str(run_folder),
         loss_terms=tuple(dict(terms) for terms in loss_terms),
+        diverged=tuple(diverged),
         exit_names=tuple(exit_names), exits=tuple(exits), exit_forgetting=_exit_forgetting(exits),
         activity=tuple(activity),
     )  # fmt: skip
 
 
 def _exit_forgetting(exits: Sequence[ExitRecord]) -> tuple[float, ...]:
-    """Forgetting of each exit's own accuracy matrix."""
+    """Compute forgetting of each exit's own accuracy matrix."""
     matrices = zip(*(record.accuracy_KE for record in exits), strict=True)
     return tuple(score.value for score in forgetting_by_exit([tuple(matrix) for matrix in matrices]))
 
 
 def aggregate(results: Sequence[Result]) -> Aggregate:
-    """Mean and sample standard deviation of each metric over seeds.
+    """Compute mean and sample standard deviation of each metric over seeds.
 
-    Raises :class:`ClframeError` for no results, for results of different experiments and for a seed
-    that is there twice, which would make the deviation too small.
+    Raises:
+        ClframeError: No results, results of different experiments, or a seed given twice, which would make the
+            deviation too small.
     """
     if not results:
         raise ClframeError("aggregate: no results; give at least one")
@@ -203,65 +238,10 @@ def aggregate(results: Sequence[Result]) -> Aggregate:
     seeds = tuple(result.seed for result in results)
     if len(set(seeds)) < len(seeds):
         raise ClframeError(f"aggregate: a seed is there twice in {list(seeds)}; give each seed once")
-    values = {metric: [float(getattr(result, metric)) for result in results] for metric in METRICS}
+    names = dict.fromkeys(metric for result in results for metric in result.metrics)
+    values = {metric: [result.score(metric).value for result in results] for metric in names}
     return Aggregate(
         strategy=first.strategy, benchmark=first.benchmark, backbone=first.backbone, seeds=seeds,
-        mean={metric: math.fsum(xs) / len(xs) for metric, xs in values.items()},
-        deviation={metric: _deviation(xs) for metric, xs in values.items()},
+        mean={metric: mean(xs) for metric, xs in values.items()},
+        deviation={metric: deviation(xs) for metric, xs in values.items()},
     )  # fmt: skip
-
-
-def _deviation(values: Sequence[float]) -> float:
-    if len(values) < 2 or any(math.isnan(value) for value in values):
-        return float("nan")
-    return statistics.stdev(values)
-
-
-def _to_json(record: Result | Aggregate) -> str:
-    lines = (f"  {json.dumps(e.name)}: {json.dumps(_plain(getattr(record, e.name)))}" for e in fields(record))
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, text, lists and mappings as strict JSON knows them, which has neither NaN nor infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if is_dataclass(value):
-        return {e.name: _plain(getattr(value, e.name)) for e in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return value
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """``value`` from JSON as the annotation ``hint`` of a field says; raises :class:`RunFolderError`."""
-    outer, inner = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
-        if set(value) != set(hints):
-            raise RunFolderError(f"{where}: fields {sorted(set(value) ^ set(hints))} are missing or unknown; run again")
-        return hint(**{name: _decode(hints[name], entry, f"{where}.{name}") for name, entry in value.items()})
-    if outer is types.UnionType:  # X | None
-        return None if value is None else _decode(inner[0], value, where)
-    if outer is tuple and isinstance(value, list):
-        return tuple(_decode(inner[0], entry, where) for entry in value)
-    if outer is Mapping and isinstance(value, dict):
-        return {_key(inner[0], key, where): _decode(inner[1], entry, where) for key, entry in value.items()}
-    if hint is float and (value is None or value in ("Infinity", "-Infinity")):
-        return float("nan") if value is None else float(value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str) and type(value) is hint:
-        return value
-    raise RunFolderError(f"{where}: found {json.dumps(value)[:40]}; restore the file or run again")
-
-
-def _key(hint: Any, key: str, where: str) -> Any:
-    if hint is str:
-        return key
-    try:
-        return int(key)
-    except ValueError:
-        raise RunFolderError(f"{where}: found the key {key!r}, not a number; restore the file") from None

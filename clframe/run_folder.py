@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, how it is made, how it is found again.
+"""The folder of a run.
 
 ::
 
@@ -7,6 +7,7 @@
       checkpoints/                      the last two experiences
       metrics.csv  results.json  ledger.json
       tensorboard/  figures/
+      lock                              only while a process writes to it
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,12 @@ from typing import Any
 from clframe.accounting import Ledger, cumulative_macs, stage_macs
 from clframe.environment import environment, versions
 from clframe.errors import RunFolderError
-from clframe.files import write_atomically
+from clframe.files import remove_temporaries, write_atomically
 from clframe.nn.network import Network
 
 
 class RunFolder:
-    """One run's folder."""
+    """Creates, opens, locks and writes the folder of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,28 +46,34 @@ class RunFolder:
 
     @classmethod
     def create(cls, output: Path, *, name: str, seed: int) -> RunFolder:
-        """A new folder ``output/name/<time>-seed<n>``.
+        """Create a folder ``output/name/<time>-seed<n>``.
 
         Raises:
-            RunFolderError: ``output`` cannot be written; nothing is left there then.
+            RunFolderError: ``output`` cannot be written; no folder is left behind.
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         endings = itertools.chain([""], (f"-{attempt}" for attempt in itertools.count(1)))
         while True:
             folder = cls(output / name / f"{stamp}-seed{seed}{next(endings)}")
             path = folder.path
-            folder._made = [part for part in (path, *path.parents) if not os.path.exists(part)]
             try:
-                path.mkdir(parents=True, exist_ok=False)
+                folder._made = [part for part in (path, *path.parents) if not os.path.lexists(part)]
+                for parent in reversed(folder._made[1:]):  # os.makedirs recurses, once for each folder
+                    with contextlib.suppress(FileExistsError):  # a run that starts at the same time
+                        parent.mkdir()
+                try:
+                    path.mkdir()
+                except FileExistsError:  # another run of the same second
+                    continue
                 (path / "checkpoints").mkdir()
                 write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
                 return folder
-            except FileExistsError:
-                continue
             except OSError as error:
                 folder.discard()
+                dangling = [p for p in path.parents if os.path.islink(p) and not os.path.exists(p)]
+                reason = f"{dangling[0]} is a link to a folder that does not exist" if dangling else error.strerror
                 raise RunFolderError(
-                    f"output: {path.parent} cannot be written ({error.strerror}); choose another --output"
+                    f"output: {_shorten(path.parent)} cannot be written ({reason}); choose another --output"
                 ) from None
             except BaseException:
                 folder.discard()
@@ -73,27 +81,66 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, where: str = "resume") -> RunFolder:
-        """The folder of an earlier run.
+        """Open the folder of an earlier run.
 
         Raises:
-            RunFolderError: There is none, or it holds no config.
+            RunFolderError: There is none, or it has no config.
         """
         if not path.is_dir():
             raise RunFolderError(f"{where}: no folder {path}; give the run folder that a run printed")
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(f"{where}: {path} holds no config.yaml; give the folder of a run, not one above it")
+            raise RunFolderError(f"{where}: {path} has no config.yaml; give the folder of a run, not one above it")
         return cls(path)
 
     def discard(self) -> None:
-        """Remove this folder, of a run that could not begin, and the ones above it that were made for it."""
+        """Remove this folder, after a run could not start, and the folders above it that were created for it."""
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._made:
             with contextlib.suppress(OSError):  # another run may be in it by now
                 folder.rmdir()
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing to the folder at the same time.
+
+        The operating system releases the lock of a process that ends, however it ends; the file only names it.
+
+        Raises:
+            RunFolderError: Another process has it, or the folder cannot be written.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows, where runs are not locked
+            yield
+            return
+        path = self.path / "lock"
+        handle = _open_locked(path, lambda file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+    def prepare_resume(self) -> None:
+        """Delete what killed writes have left behind, and restore the folder of checkpoints if it is missing.
+
+        Raises:
+            RunFolderError: The folder cannot be written.
+        """
+        remove_temporaries(self.path)
+        checkpoints = self.path / "checkpoints"
+        try:
+            checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{checkpoints}: cannot be created ({error.strerror}); check the folder") from None
+        remove_temporaries(checkpoints)
+
     def write_config(self, text: str) -> None:
-        """The resolved config."""
+        """Write the resolved config."""
         write_atomically(self.config_path, text)
 
     def write_ledger(
@@ -105,7 +152,7 @@ class RunFolder:
         *,
         ledger: Ledger | None = None,
     ) -> None:
-        """What training took, what a prediction costs stage by stage, what components keep, and every entry."""
+        """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry."""
         names, cost_K = network.exit_names, cumulative_macs(network)
         costs: dict[str, Any] = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
@@ -133,12 +180,12 @@ class RunFolder:
 
     @staticmethod
     def versions() -> dict[str, str]:
-        """Versions of Python and of the packages that decide a run's numbers."""
+        """Return the versions of Python and of the packages that a run's numbers depend on."""
         return versions()
 
 
 def _prediction(ledger: Ledger) -> dict[str, Any]:
-    """What a prediction costs at the end of the run; a mean without samples is null."""
+    """Costs of a prediction at the end of the run; a mean without samples is null."""
     found = ledger.predictions
     mean = found.mean()
     return {
@@ -150,3 +197,53 @@ def _prediction(ledger: Ledger) -> dict[str, Any]:
         "dense_by_role": found.by_role(),
         "effective_by_role": found.by_role(count="effective"),
     }
+
+
+def _open_locked(path: Path, lock: Callable[[int], None]) -> int:
+    """Open and lock a file; returns its handle.
+
+    Raises:
+        RunFolderError: Another process has the lock, or the file cannot be written.
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path.parent}: cannot be written ({error.strerror}); copy the run to a folder that can"
+            ) from None
+        try:
+            lock(handle)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace").split()
+            os.close(handle)
+            pid, host = [*owner, "?", "?"][:2]
+            if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+                # Data-loading workers inherit the lock and outlive a killed run for a few seconds.
+                path.unlink(missing_ok=True)
+                continue
+            raise RunFolderError(
+                f"{path.parent}: process {pid} on {host} is writing to it; wait for it or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            return handle
+        # The process before may have deleted the file between our opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _shorten(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}"

@@ -1,4 +1,4 @@
-"""Seeds as pure functions of where they are used, and torch's process-wide settings."""
+"""Seeds as pure functions of their use, and torch's process-wide settings."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from contextlib import contextmanager
 import torch
 
 
-def derive_seed(seed: int, *place: int | str) -> int:
-    """A 63-bit seed for one place of a run: the first bytes of BLAKE2b over ``(seed, *place)``.
+def derive_seed(seed: int, *use: int | str) -> int:
+    """Derive a 63-bit seed for one use in a run: the first bytes of BLAKE2b over ``(seed, *use)``.
 
     >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 1)
     True
     >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 2)
     False
     """
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator_for(seed: int, *place: int | str) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(seed, *place))
+def generator_for(seed: int, *use: int | str) -> torch.Generator:
+    """Make a CPU generator seeded by :func:`derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *use))
 
 
 def epoch_order(size: int, *, seed: int, experience: int, epoch: int) -> torch.Tensor:
-    """order_N: the permutation of ``size`` samples for one epoch, a function of its arguments alone.
+    """Permutation order_N of ``size`` samples for one epoch; depends on the arguments only.
 
     >>> epoch_order(4, seed=0, experience=0, epoch=0).sort().values.tolist()
     [0, 1, 2, 3]
@@ -37,7 +37,7 @@ def epoch_order(size: int, *, seed: int, experience: int, epoch: int) -> torch.T
 
 @contextmanager
 def torch_settings(*, threads: int | None = None, deterministic: bool | None = None) -> Iterator[None]:
-    """Threads and determinism while active, put back afterwards; None leaves one as it is.
+    """Set CPU threads and determinism while active and restore them at the end; None changes nothing.
 
     >>> before = torch.get_num_threads()
     >>> with torch_settings(threads=before + 1):

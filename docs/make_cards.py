@@ -2,7 +2,7 @@
 
     python docs/make_cards.py
 
-A test holds the file against the code, so whoever changes a docstring or an option runs this again.
+A test compares the file with the code: run this again after a change of docstrings or options.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ FILE = Path(__file__).parent / "strategies.md"
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Bounds and baselines": ("naive", "joint", "cumulative", "freeze"),
-    "Replay": ("er", "er_ace", "der", "derpp", "agem", "gdumb"),
+    "Replay": ("er", "er_ace", "der", "derpp", "mir", "gss", "agem", "gdumb"),
     "Regularization": ("ewc", "si", "mas", "label_smoothing"),
     "Distillation": ("lwf", "ancl"),
     "Balance between old and new classes": ("bic", "icarl", "lode", "ssil", "wa", "cwr", "ncm"),
     "Representations": ("lucir", "podnet", "prd"),
     "Pre-trained backbones": ("l2p", "ranpac", "simplecil", "slda"),
-    "Exits and computation": ("exits", "early_exit", "sparsity"),
+    "Exits and computation": ("exits", "early_exit", "sparsity", "moe"),
 }
-"""Who stands with whom; a component that is in none stands under "More"."""
+"""Components by family; those in none are listed under "More"."""
 
 HEAD = """\
 # Strategies
@@ -35,8 +35,8 @@ HEAD = """\
 <!-- Written by docs/make_cards.py from the docstrings in strategies/: change them, then run it again. -->
 
 A strategy is a sum of the components below, such as `er + lwf(alpha=2)`. An option is set in the expression or as
-`components.NAME.OPTION=VALUE`; `strategy=PRESET` takes a file of `configs/strategy`, and a preset that is called like
-a component is `strategy=strategy/NAME`. Two components that own the same slot are refused; one that needs a memory
+`components.NAME.OPTION=VALUE`; `strategy=PRESET` takes a file of `configs/strategy`, and a preset with the name of a
+component is `strategy=strategy/NAME`. Two components that own the same slot are refused; one that needs a replay buffer
 reads that of another, as in `er + icarl`. Every component works with one exit and with many, and its loss terms are
 logged under the names given here.
 
@@ -49,7 +49,7 @@ $ clframe run quickstart strategy=strategy/lwf
 
 
 def cards() -> str:
-    """The whole document."""
+    """Return the whole document."""
     kinds = {kind.name: kind for kind in strategies.COMPONENTS}
     presets = _presets()
     grouped = dict(_grouped(kinds))
@@ -70,10 +70,10 @@ def _grouped(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _contents(family: str, kinds: list[type[Component]]) -> str:
-    """A table of a family, one line a component."""
-    lines = [f"**{family}**", "", "| name | what it does | owns | memory |", "|---|---|---|---|"]
+    """Return the table of a family, one row per component."""
+    lines = [f"**{family}**", "", "| name | description | owns | buffer |", "|---|---|---|---|"]
     for kind in kinds:
-        memory = "keeps one" if kind.keeps_memory else "needs one" if kind.needs_memory else ""
+        memory = "has one" if kind.keeps_memory else "needs one" if kind.needs_memory else ""
         summary = _markdown(described(kind).summary, cell=True)
         lines.append(f"| [{kind.name}](#{kind.name}) | {summary} | {_names(kind.slots)} | {memory} |")
     return "\n".join([*lines, ""])
@@ -98,21 +98,21 @@ def _card(kind: type[Component], presets: Iterable[str]) -> str:
 
 
 def _facts(kind: type[Component]) -> str:
-    """What a component declares: slots, memory, loss terms, and where it is the identity."""
+    """Describe what a component declares: slots, buffer, loss terms, and the option at which it is the identity."""
     facts = [f"owns {_names(kind.slots)}" if kind.slots else "owns no slot"]
     if kind.keeps_memory:
-        facts.append("keeps a memory")
+        facts.append("has a replay buffer")
     if kind.needs_memory:
-        facts.append("needs a memory")
+        facts.append("needs a replay buffer")
     if kind.terms:
         facts.append("logs " + ", ".join(f"`loss/{kind.name}/{term}`" for term in kind.terms))
     if kind.weight is not None:
-        facts.append(f"adds nothing at `{kind.weight}=0`")
+        facts.append(f"no effect at `{kind.weight}=0`")
     return f"*Declares:* {'; '.join(facts)}."
 
 
 def _presets() -> dict[str, list[str]]:
-    """Lines on the presets that use a component, by its name."""
+    """Collect the lines on presets by the components that they use."""
     found: dict[str, list[str]] = {}
     for path in sorted((shipped_configs() / "strategy").glob("*.yaml")):
         comment = " ".join(_comment(path.read_text(encoding="utf-8")))
@@ -135,7 +135,7 @@ def _names(slots: Iterable[str]) -> str:
 
 
 def _markdown(text: str, *, cell: bool = False) -> str:
-    """Docstring text as Markdown: code in single backticks; in a cell of a table bars are escaped."""
+    """Convert docstring text to Markdown: code in single backticks, bars escaped in table cells."""
     text = text.replace("``", "`")
     return text.replace("|", "\\|") if cell else text
 

@@ -153,6 +153,11 @@ def table(component: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _final_average_accuracy(path: Path) -> float:
+    content = json.loads(path.read_text())
+    return float(content.get("metrics", content)["final_average_accuracy"])  # runs before schema version 2 have no metrics
+
+
 def read(component: str, wanted: Mapping[tuple[str, int], list[Path]]) -> list[Row]:
     """The rows of a component whose cells have all been run; ``wanted`` holds results by setting and candidate."""
     rows = []
@@ -160,7 +165,7 @@ def read(component: str, wanted: Mapping[tuple[str, int], list[Path]]) -> list[R
         accuracy, zeros = {}, {}
         for setting in GRIDS[component].settings:
             paths = wanted[setting, number]
-            accuracy[setting] = [100 * json.loads(path.read_text())["final_average_accuracy"] for path in paths]
+            accuracy[setting] = [100 * _final_average_accuracy(path) for path in paths]
             zeros[setting] = [100 * json.loads((path.parent / "zeros.json").read_text()) for path in paths]
         rows.append(Row(options, accuracy, zeros))
     return rows

@@ -49,9 +49,9 @@ from torch import Tensor
 
 from clframe.accounting.macs import stage_macs
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.exits.fusion import folded
+from clframe.exits.fusion import fuse_batch_norm
 from clframe.exits.head_kinds import make_head
-from clframe.exits.placement import every, preset
+from clframe.exits.placement import every_nth_tap, published_placement
 from clframe.exits.policies import ExitPolicy, max_probability
 from clframe.nn import Network
 from clframe.nn.backbones import resnet32, vit_tiny
@@ -68,11 +68,11 @@ OVERHEAD = 0.1
 def build(model: str, *, compiled: bool) -> Network:
     torch.manual_seed(0)
     backbone = resnet32((3, 32, 32)) if model == "resnet32" else vit_tiny((3, 32, 32))
-    taps = (preset(backbone.names) if model == "resnet32" else every(backbone, 1)).taps
+    taps = (published_placement(backbone.names) if model == "resnet32" else every_nth_tap(backbone, 1)).taps
     taps = tuple(tap for tap in taps if len(backbone.tap_shapes[tap]) > 1 and tap not in ("embed", "encoder.5", "stem"))
     network = Network(backbone, exits=[(tap, make_head("auto", backbone.tap_shapes[tap])) for tap in taps])
     network.grow(range(CLASSES))
-    network = folded(network, memory_format="channels_last")
+    network = fuse_batch_norm(network, memory_format="channels_last")
     if compiled:
         for part in (*network.backbone.stages, *network.heads):
             part.compile(dynamic=True)
@@ -265,8 +265,8 @@ def rows_of(network: Network, *, batch: int, repeats: int) -> list[dict[str, Any
         exits = [dynamic(part).exit_B for part in batches]
         runs[f"{place} dynamic"] = lambda d=dynamic: [d(part) for part in batches]
         runs[f"{place} stages"] = foreseeing(network, batches, exits, heads=())
-        runs[f"{place} heads"] = foreseeing(network, batches, exits, heads=dynamic.computed)
-        cost_N = [work.of_exit(exit, dynamic.computed) for exit in torch.cat(exits).tolist()]
+        runs[f"{place} heads"] = foreseeing(network, batches, exits, heads=dynamic.computed_exits)
+        cost_N = [work.of_exit(exit, dynamic.computed_exits) for exit in torch.cat(exits).tolist()]
         realized = sum(cost_N) / len(cost_N) / work.bare
         rows.append({"batch": batch, "budget": budget_name, "choice": choice, "exits": len(enabled), "macs": realized})
     taken = race(runs, repeats=repeats)

@@ -116,7 +116,7 @@ def row_of(
     weights = layer.experts.weights()
     if executors:
         names = ["dense", "grouped", *(["grouped_mm"] if grouped_mm_works(weights, batches[0]) else [])]
-        names += ["views"] if tokens <= 16 else []
+        names += ["per_token"] if tokens <= 16 else []
         kept = {id(x): layer.keep(x) for x in batches}
         for name in names:
             runs[f"only {name}"] = lambda x, f=EXECUTORS[name]: f(weights, x, kept[id(x)], None)

@@ -1,7 +1,7 @@
-"""The ingredients of strategies, one a file: ``from strategies import ER``.
+"""Components, one per file: ``from strategies import ER``.
 
-Every module of this package is imported and every :class:`~clframe.core.Component` it defines becomes
-known by its name, through the same entry point (``clframe.components``) that other packages use.
+Every module of this package is imported, and every :class:`~clframe.core.Component` defined in it is registered by
+name through the entry-point group ``clframe.components``, the same one that other packages use.
 """
 
 from __future__ import annotations

@@ -1,86 +1,73 @@
-"""A-GEM: steps that do not raise the loss on the past."""
+"""A-GEM: project gradients that would raise the loss on stored samples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from clframe.core.component import Component
-from clframe.core.types import State, Step, StepContext
+from clframe.core.types import State, Step
 from clframe.errors import ConfigError
 from clframe.functional.losses import cross_entropy, project_gradient
-from clframe.nn.features import feature_reader
-from clframe.nn.frozen import forward_aside
+from clframe.nn.frozen import forward_preserving_buffers
 from clframe.nn.network import Network
-from clframe.replay.buffers import Budget, Selection, drawn
-from clframe.replay.joining import Replay
+from clframe.replay.buffers import Selection, sample_indices
+from clframe.replay.joining import BufferComponent
 
 
 @dataclass(frozen=True, kw_only=True)
-class AGEM(Component):
-    """Averaged gradient episodic memory (A-GEM): a step may not raise the loss on samples of the past.
+class AGEM(BufferComponent):
+    """Averaged gradient episodic memory (A-GEM): project gradients that would raise the loss on stored samples.
 
-    Where the gradient g and that of a batch of memory r disagree, ``g . r < 0``, it becomes
-    ``g - (g . r / r . r) r``. The reference loss is the cross-entropy at all exits with the weights they have in
-    training. Meant for one pass over the data with task labels; where classes have to be told apart across
-    experiences, replay is far stronger. Costs a forward and a backward pass of ``sample`` per step and a gradient
-    in memory. Chaudhry et al., "Efficient Lifelong Learning with A-GEM" (2019).
+    If the gradient g and that of a batch of stored samples r conflict, ``g . r < 0``, g becomes ``g - (g . r / r . r)
+    r``. The reference loss is the cross-entropy at all exits with the weights they have in training; the reference
+    batch does not change the statistics of batch normalization. Chaudhry et al., "Efficient Lifelong Learning with
+    A-GEM" (2019).
 
-    Statistics of batch normalization are left alone by the reference batch.
+    Use it with task labels and SGD. Stored samples only veto steps, they are not learned again, so without task labels
+    it stays close to fine-tuning, as published (20.0 % against 19.6 % for fine-tuning on Split CIFAR-10; Buzzega et
+    al., "Dark Experience for General Continual Learning", 2020), and an adaptive optimizer rescales the projected
+    gradient weight by weight. Measured on held-out digits in 5 experiences (``small_cnn``, 3 epochs, 3 seeds) with Adam
+    at 0.002: 85.7 % with task labels against 73.5 % for fine-tuning, 20.0 % against 20.1 % without. By SGD at 0.1,
+    without task labels: 28.7 % with the defaults, 29.1 % with a memory of 1000 and a sample of 256, 22.6 % with
+    selection ``balanced``. Cost: a forward and a backward pass of ``sample`` per step and a gradient in memory.
 
     Args:
-        memory: Samples kept: in all, or of each class.
-        budget: What ``memory`` counts; see ``er``.
-        selection: Which samples are kept, see ``er``; ``random`` keeps as many of each experience, as published.
-        sample: Samples of the reference batch, drawn anew in each step; published values go up to 1300.
+        memory: Buffer size in samples: total, or per class.
+        budget: Unit of ``memory``; see ``er``.
+        selection: Which samples are stored, see ``er``; ``random`` stores the same number per experience, as published.
+        sample: Samples of the reference batch, drawn at every step; published values go up to 1300.
     """
 
     name: ClassVar[str] = "agem"
     slots: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    keeps_memory: ClassVar[bool] = True
 
-    memory: int = 200
-    budget: Budget = "total"
     selection: Selection = "random"
     sample: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing."""
+        """Validate the options."""
+        super().__post_init__()
         if self.sample < 1:
             raise ConfigError(f"components.{self.name}.sample: found {self.sample}; give at least 1 sample")
-        _ = self._replay  # made now, it refuses sizes now
-
-    @cached_property
-    def _replay(self) -> Replay:
-        return Replay(owner=self.name, memory=self.memory, budget=self.budget, selection=self.selection)
-
-    def check(self, *, classes: int) -> None:
-        """The memory must have room for one sample of each class."""
-        self._replay.check(classes=classes)
-
-    def init_state(self, network: Network) -> State:
-        """An empty memory."""
-        return self._replay.empty()
 
     def modify_gradients(self, network: Network, step: Step, state: State) -> None:
-        """Project the gradient where it disagrees with that of a batch of memory."""
+        """Project the gradient if it conflicts with that of a batch of stored samples."""
         if state["x"] is None:
             return
-        index_R = drawn(state, self.sample, generator=step.context.generator)
+        index_R = sample_indices(state, self.sample, generator=step.context.generator)
         raw, like = state["x"].index_select(0, index_R), step.batch.x
         x = step.context.experience.samples.prepare(raw, generator=step.context.generator).to(like.device, like.dtype)
         y_R = state["y"].index_select(0, index_R).to(like.device)
         parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
-        loss_K = cross_entropy(forward_aside(network, x).logits, y_R)
+        loss_K = cross_entropy(forward_preserving_buffers(network, x).logits, y_R)
         if step.weight_K is not None:
             loss_K = loss_K * step.weight_K
         references = torch.autograd.grad(loss_K.sum(), parameters, allow_unused=True)
         project_gradient([p.grad for p in parameters if p.grad is not None], references)
 
-    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Make room, then keep samples of this experience."""
-        features = feature_reader(network, context.experience.samples)
-        return self._replay.renewed(context, state, features=features)
+    def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
+        """Declare the reference batch as replayed samples of every step."""
+        return {"replayed": 0 if state["x"] is None else self.sample}

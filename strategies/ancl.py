@@ -1,4 +1,4 @@
-"""Auxiliary network continual learning: an old and a new teacher."""
+"""Auxiliary network continual learning: distill from an old and a new teacher."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.losses import distillation
-from clframe.nn.frozen import fine_tuned, freeze
+from clframe.nn.frozen import fine_tune, freeze
 from clframe.nn.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class ANCL(Component):
-    """Auxiliary network continual learning (ANCL): distill from the old model and from one that learns only the new.
+    """Auxiliary network continual learning (ANCL): distill from the old model and one trained on new data.
 
-    Before each experience but the first a copy of the network is fine-tuned on its data alone: it shows what the new
-    classes look like to a network free to forget. Then every exit learns from the same exit of two teachers:
-    ``lamb * KL(old || student)`` over the old classes plus ``lamb_a * KL(auxiliary || student)`` over the
-    experience's own, both at temperature T (not multiplied by T^2, as published). For when LwF holds back new classes
-    too much. Kim et al., "Achieving a Better Stability-Plasticity Trade-off via Auxiliary Networks in Continual
-    Learning" (2023).
+    Before each experience but the first a copy of the network is fine-tuned on its data alone: it represents the new
+    classes as a network free to forget learns them. Then every exit learns from the same exit of two teachers: ``lamb *
+    KL(old || student)`` over the old classes plus ``lamb_a * KL(auxiliary || student)`` over the experience's own, both
+    at temperature T and not multiplied by T^2. Kim et al., "Achieving a Better Stability-Plasticity Trade-off via
+    Auxiliary Networks in Continual Learning" (2023).
 
-    Costs two frozen networks in memory, two forward passes more a step, and the training of the auxiliary network,
-    whose steps the state counts: with ``epochs`` 0 as much again as the run itself.
+    Use it if LwF restricts new classes too much. Cost: two frozen networks in memory, two more forward passes per step,
+    and the training of the auxiliary network, whose steps the state counts: with ``epochs`` 0 the same number again as
+    the run itself.
+
+    The code of the paper on auxiliary classifiers (Szatkowski et al., 2025) distills each old experience under its own
+    softmax, times T^2 (``softmax: per_experience`` with ``lamb`` 4 at T = 2), reduces the auxiliary network's learning
+    rate in steps of 0.1, and clips its gradients at 1; the preset ``ancl_paper`` sets all of these.
 
     Args:
-        lamb: Weight of the old model; 1 in the paper on auxiliary classifiers.
-        lamb_a: Weight of the auxiliary network; 2 there, 1 with exits.
-        temperature: T; higher values listen more to the small probabilities.
-        softmax: ``joint``: one softmax over all old classes, as published; ``per_experience``: one for each old
-            experience's, as in LwF.
-        epochs: Epochs of the auxiliary network; 0 takes as many as the experience is trained for.
-        lr: Its learning rate, constant.
+        lamb: Weight of the old model.
+        lamb_a: Weight of the auxiliary network; 2 in the paper on auxiliary classifiers, 1 with exits.
+        temperature: T; higher values give more weight to small probabilities.
+        softmax: ``joint``: one softmax over all old classes, as in the paper's text; ``per_experience``: a separate one
+            for each old experience, as in the authors' scripts and in LwF.
+        epochs: Epochs of the auxiliary network; 0 uses those of the experience.
+        lr: Its learning rate.
+        milestones: Shares of its epochs after which its learning rate is multiplied by 0.1; none keeps it constant.
         momentum: Of its SGD.
         weight_decay: Of its SGD.
+        clip: Largest norm of its gradient.
         batch_size: Samples in its batches.
     """
 
@@ -53,48 +59,54 @@ class ANCL(Component):
     softmax: Literal["joint", "per_experience"] = "joint"
     epochs: int = 0
     lr: float = 0.05
+    milestones: tuple[float, ...] = ()
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    clip: float = 100.0
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
+        """Validate the options."""
         for key, ok, advice in (
             ("lamb", self.lamb >= 0, "give a number of at least 0"),
             ("lamb_a", self.lamb_a >= 0, "give a number of at least 0"),
             ("temperature", self.temperature > 0, "give a number above 0"),
             ("epochs", self.epochs >= 0, "give a number of epochs, or 0 for as many as training takes"),
             ("lr", self.lr > 0, "give a number above 0"),
+            ("milestones", all(0 < share < 1 for share in self.milestones), "give shares between 0 and 1"),
             ("momentum", 0 <= self.momentum < 1, "give a number of at least 0 and below 1"),
             ("weight_decay", self.weight_decay >= 0, "give a number of at least 0"),
+            ("clip", self.clip > 0, "give a number above 0"),
             ("batch_size", self.batch_size >= 1, "give at least 1"),
         ):
             if not ok:
                 raise ConfigError(f"components.ancl.{key}: found {getattr(self, key)}; {advice}")
 
     def init_state(self, network: Network) -> State:
-        """No teachers before the first experience ends."""
+        """Return a state without teachers."""
         return {"teacher": None, "auxiliary": None, "groups": (), "auxiliary_steps": 0}
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fine-tune the auxiliary network, from the second experience on."""
         if state["teacher"] is None or self.lamb_a == 0:
             return state
-        learnt, steps = fine_tuned(
+        learnt, steps = fine_tune(
             network,
             context.experience.samples,
             classes=context.experience.classes,
             epochs=self.epochs or context.epochs,
             lr=self.lr,
+            milestones=self.milestones,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            clip=self.clip,
             batch_size=self.batch_size,
             generator=context.generator,
         )
         return {**state, "auxiliary": freeze(learnt), "auxiliary_steps": state["auxiliary_steps"] + steps}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """Both distillation terms, from the second experience on."""
+        """Return both distillation terms, from the second experience on."""
         teachers = {
             "distill": (self.lamb, state["teacher"], state["groups"]),
             "auxiliary": (self.lamb_a, state["auxiliary"], (step.context.experience.classes,)),
@@ -110,7 +122,7 @@ class ANCL(Component):
         return found
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience; the auxiliary network has done its part."""
+        """Store a frozen copy as the next teacher and drop the auxiliary network."""
         known = {c for group in state["groups"] for c in group}
         new = tuple(sorted(set(context.experience.classes) - known))
         groups = (*state["groups"], new) if new else state["groups"]
@@ -119,5 +131,5 @@ class ANCL(Component):
         return {**state, "teacher": freeze(network), "auxiliary": None, "groups": groups}
 
     def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
-        """Training steps of auxiliary networks so far."""
+        """Return the number of training steps of auxiliary networks so far."""
         return {"auxiliary_steps": int(state["auxiliary_steps"])}

@@ -1,119 +1,76 @@
-"""Dark experience replay: hold on to what the network said."""
+"""Dark experience replay: match the logits stored with replayed samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from clframe.core.component import Component
-from clframe.core.types import Batch, Pool, State, Step, StepContext
+from clframe.core.types import State, Step
 from clframe.errors import ConfigError
 from clframe.functional.losses import Columns, logit_matching
-from clframe.nn.features import feature_reader
-from clframe.nn.frozen import logits_reader
-from clframe.nn.network import Network
-from clframe.replay.buffers import Budget, Selection
-from clframe.replay.joining import Replay
+from clframe.replay.buffers import Selection
+from clframe.replay.joining import ReplayComponent
 
 
 @dataclass(frozen=True, kw_only=True)
-class DER(Component):
-    """Dark experience replay (DER): replayed samples are to keep the logits that were stored with them.
+class DER(ReplayComponent):
+    """Dark experience replay (DER): penalize changes of the logits that were stored with replayed samples.
 
-    The loss is ``CE(new) + alpha * mean (logits - stored)^2``: every exit against its own logits, stored with each
-    sample of the memory; replayed samples have no part in the cross-entropy. Use it as a stronger replay where
-    logits fit in memory: it costs classes times exits numbers for each sample, no teacher and no further pass.
-    Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline" (2020).
+    The loss is ``CE(new) + alpha * mean (logits - stored)^2``: every exit is compared with its own logits, stored with
+    each sample of the buffer; replayed samples do not enter the cross-entropy. Use it as a stronger form of replay if
+    logits fit in memory. Cost: classes times exits numbers per stored sample, no teacher and no additional forward
+    pass. Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline" (2020).
 
-    Samples and logits are stored at the end of each experience, not augmented and in evaluation mode, as the code
-    of the paper on auxiliary classifiers (Szatkowski et al., 2025) and Avalanche do; the original stores them on
-    the way, as training sees them, and replays them at once. On an online stream the two are the same but for that
-    mode.
+    With ``update: experience``, samples and logits are stored at the end of each experience, not augmented and in
+    evaluation mode, as in the code of the paper on auxiliary classifiers (Szatkowski et al., 2025) and in Avalanche.
+    The original stores them after every step, with the logits of the training pass, which ``update: step`` does. On an
+    online stream with ``benchmark.boundaries: true``, the default, an experience is a whole original one, so
+    ``experience`` updates the buffer once per original experience (measured: 5 updates over 137 small experiences);
+    with ``boundaries: false`` once per small experience.
 
     Args:
         alpha: Weight of the term; published values are 0.1 to 0.5.
-        memory: Samples kept: in all, or of each class.
-        budget: What ``memory`` counts; see ``er``.
-        selection: Which samples are kept, see ``er``; ``reservoir`` is the published way.
-        replay: ``half``: half of every batch is new, followed by as many replayed; ``extra``: as many replayed as
-            a whole batch of new ones, times ``ratio``; ``fixed``: always ``replayed``.
-        ratio: With ``extra``, replayed samples for each new one.
-        replayed: Samples replayed with each batch where ``replay`` is ``fixed``.
-        columns: Logits compared: ``padded``, all of today's with 0 for classes that came later, which is near the
-            original, whose network has outputs for all classes from the start; or those ``stored``: nothing then
-            tells old samples from later classes, unless another component does.
+        memory: Buffer size in samples: total, or per class.
+        budget: Unit of ``memory``; see ``er``.
+        selection: Which samples are stored, see ``er``; ``reservoir`` as published.
+        replay: ``half``: half of every batch is new, followed by the same number of replayed samples; ``extra``: as
+            many replayed samples as a full batch of new ones, times ``ratio``; ``fixed``: always ``replayed``.
+        ratio: With ``extra``, replayed samples per new one.
+        replayed: Samples replayed with each batch if ``replay`` is ``fixed``.
+        update: When the buffer admits samples. ``experience``: at its end, not augmented and in evaluation mode;
+            ``step``: after every step, as published for online streams, with selection ``reservoir``. Then samples of
+            the current experience are replayed too, and with several epochs a sample is offered once per epoch. With
+            ``trainer.accumulate`` only the last batch of each update is offered.
+        batches: Whether new and replayed samples pass through the network ``joint``, or ``apart``, each with its own
+            batch normalization statistics.
+        columns: Logits compared. ``padded``: all current ones, with target 0 for classes learned later, which is close
+            to the original, whose network has outputs for all classes from the start. ``stored``: the stored ones only;
+            nothing then separates old samples from later classes, unless another component does.
     """
 
     name: ClassVar[str] = "der"
-    slots: ClassVar[frozenset[str]] = frozenset({"batch"})
     terms: ClassVar[tuple[str, ...]] = ("logits",)
     weight: ClassVar[str] = "alpha"
-    keeps_memory: ClassVar[bool] = True
+    stores_logits: ClassVar[bool] = True
 
     alpha: float = 0.3
-    memory: int = 200
-    budget: Budget = "total"
     selection: Selection = "reservoir"
     replay: Literal["half", "extra", "fixed"] = "half"
-    ratio: float = 1.0
-    replayed: int = 32
     columns: Columns = "padded"
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight and sizes that mean nothing."""
+        """Validate the options."""
+        super().__post_init__()
         if not self.alpha >= 0:
             raise ConfigError(f"components.{self.name}.alpha: found {self.alpha}; give a number of at least 0")
-        _ = self._replay  # made now, it refuses sizes now
-
-    @cached_property
-    def _replay(self) -> Replay:
-        return Replay(
-            owner=self.name,
-            memory=self.memory,
-            budget=self.budget,
-            selection=self.selection,
-            how=self.replay,
-            ratio=self.ratio,
-            replayed=self.replayed,
-            scale=0.0,
-        )
-
-    def acts_at(self) -> tuple[str, ...]:
-        """At ``pool`` only where batches are halved."""
-        return self._replay.acting(super().acts_at())
-
-    def check(self, *, classes: int) -> None:
-        """The memory must have room for one sample of each class."""
-        self._replay.check(classes=classes)
-
-    def init_state(self, network: Network) -> State:
-        """An empty memory."""
-        return self._replay.empty()
-
-    def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
-        """New data in half batches, once there is something to replay."""
-        return self._replay.training_set(samples, size, state)
-
-    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
-        """New samples, then replayed ones that weigh nothing in the cross-entropy; their stored logits."""
-        return self._replay.make_batch(batch, context, state, stored=("logits",))
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The distance from the stored logits, from the second experience on."""
+        """Return the distance from the stored logits, once samples are replayed."""
         stored_RKC = step.batch.extras.get("logits")
         if stored_RKC is None:
             return {}
         old = [logits_BC[-stored_RKC.shape[0] :] for logits_BC in step.output.logits]
         return {"logits": self.alpha * logit_matching(old, stored_RKC, columns=self.columns)}
-
-    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Make room, then keep samples of this experience and what every exit says of them."""
-        samples = context.experience.samples
-        read = logits_reader(network, samples)
-        return self._replay.renewed(
-            context, state, features=feature_reader(network, samples), targets=lambda index: {"logits": read(index)}
-        )

@@ -1,4 +1,4 @@
-"""Exits: classifiers on taps of the backbone, trained beside its own."""
+"""Auxiliary classifiers (exits) on taps of the backbone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import Tensor
 
 from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
-from clframe.errors import ClframeError, ConfigError
-from clframe.exits import EnsembleKind, Placement, fit_on_samples, make_ensemble, make_head, matched_head, place
+from clframe.errors import ClframeError, ConfigError, UnsupportedError
+from clframe.exits import (
+    EnsembleKind,
+    ExitPlacement,
+    fit_on_samples,
+    make_ensemble,
+    make_head,
+    make_matched_head,
+    place_exits,
+)
 from clframe.exits.losses import Ramp, exit_weights, self_distillation
 from clframe.nn.backbones import Backbone
 from clframe.nn.heads import Head
@@ -20,52 +28,56 @@ from clframe.nn.network import Gradient, Network
 
 @dataclass(frozen=True, kw_only=True)
 class Exits(Component):
-    """Auxiliary classifiers (exits) on taps of the backbone: every loss of the strategy applies at each of them.
+    """Auxiliary classifiers (exits) on taps of the backbone: every loss of the strategy applies at each exit.
 
-    Representations in the middle of a network forget less than its output; exits trained there raise the
-    accuracy of all together and let inference stop early. The loss is ``sum_k w_k(e) L(exit k) + L(final)``.
-    Szatkowski et al., "Improving Continual Learning Performance and Efficiency with Auxiliary Classifiers"
-    (2025); Wojcik et al., "Zero Time Waste in Pre-trained Early Exit Neural Networks" (2023).
+    Intermediate representations forget less than the output of a network; exits trained on them improve accuracy and
+    allow inference to stop early. The loss is ``sum_k w_k(e) L(exit k) + L(final)``. Szatkowski et al., "Improving
+    Continual Learning Performance and Efficiency with Auxiliary Classifiers" (2025); Wojcik et al., "Zero Time Waste in
+    Pre-trained Early Exit Neural Networks" (2023).
 
-    Use it with any strategy whose predictions should cost less, or be more accurate at the same cost. Costs the
-    heads: their weights, and their MACs in each step and in each prediction that gets that far, which
-    ``clframe explain`` counts.
+    Combine it with any strategy to reduce the cost of predictions or to raise accuracy at the same cost. Costs the
+    parameters of the heads and their MACs, in each step and in each prediction that reaches them; ``clframe explain``
+    counts both.
 
     Args:
-        at: Taps by name, or ``auto``: the paper's where it has some for the backbone, else all but the last.
-        count: How many exits of the paper's tables; ResNet32 has 3, 6 and 12.
-        every: Instead, an exit on every n-th tap.
-        at_cost: Instead, exits on the taps nearest to these shares of the backbone's MACs.
-        at_latency: Instead, exits on the taps nearest to these shares of its measured time on this machine.
-        control: ``last`` puts heads of the same size on the last tap: as many parameters, no depth to gain from.
-        head: ``pool``: SDN pooling and a linear layer; ``conv``: a convolution before it; ``conv_large``: one
-            that halves the map; ``token``: LayerNorm on the first token; ``token_raw``: without; ``hidden``: a
-            hidden layer; ``linear``; ``auto`` takes ``pool``, ``token`` or ``linear`` by the tap's shape.
+        at: Taps by name, or ``auto``: the published ones for the backbone, otherwise all but the last.
+        count: Number of exits among the published placements; ResNet32 has 3, 6 and 12.
+        every: Alternative to ``at``: an exit on every n-th tap.
+        at_cost: Alternative to ``at``: exits on the taps nearest to these shares of the backbone's MACs.
+        at_latency: Alternative to ``at``: exits on the taps nearest to these shares of its run time on this machine.
+        control: ``last`` puts heads of the same size on the last tap: equal parameters without different depths.
+        head: ``pool``: SDN pooling and a linear layer; ``conv``: a convolution before them; ``conv_large``: a
+            convolution that halves the map; ``token``: LayerNorm on the first token; ``token_raw``: without it;
+            ``hidden``: a hidden layer; ``linear``; ``auto``: ``pool``, ``token`` or ``linear`` by the tap's shape.
         hidden: Units of the hidden layer of ``hidden``.
-        heads: ``per_experience`` makes a fresh head for each experience's classes, ``growing`` widens one.
-        cascade: Whether a head also sees the logits of the exit before it, without their gradient.
+        as_published: Whether heads equal those of the authors' code where it differs: windows of ``pool`` in the
+            published placements of ResNet18 (odd maps rounded up) and WRN16-2 (4x4); no padding in ``conv_large``;
+            maps smaller than 4x4 repeated to 4x4 in ``conv`` and ``conv_large``.
+        heads: ``per_experience`` creates a head for each experience's classes, ``growing`` widens one.
+        cascade: Whether a head also uses the logits of the previous exit, without their gradient.
         cascade_norm: Whether these logits pass a LayerNorm first.
-        ensemble: What an exit answers: its own logits (``single``), or theirs and those of all exits before:
+        ensemble: Scores of an exit: its own logits (``single``), or a combination with those of earlier exits:
             ``geometric`` (weights fitted after each experience), ``product``, ``mean``, ``boosted``.
-        fit_on: Data that a geometric ensemble is fitted on: held out of all experiences so far
-            (``validation``), or this experience's training data, as published.
+        fit_on: Data for fitting a geometric ensemble: held-out data of all experiences so far (``validation``), or
+            the training data of the experience, as published.
         fit_epochs: Passes over these data.
-        weights: How the weights of the exits' losses go over the epochs of an experience: ``ramp`` from 0.01,
-            ``linear`` from 0, ``constant``.
-        values: Their values in the end, one for each exit; none takes the paper's, or those of the placement.
-        gradient: How exits' losses reach the backbone: ``through``, ``detached`` (linear probes), ``equilibrium``.
-        regime: ``joint`` trains everything together; ``mixed`` the backbone first, then everything;
-            ``disjoint`` the backbone first, then the exits on a frozen trunk.
-        trunk_share: Share of an experience's epochs for the backbone alone, in the last two.
+        weights: Schedule of the exits' loss weights over the epochs of an experience: ``ramp`` from 0.01, ``linear``
+            from 0, ``constant``.
+        values: Final loss weights, one for each exit; if empty, those of the placement.
+        gradient: Path of exit gradients to the backbone: ``through``, ``detached`` (linear probes), ``equilibrium``.
+        regime: ``joint`` trains everything together; ``mixed`` the backbone first, then everything; ``disjoint`` the
+            backbone first, then the exits on a frozen backbone.
+        trunk_share: Share of an experience's epochs for the backbone in ``mixed`` and ``disjoint``.
         distill: Weight of distillation from the last exit into the others.
-        temperature: Of that distillation.
-        scale: Factor on all weights of exits; 0 leaves the exits out.
+        temperature: Temperature of that distillation.
+        scale: Factor on all loss weights of exits; 0 removes the exits.
     """
 
     name: ClassVar[str] = "exits"
     slots: ClassVar[frozenset[str]] = frozenset({"exit_weights"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "scale"
+    renamed: ClassVar[Mapping[str, str]] = {"distil": "distill"}
 
     at: Literal["auto"] | tuple[str, ...] = "auto"
     count: int | None = None
@@ -75,6 +87,7 @@ class Exits(Component):
     control: Literal["none", "last"] = "none"
     head: Literal["auto", "pool", "conv", "conv_large", "token", "token_raw", "hidden", "linear"] = "auto"
     hidden: int = 128
+    as_published: bool = False
     heads: Literal["per_experience", "growing"] = "per_experience"
     cascade: bool = False
     cascade_norm: bool = False
@@ -91,13 +104,13 @@ class Exits(Component):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse places named in two ways and numbers that mean nothing."""
+        """Refuse contradictory placements and numbers out of range."""
         ways = [way for way in ("every", "at_cost", "at_latency") if getattr(self, way)]
         ways += ["at"] if self.at != "auto" else []
         if len(ways) > 1:
-            raise ConfigError(f"components.exits.{ways[0]}: found beside {ways[1]}; place the exits in one way")
+            raise ConfigError(f"components.exits.{ways[0]}: found together with {ways[1]}; use one of them")
         if self.control == "last" and self.cascade:
-            raise ConfigError("components.exits.control: found last with a cascade, which goes from depth to depth")
+            raise ConfigError("components.exits.control: found last with a cascade; set cascade=false")
         if self.cascade_norm and not self.cascade:
             raise ConfigError("components.exits.cascade_norm: found true without a cascade; set cascade=true too")
         for key, ok, advice in (
@@ -115,21 +128,30 @@ class Exits(Component):
 
     @property
     def needs_held_out(self) -> str:
-        """A geometric ensemble is fitted on held-out data, unless told otherwise."""
+        """The option ``fit_on`` where a geometric ensemble is fitted on held-out data."""
         return "fit_on" if self.ensemble == "geometric" and self.fit_on == "validation" else ""
 
     def resolve(self, network: Network) -> Exits:
-        """Places measured in time, which differ from one measurement to the next, become names."""
+        """Replace ``at_latency`` by the taps it selects, since timings vary between machines and measurements."""
         if not self.at_latency:
             return self
-        where = self._placement(network)
-        return replace(self, at=where.taps, values=where.weights, at_latency=())
+        placement = self._placement(network)
+        return replace(self, at=placement.taps, values=placement.weights, at_latency=())
 
     def setup_network(self, network: Network) -> None:
-        """Put the heads on their taps."""
-        backbone = network.backbone
+        """Attach the heads to their taps.
+
+        Raises:
+            UnsupportedError: The network has been trained: new heads would lack the classes it has learned.
+        """
+        if network.classes:
+            raise UnsupportedError(
+                f"components.exits: found a network that has learned {network.classes} classes; its exits would be "
+                f"replaced by untrained ones: use a new network, or clframe.run(resume=...) to continue a run"
+            )
+        backbone, placement = network.backbone, self._placement(network)
         exits: list[tuple[str, Head]] = []
-        for tap in self._placement(network).taps:
+        for number, tap in enumerate(placement.taps):
             per_experience = self.heads == "per_experience"
             head = make_head(
                 "token" if self.head == "token_raw" else self.head,
@@ -139,10 +161,13 @@ class Exits(Component):
                 cascade_norm=self.cascade_norm and bool(exits),
                 hidden=self.hidden,
                 token_norm=self.head != "token_raw",
+                pooling=placement.pooling[number] if self.as_published and placement.pooling else "2x2",
+                as_published=self.as_published,
             )
             if self.control == "last":
-                tap = _last_like(tap, backbone)
-                head = matched_head(backbone.tap_shapes[tap], features=head.features, per_experience=per_experience)
+                tap = _last_tap_of_rank(len(backbone.tap_shapes[tap]), backbone)
+                shape = backbone.tap_shapes[tap]
+                head = make_matched_head(shape, features=head.features, per_experience=per_experience)
             exits.append((tap, head))
         network.attach(exits)
         network.gradient = self.gradient
@@ -150,50 +175,50 @@ class Exits(Component):
         network.ensemble = make_ensemble(self.ensemble, exits=len(network.heads))
 
     def init_state(self, network: Network) -> State:
-        """What the exits' losses weigh at the end of a ramp."""
-        found, exits = self._placement(network).weights, network.exit_taps[:-1]
-        if len(found) != len(exits):  # another component has added stages since the exits were placed
-            found = place(network, taps=exits).weights
-        return {"weights": found}
+        """The exits' loss weights at the end of a ramp."""
+        weights, exits = self._placement(network).weights, network.exit_taps[:-1]
+        if len(weights) != len(exits):  # another component has added stages since the exits were placed
+            weights = place_exits(network, taps=exits).weights
+        return {"weights": weights}
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
-        """Freeze what does not learn in this phase of the experience."""
+        """Freeze the exits or the backbone, depending on the phase of the experience."""
         if self.regime == "joint":
             return
-        alone = context.epoch < self._trunk_epochs(context)
-        network.gradient = "detached" if alone else self.gradient
+        trunk_only = context.epoch < self._trunk_epochs(context)
+        network.gradient = "detached" if trunk_only else self.gradient
         for head in network.heads[:-1]:
-            head.requires_grad_(not alone)
-        network.freeze_trunk("frozen" if self.regime == "disjoint" and not alone else "free")
+            head.requires_grad_(not trunk_only)
+        network.freeze_trunk("frozen" if self.regime == "disjoint" and not trunk_only else "free")
 
     def exit_loss_weights(self, context: StepContext, state: State) -> Sequence[float]:
         """w_k of this epoch, and 1 for the backbone's own classifier."""
-        own, values = self._trunk_epochs(context), state["weights"]
-        if context.epoch < own:
-            return (*(0.0 for _ in values), 1.0)
+        first, final_weights = self._trunk_epochs(context), state["weights"]
+        if context.epoch < first:
+            return (*(0.0 for _ in final_weights), 1.0)
         if self.regime == "disjoint":
-            return (*(self.scale for _ in values), 0.0)
-        found = exit_weights(self.weights, values, epoch=context.epoch - own, epochs=context.epochs - own)
-        return (*(self.scale * weight for weight in found), 1.0)
+            return (*(self.scale for _ in final_weights), 0.0)
+        weights = exit_weights(self.weights, final_weights, epoch=context.epoch - first, epochs=context.epochs - first)
+        return (*(self.scale * weight for weight in weights), 1.0)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """Distillation from the last exit, if wanted."""
+        """Distillation from the last exit, if ``distill`` is above 0."""
         if self.distill == 0:
             return {}
         return {"distill": self.distill * self_distillation(step.output.logits, temperature=self.temperature)}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Fit the ensemble, on what the exits answer with."""
+        """Fit a geometric ensemble on the exits' logits, corrected by the owner of slot ``logits``."""
         if self.ensemble == "geometric":
             samples = context.experience.held_out if self.fit_on == "validation" else (context.experience.samples,)
             fit_on_samples(
-                network, samples, epochs=self.fit_epochs, generator=context.generator, answer=context.answer
+                network, samples, epochs=self.fit_epochs, generator=context.generator, forward=context.corrected_output
             )
         return state
 
-    def _placement(self, network: Network) -> Placement:
+    def _placement(self, network: Network) -> ExitPlacement:
         try:
-            return place(
+            return place_exits(
                 network,
                 taps=() if self.at == "auto" else self.at,
                 count=self.count,
@@ -206,7 +231,7 @@ class Exits(Component):
             raise type(error)(f"components.{error}") from None
 
     def _trunk_epochs(self, context: StepContext) -> int:
-        """Epochs of the experience for the backbone alone: a share of them, at least one, never all."""
+        """Number of epochs that train the backbone only: ``trunk_share`` of them, at least one and not all."""
         if self.regime == "joint":
             return 0
         if context.epochs < 2:
@@ -217,7 +242,6 @@ class Exits(Component):
         return min(max(round(self.trunk_share * context.epochs), 1), context.epochs - 1)
 
 
-def _last_like(tap: str, backbone: Backbone) -> str:
-    """The last tap with as many dimensions as ``tap``: the deepest map for a map."""
-    shapes = backbone.tap_shapes
-    return [name for name in backbone.names if len(shapes[name]) == len(shapes[tap])][-1]
+def _last_tap_of_rank(dimensions: int, backbone: Backbone) -> str:
+    """The last tap with this number of dimensions, such as the deepest map."""
+    return [name for name in backbone.names if len(backbone.tap_shapes[name]) == dimensions][-1]

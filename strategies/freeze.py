@@ -1,4 +1,4 @@
-"""Freeze the backbone once it has learnt something."""
+"""Freeze the backbone after the first experiences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from clframe.nn.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze(Component):
-    """Freezing: the backbone learns in the first experiences and stays as it is from then on; classifiers go on.
+    """Freezing: train the backbone in the first experiences only; classifiers continue to learn.
 
-    Use it as a baseline that forgets no feature and learns no new one, strong where the first experience is large or
-    the backbone pre-trained. Statistics of batch normalization are frozen too. It costs less than no method at all.
+    Use it as a baseline that forgets no feature and learns no new one; it is strong if the first experience is large or
+    the backbone pre-trained. Running statistics of batch normalization are frozen too. Cost: less than fine-tuning.
 
     Args:
-        after: Experiences in which the backbone learns; 0 never trains it.
+        after: Number of experiences in which the backbone is trained; 0 never trains it.
     """
 
     name: ClassVar[str] = "freeze"
@@ -27,17 +27,17 @@ class Freeze(Component):
     after: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a negative number."""
+        """Validate the number of experiences."""
         if self.after < 0:
             raise ConfigError(f"components.freeze.after: found {self.after}; give a number of at least 0")
 
     def add_classes(self, network: Network, experience: Experience) -> None:
-        """Hold the backbone still before other components look at what learns."""
+        """Freeze the backbone before other components collect trainable parameters."""
         if experience.index >= self.after:
             network.backbone.requires_grad_(False)
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
-        """Done anew in every epoch, since training mode comes back with each."""
+        """Freeze again, since every epoch starts in training mode."""
         self.add_classes(network, context.experience)
         if context.experience.index >= self.after:
             network.backbone.eval()

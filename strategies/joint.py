@@ -1,4 +1,4 @@
-"""Train on the whole stream at once."""
+"""Joint training on the whole stream."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from clframe.core.component import Component
 
 @dataclass(frozen=True, kw_only=True)
 class Joint(Component):
-    """Joint: the first experience trains on the data of all; the later ones train nothing.
+    """Joint: the first experience trains on the data of all experiences; later ones train nothing.
 
-    Use it as the upper bound of every comparison: no class is ever out of sight. Costs all data at once, and in
-    one experience as many steps as fine-tuning takes in all. Each row of its accuracy matrix is the accuracy of the
-    one model.
+    Use it as the upper bound of every comparison: no class is ever missing. Cost: all data together, and in one
+    experience as many steps as fine-tuning takes over the stream. Every row of its accuracy matrix is the accuracy of
+    the one model.
     """
 
     name: ClassVar[str] = "joint"
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
 
     def training_experiences(self, index: int, count: int) -> Sequence[int]:
-        """All experiences at first, none after."""
+        """Return all experiences for the first one, none later."""
         return range(count) if index == 0 else ()

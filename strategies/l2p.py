@@ -1,4 +1,4 @@
-"""Learning to Prompt: a pool of prompts instructs a frozen vision transformer."""
+"""Learning to Prompt: select prompts from a pool for a frozen vision transformer."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
-from clframe.nn.prompts import QUERY, Frozen, PromptPool, Read, add_prompts, among, prompt_pool, pull
+from clframe.nn.prompts import QUERY, Frozen, PromptPool, Read, add_prompts, key_loss, mask_outside, prompt_pool
 
 
 @dataclass(frozen=True, kw_only=True)
 class L2P(Component):
-    """Learning to Prompt (L2P): learnt tokens, picked for each image from a pool, steer a frozen vision transformer.
+    """Learning to Prompt (L2P): learn tokens, selected for each image from a pool, for a frozen vision transformer.
 
-    The query q is the untouched backbone's feature; the ``top`` prompts with the nearest keys join the tokens
-    behind the class token, and only prompts, keys and classifiers learn, by the cross-entropy over the
-    experience's own classes and ``pull * sum_n (1 - cos(q, key_n))``. For vision transformers that are
-    pre-trained (``vit_b_16``, ``timm``): it knows what the backbone knows, and keeps no sample. It costs a second
-    forward pass, in training and in use, and ``top * length`` tokens more. Taps grow by these tokens, from the new
-    stage ``prompt`` on; another, ``query``, has the query as its tap. Dropout of the backbone stays off. Prompts are
-    picked for each image by itself, not for a whole batch as in the authors' code, where answers depend on what else
-    is asked. Wang et al., "Learning to Prompt for Continual Learning" (2022).
+    The query q is the feature of the unprompted backbone; the ``top`` prompts with the nearest keys are inserted after
+    the class token, and only prompts, keys and classifiers learn, by the cross-entropy over the experience's own
+    classes and ``pull * sum_n (1 - cos(q, key_n))``. Taps grow by these tokens, from the new stage ``prompt`` on; the
+    new stage ``query`` has the query as its tap. Dropout of the backbone is off. Prompts are selected per image, not
+    for a whole batch as in the authors' code, where predictions depend on the other images. Wang et al., "Learning to
+    Prompt for Continual Learning" (2022).
+
+    Use it with pre-trained vision transformers (``vit_b_16``, ``timm``): its accuracy rests on the backbone's features,
+    and no sample is stored. Cost: a second forward pass, in training and inference, and ``top * length`` more tokens.
 
     Args:
-        prompts: Pool to choose from. 10 as published for CIFAR-100.
+        prompts: Size of the pool. 10 as published for CIFAR-100.
         length: Tokens of a prompt. 5 as published.
-        top: Prompts that join each image's tokens. 5 as published.
-        pull: Weight of the term that draws keys to the queries that pick them. 0.5 as published.
-        read: What is classified: the mean of the ``prompts``' outputs, as published, or the ``first`` token, the
-            class token. Exits before the last always take the first.
-        classes: Over which classes a new sample's cross-entropy goes: those of its ``experience``, as published,
-            or ``all`` so far. Replayed samples compete with all.
+        top: Prompts inserted per image. 5 as published.
+        pull: Weight of the term that moves keys towards the queries that select them. 0.5 as published.
+        read: Input of the classifier: the mean of the ``prompts``' outputs, as published, or the ``first`` token, the
+            class token. Exits before the last always use the first.
+        classes: Classes in a new sample's cross-entropy: those of its ``experience``, as published, or ``all`` so far.
+            Replayed samples compete with all.
     """
 
     name: ClassVar[str] = "l2p"
@@ -53,7 +54,7 @@ class L2P(Component):
     classes: Literal["experience", "all"] = "experience"
 
     def __post_init__(self) -> None:
-        """Refuse pools that are too small and a term that pushes."""
+        """Validate the options."""
         for key, ok, advice in (
             ("prompts", self.prompts >= 1, "give at least 1 prompt"),
             ("length", self.length >= 1, "give at least 1 token"),
@@ -64,41 +65,41 @@ class L2P(Component):
                 raise ConfigError(f"components.l2p.{key}: found {getattr(self, key)}; {advice}")
 
     def taps(self, network: Network) -> Sequence[str]:
-        """The query."""
+        """Return the tap of the query."""
         return (QUERY,)
 
     def setup_network(self, network: Network) -> None:
-        """Freeze the backbone and add the prompts; the exits stay where they are."""
+        """Freeze the backbone and add the prompts; exits keep their taps."""
         width = network.backbone.features
         pool = PromptPool(width, pool=self.prompts, length=self.length, top=self.top)
         add_prompts(network, pool, read=self.read, where="components.l2p")
 
     def init_state(self, network: Network) -> State:
-        """Every class competes until an experience says which are its own."""
+        """Return a state in which all classes compete."""
         return {"outside": None}
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Which outputs are not among the experience's classes."""
+        """Mark the outputs outside the experience's classes."""
         outside_C = torch.ones(network.classes, dtype=torch.bool)
         outside_C[list(context.experience.classes)] = False
         return {"outside": outside_C.to(network.final.weight.device) if self.classes == "experience" else None}
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
-        """Hold the backbone still, also where exits that were trained apart have set it free."""
+        """Freeze the backbone again, in case exits trained separately have unfrozen it."""
         for part in network.backbone.modules():
             if isinstance(part, Frozen):
-                part.hold()
+                part.freeze()
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """loss_K over the classes that a sample competes with."""
+        """Return loss_K over the classes that each sample competes with."""
         logits, y_B = step.output.logits, step.batch.y
         if state["outside"] is not None:
-            logits = tuple(among(logits_BC, y_B, outside_C=state["outside"]) for logits_BC in logits)
+            logits = tuple(mask_outside(logits_BC, y_B, outside_C=state["outside"]) for logits_BC in logits)
         return cross_entropy(logits, y_B, weight_B=step.batch.weight_B)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The pull on the keys: exits have no part in it."""
+        """Return the term on the keys, one value for all exits."""
         if self.pull == 0:
             return {}
         similarity_BN, _ = prompt_pool(step.network).select(step.output.taps[QUERY])
-        return {"pull": self.pull * pull(similarity_BN)}
+        return {"pull": self.pull * key_loss(similarity_BN)}

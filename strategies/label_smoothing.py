@@ -1,4 +1,4 @@
-"""Label smoothing: targets that leave a little for every class."""
+"""Label smoothing: spread a share of the target probability over all classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from clframe.functional.losses import smoothed_cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSmoothing(Component):
-    """Label smoothing: the target gives a share of its probability to all classes met, at every exit.
+    """Label smoothing: spread a share of the target probability over all classes seen so far, at every exit.
 
-    The loss is ``(1 - s) * CE + s * mean over classes of -log p``. Use it to keep logits small and confidence near
-    accuracy, for early exits too; classes not met yet get no share. Costs nothing. Szegedy et al., "Rethinking the
+    The loss is ``(1 - s) * CE + s * mean over classes of -log p``; classes not seen yet get no share. Use it to keep
+    logits small and confidence close to accuracy, also for early exits. Cost: none. Szegedy et al., "Rethinking the
     Inception Architecture for Computer Vision" (2016).
 
     Args:
-        smoothing: s, the share; 0.1 is usual, below 1.
+        smoothing: s, the share, below 1; 0.1 is usual.
     """
 
     name: ClassVar[str] = "label_smoothing"
@@ -32,13 +32,13 @@ class LabelSmoothing(Component):
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse shares below none and of everything."""
+        """Validate the share."""
         if not 0 <= self.smoothing < 1:
             raise ConfigError(
                 f"components.{self.name}.smoothing: found {self.smoothing}; give a share from 0 to below 1"
             )
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """One value per exit."""
+        """Return the smoothed cross-entropy of each exit."""
         batch = step.batch
         return smoothed_cross_entropy(step.output.logits, batch.y, smoothing=self.smoothing, weight_B=batch.weight_B)

@@ -1,4 +1,4 @@
-"""Loss decoupling: telling new classes from each other, and from old ones, weighs differently."""
+"""Loss decoupling: weight the loss among new classes and against old ones differently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from clframe.functional.losses import cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class LODE(Component):
-    """Loss decoupling (LODE): the loss of new samples is split in two, among new classes and against the old ones.
+    """Loss decoupling (LODE): split the loss of new samples into a part among new classes and a part against old ones.
 
     ``L_k = c * CE(among new) + rho * (new classes / old classes) * CE(new against old) + CE(replayed samples)`` at
-    every exit k, each the mean over its samples. Pushing old classes down is what makes a network forget, and
-    weighs less here; learning the new ones is not held up by it. In the first experience it is the plain
-    cross-entropy. For class-incremental streams with a memory, as in ``er(replay=half) + lode``; it costs nothing
-    beside it. Liang and Li, "Loss Decoupling for Task-Agnostic Continual Learning" (2023).
+    every exit k, each the mean over its samples. Lowering the logits of old classes causes forgetting, and has a
+    smaller weight here; learning the new classes keeps its full weight. In the first experience it is the plain
+    cross-entropy. Liang and Li, "Loss Decoupling for Task-Agnostic Continual Learning" (2023).
+
+    Use it for class-incremental streams with a replay buffer, as in ``er(replay=half) + lode``. Cost: none.
 
     Args:
         c: Weight of the part among new classes: 1, or 4 with exits.
@@ -37,13 +38,13 @@ class LODE(Component):
     rho: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse negative weights."""
+        """Validate the weights."""
         for key in ("c", "rho"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"components.lode.{key}: found {getattr(self, key)}; give a number of at least 0")
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """The decoupled loss of new samples and the cross-entropy of old ones."""
+        """Return the decoupled loss of new samples plus the cross-entropy of old ones."""
         experience, batch = step.context.experience, step.batch
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         if not old:

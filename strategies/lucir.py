@@ -1,4 +1,4 @@
-"""LUCIR: cosine classifiers, features that keep their direction, old classes held apart from new ones."""
+"""LUCIR: cosine classifiers, a constraint on feature directions, and a margin between old and new classes."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from clframe.nn.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class LUCIR(Component):
-    """Learning a unified classifier incrementally via rebalancing (LUCIR): cosines, and features that keep their way.
+    """Learning a unified classifier incrementally via rebalancing (LUCIR): cosine classifiers with stable features.
 
-    Every exit classifies by ``eta cos(w_c, features)``; added are ``less_forget sqrt(old / new classes)
-    (1 - cos(f, f_old))`` on its embedded tap, against the frozen model of the last experience, and
-    ``separate sum_j max(m - cos_y + cos_j, 0)`` for replayed samples and the new classes most like them.
+    Every exit classifies by ``eta cos(w_c, features)``. Added are ``less_forget sqrt(old / new classes) (1 - cos(f,
+    f_old))`` on its embedded tap, against the frozen model of the last experience, and ``separate sum_j max(m - cos_y +
+    cos_j, 0)`` for replayed samples and the most similar new classes. The last ReLU before the features, which the
+    paper removes, stays as in the backbone; rows of new classes are initialized at random, not imprinted. Hou et al.,
+    "Learning a Unified Classifier Incrementally via Rebalancing" (2019).
 
-    Use it with a memory, ``lucir + er``, which the last term needs; without one that term is zero. Costs a forward
-    pass of the old model a step and a copy of it. The last ReLU before the features, which the paper removes, stays
-    as the backbone has it; rows of new classes are drawn, not imprinted. Hou et al., "Learning a Unified Classifier
-    Incrementally via Rebalancing" (2019).
+    Use it with a replay buffer, ``lucir + er``, which the last term needs; without one that term is zero. Cost: a
+    forward pass of the old model per step and a copy of it.
 
     Args:
         less_forget: Weight lambda_base of the constraint on features; 5 for CIFAR-100, 10 for ImageNet as published.
             In runs of a few epochs on digits and MNIST 1 was 1.8 points better than 5 on held-out data.
         separate: Weight of the separation of classes.
         margin: m of the separation, in cosines.
-        negatives: New classes that each old sample is held apart from.
-        eta: Scale of the cosines at first; it is learnt, one at each exit. The authors' code starts at 1, from where
-            160 epochs of SGD reach useful values and short runs do not: 10 was 3.0 points better on held-out data.
-        old: Whether rows of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with Adam
-            may turn a fixed row; SGD and AdamW only shorten it, which changes nothing.)
+        negatives: New classes that each old sample is separated from.
+        eta: Initial scale of the cosines; it is learned, one per exit. The authors' code starts at 1, from where 160
+            epochs of SGD reach useful values and short runs do not: 10 was 3.0 points better on held-out data.
+        old: Whether rows of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with Adam may
+            rotate a fixed row; SGD and AdamW only shorten it, which changes nothing.)
     """
 
     name: ClassVar[str] = "lucir"
@@ -58,7 +58,7 @@ class LUCIR(Component):
     old: Literal["fixed", "learn"] = "fixed"
 
     def __post_init__(self) -> None:
-        """Refuse weights below 0 and sizes that mean nothing."""
+        """Validate the options."""
         for key, ok, advice in (
             ("less_forget", self.less_forget >= 0, "give a number of at least 0"),
             ("separate", self.separate >= 0, "give a number of at least 0"),
@@ -70,19 +70,19 @@ class LUCIR(Component):
                 raise ConfigError(f"components.lucir.{key}: found {getattr(self, key)}; {advice}")
 
     def taps(self, network: Network) -> Sequence[str]:
-        """Those of all exits."""
+        """Return the taps of all exits."""
         return network.exit_taps
 
     def setup_network(self, network: Network) -> None:
-        """Cosine classifiers at every exit."""
+        """Install cosine classifiers at every exit."""
         network.classify_with(partial(CosineLinear, scale=self.eta))
 
     def init_state(self, network: Network) -> State:
-        """No old model, and no class is told apart, before the first experience ends."""
+        """Return a state without teacher and new classes."""
         return {"teacher": None, "new": None, "factor": 0.0}
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Fix the rows of old classes; the more of them there are for each new one, the more features are held."""
+        """Fix the rows of old classes and scale the constraint by the ratio of old to new classes."""
         past, classes = context.experience.past, context.experience.classes
         new = sorted(set(classes) - set(past))
         if self.old == "fixed":
@@ -92,7 +92,7 @@ class LUCIR(Component):
         return {**state, "new": ids, "factor": sqrt(len(past) / len(classes))}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The constraint and the separation, from the second experience on."""
+        """Return the constraint and the separation, from the second experience on."""
         terms: dict[str, Tensor] = {}
         network = step.network
         if state["teacher"] is not None:
@@ -114,5 +114,5 @@ class LUCIR(Component):
         return terms
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience."""
+        """Store a frozen copy as the next teacher."""
         return {**state, "teacher": freeze(network)}

@@ -1,4 +1,4 @@
-"""Learning without Forgetting: the previous model teaches the next."""
+"""Learning without Forgetting: distill from the model of the last experience."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from clframe.nn.network import Network
 class LwF(Component):
     """Learning without Forgetting (LwF): distill the old classes from the model of the last experience.
 
-    Adds ``alpha * T^2 * sum over old experiences of KL(teacher || student)`` at every exit, each old
-    experience's classes under a softmax of their own; the teacher is the frozen model as it was before
-    this experience. Li and Hoiem, "Learning without Forgetting" (2016).
+    Adds ``alpha * T^2 * sum over old experiences of KL(teacher || student)`` at every exit, with a separate softmax
+    over the classes of each old experience; the teacher is a frozen copy of the model before this experience. Li and
+    Hoiem, "Learning without Forgetting" (2016).
 
-    Use it where nothing may be stored of old data and new data resemble it, or beside a memory (``er + lwf``), where
-    it is stronger. Costs one forward pass of the teacher a step and a copy of the network.
+    Use it if no old data may be stored and new data resemble the old, or with a replay buffer (``er + lwf``), where it
+    is stronger. Cost: one forward pass of the teacher per step and a copy of the network.
 
     Args:
         alpha: Weight of the term.
-        temperature: T; higher values listen more to the small probabilities.
+        temperature: T; higher values give more weight to small probabilities.
     """
 
     name: ClassVar[str] = "lwf"
@@ -41,18 +41,18 @@ class LwF(Component):
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight and a temperature that divides by zero."""
+        """Validate the options."""
         if not self.alpha >= 0:
             raise ConfigError(f"components.lwf.alpha: found {self.alpha}; give a number of at least 0")
         if not self.temperature > 0:
             raise ConfigError(f"components.lwf.temperature: found {self.temperature}; give a number above 0")
 
     def init_state(self, network: Network) -> State:
-        """No teacher before the first experience ends."""
+        """Return a state without teacher."""
         return {"teacher": None, "groups": ()}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The distillation term, from the second experience on."""
+        """Return the distillation term, from the second experience on."""
         if state["teacher"] is None:
             return {}
         with torch.no_grad():
@@ -63,7 +63,7 @@ class LwF(Component):
         return {"distill": self.alpha * loss_K}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience; a class stays in the group it first came in."""
+        """Store a frozen copy as the next teacher; a class stays in the group of its first experience."""
         known = {c for group in state["groups"] for c in group}
         new = tuple(sorted(set(context.experience.classes) - known))
         return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

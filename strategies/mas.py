@@ -1,4 +1,4 @@
-"""Memory aware synapses: hold the weights that the outputs react to."""
+"""Memory aware synapses: penalize changes of the weights to which the outputs are sensitive."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.nn.network import Network
 from clframe.regularization.importance import Quadratic, quadratic, squared_norm
-from clframe.regularization.penalties import Springs
+from clframe.regularization.penalties import QuadraticPenalty
 from clframe.regularization.sensitivity import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAS(Component):
-    """Memory aware synapses (MAS): hold each weight as hard as the outputs react to it; needs no labels.
+    """Memory aware synapses (MAS): penalize changes of each weight by the sensitivity of the outputs; needs no labels.
 
-    Adds ``lamb * sum_p O_p (w_p - w*_p)^2`` at every exit, ``w*`` the weights after the last experience and O the
-    mean over its samples of ``|d ||logits||^2 / d w_p|``, merged with what was there: ``O <- alpha O + (1 - alpha)
+    Adds ``lamb * sum_p O_p (w_p - w*_p)^2`` at every exit, ``w*`` the weights after the last experience and O the mean
+    over its samples of ``|d ||logits||^2 / d w_p|``, merged with the previous importances: ``O <- alpha O + (1 - alpha)
     new``. An exit's penalty covers the backbone up to its tap and its own head; new rows of a classifier are free.
-    For the same places as EWC; importances can be measured on any inputs, which here are the experience's.
-    Aljundi et al., "Memory Aware Synapses: Learning what (not) to forget" (2018).
 
-    Costs two numbers a weight and exit, and a pass over the data after each experience in which every sample has
-    its own gradient; a step costs a few operations over the flat weights.
+    Use it in the same settings as EWC; importances can be estimated on any inputs, here those of the experience. Cost:
+    two numbers per weight and exit, and a pass over the data after each experience with one gradient per sample; a step
+    costs a few operations over the flat weights. Aljundi et al., "Memory Aware Synapses: Learning what (not) to forget"
+    (2018).
 
     Args:
         lamb: Weight of the penalty; 1 in the paper.
-        merge: ``average`` by ``alpha``, starting from zero; ``sum`` adds up all experiences, as the paper does.
-        alpha: What ``average`` keeps of the old importances.
-        scope: ``exit``: each exit has its own penalty, which the exits' weights scale; ``last``: one penalty, from
-            the last exit's outputs; ``total``: one, from the outputs of all exits, over all heads.
+        merge: ``average`` by ``alpha``, starting from zero; ``sum`` over all experiences, as in the paper.
+        alpha: Share of the old importances in ``average``.
+        scope: ``exit``: a separate penalty for each exit, scaled by the exit weights; ``block``: the same, but an exit
+            before the last covers only the stage it is attached to; ``last``: one penalty, from the outputs of the last
+            exit; ``total``: one, from the outputs of all exits, over all heads.
         heads: Whether classifiers are ``covered`` by the penalty or ``free``.
-        samples: Samples to measure on, drawn at random; 0 takes all of the experience.
-        batch_size: Samples at once in that pass; it changes no numbers.
-        ceiling: Largest importance; none leaves them as they are. Training by SGD diverges where learning rate *
-            2 lamb * importance passes 2.
+        samples: Samples for the estimate, drawn at random; 0 uses all of the experience.
+        batch_size: Batch size of that pass; it changes no numbers.
+        ceiling: Largest importance; none leaves them unbounded. Training by SGD diverges if learning rate * 2 lamb *
+            importance exceeds 2.
     """
 
     name: ClassVar[str] = "mas"
@@ -58,41 +59,34 @@ class MAS(Component):
     ceiling: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
+        """Validate the options."""
         for key, ok, advice in (
             ("lamb", self.lamb >= 0, "give a number of at least 0"),
             ("alpha", 0 <= self.alpha <= 1, "give a number from 0 to 1"),
         ):
             if not ok:
                 raise ConfigError(f"components.mas.{key}: found {getattr(self, key)}; {advice}")
-        _ = self._springs  # made now, it refuses sizes now
+        _ = self._penalty  # built here so that invalid sizes are refused at construction
 
     @cached_property
-    def _springs(self) -> Springs:
-        return Springs(
-            owner=self.name,
-            scope=self.scope,
-            heads=self.heads,
-            samples=self.samples,
-            batch_size=self.batch_size,
-            ceiling=self.ceiling,
-        )
+    def _penalty(self) -> QuadraticPenalty:
+        return QuadraticPenalty.of(self)
 
     def init_state(self, network: Network) -> State:
-        """Nothing is held before the first experience ends."""
-        return self._springs.empty()
+        """Return a state without penalty."""
+        return self._penalty.empty()
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """What is held, in the shapes of the grown classifiers."""
-        return self._springs.prepared(network, state)
+        """Resize the penalty to the grown classifiers."""
+        return self._penalty.resize(network, state)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The penalty, from the second experience on."""
-        return self._springs.penalty(state, lamb=self.lamb)
+        """Return the penalty, from the second experience on."""
+        return self._penalty.losses(state, scale=self.lamb)
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Measure what the outputs react to and hold the weights as they are now."""
-        return self._springs.renewed(network, context, state, loss=squared_norm, power=1, combine=self._combine)
+        """Estimate the sensitivity of the outputs and store the current weights."""
+        return self._penalty.estimate(network, context, state, loss=squared_norm, power=1, combine=self._combine)
 
     def _combine(self, old: Quadratic | None, importance_P: Tensor, weight_P: Tensor) -> Mapping[str, Tensor]:
         kept = self.alpha if self.merge == "average" else 1.0

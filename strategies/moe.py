@@ -1,4 +1,4 @@
-"""Mixture of experts: at inference, each token runs only those parts of a feed-forward network that matter to it."""
+"""Mixture of experts: each token runs only the experts of a feed-forward network that it needs."""
 
 from __future__ import annotations
 
@@ -12,61 +12,60 @@ from torch import Generator, nn
 from clframe.core.component import Component
 from clframe.core.types import Experience, State, StepContext
 from clframe.errors import ClframeError, ConfigError
-from clframe.moe import CumulativeShare, DynamicK, TopK, counting, fit_routers, regroup, routed_layers, to_experts
+from clframe.moe import count_usage, routed_layers, set_gate
 from clframe.moe.convert import Split
-from clframe.moe.router import Gate, RouterKind
-from clframe.nn.backbones.base import untouched
+from clframe.moe.pipeline import GateKind, Recipe, default_most, fit_experts, make_gate
+from clframe.moe.router import RouterKind
+from clframe.nn.backbones.base import preserving_state
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
-from clframe.replay.buffers import Kept
-
-MOST = 24
-"""Experts of a network at most, where nothing else is asked for: ViT-B's 3072 neurons make the published 24 x 128."""
+from clframe.replay.buffers import BufferSamples
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoE(Component):
     """Mixture of experts (D2DMoE): dense training, then experts of which each token runs as many as it needs.
 
-    Every feed-forward network's neurons are divided into experts of equal size; a small router foresees how much each
-    would contribute, ``|V relu(U x)|_e`` for ``||E_e(x)||``, and expert e runs where its score is at least
-    ``(1 - tau)`` of the token's highest one. All experts together are the dense network, and training is what it would
-    be without. At the end of the first experience neurons with similar input weights become one expert (balanced
-    k-means), routers are trained on the inputs of their layers, all else frozen, and from then on the gate acts in
-    evaluation mode: in answers, in features that others keep, in teachers. tau may be changed on a trained model
-    (``clframe.moe.set_tau``): one run gives the whole curve of accuracy against cost. Szatkowski et al.,
-    "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024); with
-    ``router=activation gate=top_k``: Zhang et al., "MoEfication" (2022).
+    The neurons of every feed-forward network are divided into experts of equal size. A small router predicts the norm
+    of each expert's output, ``|V relu(U x)|_e`` for ``||E_e(x)||``, and expert e runs if its score is at least
+    ``(1 - tau)`` of the token's highest score. All experts together equal the dense network, and training is the same
+    as without this component. At the end of the first experience neurons with similar input weights are grouped into
+    experts (balanced k-means), and routers are trained on the inputs of their layers, with all else frozen. From then
+    on the gate applies in evaluation mode, including teachers and features that other components store. tau can be
+    changed on a trained model (``clframe.moe.set_tau``): one run gives the whole curve of accuracy against cost.
+    Szatkowski et al., "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024);
+    with ``router=activation gate=top_k``: Zhang et al., "MoEfication" (2022).
 
-    Use it where predictions of a transformer or an ``mlp`` should cost less; ``sparsity`` beside it leaves less to run,
-    and ``exits`` stop early on top of it. Costs the routers, some percent of the networks' MACs, and after an
-    experience that trains them ``epochs`` passes over ``samples`` of its data. On our ``mlp`` two neighboring
-    layers are one network, so no exit can lie between them.
+    Use it to reduce the inference cost of a transformer or an ``mlp``; combine it with ``sparsity``, which leaves fewer
+    active experts, and with ``exits`` for early exits. Costs the routers, a few percent of the networks' MACs, and
+    after an experience with router training ``epochs`` passes over ``samples`` of its data. In the backbone ``mlp``
+    two neighboring layers form one network, so that no exit can be attached between them.
 
     Args:
-        experts: Experts of each feed-forward network; neither this nor ``expert_size`` takes as many as divide its
-            neurons evenly, 24 at most.
-        expert_size: Instead, neurons of an expert.
-        split: How neurons are grouped, once, after the first experience: ``kmeans`` by similar input weights, those of
-            the gate in gated networks; ``coactivation`` by firing for the same tokens; ``random``.
-        router: What routers foresee: ``norm``, the length of an expert's output; ``activation``, the sum of its
+        experts: Experts of each feed-forward network; with neither this nor ``expert_size``, the largest number up to
+            24 that divides its neurons.
+        expert_size: Neurons of an expert, instead of ``experts``.
+        split: Grouping of neurons, once, after the first experience: ``kmeans`` by similar input weights (those of the
+            gate in gated networks); ``coactivation`` by activity on the same tokens; ``random``.
+        router: Quantity that routers predict: ``norm``, the norm of an expert's output; ``activation``, the sum of its
             activations.
-        router_width: Units of a router's hidden layer; none takes a twenty-fourth of the network's, at least 16.
-        gate: Who runs: ``dynamic_k``; ``cumulative``, the best whose shares of the total score reach tau; ``top_k``.
-        tau: Of the first two gates: 1 runs all experts, 0 the best one only.
-        k: Of ``top_k``.
-        fit: Whether routers are trained after the ``first`` experience and frozen, or go on after ``each``.
-        epochs: Of router training.
-        lr: Of its Adam at the start; it falls to a thousandth along a cosine.
-        samples: Samples routers are trained on, drawn at random from the experience's training data and the memory, if
-            one is kept; 0 takes all.
-        batch_size: Of router training.
-        training: Whether all experts run in training (``dense``), or the gate acts there too (``gated``), as soon as
-            routers are trained: cheaper, and only experts that run learn.
+        router_width: Width of a router's hidden layer; none takes a twenty-fourth of the network's, at least 16.
+        gate: Selection of experts: ``dynamic_k``; ``cumulative``, the best experts until their fraction of the total
+            score reaches tau; ``top_k``.
+        tau: Setting of the first two gates: 1 runs all experts, 0 only the best one.
+        k: Setting of ``top_k``.
+        fit: Whether routers are trained once, after the ``first`` experience, or after ``each``.
+        epochs: Epochs of router training.
+        lr: Initial learning rate of its Adam; cosine decay to a thousandth.
+        samples: Samples for router training, drawn at random from the experience's training data and the replay
+            buffer, if there is one; 0 takes all.
+        batch_size: Batch size of router training.
+        training: Whether all experts run in training (``dense``), or the gate applies there too (``gated``) once
+            routers are trained: cheaper, but only active experts learn.
     """
 
     name: ClassVar[str] = "moe"
-    remakes: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
     phase: ClassVar[str] = "router"
 
     experts: int | None = None
@@ -74,7 +73,7 @@ class MoE(Component):
     split: Split = "kmeans"
     router: RouterKind = "norm"
     router_width: int | None = None
-    gate: Literal["dynamic_k", "cumulative", "top_k"] = "dynamic_k"
+    gate: GateKind = "dynamic_k"
     tau: float = 0.8
     k: int = 8
     fit: Literal["first", "each"] = "first"
@@ -85,9 +84,9 @@ class MoE(Component):
     training: Literal["dense", "gated"] = "dense"
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
+        """Refuse values out of range."""
         if self.experts is not None and self.expert_size is not None:
-            raise ConfigError("components.moe.experts: found beside expert_size; give one of them")
+            raise ConfigError("components.moe.experts: found together with expert_size; give one of them")
         for key, ok, advice in (
             ("experts", self.experts is None or self.experts >= 1, "give at least 1"),
             ("expert_size", self.expert_size is None or self.expert_size >= 1, "give at least 1"),
@@ -103,67 +102,59 @@ class MoE(Component):
                 raise ConfigError(f"components.moe.{key}: found {getattr(self, key)}; {advice}")
 
     def setup_network(self, network: Network) -> None:
-        """Put experts in place of every feed-forward network; their neurons lie as they did, and all run."""
-        sized = self.experts is not None or self.expert_size is not None
+        """Replace every feed-forward network by experts, with neurons in their present order and all experts active."""
+        recipe = Recipe(
+            experts=self.experts, expert_size=self.expert_size, most=default_most(self.experts, self.expert_size),
+            router=self.router, router_width=self.router_width,
+        )  # fmt: skip
         try:
-            layers = to_experts(
-                network,
-                experts=self.experts,
-                expert_size=self.expert_size,
-                most=None if sized else MOST,
-                split=None,
-                router=self.router,
-                router_width=self.router_width,
-            )
+            layers = recipe.make_experts(network)
         except ClframeError as error:
             raise type(error)(f"components.{error}") from None
+        set_gate(network, make_gate(self.gate, tau=self.tau, k=self.k))
         for layer in layers.values():
-            layer.gate = self._gate()
             layer.ready = False
             layer.when = "always" if self.training == "gated" else "evaluation"
-        _hold_routers(network)
+        _freeze_routers(network)
 
     def init_state(self, network: Network) -> State:
-        """No router has been trained."""
+        """State before any router training."""
         return {"fitted": 0, "loss": None, "experts_per_token": ()}
 
     def add_classes(self, network: Network, experience: Experience) -> None:
-        """Hold the routers still before other components look at what learns."""
-        _hold_routers(network)
+        """Freeze the routers before other components collect the trainable parameters."""
+        _freeze_routers(network)
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
-        """Done anew in every epoch, since others may have set the whole backbone free."""
-        _hold_routers(network)
+        """Freeze the routers again: other components may have unfrozen the whole backbone."""
+        _freeze_routers(network)
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """After the first experience make the experts; train the routers if it is their turn."""
-        _hold_routers(network)
+        """Group neurons into experts after the first experience, and train the routers if due."""
+        _freeze_routers(network)
         samples, first = context.experience.samples, not state["fitted"]
-        parts: tuple[Samples, ...] = (samples,)
+        sources: tuple[Samples, ...] = (samples,)
         if context.memory is not None:
-            parts = (samples, Kept(context.memory, samples))
-        batches = self._drawn(parts, context.generator)
+            sources = (samples, BufferSamples(context.memory, samples))
+        batches = self._draw_batches(sources, context.generator)
         if not batches or not (first or self.fit == "each"):
             return state
-        layers = routed_layers(network)
-        if first:
-            regroup(network, split=self.split, generator=context.generator, batches=batches, call=_run)
-            for layer in layers.values():
-                layer.router.draw(context.generator)
-                layer.ready = True
-        losses = fit_routers(network, batches, epochs=self.epochs, learning_rate=self.lr, call=_run)
-        with untouched([network]), counting(network) as usage:
+        losses = fit_experts(
+            network, batches, split=self.split if first else None, generator=context.generator, epochs=self.epochs,
+            learning_rate=self.lr, call=_run,
+        )  # fmt: skip
+        with preserving_state([network]), count_usage(network) as usage:
             for batch in batches:
                 _run(network, batch)
             used = usage()
         return {
             "fitted": state["fitted"] + 1,
             "loss": losses[-1],
-            "experts_per_token": tuple(used[name].experts_per_token for name in layers),
+            "experts_per_token": tuple(used[name].experts_per_token for name in routed_layers(network)),
         }
 
     def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
-        """MACs of a token in all feed-forward networks: dense, of the routers, and as routed when these were fitted."""
+        """MACs per token of all feed-forward networks: dense, of routers, and routed, at the last router training."""
         macs = [layer.macs() for layer in routed_layers(network).values()]
         found = {"dense_macs_per_token": sum(m.dense for m in macs)}
         found["router_macs_per_token"] = sum(m.router for m in macs)
@@ -172,31 +163,28 @@ class MoE(Component):
             found["routed_macs_per_token"] = round(sum(m.router + ran * m.expert for m, ran in pairs))
         return found
 
-    def _gate(self) -> Gate:
-        if self.gate == "top_k":
-            return TopK(k=self.k)
-        return DynamicK(tau=self.tau) if self.gate == "dynamic_k" else CumulativeShare(tau=self.tau)
-
-    def _drawn(self, parts: tuple[Samples, ...], generator: Generator) -> list[tuple[Samples, torch.Tensor]]:
-        """Batches of samples, in random order, from all parts; each from one of them."""
-        drawn = torch.randperm(sum(map(len, parts)), generator=generator)
-        drawn = drawn[: self.samples] if self.samples else drawn
+    def _draw_batches(
+        self, sources: tuple[Samples, ...], generator: Generator
+    ) -> list[tuple[Samples, torch.Tensor]]:
+        """Draw batches in random order over all sources; each batch comes from one of them."""
+        drawn_N = torch.randperm(sum(map(len, sources)), generator=generator)
+        drawn_N = drawn_N[: self.samples] if self.samples else drawn_N
         batches, before = [], 0
-        for part in parts:
-            own = drawn[(drawn >= before) & (drawn < before + len(part))] - before
-            batches += [(part, index) for index in own.split(self.batch_size) if len(index)]
-            before += len(part)
+        for source in sources:
+            index_N = drawn_N[(drawn_N >= before) & (drawn_N < before + len(source))] - before
+            batches += [(source, index_B) for index_B in index_N.split(self.batch_size) if len(index_B)]
+            before += len(source)
         order = torch.randperm(len(batches), generator=generator).tolist()
-        return [batches[place] for place in order]
+        return [batches[at] for at in order]
 
 
 def _run(network: nn.Module, batch: tuple[Samples, torch.Tensor]) -> Any:
     samples, index = batch
     assert isinstance(network, Network)
-    return network(network.place(samples.prepare(samples.raw(index))))
+    return network(network.to_device(samples.prepare(samples.raw(index))))
 
 
-def _hold_routers(network: Network) -> None:
-    """Routers learn from what they foresee, never from the strategy's losses."""
+def _freeze_routers(network: Network) -> None:
+    """Exclude routers from the strategy's losses: they are trained on their own targets only."""
     for layer in routed_layers(network).values():
         layer.router.requires_grad_(False)

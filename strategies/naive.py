@@ -1,4 +1,4 @@
-"""Fine-tuning: train on each experience in turn and do nothing else."""
+"""Fine-tuning: train on each experience in turn without protection against forgetting."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from clframe.core.component import Component
 class Naive(Component):
     """Fine-tuning (FT): cross-entropy on each experience in turn; the identity of composition.
 
-    Use it as the lower bound of every comparison: it forgets almost everything. Costs nothing beside training.
+    Use it as the lower bound of every comparison: it forgets almost everything. Cost: none beyond training.
     """
 
     name: ClassVar[str] = "naive"
 
     @property
     def is_identity(self) -> bool:
-        """Always: ``x + naive`` is ``x``."""
+        """Always true: ``x + naive`` is ``x``."""
         return True

@@ -1,4 +1,4 @@
-"""PODNet: distill what pooling leaves of every map, with several proxies for each class."""
+"""PODNet: distill pooled feature maps, and classify by several proxies per class."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ from clframe.nn.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class PODNet(Component):
-    """Pooled outputs distillation (PODNet): maps keep their sums over rows and columns, features their direction.
+    """Pooled outputs distillation (PODNet): distill sums of maps over rows and columns, and the direction of features.
 
-    Adds ``sqrt(classes seen / new classes)`` times ``spatial`` x the distance of pooled maps of this and the last
-    experience's model, for exit k the mean over the maps up to it, and ``flat (1 - cos(f, f_old))`` on its
-    embedded tap. Classes are told apart by the local similarity classifier, the cosines to several proxies of each,
-    under an NCA loss with a margin, which takes the place of the cross-entropy.
+    Adds ``sqrt(classes seen / new classes)`` times ``spatial`` x the distance of pooled maps of this model and that of
+    the last experience, for exit k the mean over the maps up to it, and ``flat (1 - cos(f, f_old))`` on its embedded
+    tap. Classes are predicted by the local similarity classifier, the cosines to several proxies of each class, trained
+    by an NCA loss with a margin, which replaces the cross-entropy. Maps are used as the stages return them, after the
+    last ReLU; new proxies are initialized at random, not imprinted; the authors' fine-tuning on balanced data is left
+    out. Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning" (2020).
 
-    Use it for many small experiences, with a memory: ``podnet + er``. Costs a forward pass of the old model a step, a
-    copy of it, and ``proxies`` rows for each class. The gradient of the distances has the same length however near the
-    maps are: where the learning rate stays large they jitter, and a smaller ``spatial`` holds them better.
-    Maps are taken as the stages return them, behind the last ReLU; new proxies are drawn, not imprinted; the authors'
-    fine-tuning on balanced data is left out. Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks
-    Incremental Learning" (2020).
+    Use it for many small experiences with a replay buffer: ``podnet + er``. Cost: a forward pass of the old model per
+    step, a copy of it, and ``proxies`` rows per class. The gradient of the distances has the same norm however close
+    the maps are: with a learning rate that stays large they oscillate, and a smaller ``spatial`` preserves them better.
 
     Args:
         spatial: Weight of the maps; the authors' options give 3 for CIFAR-100, 8 for ImageNet. In runs of a few epochs
             on digits and MNIST 1 was 2.3 points better than 3 on held-out data.
         flat: Weight of the features; 1 for CIFAR-100, 10 for ImageNet.
-        pooling: What maps are summed over: ``spatial`` (rows, and columns), ``width``, ``height``, ``gap`` (both),
-            ``channels``, ``pixels`` (nothing). Of tokens, all but the last two sum over the tokens.
-        at: Maps or tokens to hold, by the names of their taps; ``auto``: those of the exits, and the last of
-            every resolution.
-        classifier: ``lsc``: local similarity, NCA loss; ``linear``: what the exits have, cross-entropy.
-        proxies: Of each class, in ``lsc``.
+        pooling: Dimension over which maps are summed: ``spatial`` (rows, and columns), ``width``, ``height``, ``gap``
+            (both), ``channels``, ``pixels`` (no sum). For tokens, all but the last two sum over the tokens.
+        at: Maps or tokens to distill, by the names of their taps; ``auto``: those of the exits, and the last of every
+            resolution.
+        classifier: ``lsc``: local similarity, NCA loss; ``linear``: the exits' own classifiers, cross-entropy.
+        proxies: Per class, in ``lsc``.
         margin: Of the NCA loss, in similarities.
-        eta: Scale of the similarities at first; it is learnt, one at each exit. The authors' code starts at 1, from
-            where 160 epochs of SGD reach useful values and short runs do not: there 30 was 1.1 points better than 10
-            on held-out data, and with 1 and 3 MNIST was hardly learnt.
-        old: Whether proxies of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with
-            Adam may turn a fixed one; SGD and AdamW only shorten it, which changes nothing.)
+        eta: Initial scale of the similarities; it is learned, one per exit. The authors' code starts at 1, from where
+            160 epochs of SGD reach useful values and short runs do not: there 30 was 1.1 points better than 10 on
+            held-out data, and with 1 and 3 MNIST was hardly learned.
+        old: Whether proxies of old classes are ``fixed``, as published, or ``learn``. (Coupled weight decay with Adam
+            may rotate a fixed one; SGD and AdamW only shorten it, which changes nothing.)
     """
 
     name: ClassVar[str] = "podnet"
@@ -71,7 +70,7 @@ class PODNet(Component):
     old: Literal["fixed", "learn"] = "fixed"
 
     def __post_init__(self) -> None:
-        """Refuse weights below 0 and sizes that mean nothing."""
+        """Validate the options."""
         for key, ok, advice in (
             ("spatial", self.spatial >= 0, "give a number of at least 0"),
             ("flat", self.flat >= 0, "give a number of at least 0"),
@@ -83,22 +82,22 @@ class PODNet(Component):
                 raise ConfigError(f"components.podnet.{key}: found {getattr(self, key)}; {advice}")
 
     def acts_at(self) -> tuple[str, ...]:
-        """With linear classifiers, not on classifiers nor on the task's loss."""
+        """Return the hooks; with linear classifiers, without those of classifiers and task loss."""
         unused = {"setup_network", "task_loss", "before_experience"} if self.classifier == "linear" else set[str]()
         return tuple(hook for hook in super().acts_at() if hook not in unused)
 
     def taps(self, network: Network) -> Sequence[str]:
-        """Those of all exits, and the maps to hold."""
-        return tuple(dict.fromkeys((*network.exit_taps, *self._maps(network))))
+        """Return the taps of all exits and of the maps to distill."""
+        return tuple(dict.fromkeys((*network.exit_taps, *self._distilled_maps(network))))
 
     def setup_network(self, network: Network) -> None:
-        """Classifiers with proxies at every exit."""
+        """Install classifiers with proxies at every exit."""
         network.classify_with(partial(CosineLinear, proxies=self.proxies, scale=self.eta))
 
     def init_state(self, network: Network) -> State:
-        """For every exit the maps up to it; no old model before the first experience ends."""
+        """Return the maps up to each exit, and no teacher."""
         place = network.backbone.tap
-        maps = self._maps(network)
+        maps = self._distilled_maps(network)
         up_to = tuple(tuple(tap for tap in maps if place(tap) <= place(end)) for end in network.exit_taps)
         return {"teacher": None, "maps": up_to}
 
@@ -110,13 +109,13 @@ class PODNet(Component):
         return state
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """The NCA loss at every exit."""
+        """Return the NCA loss of every exit."""
         scales = [head.scale for head in step.network.heads]
         batch = step.batch
         return nca(step.output.logits, batch.y, margin=self.margin, scales=scales, weight_B=batch.weight_B)  # type: ignore[arg-type]
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """Distillation of maps and of features, from the second experience on."""
+        """Return the distillation of maps and features, from the second experience on."""
         if state["teacher"] is None:
             return {}
         experience, network = step.context.experience, step.network
@@ -134,14 +133,14 @@ class PODNet(Component):
         return terms
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience."""
+        """Store a frozen copy as the next teacher."""
         return {**state, "teacher": freeze(network)}
 
-    def _maps(self, network: Network) -> tuple[str, ...]:
-        """The maps to hold, in order of depth."""
+    def _distilled_maps(self, network: Network) -> tuple[str, ...]:
+        """Return the maps to distill in order of depth."""
         backbone = network.backbone
         if self.at == "auto":
-            return _exits_and_last_of_each_resolution(backbone, network.exit_taps)
+            return _select_maps(backbone, network.exit_taps)
         for tap in self.at:
             backbone.tap(tap)
             if len(backbone.tap_shapes[tap]) < 2:
@@ -152,8 +151,8 @@ class PODNet(Component):
         return tuple(sorted(self.at, key=backbone.tap))
 
 
-def _exits_and_last_of_each_resolution(backbone: Backbone, exits: Sequence[str]) -> tuple[str, ...]:
-    """Of the taps that have something to pool. The resolution of tokens is their number."""
+def _select_maps(backbone: Backbone, exits: Sequence[str]) -> tuple[str, ...]:
+    """Select taps that can be pooled. The resolution of tokens is their number."""
     shapes = backbone.tap_shapes
     spatial = [name for name in backbone.names if len(shapes[name]) > 1]
     last = {shapes[name][1:] if len(shapes[name]) == 3 else shapes[name][:1]: name for name in spatial}

@@ -1,4 +1,4 @@
-"""PRD: contrastive features, prototypes that classify, and old prototypes that keep their relation to samples."""
+"""PRD: contrastive features, prototype classifiers, and distillation of prototype-sample relations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clframe.exits.features import exit_branches
 from clframe.exits.head_kinds import embedded_width, prototype_head
 from clframe.functional.losses import distillation
 from clframe.functional.representation import attraction, contrastive, relation
-from clframe.nn.features import embedded
+from clframe.nn.features import embed_tap
 from clframe.nn.frozen import freeze
 from clframe.nn.heads import CosineLinear
 from clframe.nn.network import Network
@@ -25,30 +25,30 @@ from clframe.nn.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class PRD(Component):
-    """Prototype-sample relation distillation (PRD): contrastive features, prototypes that answer, no memory needed.
+    """Prototype-sample relation distillation (PRD): contrastive features and prototype classifiers, no stored samples.
 
-    At every exit, on its embedded tap f: the supervised contrastive loss of a projection of f takes the place of the
-    cross-entropy; ``attract (1 - cos(p_y, f))`` draws the prototypes to f, which they do not move; and ``distill``
-    times ``KL(softmax(cos(p_old, f) / T) of the old model || the same of this one)`` lets the prototypes of classes
-    without data move with the features. Answers are cosines to the prototypes.
+    At every exit, on its embedded tap f: the supervised contrastive loss of a projection of f replaces the
+    cross-entropy; ``attract (1 - cos(p_y, f))`` moves the prototypes towards f, without a gradient to f; and
+    ``distill`` times ``KL(softmax(cos(p_old, f) / T) of the old model || the same of this one)`` lets the prototypes of
+    classes without data move with the features. Predictions are cosines to the prototypes. The distillation compares
+    cosines; the authors' code does not normalize features, with which the term may grow without bound. Asadi et al.,
+    "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning" (2023); Khosla et al., "Supervised
+    Contrastive Learning" (2020).
 
-    Use it where nothing may be stored, with large batches: each sample is shown in one view, so its positives are the
-    other samples of its class. Costs a forward pass of the old model a step, a copy of it, and a projection at
-    each exit, which answers do not need. Heads that ``exits`` asks for give way to prototypes on the same taps.
-    Prototypes have no learning rate of their own, as they have in the paper: SGD of 0.05 serves both, Adam of 0.002
-    leaves prototypes behind. The distillation compares cosines; the authors' code leaves features their length,
-    with which the term may grow without bound. Defaults are those of the authors' commands; of 14 other choices of
-    ``attract``, ``distill`` and temperatures none was clearly better on held-out digits and MNIST. Asadi et al.,
-    "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning" (2023); Khosla et al.,
-    "Supervised Contrastive Learning" (2020).
+    Use it if nothing may be stored, with large batches: each sample is shown in one view, so its positives are the
+    other samples of its class. Cost: a forward pass of the old model per step, a copy of it, and a projection at each
+    exit, which predictions do not use. Heads configured by ``exits`` are replaced by prototypes on the same taps.
+    Prototypes have no separate learning rate, as they have in the paper: SGD of 0.05 serves both, Adam of 0.002 is too
+    small for prototypes. Defaults are those of the authors' commands; of 14 other choices of ``attract``, ``distill``
+    and temperatures none was clearly better on held-out digits and MNIST.
 
     Args:
         attract: Weight of the prototypes' attraction.
         distill: Weight of the distillation: a sum over old experiences, a mean over the classes of each.
-        temperature: Of the contrastive loss; answers are cosines over it.
+        temperature: Of the contrastive loss; predictions are cosines divided by it.
         distill_temperature: Of the distillation.
-        over: What the softmax of the distillation runs over: the ``classes`` of each old experience for each sample,
-            as in the authors' code, or the ``samples`` of the batch for each old prototype.
+        over: Axis of the softmax in the distillation: the ``classes`` of each old experience for each sample, as in the
+            authors' code, or the ``samples`` of the batch for each old prototype.
         projection: Outputs of the projection, 0 for none.
         hidden: Units of its two hidden layers.
     """
@@ -56,6 +56,7 @@ class PRD(Component):
     name: ClassVar[str] = "prd"
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("attract", "relation")
+    renamed: ClassVar[Mapping[str, str]] = {"distil": "distill", "distil_temperature": "distill_temperature"}
 
     attract: float = 2.0
     distill: float = 4.0
@@ -66,7 +67,7 @@ class PRD(Component):
     hidden: int = 512
 
     def __post_init__(self) -> None:
-        """Refuse weights below 0, temperatures that divide by zero and layers without units."""
+        """Validate the options."""
         for key, ok, advice in (
             ("attract", self.attract >= 0, "give a number of at least 0"),
             ("distill", self.distill >= 0, "give a number of at least 0"),
@@ -79,11 +80,11 @@ class PRD(Component):
                 raise ConfigError(f"components.prd.{key}: found {getattr(self, key)}; {advice}")
 
     def taps(self, network: Network) -> Sequence[str]:
-        """Those of all exits."""
+        """Return the taps of all exits."""
         return network.exit_taps
 
     def setup_network(self, network: Network) -> None:
-        """Prototypes in place of the heads, and a projection beside each."""
+        """Replace the heads by prototypes and add a projection to each."""
         shapes = network.backbone.tap_shapes
         network.attach([(tap, prototype_head(shapes[tap])) for tap in network.exit_taps[:-1]])
         network.classify_with(partial(CosineLinear, scale=1 / self.temperature, learn_scale=False))
@@ -92,12 +93,12 @@ class PRD(Component):
             network.extras[self.name] = nn.ModuleList(self._projection(width) for width in widths)
 
     def init_state(self, network: Network) -> State:
-        """No old model before the first experience ends."""
+        """Return a state without teacher."""
         return {"teacher": None, "groups": (), "share": None}
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """The contrastive loss at every exit."""
-        features = [embedded(tap) for tap in exit_branches(step.network, step.output)]
+        """Return the contrastive loss of every exit."""
+        features = [embed_tap(tap) for tap in exit_branches(step.network, step.output)]
         if self.projection:
             layers = step.network.extras[self.name]
             assert isinstance(layers, nn.ModuleList)
@@ -105,7 +106,7 @@ class PRD(Component):
         return contrastive(features, step.batch.y, temperature=self.temperature, weight_B=step.batch.weight_B)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The attraction, and from the second experience on the distillation."""
+        """Return the attraction and, from the second experience on, the distillation."""
         network, taps = step.network, exit_branches(step.network, step.output)
         cosines = _cosines(network, [tap.detach() for tap in taps])
         terms = {"attract": self.attract * attraction(cosines, step.batch.y)}
@@ -123,7 +124,7 @@ class PRD(Component):
         return {**terms, "relation": self.distill * loss_K}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience; a class stays in the group it first came in."""
+        """Store a frozen copy as the next teacher; a class stays in the group of its first experience."""
         known = {c for group in state["groups"] for c in group}
         new = tuple(sorted(set(context.experience.classes) - known))
         groups = (*state["groups"], new) if new else state["groups"]
@@ -140,5 +141,5 @@ class PRD(Component):
 
 
 def _cosines(network: Network, taps: Sequence[Tensor]) -> list[Tensor]:
-    """K tensors cosine_BC of embedded taps and prototypes."""
+    """Return K tensors cosine_BC between embedded taps and prototypes."""
     return [head(tap) / head.scale for head, tap in zip(network.heads, taps, strict=True)]

@@ -1,9 +1,10 @@
-"""Synaptic intelligence: hold the weights that brought the loss down."""
+"""Synaptic intelligence: penalize changes of the weights that reduced the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -12,35 +13,34 @@ from torch import Tensor
 from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
-from clframe.moe.usage import followed, neuron_orders
+from clframe.moe.usage import neuron_orders, reorder_values
 from clframe.nn.network import Network
-from clframe.regularization.importance import flat, path_importance, quadratic
-from clframe.regularization.penalties import consolidated, held, taken_up, unconsolidated
-from clframe.regularization.sensitivity import objectives
+from clframe.regularization.importance import flatten, path_importance, quadratic
+from clframe.regularization.penalties import QuadraticPenalty
 
 
 @dataclass(frozen=True, kw_only=True)
 class SI(Component):
-    """Synaptic intelligence (SI): hold each weight as hard as it helped to bring the loss down while it learnt.
+    """Synaptic intelligence (SI): penalize changes of each weight by how much it reduced the loss while it was learned.
 
     Adds ``c * sum_p O_p (w_p - w*_p)^2``, ``w*`` the weights after the last experience. ``O_p`` grows with each
-    experience by ``path_p / (moved_p^2 + damping)`` and is cut at zero: ``path_p = -sum_t g_p(t) (w_p(t + 1) -
-    w_p(t))`` follows the updates as they were made, whatever the optimizer, ``moved_p`` is how far the weight went
-    in the experience. One penalty for the whole network, since one path minimizes the weighted loss of all exits;
-    new rows of a classifier are free. For when nothing may be stored and a pass over the data afterwards costs too
-    much. Zenke et al., "Continual Learning Through Synaptic Intelligence" (2017).
+    experience by ``path_p / (moved_p^2 + damping)`` and is clipped at zero. ``path_p = -sum_t g_p(t) (w_p(t + 1) -
+    w_p(t))`` follows the actual updates, whatever the optimizer; a step that moves no weight, such as one that a loss
+    scaler skips, adds nothing. ``moved_p`` is the distance of the weight over the experience. There is one penalty for
+    the whole network, since one path minimizes the weighted loss of all exits; new rows of a classifier are free.
 
-    Costs five numbers a weight while training, two between experiences, and at every step a few operations over the
-    flat weights; no extra passes.
+    Use it if no samples may be stored and a pass over the data after each experience is too expensive. Cost: five
+    numbers per weight during training, two between experiences, and a few operations over the flat weights per step; no
+    additional forward pass. Zenke et al., "Continual Learning Through Synaptic Intelligence" (2017).
 
     Args:
         c: Weight of the penalty; 0.1 to 1 in the paper.
-        damping: Keeps weights that hardly moved from mattering without bound; 0.001 to 0.1 in the paper.
-        path: Whose gradient the path is along: ``task`` leaves the penalty's own out, as the paper does; ``total``
-            keeps it in, as many implementations do. Where the gradient was clipped, or the owner of the slot
-            ``mix`` scaled the penalty, ``task`` takes out what the penalty had been before.
-        ceiling: Largest importance; none leaves them as they are. Training by SGD diverges where learning rate *
-            2 c * importance passes 2.
+        damping: Bounds the importance of weights that hardly moved; 0.001 to 0.1 in the paper.
+        path: Gradient along the path: ``task`` excludes the penalty's gradient, as in the paper; ``total`` includes it,
+            as many implementations do. If the gradient was clipped, or the owner of the slot ``loss_mix`` scaled the
+            penalty, ``task`` subtracts the unscaled penalty.
+        ceiling: Largest importance; none leaves them unbounded. Training by SGD diverges if learning rate * 2 c *
+            importance exceeds 2.
     """
 
     name: ClassVar[str] = "si"
@@ -53,54 +53,56 @@ class SI(Component):
     ceiling: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight and a damping that divides by zero."""
+        """Validate the options."""
         if not self.c >= 0:
             raise ConfigError(f"components.si.c: found {self.c}; give a number of at least 0")
         if not self.damping > 0:
             raise ConfigError(f"components.si.damping: found {self.damping}; give a number above 0")
-        if self.ceiling is not None and not self.ceiling > 0:
-            raise ConfigError(f"components.si.ceiling: found {self.ceiling}; give a number above 0, or none")
+        _ = self._penalty  # built here so that an invalid ceiling is refused at construction
+
+    @cached_property
+    def _penalty(self) -> QuadraticPenalty:
+        return QuadraticPenalty(owner=self.name, weight=self.weight, scope="total", ceiling=self.ceiling)
 
     def init_state(self, network: Network) -> State:
-        """Nothing is held before the first experience ends."""
-        return unconsolidated()
+        """Return a state without penalty."""
+        return self._penalty.empty()
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """What is held, in the shapes of the grown classifiers, and a path that begins here."""
-        state = taken_up(network, state, objectives(network, scope="total"))
-        start_P = flat(state["live"])
+        """Resize the penalty to the grown classifiers and start a new path."""
+        state = self._penalty.resize(network, state)
+        start_P = flatten(state["live"])
         path = {"start": start_P, "latest": start_P.clone(), "path": torch.zeros_like(start_P)}
         return {**state, **path, "orders": neuron_orders(network)}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The penalty, from the second experience on."""
-        return {"penalty": self.c * held(state).sum()} if state["terms"] else {}
+        """Return the penalty, from the second experience on."""
+        return self._penalty.losses(state, scale=self.c)
 
-    def after_step(self, network: Network, step: Step, state: State) -> None:
-        """Follow the path: minus gradient times step, added up."""
+    def after_step(self, network: Network, step: Step, state: State) -> State:
+        """Accumulate minus gradient times step along the path."""
         live, latest_P = state["live"], state["latest"]
-        gradient_P = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in live])
+        gradient_P = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in live])
         if self.path == "task" and state["terms"]:
             (term,) = state["terms"]
             gradient_P.sub_(2 * self.c * term["importance"] * (latest_P - term["center"]))
-        now_P = flat(live)
-        state["path"].addcmul_(gradient_P, now_P - latest_P, value=-1)
+        now_P = flatten(live)
+        step_P = now_P - latest_P
+        # A step that the loss scaler of 16-mixed skips leaves infinite gradients behind, and infinity times 0 is NaN.
+        gradient_P.masked_fill_(step_P == 0, 0)
+        state["path"].addcmul_(gradient_P, step_P, value=-1)
         latest_P.copy_(now_P)
+        return state
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Importances from the path, and the weights as they are now."""
+        """Compute importances from the path and store the current weights."""
         live, (names,) = state["live"], state["scopes"]
         old_P = state["terms"][0]["importance"] if state["terms"] else torch.zeros_like(state["path"])
-        path_P, start_P = (followed(network, names, state[key], state["orders"]) for key in ("path", "start"))
-        moved_P = flat(live) - start_P
+        path_P, start_P = (reorder_values(network, names, state[key], state["orders"]) for key in ("path", "start"))
+        moved_P = flatten(live) - start_P
         found_P = path_importance(old_P, path_P, moved_P, damping=self.damping)
         parts = found_P.split([parameter.numel() for parameter in live])
         importances = [dict(zip(names, parts, strict=True))]
-        return consolidated(
-            network,
-            state,
-            importances,
-            combine=lambda _, new_P, at_P: quadratic(new_P, at_P),
-            ceiling=self.ceiling,
-            where="components.si.c",
+        return self._penalty.consolidate(
+            network, state, importances, combine=lambda _, new_P, at_P: quadratic(new_P, at_P)
         )

@@ -22,16 +22,17 @@ from clframe.nn.network import Network
 class SSIL(Component):
     """Separated softmax (SS-IL): new samples compete among new classes only, replayed ones among old classes only.
 
-    ``L_k = CE(new samples over new classes, old samples over old classes) + lamb * T^2 * sum over old experiences
-    of KL(teacher_k || student_k)`` at every exit k, each old experience's classes under a softmax of their own, on
-    all samples of the joined batch. New samples, many more than old ones, then cannot push the scores of old
-    classes down. For class-incremental streams with a memory; few replayed samples are enough, as in
-    ``er(replay=fixed, replayed=32) + ssil``. Costs one forward pass of the teacher a step and a copy of the
-    network. Ahn et al., "SS-IL: Separated Softmax for Incremental Learning" (2021).
+    ``L_k = CE(new samples over new classes, old samples over old classes) + lamb * T^2 * sum over old experiences of
+    KL(teacher_k || student_k)`` at every exit k, with a separate softmax over each old experience's classes, on all
+    samples of the joined batch. New samples, far more than old ones, then cannot lower the logits of old classes. Ahn
+    et al., "SS-IL: Separated Softmax for Incremental Learning" (2021).
+
+    Use it for class-incremental streams with a replay buffer; few replayed samples suffice, as in
+    ``er(replay=fixed, replayed=32) + ssil``. Cost: one forward pass of the teacher per step and a copy of the network.
 
     Args:
         lamb: Weight of the distillation: 0.25 as tuned for auxiliary classifiers (2025), 1 in the paper.
-        temperature: T; higher values listen more to the small probabilities.
+        temperature: T; higher values give more weight to small probabilities.
     """
 
     name: ClassVar[str] = "ssil"
@@ -43,18 +44,18 @@ class SSIL(Component):
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight and a temperature that divides by zero."""
+        """Validate the options."""
         if not self.lamb >= 0:
             raise ConfigError(f"components.ssil.lamb: found {self.lamb}; give a number of at least 0")
         if not self.temperature > 0:
             raise ConfigError(f"components.ssil.temperature: found {self.temperature}; give a number above 0")
 
     def init_state(self, network: Network) -> State:
-        """No teacher before the first experience ends."""
+        """Return a state without teacher."""
         return {"teacher": None, "groups": ()}
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """Cross-entropy under separated softmaxes."""
+        """Return the cross-entropy under separated softmaxes."""
         experience, batch = step.context.experience, step.batch
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         return separated_cross_entropy(
@@ -62,7 +63,7 @@ class SSIL(Component):
         )
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """Distillation of each old experience's classes, from the second experience on."""
+        """Return the distillation of each old experience's classes, from the second experience on."""
         if state["teacher"] is None or self.lamb == 0:
             return {}
         with torch.no_grad():
@@ -73,7 +74,7 @@ class SSIL(Component):
         return {"distill": self.lamb * loss_K}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The model as it is now teaches the next experience; a class stays in the group it first came in."""
+        """Store a frozen copy as the next teacher; a class stays in the group of its first experience."""
         known = {c for group in state["groups"] for c in group}
         new = tuple(sorted(set(context.experience.classes) - known))
         return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

@@ -1,4 +1,4 @@
-"""Weight aligning: new rows of a classifier as long as the old ones."""
+"""Weight aligning: scale the rows of new classes to the norm of old ones."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from clframe.nn.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class WA(Component):
-    """Weight aligning (WA): after each experience, scale the new rows of every classifier to the length of the old.
+    """Weight aligning (WA): after each experience, scale the new rows of every classifier to the norm of the old ones.
 
     Trained on many new samples and few old ones, a classifier gives new classes longer rows, hence larger logits.
-    ``W_new <- W_new * mean |w_old| / mean |w_new|`` at every exit takes that back; biases stay. Meant for use with a
-    memory and distillation (``er + lwf + wa``). Zhao et al., "Maintaining Discrimination and Fairness in Class
-    Incremental Learning" (2020); their clipping of weights to positive values while training is left out, as in
-    most implementations.
+    ``W_new <- W_new * mean |w_old| / mean |w_new|`` at every exit corrects that; biases are unchanged. Zhao et al.,
+    "Maintaining Discrimination and Fairness in Class Incremental Learning" (2020); their clipping of weights to
+    positive values during training is left out, as in most implementations.
 
-    Costs nothing but one pass over the classifiers after each experience. Classes that were met before count as old
-    when they come again. Components act in the order of their names: a teacher that ``lwf`` keeps is the model
-    before its newest rows were scaled, which in a softmax over these classes alone is another temperature.
-    Cosine classifiers, whose rows count by direction alone, are left as they are.
+    Use it with a replay buffer and distillation (``er + lwf + wa``). Cost: one pass over the classifiers after each
+    experience. Classes seen before count as old if they reappear. Components run in order of their names: the teacher
+    of ``lwf`` is the model before its newest rows were scaled, which in a softmax over these classes alone amounts to
+    another temperature. Cosine classifiers, whose rows act by direction only, are unchanged.
 
     Args:
-        direction: ``both``, as published: new rows that came out shorter than the old ones are lengthened too, which
-            favors new classes further and can cost much accuracy where old and new samples are balanced in
-            every batch or training is short; ``shrink`` leaves those as they are.
+        direction: ``both``, as published: new rows shorter than the old ones are lengthened too, which favors new
+            classes further and can reduce accuracy considerably if every batch is balanced or training is short;
+            ``shrink`` leaves those unchanged.
     """
 
     name: ClassVar[str] = "wa"
@@ -38,7 +37,7 @@ class WA(Component):
     direction: Literal["both", "shrink"] = "both"
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Scale the rows of the classes just learnt, at every exit by its own factor."""
+        """Scale the rows of the classes just learned, with a separate factor at each exit."""
         old = sorted(context.experience.past)
         new = sorted(set(context.experience.classes) - set(old))
         if not old or not new:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 import pytest
 
 from clframe.errors import ConfigError
-from clframe.options import REQUIRED, check_options, convert, missing_options, option_types, shown
+from clframe.options import REQUIRED, check_options, convert, format_value, missing_options, option_types
 
 
 def same(value, expected):
@@ -160,9 +160,9 @@ def test_what_is_missing_may_come_later():
     assert missing_options(factory, {"path": "x"}) == ()
 
 
-def test_the_keys_beside_the_options_are_offered_too():
+def test_keys_of_the_block_are_offered_too():
     with pytest.raises(ConfigError, match=r"^benchmark\.experience: unknown option; did you mean 'experiences'\?$"):
-        check_options(factory, {"experience": 3}, where="benchmark", beside=("experiences", "name"))
+        check_options(factory, {"experience": 3}, where="benchmark", block_keys=("experiences", "name"))
 
 
 def test_nothing_to_set():
@@ -184,10 +184,10 @@ def test_nothing_to_set():
     ],
 )
 def test_values_as_messages_show_them(value, text):
-    assert shown(value) == text
+    assert format_value(value) == text
 
 
 def test_long_values_are_shortened_in_the_middle():
-    text = shown("a" * 200 + "xyz", limit=30)
+    text = format_value("a" * 200 + "xyz", limit=30)
     assert text == "'" + "a" * 19 + " ... axyz' (text)"
-    assert "\n" not in shown("\n" * 500)
+    assert "\n" not in format_value("\n" * 500)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import statistics
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 import torch
 
 from clframe.errors import ClframeError, RunFolderError
-from clframe.metrics import METRICS, Tally
+from clframe.metrics import METRICS, Metric, Tally, all_metrics, registry
 from clframe.results import Aggregate, Result, aggregate, summarize
+from clframe.sparsity.activity import ActivityRecord
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "results_schema.md"
 TOTAL = ((3, 2, 0), (0, 0, 7))
@@ -35,7 +38,7 @@ def result(*tallies, **facts):
 
 def test_metrics_and_original_class_ids():
     found = result()
-    assert found.schema_version == 1
+    assert found.schema_version == 2
     assert found.final_average_accuracy == pytest.approx((1 / 5 + 5 / 7) / 2)
     assert found.final_average_accuracy_task_aware == pytest.approx((4 / 5 + 1) / 2)
     assert found.final_weighted_accuracy == pytest.approx(6 / 12)
@@ -71,7 +74,7 @@ def test_json_round_trip_with_nan_and_infinity(tmp_path):
     written.write(tmp_path / "results.json")
     read = Result.from_json(tmp_path / "results.json")
     assert read.to_json() == written.to_json()
-    for field in dataclasses.fields(Result):  # the same types too: repr tells 1 from 1.0, () from []
+    for field in dataclasses.fields(Result):  # the same types too: repr distinguishes 1 from 1.0, () from []
         assert repr(getattr(read, field.name)) == repr(getattr(written, field.name))
     assert math.isnan(read.accuracy_matrix[0][1])
     assert math.isnan(read.accuracy_by_class[9])
@@ -90,9 +93,9 @@ def test_the_file_is_strict_json_with_the_metrics_on_top():
 
     found = json.loads(result(FIRST, loss_terms=({"er/replay": math.nan},)).to_json(), parse_constant=refuse)
     assert next(iter(found)) == "schema_version"
-    assert found["final_average_accuracy"] == pytest.approx((4 / 5 + 0) / 2)
-    assert found["average_incremental_accuracy"] == pytest.approx(4 / 5)
-    assert found["forgetting"] is None
+    assert found["metrics"]["final_average_accuracy"] == pytest.approx((4 / 5 + 0) / 2)
+    assert found["metrics"]["average_incremental_accuracy"] == pytest.approx(4 / 5)
+    assert found["metrics"]["forgetting"] is None
     assert found["loss_terms"] == [{"er/replay": None}]
     assert found["accuracy_by_class"] == {"7": 1.0, "0": 0.5, "9": 0.0}
 
@@ -102,8 +105,41 @@ def test_the_document_names_exactly_the_fields_in_order():
     assert documented == [field.name for field in dataclasses.fields(Result)]
 
 
-def test_the_metrics_are_fields():
-    assert set(METRICS) < {field.name for field in dataclasses.fields(Result)}
+def test_the_document_names_exactly_the_metrics_in_order():
+    text = SCHEMA.read_text(encoding="utf-8")
+    assert re.findall(r"^\| `metrics\.(\w+)` \|", text, flags=re.MULTILINE) == list(registry._OWN)
+
+
+def test_metrics_are_attributes():
+    found = result(baseline=FIRST)
+    assert {name: getattr(found, name) for name in found.metrics} == found.metrics
+    with pytest.raises(AttributeError, match=r"^Result has no field or metric 'forgeting'; did you mean 'forgetting'\?$"):
+        _ = found.forgeting
+
+
+def test_a_result_survives_copying_and_pickling():
+    found = result(baseline=FIRST)
+    assert copy.deepcopy(found) == pickle.loads(pickle.dumps(found)) == found
+
+
+def test_a_metric_that_a_run_has_not_computed_is_undefined_with_its_reason():
+    assert result().score("newer").undefined.startswith("not in results.json, ")
+
+
+def test_one_entry_in_the_registry_reaches_results_and_aggregates(monkeypatch):
+    worst = Metric(label="accuracy on the worst experience", score=lambda found: min(found.accuracy_TE[-1]))
+    monkeypatch.setitem(METRICS._entries, "worst_experience", worst)
+    assert result().worst_experience == 1 / 5
+    assert json.loads(result().to_json())["metrics"]["worst_experience"] == 1 / 5
+    assert aggregate([result()]).mean["worst_experience"] == 1 / 5
+
+
+def test_a_metric_that_fails_loses_no_other_number(monkeypatch):
+    monkeypatch.setitem(METRICS._entries, "broken", Metric(label="broken", score=lambda found: 1 / 0))
+    found = result()
+    assert math.isnan(found.broken)
+    assert found.undefined["broken"] == "ZeroDivisionError: division by zero"
+    assert found.forgetting == pytest.approx(3 / 5)
 
 
 def test_class_orders_that_do_not_fit_are_refused():
@@ -128,15 +164,15 @@ def damaged(change):
     ("text", "message"),
     [
         ("{", "not JSON; give the results.json of a finished run"),
-        ("[]", "schema_version None, this clframe reads 1; "),
-        ("{}", "schema_version None, this clframe reads 1; "),
-        (damaged(lambda f: f.update(schema_version=2)), "schema_version 2, this clframe reads 1; "),
-        (damaged(lambda f: f.pop("seed")), "field 'seed' is missing; "),
+        ("[]", "schema_version None, this clframe reads 1 to 2; "),
+        ("{}", "schema_version None, this clframe reads 1 to 2; "),
+        (damaged(lambda f: f.update(schema_version=3)), "schema_version 3, this clframe reads 1 to 2; "),
+        (damaged(lambda f: f.pop("seed")), "seed: is missing; "),
         (damaged(lambda f: f.update(seed="3")), 'seed: found "3"; '),
         (damaged(lambda f: f.update(seed=None)), "seed: found null; "),
         (damaged(lambda f: f.update(seed=True)), "seed: found true; "),
-        (damaged(lambda f: f.update(forgetting="much")), 'forgetting: found "much"; '),
-        (damaged(lambda f: f.update(forgetting=[])), "forgetting: found []; "),
+        (damaged(lambda f: f["metrics"].update(forgetting="much")), 'metrics: found "much"; '),
+        (damaged(lambda f: f["metrics"].update(forgetting=[])), "metrics: found []; "),
         (damaged(lambda f: f.update(accuracy_matrix=[0.5])), "accuracy_matrix: found 0.5; "),
         (damaged(lambda f: f.update(accuracy_by_class={"a": 1})), "accuracy_by_class: found the key 'a'"),
         (damaged(lambda f: f.update(state_bytes=[1])), "state_bytes: found [1]; "),
@@ -163,6 +199,35 @@ def test_fields_of_a_later_clframe_are_ignored_and_optional_ones_may_be_absent(t
     path = tmp_path / "results.json"
     path.write_text(damaged(lambda f: (f.update(new_field=1), f.pop("loss_terms"))))
     assert Result.from_json(path).loss_terms == ()
+
+
+def test_records_of_a_later_or_an_earlier_clframe_are_read(tmp_path):
+    path = tmp_path / "results.json"
+    record = {"samples_E": [4], "layers": {"a": {"neurons": 8, "sparsity": 0.5, "newer": 1}}, "newer": []}
+    path.write_text(damaged(lambda f: f.update(activity=[record, {}])))
+    first, second = Result.from_json(path).activity
+    assert first.layers["a"].sparsity == 0.5
+    assert first.layers["a"].kept_E == ()
+    assert second == ActivityRecord()
+
+
+VERSION_1 = sorted((Path(__file__).parent / "report" / "data").glob("version_1*/results.json"))
+
+
+@pytest.mark.parametrize("path", VERSION_1, ids=[path.parent.name for path in VERSION_1])
+def test_a_file_of_version_1_is_read(path, tmp_path):
+    written, found = json.loads(path.read_text()), Result.from_json(path)
+    assert (written["schema_version"], found.schema_version) == (1, 2)
+    for name in ("final_average_accuracy", "forgetting", "forward_transfer", "learning_accuracy"):
+        assert getattr(found, name) == written[name]
+    assert len(found.exits) == len(found.accuracy_matrix) == len(written["accuracy_matrix"])
+    for record, old in zip(found.exits, written["exits"], strict=True):
+        assert list(record.accuracy_K) == old["diagnostics"]["accuracy_K"]
+        assert list(record.metrics["unique_accuracy"]) == old["diagnostics"]["unique_accuracy_K"]
+        assert record.overthinking == pytest.approx(old["diagnostics"]["overthinking"])
+        assert [p.budget_share for p in record.points.points or ()][:3] in ([], [0.25, 0.5, 0.75])
+    found.write(tmp_path / "results.json")
+    assert str(Result.from_json(tmp_path / "results.json")) == str(found)  # NaN differs from itself
 
 
 def test_writing_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -211,7 +276,11 @@ def test_a_missing_folder_is_one_line(tmp_path):
 
 
 def seeded(values):
-    return [dataclasses.replace(result(), seed=s, forgetting=value) for s, value in enumerate(values)]
+    base = result()
+    return [
+        dataclasses.replace(base, seed=s, metrics={**base.metrics, "forgetting": value})
+        for s, value in enumerate(values)
+    ]
 
 
 def test_aggregate_is_mean_and_sample_deviation():
@@ -223,7 +292,7 @@ def test_aggregate_is_mean_and_sample_deviation():
     assert found.deviation["forgetting"] == pytest.approx(deviation, abs=1e-15)
     assert found.deviation["forgetting"] != pytest.approx(statistics.pstdev((0.25, 0.5, 0.125)), abs=1e-3)
     assert found.deviation["final_average_accuracy"] == 0.0
-    assert tuple(found.mean) == tuple(found.deviation) == METRICS
+    assert list(found.mean) == list(found.deviation) == list(all_metrics())
 
 
 def test_aggregate_of_one_seed_has_no_deviation():

@@ -1,4 +1,4 @@
-"""What training and inference cost, by one convention each."""
+"""Cost of training and inference: MACs, time, memory and energy, each by one stated convention."""
 
 from clframe.accounting.entries import PHASES, Entry, Experts, Part, Phase, Products, Stop
 from clframe.accounting.ledger import Ledger
@@ -9,7 +9,7 @@ from clframe.accounting.macs import (
     count_macs,
     count_parameters,
     cumulative_macs,
-    measure,
+    measure_cost,
     module_bytes,
     stage_macs,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "count_parameters",
     "cumulative_macs",
     "latency",
-    "measure",
+    "measure_cost",
     "module_bytes",
     "process_peak_bytes",
     "stage_macs",

@@ -1,4 +1,4 @@
-"""Rows of the ledger and of its account of predictions."""
+"""Rows of the ledger, and of the costs of predictions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeVar, get_args
 
 Phase = Literal["forward", "backward", "replay", "teachers", "auxiliary", "router", "evaluation"]
-"""Where multiply-adds go.
+"""Purpose of multiply-adds.
 
-``forward`` and ``backward`` are the network's own on new data; ``replay`` is both on samples from a memory, and the
-choice of them; ``teachers`` are frozen networks asked in a step; ``router`` is the training of routers; ``auxiliary``
-is what else components run.
+``forward`` and ``backward``: the network on new samples. ``replay``: both on samples of a replay buffer, and their
+selection. ``teachers``: components whose state holds frozen networks. ``router``: training of routers. ``auxiliary``:
+other computations of components. ``evaluation``: accuracies on the test stream.
 """
 PHASES: Final[tuple[str, ...]] = get_args(Phase)
 Count = Literal["dense", "effective"]
-"""Dense counts follow shapes; effective ones leave out products with zeros."""
+"""Dense counts follow from shapes; effective counts leave out products with zeros."""
 CONVENTION: Final = "macs: one multiply-add counts 1; FLOPs = 2 x MACs"
 SCHEMA: Final = 1
 
@@ -27,16 +27,16 @@ class Entry:
     phase: Phase
     macs: int
     experience: int | None = None
-    """Counted from 0; None before the first and outside of a stream."""
+    """From 0; None before the first experience and outside of a stream."""
     component: str = ""
-    """Whose doing it is; empty for the network and its task."""
+    """Component that caused them; empty for the network and its task loss."""
     exit: str = ""
-    """The exit up to which samples went; empty where they pass all of them."""
+    """Exit at which the samples stopped; empty if they passed all exits."""
     samples: int = 0
     steps: int = 0
     """Optimizer steps."""
     effective_macs: int | None = None
-    """Without products with zeros; None where nobody counted them, which then is ``macs``."""
+    """Without products with zeros; None if they were not counted, which is read as ``macs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Time:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Bytes kept at one moment."""
+    """Bytes in use after an experience, or a peak."""
 
     kind: str
     """``parameters``, ``memory``, ``teachers``, ``components``, ``checkpoint``, ``process_peak`` or ``device_peak``."""
@@ -61,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Joules:
-    """Energy by a real counter."""
+    """Energy as read from a hardware counter."""
 
     joules: float | None
     energy_source: str
@@ -70,7 +70,7 @@ class Joules:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A count that a component declares, under a name of its own."""
+    """Number that a component declares in ``extra_cost``, under a name that it chooses."""
 
     name: str
     value: int
@@ -83,10 +83,10 @@ _NUMBERS: Final = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 def read_row(kind: type[Row], found: Mapping[str, Any]) -> Row:
-    """A row as a file has it; fields that this version does not know are left out.
+    """Build a row from a mapping as read from a file; unknown fields, of later versions, are ignored.
 
     Raises:
-        ValueError: A value of another type than its field's.
+        ValueError: A value does not have its field's type.
         TypeError: A field is missing.
     """
     values = {}
@@ -102,74 +102,74 @@ def read_row(kind: type[Row], found: Mapping[str, Any]) -> Row:
 
 
 PartKind = Literal["stage", "head", "ensemble", "policy", "answers"]
-"""Of what a part is: a stage of the backbone; the classifier of an exit; what joins the exits; the confidence by which
-a sample may stop; what a component does to the answers of all exits."""
+"""Kinds of parts: a stage of the backbone; the head of an exit; the ensemble of exits; the confidence measure; the
+correction of logits by a component, ``answers`` in ledger files since their first version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a prediction, in the order in which they run."""
+    """One part of a prediction; parts are in the order in which they run."""
 
     name: str
     kind: PartKind
     macs: int
-    """Of one sample, all experts run."""
+    """Of one sample, with all experts on."""
     component: str = ""
-    """Whose it is; empty for the backbone and its own classifier."""
+    """Component that added it; empty for the backbone and its own classifier."""
     experience: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """Samples that go no further than one exit."""
+    """Samples that stop at one exit."""
 
     exit: str
     macs: int
-    """Of one sample up to there: stages, heads and policy passed on the way included."""
+    """Of one sample up to this exit: all stages, heads and confidence measures before it included."""
     samples: int
     of: int | None = None
-    """The test experience they are from."""
+    """Test experience of the samples."""
     experience: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """Multiply-adds of all layers in one role, over a few real samples."""
+    """Multiply-adds of all layers with one role, over a few test samples."""
 
     role: str
     macs: int
     effective_macs: int
-    """Without products of a zero among the layer's inputs; of experts, those of the pairs that ran."""
+    """Without products with a zero input; for experts, those of the pairs that ran."""
     samples: int
     experience: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """What one layer of experts did, over a few real samples."""
+    """Use of one layer of experts, over a few test samples."""
 
     layer: str
     experts: int
     samples: int
     tokens: int
     routed: int
-    """Tokens that the router was asked for."""
+    """Tokens that the router scored."""
     pairs: int
-    """(token, expert) pairs that ran; each is gathered and added back once, which counts no MACs."""
+    """(token, expert) pairs that ran; gathering and adding their rows counts no MACs."""
     expert_macs: int
     """Of one pair."""
     router_macs: int
     """Of one token."""
     part: str = ""
-    """Name of the part that the layer is in."""
+    """Name of the :class:`Part` with the layer."""
     experience: int | None = None
 
     @property
     def macs(self) -> int:
-        """All that was computed: pairs, and the router."""
+        """MACs of the pairs and of the router."""
         return self.pairs * self.expert_macs + self.routed * self.router_macs
 
     @property
     def dense_macs(self) -> int:
-        """Of the same tokens, with all experts and without a router."""
+        """MACs of the same tokens with all experts and without a router."""
         return self.tokens * self.experts * self.expert_macs

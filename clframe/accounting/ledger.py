@@ -1,8 +1,8 @@
-"""What a run cost, entry by entry: MACs (one multiply-add counts 1; FLOPs = 2 x MACs), samples, seconds, bytes, joules.
+"""The ledger: costs of a run in MACs (one multiply-add counts 1; FLOPs = 2 x MACs), samples, seconds, bytes, joules.
 
-Entries are only ever added. Each says when (experience), in which phase, for whom (component) and up to which exit;
-questions are sums over them. Dense and effective counts are kept apart: zeros lower only the latter. What could not
-be counted is named by :meth:`Ledger.uncounted`.
+Entries are appended, never changed. Each has an experience, a phase, a component and an exit; queries are sums over
+entries. Dense and effective counts are separate: products with zeros lower only the latter. Operators that could not be
+counted are listed by :meth:`Ledger.uncounted`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ledger:
     """Costs of a run.
 
     Attributes:
-        predictions: What one prediction costs, which is no part of what the run cost.
+        predictions: Costs of one prediction, which are not part of the costs of the run.
 
     >>> ledger = Ledger()
     >>> ledger.add("forward", macs=100, experience=0, samples=4, steps=2)
@@ -57,10 +57,10 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Everything added, in order."""
+        """All entries, in order."""
         return tuple(self._entries)
 
-    # --- adding -----------------------------------------------------------------------------------
+    # --- entries ----------------------------------------------------------------------------------
 
     def add(
         self,
@@ -74,44 +74,44 @@ class Ledger:
         steps: int = 0,
         effective_macs: int | None = None,
     ) -> None:
-        """Add one entry; see :class:`Entry`.
+        """Append one entry; see :class:`Entry`.
 
         Raises:
-            UnknownNameError: No such phase.
-            ConfigError: A count below zero, or more effective than dense products.
+            UnknownNameError: Unknown phase.
+            ConfigError: A negative count, or more effective than dense MACs.
         """
         if phase not in PHASES:
             raise UnknownNameError(unknown_name("phase", phase, PHASES))
         if min(macs, samples, steps, effective_macs or 0) < 0 or (effective_macs or 0) > macs:
             raise ConfigError(
-                f"ledger: found macs {macs}, effective {effective_macs}, samples {samples}, steps {steps}; give counts "
-                f"of 0 or more, effective ones up to macs"
+                f"ledger: found macs {macs}, effective {effective_macs}, samples {samples}, steps {steps}; use counts "
+                f"of at least 0, and effective ones of at most macs"
             )
         entry = Entry(phase=phase, macs=macs, experience=experience, component=component, exit=exit, samples=samples,
                       steps=steps, effective_macs=effective_macs)  # fmt: skip
         self._entries.append(entry)
 
     def add_time(self, phase: str, *, seconds: float, experience: int | None = None) -> None:
-        """Add wall time to a phase, such as ``training``, ``evaluation`` or ``accounting``."""
+        """Append wall time of a phase, such as ``training``, ``evaluation`` or ``accounting``."""
         self._times.append(Time(phase=phase, seconds=seconds, experience=experience))
 
     def add_bytes(self, kind: str, *, bytes: int, component: str = "", experience: int | None = None) -> None:
-        """Note what is kept from now on."""
+        """Append the bytes that a kind of object uses from now on."""
         self._sizes.append(Size(kind=kind, bytes=bytes, component=component, experience=experience))
 
     def add_energy(self, energy: Energy, *, experience: int | None = None) -> None:
-        """Add what a counter said, or that none did."""
+        """Append the reading of a counter, or that there was none."""
         self._energy.append(Joules(joules=energy.joules, energy_source=energy.energy_source, experience=experience))
 
     def add_figure(self, name: str, *, value: int, component: str = "", experience: int | None = None) -> None:
-        """Note what a component says of itself."""
+        """Append a number that a component declares."""
         self._figures.append(Figure(name=name, value=value, component=component, experience=experience))
 
     def add_uncounted(self, calls: Mapping[str, int]) -> None:
-        """Note operators, or whatever else, that were not counted and how often they ran."""
+        """Add calls of operators or plugins that were not counted, by name."""
         self._uncounted.update(calls)
 
-    # --- asking -----------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------
 
     @property
     def macs(self) -> int:
@@ -120,36 +120,36 @@ class Ledger:
 
     @property
     def training_macs(self) -> int:
-        """All but the evaluations'."""
+        """Multiply-adds of the run without evaluations, dense."""
         return sum(entry.macs for entry in self._entries if entry.phase != "evaluation")
 
     def by_phase(self, *, experience: int | None = None, count: Count = "dense") -> dict[str, int]:
-        """MACs of every phase that has any, in the order of :data:`PHASES`; of one experience if given."""
+        """Return MACs by phase, in the order of :data:`PHASES`; of one experience if given."""
         found = self._sum(lambda entry: entry.phase, experience, count)
         return {phase: found[phase] for phase in PHASES if phase in found}
 
     def by_component(self, *, experience: int | None = None, count: Count = "dense") -> dict[str, int]:
-        """MACs by component, the network itself under the empty name; of one experience if given."""
+        """Return MACs by component, with an empty name for the network; of one experience if given."""
         return self._sum(lambda entry: entry.component, experience, count)
 
     def by_exit(self, *, experience: int | None = None, count: Count = "dense") -> dict[str, int]:
-        """MACs by the exit at which samples stopped, the empty name where they passed all."""
+        """Return MACs by the exit at which samples stopped, with an empty name for those that passed all."""
         return self._sum(lambda entry: entry.exit, experience, count)
 
     def by_experience(self, *, count: Count = "dense") -> dict[int | None, int]:
-        """MACs by experience."""
+        """Return MACs by experience."""
         return self._sum(lambda entry: entry.experience, None, count)
 
     def samples(self, phase: Phase = "forward", *, experience: int | None = None) -> int:
-        """Samples that went through a phase, each as often as it did."""
+        """Count the samples of a phase, repeated ones each time."""
         return sum(e.samples for e in self._entries if e.phase == phase and experience in (None, e.experience))
 
     def steps(self, *, experience: int | None = None) -> int:
-        """Optimizer steps."""
+        """Count optimizer steps."""
         return sum(e.steps for e in self._entries if experience in (None, e.experience))
 
     def seconds(self, *, experience: int | None = None) -> dict[str, float]:
-        """Wall time by phase."""
+        """Return wall time by phase."""
         found: dict[str, float] = {}
         for time in self._times:
             if experience in (None, time.experience):
@@ -157,7 +157,7 @@ class Ledger:
         return found
 
     def bytes(self) -> dict[str, int]:
-        """What was kept last, by kind, over all components; peaks are the largest seen."""
+        """Return the latest bytes by kind, summed over components; for peaks the largest."""
         newest = {(size.kind, size.component): size.bytes for size in self._sizes}
         found: dict[str, int] = {}
         for (kind, _), count in newest.items():
@@ -168,7 +168,7 @@ class Ledger:
         return found
 
     def energy(self) -> Energy:
-        """Energy of all blocks that were metered: a sum only where each has a figure of one and the same source."""
+        """Return the energy of all metered blocks; None unless every block has a reading of the same source."""
         sources = {part.energy_source for part in self._energy}
         figures = [part.joules for part in self._energy if part.joules is not None]
         if len(sources) != 1:
@@ -177,17 +177,17 @@ class Ledger:
         return Energy(sum(figures) if whole else None, sources.pop())  # type: ignore[arg-type]  # read back as text
 
     def figures(self) -> dict[tuple[str, str], int]:
-        """What components said last, by component and name."""
+        """Return the latest declared numbers, by component and name."""
         return {(figure.component, figure.name): figure.value for figure in self._figures}
 
     def uncounted(self) -> dict[str, int]:
-        """What was not counted, and how often it ran; empty: nothing."""
+        """Return calls of what was not counted, by name; empty if everything was."""
         return dict(sorted(self._uncounted.items()))
 
     # --- storing ----------------------------------------------------------------------------------
 
     def as_tree(self) -> dict[str, Any]:
-        """Plain values; :meth:`of` is the inverse."""
+        """Return the ledger as plain values; :meth:`of` is the inverse."""
         return {
             "schema_version": SCHEMA,
             "convention": CONVENTION,
@@ -202,14 +202,16 @@ class Ledger:
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Ledger:
-        """The ledger that :meth:`as_tree` was taken of; fields that this version does not know are left out.
+        """Build a ledger from :meth:`as_tree`; unknown fields, of later versions, are ignored.
 
         Raises:
-            RunFolderError: It is of another schema, or damaged.
+            RunFolderError: The tree has another schema version, or is damaged.
         """
         found = tree.get("schema_version")
         if found != SCHEMA:
-            raise RunFolderError(f"ledger: has schema {found}, this version reads {SCHEMA}; use the one that wrote it")
+            raise RunFolderError(
+                f"ledger: has schema {found}, this version reads {SCHEMA}; use the version that wrote it"
+            )
         ledger = cls()
         try:
             for row in tree["entries"]:
@@ -222,24 +224,24 @@ class Ledger:
             ledger.predictions = Predictions.of(tree.get("predictions", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise RunFolderError(f"ledger: is damaged ({reason}); write it anew by resuming the run") from error
+            raise RunFolderError(f"ledger: is damaged ({reason}); resume the run to write it again") from error
         return ledger
 
     def to_json(self) -> str:
-        """Strict JSON."""
+        """Return strict JSON."""
         return json.dumps(self.as_tree(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """The inverse of :meth:`to_json`.
+        """Build a ledger from :meth:`to_json`.
 
         Raises:
-            RunFolderError: It is no JSON, of another schema, or damaged.
+            RunFolderError: The text is not JSON, has another schema version, or is damaged.
         """
         try:
             tree = json.loads(text)
         except ValueError as error:
-            raise RunFolderError(f"ledger: is no JSON ({error}); write it anew by resuming the run") from None
+            raise RunFolderError(f"ledger: is not JSON ({error}); resume the run to write it again") from None
         return cls.of(tree if isinstance(tree, dict) else {})
 
     def _sum(self, key: Callable[[Entry], Key], experience: int | None, count: Count) -> dict[Key, int]:

@@ -1,4 +1,8 @@
-"""Operators that count nothing by convention, by family; whatever is in none of them and has no formula is a gap."""
+"""The MAC counter: a context manager that counts the operators which run in it.
+
+Operators with a formula count multiply-adds. Others either belong to a family that counts 0 by convention, such as
+normalization, or are reported by :meth:`MacCounter.uncounted`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ NAMES: Final = {
     "cudnn_init_dropout_state",
     "loss": "nll_loss nll_loss2d mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy",
 }
-"""Operators by family, without what decorates their names."""
+"""Operators by family, by the stem of their names."""
 
 PARTS: Final = {
     "cell": "activation", "softmax": "activation", "glu": "activation", "dropout": "activation", "relu": "activation",
@@ -44,14 +48,14 @@ PARTS: Final = {
     "index": "data movement", "scatter": "data movement", "pad": "data movement", "copy": "data movement",
     "reflection_pad": "data movement", "replication_pad": "data movement", "unique": "reduction",
 }  # fmt: skip
-"""Whole parts of names, such as the ``pool`` of ``max_pool2d``, that place an operator in a family."""
+"""Families by parts of names, such as the ``pool`` of ``max_pool2d``."""
 
 _DECORATIONS: Final = ("_backward", "_forward", "_data")
 _FAMILY_OF: Final = {name: family for family, names in NAMES.items() for name in names.split()}
 
 
 def family_of(operator: Any) -> str | None:
-    """The family in which an operator (an overload, such as ``aten.relu.default``) counts nothing; None: in none.
+    """Return the family in which an operator (an overload, as ``aten.relu.default``) counts 0; None if in none.
 
     >>> family_of(torch.ops.aten.max_pool2d_with_indices.default)
     'pooling'
@@ -60,6 +64,8 @@ def family_of(operator: Any) -> str | None:
     """
     if operator.namespace == "profiler":
         return "bookkeeping"
+    if operator.namespace in ("c10d", "_c10d_functional"):  # gradients that processes exchange during backward
+        return "communication"
     if operator.namespace not in ("aten", "prim", "prims"):
         return None
     if operator.is_view:
@@ -75,15 +81,17 @@ def family_of(operator: Any) -> str | None:
 
 
 Convention = Literal["macs", "fvcore"]
-"""What is counted: multiply-adds alone, or what published figures hold besides."""
+"""Operations that count: multiply-adds, or in addition those element-wise ones that fvcore counts."""
 
 
 class MacCounter:
-    """A context in which every operator is counted.
+    """Context manager that counts every operator which runs in it, on any device, backward passes included.
 
     Args:
-        convention: What is counted.
-        modules: Whether to keep counts by module; gradients of what runs then carry hooks.
+        convention: Operations that count.
+        modules: Whether to count by module as well; tensors that need gradients then carry hooks.
+        keep_kernels: Whether to leave the fused inference kernels of ``nn.MultiheadAttention`` enabled, so that the
+            counted code computes the same bits as without the counter.
 
     >>> with MacCounter() as counter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
@@ -91,18 +99,21 @@ class MacCounter:
     30
     """
 
-    def __init__(self, *, convention: Convention = "macs", modules: bool = False) -> None:
+    def __init__(
+        self, *, convention: Convention = "macs", modules: bool = False, keep_kernels: bool = False
+    ) -> None:
         formulas = product_formulas() | (elementwise_formulas() if convention == "fvcore" else {})
         self._flops = _torch_counter(formulas)
         if not modules:
             self._flops.mod_tracker = _Whole()
         self._seen: Any = _Seen()
-        self._fast_path = True
+        self._keep_kernels, self._fast_path = keep_kernels, True
 
     def __enter__(self) -> MacCounter:
-        # The fused layers of nn.MultiheadAttention in eval mode are single operators that no formula covers.
+        # A fused layer is one operator: its parts could not be counted by module, nor its element-wise operations.
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        if not self._keep_kernels:
+            torch.backends.mha.set_fastpath_enabled(False)
         self._seen.__enter__()
         self._flops.__enter__()
         return self
@@ -122,9 +133,9 @@ class MacCounter:
         return int(self._flops.get_total_flops()) // 2
 
     def by_module(self) -> dict[str, int]:
-        """Multiply-adds so far by the full name of each module called, its class first, parts included.
+        """Return the multiply-adds so far by the full name of each module called, submodules included.
 
-        Empty without ``modules``.
+        Names start with the class of the root. Empty without ``modules``.
         """
         return {
             name: sum(counts.values()) // 2
@@ -133,11 +144,11 @@ class MacCounter:
         }
 
     def uncounted(self) -> dict[str, int]:
-        """Calls of operators that neither a formula nor a convention covers, by name."""
+        """Return the calls of operators that neither a formula nor a convention covers, by name."""
         return self._sorted(None)
 
     def by_convention(self) -> dict[str, dict[str, int]]:
-        """Calls of operators that count nothing by convention, by family and name."""
+        """Return the calls of operators that count 0 by convention, by family and name."""
         families = sorted({family for operator in self._seen.calls if (family := self._family(operator)) is not None})
         return {family: self._sorted(family) for family in families if family}
 
@@ -149,7 +160,7 @@ class MacCounter:
         return dict(sorted(calls.items()))
 
     def _family(self, operator: Any) -> str | None:
-        """Empty where a formula counts it."""
+        """Return the family of an operator; empty if a formula counts it."""
         if getattr(operator, "overloadpacket", operator) in self._formulas:
             return ""
         return family_of(operator) if isinstance(operator, torch._ops.OpOverload) else None
@@ -165,7 +176,7 @@ def _torch_counter(formulas: Mapping[Any, Any]) -> Any:
 
 
 class _Whole:
-    """Stands for torch's tracker of modules where nobody asks which module runs."""
+    """Replaces torch's tracker of modules, whose hooks cost time, if counts by module are not needed."""
 
     parents = frozenset({"Global"})
 
@@ -175,7 +186,7 @@ class _Whole:
 
 
 class _Seen(TorchDispatchMode):
-    """Counts the calls of every operator that comes through the counter above it, after decomposition."""
+    """Counts the calls of every operator below torch's counter, which decomposes composite ones."""
 
     supports_higher_order_operators = True
 

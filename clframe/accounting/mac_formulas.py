@@ -1,7 +1,7 @@
-"""FLOPs of single operators from the shapes of their tensors, where torch has no formula or a wrong one.
+"""FLOPs of single operators from the shapes of their tensors, for those that torch's counter lacks or gets wrong.
 
-Every formula gets what the operator got, each tensor as its shape, and ``out_shape``. It answers in FLOPs, two a
-multiply-add, as torch's counter has it.
+A formula receives the operator's arguments, each tensor as its shape, and ``out_shape``. It returns FLOPs, two per
+multiply-add, as torch's own formulas do.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Formula = Callable[..., int]
 Shape = Sequence[int]
 
 
 def product_formulas() -> dict[Any, Formula]:
-    """Formulas by operator: products of matrices and vectors, convolution, attention and recurrent layers.
+    """Return formulas by operator: products of matrices and vectors, convolution, attention and recurrent layers.
 
-    torch's own counter has no formula for recurrent layers, products with vectors and those in place, counts the
-    backward pass of a convolution in g groups g times, and lacks some of the operators that attention may run on.
+    torch's own counter has no formula for recurrent layers, products with vectors and in-place products, counts the
+    backward pass of a convolution in g groups g times, and lacks some of the kernels of attention.
     """
     named: dict[str, Formula] = {
         "mv": _matrix_vector,
@@ -44,6 +45,8 @@ def product_formulas() -> dict[Any, Formula]:
         "miopen_rnn": _recurrent_stack,
         "miopen_rnn_backward": _recurrent_stack_backward,
         "_scaled_dot_product_attention_math_for_mps": _attention,
+        "_native_multi_head_attention": _fused_attention,
+        "_transformer_encoder_layer_fwd": _fused_layer,
     }
     for name in ("flash", "flash_for_cpu", "efficient", "cudnn", "fused_overrideable"):
         kind, _, place = name.partition("_")
@@ -53,7 +56,7 @@ def product_formulas() -> dict[Any, Formula]:
 
 
 def elementwise_formulas() -> dict[Any, Formula]:
-    """What the convention ``fvcore`` adds, doubled: the counter's FLOPs are halved."""
+    """Return the formulas that the convention ``fvcore`` adds, doubled because the counter halves FLOPs."""
     normalized = {
         "native_batch_norm": 2,
         "cudnn_batch_norm": 2,
@@ -81,36 +84,61 @@ def _matrix_vector(matrix: Shape, vector: Shape, **_: Any) -> int:
 
 
 def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
-    """A product for each group, which share the rows, the columns or the terms of the sums between them."""
-    shared = len(left) == 3 and len(right) == 2  # the columns: each group has its own
+    """Product per group; groups divide the rows, the columns or the terms of the sums between them."""
+    shared = len(left) == 3 and len(right) == 2  # each group has its own columns
     return 2 * prod(left[1:] if shared else left) * right[-1]
 
 
 def _trilinear(left: Shape, weight: Shape, right: Shape, *expanded: Any, out_shape: Shape, **_: Any) -> int:
-    """``sum(left * weight * right)``: one multiply-add a term, the other product being element-wise."""
+    """``sum(left * weight * right)``: one multiply-add per term; the other product is element-wise."""
     axes = [list(shape) for shape in (left, weight, right)]
     for shape, missing in zip(axes, expanded[:3], strict=True):
-        for place in sorted(missing):
-            shape.insert(place, 1)
+        for axis in sorted(missing):
+            shape.insert(axis, 1)
     terms: int = prod(0 if 0 in sizes else max(sizes) for sizes in zip(*axes, strict=True))
     return 2 * terms
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """softmax(Q K^T) V from shapes (..., heads, length, width): two products; groups of heads may share K and V."""
+    """softmax(Q K^T) V on shapes (..., heads, length, width): two products; groups of heads may share K and V."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Five products: the scores once more, the gradients of V, of the weights, of Q and of K."""
+    """Five products: the scores again, and the gradients of V, of the weights, of Q and of K."""
     return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, qkv: Tensor, qkv_bias: Tensor, out: Tensor,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Self-attention with its projections, from tensors: a batch may be nested, and then has no shape."""
+    if query.is_nested:
+        lengths = query._nested_tensor_size()[:, 0]
+        tokens, pairs = int(lengths.sum()), int(lengths.square().sum())
+    else:
+        tokens, pairs = prod(query.shape[:2]), query.shape[0] * query.shape[1] ** 2
+    flops: int = 2 * (tokens * (qkv.numel() + out.numel()) + 2 * pairs * width)
+    return flops
+
+
+def _fused_layer(x: Tensor, width: int, heads: int, *weights: Any, **_: Any) -> int:
+    """A whole encoder layer: self-attention and two linear layers."""
+    first, second = weights[11], weights[13]
+    hidden: int = x.numel() // width * (first.numel() + second.numel())
+    return _fused_attention(x, x, x, width, heads, *weights[:3]) + 2 * hidden
+
+
+# torch's counter then passes tensors rather than shapes.
+_fused_attention._get_raw = _fused_layer._get_raw = True  # type: ignore[attr-defined]
 
 
 def _convolution_backward(
     grad: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     output_padding: Any, groups: int, wanted: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
-    """The gradients of input and weights, each as many products as the forward pass, in every group."""
+    """Gradients of input and weights, each with the cost of the forward pass, in every group."""
     positions = x[2:] if transposed else grad[2:]
     return 2 * (int(wanted[0]) + int(wanted[1])) * x[0] * prod(positions) * prod(weight)
 
@@ -121,12 +149,12 @@ def _recurrent_layer(x: Shape, input_weight: Shape, hidden_weight: Shape, *_: An
 
 
 def _recurrent_stack(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    """All layers and directions at once: every matrix at every position; x is (positions, width) if packed."""
+    """All layers and directions: every matrix at every position; x is (positions, width) if packed."""
     return 2 * prod(x[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
 
 def _recurrent_stack_backward(x: Shape, weights: Sequence[Shape], *shapes: Any, **_: Any) -> int:
-    """The gradient of the input and, where it is wanted, that of the weights."""
+    """Gradient of the input and, if requested, of the weights."""
     wanted: Sequence[bool] = next(value for value in shapes if _is_mask(value))
     return _recurrent_stack(x, weights) * (1 + bool(wanted[3]))
 
@@ -146,7 +174,7 @@ def _normalization(count: int, *, scale: int) -> Formula:
 def _elementwise(count: int, *, bias_free: bool) -> Formula:
     def flops(left: Any, right: Any, *_: Any, out_shape: Sequence[int], **__: Any) -> int:
         if bias_free and isinstance(right, Sequence) and len(right) == 1 < len(out_shape):
-            return 0  # the bias of a linear layer, which torch adds apart where its input is not contiguous
+            return 0  # the bias of a linear layer, which torch adds separately if the input is not contiguous
         return 2 * count * prod(out_shape)
 
     return flops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,46 +16,54 @@ from clframe.accounting.mac_counter import Convention, MacCounter
 from clframe.errors import UnsupportedError
 
 __all__ = [
-    "Convention", "Staged", "as_found", "backbone_macs", "count_macs", "count_parameters", "cumulative_macs",
-    "stage_macs", "zeros_for",
+    "Convention", "Staged", "UncountedWarning", "backbone_macs", "count_macs", "count_parameters", "cumulative_macs",
+    "evaluation_mode", "stage_macs", "zeros_for",
 ]  # fmt: skip
 
 
+class UncountedWarning(UserWarning):
+    """A count of MACs is too low, because it leaves out operators without a formula."""
+
+
 class Staged(Protocol):
-    """A network that can name its parts: stages in order, each with the exits on its output."""
+    """Interface of networks with named stages in order, each with the exits on its output.
+
+    A protocol, because this package is below :mod:`clframe.nn` in the layers.
+    """
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input sample."""
 
     def plan(self) -> Sequence[tuple[str, nn.Module, Sequence[tuple[str, int]]]]:
-        """``(stage name, stage, ((exit name, exit number), ...))`` for every stage."""
+        """Return ``(stage name, stage, ((exit name, exit number), ...))`` for every stage."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every part, as a module gives them."""
+        """Iterate over all submodules, as ``nn.Module.modules``."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter, as a module gives them."""
+        """Iterate over all parameters, as ``nn.Module.parameters``."""
 
     def eval(self) -> Any:
-        """Evaluation mode, as a module has it."""
+        """Set evaluation mode, as ``nn.Module.eval``."""
 
     def classify(self, exit: int, tap: Tensor, previous_BC: Tensor | None) -> Tensor:
-        """logits_BC of one exit, given those of the exit before."""
+        """Return logits_BC of one exit, given those of the exit before."""
 
 
 def count_macs(
     module: nn.Module, input_shape: Sequence[int], *, batch: int = 1, convention: Convention = "macs"
 ) -> int:
-    """MACs of one forward pass in eval mode over ``batch`` samples of zeros.
+    """Count the MACs of one forward pass in evaluation mode over ``batch`` samples of zeros.
 
-    The pass runs on the module's device and leaves training flags, buffers and random states as they were.
+    The pass runs on the module's device and changes no training flag, buffer or random state. Operators without a
+    formula count 0 and are named in an :class:`UncountedWarning`, here and in the functions below.
 
     Args:
-        module: What to count; it is called with one tensor of its parameters' type.
+        module: Module to count, called with one tensor of its parameters' dtype.
         input_shape: Shape of one sample.
         batch: Number of samples; the count is for all of them.
-        convention: What is counted.
+        convention: Operations that count.
 
     >>> count_macs(nn.Linear(10, 5), (10,))
     50
@@ -65,12 +74,12 @@ def count_macs(
 
 
 def stage_macs(network: Staged, *, batch: int = 1, convention: Convention = "macs") -> dict[str, int]:
-    """MACs of every stage, and of every exit's head as ``exit/<name>``; they add up to the whole network's.
+    """Count the MACs of every stage, and of every exit's head as ``exit/<name>``; their sum is the network's.
 
     Args:
         network: A network with stages and exits.
         batch: Number of samples; the counts are for all of them.
-        convention: What is counted.
+        convention: Operations that count.
 
     >>> from clframe.nn import Network
     >>> from clframe.nn.backbones import mlp
@@ -95,14 +104,13 @@ def stage_macs(network: Staged, *, batch: int = 1, convention: Convention = "mac
 
 
 def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tuple[int, ...]:
-    """cost_K: MACs of one sample up to and including exit k, the heads of all earlier exits among them.
+    """Return cost_K, the MACs of one sample up to and including exit k and the heads of all earlier exits.
 
-    The last is the cost of a whole pass, up to the stages behind the last exit, of which there are none where
-    it is the backbone's own classifier.
+    Stages behind the last exit are left out; there are none if it is the backbone's own classifier.
 
     Args:
         network: A network with stages and exits.
-        convention: What is counted.
+        convention: Operations that count.
 
     >>> from clframe.nn import GrowingLinear, Network
     >>> from clframe.nn.backbones import mlp
@@ -121,11 +129,11 @@ def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tupl
 
 
 def backbone_macs(network: Staged, *, convention: Convention = "macs") -> int:
-    """MACs of one sample through the bare backbone and its own classifier: what costs are compared with.
+    """Count the MACs of one sample through the backbone and its own classifier, the reference for budgets.
 
     Args:
         network: A network with stages and exits.
-        convention: What is counted.
+        convention: Operations that count.
 
     >>> from clframe.nn import GrowingLinear, Network
     >>> from clframe.nn.backbones import mlp
@@ -139,7 +147,7 @@ def backbone_macs(network: Staged, *, convention: Convention = "macs") -> int:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, shared ones once, trained or not.
+    """Count parameters, shared ones once, trainable or not.
 
     >>> count_parameters(nn.Linear(10, 5))
     55
@@ -148,7 +156,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def zeros_for(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
-    """Zeros of this shape, of the type and on the device of the module's parameters."""
+    """Return zeros of this shape with the dtype and device of the module's parameters."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return torch.zeros(*shape)
@@ -156,8 +164,8 @@ def zeros_for(module: nn.Module | Staged, shape: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def as_found(module: nn.Module | Staged) -> Iterator[None]:
-    """Evaluation mode for a while, after which training flags and random states are what they were."""
+def evaluation_mode(module: nn.Module | Staged) -> Iterator[None]:
+    """Set evaluation mode; restore training flags and random states on exit."""
     training = {part: part.training for part in module.modules()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
@@ -171,19 +179,29 @@ def as_found(module: nn.Module | Staged) -> Iterator[None]:
 
 @contextmanager
 def _counting(module: nn.Module | Staged, convention: Convention) -> Iterator[Callable[[], int]]:
-    """Eval mode, no gradients, everything as found afterwards; yields a function for the MACs so far."""
-    with as_found(module), torch.no_grad(), MacCounter(convention=convention) as counter:
+    """Count in evaluation mode without gradients; yields a function that returns the MACs so far."""
+    with evaluation_mode(module), torch.no_grad(), MacCounter(convention=convention) as counter:
         yield lambda: counter.macs
+    gaps = counter.uncounted()
+    if gaps:
+        calls = ", ".join(f"{name} ({count} call{'s'[: count > 1]})" for name, count in gaps.items())
+        # One place, so that the default filter shows it once per set of operators, not once per experience.
+        warnings.warn(
+            f"MACs of {type(module).__name__}: found operators without a formula, which count as 0: {calls}; costs, "
+            f"budgets and exits placed by cost leave them out",
+            UncountedWarning,
+            stacklevel=1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one call costs."""
+    """Cost of one call."""
 
     macs: int
     """Multiply-adds of the call, for all samples in it."""
     parameters: int
-    """Parameters, shared ones once, trained or not."""
+    """Parameters, shared ones once, trainable or not."""
     bytes: int
     """Bytes of parameters and buffers, shared ones once."""
     modules: Mapping[str, int] = field(default_factory=dict)
@@ -192,74 +210,74 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: two a multiply-add."""
+        """Floating-point operations: two per multiply-add."""
         return 2 * self.macs
 
     def by_module(self) -> dict[str, int]:
-        """MACs of every module called, under its name in the whole, which is the empty name; parts included."""
+        """Return the MACs of every module called, by its name in the root (empty for the root), submodules included."""
         return dict(self.modules)
 
     def uncounted(self) -> dict[str, int]:
-        """How often each operator was called that neither a formula nor a convention covers; empty: none."""
+        """Return the calls of operators that neither a formula nor a convention covers, by name; empty if none."""
         return dict(self.gaps)
 
     def by_convention(self) -> dict[str, dict[str, int]]:
-        """How often each operator was called that counts nothing by convention, by family and name."""
+        """Return the calls of operators that count 0 by convention, by family and name."""
         return {family: dict(calls) for family, calls in self.conventions.items()}
 
 
-def measure(module: nn.Module, example: Any) -> Cost:
-    """The cost of ``module(example)`` in evaluation mode, without gradients, with everything left as it was found.
+def measure_cost(module: nn.Module, example: Any) -> Cost:
+    """Count the cost of ``module(example)`` in evaluation mode, without gradients; the module is not changed.
 
     Works on real devices and on ``meta``, where nothing is computed.
 
     Args:
-        module: What to measure.
+        module: Module to call.
         example: One tensor, a tuple of arguments, or a mapping of keyword arguments; tensors are moved to the
             module's device.
 
     Raises:
         UnsupportedError: The module is on ``meta`` and its path depends on values.
 
-    >>> cost = measure(nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 2)), torch.zeros(3, 10))
+    >>> cost = measure_cost(nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 2)), torch.zeros(3, 10))
     >>> cost.macs, cost.flops, cost.parameters, cost.bytes
     (180, 360, 67, 268)
     >>> cost.by_module()
     {'': 180, '0': 150, '1': 0, '2': 30}
     """
     args, kwargs = _arguments(module, example)
-    with as_found(module), torch.no_grad(), MacCounter(modules=True) as counter:
+    with evaluation_mode(module), torch.no_grad(), MacCounter(modules=True) as counter:
         try:
             module(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
             if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
                 raise
             raise UnsupportedError(
-                f"measure: {type(module).__name__} cannot run on meta tensors ({' '.join(str(error).split())[:120]}); "
-                f"measure it on a real device"
+                f"measure_cost: {type(module).__name__} cannot run on meta tensors "
+                f"({' '.join(str(error).split())[:120]}); use a real device"
             ) from error
     called = counter.by_module()
     return Cost(
         macs=counter.macs,
         parameters=count_parameters(module),
         bytes=module_bytes(module),
-        modules={name: called.get(_called(module, name), 0) for name, _ in module.named_modules()},
+        modules={name: called.get(_counter_name(module, name), 0) for name, _ in module.named_modules()},
         gaps=counter.uncounted(),
         conventions=counter.by_convention(),
     )
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once.
+    """Return the bytes of all parameters and buffers, shared ones once.
 
-    >>> module_bytes(nn.BatchNorm1d(3))  # two vectors learnt, two tracked, and a count of batches
+    >>> module_bytes(nn.BatchNorm1d(3))  # two trained vectors, two running statistics, and a count of batches
     56
     """
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _called(module: nn.Module, name: str) -> str:
-    """The name by which the counter knows a part."""
+def _counter_name(module: nn.Module, name: str) -> str:
+    """Return the name of a submodule in the counter, which starts with the class of the root."""
     root = type(module).__name__
     return f"{root}.{name}" if name else root
 

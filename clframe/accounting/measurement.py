@@ -1,4 +1,4 @@
-"""Measured time, memory and energy of calls: never derived from counts."""
+"""Time, memory and energy of calls, measured rather than derived from counts."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clframe.accounting.macs import as_found
+from clframe.accounting.macs import evaluation_mode
 from clframe.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Times of single calls with one size of batch."""
+    """Times of single calls with one batch size."""
 
     batch: int
-    """Samples of a call."""
+    """Samples per call."""
     seconds: tuple[float, ...]
-    """Every timed call, in order."""
+    """Of every timed call, in order."""
     device: str
 
     @property
     def p50(self) -> float:
-        """Seconds that half of the calls stay within."""
+        """Median of the seconds."""
         return self.quantile(0.5)
 
     @property
     def p95(self) -> float:
-        """Seconds that 95 % of the calls stay within."""
+        """95th percentile of the seconds."""
         return self.quantile(0.95)
 
     @property
     def throughput(self) -> float:
-        """Samples a second over all timed calls."""
+        """Samples per second over all timed calls."""
         return self.batch * len(self.seconds) / sum(self.seconds)
 
     def quantile(self, share: float) -> float:
-        """The smallest time that at least this share of the calls stay within, a time really seen.
+        """Return the smallest observed time that at least this share of the calls do not exceed.
 
         >>> Latency(batch=1, seconds=(0.4, 0.1, 0.3, 0.2), device="cpu").quantile(0.5)
         0.2
@@ -56,17 +56,17 @@ class Latency:
 def latency(
     module: nn.Module, example: Tensor, *, batches: Sequence[int] = (1,), warmup: int = 5, repeats: int = 30
 ) -> tuple[Latency, ...]:
-    """Time ``module`` in evaluation mode without gradients, one result for each size of batch.
+    """Time ``module`` in evaluation mode without gradients, with one result per batch size.
 
-    Each call gets the next samples of ``example``, and the first ones again after the last: how long a model that stops
-    early takes depends on its inputs. The module is left as it was found.
+    Calls cycle through the samples of ``example``, because the time of a model with early exits depends on its inputs.
+    The module is not changed.
 
     Args:
-        module: What to time; it is called with one tensor.
-        example: Inputs, batch first, on any device; repeated where a batch is larger.
-        batches: Sizes.
-        warmup: Calls that are not timed.
-        repeats: Calls that are.
+        module: Module to time, called with one tensor.
+        example: Inputs, batch first, on any device; repeated if a batch is larger.
+        batches: Batch sizes.
+        warmup: Calls before timing starts.
+        repeats: Timed calls.
 
     Raises:
         ConfigError: A size or number of calls below 1, or no sample in ``example``.
@@ -74,19 +74,19 @@ def latency(
     if not batches or min(batches) < 1 or repeats < 1 or warmup < 0 or len(example) < 1:
         raise ConfigError(
             f"latency: found batches {list(batches)}, warmup {warmup}, repeats {repeats} and {len(example)} samples; "
-            f"give sizes and repeats of 1 or more and an example that is not empty"
+            f"use sizes and repeats of at least 1 and an example with samples"
         )
     tensor = next(iter((*module.parameters(), *module.buffers())), example)
     inputs = example.to(tensor.device)
-    with as_found(module), torch.inference_mode():
+    with evaluation_mode(module), torch.inference_mode():
         return tuple(
-            Latency(batch=size, seconds=_times(module, parts, warmup, repeats), device=str(inputs.device))
-            for size, parts in ((size, _dealt(inputs, size)) for size in batches)
+            Latency(batch=size, seconds=_time_calls(module, parts, warmup, repeats), device=str(inputs.device))
+            for size, parts in ((size, _split_batches(inputs, size)) for size in batches)
         )
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has finished what it was given; nothing on the CPU."""
+    """Block until ``device`` has finished all queued work; no-op on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -94,9 +94,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def process_peak_bytes() -> int | None:
-    """The most memory this process has held so far, as the system counts it; None where it does not.
+    """Return the peak resident memory of this process, as the system counts it; None if it does not.
 
-    It never falls, so only a process of its own can say what one run takes.
+    The peak never falls, so the peak of a single run needs a separate process.
     """
     try:
         import resource
@@ -107,7 +107,7 @@ def process_peak_bytes() -> int | None:
 
 
 class DevicePeak:
-    """The most memory that torch held on a CUDA device inside a ``with`` block; None on other devices."""
+    """Peak of the memory that torch allocated on a CUDA device in a ``with`` block; None on other devices."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
@@ -123,7 +123,7 @@ class DevicePeak:
             self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
-def _times(module: nn.Module, batches: Sequence[Tensor], warmup: int, repeats: int) -> tuple[float, ...]:
+def _time_calls(module: nn.Module, batches: Sequence[Tensor], warmup: int, repeats: int) -> tuple[float, ...]:
     device = batches[0].device
     for call in range(warmup):
         module(batches[call % len(batches)])
@@ -138,8 +138,8 @@ def _times(module: nn.Module, batches: Sequence[Tensor], warmup: int, repeats: i
     return tuple(seconds)
 
 
-def _dealt(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Batches of this size, one behind the other; one that repeats the samples where there are fewer."""
+def _split_batches(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Split into batches of this size; repeat the samples if there are fewer."""
     if len(x) < size:
         copies = -(-size // len(x))
         return (x.repeat(copies, *(1 for _ in x.shape[1:]))[:size].contiguous(),)
@@ -147,10 +147,10 @@ def _dealt(x: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 Source = Literal["nvml", "rapl", "none"]
-"""Who counted."""
+"""Hardware counter that was read."""
 
 POWERCAP = Path("/sys/class/powercap")
-"""Where Linux keeps RAPL's counters."""
+"""Folder of RAPL's counters on Linux."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,18 @@ class Energy:
     """Energy between two readings."""
 
     joules: float | None
-    """None where nothing counted, or the counter had not moved on yet."""
+    """None without a counter, or if the counter was not updated in between."""
     energy_source: Source
 
 
 class EnergyMeter:
-    """Reads the counter of a device at the start and the end of a ``with`` block, into ``energy``.
+    """Reads the energy counter of a device at the start and the end of a ``with`` block, into ``energy``.
 
-    A GPU is asked through NVML, anything else through RAPL. Both count the whole chip, with everything that runs
-    on it. NVML's counter moves every 20 to 100 ms: over a shorter block it may stand still, which is no figure.
+    Uses NVML for a GPU and RAPL for anything else. Both count the whole chip with everything that runs on it. NVML's
+    counter is updated every 20 to 100 ms; a shorter block may have no reading.
 
     Args:
-        device: Where the work runs.
+        device: Device that does the work.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -186,23 +186,23 @@ class EnergyMeter:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.energy = Energy(_between(self._start, self._read()), self._source)
+        self.energy = Energy(_difference(self._start, self._read()), self._source)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A counter at one moment."""
+    """Reading of a counter."""
 
     joules: float
     wraps_at: float | None = None
-    """From where the counter starts again at zero."""
+    """Value at which the counter restarts at zero."""
 
 
 Readings = Mapping[str, Reading]
 
 
-def _between(start: Readings, end: Readings) -> float | None:
-    """Joules by all counters; None where one is missing, has wrapped unseen or none has moved."""
+def _difference(start: Readings, end: Readings) -> float | None:
+    """Return the joules of all counters; None if one is missing or has wrapped at an unknown value, or none changed."""
     if not start or start.keys() != end.keys():
         return None
     total = 0.0
@@ -224,12 +224,12 @@ def _counter(device: torch.device) -> tuple[Source, Callable[[], Readings]]:
 
 
 def rapl(folder: Path | None = None) -> Readings:
-    """The counters of all processor packages; empty where there is none or one may not be read."""
+    """Read the counters of all processor packages; empty if there are none or one is not readable."""
     folder = POWERCAP if folder is None else folder
     readings = {}
     try:
         for package in sorted(folder.glob("intel-rapl:*")):
-            if package.name.count(":") == 1:  # parts of a package are counted in it
+            if package.name.count(":") == 1:  # domains of a package are counted in it
                 joules = int((package / "energy_uj").read_text()) / 1e6
                 readings[package.name] = Reading(joules, int((package / "max_energy_range_uj").read_text()) / 1e6)
     except (OSError, ValueError):
@@ -238,14 +238,14 @@ def rapl(folder: Path | None = None) -> Readings:
 
 
 def _nvml(device: torch.device) -> Callable[[], Readings] | None:
-    """A reader of one GPU's counter, or None where NVML or the counter is not there."""
+    """Return a function that reads one GPU's counter; None without NVML or a counter."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return None
     with contextlib.suppress(nvml.NVMLError, AttributeError, RuntimeError):
         nvml.nvmlInit()
-        # By UUID: NVML numbers all GPUs of the machine, torch those that it was shown.
+        # By UUID: NVML numbers all GPUs of the machine, torch only those in CUDA_VISIBLE_DEVICES.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)

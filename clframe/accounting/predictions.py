@@ -1,7 +1,7 @@
-"""What one prediction costs: MACs (one multiply-add counts 1; FLOPs = 2 x MACs) by part, by exit and by kind of layer.
+"""Cost of one prediction: MACs (one multiply-add counts 1; FLOPs = 2 x MACs) by part, by exit and by role of layers.
 
-Noted after each experience. What one part costs follows shapes; how many samples stop where, which experts run and
-which products have a zero in them is counted on real samples. Nothing here is part of what the run itself cost.
+Recorded after each experience. The cost of a part follows from shapes; the exits at which samples stop, the experts
+that run and the products with zeros are counted on test samples. None of it is part of the costs of the run itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Row = TypeVar("Row", Part, Stop, Products, Experts)
 
 
 class Predictions:
-    """Costs of predictions, rows that are only ever added; questions are about the last experience unless told.
+    """Costs of predictions, in rows that are appended; queries are about the last experience by default.
 
     >>> predictions = Predictions()
     >>> predictions.add_part("layer1", kind="stage", macs=100)
@@ -34,20 +34,20 @@ class Predictions:
         self._products: list[Products] = []
         self._experts: list[Experts] = []
 
-    # --- adding -----------------------------------------------------------------------------------
+    # --- rows -------------------------------------------------------------------------------------
 
     def add_part(
         self, name: str, *, kind: PartKind, macs: int, component: str = "", experience: int | None = None
     ) -> None:
-        """Note what one part costs a sample; see :class:`Part`.
+        """Append the cost of one part; see :class:`Part`.
 
         Raises:
-            UnknownNameError: No such kind.
-            ConfigError: A count below zero.
+            UnknownNameError: Unknown kind.
+            ConfigError: A negative count.
         """
         if kind not in get_args(PartKind):
             raise UnknownNameError(unknown_name("kind of part", kind, get_args(PartKind)))
-        self._parts.append(_counts(Part(name=name, kind=kind, macs=macs, component=component, experience=experience)))
+        self._parts.append(_checked(Part(name=name, kind=kind, macs=macs, component=component, experience=experience)))
 
     def add_stops(
         self,
@@ -58,87 +58,87 @@ class Predictions:
         of: int | None = None,
         experience: int | None = None,
     ) -> None:
-        """Note how many samples stopped at each exit: a table of costs times counts, exact.
+        """Append the samples that stopped at each exit, with the cost of one of them.
 
         Args:
             names: Names of the exits.
             cost_K: MACs of one sample up to each.
-            count_K: How many samples stopped there.
-            of: The test experience they are from.
-            experience: After which training experience.
+            count_K: Number of samples that stopped there.
+            of: Test experience of the samples.
+            experience: Training experience after which they were counted.
         """
         rows = list(zip(names, cost_K, count_K, strict=True))
         self._stops += [
-            _counts(Stop(exit=name, macs=cost, samples=count, of=of, experience=experience))
+            _checked(Stop(exit=name, macs=cost, samples=count, of=of, experience=experience))
             for name, cost, count in rows
         ]
 
     def add_products(
         self, role: str, *, macs: int, effective_macs: int, samples: int, experience: int | None = None
     ) -> None:
-        """Note the products of one role; see :class:`Products`.
+        """Append the products of one role; see :class:`Products`.
 
         Raises:
-            ConfigError: A count below zero.
+            ConfigError: A negative count.
         """
         row = Products(role=role, macs=macs, effective_macs=effective_macs, samples=samples, experience=experience)
-        self._products.append(_counts(row))
+        self._products.append(_checked(row))
 
     def add_experts(self, row: Experts) -> None:
-        """Note what one layer of experts did."""
-        self._experts.append(_counts(row))
+        """Append the use of one layer of experts."""
+        self._experts.append(_checked(row))
 
-    # --- asking -----------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------
 
     def parts(self, *, experience: int | None = None) -> tuple[Part, ...]:
-        """Every part of a prediction, in the order in which they run."""
-        return _of(self._parts, experience)
+        """Return the parts of a prediction, in the order in which they run."""
+        return _rows_of(self._parts, experience)
 
     def stops(self, *, experience: int | None = None) -> tuple[Stop, ...]:
-        """Who stopped where."""
-        return _of(self._stops, experience)
+        """Return the samples that stopped at each exit, by test experience."""
+        return _rows_of(self._stops, experience)
 
     def products(self, *, experience: int | None = None) -> tuple[Products, ...]:
-        """Multiply-adds by role."""
-        return _of(self._products, experience)
+        """Return the multiply-adds by role."""
+        return _rows_of(self._products, experience)
 
     def experts(self, *, experience: int | None = None) -> tuple[Experts, ...]:
-        """What each layer of experts did."""
-        return _of(self._experts, experience)
+        """Return the use of each layer of experts."""
+        return _rows_of(self._experts, experience)
 
     def whole(self, *, experience: int | None = None) -> int:
-        """MACs of a sample that passes all parts, all experts run."""
+        """Return the MACs of a sample that passes all parts, with all experts on."""
         return sum(part.macs for part in self.parts(experience=experience))
 
     def by_kind(self, *, experience: int | None = None) -> dict[str, int]:
-        """MACs of such a sample by kind of part."""
-        return _summed(self.parts(experience=experience), lambda part: part.kind)
+        """Return the MACs of such a sample by kind of part."""
+        return _sum_by(self.parts(experience=experience), lambda part: part.kind)
 
     def by_component(self, *, experience: int | None = None) -> dict[str, int]:
-        """MACs of such a sample by component, backbone and final classifier under the empty name."""
-        return _summed(self.parts(experience=experience), lambda part: part.component)
+        """Return the MACs of such a sample by component, with an empty name for backbone and final classifier."""
+        return _sum_by(self.parts(experience=experience), lambda part: part.component)
 
     def by_exit(self, *, experience: int | None = None) -> dict[str, int]:
-        """MACs of a sample up to each exit, heads and policy included."""
+        """Return the MACs of a sample up to each exit, heads and confidence measures included."""
         return {stop.exit: stop.macs for stop in self.stops(experience=experience)}
 
     def samples_by_exit(self, *, experience: int | None = None) -> dict[str, int]:
-        """How many samples stopped at each exit."""
+        """Count the samples that stopped at each exit."""
         found: dict[str, int] = {}
         for stop in self.stops(experience=experience):
             found[stop.exit] = found.get(stop.exit, 0) + stop.samples
         return found
 
     def expected(self, *, experience: int | None = None) -> float:
-        """Mean MACs of a prediction, where each sample stops as the policy has it; NaN without samples."""
+        """Return the mean MACs of a prediction under the exit policy; NaN without samples."""
         stops = self.stops(experience=experience)
         samples = sum(stop.samples for stop in stops)
         return sum(stop.macs * stop.samples for stop in stops) / samples if samples else math.nan
 
     def mean(self, *, experience: int | None = None) -> float:
-        """The same with the experts that ran, as far as samples get; NaN without samples.
+        """Return the same less the experts that did not run, for the samples that reach them; NaN without samples.
 
-        What experts leave out, less their router, was counted on a few samples that passed all parts.
+        The saving of a layer of experts, less its router, was counted on a few samples that passed all parts.
         """
         names = [part.name for part in self.parts(experience=experience)]
         macs, stopped = self.expected(experience=experience), self.samples_by_exit(experience=experience)
@@ -150,7 +150,7 @@ class Predictions:
         return macs
 
     def quantile(self, share: float, *, experience: int | None = None) -> int | None:
-        """The least MACs that at least this share of the predictions stay within; None without samples."""
+        """Return the smallest cost that at least this share of the predictions do not exceed; None without samples."""
         stops = sorted(self.stops(experience=experience), key=lambda stop: stop.macs)
         wanted, reached = max(1, math.ceil(share * sum(stop.samples for stop in stops))), 0
         for stop in stops:
@@ -160,7 +160,7 @@ class Predictions:
         return None
 
     def by_role(self, *, experience: int | None = None, count: Count = "dense") -> dict[str, float]:
-        """Mean MACs of a sample by role; effective ones leave out products with zeros and experts that rest."""
+        """Return mean MACs of a sample by role; effective ones without products with zeros and experts that are off."""
         return {
             row.role: (row.macs if count == "dense" else row.effective_macs) / row.samples
             for row in self.products(experience=experience)
@@ -169,39 +169,39 @@ class Predictions:
     # --- storing ----------------------------------------------------------------------------------
 
     def as_tree(self) -> dict[str, list[dict[str, Any]]]:
-        """Plain values; :meth:`of` is the inverse."""
+        """Return plain values; :meth:`of` is the inverse."""
         lists = {"parts": self._parts, "stops": self._stops, "products": self._products, "experts": self._experts}
         return {name: [asdict(row) for row in rows] for name, rows in lists.items()}  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Predictions:
-        """What :meth:`as_tree` was taken of; fields that this version does not know are left out."""
+        """Build from :meth:`as_tree`; unknown fields, of later versions, are ignored."""
         found = cls()
-        found._parts = [_counts(read_row(Part, row)) for row in tree.get("parts", ())]
-        found._stops = [_counts(read_row(Stop, row)) for row in tree.get("stops", ())]
-        found._products = [_counts(read_row(Products, row)) for row in tree.get("products", ())]
-        found._experts = [_counts(read_row(Experts, row)) for row in tree.get("experts", ())]
+        found._parts = [_checked(read_row(Part, row)) for row in tree.get("parts", ())]
+        found._stops = [_checked(read_row(Stop, row)) for row in tree.get("stops", ())]
+        found._products = [_checked(read_row(Products, row)) for row in tree.get("products", ())]
+        found._experts = [_checked(read_row(Experts, row)) for row in tree.get("experts", ())]
         return found
 
 
-def _of(rows: Sequence[Row], experience: int | None) -> tuple[Row, ...]:
-    """Rows of one experience, the last that has any if None is given."""
+def _rows_of(rows: Sequence[Row], experience: int | None) -> tuple[Row, ...]:
+    """Return the rows of one experience; of the last one that has any if None."""
     if experience is None and rows:
         experience = rows[-1].experience
     return tuple(row for row in rows if row.experience == experience)
 
 
-def _summed(parts: Sequence[Part], key: Callable[[Part], str]) -> dict[str, int]:
+def _sum_by(parts: Sequence[Part], key: Callable[[Part], str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in parts:
         found[key(part)] = found.get(key(part), 0) + part.macs
     return found
 
 
-def _counts(row: Row) -> Row:
-    """The row, if all its counts are such."""
+def _checked(row: Row) -> Row:
+    """Return the row if none of its counts is negative."""
     for name, value in asdict(row).items():
         if name not in ("experience", "of") and isinstance(value, int) and value < 0:
-            raise ConfigError(f"predictions: found {name} {value}; give counts of 0 or more")
+            raise ConfigError(f"predictions: found {name} {value}; use counts of at least 0")
     return row
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from lightning import Fabric, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,44 +19,51 @@ from clframe.errors import UnsupportedError
 
 
 class Engine(Protocol):
-    """Backward and update of one experience."""
+    """Backward pass and update of one experience, in the precision of Fabric or of a Trainer."""
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
-        """Backward through the engine's precision and strategy."""
+        """Run the backward pass; in 16-bit mixed precision the gradients are scaled afterwards."""
 
-    def step(self, *, clip: float | None) -> None:
-        """Clip the gradient's norm to ``clip`` if given, then update."""
+    def step(self) -> None:
+        """Unscale and clip the gradients where asked for, then update."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which losses are computed."""
+        """Return the context in which losses are computed."""
 
 
 class FabricEngine:
-    """Lightning Fabric: devices, precision and launch, with the loop left to its owner."""
+    """Backward and update through Lightning Fabric.
 
-    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: Optimizer) -> None:
+    Args:
+        fabric: Launched.
+        model: The trained module.
+        optimizer: Of its parameters.
+        clip: Largest norm of the gradient; None never clips.
+    """
+
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: Optimizer, *, clip: float | None = None) -> None:
         self._fabric = fabric
         self.module: nn.Module = fabric.setup_module(model)
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
+        self._clip = clip
         self._plain = not needs_wrapper(fabric)
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
-        """``fabric.backward``; in plain 32 bit that is ``loss.backward``, called without its detours."""
+        """Run ``fabric.backward``; in plain 32 bit that is ``loss.backward``, called directly to save its overhead."""
         if self._plain:
             loss.backward(retain_graph=retain_graph)
         else:
             self._fabric.backward(loss, retain_graph=retain_graph)
 
-    def step(self, *, clip: float | None) -> None:
-        """``fabric.clip_gradients`` without its finiteness check, which would wait for the device."""
-        if clip is not None:
-            self._fabric.clip_gradients(
-                self.module, self._optimizer, max_norm=clip, error_if_nonfinite=False
-            )
+    def step(self) -> None:
+        """Clip, which unscales first, then update."""
+        if self._clip is not None:
+            # error_if_nonfinite=True would synchronize with the device at every step.
+            self._fabric.clip_gradients(self.module, self._optimizer, max_norm=self._clip, error_if_nonfinite=False)
         self._optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Fabric's precision context; nothing in plain 32 bit."""
+        """Return Fabric's precision context; an empty one in plain 32 bit."""
         return nullcontext() if self._plain else self._fabric.autocast()
 
 
@@ -64,24 +73,27 @@ def needs_wrapper(fabric: Fabric) -> bool:
 
 
 class TrainerEngine:
-    """A Lightning Trainer under manual optimization."""
+    """Backward and update in a Lightning Trainer, under manual optimization.
+
+    Clipping is the module's ``on_before_optimizer_step``: ``LightningModule.clip_gradients`` called before
+    ``optimizer.step`` would act on gradients that are still multiplied by the loss scale of 16-bit mixed precision
+    (Lightning issue 18089), and unscaling them here makes the precision plugin's own ``unscale_`` raise.
+    """
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
-        """``LightningModule.manual_backward``."""
+        """Run ``LightningModule.manual_backward``."""
         self._module.manual_backward(loss, retain_graph=retain_graph)
 
-    def step(self, *, clip: float | None) -> None:
-        """``LightningModule.clip_gradients`` and the Trainer's optimizer step."""
+    def step(self) -> None:
+        """Run the Trainer's optimizer step, which unscales, calls ``on_before_optimizer_step`` and updates."""
         optimizer: Any = self._module.optimizers()
-        if clip is not None:
-            self._module.clip_gradients(optimizer, gradient_clip_val=clip, gradient_clip_algorithm="norm")
         optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The Trainer runs its training step inside its own precision context already."""
+        """Return an empty context: a Trainer runs ``training_step`` inside its precision context already."""
         return nullcontext()
 
 
@@ -90,7 +102,7 @@ class OnFabric:
 
     Args:
         fabric: Launched Fabric; None makes one for ``device`` (``"cpu"`` unless given) in 32 bit.
-        **kwargs: What the Avalanche strategy takes; ``evaluator=None`` evaluates nothing.
+        **kwargs: Arguments of the Avalanche strategy; ``evaluator=None`` evaluates nothing.
     """
 
     # Declared for readers; Avalanche's template provides them.
@@ -106,106 +118,110 @@ class OnFabric:
             fabric = default_fabric(kwargs.get("device") or "cpu")
         kwargs["device"] = fabric.device
         if kwargs.get("evaluator", ...) is None:
-            kwargs["evaluator"] = _no_evaluator()
+            kwargs["evaluator"] = _empty_evaluator()
         super().__init__(**kwargs)
         self.fabric = fabric
-        self._engine: Any = None
-        self._served: tuple[nn.Module | None, Any] = (None, None)
+        self.engine: Any = None
+        self._clip: float | None = None
+        self._set_up: tuple[nn.Module | None, Any] = (None, None)
         self._wraps = needs_wrapper(fabric)
         if self._wraps:
-            fabric._precision.convert_module(self.model)  # here already: evaluation may come before training
+            fabric._precision.convert_module(self.model)  # evaluation may come before training
         repair(self.plugins)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
-        """Avalanche's adaptation, then Fabric's set-up of what came out of it."""
+        """Adapt model and optimizer as Avalanche does, then set them up with Fabric."""
         super().check_model_and_optimizer(**kwargs)  # type: ignore[misc]
-        if self.optimizer is not None:  # StreamingLDA learns without one
+        if self.optimizer is not None:  # StreamingLDA has no optimizer
             self.set_up(self.model)
 
-    def set_up(self, model: nn.Module) -> None:
-        """Let Fabric set up ``model`` and the strategy's optimizer."""
-        self._engine = FabricEngine(self.fabric, model, self.optimizer)
-        self._served = (model, self.optimizer)
+    def set_up(self, model: nn.Module, *, clip: float | None = None) -> None:
+        """Set up ``model`` and the strategy's optimizer with Fabric."""
+        self._clip = clip
+        self.engine = FabricEngine(self.fabric, model, self.optimizer, clip=clip)
+        self._set_up = (model, self.optimizer)
 
-    def keep_up(self) -> None:
-        """Set up anew where a plugin has put another optimizer in place since, as PackNet does."""
-        model, optimizer = self._served
-        if optimizer is not self.optimizer and isinstance(self._engine, FabricEngine):
+    def refresh_engine(self) -> None:
+        """Set up again if a plugin has replaced the optimizer since, as PackNet does."""
+        model, optimizer = self._set_up
+        if optimizer is not self.optimizer and isinstance(self.engine, FabricEngine):
             assert model is not None
-            self.set_up(model)
+            self.set_up(model, clip=self._clip)
 
     def _unpack_minibatch(self) -> None:
         super()._unpack_minibatch()  # type: ignore[misc]
-        self.mbatch[0] = self.as_stored(self.mbatch[0])
+        self._convert_input()
+
+    def _convert_input(self) -> None:
+        """Convert the inputs of a batch that is a list, and all values of one that is a dictionary."""
+        if isinstance(self.mbatch, list):
+            self.mbatch[0] = self.convert_input(self.mbatch[0])
+        elif isinstance(self.mbatch, Mapping):
+            self.mbatch = {key: self.convert_input(value) for key, value in self.mbatch.items()}
 
     def forward(self, **kwargs: Any) -> Any:
-        """Avalanche's forward, in Fabric's precision and through its wrapper where processes share work."""
+        """Run Avalanche's forward in Fabric's precision, through its wrapper if several processes share the work."""
         run = functools.partial(super().forward, **kwargs)  # type: ignore[misc]
-        if self.fabric.world_size == 1 or self._engine is None:
+        if self.fabric.world_size == 1 or self.engine is None:
             return self.in_precision(run)
-        bare, self.model = self.model, self._engine.module
+        bare, self.model = self.model, self.engine.module
         try:
             return run()
         finally:
             self.model = bare
 
     def in_precision(self, run: Callable[[], Any]) -> Any:
-        """``run()`` on the current batch, as Fabric's wrapped module would run it.
+        """Return ``run()`` on the current batch, in the precision of Fabric's wrapped module.
 
-        The wrapper itself hides the class of the model, which tells Avalanche whether it takes task labels,
-        and forbids every backward pass but Fabric's own, while plugins (MIR, for one) run theirs.
+        The wrapper itself cannot be used: it hides the class of the model, by which Avalanche decides whether to pass
+        task labels, and forbids every backward pass but Fabric's own, while plugins (MIR, for one) run theirs.
         """
         if not self._wraps:
             return run()
-        self.mbatch[0] = self.as_stored(self.mbatch[0])  # a plugin may have added samples to it
+        self._convert_input()  # a plugin may have added samples to it
         precision = self.fabric._precision
         with precision.forward_context():
             output = run()
         return precision.convert_output(output)
 
-    def as_stored(self, x: Tensor) -> Tensor:
-        """Inputs in the type that the weights are stored in: plugins and components run the model as well."""
+    def convert_input(self, x: Any) -> Any:
+        """Return inputs in the dtype of the weights: plugins and components call the model as well."""
         precision = self.fabric._precision
-        if not self._wraps or precision.precision.endswith("-mixed"):  # autocast does its own casting
+        if not self._wraps or precision.precision.endswith("-mixed"):  # autocast converts by itself
             return x
-        converted: Tensor = precision.convert_input(x)
-        return converted
+        return precision.convert_input(x)
 
     def backward(self) -> None:
-        """``fabric.backward``."""
-        self._engine.backward(self.loss, retain_graph=self.retain_graph)
+        """Run the engine's backward pass."""
+        self.engine.backward(self.loss, retain_graph=self.retain_graph)
 
     def optimizer_step(self) -> None:
-        """The update through Fabric."""
-        self.keep_up()
-        self._engine.step(clip=None)
+        """Update through the engine."""
+        self.refresh_engine()
+        self.engine.step()
 
 
 def default_fabric(device: Any) -> Fabric:
-    """A launched Fabric on one device in 32 bit."""
-    import torch
-
-    place = torch.device(device)
-    devices: Any = 1 if place.index is None else [place.index]
-    if place.type == "cpu":
-        devices = 1
-    fabric = Fabric(accelerator=place.type, devices=devices, precision="32-true")
+    """Return a launched Fabric on one device in 32 bit."""
+    found = torch.device(device)
+    devices: Any = 1 if found.index is None or found.type == "cpu" else [found.index]
+    fabric = Fabric(accelerator=found.type, devices=devices, precision="32-true")
     fabric.launch()
     return fabric
 
 
-def _no_evaluator() -> Any:
+def _empty_evaluator() -> Any:
     from avalanche.training.plugins import EvaluationPlugin
 
     with warnings.catch_warnings():
-        # Avalanche advises on loggers; no evaluator means that none are wanted.
+        # Avalanche advises to add loggers; no evaluator means that none are wanted.
         warnings.filterwarnings("ignore", message="No loggers specified")
         return EvaluationPlugin()
 
 
 @functools.cache
 def on_fabric(strategy_class: type[Any]) -> type[Any]:
-    """Any Avalanche strategy class, on Lightning Fabric: same arguments, same weights.
+    """Return an Avalanche strategy class on Lightning Fabric: same arguments, same weights.
 
     ::
 
@@ -220,7 +236,28 @@ def on_fabric(strategy_class: type[Any]) -> type[Any]:
     if not (isinstance(strategy_class, type) and issubclass(strategy_class, BaseSGDTemplate)):
         name = getattr(strategy_class, "__name__", strategy_class)
         raise UnsupportedError(
-            f"on_fabric: {name!r} is no Avalanche strategy class with a training loop; give a subclass of "
+            f"on_fabric: found {name!r}, not an Avalanche strategy class with a training loop; give a subclass of "
             f"avalanche.training.templates.BaseSGDTemplate"
         )
-    return type(f"Fabric{strategy_class.__name__}", (OnFabric, strategy_class), {})
+    members = {"__init__": _named_init(strategy_class)}
+    return type(f"Fabric{strategy_class.__name__}", (OnFabric, strategy_class), members)
+
+
+def _named_init(strategy_class: type[Any]) -> Callable[..., None]:
+    """An ``__init__`` with the parameters of ``strategy_class`` by name, and ``fabric``.
+
+    Avalanche names positional arguments by the signature of the class that is called, so that
+    ``Naive(model, optimizer, criterion)`` works; that of :class:`OnFabric` alone names none.
+    """
+
+    def __init__(self: Any, **kwargs: Any) -> None:
+        OnFabric.__init__(self, **kwargs)
+
+    kinds = inspect.Parameter
+    signature = inspect.signature(strategy_class.__init__)
+    given = [p for p in signature.parameters.values() if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    named = [p if p.name == "self" else p.replace(kind=kinds.KEYWORD_ONLY) for p in given]
+    fabric = kinds("fabric", kinds.KEYWORD_ONLY, default=None)
+    rest = [p for p in signature.parameters.values() if p.kind is kinds.VAR_KEYWORD]
+    __init__.__signature__ = signature.replace(parameters=[*named, fabric, *rest])  # type: ignore[attr-defined]
+    return __init__

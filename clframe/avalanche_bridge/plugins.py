@@ -1,4 +1,4 @@
-"""Avalanche's plugins by class name, with checked options, and a corrected metric of MACs."""
+"""Avalanche's plugins by class name, with checked options, and a corrected MACs metric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from avalanche.models import MultiTaskModule
 from avalanche.training import plugins as avalanche_plugins
 from torch import nn
 
-from clframe.accounting import measure
+from clframe.accounting import measure_cost
 from clframe.avalanche_bridge.repairs import repair
 from clframe.config.schema import WHERE
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, nearest, unknown_name
@@ -33,20 +33,20 @@ class Macs(Metric[int]):
         self._macs: int | None = None
 
     def update(self, model: nn.Module, example: Any) -> None:
-        """Count one call of ``model``; see :func:`clframe.accounting.measure`."""
-        self._macs = measure(model, example).macs
+        """Count one call of ``model``; see :func:`clframe.accounting.measure_cost`."""
+        self._macs = measure_cost(model, example).macs
 
     def result(self) -> int | None:
         """MACs, or None before the first update."""
         return self._macs
 
     def reset(self) -> None:
-        """Forget them."""
+        """Clear the count."""
         self._macs = None
 
 
 class MacsPluginMetric(GenericPluginMetric[int, Macs]):
-    """MACs of one sample, counted once for each value that is logged.
+    """MACs of one sample, counted once per logged value.
 
     Args:
         every: ``"experience"`` logs after each evaluated experience, ``"epoch"`` after each training epoch.
@@ -59,7 +59,7 @@ class MacsPluginMetric(GenericPluginMetric[int, Macs]):
         self._name = "MACs_Exp" if every == "experience" else "MACs_Epoch"
 
     def update(self, strategy: Any) -> None:
-        """Count the first sample of a batch, if nothing has been counted since the last reset."""
+        """Count the first sample of the first batch after a reset."""
         if self._metric.result() is not None:
             return
         x = strategy.mb_x[:1]
@@ -71,7 +71,7 @@ class MacsPluginMetric(GenericPluginMetric[int, Macs]):
 
 
 def cost_metrics(*, epoch: bool = False, experience: bool = True) -> list[MacsPluginMetric]:
-    """Metrics for ``EvaluationPlugin(*cost_metrics(), ...)``.
+    """Return metrics for ``EvaluationPlugin(*cost_metrics(), ...)``.
 
     Args:
         epoch: Whether to log after every training epoch.
@@ -83,9 +83,9 @@ def cost_metrics(*, epoch: bool = False, experience: bool = True) -> list[MacsPl
 Named = Sequence[tuple[str, Mapping[str, Any]]]
 """Class names of plugins with their options, as :func:`clframe.config.schema.named_plugins` reads them."""
 
-_PLAIN = "which a network here has not; from Python use it on a plain module with LightningStrategy(plugins=[...])"
+_PLAIN = "which a Network is not; from Python use it on a plain module with LightningStrategy(plugins=[...])"
 _GENERATOR = "needs a second strategy that trains a generator; from Python pass it to LightningStrategy(plugins=[...])"
-_EVALUATOR = "which a run from a config does without; from Python pass them to LightningStrategy(evaluator=...)"
+_EVALUATOR = "which a run from a config lacks; from Python pass them to LightningStrategy(evaluator=...)"
 _REFUSED: dict[str, str] = {
     "CoPEPlugin": f"needs a criterion of its own and a model without a classifier, {_PLAIN}",
     "LFLPlugin": f"needs a model of Avalanche's with get_features, {_PLAIN}",
@@ -101,12 +101,12 @@ _REFUSED: dict[str, str] = {
     "GenerativeReplayPlugin": _GENERATOR,
     "TrainGeneratorAfterExpPlugin": _GENERATOR,
     "LRSchedulerPlugin": "needs one optimizer, but each experience has a fresh one; set optimizer.schedule",
-    "EarlyStoppingPlugin": f"needs metrics of Avalanche's, {_EVALUATOR}",
+    "EarlyStoppingPlugin": f"needs metrics of Avalanche's, {_EVALUATOR}; here set trainer.callbacks.EarlyStopping",
     "EvaluationPlugin": f"holds metrics and loggers of Avalanche's, {_EVALUATOR}",
 }
-"""Plugins that cannot act beside components in a run from a config, and why."""
+"""Plugins that cannot be combined with components in a run from a config, and why."""
 
-_UNSAID: dict[str, dict[str, Any]] = {
+_MISSING_TYPES: dict[str, dict[str, Any]] = {
     "CWRStarPlugin": {"cwr_layer_name": str | None, "freeze_remaining_model": bool},
     "EWCPlugin": {
         "ewc_lambda": float,
@@ -120,16 +120,16 @@ _UNSAID: dict[str, dict[str, Any]] = {
     "RARPlugin": {"name_ext_layer": str},
     "SynapticIntelligencePlugin": {"si_lambda": float | list[float], "excluded_parameters": list[str] | None},
 }
-"""Types of options that Avalanche leaves without an annotation, or gives one that does not hold."""
+"""Types of options that Avalanche leaves without an annotation, or annotates wrongly."""
 _REQUIRED = {"RARPlugin": ("name_ext_layer",), "GSS_greedyPlugin": ("input_size",)}
 """Options whose default cannot work."""
 _OBJECTS = ("model", "device", "storage_policy")
-"""Parameters that are no plain values; the model is given where one is asked for."""
+"""Parameters that are not plain values; the model is passed to plugins that take one."""
 _LAYERS = ("cwr_layer_name", "name_ext_layer")
 
 
 def plugin_names() -> tuple[str, ...]:
-    """Class names that ``components.avalanche.plugins`` may hold.
+    """Return the class names that ``components.avalanche.plugins`` accepts.
 
     >>> "EWCPlugin" in plugin_names(), "CoPEPlugin" in plugin_names()
     (True, False)
@@ -138,23 +138,23 @@ def plugin_names() -> tuple[str, ...]:
 
 
 def check_plugins(named: Named) -> None:
-    """Refuse now what :func:`make_plugins` could not make later.
+    """Refuse in advance what :func:`make_plugins` would refuse.
 
     Raises:
         UnknownNameError: No such plugin; the message has the nearest name.
-        UnsupportedError: A plugin that cannot act beside components.
+        UnsupportedError: A plugin that cannot be combined with components.
         ConfigError: Options that it does not take.
     """
     make_plugins(named, model=nn.Linear(1, 1), layers=None)
 
 
 def make_plugins(named: Named, *, model: nn.Module, layers: Sequence[str] | None) -> list[Any]:
-    """The plugins, mended where they are broken on this stack.
+    """Create the plugins, repaired where Avalanche breaks them on current torch.
 
     Args:
         named: Class names with options.
-        model: What plugins that ask for the model are given.
-        layers: Names of its layers, against which options that name one are held; None holds them against nothing.
+        model: Passed to plugins that take a model.
+        layers: Names of its layers, to check options that name one; None skips the check.
 
     Raises:
         ClframeError: As :func:`check_plugins`, and an option that names no layer.
@@ -178,21 +178,21 @@ def _make(name: str, options: Mapping[str, Any], place: str, model: nn.Module, l
     if name not in classes:
         raise UnknownNameError(unknown_name("plugin of Avalanche's", name, plugin_names(), where=place))
     cls = classes[name]
-    checked = check_options(_taker(cls), options, where=where)
+    checked = check_options(_signature_of(cls), options, where=where)
     for option in _LAYERS:
         if layers is not None and checked.get(option) is not None and checked[option] not in layers:
             _refuse_layer(f"{where}.{option}", checked[option], layers)
     given = {"model": model} if "model" in inspect.signature(cls).parameters else {}
     try:
         return cls(**given, **checked)
-    except Exception as error:  # whatever a class of Avalanche's thinks of its options
+    except Exception as error:  # whatever a class of Avalanche's raises on its options
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: Avalanche refuses its options ({reason}); mend them") from None
+        raise ConfigError(f"{where}: Avalanche refuses its options ({reason}); change them") from None
 
 
-def _taker(cls: type[Any]) -> Callable[..., Any]:
-    """A function whose keyword options are those of the plugin that are plain values, with their types."""
-    unsaid, required = _UNSAID.get(cls.__name__, {}), _REQUIRED.get(cls.__name__, ())
+def _signature_of(cls: type[Any]) -> Callable[..., Any]:
+    """A function with the plugin's plain-value parameters as typed keyword options, for :func:`check_options`."""
+    missing_types, required = _MISSING_TYPES.get(cls.__name__, {}), _REQUIRED.get(cls.__name__, ())
 
     def options() -> None: ...
 
@@ -200,10 +200,10 @@ def _taker(cls: type[Any]) -> Callable[..., Any]:
     for name, parameter in inspect.signature(cls).parameters.items():
         if name in _OBJECTS:
             continue
-        said = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
-        if said is Any and isinstance(parameter.default, bool):
-            said = bool
-        changes: dict[str, Any] = {"annotation": unsaid.get(name, said)}
+        annotation = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
+        if annotation is Any and isinstance(parameter.default, bool):
+            annotation = bool
+        changes: dict[str, Any] = {"annotation": missing_types.get(name, annotation)}
         if name in required:
             changes["default"] = inspect.Parameter.empty
         parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, **changes))

@@ -1,26 +1,28 @@
-"""What is broken in Avalanche 0.6 on current torch, mended or refused before it spoils a run.
+"""Repairs of plugins that Avalanche 0.6 breaks on current torch, and refusals of those that cannot work here.
 
-Each repair touches only the class in question, when a strategy that uses it is built, and may go when
-Avalanche has released the fix.
+A repair changes the instance that a strategy uses: its class becomes a subclass with corrected methods. Avalanche's own
+classes stay as they are, so that a plain strategy in the same process is not affected. Each repair can go when
+Avalanche releases the fix.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 
 
 def repair(plugins: Iterable[Any]) -> None:
-    """Mend the plugins that can be mended and refuse those that cannot work here.
+    """Repair the plugins that can be repaired and refuse those that cannot work here.
 
     Raises:
         UnsupportedError: GEM without the solver it names.
@@ -29,7 +31,7 @@ def repair(plugins: Iterable[Any]) -> None:
         for base in type(plugin).__mro__:
             action = _REPAIRS.get(f"{base.__module__}.{base.__name__}")
             if action is not None:
-                action()
+                action(plugin)
 
 
 def refuse_schedulers(plugins: Iterable[Any]) -> None:
@@ -47,68 +49,135 @@ def refuse_schedulers(plugins: Iterable[Any]) -> None:
         )
 
 
-@functools.cache
-def _mend_synaptic_intelligence() -> None:
-    """Its ``extract_weights`` keeps ``param.detach().cpu().flatten()``: on CPU a view of the live weights.
+def _repair_with(correct: Callable[..., type[Any]]) -> Callable[[Any], None]:
+    """A repair that gives an instance the subclass ``correct`` of its class."""
+    # Single inheritance: an instance can only change to a class of the same memory layout.
 
-    Old and new weights are then always equal, every importance is zero and the plugin does nothing. It also
-    squares tensors with numpy, which warns that it will stop to work.
-    """
-    from avalanche.training.plugins import synaptic_intelligence
+    def act(plugin: Any) -> None:
+        if not getattr(plugin, "_is_repaired", False):
+            corrected: Any = correct(type(plugin))
+            # The name that a user prints or logs is that of the plugin that was passed in.
+            corrected.__name__ = corrected.__qualname__ = type(plugin).__name__
+            corrected.supports_distributed = type(plugin).supports_distributed  # which Avalanche resets in subclasses
+            plugin.__class__ = corrected
 
-    _mend_growing_importances()
-    plugin = synaptic_intelligence.SynapticIntelligencePlugin
-
-    @torch.no_grad()
-    def extract_weights(model: nn.Module, target: dict[str, Any], excluded_parameters: set[str]) -> None:
-        for name, param in plugin.allowed_parameters(model, excluded_parameters):
-            target[name].data = param.detach().cpu().flatten().clone()
-
-    plugin.extract_weights = staticmethod(extract_weights)
-    synaptic_intelligence.np = SimpleNamespace(square=torch.square)
+    return act
 
 
 @functools.cache
-def _mend_growing_importances() -> None:
-    """``ParamData.expand`` indexes with a list of slices, which torch warns it will read as a tensor."""
+def _growing_importances(cls: Any) -> type[Any]:
+    """``ParamData.expand`` indexes with a list of slices, which torch deprecates and is about to read as a tensor."""
+
+    class Corrected(cls):
+        _is_repaired = True
+
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+            # The model has just grown; importances of earlier experiences are expanded from here on.
+            for data in _param_data(vars(self)):
+                data.__class__ = _growing_data()
+            return super().before_training_exp(strategy, *args, **kwargs)
+
+    return Corrected
+
+
+def _param_data(value: Any) -> Iterator[Any]:
     from avalanche.training.utils import ParamData
 
-    def expand(self: Any, new_shape: Any, padding_fn: Any = torch.zeros) -> torch.Tensor:
-        sizes = list(zip(new_shape, self.shape, strict=True))
-        assert all(new >= old for new, old in sizes), "shapes only grow"
-        data: torch.Tensor = self._data
-        if any(new > old for new, old in sizes):
-            self.reset_like(new_shape, init_function=padding_fn)
-            self._data[tuple(slice(size) for size in data.shape)] = data
-        return self._data  # type: ignore[no-any-return]
-
-    ParamData.expand = expand
+    if type(value) is ParamData:
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _param_data(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _param_data(item)
 
 
 @functools.cache
-def _mend_bic() -> None:
-    """It passes ``verbose=`` to ``MultiStepLR``, an argument that torch 2.7 removed.
+def _growing_data() -> type[Any]:
+    from avalanche.training.utils import ParamData
 
-    It also sets ``experience.dataset``, which experiences of Avalanche's newer benchmarks do not allow.
+    class GrowingParamData(ParamData):
+        def expand(self, new_shape: Any, padding_fn: Any = torch.zeros) -> Tensor:
+            growing = [new > old for new, old in zip(new_shape, self.shape, strict=True)]
+            assert all(new >= old for new, old in zip(new_shape, self.shape, strict=True)), "shapes only grow"
+            assert sum(growing) <= 1, "one dimension grows at a time"
+            data: Tensor = self._data
+            if any(growing):
+                self.reset_like(new_shape, init_function=padding_fn)
+                self._data[tuple(slice(size) for size in data.shape)] = data
+            expanded: Tensor = self._data
+            return expanded
+
+    return GrowingParamData
+
+
+@functools.cache
+def _synaptic_intelligence(cls: Any) -> type[Any]:
+    """It stores ``param.detach().cpu().flatten()`` as old weights: on the CPU a view of the live ones.
+
+    Old and new weights are then always equal, every importance is zero and the plugin does nothing.
     """
-    from avalanche.training.plugins import bic
-    from torch.optim.lr_scheduler import MultiStepLR
+    parent: Any = _growing_importances(cls)
 
-    def multi_step(optimizer: Any, milestones: Any, *, gamma: float, verbose: bool = False) -> MultiStepLR:
-        return MultiStepLR(optimizer, milestones, gamma=gamma)
+    class Corrected(parent):
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().before_training_exp(strategy, *args, **kwargs)
+            _copy_data(self.ewc_data[0])
+            return result
 
-    bic.MultiStepLR = multi_step
-    hold_out = bic.BiCPlugin.before_train_dataset_adaptation
+        def before_training_iteration(self, strategy: Any, **kwargs: Any) -> Any:
+            result = super().before_training_iteration(strategy, **kwargs)
+            _copy_data(self.syn_data["old_theta"])
+            return result
 
-    def before_train_dataset_adaptation(self: Any, strategy: Any, **kwargs: Any) -> None:
-        strategy.experience = _with_settable_dataset(strategy.experience)
-        hold_out(self, strategy, **kwargs)
+        def after_training_exp(self, strategy: Any, **kwargs: Any) -> Any:
+            with warnings.catch_warnings():
+                # It squares tensors with numpy, which deprecates the way torch returns a tensor from that.
+                warnings.filterwarnings("ignore", message="__array_wrap__ must accept")
+                return super().after_training_exp(strategy, **kwargs)
 
-    bic.BiCPlugin.before_train_dataset_adaptation = before_train_dataset_adaptation
+    return Corrected
+
+
+def _copy_data(data: Mapping[str, Any]) -> None:
+    for value in data.values():
+        value.data = value.data.clone()
+
+
+@functools.cache
+def _bic(cls: Any) -> type[Any]:
+    """It passes ``verbose=`` to ``MultiStepLR``, which torch 2.7 removed, and sets ``experience.dataset``.
+
+    Experiences of Avalanche's newer benchmarks do not allow to set it.
+    """
+
+    class Corrected(cls):
+        _is_repaired = True
+
+        def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> Any:
+            strategy.experience = _with_settable_dataset(strategy.experience)
+            return super().before_train_dataset_adaptation(strategy, **kwargs)
+
+        def bias_correction_step(self, *args: Any, **kwargs: Any) -> Any:
+            function = super().bias_correction_step.__func__
+            # The same code with another MultiStepLR among its globals, so that Avalanche's module is left alone.
+            names = {**function.__globals__, "MultiStepLR": _multi_step}
+            copied = types.FunctionType(
+                function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+            )
+            copied.__kwdefaults__ = function.__kwdefaults__
+            return copied(self, *args, **kwargs)
+
+    return Corrected
+
+
+def _multi_step(optimizer: Any, milestones: Any, *, gamma: float, verbose: bool = False) -> Any:
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=gamma)
 
 
 def _with_settable_dataset(experience: Any) -> Any:
-    """``experience``, or a copy of it whose dataset can be set, where its own cannot."""
+    """``experience``, or a copy of it with a settable dataset if its own cannot be set."""
     dataset = getattr(type(experience), "dataset", None)
     if not isinstance(dataset, property) or dataset.fset is not None:
         return experience
@@ -123,21 +192,23 @@ def _with_settable_dataset(experience: Any) -> Any:
 
 
 @functools.cache
-def _mend_cwr_star() -> None:
-    """It takes the last ``nn.Linear`` for the classifier: in a network of ours a hidden layer, which it sets to 0."""
-    from avalanche.training.plugins.cwr_star import CWRStarPlugin
+def _cwr_star(cls: Any) -> type[Any]:
+    """It takes the last ``nn.Linear`` for the classifier: in a ``Network`` a hidden layer, which it sets to 0."""
 
-    find = CWRStarPlugin.get_cwr_layer
+    class Corrected(cls):
+        _is_repaired = True
 
-    def get_cwr_layer(self: Any) -> Any:
-        network = getattr(self.model, "network", None)
-        return network.final if self.cwr_layer_name is None and isinstance(network, Network) else find(self)
+        def get_cwr_layer(self) -> Any:
+            network = getattr(self.model, "network", None)
+            if self.cwr_layer_name is None and isinstance(network, Network):
+                return network.final
+            return super().get_cwr_layer()
 
-    CWRStarPlugin.get_cwr_layer = get_cwr_layer
+    return Corrected
 
 
-def _check_gem() -> None:
-    """It solves with quadprog, which Avalanche does not install on its own everywhere."""
+def _check_gem(plugin: Any) -> None:
+    """GEM solves with quadprog, which Avalanche does not install everywhere."""
     import qpsolvers
 
     if "quadprog" not in qpsolvers.available_solvers:
@@ -148,12 +219,12 @@ def _check_gem() -> None:
 
 
 _PLUGINS = "avalanche.training.plugins"
-_REPAIRS: dict[str, Callable[[], None]] = {
-    f"{_PLUGINS}.ewc.EWCPlugin": _mend_growing_importances,
-    f"{_PLUGINS}.rwalk.RWalkPlugin": _mend_growing_importances,
-    f"{_PLUGINS}.mas.MASPlugin": _mend_growing_importances,
-    f"{_PLUGINS}.synaptic_intelligence.SynapticIntelligencePlugin": _mend_synaptic_intelligence,
-    f"{_PLUGINS}.bic.BiCPlugin": _mend_bic,
-    f"{_PLUGINS}.cwr_star.CWRStarPlugin": _mend_cwr_star,
+_REPAIRS: dict[str, Callable[[Any], None]] = {
+    f"{_PLUGINS}.ewc.EWCPlugin": _repair_with(_growing_importances),
+    f"{_PLUGINS}.rwalk.RWalkPlugin": _repair_with(_growing_importances),
+    f"{_PLUGINS}.mas.MASPlugin": _repair_with(_growing_importances),
+    f"{_PLUGINS}.synaptic_intelligence.SynapticIntelligencePlugin": _repair_with(_synaptic_intelligence),
+    f"{_PLUGINS}.bic.BiCPlugin": _repair_with(_bic),
+    f"{_PLUGINS}.cwr_star.CWRStarPlugin": _repair_with(_cwr_star),
     f"{_PLUGINS}.gem.GEMPlugin": _check_gem,
 }

@@ -1,8 +1,7 @@
-"""The command line: one module for each verb.
+"""The command line: one module per verb.
 
-Nothing heavy is imported before a verb is known, so ``clframe --help`` answers at once. Whatever is wrong
-with a call is one line on stderr, ``clframe: error: <where>: <what was found>; <what to do>``, and exit
-code 2.
+Nothing heavy is imported until a verb runs, so that ``clframe --help`` is fast. A user error is one line on stderr,
+``clframe: error: <where>: <what was found>; <what to do>``, and exit code 2.
 """
 
 from __future__ import annotations
@@ -21,22 +20,24 @@ from clframe.cli import explain, latency, listing, moefy, report, run
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
 
 _DESCRIPTION = """\
-Train a model class by class, compose strategies in one line, and know at the end what it forgot and what
-every prediction costs.
+Continual learning with accounting: train on a stream of experiences, compose strategies in one line, and report
+accuracy, forgetting and the cost of every prediction.
 
-  clframe run quickstart                               split digits, a minute, nothing downloaded
-  clframe run quickstart strategy='er + lwf(alpha=2)'  another strategy
-  clframe run quickstart components.er.memory=50       another option
-  clframe run quickstart --seeds 0..4                  five seeds, mean and deviation
-  clframe report runs/quickstart                       runs as a page, tables and figures
-  clframe latency RUN                                  how long its predictions take, as far as each exit
-  clframe analyze sparsity RUN                         how sparse its activations are and may become
-  clframe moefy RUN                                    dense to experts, accuracy against cost
-  clframe explain quickstart                           what would happen, before any training
-  clframe list strategies                              what there is
+  clframe run quickstart                               split digits in a minute, no download
+  clframe run quickstart strategy='er + lwf(alpha=2)'  use another strategy
+  clframe run quickstart components.er.memory=50       change an option
+  clframe run quickstart --seeds 0..4                  five seeds, mean and standard deviation
+  clframe report runs/quickstart                       HTML page, tables and figures of finished runs
+  clframe latency RUN                                  time predictions up to each exit
+  clframe analyze sparsity RUN                         measure activation sparsity
+  clframe moefy RUN                                    convert dense layers to experts
+  clframe explain quickstart                           show what a run would do, without training
+  clframe list strategies                              list what can be used
 """
 
 _VERBS = (run, report, latency, analyze, moefy, explain, listing)
+_ALIASES = {"analyse": analyze.NAME}
+"""Former or British spellings of verbs: accepted, but not listed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clframe: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = "; go on with clframe run --resume RUN" if "run" in given else ""
-        print(f"\nclframe: interrupted{advice}", file=sys.stderr)
+        print("\nclframe: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read has gone (`| head`): nothing is lost, and the last flush must not complain.
+        # The reader has closed the pipe (`| head`): redirect stdout, so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one line, without the usage."""
+    """A parser whose errors are ConfigErrors: one line without usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog.split()[-1]}: {message}; see {self.prog} --help")
@@ -72,9 +72,12 @@ def _act(given: list[str]) -> int:
     parser = _parser()
     names = tuple(verb.NAME for verb in _VERBS)
     verb = next((word for word in given if not word.startswith("-")), None)
+    if verb in _ALIASES:
+        given = [_ALIASES.get(word, word) if i == given.index(verb) else word for i, word in enumerate(given)]
+        verb = _ALIASES[verb]
     if verb is not None and verb not in names:
         raise UnknownNameError(unknown_name("verb", verb, names, where="clframe"))
-    # The rest: words behind an option, which argparse leaves alone, and options that no one knows.
+    # The rest: words after an option, which argparse does not collect, and unknown options.
     options, rest = parser.parse_known_args(given)
     for word in rest:
         if word.startswith("-"):
@@ -83,6 +86,8 @@ def _act(given: list[str]) -> int:
         parser.print_help()
         return 0
     options.words += rest
+    if getattr(options, "output", None) == "":
+        raise ConfigError("--output: found ''; give a folder")
     return int(options.act(options))
 
 

@@ -1,7 +1,7 @@
-"""``clframe run --tensorboard``: TensorBoard on localhost for as long as the command runs.
+"""``clframe run --tensorboard``: TensorBoard on localhost while the command runs.
 
-It is a process of its own, so that serving a page never slows training. It ends when its standard input does: when this
-process closes the pipe, and also when this process is killed.
+TensorBoard runs in a separate process, so that serving pages does not slow training. The process ends when its standard
+input is closed, which also happens when this process is killed.
 """
 
 from __future__ import annotations
@@ -19,62 +19,62 @@ if TYPE_CHECKING:
     from clframe.config.schema import Config
 
 STARTED, FAILED = "url ", "failed "
-"""How the two answers of the process begin."""
+"""Prefixes of the line that the process prints: the address, or the reason of a failure."""
 ENDS_WITHIN = 10.0
-"""Seconds that the process may take to end."""
+"""Seconds after which the process is killed."""
 
 
 class Board:
-    """TensorBoard beside a command, from :meth:`show` to the end of the ``with`` block, however that comes.
+    """TensorBoard from :meth:`show` to the end of the ``with`` block.
 
     Args:
-        wanted: Whether :meth:`show` starts anything.
-        say: Called with the one line that tells the address; None for nobody.
+        wanted: Whether :meth:`show` starts TensorBoard.
+        echo: Called with one line that has the address; None prints nothing.
 
     Attributes:
-        url: Where it is; empty before it has started.
+        url: The address; empty before the start.
     """
 
-    def __init__(self, *, wanted: bool, say: Callable[[str], None] | None) -> None:
-        self._wanted, self._say = wanted, say
+    def __init__(self, *, wanted: bool, echo: Callable[[str], None] | None) -> None:
+        self._wanted, self._echo = wanted, echo
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
 
     def __enter__(self) -> Board:
-        """Nothing is started yet."""
+        """Start nothing yet."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop it."""
+        """Stop TensorBoard."""
         self.stop()
 
     def show(self, config: Config, *, resume: str | Path | None = None) -> None:
-        """Start it, the first time, on all runs of the experiment.
+        """Start TensorBoard on all runs of the experiment, unless it runs already.
 
         Args:
-            config: Of the run that begins.
-            resume: The folder of the run, where it goes on.
+            config: The config of the run.
+            resume: The folder of a resumed run.
 
         Raises:
             ConfigError: The run writes no event files.
-            UnsupportedError: It does not start.
+            UnsupportedError: TensorBoard does not start.
         """
         if not self._wanted or self._process is not None:
             return
         if "tensorboard" not in config.trainer.loggers:
             raise ConfigError(
                 f"--tensorboard: found trainer.loggers={list(config.trainer.loggers)}, so there is nothing to show; "
-                f"add tensorboard to it"
+                f"add tensorboard to the list"
             )
         self.start(Path(config.output) / config.name if resume is None else Path(resume).resolve().parent)
 
     def start(self, folder: Path) -> None:
-        """Start it on the run folders below ``folder``, which need not be there yet, and tell where it is.
+        """Start TensorBoard on the run folders below ``folder``, which need not exist yet.
 
         Raises:
-            UnsupportedError: It does not start.
+            UnsupportedError: TensorBoard does not start.
         """
         command = [sys.executable, "-m", "clframe.cli.board", str(folder.resolve())]
         try:
@@ -86,16 +86,16 @@ class Board:
             raise _cannot_start(str(error)) from None
         assert self._process.stdout is not None
         lines = (line.strip() for line in self._process.stdout if line.startswith((STARTED, FAILED)))
-        answer = next(lines, "")  # what else is printed on import is none
+        answer = next(lines, "")  # other lines are printed by imports
         if not answer.startswith(STARTED):
             self.stop()
             raise _cannot_start(answer.removeprefix(FAILED) or "the process ended")
         self.url = answer.removeprefix(STARTED)
-        if self._say is not None:
-            self._say(f"TensorBoard: {self.url}")
+        if self._echo is not None:
+            self._echo(f"TensorBoard: {self.url}")
 
     def stop(self) -> None:
-        """Stop it, and wait until it is gone; nothing happens where it does not run."""
+        """Stop TensorBoard, if it is running, and wait for its end."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -111,26 +111,26 @@ class Board:
 
 def _cannot_start(reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"--tensorboard: cannot start TensorBoard ({reason}); leave it out, event files are written all the same"
+        f"--tensorboard: cannot start TensorBoard ({reason}); leave the option out, event files are written anyway"
     )
 
 
 def serve(folder: str) -> None:
-    """What the process does: serve, tell the address on standard output, wait until standard input ends."""
+    """Main function of the process: serve, print the address, and block until standard input is closed."""
     try:
-        address = _launched(folder)
-    except BaseException as error:  # it exits where ports are taken, and whatever is wrong has to reach the user
+        address = _launch(folder)
+    except BaseException as error:  # including SystemExit when ports are taken: the parent reports it
         print(f"{FAILED}{' '.join(str(error).split())[:200] or type(error).__name__}", flush=True)
         raise SystemExit(1) from None
     print(f"{STARTED}{address}", flush=True)
     sys.stdin.read()
 
 
-def _launched(folder: str) -> str:
+def _launch(folder: str) -> str:
     from tensorboard import program  # type: ignore[import-untyped]
 
     board = program.TensorBoard()
-    # Without a port it takes the first free one from 6006.
+    # Without --port TensorBoard uses the first free one from 6006.
     board.configure(argv=["tensorboard", "--logdir", folder, "--host", "localhost", "--reload_interval", "3",
                           "--samples_per_plugin", "images=100"])  # fmt: skip
     return str(board.launch())

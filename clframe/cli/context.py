@@ -1,4 +1,4 @@
-"""What verbs share: config, seed and device of a call, and notices about the data."""
+"""Helpers of several verbs: config, seeds and device of a call, and notices about the data."""
 
 from __future__ import annotations
 
@@ -12,36 +12,74 @@ from contextlib import contextmanager
 from clframe.errors import ConfigError, nearest
 
 CONFIG = """\
-CONFIG is a name of `clframe list configs`, or a YAML file of yours; files in ./configs/experiment are found
-by name. KEY=VALUE changes one key: lists and scalars replace, mappings merge; benchmark=NAME and
-backbone=NAME take another file of that group.
+CONFIG is a name from `clframe list configs` or a YAML file; files in ./configs/experiment are found by name.
+KEY=VALUE overrides one key: lists and scalars are replaced, mappings are merged. backbone=NAME and benchmark=NAME
+replace the whole block; NAME is a registered name (`clframe list backbones`) or a config file.
 """
 
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
+MOST_SEEDS = 10_000
+"""Bound on the number of seeds in one call."""
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every verb that takes a config."""
+    """Add the options of every verb that takes a config."""
     parser.add_argument("--seed", metavar="N", help="short for seed=N")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps; sets trainer.accelerator")
 
 
-def config_of(options: argparse.Namespace) -> tuple[str, list[str]]:
-    """The config's name and all overrides, those of ``--device`` and ``--seed`` last."""
-    from clframe.config.seeds import parse_seed
-
+def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The name of the config and all overrides, with those of ``--device`` and ``--seed`` last."""
     name, *overrides = options.words or [""]
     if not name or ("=" in name and not name.endswith((".yaml", ".yml"))):
-        found = f"found '{name}' in the place of a config" if name else "found no config"
+        found = f"found '{name}' instead of a config" if name else "found no config"
         raise ConfigError(f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart")
     if options.device is not None:
-        overrides += _device(options.device)
+        overrides += _parse_device(options.device)
     if options.seed is not None:
         overrides.append(f"seed={parse_seed(options.seed)}")
     return name, overrides
 
 
-def _device(name: str) -> list[str]:
+def parse_seed(text: str) -> int:
+    """Parse ``--seed``.
+
+    >>> parse_seed("3")
+    3
+    """
+    if not _is_seed(text):
+        raise ConfigError(f"--seed: found '{text}'; give a whole number from 0")
+    return int(text)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Parse ``--seeds``: ``"0..4"`` (both ends included) or ``"0,3,7"``.
+
+    >>> parse_seeds("0..2"), parse_seeds("5,1")
+    ([0, 1, 2], [5, 1])
+    """
+    first, dots, last = text.partition("..")
+    numbers = [first, last] if dots else text.split(",")
+    if not all(_is_seed(number.strip()) for number in numbers):
+        raise ConfigError(f"--seeds: found '{text}'; give a range such as 0..4 or a list such as 0,3,7")
+    seeds = [int(number) for number in numbers]
+    if dots and seeds[0] > seeds[1]:
+        raise ConfigError(f"--seeds: found '{text}', which counts down; write {last}..{first}")
+    if dots and seeds[1] - seeds[0] >= MOST_SEEDS:
+        raise ConfigError(f"--seeds: found '{text}'; give at most {MOST_SEEDS:,} seeds")
+    if dots:
+        return list(range(seeds[0], seeds[1] + 1))
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds: found '{text}', a seed twice; give each once")
+    return seeds
+
+
+def _is_seed(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def _parse_device(name: str) -> list[str]:
+    """Overrides that select the device ``name``."""
     kind, colon, index = name.partition(":")
     indexed = kind in ("cuda", "gpu") and re.fullmatch("[0-9]{1,4}", index)
     if kind not in _DEVICES or (colon and not indexed):
@@ -50,45 +88,46 @@ def _device(name: str) -> list[str]:
         raise ConfigError(f"--device: found '{name}'; {advice}")
     if indexed:
         return [f"trainer.accelerator={kind}", f"trainer.devices=[{int(index)}]"]
-    # An index in the config is that of a GPU.
+    # A device index in the config is that of a GPU: reset it for other devices.
     return [f"trainer.accelerator={kind}", *([] if kind in ("cuda", "gpu") else ["trainer.devices=1"])]
 
 
 class Notices(logging.Handler):
-    """What is said of the data, as plain lines on stderr, held back until nothing can refuse the call any more.
+    """Prints log lines about the data on stderr, buffered until :meth:`show`.
 
-    So a call that is refused leaves warnings and its error. What several seeds have to say is said once.
+    A call that is refused thus prints its warnings and the error only. A line that several seeds repeat is printed
+    once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: list[logging.LogRecord] | None = []
-        self._said: set[str] = set()
+        self._buffer: list[logging.LogRecord] | None = []
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hold a line back, or say it."""
-        if self._held is None:
-            self._say(record)
+        """Buffer a record, or print it after :meth:`show`."""
+        if self._buffer is None:
+            self._print(record)
         else:
-            self._held.append(record)
+            self._buffer.append(record)
 
     def show(self, *, least: int = logging.NOTSET) -> None:
-        """Say what was held back, from level ``least``, and from now on all at once."""
-        held, self._held = self._held or [], None
-        for record in held:
+        """Print the buffered records of at least level ``least``; later records are printed immediately."""
+        buffered, self._buffer = self._buffer or [], None
+        for record in buffered:
             if record.levelno >= least:
-                self._say(record)
+                self._print(record)
 
-    def _say(self, record: logging.LogRecord) -> None:
+    def _print(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def notices(*, quiet: bool) -> Iterator[Notices]:
-    """The log of ``clframe.data`` goes to the terminal for the time of a verb; ``quiet`` lets warnings pass only."""
+    """Print the log of ``clframe.data`` on stderr while active; ``quiet`` prints warnings only."""
     logger, handler = logging.getLogger("clframe.data"), Notices()
     level = logger.level
     logger.addHandler(handler)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from clframe.cli.context import CONFIG, add_config_options, config_of, notices
+from clframe.cli.context import CONFIG, add_config_options, notices, parse_config
 
 NAME = "explain"
-HELP = "what a run would do, before any training"
+HELP = "show what a run would do, without training"
 WORDS = "CONFIG [KEY=VALUE ...]"
 DESCRIPTION = f"""\
-Prints the resolved config, who learns what when, who acts where in the timetable, the loss terms, slots,
-parameters and MACs. Nothing is trained and nothing is written.
+Prints the resolved config, the experiences, the hooks of every component, the loss terms and slots, and the parameters
+and MACs of the network. Nothing is trained and nothing is written.
 
 {CONFIG}
   clframe explain quickstart
@@ -20,16 +20,16 @@ parameters and MACs. Nothing is trained and nothing is written.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of the verb."""
     add_config_options(parser)
 
 
 def act(options: argparse.Namespace) -> int:
-    """Print what a run would do."""
-    from clframe.build import explain
+    """Print the explanation."""
+    from clframe.api import explain
 
-    with notices(quiet=False) as said:
-        text = explain(*config_of(options))
-        said.show()
+    with notices(quiet=False) as data_notices:
+        text = explain(*parse_config(options))
+        data_notices.show()
     print(text)
     return 0

@@ -7,12 +7,12 @@ import argparse
 from clframe.errors import ConfigError
 
 NAME = "latency"
-HELP = "measure how long predictions of a run take"
+HELP = "time the predictions of a run"
 WORDS = "RUN [RUN ...]"
 DESCRIPTION = """\
-Times the trained model of each run on its own test samples, after a warm-up and with the device waited for: the whole
-network, as far as each exit, and under the policy of early_exit. Prints medians and 95th percentiles with the MACs
-beside them and writes them to RUN/latency.json, from where `clframe report` shows them.
+Times the trained model of each run on its own test samples, after a warm-up and with device synchronization: the whole
+network, the network up to each exit, and the exit policy of early_exit. Prints medians, 95th percentiles and MACs, and
+writes them to RUN/latency.json, which `clframe report` includes.
 
   clframe latency runs/quickstart/20260101-120000-seed0                     batches of 1 and 32, on the CPU
   clframe latency RUN --batches 1,8,256 --device cuda --repeats 200
@@ -20,15 +20,16 @@ beside them and writes them to RUN/latency.json, from where `clframe report` sho
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("--batches", default="1,32", metavar="N,N", help="sizes of batches (1,32)")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:N, mps, auto")
-    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed calls of each (30)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (as it has them)")
+    """Add the options of the verb."""
+    parser.add_argument("--batches", default="1,32", metavar="N,N", help="batch sizes (default: 1,32)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed calls of each (default: 30)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
 
 
 def act(options: argparse.Namespace) -> int:
-    """Measure, write, print."""
+    """Measure, write and print."""
+    from clframe.config.schema import MOST_THREADS
     from clframe.seeding import torch_settings
     from clframe.targets.latency import time_run
 
@@ -36,8 +37,8 @@ def act(options: argparse.Namespace) -> int:
     overrides = [word for word in options.words if "=" in word]
     if not runs:
         raise ConfigError("latency: found no run; give a run folder, such as the one clframe run printed")
-    if options.threads is not None and options.threads < 1:
-        raise ConfigError(f"--threads: found {options.threads}; give 1 or more")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        raise ConfigError(f"--threads: found {options.threads}; give a number from 1 to {MOST_THREADS}")
     with torch_settings(threads=options.threads):
         for run in runs:
             found = time_run(

@@ -6,37 +6,35 @@ import argparse
 from functools import partial
 
 NAME = "report"
-HELP = "one page, tables and figures of runs"
+HELP = "write an HTML report with tables and figures of runs"
 WORDS = "RUN [RUN ...]"
 DESCRIPTION = """\
-Writes report.html, one page that needs no network, and the same as tables (CSV, Markdown, LaTeX) and figures
-(SVG, PNG) to RUN/report.
+Writes report.html, a self-contained page, and its tables (CSV, Markdown, LaTeX) and figures (SVG, PNG) to RUN/report.
 
-RUN is a run folder, or a folder above some: then all finished runs below it. Runs that differ in their seed only
-are one group: mean and deviation. Groups are set against the first run given: paired differences over common
-seeds with 95 % confidence intervals, cost at equal accuracy, Pareto front. Runs that cannot be compared, for other
-class orders or splits, are marked and not subtracted; other benchmarks are refused.
+RUN is a run folder, or a parent folder, which selects all finished runs below it. Runs that differ only in their seed
+form a group: mean and standard deviation. Groups are compared with the first one: paired differences over common
+seeds with 95 % confidence intervals, accuracy within budgets, cost at equal accuracy, Pareto front. Groups that are not
+comparable, because class orders or splits differ, are marked and not subtracted; other benchmarks are refused.
 
   clframe report runs/quickstart/20260101-120000-seed0       one run
   clframe report runs/quickstart                             all of an experiment
-  clframe report runs/er runs/lwf --output comparison        two, er as the base
+  clframe report runs/er runs/lwf --output comparison        two groups, er as the base
   clframe report runs/quickstart/20260101-120000-seed0 --watch
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of this command."""
     parser.add_argument("--output", metavar="DIR", help="folder to write to (default: RUN/report)")
-    parser.add_argument("--watch", action="store_true", help="write it again while a run goes on, until it is finished")
+    parser.add_argument("--watch", action="store_true", help="rewrite the report until all runs are finished")
 
 
 def act(options: argparse.Namespace) -> int:
     """Write the report."""
     from clframe.report import write_report
 
-    say = partial(print, flush=True)
     try:
-        write_report(options.words, output=options.output, watch=options.watch, on_written=say)
-    except KeyboardInterrupt:  # the page of the last look stays
+        write_report(options.words, output=options.output, watch=options.watch, on_written=partial(print, flush=True))
+    except KeyboardInterrupt:  # the last page written is kept
         return 130
     return 0

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clframe.cli.board import Board
-from clframe.cli.context import CONFIG, Notices, add_config_options, config_of, notices
-from clframe.errors import ConfigError
+from clframe.cli.context import CONFIG, Notices, add_config_options, notices, parse_config, parse_seeds
+from clframe.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from clframe.build import Parts
+    from clframe.build import Setup
     from clframe.results import Result
 
 NAME = "run"
 HELP = "train and evaluate on every experience of a benchmark"
 WORDS = "CONFIG [KEY=VALUE ...]"
 DESCRIPTION = f"""\
-{CONFIG}Results, checkpoints, metrics.csv and TensorBoard files go to a folder of their own under ./runs.
+{CONFIG}Results, checkpoints, metrics.csv and TensorBoard files are written to a new folder under ./runs.
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
@@ -30,68 +34,105 @@ DESCRIPTION = f"""\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of the verb."""
     add_config_options(parser)
-    parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or a list 0,3,7")
+    parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or of a list such as 0,3,7")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard on localhost meanwhile")
+    parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
+    parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard while it trains")
     parser.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
 
 
 def act(options: argparse.Namespace) -> int:
     """Train; print tables."""
-    from clframe.config.seeds import parse_seeds
+    with _StopSignals() as signals:
+        try:
+            return _train(options)
+        except Interrupted as stop:
+            print(f"\nclframe: interrupted; resume with clframe run --resume {shlex.quote(str(stop.folder))}",
+                  file=sys.stderr)  # fmt: skip
+        except KeyboardInterrupt:  # before a run folder was made
+            print("\nclframe: interrupted", file=sys.stderr)
+        return 128 + signals.received
 
+
+class _StopSignals:
+    """Turns SIGTERM and SIGHUP into a KeyboardInterrupt, so that they stop a run as cleanly as Ctrl-C.
+
+    Signals that are ignored, as under nohup, stay ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = signal.SIGINT
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python sets handlers in the main thread only
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.received = number
+        raise KeyboardInterrupt
+
+
+def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
-        _refuse_beside_resume(options)
-        with notices(quiet=options.quiet) as said, _board(options) as board:
-            results = [_run(options, said, board, resume=options.resume)]
-        _show(results, options)
+        _refuse_with_resume(options)
+        with notices(quiet=options.quiet) as data_notices, _board(options) as board:
+            results = [_run(options, data_notices, board, resume=options.resume)]
+        _print_summary(results, options)
         return 0
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
-    config, overrides = config_of(options)
+    config, overrides = parse_config(options)
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
-    with notices(quiet=options.quiet) as said, _board(options) as board:
+    with notices(quiet=options.quiet) as data_notices, _board(options) as board:
         results = [
-            _run(options, said, board, config=config, overrides=[*overrides, *seed], output=options.output)
+            _run(options, data_notices, board, config=config, overrides=[*overrides, *seed], output=options.output)
             for seed in seeds or [[]]
         ]
-    _show(results, options)
+    _print_summary(results, options)
     return 0
 
 
-def _refuse_beside_resume(options: argparse.Namespace) -> None:
+def _refuse_with_resume(options: argparse.Namespace) -> None:
     found = [*options.words]
     found += [f"--{o}" for o in ("seed", "seeds", "output", "device") if getattr(options, o) is not None]
     if found:
-        raise ConfigError(f"--resume: found {found[0]} beside it; leave it out, a resumed run keeps its config")
+        raise ConfigError(f"--resume: found {found[0]} as well; leave it out, a resumed run uses its own config")
     if not options.resume:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
 
 
 def _board(options: argparse.Namespace) -> Board:
-    return Board(wanted=options.tensorboard, say=None if options.quiet else partial(print, flush=True))
+    return Board(wanted=options.tensorboard, echo=None if options.quiet else partial(print, flush=True))
 
 
-def _run(options: argparse.Namespace, said: Notices, board: Board, **arguments: Any) -> Result:
-    from clframe.build import run
+def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arguments: Any) -> Result:
+    from clframe.api import run
 
-    def begin(parts: Parts) -> None:
-        said.show()
-        board.show(parts.config, resume=options.resume)
+    def begin(setup: Setup) -> None:
+        data_notices.show()
+        board.show(setup.config, resume=options.resume)
 
-    shown = None if options.quiet else _say_progress
-    result = run(**arguments, on_built=begin, on_evaluated=shown)
+    result = run(**arguments, on_built=begin, on_evaluated=None if options.quiet else _print_progress)
     if not options.quiet:
-        from clframe.report.terminal import accuracy_table, exits_table, summary
+        from clframe.report.terminal import accuracy_text, exits_text, summary_text
 
-        print("\n" + "\n\n".join(filter(None, (accuracy_table(result), exits_table(result), summary(result)))))
+        print("\n" + "\n\n".join(filter(None, (accuracy_text(result), exits_text(result), summary_text(result)))))
     return result
 
 
-def _say_progress(progress: Any) -> None:
+def _print_progress(progress: Any) -> None:
     tally, index = progress.tallies[-1], progress.finished - 1
     seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index]
     count = len(tally.accuracy_E)
@@ -103,7 +144,7 @@ def _say_progress(progress: Any) -> None:
     )
 
 
-def _show(results: Sequence[Result], options: argparse.Namespace) -> None:
+def _print_summary(results: Sequence[Result], options: argparse.Namespace) -> None:
     if options.quiet:
         for result in results:
             print(f"{result.final_average_accuracy:.4f}")

@@ -1,1 +1,1 @@
-"""Configs: their schema, their files, and what the command line may change in them."""
+"""Configs: schema, files and command-line overrides."""

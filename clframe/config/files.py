@@ -1,23 +1,45 @@
-"""Where the configs that come with clframe are."""
+"""Config files and registered names: where they are found and how a file is read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from clframe.core import COMPONENTS
+from clframe.data import SOURCES
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
+from clframe.nn import BACKBONES
+from clframe.registry import Registry
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+YAML = (".yaml", ".yml")
+"""Endings by which a file is recognized; anything else is a name."""
+
+REGISTRIES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "benchmark": SOURCES, "strategy": COMPONENTS}
+"""Registries by config group: a name registered there is a config without a file."""
+
+
+class Registered(NamedTuple):
+    """A registered name without a file: a config that sets this name and nothing else."""
+
+    group: str
+    name: str
+
+    def read(self) -> DictConfig:
+        """The contents that a file for this name would have."""
+        return OmegaConf.create({self.group: self.name if self.group == "strategy" else {"name": self.name}})
 
 
 def shipped_configs() -> Path:
     """The folder of the YAML files that come with clframe.
 
-    An installed wheel carries them inside the package, as ``clframe/_configs``; a checkout, also one
-    installed with ``pip install -e``, has them live in ``configs`` beside it. Raises
-    :class:`~clframe.errors.ConfigError` where neither is there.
+    An installed wheel carries them inside the package, as ``clframe/_configs``; a checkout, including one installed
+    with ``pip install -e``, has them in the folder ``configs`` next to the package. Raises
+    :class:`~clframe.errors.ConfigError` where neither exists.
 
     >>> shipped_configs().is_dir()
     True
@@ -26,7 +48,7 @@ def shipped_configs() -> Path:
     if installed.is_dir():
         return installed
     checkout = _PACKAGE.parent
-    # site-packages may hold a foreign "configs": only a folder beside our pyproject.toml is ours.
+    # site-packages may contain a "configs" of another package: require our pyproject.toml next to it.
     if (checkout / "configs").is_dir() and (checkout / "pyproject.toml").is_file():
         return checkout / "configs"
     raise ConfigError(
@@ -34,72 +56,78 @@ def shipped_configs() -> Path:
     )
 
 
-YAML = (".yaml", ".yml")
-"""Endings that tell a file from a name."""
-
-
 def config_folders() -> list[Path]:
-    """Where configs are looked for: ``./configs`` first, then those that ship with clframe."""
+    """Folders searched for configs: ``./configs`` first, then those that ship with clframe."""
     own = Path("configs")
     return ([own] if own.is_dir() else []) + [shipped_configs()]
 
 
-def known_configs(group: str | None = None) -> dict[str, Path]:
-    """Every config by ``group/name``; a file of yours hides the shipped one of the same name."""
-    found: dict[str, Path] = {}
+def known_configs(group: str | None = None) -> dict[str, Path | Registered]:
+    """Every config by ``group/name``: your files, then shipped files, then registered names without a file."""
+    found: dict[str, Path | Registered] = {
+        f"{kind}/{name}": Registered(kind, name)
+        for kind, registry in REGISTRIES.items()
+        if group in (None, kind)
+        for name in registry.names()
+    }
     for folder in reversed(config_folders()):
         for path in sorted(folder.glob("*/*.yaml")):
-            if group is None or path.parent.name == group:
+            if group in (None, path.parent.name):
                 found[f"{path.parent.name}/{path.stem}"] = path
     return dict(sorted(found.items()))
 
 
-def find_config(name: str, *, group: str = "experiment", where: str = "config") -> Path:
-    """The file that ``name`` means: a path ending in .yaml, ``group/name``, or a name of ``group``.
+def find_config(name: str, *, group: str = "experiment", where: str = "config") -> Path | Registered:
+    """The config called ``name``: a path ending in .yaml, ``group/name``, or a name within ``group``.
 
     Raises:
-        UnknownNameError: No such config; the message begins with ``where`` and has the nearest name.
+        UnknownNameError: No such config; the message begins with ``where`` and offers the nearest name.
     """
     known = known_configs()
     if name.endswith(YAML):
         path = Path(name)
         if path.is_file():
             return path
-        there = [str(other) for other in sorted(path.parent.glob("*.y*ml")) if other.is_file()]
-        close = nearest(name, there) or next((key for key in known if key.endswith(f"/{path.stem}")), None)
-        advice = f"did you mean '{close}'?" if close else "give a file, or a name of clframe list configs"
+        siblings = [str(other) for other in sorted(path.parent.glob("*.y*ml")) if other.is_file()]
+        close = nearest(name, siblings) or next((key for key in known if key.endswith(f"/{path.stem}")), None)
+        advice = f"did you mean '{close}'?" if close else "give a file, or a name from clframe list configs"
         raise UnknownNameError(f"{where}: no file '{name}'; {advice}")
     for key in (name, f"{group}/{name}"):
         if key in known:
             return known[key]
     for key in known:
         if name and key.endswith(f"/{name}"):
-            raise UnknownNameError(f"{where}: '{name}' is no name in configs/{group}; did you mean '{key}'?")
+            article = "an" if group[0] in "aeiou" else "a"
+            raise UnknownNameError(f"{where}: '{name}' is not {article} {group}; did you mean '{key}'?")
     own = [key.removeprefix(f"{group}/") for key in known if key.startswith(f"{group}/")]
-    raise UnknownNameError(unknown_name("config", name, known if "/" in name else own, where=where))
+    kind = "config" if "/" in name or group not in REGISTRIES else group
+    message = unknown_name(kind, name, known if "/" in name else own, where=where)
+    if group in REGISTRIES and REGISTRIES[group].not_loaded:
+        message += f"; not loaded: {'; '.join(REGISTRIES[group].not_loaded)}"
+    raise UnknownNameError(message)
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """A YAML file holding one mapping.
+    """A YAML file that holds one mapping.
 
     Raises:
-        ConfigError: Not readable, no valid YAML, or no mapping.
+        ConfigError: The file is unreadable, invalid YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
         is_mapping = isinstance(yaml.compose(text, Loader=yaml.SafeLoader), (yaml.MappingNode, type(None)))
         loaded = OmegaConf.create(text) if is_mapping else None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    except Exception as error:  # what a parser may say of a broken file is not listed anywhere
-        raise ConfigError(f"{path}: is no valid YAML ({reason(error)}); mend the file") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken files
+        raise ConfigError(f"{path}: invalid YAML ({parser_reason(error)}); fix the file") from None
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: holds no mapping of keys to values; write lines like 'strategy: er'")
+        raise ConfigError(f"{path}: not a mapping of keys to values; write lines like 'strategy: er'")
     return loaded
 
 
-def reason(error: Exception) -> str:
-    """The point of a parser's message, which may go on for lines."""
+def parser_reason(error: Exception) -> str:
+    """The first line of a parser's message, with the line number where the parser gives one."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if problem:
         return f"{problem} in line {mark.line + 1}" if mark is not None else str(problem)

@@ -1,25 +1,26 @@
-"""The block ``components.avalanche``: plugins of Avalanche's by class name, each with its options.
+"""The config schema: typed dataclasses, each checked when it is made.
 
-It is no component and has no place in the strategy's expression: what it names acts beside the components.
+The block ``components.avalanche`` lists Avalanche plugins by class name, each with its options. It is not a component
+and not part of the strategy expression: the plugins run next to the components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
-from clframe.options import shown
+from clframe.options import format_value
 
 BLOCK = "avalanche"
-"""The one name inside ``components`` that no component can have."""
+"""The key in ``components`` that is reserved for Avalanche plugins."""
 WHERE = f"components.{BLOCK}.plugins"
 _EXAMPLE = "[LwFPlugin, {EWCPlugin: {ewc_lambda: 0.1}}]"
 
 
 def named_plugins(components: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Class names and options of the plugins that a config's ``components`` name, in order.
+    """Class names and options of the Avalanche plugins in a config's ``components``, in order.
 
     Raises:
         ConfigError: The block has another key, or an entry is neither a name nor a name with options.
@@ -35,90 +36,103 @@ def named_plugins(components: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[st
             raise ConfigError(f"components.{BLOCK}.{key}: unknown key; {advice}")
     listed = block.get("plugins", [])
     if not isinstance(listed, (list, tuple)):
-        raise ConfigError(f"{WHERE}: found {shown(listed)}; give a list such as {_EXAMPLE}")
-    return tuple(_named(entry, f"{WHERE}[{i}]") for i, entry in enumerate(listed))
+        raise ConfigError(f"{WHERE}: found {format_value(listed)}; give a list such as {_EXAMPLE}")
+    return tuple(_read_named(entry, f"{WHERE}[{i}]") for i, entry in enumerate(listed))
 
 
-def _named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+def lightning_loggers(loggers: Sequence[Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Class names and options of the entries of ``trainer.loggers`` that are loggers of Lightning.
+
+    >>> lightning_loggers(["csv", {"WandbLogger": {"offline": True}}])
+    (('WandbLogger', {'offline': True}),)
+    """
+    example = "[csv, {WandbLogger: {offline: true}}]"
+    named = [_read_named(entry, f"trainer.loggers[{i}]", example) for i, entry in enumerate(loggers)]
+    for i, (name, options) in enumerate(named):
+        if name in LOGGERS and options:
+            raise ConfigError(f"trainer.loggers[{i}].{name}: found {format_value(options)}; it takes no options")
+    return tuple((name, options) for name, options in named if name not in LOGGERS)
+
+
+def _read_named(entry: Any, where: str, example: str = _EXAMPLE) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         return entry, {}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise ConfigError(f"{where}: found {shown(entry)}; give a name, or one with its options as in {_EXAMPLE}")
+        raise ConfigError(f"{where}: found {format_value(entry)}; give a name, or one with options as in {example}")
     ((name, options),) = entry.items()
     if not isinstance(options, (dict, type(None))):
-        raise ConfigError(f"{where}.{name}: found {shown(options)}; give a mapping of its options")
+        raise ConfigError(f"{where}.{name}: found {format_value(options)}; give a mapping of its options")
     return str(name), {str(key): value for key, value in (options or {}).items()}
 
 
-def _need(ok: bool, key: str, found: Any, advice: str) -> None:
+def _require(ok: bool, key: str, found: Any, advice: str) -> None:
     if not ok:
-        raise ConfigError(f"{key}: found {shown(found)}; {advice}")
+        raise ConfigError(f"{key}: found {format_value(found)}; {advice}")
 
 
-def _at_least(low: float, key: str, found: float) -> None:
-    _need(found >= low, key, found, f"give at least {low}")
+def _require_at_least(low: float, key: str, found: float) -> None:
+    _require(found >= low, key, found, f"give at least {low}")
 
 
 MOST_WORKERS = 256
-"""Each is a process with a torch of its own."""
+"""Bound on ``benchmark.workers``: each worker is a process that imports torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Which data, and who learns what when."""
+    """The data and how it is split into experiences."""
 
     name: str = ""
-    """A data set of ``clframe list benchmarks``."""
+    """A data set; ``clframe list benchmarks`` shows them."""
     protocol: Literal["class_incremental", "task_incremental", "permuted", "rotated"] = "class_incremental"
     """``class_incremental``: new classes in every experience; ``task_incremental``: also task labels.
 
-    ``permuted`` and ``rotated`` show all classes in every experience, with pixels in another order or at
-    another angle.
+    ``permuted`` and ``rotated``: all classes in every experience, with permuted pixels or rotated images.
     """
     classes: int | None = None
-    """Only the data set's classes 0 to this number less one, for a smaller problem; null takes all."""
+    """Use only the first n classes of the data set; null uses all."""
     experiences: int = 5
-    """How many experiences, a larger first one included; leftover classes go to the earliest ones."""
+    """Number of experiences, including a larger first one; remaining classes go to the earliest ones."""
     first: int | None = None
-    """Classes of the first experience; null gives all experiences the same number."""
+    """Number of classes in the first experience; null splits evenly."""
     counts: tuple[int, ...] = ()
-    """Classes of each experience; takes the place of ``experiences``."""
+    """Number of classes in each experience; overrides ``experiences``."""
     class_order: Literal["seeded", "sorted", "icarl"] | tuple[int, ...] = "seeded"
-    """Order in which classes are learnt: drawn from the seed, ascending, iCaRL's of 100, or the ids."""
+    """Order of classes: shuffled by the seed, ascending, iCaRL's order of 100 classes, or a list of ids."""
     angles: tuple[float, ...] = ()
-    """Degrees of each experience of ``rotated``, in place of ``experiences``; none: 0 to 180, evenly."""
+    """Angle of each experience of ``rotated`` in degrees, overrides ``experiences``; empty: evenly from 0 to 180."""
     validation: float = 0.0
-    """Share of each class's training samples that is held out."""
+    """Fraction of the training samples of each class held out for validation."""
     evaluate: Literal["test", "validation"] = "test"
-    """What accuracies are measured on; choose hyper-parameters on ``validation``."""
+    """Data on which accuracy is measured; choose hyper-parameters on ``validation``."""
     online: int | None = None
-    """Samples of the small experiences that each sample comes in once; null trains on whole experiences."""
+    """Samples per small experience of an online stream, in which each sample is seen once; null is offline."""
     boundaries: bool = True
-    """Whether an online learner is told where an experience begins and ends."""
+    """Whether an online stream marks where experiences begin and end."""
     blurry: float = 0.0
-    """Share of an experience's length over which an online stream fades into the next; 0 is sharp."""
+    """Fraction of an experience over which an online stream blends into the next; 0 is a sharp boundary."""
     augment: str | tuple[str, ...] | None = None
-    """What training does to images: ``crop``, ``flip``, ``jitter``, ``cifar`` (crop and flip), or a list, in order;
-    null leaves them as they are."""
+    """Augmentation of training images: ``crop``, ``flip``, ``jitter``, ``cifar`` (crop and flip), or a list in order;
+    null is none."""
     workers: int | None = None
-    """Processes that read data which is not in memory; null chooses by the machine, 0 reads in this one."""
+    """Worker processes for data that is not in memory; null chooses by CPU count, 0 reads in the main process."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the data set itself."""
+    """Options of the data set."""
 
     def __post_init__(self) -> None:
-        """Refuse what no data set can serve, and keys that the protocol does not read."""
-        _need(bool(self.name), "benchmark.name", self.name, "name one of clframe list benchmarks")
-        _at_least(1, "benchmark.experiences", self.experiences)
-        _need(0 <= self.validation < 1, "benchmark.validation", self.validation, "give a share from 0, below 1")
-        _need(self.evaluate == "test" or self.validation > 0, "benchmark.evaluate", self.evaluate,
+        """Refuse values that no data set can satisfy and keys that the protocol ignores."""
+        _require(bool(self.name), "benchmark.name", self.name, "give a name from clframe list benchmarks")
+        _require_at_least(1, "benchmark.experiences", self.experiences)
+        _require(0 <= self.validation < 1, "benchmark.validation", self.validation, "give a fraction from 0, below 1")
+        _require(self.evaluate == "test" or self.validation > 0, "benchmark.evaluate", self.evaluate,
               "hold data out for it, such as benchmark.validation=0.1")  # fmt: skip
         if self.online is not None:
-            _at_least(1, "benchmark.online", self.online)
-        _need(0 <= self.blurry <= 1, "benchmark.blurry", self.blurry, "give a share from 0 to 1")
+            _require_at_least(1, "benchmark.online", self.online)
+        _require(0 <= self.blurry <= 1, "benchmark.blurry", self.blurry, "give a fraction from 0 to 1")
         workers_ok = self.workers is None or 0 <= self.workers <= MOST_WORKERS
-        _need(workers_ok, "benchmark.workers", self.workers, f"give a number from 0 to {MOST_WORKERS} or null")
+        _require(workers_ok, "benchmark.workers", self.workers, f"give a number from 0 to {MOST_WORKERS} or null")
         by_class = self.protocol in ("class_incremental", "task_incremental")
-        all_classes = f"leave it out, {self.protocol} experiences bring all classes"
+        all_classes = f"leave it out, every {self.protocol} experience has all classes"
         for key, value, unset, read, advice in (
             ("first", self.first, None, by_class, all_classes),
             ("counts", self.counts, (), by_class, all_classes),
@@ -127,140 +141,194 @@ class BenchmarkConfig:
             ("boundaries", self.boundaries, True, self.online is not None, "set benchmark.online"),
             ("blurry", self.blurry, 0.0, self.online is not None, "set benchmark.online"),
         ):
-            _need(read or value == unset, f"benchmark.{key}", value, advice)
+            _require(read or value == unset, f"benchmark.{key}", value, advice)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which network."""
+    """The backbone."""
 
     name: str = ""
-    """A backbone of ``clframe list backbones``."""
+    """A backbone; ``clframe list backbones`` shows them."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the backbone itself."""
+    """Options of the backbone."""
 
     def __post_init__(self) -> None:
-        """A backbone must be named."""
-        _need(bool(self.name), "backbone.name", self.name, "name one of clframe list backbones")
+        """Require a name."""
+        _require(bool(self.name), "backbone.name", self.name, "give a name from clframe list backbones")
+
+
+SMALLEST_RATE = 1e-38
+"""Smaller learning rates underflow in float32 and train nothing."""
+LARGEST_FLOAT = 3.4e38
+"""Larger numbers overflow in float32."""
+DEFAULT_GAMMA = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """A fresh optimizer for every experience."""
+    """The optimizer; every experience starts with a new one."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: float = 0.05
-    """Learning rate at the start of every experience."""
+    """Learning rate at the start of every experience, after warmup."""
     momentum: float = 0.0
-    """Of SGD; the Adams keep their own betas."""
+    """Momentum of ``sgd`` and ``rmsprop``."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of Adam's two moments; null is torch's [0.9, 0.999]."""
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    """Of the learning rate over the epochs of one experience."""
+    schedule: Literal["constant", "cosine", "multistep", "step", "plateau"] = "constant"
+    """Learning-rate schedule over the epochs of one experience."""
     milestones: tuple[int, ...] = ()
     """Epochs after which ``multistep`` multiplies the rate by ``gamma``."""
-    gamma: float = 0.1
+    step: int | None = None
+    """Number of epochs after which ``step`` multiplies the rate by ``gamma``, again and again."""
+    gamma: float = DEFAULT_GAMMA
+    """Factor of ``multistep`` and ``step``."""
+    factor: float | None = None
+    """Factor by which ``plateau`` multiplies the rate when the loss stops falling; null is a third, as in FACIL.
+
+    It follows the validation loss if ``benchmark.validation`` is set, else the training loss.
+    """
+    patience: int | None = None
+    """Epochs without improvement after which ``plateau`` lowers the rate; null is 5, as in FACIL."""
+    warmup: int = 0
+    """Epochs over which the rate first rises linearly to its scheduled value."""
 
     def __post_init__(self) -> None:
-        """Refuse rates that cannot train and settings that nothing would read."""
-        _need(self.lr > 0, "optimizer.lr", self.lr, "give a number above 0")
-        _need(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number from 0 to below 1")
-        _need(not self.momentum or self.name == "sgd", "optimizer.momentum", self.momentum,
-              f"leave it out ({self.name} keeps its own betas) or set optimizer.name=sgd")  # fmt: skip
-        _at_least(0, "optimizer.weight_decay", self.weight_decay)
-        _need(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
+        """Refuse rates that cannot train and settings that would be ignored."""
+        _require(self.lr > 0, "optimizer.lr", self.lr, "give a number above 0")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number from 0 to below 1")
+        adam = self.name in ("adam", "adamw")
+        _require(not self.momentum or not adam, "optimizer.momentum", self.momentum,
+                 f"leave it out ({self.name} has betas) or set optimizer.name=sgd")  # fmt: skip
+        if self.betas is not None:
+            _require(adam, "optimizer.betas", self.betas, f"leave it out ({self.name} has no betas)")
+            in_range = all(0 <= beta < 1 for beta in self.betas)
+            _require(in_range, "optimizer.betas", self.betas, "give two numbers from 0 to below 1")
+        _require_at_least(0, "optimizer.weight_decay", self.weight_decay)
+        _require(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
+        _require_at_least(0, "optimizer.warmup", self.warmup)
         ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
-        _need(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
-        stepped = self.schedule == "multistep"
-        advice = "name some" if stepped else "leave them out or set optimizer.schedule=multistep"
-        _need(bool(self.milestones) == stepped, "optimizer.milestones", self.milestones, advice)
+        _require(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
+        for key, value, schedule in (("milestones", self.milestones, "multistep"), ("step", self.step, "step")):
+            used = self.schedule == schedule
+            advice = "give a value" if used else f"leave it out or set optimizer.schedule={schedule}"
+            _require(bool(value) == used, f"optimizer.{key}", value, advice)
+        _require(self.step is None or self.step > 0, "optimizer.step", self.step, "give at least 1")
+        for key in ("factor", "patience"):
+            unread = self.schedule != "plateau" and getattr(self, key) is not None
+            _require(not unread, f"optimizer.{key}", getattr(self, key),
+                     "leave it out or set optimizer.schedule=plateau")  # fmt: skip
+        factor_ok = self.factor is None or 0 < self.factor < 1
+        _require(factor_ok, "optimizer.factor", self.factor, "give a number between 0 and 1")
+        _require(self.patience is None or self.patience >= 0, "optimizer.patience", self.patience, "give at least 0")
+        _require(not self.warmup or self.schedule != "plateau", "optimizer.warmup", self.warmup,
+                 "leave it out: plateau sets the rate from the losses alone")  # fmt: skip
+        for key in ("lr", "weight_decay", "gamma"):
+            _require(getattr(self, key) <= LARGEST_FLOAT, f"optimizer.{key}", getattr(self, key),
+                     "which overflows float32; give a smaller number")  # fmt: skip
 
 
 LOGGERS = ("tensorboard", "csv")
-"""Loggers that every engine has."""
+"""Loggers available in both engines."""
 MOST_THREADS = 1024
-"""Far above any machine's use, far below what torch can take."""
+"""Bound on CPU threads: far more than a machine can use; OpenMP crashes at much larger numbers."""
 PRECISIONS = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How to train: Lightning's side."""
+    """Training: engine, device, precision, epochs, batches, logging."""
 
     engine: Literal["fabric", "trainer"] = "fabric"
-    """``fabric``: Avalanche's loop on Lightning Fabric; ``trainer``: experiences in Lightning Trainers."""
+    """``fabric``: Avalanche's loop on Lightning Fabric; ``trainer``: one Lightning Trainer per experience."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     devices: int | tuple[int, ...] = 1
-    """One device: 1, or the index of one such as [1]."""
+    """One device: 1, or a device index such as [1]."""
     precision: PRECISIONS = "32-true"
     epochs: int = 10
-    """Per experience."""
+    """Epochs per experience."""
     batch_size: int = 32
+    drop_last: bool = False
+    """Leave out the last batch of an epoch if it is smaller; otherwise a last batch of one sample is joined to the one
+    before it where batch normalization could not train on it."""
     eval_batch_size: int = 256
     gradient_clip: float | None = None
-    """Largest norm of the gradient; null never clips."""
+    """Maximum gradient norm; null does not clip."""
+    on_divergence: Literal["stop", "warn"] = "stop"
+    """What to do when losses or weights are no longer finite: end the run, or train on and mark its results."""
     accumulate: int = 1
-    """Batches whose gradients are added up before each update."""
+    """Number of batches whose gradients are accumulated for each update."""
     eval_every: int = -1
-    """Evaluate on this experience's test data every n epochs, for TensorBoard; -1 never."""
+    """Evaluate on the experience's test data every n epochs, for TensorBoard; -1 is never."""
     log_every: int = 20
-    """Steps between two entries of losses and learning rate; nothing waits for the device in between."""
+    """Steps between two log entries of losses and learning rate; no device synchronization in between."""
     fast_dev_run: bool = False
-    """Two batches of one epoch per experience: does everything work?"""
+    """Run two batches of one epoch per experience, to test a setup."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice. Small models are fastest with one."""
+    """CPU threads; null is torch's choice. Small models are fastest with 1."""
     channels_last: bool = False
-    """Keep images and convolutions with their channels last in memory; with bf16-mixed often far faster."""
+    """Use the channels-last memory format for images and convolutions; with bf16-mixed often far faster."""
     deterministic: bool = True
-    """Use only deterministic operations, so that a seed gives the same numbers again."""
+    """Use deterministic operations only, so that a seed reproduces the same numbers."""
     progress: bool = True
-    """Show a progress bar where the output is a terminal."""
+    """Show a progress bar if the output is a terminal."""
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """Lightning callbacks by class name, each with its options; they need ``engine: trainer``."""
-    loggers: tuple[str, ...] = LOGGERS
-    """``tensorboard`` and ``csv``; Lightning's own logger classes need ``engine: trainer``."""
+    """Lightning callbacks by class name, each with its options; all but EarlyStopping require ``engine: trainer``.
+
+    EarlyStopping monitors ``train/loss``, or with ``benchmark.validation`` ``validation/loss`` and
+    ``validation/accuracy``.
+    """
+    loggers: tuple[str | dict[str, Any], ...] = LOGGERS
+    """``tensorboard`` and ``csv``; Lightning's own logger classes require ``engine: trainer``.
+
+    An entry is a name, or a mapping of a name to its options, such as ``{WandbLogger: {offline: true}}``.
+    """
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing and callbacks nobody would call."""
+        """Refuse impossible sizes and callbacks that the engine would not call."""
         for key in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_every"):
-            _at_least(1, f"trainer.{key}", getattr(self, key))
+            _require_at_least(1, f"trainer.{key}", getattr(self, key))
         threads_ok = self.threads is None or 1 <= self.threads <= MOST_THREADS
-        _need(threads_ok, "trainer.threads", self.threads, f"give a number from 1 to {MOST_THREADS} or null")
+        _require(threads_ok, "trainer.threads", self.threads, f"give a number from 1 to {MOST_THREADS} or null")
         clip_ok = self.gradient_clip is None or self.gradient_clip > 0
-        _need(clip_ok, "trainer.gradient_clip", self.gradient_clip, "give a number above 0 or null")
-        _need(self.eval_every == -1 or self.eval_every > 0, "trainer.eval_every", self.eval_every,
+        _require(clip_ok, "trainer.gradient_clip", self.gradient_clip, "give a number above 0 or null")
+        _require(self.eval_every == -1 or self.eval_every > 0, "trainer.eval_every", self.eval_every,
               "give -1 (never) or a number of epochs")  # fmt: skip
         index = self.devices if isinstance(self.devices, tuple) else ()
         one = self.devices == 1 or (len(index) == 1 and index[0] >= 0)
-        _need(one, "trainer.devices", self.devices,
-              "this version trains on one device a run; give 1 or an index such as [0]")  # fmt: skip
-        for name in self.loggers:
-            if name not in LOGGERS and not name.endswith("Logger"):
+        _require(one, "trainer.devices", self.devices,
+              "a run trains on one device; give 1 or an index such as [0]")  # fmt: skip
+        loggers = lightning_loggers(self.loggers)
+        for name, _ in loggers:
+            if not name.endswith("Logger"):
                 raise UnknownNameError(unknown_name("logger", name, LOGGERS, where="trainer.loggers"))
-        foreign = [("loggers", name) for name in self.loggers if name not in LOGGERS]
-        for key, name in [*(("callbacks", name) for name in self.callbacks), *foreign]:
+        callbacks = [("callbacks", name) for name in self.callbacks if name != "EarlyStopping"]
+        for key, name in [*callbacks, *(("loggers", name) for name, _ in loggers)]:
             if self.engine != "trainer":
                 raise ConfigError(
-                    f"trainer.{key}: {name} is called by a Lightning Trainer, which engine '{self.engine}' "
-                    f"does not have; set trainer.engine=trainer or leave it out"
+                    f"trainer.{key}: {name} needs a Lightning Trainer, which engine '{self.engine}' does not have; "
+                    f"set trainer.engine=trainer or leave it out"
                 )
 
 
 LONGEST_NAME = 200
-"""Bytes; file systems take 255."""
+"""Bound on the length of a run's name in bytes; file systems allow 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is made of."""
+    """A complete run."""
 
     name: str = "run"
     """Folder of the run under the output folder."""
     seed: int = 0
-    """Controls initialization, order of samples and classes, and memory."""
+    """Seed of initialization, order of samples and classes, and replay buffers."""
     strategy: str = "naive"
-    """Which: components joined by '+'."""
+    """Components joined by '+'."""
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """How: options by component name; ``avalanche`` lists plugins of Avalanche's that act beside them."""
+    """Options by component name; ``avalanche`` lists Avalanche plugins."""
     benchmark: BenchmarkConfig
     backbone: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -269,14 +337,14 @@ class Config:
     """Folder for run folders."""
 
     def __post_init__(self) -> None:
-        """Refuse seeds and names that generators and files cannot take, and plugins that nobody could read."""
+        """Refuse seeds, names and plugins that cannot work."""
         named_plugins(self.components)
-        _need(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0 to 2**63 - 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "give a whole number from 0 to 2**63 - 1")
         fine = bool(self.name) and not set(self.name) & set('/\\:*?"<>|') and self.name not in (".", "..")
         short = len(self.name.encode(errors="replace")) <= LONGEST_NAME and self.name.isprintable()
-        _need(fine and short, "name", self.name, "give a short name that can be a folder's")
-        _need(bool(self.output) and "\0" not in self.output, "output", self.output, "give a folder")
+        _require(fine and short, "name", self.name, "give a short name that can be a folder name")
+        _require(bool(self.output) and "\0" not in self.output, "output", self.output, "give a folder")
 
 
 OPEN_BLOCKS: dict[str, Callable[..., Any]] = {"benchmark": BenchmarkConfig, "backbone": BackboneConfig}
-"""Blocks that carry options of what they name, beside keys of their own."""
+"""Blocks that contain options of the named backbone or benchmark next to their own keys."""

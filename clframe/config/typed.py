@@ -1,4 +1,4 @@
-"""Typed configs from plain trees and back, and messages about unknown keys."""
+"""Convert between plain trees and typed configs, with messages about unknown keys."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ from omegaconf import OmegaConf
 
 from clframe.config.schema import OPEN_BLOCKS, Config
 from clframe.errors import ConfigError, nearest
-from clframe.options import convert, shown
+from clframe.options import convert, format_value
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
-    """The typed config of a plain tree, such as a resolved ``config.yaml``.
+    """Convert a plain tree, such as a resolved ``config.yaml``, to a typed config.
 
     Raises:
         ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
     """
-    config = _typed(Config, dict(tree), where="")
+    config = _read_block(Config, dict(tree), where="")
     assert isinstance(config, Config)
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that :func:`from_mapping` reads back."""
+    """The resolved config as YAML; :func:`from_mapping` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.create(as_tree(config)))
 
 
+def same_config(left: str, right: str) -> bool:
+    """Whether two texts of :func:`to_yaml` mean the same; a key that an older version lacked has its default."""
+    try:
+        trees = [OmegaConf.to_container(OmegaConf.create(text)) for text in (left, right)]
+        one, two = (from_mapping(tree) for tree in trees if isinstance(tree, dict))  # type: ignore[arg-type]  # text keys
+    except ValueError:  # a ConfigError, or a text that is not a mapping
+        return False
+    return one == two
+
+
 def as_tree(config: Config) -> dict[str, Any]:
-    """The config as nested plain values, options beside the keys of their block."""
+    """The config as nested plain values, options next to the keys of their block."""
     tree = dataclasses.asdict(config)
     for block in OPEN_BLOCKS:
         tree[block].update(tree[block].pop("options"))
-    plain: dict[str, Any] = _listed(tree)
+    plain: dict[str, Any] = _tuples_to_lists(tree)
     return plain
 
 
 def check_keys(contents: Mapping[Any, Any], *, where: str) -> None:
-    """Refuse keys that the schema does not have; ``where`` names the file or override they stand in.
+    """Refuse keys that the schema does not have; ``where`` is the file or override that contains them.
 
     Raises:
-        ConfigError: An unknown key, or something else than a mapping for a block.
+        ConfigError: An unknown key, or a block that is not a mapping.
     """
     blocks = _blocks()
     for key, value in contents.items():
@@ -53,19 +63,19 @@ def check_keys(contents: Mapping[Any, Any], *, where: str) -> None:
         if not isinstance(value, dict):
             named = isinstance(value, str) and "name" in blocks[key]
             example = f" such as {{name: {value}}}" if named else ""
-            raise ConfigError(f"{where}: {key} is {shown(value)}; give a mapping{example}")
+            raise ConfigError(f"{where}: {key} is {format_value(value)}; give a mapping{example}")
         for name in value:
             if name not in blocks[key] and key not in OPEN_BLOCKS:
                 _unknown_key(str(name), str(key), where)
 
 
 def block_keys(block: str) -> tuple[str, ...]:
-    """Names of the keys that the schema gives a block."""
+    """Names of a block's keys in the schema."""
     return _blocks()[block]
 
 
 def _blocks() -> dict[str, tuple[str, ...]]:
-    """Names of the keys of each block; those of the config itself under ``""``."""
+    """Names of the keys of each block; the top level is the block ``""``."""
     hints = get_type_hints(Config)
     kinds = {"": Config, **{key: kind for key, kind in hints.items() if dataclasses.is_dataclass(kind)}}
     return {
@@ -75,40 +85,40 @@ def _blocks() -> dict[str, tuple[str, ...]]:
 
 
 def _unknown_key(key: str, block: str, where: str) -> NoReturn:
-    """Say so, with the one block that has the key, or the nearest key of its own block, or of any."""
+    """Raise, suggesting the one other block that has this key, else the nearest key of the same or of any block."""
     blocks = _blocks()
-    places = [(home, name) for home, names in blocks.items() for name in names]
-    exact = [place for place in places if place[1] == key]
-    near = nearest(key, blocks[block]), nearest(key, [name for _, name in places])
+    all_keys = [(home, name) for home, names in blocks.items() for name in names]
+    exact = [known for known in all_keys if known[1] == key]
+    near = nearest(key, blocks[block]), nearest(key, [name for _, name in all_keys])
     close = exact if len(exact) == 1 else [(block, near[0])] if near[0] else []
-    close = close or [place for place in places if place[1] == near[1]][:1]
+    close = close or [known for known in all_keys if known[1] == near[1]][:1]
     advice = f"keys are {', '.join(sorted(blocks[block]))}"
     if close:
         advice = f"did you mean '{'.'.join(filter(None, close[0]))}'?"
     raise ConfigError(f"{where}: unknown key '{'.'.join(filter(None, (block, key)))}'; {advice}")
 
 
-def _typed(schema: Any, tree: Any, *, where: str) -> Any:
+def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: found {shown(tree)}; give a mapping")
+        raise ConfigError(f"{where}: found {format_value(tree)}; give a mapping")
     hints, names = get_type_hints(schema), _blocks()[where]
     values: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for key, value in tree.items():
-        place = f"{where}.{key}" if where else str(key)
+        path = f"{where}.{key}" if where else str(key)
         if key not in names:
             if where not in OPEN_BLOCKS:
                 _unknown_key(str(key), where, "config")
             options[str(key)] = value
         elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _typed(hints[key], value, where=place)
+            values[key] = _read_block(hints[key], value, where=path)
         elif key == "components":
-            named = _mapping(value, place, of="names to options")
-            values[key] = {name: _mapping(v, f"{place}.{name}", of="options") for name, v in named.items()}
+            named = _require_mapping(value, path, of="names to options")
+            values[key] = {name: _require_mapping(v, f"{path}.{name}", of="options") for name, v in named.items()}
         elif key == "callbacks":
-            values[key] = _mapping(value, place, of="names to options")
+            values[key] = _require_mapping(value, path, of="names to options")
         else:
-            values[key] = convert(value, hints[key], where=place)
+            values[key] = convert(value, hints[key], where=path)
     if where in OPEN_BLOCKS:
         values["options"] = options
     for block in OPEN_BLOCKS if schema is Config else ():
@@ -119,15 +129,15 @@ def _typed(schema: Any, tree: Any, *, where: str) -> Any:
     return schema(**values)
 
 
-def _mapping(value: Any, where: str, *, of: str) -> dict[str, Any]:
+def _require_mapping(value: Any, where: str, *, of: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: found {shown(value)}; give a mapping of {of}, or {{}} for none")
+        raise ConfigError(f"{where}: found {format_value(value)}; give a mapping of {of}, or {{}} for none")
     return {str(key): inner for key, inner in value.items()}
 
 
-def _listed(tree: Any) -> Any:
+def _tuples_to_lists(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _listed(value) for key, value in tree.items()}
+        return {key: _tuples_to_lists(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_listed(value) for value in tree]
+        return [_tuples_to_lists(value) for value in tree]
     return tree

@@ -1,7 +1,7 @@
 """Components, the ingredients of a strategy, and their composition.
 
-This file teaches the system. A run is the loop below. Every indented name that is a method of :class:`Component`
-is a *hook* with a neutral default, so a component overrides only what it changes::
+Start reading here. A run is the loop below; every call that is a method of :class:`Component` is a *hook* with a
+neutral default, so a component overrides only what it changes::
 
     setup_network(network)                        once, before any optimizer exists    SLOT classifier: their kind
     state = init_state(network)                   once
@@ -25,14 +25,15 @@ is a *hook* with a neutral default, so a component overrides only what it change
                 state = after_step(network, step, state)
         state = after_experience(network, context, state)   consolidation: teachers, buffers, Fisher information
     output = adjust_logits(output, state)         SLOT logits      bias correction, nearest class means
+      logits_BC = adjust_exit_logits(exit, logits_BC, taps, state)      the same, one exit at a time
     scores = predict(output, state)               SLOT prediction  default: the last exit
-    extra_cost(network, state)                    figures for the ledger that only the component knows
+    extra_cost(network, state)                    costs for the ledger that cannot be counted from outside
 
 A *slot* is a resource that only one component of a strategy may own; two owners are refused when composing.
 
 A component holds options only. Everything that changes during a run is its *state*: returned by ``init_state``,
 ``before_experience``, ``after_step`` and ``after_experience``, passed to every other hook, and stored under the
-component's name. So a checkpoint needs no code of the component, and two runs share nothing by accident.
+component's name. So a checkpoint needs no code of the component, and two runs cannot share state by accident.
 
 Laws (tests/core/test_laws.py): composing is associative; ``naive`` is the identity; terms commute, bit for bit,
 because a composition sorts its components by name; a component of weight zero is dropped; two owners of one slot, or
@@ -54,34 +55,34 @@ from clframe.nn.network import Network
 from clframe.nn.types import Output
 
 SLOTS: Final = ("batch", "classifier", "exit_weights", "task_loss", "loss_mix", "gradient", "logits", "prediction")
-"""What only one component of a strategy may own."""
+"""Resources that only one component of a strategy may own."""
 
 HOOKS: Final = (
     "setup_network", "init_state", "training_experiences", "training_set", "add_classes", "before_experience",
     "before_epoch", "exit_loss_weights", "make_batch", "task_loss", "losses", "combine_losses", "modify_gradients",
-    "after_step", "after_experience", "adjust_logits", "predict", "extra_cost",
+    "after_step", "after_experience", "adjust_logits", "adjust_exit_logits", "predict", "extra_cost",
 )  # fmt: skip
-"""The methods of the timetable, in the order in which a run reaches them."""
+"""The hooks, in the order in which a run reaches them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """One ingredient of a strategy: a frozen dataclass of options.
 
-    Subclasses are final: to reuse one, hold it as a field and call it.
+    Subclasses are final: to reuse one, store it in a field and call it.
 
     Class attributes:
-        name: How expressions, configs, logs and checkpoints call it.
-        slots: What it owns alone; two owners of one slot cannot be composed.
+        name: Name in expressions, configs, logs and checkpoints.
+        slots: Resources that it owns; two owners of one slot cannot be composed.
         terms: Names of the loss terms that ``losses`` may return, for ``clframe explain``.
-        weight: The option that scales everything the component does. At zero the component is the
-            identity: composing drops it, so the run is bit-identical to one without it. None where
-            nothing scales it.
-        keeps_memory: Whether its state is a memory (``x``, ``y``), which others read as ``context.memory``.
-        needs_memory: Whether another component of the strategy must keep one.
-        remakes: Whether ``advance`` changes what the network computes in evaluation: it then comes before all others',
-            so that what they keep (means, importances, teachers, thresholds) is of the network that answers.
-        phase: Phase of the ledger that ``prepare`` and ``advance`` are booked under; ``router`` where they train one.
+        weight: Option that scales everything the component does, or None. At zero the component is the identity:
+            composing drops it, so the run is bit-identical to one without it.
+        keeps_memory: Whether its state is a replay buffer (``x``, ``y``), which others read as ``context.memory``.
+        needs_memory: Whether it needs a component with a replay buffer in the strategy.
+        changes_network: Whether ``after_experience`` changes what the network computes in evaluation. It then runs
+            before all others, whose means, importances, teachers and thresholds are of the changed network.
+        phase: Phase of ``before_experience`` and ``after_experience`` in the ledger; ``router`` if they train one.
+        renamed: Options by their former names, which configs and expressions may still use.
     """
 
     name: ClassVar[str]
@@ -90,8 +91,9 @@ class Component:
     weight: ClassVar[str | None] = None
     keeps_memory: ClassVar[bool] = False
     needs_memory: ClassVar[bool] = False
-    remakes: ClassVar[bool] = False
+    changes_network: ClassVar[bool] = False
     phase: ClassVar[str] = "auxiliary"
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.component.compose`."""
@@ -103,108 +105,140 @@ class Component:
         return self.weight is not None and getattr(self, self.weight) == 0
 
     def acts_at(self) -> tuple[str, ...]:
-        """The hooks this component overrides, in timetable order."""
+        """Return the hooks that this component overrides, in the order of a run."""
         return tuple(hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Component, hook))
 
     def check(self, *, classes: int) -> None:
-        """Refuse options that cannot work on a benchmark of ``classes`` classes (ConfigError)."""
+        """Raise ConfigError for options that cannot work on a benchmark of ``classes`` classes."""
 
     @property
     def needs_held_out(self) -> str:
-        """The option for which a benchmark must hold validation data out; empty where none does."""
+        """Option that needs validation data of the benchmark; empty if none does."""
         return ""
 
     def taps(self, network: Network) -> Sequence[str]:
-        """Stages whose outputs ``step.output.taps`` and ``answers`` are to hold."""
+        """Return the stages whose outputs the component reads in ``output.taps``."""
         return ()
 
     def resolve(self, network: Network) -> Component:
-        """The component with every choice that depends on this machine made; a run's config records it."""
+        """Return the component with every choice that depends on this machine made, for the config of a run."""
         return self
 
     def setup_network(self, network: Network) -> None:
-        """Change the network once, before any optimizer exists."""
+        """Change the network, once, before any optimizer exists."""
 
     def init_state(self, network: Network) -> State:
-        """The state at the start of a run."""
+        """Return the state at the start of a run."""
         return {}
 
     def training_experiences(self, index: int, count: int) -> Sequence[int]:
-        """Experiences whose training data experience ``index`` of ``count`` trains on; none skips it."""
+        """Return the experiences whose data experience ``index`` of ``count`` trains on; none skips training."""
         return (index,)
 
     def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
-        """What an epoch runs over, once and in one shuffled order, and how many of it make a batch. Slot ``batch``.
+        """Return the samples that an epoch iterates over, shuffled, and the batch size. Slot ``batch``.
 
-        Called when the loader of an experience is made, before anything has grown.
+        Called when the loader of an experience is created, before heads grow.
 
         Args:
             samples: The training data of the experience.
             size: ``trainer.batch_size``.
-            state: The component's own.
+            state: State of the component.
         """
         return samples, size
 
     def add_classes(self, network: Network, experience: Experience) -> None:
-        """Add what a new experience needs; the classifiers have already grown."""
+        """Add outputs for new classes; the classifiers have already grown."""
 
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The state for an experience about to be trained; heads have grown and are on their device."""
+        """Return the state for an experience about to be trained; heads have grown and are on their device."""
         return state
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
-        """Set what lasts for an epoch, such as which parts of the network learn."""
+        """Apply what lasts for an epoch: schedules, freezing."""
 
     def exit_loss_weights(self, context: StepContext, state: State) -> Sequence[float]:
-        """What each exit's terms weigh in this epoch, one number per exit. Slot ``heads``; default: 1 each."""
+        """Return the weight of each exit's losses in this epoch. Slot ``exit_weights``; default: 1 each."""
         return (1.0,)
 
-    def make_batch(self, batch: Batch, context: StepContext, state: State) -> Batch:
-        """The batch to train on instead. Slot ``batch``."""
+    def make_batch(self, batch: Batch, context: StepContext, state: State, network: Network) -> Batch:
+        """Return the batch to train on, such as the new samples followed by replayed ones. Slot ``batch``.
+
+        ``network`` is for choosing samples, as MIR does by a virtual step; its weights and gradients must be left
+        as they were.
+        """
         return batch
 
     def task_loss(self, step: Step, state: State) -> Tensor:
-        """loss_K on the targets, logged as ``loss/task/ce``. Slot ``task``; default: cross-entropy at every exit."""
+        """Return loss_K on the targets, logged as ``loss/task/ce``. Slot ``task_loss``; default: cross-entropy."""
         return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """Named loss terms, each of shape [K] (one value per exit) or [] (exits have no part in it)."""
+        """Return named loss terms, each of shape [K] (one value per exit) or [] (not per exit)."""
         return {}
 
     def combine_losses(self, terms: Mapping[str, Tensor], step: Step, state: State) -> Tensor:
-        """One scalar out of all named terms. Slot ``mix``; default: the sum over terms and exits."""
+        """Combine all named terms into one scalar. Slot ``loss_mix``; default: the sum over terms and exits."""
         return total(terms)
 
     def modify_gradients(self, network: Network, step: Step, state: State) -> None:
         """Edit ``parameter.grad`` in place, after backward. Slot ``gradient``."""
 
-    def after_step(self, network: Network, step: Step, state: State) -> None:
-        """Look at weights just updated, whose gradients are still there; may write into tensors of the state."""
+    def after_step(self, network: Network, step: Step, state: State) -> State:
+        """Return the state after an update of the weights, whose gradients are still present.
+
+        Either the same state, whose tensors may be written in place, or a new one (a reservoir that grew, say).
+        ``step.context`` is the component's own, so its generator may be drawn from.
+        """
+        return state
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """The state after an experience has been learnt."""
+        """Return the state after an experience has been trained."""
         return state
 
     def adjust_logits(self, output: Output, state: State) -> Output:
-        """The output with other logits at every exit, such as corrected ones. Slot ``answers``."""
-        return output
+        """Return the output with other logits at every exit. Slot ``logits``; default: :meth:`adjust_exit_logits`.
+
+        Override it only where the correction of an exit needs other exits: dynamic inference, which computes them one
+        after the other, is then refused.
+        """
+        adjusted = [
+            self.adjust_exit_logits(exit, logits_BC, output.taps, state) for exit, logits_BC in enumerate(output.logits)
+        ]
+        return output._replace(logits=tuple(adjusted))
+
+    def adjust_exit_logits(self, exit: int, logits_BC: Tensor, taps: Mapping[str, Tensor], state: State) -> Tensor:
+        """Return the logits of one exit, corrected. Slot ``logits``; default: unchanged.
+
+        Args:
+            exit: Its index, from 0.
+            logits_BC: Its logits.
+            taps: Outputs of stages by name: those that :meth:`taps` asks for, or only the exit's own.
+            state: The component's own.
+        """
+        return logits_BC
 
     def predict(self, output: Output, state: State) -> Tensor:
-        """scores_BC whose arg-max is the answer. Slot ``decision``; default: the last exit's.
+        """Return scores_BC, whose arg-max is the prediction. Slot ``prediction``; default: those of the last exit.
 
-        Here ``output.logits`` holds what each exit answers: its logits, or the scores of its ensemble.
+        ``output.logits`` holds the scores of each exit: its corrected logits, or those of its ensemble.
         """
         return output.last
 
     def extra_cost(self, network: Network, state: State) -> Mapping[str, int]:
-        """Costs only the component knows, such as ``{"macs": ...}`` per training step; default: none."""
+        """Return costs for the ledger that cannot be counted from outside; default: none.
+
+        ``macs``, or the name of a phase, is a number of MACs per training step. ``replayed`` is a number of samples of
+        the replay buffer that each step runs through the network in addition to its batch. Any other key is a figure
+        that the ledger lists under the component's name.
+        """
         return {}
 
 
 def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """The sum of all terms over exits, in the order given: the default of the slot ``mix``.
+    """Sum all terms over exits, in the order given: the default of the slot ``loss_mix``.
 
-    One value, of shape [] or, where there is one exit, [1]: summing a single number would only add to the graph.
+    The result has shape [], or [1] if there is one exit: summing a single number would only add to the graph.
     """
     parts = [term if term.numel() == 1 else term.sum() for term in terms.values()]
     result = parts[0]
@@ -215,7 +249,7 @@ def total(terms: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Composition:
-    """A strategy: components in the order of their names. Build one with :func:`compose` or ``+``."""
+    """A strategy: components sorted by name. Build one with :func:`compose` or ``+``."""
 
     components: tuple[Component, ...] = ()
 
@@ -233,11 +267,11 @@ class Composition:
         return " + ".join(component.name for component in self.components) or "naive"
 
     def owner(self, slot: str) -> Component | None:
-        """The component that owns ``slot``, if any."""
+        """Return the component that owns ``slot``, if any."""
         return next((component for component in self.components if slot in component.slots), None)
 
     def check_needs(self) -> None:
-        """Refuse a strategy in which a component lacks another that it needs (ComposeError)."""
+        """Raise ComposeError if a component needs a replay buffer and no component has one."""
         keeps = any(component.keeps_memory for component in self.components)
         for component in self.components:
             if component.needs_memory and not keeps:
@@ -246,11 +280,11 @@ class Composition:
                 )
 
     def acting_at(self, hook: str) -> tuple[Component, ...]:
-        """The components that override ``hook``: the only ones the engine calls there."""
+        """Return the components that override ``hook``, the only ones that are called there."""
         return tuple(component for component in self.components if hook in component.acts_at())
 
     def replace(self, change: Callable[[Component], Component]) -> Composition:
-        """The composition of ``change(component)`` for every component."""
+        """Return the composition of ``change(component)`` for every component."""
         return compose(*(change(component) for component in self.components))
 
 
@@ -258,8 +292,8 @@ def compose(*parts: Component | Composition) -> Composition:
     """Compose components into a strategy.
 
     Raises:
-        ComposeError: One slot claimed twice (naming both), one component twice, an unknown slot, or a
-            hook overridden without owning its slot.
+        ComposeError: Two owners of one slot, one component twice, an unknown slot, or a hook overridden without
+            owning its slot.
 
     >>> str(compose())
     'naive'
@@ -292,7 +326,8 @@ def _flatten(parts: tuple[Any, ...]) -> Iterator[Component]:
 
 _SLOT_OF_HOOK = {
     "training_set": "batch", "make_batch": "batch", "exit_loss_weights": "exit_weights", "task_loss": "task_loss",
-    "combine_losses": "loss_mix", "modify_gradients": "gradient", "adjust_logits": "logits", "predict": "prediction",
+    "combine_losses": "loss_mix", "modify_gradients": "gradient", "adjust_logits": "logits",
+    "adjust_exit_logits": "logits", "predict": "prediction",
 }  # fmt: skip
 
 

@@ -9,22 +9,22 @@ import ast
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, Final
 
 from clframe.core.component import Component, Composition, compose
 from clframe.errors import ClframeError, ConfigError
-from clframe.options import check_options
+from clframe.options import check_options, rename_options
 from clframe.registry import Registry
 
 LONGEST = 2000
-"""Characters of an expression: more than anybody writes, too few to exhaust the parser's stack."""
+"""Most characters of an expression: ample for any strategy, too few to exhaust the parser's stack."""
 
 
 def _load_components(point: EntryPoint) -> Iterator[tuple[str, type[Component]]]:
     try:
         loaded = point.load()
     except AttributeError as error:
-        # Another package called like ours (a folder in the working directory, say) came first.
+        # A package of the same name, such as a folder in the working directory, comes first on the path.
         module = __import__(point.module)
         raise ClframeError(
             f"entry point clframe.components '{point.name}': the package '{point.module}' found at "
@@ -43,23 +43,23 @@ COMPONENTS: Registry[type[Component]] = Registry("component", group="clframe.com
 
 
 def register(component: type[Component]) -> type[Component]:
-    """Make a component class of a script or notebook known by its name; usable as a decorator."""
+    """Register a component class of a script or notebook under its name; usable as a decorator."""
     COMPONENTS.add(component.name, component)
     return component
 
 
 def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> Composition:
-    """The strategy that ``text`` names.
+    """Parse ``text`` into a strategy.
 
     Args:
-        text: Component names joined by ``+``, each with literal options in parentheses if wanted.
-        options: Options by component name, as the config block ``components:`` holds them; options in
-            the text win.
+        text: Component names joined by ``+``, each optionally with literal options in parentheses.
+        options: Options by component name, as in the config block ``components:``; options in the text override
+            them.
 
     Raises:
-        ConfigError: The text is no such expression, or an option is unknown or mistyped.
-        UnknownNameError: No such component; the message has the nearest name.
-        ComposeError: The components cannot stand together.
+        ConfigError: The text is not such an expression, or an option is unknown or has a wrong type.
+        UnknownNameError: Unknown component; the message has the nearest name.
+        ComposeError: The components cannot be composed.
 
     >>> str(parse("lwf(alpha=2) + er"))
     'er + lwf'
@@ -69,7 +69,7 @@ def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
         raise ConfigError(f"strategy: found {len(text):,} characters; give at most {LONGEST:,}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a compiler thinks of text that is never run
+            warnings.simplefilter("ignore")  # the text is never run, so warnings of the compiler do not apply
             tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ConfigError(
@@ -79,13 +79,13 @@ def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
 
 
 def _terms(tree: ast.expr, text: str) -> Iterator[ast.expr]:
-    """The leaves of a sum, left to right; iterative, so that no number of terms can exhaust the stack."""
+    """Iterate over the terms of a sum, left to right, without recursion: many terms would exhaust the stack."""
     stack = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.BinOp):
             if not isinstance(node.op, ast.Add):
-                raise ConfigError(f"strategy: {_quoted(text)} joins components by something else than '+'; use '+'")
+                raise ConfigError(f"strategy: {_quoted(text)} joins components by an operator other than '+'; use '+'")
             stack += [node.right, node.left]
         else:
             yield node
@@ -95,35 +95,50 @@ def _build(node: ast.expr, text: str, options: Mapping[str, Mapping[str, Any]]) 
     named = node.func if isinstance(node, ast.Call) else node
     if not isinstance(named, ast.Name):
         raise ConfigError(
-            f"strategy: {_source(node, text)} is no component; write a name, or a name with options such as "
+            f"strategy: {_source(node, text)} is not a component; write a name, or a name with options such as "
             f"'lwf(alpha=2)'"
         )
     name, where = named.id, f"components.{named.id}"
     component = COMPONENTS.get(name, where="strategy")
     inline = _inline_options(node, text) if isinstance(node, ast.Call) else {}
-    return component(**check_options(component, {**options.get(name, {}), **inline}, where=where))
+    merged = {
+        key: value
+        for part in (options.get(name, {}), inline)  # renamed before they are merged: inline options win
+        for key, value in rename_options(part, component.renamed, where=where).items()
+    }
+    return component(**check_options(component, merged, where=where))
 
 
 def _inline_options(node: ast.Call, text: str) -> dict[str, Any]:
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ConfigError(f"strategy: {_source(node, text)} gives an option without a name; write it as option=value")
+        raise ConfigError(f"strategy: {_source(node, text)} has an option without a name; write it as option=value")
     options: dict[str, Any] = {}
     for keyword in node.keywords:
         assert keyword.arg is not None
         if keyword.arg in options:
-            raise ConfigError(f"strategy: {_source(node, text)} gives '{keyword.arg}' twice; give it once")
+            raise ConfigError(f"strategy: {_source(node, text)} has '{keyword.arg}' twice; remove one")
         try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
+            options[keyword.arg] = ast.literal_eval(_YAMLWords().visit(keyword.value))
         except (ValueError, TypeError, RecursionError, MemoryError):
             raise ConfigError(
-                f"strategy: {_source(keyword.value, text)} is no plain value for {keyword.arg}; give a "
-                f"number, text in quotes, True, False, None or a list"
+                f"strategy: {_source(keyword.value, text)} is not a plain value for {keyword.arg}; use a "
+                f"number, text, true, false, null or a list"
             ) from None
     return options
 
 
+_YAML_WORDS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None}
+
+
+class _YAMLWords(ast.NodeTransformer):
+    """Replaces bare words by their meaning in YAML, so that options read as in a config: ``true``, ``herding``."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.copy_location(ast.Constant(_YAML_WORDS.get(node.id.lower(), node.id)), node)
+
+
 def _source(node: ast.expr, text: str) -> str:
-    """The part of ``text`` that a node stands for; unlike ``ast.unparse`` it takes any depth."""
+    """Return the part of ``text`` that a node was parsed from; unlike ``ast.unparse`` it works at any depth."""
     return _quoted(ast.get_source_segment(text, node) or "")
 
 

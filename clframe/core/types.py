@@ -1,4 +1,4 @@
-"""The few values that pass between model, strategy and engine.
+"""Values that pass between network, strategy and training loop.
 
 Shape suffixes: B batch, C classes, K exits, F features.
 """
@@ -15,79 +15,89 @@ from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples
 
 State = Mapping[str, Any]
-"""A component's state: nested mappings and sequences of tensors, numbers, strings and frozen networks."""
+"""State of a component: nested mappings and sequences of tensors, numbers, strings and frozen networks."""
 
 
 class Pool(Samples, Protocol):
-    """Training data before a loader is made of it: a memory may still join."""
+    """Training data before a loader is created from it, which replayed samples may join."""
 
-    def extended(self, raw: Tensor, y: Tensor) -> Pool:
-        """These samples and others as a memory holds them: stored inputs and targets."""
+    def with_stored(self, raw: Tensor, y: Tensor) -> Pool:
+        """Return these samples followed by others of a replay buffer, given as stored inputs and targets."""
 
     def subset(self, index: Tensor) -> Pool:
-        """The samples at ``index``, in that order."""
+        """Return the samples at ``index``, in that order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """One experience as components see it: who it is, and which classes are now, past and ahead."""
+    """One experience for components: its index, classes and samples."""
 
     index: int
     count: int
     classes: tuple[int, ...]
-    """Classes whose data this experience brings."""
+    """Classes of this experience."""
     past: tuple[int, ...]
     """Classes of the experiences before it."""
     ahead: tuple[int, ...]
-    """Classes not met before or in this experience."""
+    """Classes that neither this experience nor one before it has."""
     samples: Samples
     held_out: tuple[Samples, ...] = ()
-    """Validation data of this experience and of all before it; empty where a benchmark holds none out."""
+    """Validation data of this experience and of all before it; empty if the benchmark has none."""
 
     @property
     def classes_so_far(self) -> tuple[int, ...]:
-        """Past classes and this experience's, in ascending order."""
+        """Classes of this experience and of all before it, in ascending order."""
         return tuple(sorted({*self.past, *self.classes}))
 
 
 @dataclass(slots=True)
 class Batch:
-    """A training batch on its way to the model; the owner of the slot ``batch`` may extend it."""
+    """A training batch; the owner of the slot ``batch`` may extend it by replayed samples."""
 
     x: Tensor
     y: Tensor
     weight_B: Tensor | None = None
-    """Weight of each sample in the task loss; None means one each."""
+    """Weight of each sample in the task loss; None for 1 each."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the owner of the slot hands to its own losses, such as the logits stored with replayed samples."""
+    """Values of the slot's owner for its own losses, such as the logits stored with replayed samples."""
+    parts: tuple[int, ...] = ()
+    """Sizes of the parts that pass through the network one after the other, each with its own batch statistics; empty
+    for one pass of all."""
+    stored: Callable[[], Tensor] | None = None
+    """Returns the inputs of the new samples as stored, before augmentation and normalization; None if the loader
+    cannot provide them. The new samples come first in ``x``."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """Where in a run a batch is trained, and the randomness that belongs to that place."""
+    """Position in a run, and the random generator of a component at this position."""
 
     experience: Experience
     epoch: int
     epochs: int
     generator: Generator
-    """CPU generator of one component, seeded by (seed, experience, epoch, component)."""
+    """CPU generator of the component, seeded by (seed, experience, epoch, component)."""
     memory: State | None = None
-    """State of the component that replays (``x`` inputs as stored, ``y`` targets, ...), to be read only; None
-    where there is none or it is empty. Components act in the order of their names, so ``er`` has already kept
-    samples of an experience when a component behind it in the alphabet consolidates."""
-    answer: Callable[[Tensor], Output] | None = None
-    """From prepared inputs to what every exit answers with now, as the owner of the slot ``answers`` corrects it:
-    what ensembles and policies are fitted on."""
+    """State of the component with the replay buffer (``x`` inputs as stored, ``y`` targets, ...), read-only; None if
+    there is none or it is empty. Components run in the order of their names, so ``er`` has already stored samples of an
+    experience when a component later in the alphabet consolidates."""
+    corrected_output: Callable[[Tensor], Output] | None = None
+    """Maps prepared inputs to the present logits of every exit, as corrected by the owner of the slot ``logits``;
+    ensembles and policies are fitted on these."""
+    steps: int = 0
+    """Batches of the epoch; 0 outside training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step as the losses see it."""
+    """One training step, as passed to the losses."""
 
     batch: Batch
     output: Output
     context: StepContext
     network: Network
-    """What learns; for terms on weights rather than outputs."""
+    """The network in training, for terms on weights rather than outputs."""
     weight_K: Tensor | None = None
-    """What each exit's terms weigh in this epoch, for losses that the engine does not weigh; None: one each."""
+    """Weight of each exit's losses in this epoch, for losses that the learner does not weight; None for 1 each."""
+    number: int = 0
+    """Number of the batch in its epoch, from 0."""

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: every image draws its own parameters, in a few tensor operations."""
+"""Augmentation of whole batches by a few tensor operations, with random parameters per image."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from clframe.registry import Registry
 
 
 def upload(index: Tensor, device: torch.device) -> Tensor:
-    """``index`` on ``device``, without making the host wait: from pinned memory a copy need not."""
+    """Copy ``index`` to ``device`` without synchronizing: copies from pinned memory are asynchronous."""
     if device.type == "cuda":
         return index.pin_memory().to(device, non_blocking=True)
     return index.to(device)
 
 
-def cut(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int, fill: float = 0) -> Tensor:
-    """images_BCHW padded by ``padding`` pixels on every side, then cut to their old size.
+def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int, fill: float = 0) -> Tensor:
+    """Pad images by ``padding`` pixels on every side and crop each to its old size.
 
-    One pass: the padded batch is seen as all the windows that begin at any of its elements (they overlap in
-    memory, nothing is copied), and the B wanted ones are picked by their first element.
+    Done in one pass: a strided view of the padded batch holds the windows that start at any of its elements
+    (overlapping in memory, without a copy), and the B wanted windows are selected by their first element.
 
     Args:
-        images_BCHW: Of any dtype.
-        top_B: First row to keep, 0 to ``2 * padding``.
-        left_B: First column to keep, likewise.
+        images_BCHW: Images of any dtype.
+        top_B: First row of each window, 0 to ``2 * padding``.
+        left_B: First column of each window, 0 to ``2 * padding``.
         padding: Pixels added on every side.
-        fill: Their value, in units of the images.
+        fill: Value of these pixels, in units of the images.
 
-    >>> cut(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([2]), torch.tensor([0]), padding=1).tolist()
+    >>> crop(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([2]), torch.tensor([0]), padding=1).tolist()
     [[[[0, 3], [0, 0]]]]
     """
     b, c, h, w = images_BCHW.shape
@@ -48,38 +48,38 @@ def cut(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int, fil
 
 
 def mirror(images_BCHW: Tensor, mirrored_B: Tensor) -> Tensor:
-    """images_BCHW, those of ``mirrored_B`` flipped left to right.
+    """Flip the images selected by the mask ``mirrored_B`` left to right.
 
     >>> mirror(torch.tensor([[[[1, 2]]], [[[3, 4]]]]), torch.tensor([False, True])).flatten().tolist()
     [1, 2, 4, 3]
     """
     b = images_BCHW.shape[0]
     which_B = torch.arange(b).add_(mirrored_B, alpha=b)
-    # Picking whole images out of both versions copies long runs; torch.where is ten times slower on bytes.
+    # Selecting whole images from both versions copies long runs; torch.where is ten times slower on bytes.
     both = torch.cat([images_BCHW, images_BCHW.flip(-1)])
     return both.index_select(0, upload(which_B, images_BCHW.device))
 
 
 def adjust_brightness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``factor * image``: 0 is black, 1 changes nothing."""
+    """Scale brightness: ``factor * image``, where 0 gives black and 1 the image itself."""
     return _blend(images_BCHW, None, factor_B)
 
 
 def adjust_contrast(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``factor * image + (1 - factor) * m``, with m the mean of the gray image."""
+    """Scale contrast: ``factor * image + (1 - factor) * m``, with m the mean of the gray image."""
     gray = _gray(images_BCHW).to(_compute_dtype(images_BCHW))
     return _blend(images_BCHW, gray.mean(dim=(1, 2, 3), keepdim=True), factor_B)
 
 
 def adjust_saturation(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``factor * image + (1 - factor) * gray``: 0 is gray, 1 changes nothing; gray images stay gray."""
+    """Scale saturation: ``factor * image + (1 - factor) * gray``, where 0 gives gray and 1 the image itself."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
     return _blend(images_BCHW, _gray(images_BCHW), factor_B)
 
 
 def adjust_hue(images_BCHW: Tensor, shift_B: Tensor) -> Tensor:
-    """Turn every color by ``shift`` of the color circle (-0.5 to 0.5); gray images stay as they are."""
+    """Shift the hue by ``shift`` turns of the color circle (-0.5 to 0.5); gray images are unchanged."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
     is_byte = images_BCHW.dtype == torch.uint8
@@ -88,13 +88,13 @@ def adjust_hue(images_BCHW: Tensor, shift_B: Tensor) -> Tensor:
     r, g, b = rgb.split(1, dim=1)
     value = rgb.amax(dim=1, keepdim=True)
     chroma = value - rgb.amin(dim=1, keepdim=True)
-    # Sixths of the circle: the strongest channel says which third, the other two where in it. Where two are
-    # equally strong both say the same, and where all three are the hue has no effect.
+    # In sixths of the circle: the largest channel selects the third, the difference of the other two the position in
+    # it. If two channels are equally large both choices agree, and if all three are, the hue has no effect.
     numerator = torch.where(r == value, g - b, torch.where(g == value, b - r, r - g))
     third = torch.where(r == value, 0, torch.where(g == value, 2, 4))
-    hue = numerator.div_(chroma + (chroma == 0)).add_(third).add_(6 * _beside(shift_B, rgb))
-    # Each channel is strongest at a hue of its own and falls off with the distance d from there, around the
-    # circle: channel = value - chroma * min(max(d - 1, 0), 1).
+    hue = numerator.div_(chroma + (chroma == 0)).add_(third).add_(6 * _per_image(shift_B, rgb))
+    # Each channel peaks at one hue and decreases with the distance d from it around the circle:
+    # channel = value - chroma * min(max(d - 1, 0), 1).
     d = rgb.copy_(hue).sub_(2 * torch.arange(3, device=rgb.device).reshape(1, 3, 1, 1))
     d -= (d / 6).round_().mul_(6)
     turned = d.abs_().sub_(1).clamp_(0, 1).mul_(chroma.neg_()).add_(value)
@@ -102,15 +102,15 @@ def adjust_hue(images_BCHW: Tensor, shift_B: Tensor) -> Tensor:
 
 
 def _blend(images_BCHW: Tensor, other: Tensor | None, factor_B: Tensor) -> Tensor:
-    """``factor * images + (1 - factor) * other``, clipped to what an image can hold and cut to its dtype."""
-    mixed = _copy(images_BCHW).mul_(_beside(factor_B, images_BCHW))
+    """``factor * images + (1 - factor) * other``, clipped to the range of images and cast to their dtype."""
+    mixed = _copy(images_BCHW).mul_(_per_image(factor_B, images_BCHW))
     if other is not None:
-        mixed += _beside(1 - factor_B, images_BCHW) * other
+        mixed += _per_image(1 - factor_B, images_BCHW) * other
     return mixed.clamp_(0, 255 if images_BCHW.dtype == torch.uint8 else 1).to(images_BCHW.dtype)
 
 
 def _gray(images_BCHW: Tensor) -> Tensor:
-    """The images' luma, 0.2989 R + 0.587 G + 0.114 B (ITU-R 601), in their dtype."""
+    """Luma of the images, 0.2989 R + 0.587 G + 0.114 B (ITU-R 601), in their dtype."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
     dtype = _compute_dtype(images_BCHW)
@@ -120,7 +120,7 @@ def _gray(images_BCHW: Tensor) -> Tensor:
 
 
 def _copy(images: Tensor) -> Tensor:
-    """The images as floats, in memory of their own: further steps write there rather than into new memory."""
+    """Copy of the images as floats, which later steps change in place instead of allocating."""
     return images.to(_compute_dtype(images), copy=True)
 
 
@@ -128,35 +128,35 @@ def _compute_dtype(images: Tensor) -> torch.dtype:
     return images.dtype if images.is_floating_point() else torch.float32
 
 
-def _beside(amount_B: Tensor, images: Tensor) -> Tensor:
-    """One number for each image, shaped to act on whole images and on their device."""
+def _per_image(amount_B: Tensor, images: Tensor) -> Tensor:
+    """Shape one number per image for broadcasting, on the device of the images."""
     return upload(amount_B.to(_compute_dtype(images)), images.device).reshape(-1, 1, 1, 1)
 
 
 class Augmentation(Protocol):
-    """A random change of a batch that keeps its shape, dtype and device, and leaves the argument alone."""
+    """Random transform of a batch that preserves shape, dtype and device and does not modify its argument."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether it never changes anything; it is then left out and draws nothing."""
+        """Whether it never changes anything; it is then skipped and draws nothing."""
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
-        """The batch, changed by choices drawn from ``generator``."""
+        """Transform a batch, with draws from ``generator``."""
 
 
-def augmented(images_BCHW: Tensor, augmentations: tuple[Augmentation, ...], generator: Generator) -> Tensor:
-    """The batch after all augmentations, in order; with none of them the argument itself.
+def apply_augmentations(images_BCHW: Tensor, augmentations: tuple[Augmentation, ...], generator: Generator) -> Tensor:
+    """Apply augmentations in order; without any, return the argument itself.
 
     Raises:
-        DataError: The inputs are no images.
+        DataError: The inputs are not images.
     """
     for augmentation in augmentations:
         if augmentation.is_identity:
             continue
         if images_BCHW.ndim != 4:
             raise DataError(
-                f"augmentation: found inputs of shape {tuple(images_BCHW.shape[1:])}; augment images "
-                f"(channels, height, width) only"
+                f"augmentation: found inputs of shape {tuple(images_BCHW.shape[1:])}; augment only images "
+                f"(channels, height, width)"
             )
         images_BCHW = augmentation(images_BCHW, generator)
     return images_BCHW
@@ -164,13 +164,13 @@ def augmented(images_BCHW: Tensor, augmentations: tuple[Augmentation, ...], gene
 
 @dataclass(frozen=True)
 class PadCrop:
-    """Pad by ``padding`` pixels on every side and cut a window of the old size, uniformly at random.
+    """Pad by ``padding`` pixels on every side and crop a window of the old size, uniformly at random.
 
     Like ``torchvision.transforms.RandomCrop(size, padding=padding, fill=fill)``.
 
     Args:
         padding: Pixels added on every side.
-        fill: Their value, in units of the stored inputs.
+        fill: Value of these pixels, in units of the stored inputs.
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> PadCrop(2)(torch.ones(8, 3, 5, 5), generator).shape
@@ -181,34 +181,34 @@ class PadCrop:
     fill: float = 0
 
     def __post_init__(self) -> None:
-        """Refuse a negative padding."""
+        """Raise ConfigError for a negative padding."""
         if self.padding < 0:
             raise ConfigError(f"augmentation.padding: found {self.padding}; give at least 0 pixels")
 
     @property
     def is_identity(self) -> bool:
-        """Without padding there is one window only."""
+        """Whether padding is 0: there is only one window."""
         return self.padding == 0
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
-        """Each image cut at a place of its own."""
-        places, count = 2 * self.padding + 1, images_BCHW.shape[0]
-        top_B, left_B = torch.randint(places, (2, count), generator=generator)
-        return cut(images_BCHW, top_B, left_B, padding=self.padding, fill=self.fill)
+        """Crop each image at a random position."""
+        positions, count = 2 * self.padding + 1, images_BCHW.shape[0]
+        top_B, left_B = torch.randint(positions, (2, count), generator=generator)
+        return crop(images_BCHW, top_B, left_B, padding=self.padding, fill=self.fill)
 
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirror left to right with a given probability, like ``torchvision.transforms.RandomHorizontalFlip``.
+    """Flip left to right with a given probability, like ``torchvision.transforms.RandomHorizontalFlip``.
 
     Args:
-        probability: Share of images mirrored in the mean.
+        probability: Probability that an image is flipped.
     """
 
     probability: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse what is no probability."""
+        """Raise ConfigError for a number outside [0, 1]."""
         if not 0 <= self.probability <= 1:
             raise ConfigError(
                 f"augmentation.probability: found {self.probability}; give a number from 0 to 1"
@@ -216,11 +216,11 @@ class Flip:
 
     @property
     def is_identity(self) -> bool:
-        """Whether no image is ever mirrored."""
+        """Whether no image is ever flipped."""
         return self.probability == 0
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
-        """Each image mirrored or not."""
+        """Flip a random subset of the images."""
         return mirror(images_BCHW, torch.rand(images_BCHW.shape[0], generator=generator) < self.probability)
 
 
@@ -228,9 +228,9 @@ class Flip:
 class ColorJitter:
     """Change brightness, contrast, saturation and hue, like ``torchvision.transforms.ColorJitter``.
 
-    Each image draws a factor from [max(0, 1 - v), 1 + v] for the first three, and a shift from [-hue, hue].
-    The four follow one another in random order; the order is drawn once for a batch, the amounts for each
-    image, so every single image has torchvision's distribution. Floats must lie between 0 and 1.
+    Each image draws a factor from [max(0, 1 - v), 1 + v] for the first three and a shift from [-hue, hue]. The order
+    of the four is drawn per batch, the amounts per image, so every single image has torchvision's distribution.
+    Floating-point images must be in [0, 1].
 
     Args:
         brightness: v for brightness.
@@ -245,7 +245,7 @@ class ColorJitter:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse negative strengths and hues beyond half a turn."""
+        """Raise ConfigError for negative strengths and for hues beyond half a turn."""
         for name in ("brightness", "contrast", "saturation"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"augmentation.{name}: found {getattr(self, name)}; give at least 0")
@@ -258,10 +258,14 @@ class ColorJitter:
         return not (self.brightness or self.contrast or self.saturation or self.hue)
 
     def __call__(self, images_BCHW: Tensor, generator: Generator) -> Tensor:
-        """Each image changed by amounts of its own."""
+        """Change each image by random amounts.
+
+        Raises:
+            DataError: Images that are neither gray nor RGB.
+        """
         if images_BCHW.shape[1] not in (1, 3):
             raise DataError(
-                f"augmentation: found images of {images_BCHW.shape[1]} channels; jitter gray or RGB images"
+                f"augmentation: found images of {images_BCHW.shape[1]} channels; use ColorJitter on gray or RGB images"
             )
         steps: tuple[tuple[Callable[[Tensor, Tensor], Tensor], float, float], ...] = (
             (adjust_brightness, 1, self.brightness),
@@ -269,8 +273,8 @@ class ColorJitter:
             (adjust_saturation, 1, self.saturation),
             (adjust_hue, 0, self.hue),
         )
-        for place in torch.randperm(len(steps), generator=generator).tolist():
-            adjust, center, strength = steps[place]
+        for step in torch.randperm(len(steps), generator=generator).tolist():
+            adjust, center, strength = steps[step]
             if strength == 0:
                 continue
             low, high = center - strength, center + strength
@@ -281,7 +285,7 @@ class ColorJitter:
 
 
 AUGMENTATIONS: Registry[tuple[Augmentation, ...]] = Registry("augmentation")
-"""Augmentations by the names that configs use; ``none`` is the identity."""
+"""Augmentations by their names in configs; ``none`` is the identity."""
 AUGMENTATIONS.add("none", ())
 AUGMENTATIONS.add("crop", (PadCrop(4),))
 AUGMENTATIONS.add("flip", (Flip(0.5),))

@@ -1,4 +1,4 @@
-"""The bridge to Avalanche's benchmarks, in both directions."""
+"""Conversion between clframe's benchmarks and experiences and those of Avalanche."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ if TYPE_CHECKING:
 
 
 class Streams(Protocol):
-    """The part of a :class:`~clframe.data.benchmark.Benchmark` that Avalanche's streams are made from."""
+    """The attributes of a :class:`~clframe.data.benchmark.Benchmark` that Avalanche's streams are made from.
+
+    A protocol, since benchmark.py imports this module.
+    """
 
     @property
     def train(self) -> tuple[Data, ...]:
-        """Training data of each experience, or of each small one of an online stream."""
+        """Training data of each experience, or of each small experience of an online stream."""
 
     @property
     def original(self) -> tuple[Data, ...]:
-        """Training data of each experience that an online stream is cut from."""
+        """Training data of each original experience of an online stream."""
 
     @property
     def test(self) -> tuple[Data, ...]:
@@ -36,24 +39,24 @@ class Streams(Protocol):
 
     @property
     def validation(self) -> tuple[Data, ...]:
-        """Validation data of each experience; empty where none is held out."""
+        """Validation data of each experience; empty if there is none."""
 
     @property
     def task_labels(self) -> bool:
-        """Whether experiences carry their index as task label."""
+        """Whether experiences have their index as task label."""
 
     @property
     def online(self) -> Any:
-        """Size and boundaries of an online stream; None where every experience is trained as a whole."""
+        """Size and boundaries of an online stream; None if every experience is trained on as a whole."""
 
-    def parts_of(self, index: int) -> Any:
-        """Indices of the small experiences that experience ``index`` is cut into."""
+    def sub_experiences(self, index: int) -> Any:
+        """Indices of the small experiences of experience ``index``."""
 
 
 def import_avalanche() -> None:
-    """Import Avalanche without what it and its dependencies print and warn about on import.
+    """Import Avalanche without the output and warnings of its import.
 
-    GPUtil, qpsolvers and a few others warn about themselves; none of it concerns a user of clframe.
+    GPUtil, qpsolvers and other dependencies warn about themselves, which does not concern users of clframe.
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -61,7 +64,7 @@ def import_avalanche() -> None:
 
 
 class PreparedSamples(Dataset[tuple[Tensor, int]]):
-    """Samples as a map-style torch dataset with ``targets``, as Avalanche wants them."""
+    """Samples as a map-style torch dataset with ``targets``, as Avalanche expects."""
 
     def __init__(self, samples: Data) -> None:
         self.samples = samples
@@ -75,16 +78,16 @@ class PreparedSamples(Dataset[tuple[Tensor, int]]):
 
 
 class _Stored(PreparedSamples):
-    """The same with inputs as stored, for transforms that prepare them one by one."""
+    """Like :class:`PreparedSamples`, with inputs as stored, for transforms that prepare them one by one."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.samples.raw(torch.tensor([index]))[0], self.targets[index]
 
 
 class _Prepare:
-    """A transform: one stored input as the model wants it, where it is trained on augmented first.
+    """Transform of one stored input to an input of the model, augmented in training.
 
-    What augmentation draws comes from torch's global generator, as it does in torchvision's transforms.
+    Augmentation draws from torch's global generator, as torchvision's transforms do.
     """
 
     def __init__(self, samples: Data, *, training: bool) -> None:
@@ -97,10 +100,10 @@ class _Prepare:
 
 
 def as_avalanche(benchmark: Streams) -> Any:
-    """The benchmark as Avalanche sees it, with class timelines, and task labels where it has them.
+    """Convert a benchmark to an Avalanche benchmark with class timelines, and task labels if it has any.
 
-    Streams are ``train``, ``test`` and, where data is held out, ``valid``. An online benchmark's ``train``
-    consists of ``OnlineCLExperience``; what they are cut from is ``original_train``.
+    Streams are ``train``, ``test`` and, with validation data, ``valid``. The stream ``train`` of an online benchmark
+    consists of ``OnlineCLExperience``, which are slices of the experiences of ``original_train``.
     """
     import_avalanche()
     from avalanche.benchmarks import (
@@ -115,9 +118,9 @@ def as_avalanche(benchmark: Streams) -> Any:
     streams = {**whole, "test": benchmark.test, "valid": benchmark.validation}
     found = benchmark_from_datasets(
         **{
-            name: [_dataset(part, i if benchmark.task_labels else None) for i, part in enumerate(parts)]
-            for name, parts in streams.items()
-            if parts
+            name: [_dataset(samples, i if benchmark.task_labels else None) for i, samples in enumerate(experiences)]
+            for name, experiences in streams.items()
+            if experiences
         }
     )
 
@@ -127,12 +130,12 @@ def as_avalanche(benchmark: Streams) -> Any:
 
     decorated = {name: decorate(stream) for name, stream in found.streams.items()}
     if online:
-        decorated["train"] = decorate(_cut(benchmark, decorated["original_train"]))
+        decorated["train"] = decorate(_split_online(benchmark, decorated["original_train"]))
     return CLScenario(list(decorated.values()))
 
 
 def _dataset(samples: Data, task_label: int | None) -> Any:
-    """The samples with a task label each, 0 where tasks are not told apart: LwF, GSS and CoPE ask for one."""
+    """Samples with one task label each, 0 without tasks: Avalanche's LwF, GSS and CoPE require task labels."""
     from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 
     if not samples.augment:
@@ -143,29 +146,27 @@ def _dataset(samples: Data, task_label: int | None) -> Any:
     )
 
 
-def _cut(benchmark: Streams, stream: Any) -> Any:
-    """The experiences of ``stream`` cut into the benchmark's small ones, by Avalanche's own splitter."""
+def _split_online(benchmark: Streams, stream: Any) -> Any:
+    """Split the experiences of ``stream`` into the small ones of an online benchmark, by Avalanche's splitter."""
     from avalanche.benchmarks import EagerCLStream, OnlineCLExperience, split_online_stream
 
     online = benchmark.online
     assert online is not None
-    told = online.boundaries
 
-    def cut(experience: Any, size: int) -> Iterator[Any]:
+    def split(experience: Any, size: int) -> Iterator[Any]:
         index = int(experience.current_experience)
-        own = benchmark.parts_of(index)
+        own = benchmark.sub_experiences(index)
         for i in own:
             yield OnlineCLExperience(
                 dataset=_dataset(benchmark.train[i], index if benchmark.task_labels else None),
                 origin_experience=experience,
                 is_first_subexp=i == own[0],
-                is_last_subexp=i == own[-1],  # Avalanche's default misses it where the sizes divide
+                is_last_subexp=i == own[-1],  # Avalanche's default is False for it if the sizes divide evenly
                 sub_stream_length=len(own),
-                access_task_boundaries=told,
+                access_task_boundaries=online.boundaries,
             )
 
-    cut_stream = split_online_stream(stream, online.size, experience_split_strategy=cut)
-    return EagerCLStream("train", list(cut_stream))
+    return EagerCLStream("train", list(split_online_stream(stream, online.size, experience_split_strategy=split)))
 
 
 def describe(
@@ -176,13 +177,13 @@ def describe(
     samples: Samples | None,
     held_out: tuple[Samples, ...] = (),
 ) -> Experience:
-    """An Avalanche experience as components see it.
+    """Convert an Avalanche experience to the :class:`~clframe.core.types.Experience` that components receive.
 
     Args:
-        experience: Any Avalanche experience with a dataset and targets.
-        count: Experiences in the stream.
+        experience: Any Avalanche experience whose dataset has targets.
+        count: Number of experiences of the stream.
         past: Classes of the experiences trained before.
-        samples: Its training data where it is already in memory; None stacks the dataset's samples.
+        samples: Its training data, if it is in memory; None: read from the dataset on first use.
         held_out: Validation data of this experience and of those before it.
     """
     classes = tuple(sorted(classes_in(experience.dataset.targets)))
@@ -199,16 +200,15 @@ def describe(
 
 
 def classes_in(targets: Any) -> set[int]:
-    """The classes among an Avalanche dataset's targets, without walking over them where it knows them."""
+    """Classes of the targets of an Avalanche dataset, read from its index if there is one."""
     return {int(c) for c in getattr(targets, "uniques", targets)}
 
 
 class LazySamples:
-    """Samples of any Avalanche experience, stacked when somebody first asks for inputs."""
+    """Samples of any Avalanche experience, read from its dataset when needed."""
 
     def __init__(self, experience: Any) -> None:
         self._dataset = experience.dataset.eval()
-        self._stacked: Tensor | None = None
 
     @property
     def y(self) -> Tensor:
@@ -219,9 +219,9 @@ class LazySamples:
         return len(self._dataset)
 
     def raw(self, index: Tensor) -> Tensor:
-        """The dataset's inputs at ``index``, with its evaluation transforms applied."""
+        """Inputs of the dataset at ``index``, with its evaluation transforms applied."""
         return torch.stack([self._dataset[i][0] for i in index.tolist()])
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """The inputs unchanged: the dataset has already transformed them."""
+        """Return the inputs unchanged: the dataset has already transformed them."""
         return raw

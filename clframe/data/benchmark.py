@@ -1,4 +1,4 @@
-"""Benchmarks: data split into experiences, for clframe's own loader and for Avalanche alike."""
+"""Benchmarks: data split into experiences, for clframe's loader and for Avalanche."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clframe.data.protocol import class_order, deal
+from clframe.data.protocol import class_order, classes_per_experience
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
 from clframe.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class Online:
-    """A training stream of many small experiences; evaluation comes after each of the original ones."""
+    """Options of an online training stream: many small experiences, evaluated after each original experience."""
 
     size: int
-    """Samples of a small experience; the last one of an original experience may be smaller."""
+    """Samples per small experience; the last one of an original experience may be smaller."""
     boundaries: bool
-    """Whether the learner is told where an original experience begins and ends."""
+    """Whether the boundaries of the original experiences are visible to the learner."""
 
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """Experiences over one source, labels in learning order.
+    """Experiences over one source.
 
-    Inside, class 0 is the class learnt first; ``class_order[c]`` is its id in the data set.
+    Labels are in learning order: class 0 is learned first, and ``class_order[c]`` is the id of class c in the data
+    set.
     """
 
     name: str
@@ -40,46 +42,51 @@ class Benchmark:
     classes: tuple[tuple[int, ...], ...]
     """Classes of each experience, in learning order."""
     train: tuple[Data, ...]
-    """What is trained on, one after the other: one for each experience, or many small ones where online."""
+    """Training data in order: one entry per experience, or one per small experience of an online stream."""
     test: tuple[Data, ...]
     input_shape: tuple[int, ...] = field(default=())
     validation: tuple[Data, ...] = ()
-    """Training data held out of each experience; empty where none is."""
+    """Training data held out of each experience; empty if there is none."""
     domains: tuple[str, ...] = ()
-    """How each experience sees the data, in words; empty where all see it as stored."""
+    """Name of each experience's domain; empty if all experiences use the data as stored."""
     task_labels: bool = False
-    """Whether Avalanche's experiences carry their number as task label, for models with a head for each."""
+    """Whether Avalanche's experiences have their index as task label, for models with one head per task."""
     evaluate: Literal["test", "validation"] = "test"
     """The data that a run is evaluated on."""
     online: Online | None = None
-    """None where every experience is trained on as a whole."""
+    """None if every experience is trained on as a whole."""
     original: tuple[Data, ...] = ()
-    """What ``train`` is cut from where it is online: the data of each experience, in the order it comes."""
+    """For an online stream: the data of each original experience, in the order of the stream."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be evaluated or labeled."""
+        """Raise ConfigError for evaluation data that is not there, and for task labels that reveal boundaries."""
         if self.evaluate == "validation" and not self.validation:
             raise ConfigError(
-                "benchmark.evaluate: found 'validation', but nothing held out; set benchmark.validation=0.1"
+                "benchmark.evaluate: found 'validation' without validation data; set benchmark.validation=0.1"
             )
         if self.task_labels and self.online is not None and not self.online.boundaries:
             raise ConfigError(
-                "benchmark.protocol: task labels tell the boundaries that this online stream hides; "
-                "take 'class_incremental' or set benchmark.boundaries=true"
+                "benchmark.protocol: found task labels on an online stream without boundaries; "
+                "use 'class_incremental' or set benchmark.boundaries=true"
             )
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def parts_of(self, experience: int) -> range:
-        """Which entries of :attr:`train` belong to experience ``experience``, after which models are evaluated."""
+    def sub_experiences(self, experience: int) -> range:
+        """Indices into :attr:`train` of the parts of experience ``experience``; models are evaluated after the last."""
         if self.online is None:
             return range(experience, experience + 1)
         counts = [-(-len(samples) // self.online.size) for samples in self.original[: experience + 1]]
         return range(sum(counts[:-1]), sum(counts))
 
-    def cut(self, wholes: Sequence[Data], online: Online) -> Benchmark:
-        """An online benchmark whose experiences are ``wholes``, cut in their order; they share their memory."""
+    def slice_online(self, wholes: Sequence[Data], online: Online) -> Benchmark:
+        """Return an online benchmark that slices ``wholes`` in order, without copying tensors.
+
+        Args:
+            wholes: Samples of each original experience, in the order of the stream.
+            online: Size of the slices and visibility of the boundaries.
+        """
         train = tuple(
             _slice(samples, start, start + online.size)
             for samples in wholes
@@ -88,37 +95,38 @@ class Benchmark:
         return replace(self, train=train, original=tuple(wholes), online=online)
 
     def title(self, experience: int) -> str:
-        """What experience ``experience`` brings: its domain, or its classes by their ids in the data set."""
+        """Title of an experience: its domain, or its classes by their ids in the data set."""
         if self.domains:
             return self.domains[experience]
         return f"classes {' '.join(str(self.class_order[c]) for c in self.classes[experience])}"
 
     @property
     def evaluation(self) -> tuple[Data, ...]:
-        """The samples that a run is evaluated on."""
+        """The samples of :attr:`evaluate`, one entry per experience."""
         return self.test if self.evaluate == "test" else self.validation
 
     @property
     def evaluation_stream(self) -> Any:
-        """Avalanche's stream of :attr:`evaluation`."""
+        """The Avalanche stream of :attr:`evaluation`."""
         return self.avalanche.streams["test" if self.evaluate == "test" else "valid"]
 
     @cached_property
     def avalanche(self) -> Any:
-        """The same as an Avalanche benchmark with class timelines.
+        """The benchmark as an Avalanche benchmark with class timelines.
 
-        Its streams are ``train``, ``test`` and, where there are such data, ``valid`` and ``original_train``.
+        Streams: ``train``, ``test``; ``valid`` with validation data; ``original_train`` if online.
         """
         from clframe.data.avalanche import as_avalanche
 
         return as_avalanche(self)
 
     def to(self, device: torch.device | str) -> Benchmark:
-        """The benchmark with all samples on ``device``."""
-        held = replace(self, test=_moved(self.test, device), validation=_moved(self.validation, device))
+        """Return the benchmark with all samples on ``device``."""
+        moved = replace(self, test=_move_all(self.test, device), validation=_move_all(self.validation, device))
         if self.online is not None:
-            return held.cut(_moved(self.original, device), self.online)
-        return replace(held, train=_moved(self.train, device))
+            # Slices are views: moving the originals and slicing again keeps one copy of each sample.
+            return moved.slice_online(_move_all(self.original, device), self.online)
+        return replace(moved, train=_move_all(self.train, device))
 
 
 def class_incremental(
@@ -132,58 +140,61 @@ def class_incremental(
     validation: float = 0.0,
     task_labels: bool = False,
 ) -> Benchmark:
-    """Split a source by class, no class dropped.
+    """Split a source by class.
 
     Args:
         source: The data.
-        experiences: How many; leftover classes go to the earliest ones.
-        first: Classes of the first experience, where it is larger; see :func:`~clframe.data.protocol.deal`.
-        counts: Classes of each experience; takes the place of ``experiences``.
+        experiences: Number of experiences; the first ones get the remainder of the division.
+        first: Classes of the first experience, see :func:`~clframe.data.protocol.classes_per_experience`.
+        counts: Classes of each experience; overrides ``experiences``.
         order: See :func:`~clframe.data.protocol.class_order`.
-        seed: Of the order and of the validation data.
-        validation: Share of each class's training samples that is held out.
-        task_labels: Task-incremental: the same data, every experience labeled with its number.
+        seed: Seed of the class order and of the validation split.
+        validation: Fraction of each class's training samples that is held out.
+        task_labels: Task-incremental: the same data, with the index of the experience as task label.
     """
-    learnt = class_order(source.classes, order=order, seed=seed)
+    ordered = class_order(source.classes, order=order, seed=seed)
     rank = torch.empty(source.classes, dtype=torch.long)
-    rank[torch.tensor(learnt)] = torch.arange(source.classes)
-    dealt = deal(source.classes, experiences, first=first, counts=counts)
-    if not counts and len(set(dealt[first is not None :])) > 1:
-        shown = " + ".join(map(str, dealt))
-        _log.info("%s: %d classes in %d experiences = %s", source.name, source.classes, len(dealt), shown)
-    ends = [sum(dealt[: i + 1]) for i in range(len(dealt))]
-    classes = tuple(tuple(range(end - n, end)) for end, n in zip(ends, dealt, strict=True))
+    rank[torch.tensor(ordered)] = torch.arange(source.classes)
+    sizes = classes_per_experience(source.classes, experiences, first=first, counts=counts)
+    if not counts and len(set(sizes[first is not None :])) > 1:
+        total = " + ".join(map(str, sizes))
+        _log.info("%s: %d classes in %d experiences = %s", source.name, source.classes, len(sizes), total)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    classes = tuple(tuple(range(end - n, end)) for end, n in zip(ends, sizes, strict=True))
 
     def split(samples: Data) -> tuple[Data, ...]:
         ranked = replace(samples, y=rank[samples.y])
-        return tuple(ranked.subset(_members(ranked.y, c)) for c in classes)
+        return tuple(ranked.subset(_indices_of(ranked.y, c)) for c in classes)
 
-    train, held = source.hold_out(validation, seed=seed)
+    train, held_out = source.hold_out(validation, seed=seed)
     return Benchmark(
         name=source.name,
-        class_order=learnt,
+        class_order=ordered,
         classes=classes,
         train=split(train),
         test=split(source.test),
         input_shape=source.input_shape,
-        validation=() if held is None else split(held),
+        validation=() if held_out is None else split(held_out),
         task_labels=task_labels,
     )
 
 
 def _slice(samples: Data, start: int, stop: int) -> Data:
-    """Samples ``start`` to ``stop``, which share the memory of all where it is a tensor."""
+    """Samples ``start`` to ``stop``: a view of samples in memory."""
     if isinstance(samples, TensorSamples):
         return replace(samples, x=samples.x[start:stop], y=samples.y[start:stop])
     return samples.subset(torch.arange(start, min(stop, len(samples))))
 
 
-def _moved(parts: Sequence[Data], device: torch.device | str) -> tuple[Data, ...]:
-    """All parts on ``device``; domains that see the same tensors go on to share them there."""
+def _move_all(experiences: Sequence[Data], device: torch.device | str) -> tuple[Data, ...]:
+    """Move the samples of all experiences to ``device``.
+
+    The experiences of a domain-incremental stream are views of the same tensors, which are copied only once.
+    """
     moved: list[Data] = []
-    for part in parts:
-        twin = next((new for old, new in zip(parts, moved, strict=False) if _share_memory(old, part)), None)
-        moved.append(part.to(device) if twin is None else replace(twin, view=part.view))
+    for samples in experiences:
+        twin = next((new for old, new in zip(experiences, moved, strict=False) if _share_memory(old, samples)), None)
+        moved.append(samples.to(device) if twin is None else replace(twin, view=samples.view))
     return tuple(moved)
 
 
@@ -193,5 +204,5 @@ def _share_memory(one: Data, other: Data) -> bool:
     return False
 
 
-def _members(y_N: Tensor, classes: Sequence[int]) -> Tensor:
+def _indices_of(y_N: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.isin(y_N, torch.tensor(classes)).nonzero().flatten()

@@ -1,7 +1,7 @@
-"""Data that stays where it is: samples of a torch dataset, read batch by batch, in workers if wanted.
+"""Samples of a torch dataset that are read batch by batch, optionally in worker processes.
 
-For sets that do not fit in memory and for datasets with transforms of their own. Everything after reading
-is that of data in memory: order, augmentation and normalization, on the device, bit for bit.
+For data that does not fit in memory and for datasets with random transforms. Order, augmentation and normalization
+are those of samples in memory, on the device and bit for bit.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class DatasetSamples:
-    """Samples of a map-style torch dataset; like :class:`~clframe.data.samples.TensorSamples` otherwise.
+    """Samples of a map-style torch dataset, with the interface of :class:`~clframe.data.samples.TensorSamples`.
 
     Args:
-        reader: Reads the dataset; shared by all subsets, so that its workers outlive experiences.
-        index: index_N into the dataset; -1 - k stands for row k of ``kept``.
+        reader: Reads the dataset; shared by all subsets, so that worker processes are reused across experiences.
+        index: index_N into the dataset; -1 - k refers to row k of ``buffer``.
         y: targets_N.
-        mean: Per channel, in units of what the dataset gives.
-        std: Likewise.
-        augment: What training does to inputs before it normalizes them, in order.
-        view: How these samples see what the dataset gives, as a function of a batch; None as it is.
-        device: Where batches are made.
-        kept: Inputs that came out of a memory and are in no dataset; None where there are none.
+        mean: Per channel, in units of the dataset's inputs.
+        std: As ``mean``.
+        augment: Augmentations in training, applied in order before normalization.
+        view: Function of a batch of the dataset's inputs; None: unchanged.
+        device: Device of the batches.
+        buffer: Inputs of a replay buffer, which are not in the dataset; None without any.
     """
 
     reader: Reader
@@ -47,7 +47,7 @@ class DatasetSamples:
     augment: tuple[Augmentation, ...] = ()
     view: Callable[[Tensor], Tensor] | None = None
     device: torch.device = CPU
-    kept: Tensor | None = None
+    buffer: Tensor | None = None
 
     @classmethod
     def of(
@@ -60,25 +60,25 @@ class DatasetSamples:
         augment: tuple[Augmentation, ...] = (),
         num_workers: int | None = None,
     ) -> DatasetSamples:
-        """All samples of ``dataset``.
+        """Return all samples of ``dataset``.
 
         Args:
-            dataset: ``dataset[i]`` is an image, or a tuple that begins with one: a tensor or a PIL image.
+            dataset: ``dataset[i]`` is an image, or a tuple that starts with one: a tensor or a PIL image.
             y: targets_N, in the dataset's order.
-            mean: Per channel, in units of what the dataset gives (PIL images: 0 to 255).
-            std: Likewise.
-            augment: What training does to inputs before it normalizes them.
-            num_workers: Processes that read; None chooses by the machine, 0 reads in this one.
+            mean: Per channel, in units of the dataset's inputs (PIL images: 0 to 255).
+            std: As ``mean``.
+            augment: Augmentations in training.
+            num_workers: Worker processes; None chooses by the number of cores, 0 reads in this process.
 
         Raises:
-            DataError: Labels that are not one for each sample.
+            DataError: The number of labels is not the number of samples.
 
         >>> images = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2)
         >>> DatasetSamples.of(images, torch.tensor([0, 1, 1]), num_workers=0).raw(torch.tensor([2])).flatten()
         tensor([ 8,  9, 10, 11], dtype=torch.uint8)
         """
         if len(dataset) != len(y):
-            raise DataError(f"data: {len(dataset)} inputs but {len(y)} labels; give one label for each input")
+            raise DataError(f"data: found {len(dataset)} inputs and {len(y)} labels; give one label per input")
         index = torch.arange(len(dataset))
         return cls(Reader(dataset, num_workers=num_workers), index, y, mean, std, augment)
 
@@ -86,22 +86,22 @@ class DatasetSamples:
         return len(self.y)
 
     def raw(self, index: Tensor) -> Tensor:
-        """The inputs at ``index`` as the dataset gives them, read in this process, on the device."""
+        """The dataset's inputs at ``index`` with the view applied, read in this process, on the device."""
         wanted = self.index[index.cpu()]
         stored = wanted[wanted >= 0].tolist()
-        return self._assembled(self.reader.read(stored, seed=0), wanted).to(self.device)
+        return self._assemble(self.reader.read(stored, seed=0), wanted).to(self.device)
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """As data in memory is prepared."""
-        return self._kind.prepare(raw, generator=generator)
+        """Convert as :meth:`TensorSamples.prepare <clframe.data.samples.TensorSamples.prepare>` does."""
+        return self._preparer.prepare(raw, generator=generator)
 
     def batches(
         self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0
     ) -> Iterator[list[Tensor]]:
-        """``[x, y]`` of ``size`` samples at a time.
+        """Iterate over ``[x, y]`` of ``size`` samples each.
 
-        What the dataset itself draws, in transforms say, is a function of ``seed`` and the batch's number, in
-        workers as in this process.
+        Random transforms of the dataset are a function of ``seed`` and the index of the batch, whatever the number
+        of workers.
         """
         index, y = self.index, self.y
         if order is not None:
@@ -110,38 +110,42 @@ class DatasetSamples:
         requests = [(part[part >= 0].tolist(), derive_seed(seed, k)) for k, part in enumerate(parts)]
         read = self.reader.stream(requests, pinned=self.device.type == "cuda")
         for raw, part, y_B in zip(read, parts, y.split(size), strict=True):
-            yield [self.prepare(self._assembled(raw, part), generator=generator), y_B]
+            yield [self.prepare(self._assemble(raw, part), generator=generator), y_B]
 
     def subset(self, index: Tensor) -> DatasetSamples:
-        """The samples at ``index``, in that order; nothing is read."""
+        """Return the samples at ``index``, in that order, without reading them."""
         return replace(self, index=self.index[index.cpu()], y=self.y[index.to(self.y.device)])
 
-    def joined(self, others: Sequence[DatasetSamples]) -> DatasetSamples:
-        """These samples and ``others`` of the same dataset, all prepared like these."""
+    def concat(self, others: Sequence[DatasetSamples]) -> DatasetSamples:
+        """Return these samples followed by ``others`` of the same dataset.
+
+        Raises:
+            DataError: Samples of different datasets or domains.
+        """
         if any(other.reader is not self.reader or other.view is not self.view for other in others):
             raise DataError(
-                "data: found parts of different datasets or domains, to be read batch by batch; raise the "
-                "limit of data in memory, or join the datasets with torch's ConcatDataset"
+                "data: found samples of different datasets or domains that are read batch by batch; raise "
+                "benchmark.memory_gb, or concatenate the datasets with torch's ConcatDataset"
             )
         result = self
         for other in others:
-            shift = 0 if result.kept is None else len(result.kept)
+            shift = 0 if result.buffer is None else len(result.buffer)
             index = other.index.where(other.index >= 0, other.index - shift)
-            kept = [k for k in (result.kept, other.kept) if k is not None]
+            buffers = [b for b in (result.buffer, other.buffer) if b is not None]
             result = replace(
                 result,
                 index=torch.cat([result.index, index]),
                 y=torch.cat([result.y, other.y.to(result.y.device)]),
-                kept=torch.cat(kept) if kept else None,
+                buffer=torch.cat(buffers) if buffers else None,
             )
         return result
 
-    def extended(self, raw: Tensor, y: Tensor) -> DatasetSamples:
-        """These samples and others as a memory holds them: inputs as the dataset gave them, and targets."""
-        return self.joined([replace(self, index=-1 - torch.arange(len(y)), y=y, kept=raw.cpu())])
+    def with_stored(self, raw: Tensor, y: Tensor) -> DatasetSamples:
+        """Return these samples followed by samples of a replay buffer: inputs of the dataset, and targets."""
+        return self.concat([replace(self, index=-1 - torch.arange(len(y)), y=y, buffer=raw.cpu())])
 
     def to(self, device: torch.device | str) -> DatasetSamples:
-        """The same samples with batches made on another device."""
+        """Return the same samples with batches on another device."""
         return replace(self, y=self.y.to(device), device=torch.device(device))
 
     @property
@@ -151,22 +155,22 @@ class DatasetSamples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: labels, places in the dataset, and inputs out of a memory."""
-        return self.index.nbytes + self.y.nbytes + (0 if self.kept is None else self.kept.nbytes)
+        """Bytes of memory used: labels, indices, and inputs of a replay buffer."""
+        return self.index.nbytes + self.y.nbytes + (0 if self.buffer is None else self.buffer.nbytes)
 
     @cached_property
-    def _kind(self) -> TensorSamples:
-        """No samples, prepared the same way: one piece of code prepares what is in memory and what is not."""
+    def _preparer(self) -> TensorSamples:
+        """Empty samples in memory that share the code of augmentation and normalization."""
         nothing = torch.empty(0, *self.input_shape, dtype=torch.uint8, device=self.device)
         return TensorSamples(nothing, self.y[:0], self.mean, self.std, self.augment)
 
-    def _assembled(self, read: Tensor, wanted_B: Tensor) -> Tensor:
-        """What was read and what was kept, in the order in which ``wanted_B`` asks for them."""
-        seen = read if self.view is None or not len(read) else self.view(read)
-        if self.kept is None:
-            return seen
-        ours = wanted_B < 0
-        batch = torch.empty((len(wanted_B), *self.input_shape), dtype=self.kept.dtype)
-        batch[~ours] = seen.to(batch.dtype)
-        batch[ours] = self.kept[-1 - wanted_B[ours]]
+    def _assemble(self, read: Tensor, index_B: Tensor) -> Tensor:
+        """Inputs at ``index_B``: those read from the dataset, with the view applied, and those of the buffer."""
+        viewed = read if self.view is None or not len(read) else self.view(read)
+        if self.buffer is None:
+            return viewed
+        from_buffer = index_B < 0
+        batch = torch.empty((len(index_B), *self.input_shape), dtype=self.buffer.dtype)
+        batch[~from_buffer] = viewed.to(batch.dtype)
+        batch[from_buffer] = self.buffer[-1 - index_B[from_buffer]]
         return batch

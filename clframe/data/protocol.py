@@ -1,4 +1,4 @@
-"""Who learns what when: classes dealt out to experiences, samples held out for validation."""
+"""Class order, classes per experience, and the split into training and validation samples."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ ICARL_ORDER = (
     37, 95, 14, 71, 96, 98, 97, 2, 64, 66, 42, 22, 35, 86, 24, 34, 87, 21, 99, 0, 88, 27, 18, 94, 11,
     12, 47, 25, 30, 46, 62, 69, 36, 61, 7, 63, 75, 5, 32, 4, 51, 48, 73, 93, 39, 67, 29, 49, 57, 33,
 )  # fmt: skip
-"""The order of CIFAR-100's classes in Rebuffi et al., "iCaRL" (2017): numpy's permutation of seed 1993.
+"""The class order of CIFAR-100 in Rebuffi et al., "iCaRL" (2017): numpy's permutation of seed 1993.
 
-Written out because numpy promises its old generators for comparison only.
+Written out because numpy keeps its legacy generators only for compatibility.
 """
 
 
 def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple[int, ...]:
-    """The order in which classes are learnt.
+    """Order in which classes are learned.
 
     Args:
-        classes: How many there are; ids are 0 .. classes - 1.
-        order: ``"seeded"`` (a permutation drawn from ``seed``), ``"sorted"``, ``"icarl"``
-            (:data:`ICARL_ORDER`, for 100 classes), or the ids themselves.
-        seed: The run's seed.
+        classes: Number of classes; ids are 0 .. classes - 1.
+        order: ``"seeded"`` (a random permutation), ``"sorted"``, ``"icarl"`` (:data:`ICARL_ORDER`, for 100 classes),
+            or the ids.
+        seed: Seed of the permutation.
 
     Raises:
-        ConfigError: Unknown word, an order for another number of classes, or ids that are no permutation.
+        ConfigError: Unknown order, an order for another number of classes, or ids that are not a permutation.
     """
     if order == "seeded":
         return tuple(torch.randperm(classes, generator=generator_for(seed, "class order")).tolist())
@@ -41,44 +41,46 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
     if order == "icarl":
         if classes != len(ICARL_ORDER):
             raise ConfigError(
-                f"benchmark.class_order: found 'icarl', an order of 100 classes, for {classes}; "
-                f"give 'seeded', 'sorted' or a list of class ids"
+                f"benchmark.class_order: found 'icarl', which orders 100 classes, for {classes} classes; "
+                f"use 'seeded', 'sorted' or a list of class ids"
             )
         return ICARL_ORDER
     if isinstance(order, str):
         raise ConfigError(
-            f"benchmark.class_order: found '{order}'; give 'seeded', 'sorted', 'icarl' or a list of class ids"
+            f"benchmark.class_order: found '{order}'; use 'seeded', 'sorted', 'icarl' or a list of class ids"
         )
     given = tuple(order)
     if sorted(given) != list(range(classes)):
         raise ConfigError(
-            f"benchmark.class_order: found {len(given)} ids that are no permutation of 0..{classes - 1}; "
-            f"name every class once"
+            f"benchmark.class_order: found {len(given)} ids that are not a permutation of 0..{classes - 1}; "
+            f"list every class once"
         )
     return given
 
 
-def deal(classes: int, experiences: int, *, first: int | None = None, counts: Sequence[int] = ()) -> tuple[int, ...]:
-    """How many classes each experience brings: equal parts, leftovers to the earliest ones.
+def classes_per_experience(
+    classes: int, experiences: int, *, first: int | None = None, counts: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Number of new classes of each experience: equal shares, with the remainder going to the first ones.
 
     Args:
-        classes: How many there are; all of them are dealt out.
-        experiences: How many parts, the larger first one included.
+        classes: Number of classes.
+        experiences: Number of experiences, including a larger first one.
         first: Classes of the first experience; the others share the rest.
-        counts: Classes of each experience; takes the place of ``experiences``.
+        counts: Classes of each experience; overrides ``experiences``.
 
     Raises:
-        ConfigError: Numbers that do not add up, or an experience without classes.
+        ConfigError: Counts that do not add up to ``classes``, or an experience without classes.
 
-    >>> deal(10, 3)
+    >>> classes_per_experience(10, 3)
     (4, 3, 3)
-    >>> deal(100, 11, first=50)
+    >>> classes_per_experience(100, 11, first=50)
     (50, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)
-    >>> deal(10, 5, counts=[2, 7, 1])
+    >>> classes_per_experience(10, 5, counts=[2, 7, 1])
     (2, 7, 1)
     """
     if counts:
-        return _given(classes, tuple(counts), first)
+        return _check_counts(classes, tuple(counts), first)
     if experiences < 1:
         raise ConfigError(f"benchmark.experiences: found {experiences}; give at least 1")
     if experiences > classes:
@@ -93,30 +95,30 @@ def deal(classes: int, experiences: int, *, first: int | None = None, counts: Se
             f"benchmark.first: found {first} for {classes} classes in {experiences} experiences; "
             f"give {least}" + (f" to {most}, so that every experience has a class" if least < most else "")
         )
-    return (first, *(deal(classes - first, experiences - 1) if experiences > 1 else ()))
+    return (first, *(classes_per_experience(classes - first, experiences - 1) if experiences > 1 else ()))
 
 
-def _given(classes: int, counts: tuple[int, ...], first: int | None) -> tuple[int, ...]:
+def _check_counts(classes: int, counts: tuple[int, ...], first: int | None) -> tuple[int, ...]:
     if first is not None:
-        raise ConfigError(f"benchmark.first: found {first} beside benchmark.counts; give one of them")
+        raise ConfigError(f"benchmark.first: found {first} together with benchmark.counts; use one of them")
     if min(counts) < 1:
         raise ConfigError(f"benchmark.counts: found {min(counts)}; give every experience at least 1 class")
     if sum(counts) != classes:
         raise ConfigError(
-            f"benchmark.counts: found {len(counts)} counts that add up to {sum(counts)} for {classes} "
+            f"benchmark.counts: found {len(counts)} counts with sum {sum(counts)} for {classes} "
             f"classes; make them add up to {classes}"
         )
     return counts
 
 
 def hold_out(y_N: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """index_T and index_V: the same share of every class kept back for validation, the rest to train on.
+    """Split samples into training and validation data: the ascending indices index_T and index_V.
 
-    A class of n samples gives ``share * n``, rounded, at least one and at most n - 1. Which ones depends on
-    the seed and the class alone, not on the order in which classes are learnt. Both indices ascend.
+    Of a class of n samples, ``share * n`` are held out, rounded, at least 1 and at most n - 1. The draw depends on
+    the seed and the class only, not on the class order.
 
     Raises:
-        ConfigError: A share outside 0 to 1.
+        ConfigError: A share outside [0, 1).
         DataError: A class of one sample.
 
     >>> train, validation = hold_out(torch.tensor([0, 1, 1, 0, 1, 1, 1]), 0.4, seed=0)
@@ -124,14 +126,14 @@ def hold_out(y_N: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
     (4, 3, [0, 1, 2, 3, 4, 5, 6])
     """
     if not 0 <= share < 1:
-        raise ConfigError(f"benchmark.validation: found {share}; give a share from 0 to below 1")
-    held_N = torch.zeros(len(y_N), dtype=torch.bool)
+        raise ConfigError(f"benchmark.validation: found {share}; give a number from 0 to below 1")
+    held_out_N = torch.zeros(len(y_N), dtype=torch.bool)
     if share > 0:
         for c in y_N.unique().tolist():
             members = (y_N == c).nonzero().flatten().cpu()
             if len(members) == 1:
-                raise DataError(f"benchmark.validation: found 1 training sample of class {c}; give it more, or set 0")
+                raise DataError(f"benchmark.validation: found 1 training sample of class {c}; add samples or set 0")
             count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
             drawn = torch.randperm(len(members), generator=generator_for(seed, "validation", c))
-            held_N[members[drawn[:count]]] = True
-    return (~held_N).nonzero().flatten(), held_N.nonzero().flatten()
+            held_out_N[members[drawn[:count]]] = True
+    return (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Reading a torch dataset batch by batch, in this process or in workers that stay."""
+"""Reader of a torch dataset, batch by batch, in this process or in persistent worker processes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clframe.errors import ClframeError, ConfigError, DataError
 
 Request = tuple[list[int], int]
-"""The samples of a batch, and the seed of whatever the dataset draws while it reads them."""
+"""Indices of the samples of a batch, and the seed of the dataset's random transforms."""
 
 
 class Reader:
-    """Reads samples of one dataset, all of one shape.
+    """Reader of one dataset, whose samples all have one shape.
 
-    Workers are started by the first :meth:`stream` and then stay: one DataLoader serves every epoch of
-    every experience. A stream that is begun while another is still being read gets a DataLoader of its own.
+    The first :meth:`stream` starts the workers, which are reused: one DataLoader serves every epoch of every
+    experience. A stream that starts while another is being read uses another DataLoader.
 
     Args:
-        dataset: Map-style; ``dataset[i]`` is an image, or a tuple that begins with one.
-        num_workers: Processes that read; None chooses by the machine, 0 reads in this one.
+        dataset: Map-style; ``dataset[i]`` is an image, or a tuple that starts with one.
+        num_workers: Worker processes; None chooses by the number of cores, 0 reads in this process.
 
     Raises:
         ConfigError: A negative number of workers.
@@ -41,41 +42,41 @@ class Reader:
         self.dataset = dataset
         self.num_workers = default_workers() if num_workers is None else num_workers
         self._idle: dict[bool, list[DataLoader[Any]]] = {False: [], True: []}
-        # Workers that the garbage collector ends, along with a strategy that holds the reader, take seconds: it
-        # has closed the queue that would tell them. Those that nothing refers to any more end at once.
-        self._ending = weakref.finalize(self, _clear, self._idle)
+        # If the reader is part of a reference cycle, the garbage collector may close the queue of the workers before
+        # it ends them, and they then take seconds to stop. Dropping the loaders first ends them immediately.
+        self._finalizer = weakref.finalize(self, _clear, self._idle)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, in this process or another, starts workers of its own."""
+        """Pickle the dataset without the workers: a copy starts new ones."""
         return partial(Reader, num_workers=self.num_workers), (self.dataset,)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample, that of the first."""
-        with seeded(0):
-            return tuple(_image(self.dataset, 0).shape)
+        with temporary_seed(0):
+            return tuple(_read_sample(self.dataset, 0).shape)
 
     def read(self, indices: list[int], *, seed: int) -> Tensor:
-        """The samples at ``indices``, stacked, read in this process.
+        """Read and stack the samples at ``indices`` in this process.
 
         Raises:
-            DataError: A sample that cannot be read or is of another shape.
+            DataError: A sample that cannot be read or has another shape.
         """
-        return _unless_error(self._table[indices, seed])
+        return _raise_if_error(self._table[indices, seed])
 
     def stream(self, requests: Sequence[Request], *, pinned: bool) -> Iterator[Tensor]:
-        """The batches asked for, in order.
+        """Iterate over the requested batches.
 
         Args:
-            requests: The batches.
-            pinned: Whether to put them into pinned memory, from where a copy to the GPU need not wait.
+            requests: The batches, in order.
+            pinned: Whether to return them in pinned memory, for asynchronous copies to a GPU.
 
         Raises:
-            DataError: A sample that cannot be read or is of another shape.
+            DataError: A sample that cannot be read or has another shape.
         """
         if self.num_workers == 0:
             for request in requests:
-                batch = _unless_error(self._table[request])
+                batch = _raise_if_error(self._table[request])
                 yield batch.pin_memory() if pinned else batch
             return
         idle = self._idle[pinned]
@@ -84,17 +85,17 @@ class Reader:
         loader.sampler.requests = requests
         try:
             for result in loader:
-                yield _unless_error(result)
-        except (ClframeError, GeneratorExit):  # left early: the workers drop what they have read ahead
+                yield _raise_if_error(result)
+        except (ClframeError, GeneratorExit):  # stopped early: the workers discard the batches they have prefetched
             idle.append(loader)
             raise
-        except BaseException:  # a worker has died: this loader is not used again
+        except BaseException:  # a worker has died: this loader cannot be reused
             del loader
             raise
         idle.append(loader)
 
     def close(self) -> None:
-        """End all idle workers; the next stream starts new ones."""
+        """Stop all idle workers; the next stream starts new ones."""
         _clear(self._idle)
 
     @cached_property
@@ -109,20 +110,20 @@ class Reader:
             num_workers=self.num_workers,
             persistent_workers=True,
             pin_memory=pinned,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             generator=torch.Generator(),  # or starting workers would draw from the run's global one
         )
 
 
 def default_workers() -> int:
-    """Half the cores, up to 8; none of up to four, where reading would only take them from training."""
+    """Half of the cores, up to 8; 0 on up to four cores, which training needs itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 4 else min(8, cores // 2)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global CPU generators seeded within, and as they were afterwards."""
+def temporary_seed(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators of Python, numpy and torch inside the block and restore them afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -138,8 +139,7 @@ def seeded(seed: int) -> Iterator[None]:
 class _Batches(Dataset[Any]):
     """A dataset whose samples are whole batches.
 
-    What is wrong with a batch is returned, not raised: an exception would come out of a worker with its
-    traceback as message.
+    Errors are returned, not raised: the message of an exception raised in a worker would be its traceback.
     """
 
     def __init__(self, dataset: Any, shape: tuple[int, ...]) -> None:
@@ -151,21 +151,21 @@ class _Batches(Dataset[Any]):
         if not indices:
             return torch.empty(0, *self._shape, dtype=torch.uint8)
         try:
-            with seeded(seed):
-                images = [_image(self._dataset, i) for i in indices]
+            with temporary_seed(seed):
+                images = [_read_sample(self._dataset, i) for i in indices]
         except ClframeError as error:
             return error
         for i, image in zip(indices, images, strict=True):
             if image.shape != self._shape:
                 return DataError(
                     f"data: sample {i} has shape {tuple(image.shape)}, sample 0 has {self._shape}; give all "
-                    f"samples one size and number of channels"
+                    f"samples the same size and number of channels"
                 )
         return torch.stack(images)
 
 
 class _Requests(Sampler[Request]):
-    """The batches of the next epoch, whatever they are then."""
+    """Sampler of a persistent DataLoader: the requests of the next epoch, set before it is iterated."""
 
     def __init__(self) -> None:
         self.requests: Sequence[Request] = ()
@@ -174,24 +174,46 @@ class _Requests(Sampler[Request]):
         return iter(self.requests)
 
 
-def _image(dataset: Any, index: int) -> Tensor:
-    """Sample ``index`` as a tensor, channels first."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of the EXIF tag Orientation; 1 is upright."""
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of an image: phones store photographs as the sensor was held."""
+    image.load()  # TIFF images are rotated by their decoder, which then removes the tag
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata raises nearly anything; the pixels are fine
+        orientation = 1
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _read_sample(dataset: Any, index: int) -> Tensor:
+    """Read sample ``index`` as a tensor, channels first."""
     try:
         sample = dataset[index]
         image = sample[0] if isinstance(sample, (tuple, list)) else sample
         if isinstance(image, Tensor):
             return image
-        array = np.array(image)  # of PIL images; a copy that may be written to
+        array = np.array(upright(image) if isinstance(image, Image.Image) else image)  # a copy: PIL's are read-only
     except ClframeError:
         raise
-    except Exception as error:  # whatever reading and decoding may end in
+    except Exception as error:  # the exceptions of decoders and transforms are not documented
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"data: sample {index} cannot be read ({reason}); mend or remove it") from None
+        raise DataError(f"data: sample {index} cannot be read ({reason}); fix or remove it") from None
     pixels = torch.from_numpy(array)
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _unless_error(result: Tensor | ClframeError) -> Tensor:
+def _raise_if_error(result: Tensor | ClframeError) -> Tensor:
     if isinstance(result, ClframeError):
         raise result
     return result
@@ -202,6 +224,6 @@ def _clear(idle: dict[bool, list[DataLoader[Any]]]) -> None:
         loaders.clear()
 
 
-def _unchanged(batch: Any) -> Any:
-    """A collate function must be picklable."""
+def _identity(batch: Any) -> Any:
+    """Collate function that changes nothing: at module level, since workers pickle it."""
     return batch

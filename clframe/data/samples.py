@@ -1,7 +1,8 @@
-"""Data in memory: one tensor of inputs as stored, one of targets, and how the model wants them.
+"""Samples in memory, and the loader of an experience.
 
-Data that does not fit is :class:`~clframe.data.lazy.DatasetSamples`; both are :class:`Loadable`, and
-:class:`EpochLoader` serves either in the same order with the same augmentation.
+:class:`TensorSamples` holds one tensor of stored inputs and one of targets. Data that does not fit in memory is
+:class:`~clframe.data.lazy.DatasetSamples`. Both are :class:`Loadable`: :class:`EpochLoader` reads either in the same
+order and with the same augmentation.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from clframe.data.augmentation import Augmentation, augmented
-from clframe.errors import DataError
+from clframe.data.augmentation import Augmentation, apply_augmentations
+from clframe.errors import ConfigError, DataError
 from clframe.seeding import derive_seed, epoch_order, generator_for
 
 
 class Loadable(Protocol):
-    """Samples that a loader can serve, wherever they are."""
+    """Samples that :class:`EpochLoader` can read, in memory or not."""
 
     @property
     def y(self) -> Tensor:
@@ -33,7 +35,7 @@ class Loadable(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept in memory."""
+        """Bytes of memory used."""
 
     def __len__(self) -> int: ...
 
@@ -41,48 +43,48 @@ class Loadable(Protocol):
         """The stored inputs at ``index``."""
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Stored inputs as the model wants them; augmented first where a ``generator`` is given."""
+        """Convert stored inputs to inputs of the model, augmented first if a ``generator`` is given."""
 
     def batches(
         self, order: Tensor | None, size: int, *, generator: Generator | None, seed: int
     ) -> Iterator[list[Tensor]]:
-        """``[x, y]`` of ``size`` samples at a time, in ``order``, or in their own where that is None.
+        """Iterate over ``[x, y]`` of ``size`` samples each, in ``order``; None: in the order of storage.
 
-        ``seed`` is for reading that is random itself.
+        ``seed`` seeds random transforms of the data set itself.
         """
 
     def subset(self, index: Tensor) -> Any:
-        """The samples at ``index``, in that order, as samples of the same kind."""
+        """Return the samples at ``index``, in that order, as the same type."""
 
-    def joined(self, others: Sequence[Any]) -> Any:
-        """These samples and ``others`` of the same kind."""
+    def concat(self, others: Sequence[Any]) -> Any:
+        """Return these samples followed by ``others`` of the same type."""
 
-    def extended(self, raw: Tensor, y: Tensor) -> Any:
-        """These samples and others as a memory holds them: stored inputs and targets."""
+    def with_stored(self, raw: Tensor, y: Tensor) -> Any:
+        """Return these samples followed by samples of a replay buffer: stored inputs and targets."""
 
     def to(self, device: torch.device | str) -> Any:
-        """The same samples with batches made on ``device``."""
+        """Return the same samples with batches on ``device``."""
 
 
 CACHE_LINE = 64
-AT_ONCE = 2**20
-"""Bytes of float32 inputs that are made in one go, where they are many batches: what a core's cache holds."""
+CHUNK_BYTES = 2**20
+"""Bytes of float32 inputs that several small batches are made from together: they fit a core's cache."""
 
 SamplesT = TypeVar("SamplesT", bound=Loadable)
 
 
 @dataclass(frozen=True, eq=False)
 class TensorSamples:
-    """Samples that live in memory: batches are index operations, nothing is loaded one by one.
+    """Samples in memory, batched by index operations.
 
     Args:
-        x: Inputs as stored, [N, ...]; integers are kept as they are until a batch is made.
+        x: Stored inputs [N, ...], converted to float32 per batch.
         y: targets_N.
-        mean: Per channel, in units of the stored inputs; one value for all or one for each of dim 1.
-        std: Likewise; empty where inputs are token ids, which are nothing to normalize and stay whole numbers.
-        augment: What training does to stored inputs before it normalizes them, in order.
-        view: How these samples see what is stored, as a function of a batch that keeps shape and dtype (the
-            domain of a domain-incremental stream); None as it is. Everything but ``x`` is seen through it.
+        mean: Per channel, in units of the stored inputs: one value for all channels or one for each of dim 1.
+        std: As ``mean``. Empty for token ids, which are not normalized and stay integers.
+        augment: Augmentations of stored inputs in training, applied in order before normalization.
+        view: Function of a batch of stored inputs that preserves shape and dtype: the domain of a
+            domain-incremental stream. Applied wherever inputs are read; None: unchanged.
     """
 
     x: Tensor
@@ -93,76 +95,75 @@ class TensorSamples:
     view: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse arrays that do not belong together."""
+        """Raise DataError for unequal lengths and for inputs that are not finite."""
         if len(self.x) != len(self.y):
-            raise DataError(
-                f"data: {len(self.x)} inputs but {len(self.y)} labels; give one label for each input"
-            )
+            raise DataError(f"data: found {len(self.x)} inputs and {len(self.y)} labels; give one label per input")
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
-            raise DataError("data: inputs hold NaN or infinite values; clean them before training")
+            raise DataError("data: found NaN or infinite inputs; clean them before training")
 
     def __len__(self) -> int:
         return len(self.y)
 
     def raw(self, index: Tensor) -> Tensor:
-        """The stored inputs at ``index``, as these samples see them."""
-        return self._seen(self.x.index_select(0, index.to(self.x.device)))  # half the time of x[index]
+        """The stored inputs at ``index``, with the view applied."""
+        return self._apply_view(self.x.index_select(0, index.to(self.x.device)))  # twice as fast as x[index]
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Normalized float32 inputs, ``(raw - mean) / std`` per channel, or ids, in memory of their own.
+        """Convert stored inputs to inputs of the model: ``(raw - mean) / std`` per channel in float32, or int64 ids.
 
-        Training passes a ``generator``: inputs are then augmented first, by choices drawn from it.
+        The result never shares memory with ``raw``. With a ``generator`` (in training), inputs are augmented first.
         """
         raw = raw.to(self.x.device, non_blocking=True)
         if generator is not None:
-            raw = augmented(raw, self.augment, generator)
+            raw = apply_augmentations(raw, self.augment, generator)
         return self._normalize(raw, owned=False)
 
     def batch(self, index: Tensor, *, generator: Generator | None = None) -> list[Tensor]:
-        """``[x, y]`` of the samples at ``index``, inputs prepared as :meth:`prepare` does."""
+        """``[x, y]`` of the samples at ``index``, prepared as in :meth:`prepare`."""
         x = self.raw(index)
         if generator is not None:
-            x = augmented(x, self.augment, generator)
+            x = apply_augmentations(x, self.augment, generator)
         return [self._normalize(x, owned=True), self.y.index_select(0, index)]
 
     def batches(
         self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0
     ) -> Iterator[list[Tensor]]:
-        """``[x, y]`` of ``size`` samples at a time; nothing is random in reading, so ``seed`` is not used."""
+        """Iterate over ``[x, y]`` of ``size`` samples each; reading tensors is not random, so ``seed`` is unused."""
         if order is not None:
-            at_once = self._at_once(size, generator)
-            for index in order.to(self.x.device).split(size * at_once):
-                made = self.batch(index, generator=generator)
-                if at_once == 1:
-                    yield made
+            batches_per_chunk = self._batches_per_chunk(size, generator)
+            for index in order.to(self.x.device).split(size * batches_per_chunk):
+                chunk = self.batch(index, generator=generator)
+                if batches_per_chunk == 1:
+                    yield chunk
                     continue
-                # The parts of an unsafe split have version counters of their own, as if made one by one: what
-                # is written into one batch does not spoil the graph of another.
-                yield from map(list, zip(*(part.unsafe_split(size) for part in made), strict=True))
+                # Results of unsafe_split have separate version counters, so that an in-place change of one batch
+                # does not invalidate the autograd graph of another.
+                yield from map(list, zip(*(part.unsafe_split(size) for part in chunk), strict=True))
             return
         for x, y in zip(self.x.split(size), self.y.split(size), strict=True):
-            yield [self.prepare(self._seen(x), generator=generator), y]
+            yield [self.prepare(self._apply_view(x), generator=generator), y]
 
     def subset(self, index: Tensor) -> TensorSamples:
-        """The samples at ``index``, in that order."""
+        """Return the samples at ``index``, in that order."""
         index = index.to(self.x.device)
         return replace(self, x=self.x[index], y=self.y[index])
 
-    def joined(self, others: Sequence[TensorSamples]) -> TensorSamples:
-        """These samples and ``others``, all prepared like these."""
+    def concat(self, others: Sequence[TensorSamples]) -> TensorSamples:
+        """Return these samples followed by ``others``, with the normalization and augmentation of these."""
         parts = (self, *others)
         y = torch.cat([p.y for p in parts])
         if all(p.view is self.view for p in others):
             return replace(self, x=torch.cat([p.x for p in parts]), y=y)
-        return replace(self, x=torch.cat([p._seen(p.x) for p in parts]), y=y, view=None)
+        return replace(self, x=torch.cat([p._apply_view(p.x) for p in parts]), y=y, view=None)
 
-    def extended(self, raw: Tensor, y: Tensor) -> TensorSamples:
-        """These samples and others as a memory holds them: stored inputs and targets."""
-        x = torch.cat([self._seen(self.x), raw.to(self.x.device)])
+    def with_stored(self, raw: Tensor, y: Tensor) -> TensorSamples:
+        """Return these samples followed by samples of a replay buffer: stored inputs and targets."""
+        # Buffers store inputs with the view of their experience applied: it must not be applied again.
+        x = torch.cat([self._apply_view(self.x), raw.to(self.x.device)])
         return replace(self, x=x, y=torch.cat([self.y, y.to(self.y.device)]), view=None)
 
     def to(self, device: torch.device | str) -> TensorSamples:
-        """The same samples on another device."""
+        """Return the same samples on another device."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     @property
@@ -172,24 +173,24 @@ class TensorSamples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that inputs and targets occupy."""
+        """Bytes of inputs and targets."""
         return self.x.nbytes + self.y.nbytes
 
-    def _at_once(self, size: int, generator: Generator | None) -> int:
-        """How many batches of ``size`` to make in one go: small ones cost little more than one of them.
+    def _batches_per_chunk(self, size: int, generator: Generator | None) -> int:
+        """Number of batches that are read by one index operation: for small batches, calls dominate the cost.
 
-        One, where choices are drawn for each batch, and where not all would begin at a whole cache line, as
-        tensors of their own do: a matrix product may round differently then.
+        1 if augmentation draws per batch. 1 also if batches would not start at a cache line, as separately allocated
+        tensors do: matrix products may round differently with another alignment.
         """
         draws = generator is not None and not all(augmentation.is_identity for augmentation in self.augment)
         nbytes = 4 * size * prod(self.input_shape)
-        return 1 if draws or nbytes % CACHE_LINE else max(1, AT_ONCE // max(1, nbytes))
+        return 1 if draws or nbytes % CACHE_LINE else max(1, CHUNK_BYTES // max(1, nbytes))
 
-    def _seen(self, stored: Tensor) -> Tensor:
+    def _apply_view(self, stored: Tensor) -> Tensor:
         return stored if self.view is None else self.view(stored)
 
     def _normalize(self, raw: Tensor, *, owned: bool) -> Tensor:
-        """Write into ``raw`` only where it is ``owned``: what is stored must stay as it is."""
+        """Normalize; writes into ``raw`` only if it is ``owned``, that is, no view of stored inputs."""
         if not self.std:
             ids = raw.long()
             return ids.clone() if ids is raw and not owned else ids
@@ -214,23 +215,45 @@ class TensorSamples:
 
 
 def concatenate(parts: Sequence[SamplesT]) -> SamplesT:
-    """All samples of all parts, which are of one kind and prepared like the first."""
+    """Concatenate samples of one type, with the normalization and augmentation of the first."""
     if len(parts) == 1:
         return parts[0]
-    joined: SamplesT = parts[0].joined(parts[1:])
-    return joined
+    concatenated: SamplesT = parts[0].concat(parts[1:])
+    return concatenated
+
+
+def count_batches(samples: int, size: int, *, drop_last: bool = False, join_single: bool = False) -> int:
+    """Number of batches of an epoch over ``samples`` samples; for the options see :class:`EpochLoader`.
+
+    >>> count_batches(65, 32), count_batches(65, 32, join_single=True), count_batches(65, 32, drop_last=True)
+    (3, 2, 2)
+    """
+    full, rest = divmod(samples, size)
+    return full + (rest > 0 and not drop_last and not (join_single and rest == 1 and full > 0))
 
 
 class EpochLoader:
-    """Batches of one experience, in an order that is a function of (seed, experience, epoch) alone.
+    """Batches of one experience, in an order that is a function of (seed, experience, epoch).
 
-    Set :attr:`epoch` before iterating. Shuffling is training: batches are augmented as the samples say,
-    with choices that are a function of the same three numbers. Without shuffling the order is that of the
-    samples and nothing is augmented. The last batch may be smaller.
+    Set :attr:`epoch` before iterating. With ``shuffle`` (training), batches are augmented, with draws that are a
+    function of the same three numbers. Without it (evaluation), the order is that of the samples and nothing is
+    augmented. The last batch may be smaller.
+
+    Args:
+        samples: The data.
+        batch_size: Samples per batch.
+        shuffle: Whether to shuffle and augment.
+        seed: Seed of the run.
+        experience: Index of the experience.
+        drop_last: Leave out a last batch of fewer samples.
+        join_single: Append a last batch of one sample to the batch before it.
+
+    Raises:
+        ConfigError: ``drop_last`` with fewer samples than a batch, which leaves nothing to train on.
 
     >>> data = TensorSamples(torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 1]))
-    >>> [len(y) for _, y in EpochLoader(data, 2)]
-    [2, 1]
+    >>> [len(y) for _, y in EpochLoader(data, 2)], [len(y) for _, y in EpochLoader(data, 2, join_single=True)]
+    ([2, 1], [3])
     """
 
     def __init__(
@@ -241,22 +264,61 @@ class EpochLoader:
         shuffle: bool = False,
         seed: int = 0,
         experience: int = 0,
+        drop_last: bool = False,
+        join_single: bool = False,
     ) -> None:
+        if drop_last and len(samples) < batch_size:
+            raise ConfigError(
+                f"trainer.drop_last: found {len(samples)} training samples in experience {experience}, fewer than a "
+                f"batch of {batch_size}; lower trainer.batch_size or set trainer.drop_last=false"
+            )
         self.samples = samples
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.experience = experience
         self.epoch = 0
+        self.drop_last = drop_last
+        self.join_single = join_single
+        self._order: Tensor | None = None  # of the epoch being read, for stored()
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        return count_batches(
+            len(self.samples), self.batch_size, drop_last=self.drop_last, join_single=self.join_single
+        )
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        samples, place = self.samples, (self.experience, self.epoch)
-        seed = derive_seed(self.seed, "read", *place)
-        if not self.shuffle:
-            return samples.batches(None, self.batch_size, generator=None, seed=seed)
-        order = epoch_order(len(samples), seed=self.seed, experience=self.experience, epoch=self.epoch)
-        generator = generator_for(self.seed, "augment", *place)
-        return samples.batches(order, self.batch_size, generator=generator, seed=seed)
+        samples, size, position = self.samples, self.batch_size, (self.experience, self.epoch)
+        seed = derive_seed(self.seed, "read", *position)
+        whole = self._whole_batches()
+        order: Tensor | None = None
+        generator: Generator | None = None
+        if self.shuffle:
+            order = epoch_order(len(samples), seed=self.seed, experience=self.experience, epoch=self.epoch)
+            generator = generator_for(self.seed, "augment", *position)
+        elif whole is not None:
+            order = torch.arange(len(samples))
+        self._order = order
+        if whole is None or order is None:
+            return samples.batches(order, size, generator=generator, seed=seed)
+        # An empty order would make an empty batch.
+        batches = samples.batches(order[:whole], size, generator=generator, seed=seed) if whole else iter(())
+        if self.drop_last:
+            return batches
+        last = samples.batches(order[whole:], size + 1, generator=generator, seed=derive_seed(seed, "last"))
+        return chain(batches, last)
+
+    def stored(self, number: int, count: int) -> Tensor:
+        """Return the stored inputs of batch ``number`` of this epoch, which has ``count`` samples."""
+        first = number * self.batch_size
+        index = torch.arange(first, first + count) if self._order is None else self._order[first : first + count]
+        return self.samples.raw(index)
+
+    def _whole_batches(self) -> int | None:
+        """Samples in batches of ``batch_size``, if ``drop_last`` or ``join_single`` changes the batch after them."""
+        full, rest = divmod(len(self.samples), self.batch_size)
+        if self.drop_last and rest:
+            return full * self.batch_size
+        if self.join_single and rest == 1 and full:
+            return (full - 1) * self.batch_size
+        return None

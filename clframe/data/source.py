@@ -1,4 +1,4 @@
-"""Sources: data sets before any protocol deals them out."""
+"""Sources: data sets before they are split into experiences, and the registry of data sets."""
 
 from __future__ import annotations
 
@@ -17,47 +17,54 @@ from clframe.errors import ConfigError, DataError
 from clframe.registry import Registry
 
 Data = TensorSamples | DatasetSamples
-"""Samples in memory, or read when they are needed."""
+"""Samples in memory, or read batch by batch."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before any protocol: all training and all test samples."""
+    """A data set before it is split: all training and all test samples."""
 
     name: str
     train: Data
     test: Data
     classes: int
     class_names: tuple[str, ...] = ()
-    """What each class is called where the data came from, in order of its id; empty where nobody said."""
+    """Name of each class in the data set, by id; empty if unknown."""
 
     def __post_init__(self) -> None:
-        """Refuse labels out of range, classes without samples and too few or too many names."""
+        """Raise DataError for labels out of range, classes without samples and a wrong number of names."""
         if self.class_names and len(self.class_names) != self.classes:
             raise DataError(
-                f"{self.name}: {len(self.class_names)} class names for {self.classes} classes; name every class once"
+                f"{self.name}: found {len(self.class_names)} class names for {self.classes} classes; give one per class"
             )
-        for part, samples in (("train", self.train), ("test", self.test)):
+        for split, samples in (("train", self.train), ("test", self.test)):
             y = samples.y
             if len(y) and (int(y.min()) < 0 or int(y.max()) >= self.classes):
                 raise DataError(
-                    f"{self.name}/{part}: labels run from {int(y.min())} to {int(y.max())} for {self.classes} "
+                    f"{self.name}/{split}: found labels from {int(y.min())} to {int(y.max())} for {self.classes} "
                     f"classes; relabel them 0..{self.classes - 1}"
                 )
             empty = (torch.bincount(y, minlength=self.classes) == 0).nonzero().flatten().tolist()
             if empty:
-                raise DataError(f"{self.name}/{part}: no samples of class {empty[0]}; remove or fill that class")
+                raise DataError(
+                    f"{self.name}/{split}: found no samples of class {empty[0]}; add some or remove the class"
+                )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return self.train.input_shape
 
+    def are_token_ids(self) -> bool:
+        """Whether inputs can be token ids: whole numbers from 0, as the model receives them (the first are checked)."""
+        x = self.train.prepare(self.train.raw(torch.arange(min(len(self.train), 64))))
+        return bool((x >= 0).all()) and torch.equal(x, x.long().to(x.dtype))
+
     def first_classes(self, count: int | None) -> Source:
-        """The samples of classes 0 to ``count`` - 1, all where that is None.
+        """Return the source with classes 0 to ``count`` - 1 only; None: all classes.
 
         Raises:
-            ConfigError: More classes than there are, or none.
+            ConfigError: ``count`` below 1 or above the number of classes.
         """
         if count is None or count == self.classes:
             return self
@@ -66,18 +73,18 @@ class Source:
         train, test = (part.subset((part.y < count).nonzero().flatten().cpu()) for part in (self.train, self.test))
         return replace(self, train=train, test=test, classes=count, class_names=self.class_names[:count])
 
-    def augmented(self, augmentations: tuple[Augmentation, ...]) -> Source:
-        """The same data, whose images are augmented so where they are trained on, in place of how they were.
+    def with_augmentations(self, augmentations: tuple[Augmentation, ...]) -> Source:
+        """Return the source with other augmentations of the training data; without any, the source itself.
 
         Raises:
-            DataError: Inputs that are no images, or not such as an augmentation asks for.
+            DataError: Inputs that are not images, or images that an augmentation does not support.
         """
         shape = self.input_shape
         for augmentation in augmentations:
             if len(shape) != 3:
                 raise DataError(
-                    f"benchmark.augment: found {type(augmentation).__name__} for {self.name}, whose inputs have shape "
-                    f"{list(shape)}; augment images (channels, height, width) only, or set none"
+                    f"benchmark.augment: found {type(augmentation).__name__} for {self.name} with inputs of shape "
+                    f"{list(shape)}; augment only images (channels, height, width), or set none"
                 )
             if isinstance(augmentation, ColorJitter):
                 self._check_colors()
@@ -87,20 +94,20 @@ class Source:
         first = self.train.raw(torch.arange(min(len(self.train), 64)))
         if first.shape[1] not in (1, 3):
             raise DataError(
-                f"benchmark.augment: found ColorJitter for {self.name}, whose images have {first.shape[1]} "
-                f"channels; jitter gray or RGB images"
+                f"benchmark.augment: found ColorJitter for {self.name} with images of {first.shape[1]} "
+                f"channels; use it on gray or RGB images"
             )
         if first.is_floating_point() and not (float(first.min()) >= 0 and float(first.max()) <= 1):
             raise DataError(
-                f"benchmark.augment: found ColorJitter for {self.name}, whose values run from "
-                f"{float(first.min()):g} to {float(first.max()):g}; jitter bytes, or values from 0 to 1"
+                f"benchmark.augment: found ColorJitter for {self.name} with values from "
+                f"{float(first.min()):g} to {float(first.max()):g}; use it on bytes, or values from 0 to 1"
             )
 
-    def read_by(self, workers: int | None) -> Source:
-        """The same data; what is not in memory is read by so many processes. None leaves it as it is."""
+    def with_workers(self, workers: int | None) -> Source:
+        """Return the source with ``workers`` processes reading data that is not in memory; None: unchanged."""
         if workers is None:
             return self
-        readers: dict[Reader, Reader] = {}  # training and test data go on to share one
+        readers: dict[Reader, Reader] = {}  # training and test data of one dataset share a reader
 
         def change(samples: Data) -> Data:
             if isinstance(samples, TensorSamples):
@@ -113,11 +120,11 @@ class Source:
         return replace(self, train=change(self.train), test=change(self.test))
 
     def hold_out(self, share: float, *, seed: int) -> tuple[Data, Data | None]:
-        """Training samples, and ``share`` of each class held out for validation, None where that is 0."""
-        train, held = hold_out(self.train.y, share, seed=seed)
-        if not len(held):
+        """Split the training samples: those to train on, and ``share`` of each class for validation (None if 0)."""
+        train, held_out = hold_out(self.train.y, share, seed=seed)
+        if not len(held_out):
             return self.train, None
-        return self.train.subset(train), replace(self.train.subset(held), augment=())
+        return self.train.subset(train), replace(self.train.subset(held_out), augment=())
 
 
 def _load_source(point: Any) -> Any:
@@ -125,4 +132,8 @@ def _load_source(point: Any) -> Any:
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry("benchmark", group="clframe.benchmarks", load=_load_source)
-"""Every data set by name: functions from options to a :class:`Source`."""
+"""Data sets by name: functions from options, given as keywords, to a :class:`Source`.
+
+A package registers one as an entry point of the group ``clframe.benchmarks``, a script by :meth:`Registry.register`.
+``benchmark=NAME`` then selects it, and its keyword arguments are options of the block ``benchmark``.
+"""

@@ -1,4 +1,4 @@
-"""A trained model with the data it is measured on, and batches of those data.
+"""A trained model with its data, and batches of these data.
 
 Shape suffixes: B batch, C classes, T tokens, N samples.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B batch, C classes, T tokens, N samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
@@ -15,27 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from clframe.data.source import Data
-from clframe.data.sources.text import padded
+from clframe.data.sources.text import pad_ids
 from clframe.errors import ConfigError
 from clframe.nn.types import Inputs
 
 IGNORED = -100
-"""The target of a token that is not asked for, as in torch's cross-entropy."""
+"""Target of a token without a label, as in torch's cross-entropy."""
 
 
-def _itself(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
-class TextPart:
-    """A part of texts as token ids, shortest first so that little is padding.
+class TextSplit:
+    """Texts as token ids, batched in order of length so that there is little padding.
 
     Args:
         rows: Token ids of each text.
-        y: targets_N; None without labels, as of a language model.
-        padding: Its id.
-        device: Of batches.
-        make: From ids_BT, mask_BT and targets_B to a batch.
+        y: targets_N; None without labels, as for a language model.
+        padding: Id of the padding token.
+        device: Device of the batches.
+        make: Function from ids_BT, mask_BT and targets_B to a batch.
     """
 
     def __init__(
@@ -53,43 +53,44 @@ class TextPart:
         return len(self.rows)
 
     def batches(self, *, size: int = 64, limit: int | None = None) -> Batches:
-        """See :class:`~clframe.data.target.Part`."""
-        return self.some(spread(len(self), limit), size=size)
+        """See :class:`~clframe.data.target.DataSplit`."""
+        return self.batches_at(strided_indices(len(self), limit), size=size)
 
-    def some(self, index_N: Tensor, *, size: int = 64) -> Batches:
-        """The texts at ``index_N``, shortest first.
+    def batches_at(self, index_N: Tensor, *, size: int = 64) -> Batches:
+        """Batches of the texts at ``index_N``, shortest first.
 
-        They are small and made at once: a language model writes on as it is now, whatever is done to it later.
+        All batches are made immediately: those of a generating language model contain what the model generates now,
+        independent of later changes of it.
         """
         order = sorted(index_N.tolist(), key=lambda at: len(self.rows[at]))
-        made = [self._made(order[at : at + size]) for at in range(0, len(order), size)]
-        return Batches([partial(_itself, batch) for batch in made])
+        made = [self._make_batch(order[at : at + size]) for at in range(0, len(order), size)]
+        return Batches([partial(_identity, batch) for batch in made])
 
-    def _made(self, places: Sequence[int]) -> Batch:
-        rows = [self.rows[at] for at in places]
-        ids_BT = padded(rows, padding=self.padding).long().to(self.device)
+    def _make_batch(self, index: Sequence[int]) -> Batch:
+        rows = [self.rows[at] for at in index]
+        ids_BT = pad_ids(rows, padding=self.padding).long().to(self.device)
         length_B = torch.tensor([len(row) for row in rows], device=self.device)
         mask_BT = torch.arange(ids_BT.shape[1], device=self.device) < length_B[:, None]
-        y_B = None if self.y is None else self.y[torch.tensor(places)].to(self.device)
+        y_B = None if self.y is None else self.y[torch.tensor(index)].to(self.device)
         return self.make(ids_BT, mask_BT, y_B)
 
 
 class Batch(NamedTuple):
-    """What a model is called with, and what is known of it."""
+    """Inputs, targets and token masks."""
 
     inputs: Inputs
     """One tensor, or tensors by the names of the model's arguments."""
     targets: Tensor | None
-    """targets_B, or targets_BT of a language model with -100 where nothing is asked; None without labels."""
+    """targets_B, or targets_BT of a language model with -100 for tokens without a label; None without labels."""
     tokens: Tensor | Mapping[str, Tensor] | None
-    """mask_BT of tokens that count, or one for each kind of tokens by its name; None where all do."""
+    """mask_BT of the tokens to measure, or one mask per kind of token by name; None: all tokens."""
 
 
 class Batches(Sequence[Batch]):
-    """Batches made one at a time, anew whenever they are asked for.
+    """Sequence of batches that are made on access.
 
     Args:
-        makers: One for each batch.
+        makers: One function per batch.
     """
 
     def __init__(self, makers: Sequence[Callable[[], Batch]]) -> None:
@@ -103,27 +104,27 @@ class Batches(Sequence[Batch]):
     @overload
     def __getitem__(self, at: slice) -> Batches: ...
     def __getitem__(self, at: int | slice) -> Batch | Batches:
-        """One batch, or some that are made later."""
+        """One batch, or a lazy subsequence."""
         return Batches(self._makers[at]) if isinstance(at, slice) else self._makers[at]()
 
 
-class Part(Protocol):
+class DataSplit(Protocol):
     """Training, validation or test data of a target."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def batches(self, *, size: int = 64, limit: int | None = None) -> Batches:
-        """All samples, or ``limit`` spread evenly over them, ``size`` at a time."""
+        """Batches of ``size`` samples over all samples, or over ``limit`` samples at equal distances."""
 
 
-class SamplePart:
-    """A part over samples of a benchmark.
+class SampleSplit:
+    """Samples of the experiences of a benchmark.
 
     Args:
-        samples: One after the other.
-        place: From prepared inputs to inputs on the model's device, in its type.
-        tokens: From inputs to the mask of tokens that count; None where all do.
+        samples: Samples of each experience, in order.
+        place: Function that moves prepared inputs to the model's device and dtype.
+        tokens: Function from inputs to the mask of the tokens to measure; None: all tokens.
     """
 
     def __init__(
@@ -139,27 +140,27 @@ class SamplePart:
         return sum(map(len, self.samples))
 
     def batches(self, *, size: int = 64, limit: int | None = None) -> Batches:
-        """See :class:`Part`."""
-        chosen, start, makers = spread(len(self), limit), 0, list[Callable[[], Batch]]()
+        """See :class:`DataSplit`."""
+        chosen, start, makers = strided_indices(len(self), limit), 0, list[Callable[[], Batch]]()
         for samples in self.samples:
             inside = chosen[(chosen >= start) & (chosen < start + len(samples))] - start
-            makers += [partial(self._made, samples, index) for index in inside.split(size) if len(index)]
+            makers += [partial(self._make_batch, samples, index) for index in inside.split(size) if len(index)]
             start += len(samples)
         return Batches(makers)
 
-    def _made(self, samples: Data, index: Tensor) -> Batch:
+    def _make_batch(self, samples: Data, index: Tensor) -> Batch:
         inputs = self.place(samples.prepare(samples.raw(index)))
         targets = samples.y[index.to(samples.y.device)].to(inputs.device)
         return Batch(inputs, targets, None if self.tokens is None else self.tokens(inputs))
 
 
-def spread(count: int, limit: int | None) -> Tensor:
-    """index_N of ``limit`` of ``count`` samples at even distances, of all where there are no more.
+def strided_indices(count: int, limit: int | None) -> Tensor:
+    """Indices of ``limit`` of ``count`` samples at equal distances; all indices if ``limit`` is None or larger.
 
     Raises:
         ConfigError: A limit below 1.
 
-    >>> spread(10, 4).tolist(), spread(3, 4).tolist()
+    >>> strided_indices(10, 4).tolist(), strided_indices(3, 4).tolist()
     ([0, 2, 5, 7], [0, 1, 2])
     """
     if limit is not None and limit < 1:
@@ -170,18 +171,18 @@ def spread(count: int, limit: int | None) -> Tensor:
 
 
 Kind = Literal["run", "encoder", "causal", "images"]
-PartName = Literal["fit", "validation", "test"]
-Answer = Callable[[nn.Module, Inputs], Tensor]
+SplitName = Literal["fit", "validation", "test"]
+ScoreFunction = Callable[[nn.Module, Inputs], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """Data of a target: to fit on, to choose by, to measure on."""
+class DataSplits:
+    """Training, validation and test data of a target."""
 
-    fit: Part
-    validation: Part | None
-    """None where nothing is held out."""
-    test: Part
+    fit: DataSplit
+    validation: DataSplit | None
+    """None if nothing is held out."""
+    test: DataSplit
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -189,52 +190,55 @@ class Target:
     """A trained model and its data.
 
     Attributes:
-        name: As it was asked for.
+        name: Folder or hub id given by the user.
         kind: A run; a text encoder or a causal language model of transformers; a model of timm.
-        model: In evaluation mode, without gradients.
-        body_name: Name of the part inside ``model`` in which feed-forward networks are looked for; empty for all.
-        answer: From a model (this one, or one made of it) and the inputs of a batch to scores_BC of its last exit, or
-            scores_BTC of the next token; classes of a run in learning order.
-        parts: Data.
-        run: What ``clframe.load`` gives, for a run.
-        config: The run's config, or the one that names the data; None for data without one.
-        accuracy_matrix: Of a finished run: accuracy on each experience after each experience.
-        experiences: Test data of each experience that a run has learnt, in order; empty for other targets.
+        model: The model, in evaluation mode and without gradients.
+        body_name: Name of the submodule that is searched for feed-forward networks; empty for the whole model.
+        predict: Function from a model (this one or a modified copy) and the inputs of a batch to scores_BC of its last
+            exit, or scores_BTC of the next token; classes of a run are in learning order.
+        splits: The data.
+        run: Result of ``clframe.load`` for a run.
+        config: Config of the run or of the data; None for data without one.
+        accuracy_matrix: Accuracy on each experience after each experience, of a finished run.
+        experiences: Test data of each experience that a run has learned, in order; empty for other targets.
+        origin: Identity of the model and its data, for names and contents of result files: ``model`` (full path or hub
+            id), ``revision`` and ``data``.
     """
 
     name: str
     kind: Kind
     model: nn.Module
     body_name: str
-    answer: Answer
-    parts: Parts
+    predict: ScoreFunction
+    splits: DataSplits
     run: Any = None  # clframe.training.trained.TrainedModel | None: training is above data
     config: Any = None  # clframe.config.schema.Config | None
     accuracy_matrix: Sequence[Sequence[float]] | None = None
-    experiences: tuple[Part, ...] = ()
+    experiences: tuple[DataSplit, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def body(self) -> nn.Module:
-        """The part of the model in which feed-forward networks are looked for."""
+        """The submodule that is searched for feed-forward networks."""
         return self.model.get_submodule(self.body_name)
 
     @property
     def folder(self) -> Path:
-        """The folder that :attr:`name` means, where it is one."""
+        """:attr:`name` as a folder."""
         return Path(self.name).expanduser()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
-    def batches(self, part: PartName, *, size: int = 64, limit: int | None = None) -> Batches:
-        """Batches of one part, see :meth:`~clframe.data.target.Part.batches`.
+    def batches(self, part: SplitName, *, size: int = 64, limit: int | None = None) -> Batches:
+        """Batches of one split, see :meth:`~clframe.data.target.DataSplit.batches`.
 
         Raises:
-            ConfigError: Validation data where nothing is held out.
+            ConfigError: Validation data of a target without any.
         """
-        found: Part | None = getattr(self.parts, part)
+        found: DataSplit | None = getattr(self.splits, part)
         if found is None:
-            raise ConfigError(f"{self.name}: holds no validation data out; set benchmark.validation=0.1")
+            raise ConfigError(f"{self.name}: found no validation data; set benchmark.validation=0.1")
         return found.batches(size=size, limit=limit)

@@ -1,4 +1,4 @@
-"""When it pays to take finished samples out of a batch, as measured."""
+"""Measured break-even point of removing stopped samples from a batch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from clframe.nn.network import Network
 
 @torch.no_grad()
 def measure_break_even(network: Network, *, batch: int = 256, repetitions: int = 5) -> float:
-    """Smallest share of a batch that must have finished for leaving to pay, for ``DynamicNetwork``'s ``compact``.
+    """Smallest share of stopped samples for which removing them saves time: ``compact`` of ``DynamicNetwork``.
 
-    Copying the rows that stay takes at most c seconds; rows that stay without need cost their share s of the T
-    seconds up to the next exit. They balance at ``s = c / T``. The exit where leaving pays least decides.
+    Copying the remaining rows takes at most c seconds; keeping a share s of stopped rows costs ``s T`` of the T seconds
+    up to the next exit. Both are equal at ``s = c / T``. The largest value over all exits is returned.
 
     Args:
-        network: What to measure, on its device, in evaluation mode.
-        batch: Samples of a pass.
-        repetitions: Passes, after one that warms up; medians count.
+        network: The network to time, on its device, in evaluation mode.
+        batch: Samples per pass.
+        repetitions: Number of passes after one warm-up pass; medians are used.
 
     Returns:
-        A share, at most 1; 0 where there are no exits before the last.
+        A share of at most 1; 0 where there are no exits before the last.
 
     >>> from clframe.nn import GrowingLinear
     >>> from clframe.nn.backbones import mlp
@@ -38,29 +38,29 @@ def measure_break_even(network: Network, *, batch: int = 256, repetitions: int =
     parameter = next(network.parameters())
     x = parameter.new_zeros((batch, *network.input_shape))
     keep_n = torch.arange(batch, device=parameter.device)
-    shares: list[list[float]] = []
+    passes: list[list[float]] = []
     for _ in range(repetitions + 1):
         value: Flow = x
         copying, running = 0.0, 0.0
-        lap: list[float] = []
+        shares: list[float] = []
         for stage, exits in zip(network.backbone.stages, network.exits_at, strict=True):
-            took, value = _timed(stage, value)
-            running += took
+            seconds, value = _timed(stage, value)
+            running += seconds
             if not exits:
                 continue
             if copying:
-                lap.append(copying / running)
+                shares.append(copying / running)
             copying, _ = _timed(lambda kept: rows_of_flow(kept, keep_n), value)
             running = 0.0
-        shares.append(lap)
-    return max((min(1.0, median(laps)) for laps in zip(*shares[1:], strict=True)), default=0.0)
+        passes.append(shares)
+    return max((min(1.0, median(ratios)) for ratios in zip(*passes[1:], strict=True)), default=0.0)
 
 
 def _timed(call: Callable[[Flow], Flow], value: Flow) -> tuple[float, Flow]:
-    """Seconds until the device has the result, and the result."""
+    """Seconds until the device has computed the result, and the result."""
     start = perf_counter()
     out = call(value)
     first: Tensor = out if isinstance(out, Tensor) else out[0]
     if first.device.type != "cpu":
-        first.flatten()[:1].cpu()
+        first.flatten()[:1].cpu()  # reading one value synchronizes on every kind of device
     return perf_counter() - start, out

@@ -6,100 +6,155 @@ Shape suffixes: E experiences, K exits, N samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError
-from clframe.exits.curves import BudgetPoint, BudgetPoints, Curve, accuracy_cost_curve, budget_points, shared
-from clframe.exits.decisions import ExitAnswers, counts, ratio, who_answers
+from clframe.exits.curves import (
+    AccuracyCostCurve,
+    BudgetPoints,
+    BudgetRule,
+    accuracy_cost_curve,
+    budget_points,
+    shared,
+)
+from clframe.exits.decisions import ExitEvaluation, counts, evaluate_thresholds, ratio
 from clframe.metrics.continual import Matrix, Score, forgetting
+from clframe.metrics.registry import Kind
+from clframe.records import read_record
+from clframe.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExitDiagnostics:
-    """What the exits of one evaluation know, beside the last; fractions of samples unless said otherwise."""
+class ExitMetric:
+    """Definition and label of a metric with one value per exit."""
 
-    accuracy_K: tuple[float, ...]
-    """Right answers of each exit, alone."""
-    oracle_accuracy: float
-    """Samples that at least one exit gets right: what a perfect choice among the exits would reach."""
-    overthinking: float
-    """``oracle_accuracy`` minus the last exit's accuracy. Source: Kaya et al., "Shallow-Deep Networks" (2019)."""
-    overthinking_relative: float
-    """``overthinking`` over the last exit's accuracy; NaN where that is 0."""
-    unique_accuracy_K: tuple[float, ...]
-    """Samples that this exit gets right and no other does (auxiliary classifiers in continual learning)."""
-    fixed_final_errors_K: tuple[float, ...]
-    """Of the last exit's errors, the share that this exit gets right; NaN where the last makes none."""
-    hindsight_improvability_K: tuple[float, ...]
-    """Of this exit's errors, the share that some EARLIER exit got right; NaN at the first exit, which has none
-    before it, and where there are no errors. Source: Wolczyk et al., "Zero Time Waste" (2021)."""
+    label: str
+    """Name in tables and figures, without a unit."""
+    values: Callable[[ExitEvaluation], Sequence[float]]
+    """One value per exit of one evaluation, in order of depth; NaN where undefined."""
+    kind: Kind = "percent"
+    better: Literal["higher", "lower", ""] = "higher"
 
 
-def diagnose(answers: ExitAnswers) -> ExitDiagnostics:
-    """Every diagnostic of :class:`ExitDiagnostics`.
+def _load_exit_metric(point: EntryPoint) -> Iterator[tuple[str, ExitMetric]]:
+    entry = point.load()
+    if not isinstance(entry, ExitMetric):
+        raise TypeError(f"{entry!r} is not an ExitMetric")
+    yield point.name, entry
 
-    >>> diagnose(ExitAnswers(confidence_KN=torch.rand(2, 4), cost_K=(1, 2),
-    ...     correct_KN=torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]]))).overthinking
-    0.25
+
+EXIT_METRICS: Registry[ExitMetric] = Registry("exit metric", group="clframe.exit_metrics", load=_load_exit_metric)
+"""Every metric per exit by name: an entry is computed after each experience and reaches results, tables, TensorBoard
+and reports."""
+
+
+def accuracy_K(evaluation: ExitEvaluation) -> tuple[float, ...]:
+    """Compute the accuracy of each exit when it classifies every sample."""
+    return tuple(right / evaluation.samples for right in counts(evaluation.correct_KN))
+
+
+def unique_accuracy_K(evaluation: ExitEvaluation) -> tuple[float, ...]:
+    """Compute the share of samples that only this exit classifies correctly."""
+    correct_KN = evaluation.correct_KN
+    unique_K = counts(correct_KN & (correct_KN.sum(dim=0) == 1))
+    return tuple(unique / evaluation.samples for unique in unique_K)
+
+
+def fixed_final_errors_K(evaluation: ExitEvaluation) -> tuple[float, ...]:
+    """Compute the share of the last exit's errors that each exit classifies correctly; NaN without such errors."""
+    correct_KN = evaluation.correct_KN
+    fixed_K = counts(correct_KN & ~correct_KN[-1])
+    errors = evaluation.samples - counts(correct_KN)[-1]
+    return tuple(ratio(fixed, errors) for fixed in fixed_K)
+
+
+def hindsight_improvability_K(evaluation: ExitEvaluation) -> tuple[float, ...]:
+    """Compute the share of each exit's errors that an earlier exit had classified correctly.
+
+    NaN at the first exit, which has no earlier one, and without errors. Source: Wolczyk et al., "Zero Time Waste"
+    (2021).
     """
-    correct_KN, samples = answers.correct_KN, answers.samples
-    wrong_KN = ~correct_KN
-    right_K = counts(correct_KN)
-    oracle = int(correct_KN.any(dim=0).sum())
-    alone_K = counts(correct_KN & (correct_KN.sum(dim=0) == 1))
-    fixed_K = counts(correct_KN & wrong_KN[-1])
-    known_KN = correct_KN.cumsum(dim=0) > 0  # by this exit or an earlier one; where this one is wrong, an earlier
-    improvable_K = counts(known_KN & wrong_KN)
-    improvability = [ratio(n, samples - right) for n, right in zip(improvable_K, right_K, strict=True)]
-    return ExitDiagnostics(
-        accuracy_K=tuple(right / samples for right in right_K),
-        oracle_accuracy=oracle / samples,
-        overthinking=(oracle - right_K[-1]) / samples,
-        overthinking_relative=ratio(oracle - right_K[-1], right_K[-1]),
-        unique_accuracy_K=tuple(alone / samples for alone in alone_K),
-        fixed_final_errors_K=tuple(ratio(fixed, samples - right_K[-1]) for fixed in fixed_K),
-        hindsight_improvability_K=(math.nan, *improvability[1:]),
-    )
+    correct_KN = evaluation.correct_KN
+    known_KN = correct_KN.cumsum(dim=0) > 0  # this exit or an earlier one is right; masked below to this one's errors
+    improvable_K = counts(known_KN & ~correct_KN)
+    errors_K = [evaluation.samples - right for right in counts(correct_KN)]
+    return (math.nan, *(ratio(n, errors) for n, errors in zip(improvable_K[1:], errors_K[1:], strict=True)))
 
 
-def static_accuracies(answers: ExitAnswers, *, correct: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Accuracy of the decisions that look at every exit: ``last``, ``confident``, ``oracle`` and those given.
+_OWN: Final[Mapping[str, ExitMetric]] = {
+    "accuracy": ExitMetric(label="accuracy", values=accuracy_K),
+    "unique_accuracy": ExitMetric(label="only this exit correct", values=unique_accuracy_K),
+    "fixed_final_errors": ExitMetric(label="errors of the last exit corrected", values=fixed_final_errors_K),
+    "hindsight_improvability": ExitMetric(
+        label="hindsight improvability", values=hindsight_improvability_K, better="lower"
+    ),
+}
 
-    ``correct`` says for each further decision, such as the mean of the exits' probabilities or their vote,
-    which needs scores that are not kept here, whether it is right on each of the N samples.
+for _name, _metric in _OWN.items():
+    EXIT_METRICS.add(_name, _metric)
+
+
+def all_exit_metrics() -> dict[str, ExitMetric]:
+    """Return every metric per exit by name: clframe's in the order of this file, then others in alphabetical order."""
+    found = dict(EXIT_METRICS.items())
+    return {**{name: found[name] for name in _OWN}, **found}
+
+
+def compute_exit_metrics(evaluation: ExitEvaluation) -> dict[str, tuple[float, ...]]:
+    """Compute every metric of :data:`EXIT_METRICS`, one value per exit.
+
+    >>> found = compute_exit_metrics(ExitEvaluation(confidence_KN=torch.rand(2, 4), cost_K=(1, 2),
+    ...     correct_KN=torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]])))
+    >>> found["accuracy"], found["unique_accuracy"]
+    ((0.5, 0.5), (0.25, 0.25))
+    """
+    return {
+        name: tuple(float(value) for value in metric.values(evaluation)) for name, metric in all_exit_metrics().items()
+    }
+
+
+def static_accuracies(evaluation: ExitEvaluation, *, correct: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Accuracy of the rules that use all exits: ``last``, ``confident``, ``oracle`` and those given.
+
+    ``correct`` holds for each further rule, such as the mean of the exits' probabilities or their vote, whether it is
+    right on each of the N samples; such rules need scores, which :class:`ExitEvaluation` does not store.
     """
     right = {
-        "last": answers.correct_KN[-1],
-        "confident": answers.right_N(answers.most_confident_N()),
-        "oracle": answers.correct_KN.any(dim=0),
+        "last": evaluation.correct_KN[-1],
+        "confident": evaluation.correct_at(evaluation.most_confident_N()),
+        "oracle": evaluation.correct_KN.any(dim=0),
     }
     for name, given_N in (correct or {}).items():
-        if tuple(given_N.shape) != (answers.samples,):
-            raise ClframeError(f"correct.{name}: shape {tuple(given_N.shape)}; give {answers.samples} answers")
+        if tuple(given_N.shape) != (evaluation.samples,):
+            raise ClframeError(
+                f"correct.{name}: found shape {tuple(given_N.shape)}; give one flag for each of "
+                f"{evaluation.samples} samples"
+            )
         right[name] = given_N.bool()
-    return {name: int(right_N.sum()) / answers.samples for name, right_N in right.items()}
+    return {name: int(right_N.sum()) / evaluation.samples for name, right_N in right.items()}
 
 
-def exit_accuracy_KE(answers: ExitAnswers, *, experiences: int) -> tuple[tuple[float, ...], ...]:
+def exit_accuracy_KE(evaluation: ExitEvaluation, *, experiences: int) -> tuple[tuple[float, ...], ...]:
     """Accuracy of every exit on every test experience; NaN where an experience has no samples.
 
-    Row k after each training experience makes the accuracy matrix of exit k, for :func:`forgetting_by_exit`.
+    Row k, collected after each training experience, is the accuracy matrix of exit k for :func:`forgetting_by_exit`.
     """
-    if answers.experience_N is None:
-        raise ClframeError("exit answers: experience_N was not given; give each sample's test experience")
-    of_EN = answers.experience_N == torch.arange(experiences)[:, None]
+    if evaluation.experience_N is None:
+        raise ClframeError("exit evaluation: found no experience_N; give each sample's test experience")
+    of_EN = evaluation.experience_N == torch.arange(experiences)[:, None]
     total_E = counts(of_EN)
-    right_KE = [counts(of_EN & right_N) for right_N in answers.correct_KN]
+    right_KE = [counts(of_EN & right_N) for right_N in evaluation.correct_KN]
     return tuple(tuple(ratio(n, total) for n, total in zip(right_E, total_E, strict=True)) for right_E in right_KE)
 
 
 def forgetting_by_exit(accuracy_KTE: Sequence[Matrix]) -> tuple[Score, ...]:
-    """:func:`clframe.metrics.forgetting` of each exit's own accuracy matrix.
+    """:func:`clframe.metrics.forgetting` of each exit's accuracy matrix.
 
     >>> [score.value for score in forgetting_by_exit([[[0.5, 0.0], [0.25, 0.5]], [[1.0, 0.0], [0.5, 1.0]]])]
     [0.25, 0.5]
@@ -109,69 +164,98 @@ def forgetting_by_exit(accuracy_KTE: Sequence[Matrix]) -> tuple[Score, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitRecord:
-    """Every exit after one training experience, on the test samples of all experiences so far.
+    """All exits after one training experience, on the test samples of all experiences so far.
 
-    Costs are shares of the bare backbone's MACs with its own classifier.
+    Costs are fractions of the MACs of the bare backbone with its own classifier.
     """
 
     backbone_macs: int
     """MACs of one sample through the bare backbone and its own classifier, with the classes met so far."""
     macs_K: tuple[int, ...]
-    """MACs of one sample up to each exit, the heads passed on the way included."""
+    """MACs of one sample up to and including each exit, with the heads passed on the way."""
     accuracy_KE: tuple[tuple[float, ...], ...]
-    """Accuracy of each exit, alone, on every test experience, those ahead included."""
-    diagnostics: ExitDiagnostics
-    static: Mapping[str, float]
-    """Accuracy of decisions that look at every exit: ``last``, ``confident``, ``mean``, ``vote``, ``oracle``."""
-    curve: Curve
-    """Accuracy against cost as one threshold of the largest probability, shared by all exits, goes down."""
+    """Accuracy of each exit on every test experience, later ones included, when it predicts every sample."""
+    metrics: Mapping[str, tuple[float, ...]]
+    """One value per exit by name in :data:`EXIT_METRICS`."""
+    static: Mapping[str, float] = field(default_factory=dict)
+    """Accuracy of rules that use all exits: ``last``, ``confident``, ``mean``, ``vote``, ``oracle``."""
+    curve: AccuracyCostCurve
+    """Accuracy against cost over thresholds of the largest probability, shared by all exits."""
     points: BudgetPoints
-    """Accuracy at shares of the cost, thresholds chosen on validation samples."""
-    share_PK: tuple[tuple[float, ...], ...]
-    """Share of samples that each exit answers, at each of ``points``."""
-    accuracy_PK: tuple[tuple[float, ...], ...]
-    """Accuracy of each exit on the samples that it answers there; NaN where it answers none."""
-    similarity_K: tuple[float, ...]
-    """Linear CKA of each exit's tap with itself after the first experience, on samples of the first."""
+    """Accuracy at budgets, thresholds chosen on validation samples."""
+    share_PK: tuple[tuple[float, ...], ...] = ()
+    """Share of samples that each exit predicts, at each of ``points``."""
+    accuracy_PK: tuple[tuple[float, ...], ...] = ()
+    """Accuracy of each exit on the samples that it predicts there; NaN where there are none."""
+    similarity_K: tuple[float, ...] = ()
+    """Linear CKA between each exit's tap now and after the first experience, on samples of the first."""
+    simulated: str = ""
+    """Reason why dynamic inference cannot skip computation with this strategy; empty where it can."""
+
+    @property
+    def accuracy_K(self) -> tuple[float, ...]:
+        """Accuracy of each exit when it classifies every sample."""
+        return self.metrics["accuracy"]
+
+    @property
+    def oracle_accuracy(self) -> float:
+        """Share of samples that at least one exit classifies correctly: a perfect choice among the exits."""
+        return self.static.get("oracle", math.nan)
+
+    @property
+    def overthinking(self) -> float:
+        """Oracle accuracy minus the last exit's. Source: Kaya et al., "Shallow-Deep Networks" (2019)."""
+        return self.oracle_accuracy - self.accuracy_K[-1]
+
+    @property
+    def overthinking_relative(self) -> float:
+        """Overthinking over the last exit's accuracy; NaN where that is 0."""
+        return self.overthinking / self.accuracy_K[-1] if self.accuracy_K[-1] else math.nan
+
+    @classmethod
+    def upgrade(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the content of an older file, which had ``diagnostics``, in today's shape."""
+        if "diagnostics" not in content:
+            return content
+        metrics = {
+            name.removesuffix("_K"): values for name, values in content["diagnostics"].items() if name.endswith("_K")
+        }
+        return {**content, "metrics": metrics}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> ExitRecord:
-        """The record that ``dataclasses.asdict`` took apart."""
-        found = dict(content)
-        points = found["points"]["points"]
-        found["diagnostics"] = ExitDiagnostics(**found["diagnostics"])
-        found["curve"] = Curve(**found["curve"])
-        found["points"] = BudgetPoints(
-            points=None if points is None else tuple(BudgetPoint(**point) for point in points),
-            undefined=found["points"]["undefined"],
-        )
-        return cls(**found)
+        """Rebuild the record from what ``dataclasses.asdict`` returned."""
+        return read_record(cls, content, prefix="exits.")
 
 
-def exit_record(
-    test: ExitAnswers,
-    validation: ExitAnswers | None,
+def make_exit_record(
+    test: ExitEvaluation,
+    validation: ExitEvaluation | None,
     *,
     backbone_macs: int,
     accuracy_KE: tuple[tuple[float, ...], ...],
     correct: Mapping[str, Any],
     similarity_K: tuple[float, ...],
+    rule: BudgetRule = "best",
+    simulated: str = "",
     most: int = 41,
 ) -> ExitRecord:
-    """The record of one evaluation.
+    """Make the record of one evaluation.
 
     Args:
-        test: Answers on the test samples of the experiences so far.
-        validation: Answers on their validation samples, None where none are held out.
-        backbone_macs: What one sample costs the bare backbone.
+        test: Evaluation on the test samples of the experiences so far.
+        validation: Evaluation on their validation samples, None where none are held out.
+        backbone_macs: MACs of one sample in the bare backbone.
         accuracy_KE: Accuracy of each exit on every test experience.
-        correct: For each further static decision, whether it is right on each test sample.
+        correct: For each further static rule, whether it is right on each test sample.
         similarity_K: See :class:`ExitRecord`.
-        most: Points of the curve that are kept.
+        rule: Choice of the budget points' thresholds.
+        simulated: See :class:`ExitRecord`.
+        most: Largest number of thresholds in the curve.
     """
-    points = budget_points(validation, test, backbone_cost=backbone_macs)
+    points = budget_points(validation, test, backbone_cost=backbone_macs, rule=rule)
     outcomes = [
-        None if point.undefined else who_answers(test, shared(point.threshold, exits=test.exits))
+        None if point.undefined else evaluate_thresholds(test, shared(point.threshold, exits=test.exits))
         for point in points.points or ()
     ]
     nothing = (float("nan"),) * test.exits
@@ -179,11 +263,12 @@ def exit_record(
         backbone_macs=backbone_macs,
         macs_K=tuple(int(cost) for cost in test.cost_K),
         accuracy_KE=accuracy_KE,
-        diagnostics=diagnose(test),
+        metrics=compute_exit_metrics(test),
         static=static_accuracies(test, correct=correct),
         curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most),
         points=points,
         share_PK=tuple(nothing if outcome is None else outcome.share_K for outcome in outcomes),
         accuracy_PK=tuple(nothing if outcome is None else outcome.accuracy_K for outcome in outcomes),
         similarity_K=similarity_K,
+        simulated=simulated,
     )

@@ -1,11 +1,11 @@
-"""Dynamic inference that skips computation: finished samples leave the batch.
+"""Dynamic inference that skips computation: samples that have stopped are removed from the batch.
 
-Shape suffixes: B batch, C classes, K exits.
+Shape suffixes: B batch, n samples still in the batch, r rows of it, C classes, K exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,104 +13,106 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
-from clframe.exits.decisions import Answer
-from clframe.exits.ensembles import Running
+from clframe.exits.decisions import Prediction
+from clframe.exits.ensembles import RunningEnsemble
 from clframe.exits.policies import ExitPolicy
 from clframe.nn.backbones.base import Flow, tap_of
 from clframe.nn.network import Carried, Ensemble, Network, Single
 
 
 @dataclass
-class Rows:
-    """The samples still in the batch and all that is carried for them, batch first."""
+class ActiveSamples:
+    """The samples still in the batch with everything carried for them, batch first."""
 
     value: Flow
-    """What the last stage returned."""
+    """Output of the last stage."""
     index_n: Tensor | None = None
-    """Their places in the input; None while all are there."""
+    """Their indices in the input; None while no sample has been removed."""
     previous_nC: Tensor | None = None
-    """Logits of the exit before, where the next one uses them."""
+    """Uncorrected logits of the previous exit, where the next one uses them."""
     ensembled: Carried = ()
     measured: Carried = ()
-    answer_nC: Tensor | None = None
-    """The answers so far: final where done, else the surest yet or not yet of any meaning."""
+    scores_nC: Tensor | None = None
+    """Scores so far: final where stopped, else of the most confident exit, or undefined with the fallback ``last``."""
     exit_n: Tensor | None = None
     best_n: Tensor | None = None
-    """Confidence of the surest exit so far, where that counts."""
+    """Highest confidence so far, with the fallback ``confident``."""
     done_n: Tensor | None = None
-    """Finished samples that have not left yet; None where nobody has finished."""
+    """Stopped samples that are still in the batch; None where there are none."""
 
     def take(self, exit: int, scores_nC: Tensor, takes_n: Tensor | None) -> None:
-        """Make the scores the answer of the samples that take them, None for all, if not done already."""
+        """Set the scores of the samples ``takes_n``, None for all, except those that have stopped."""
         exit_n = scores_nC.new_full(scores_nC.shape[:1], exit, dtype=torch.long)
-        if self.answer_nC is None or self.exit_n is None:
-            self.answer_nC, self.exit_n = scores_nC, exit_n
+        if self.scores_nC is None or self.exit_n is None:
+            self.scores_nC, self.exit_n = scores_nC, exit_n
             return
         if self.done_n is not None:
             takes_n = ~self.done_n if takes_n is None else takes_n & ~self.done_n
         if takes_n is None:
-            self.answer_nC, self.exit_n = scores_nC, exit_n
+            self.scores_nC, self.exit_n = scores_nC, exit_n
             return
-        self.answer_nC = torch.where(takes_n.unsqueeze(1), scores_nC, self.answer_nC)
+        self.scores_nC = torch.where(takes_n.unsqueeze(1), scores_nC, self.scores_nC)
         self.exit_n = torch.where(takes_n, exit_n, self.exit_n)
 
-    def surer(self, confidence_n: Tensor, fires_n: Tensor | None) -> Tensor | None:
-        """Where an exit fires or is the surest so far, None for everywhere; from now on it counts as such."""
+    def update_best(self, confidence_n: Tensor, fires_n: Tensor | None) -> Tensor | None:
+        """Update the highest confidence; the samples where the exit fires or is the most confident, None for all."""
         if self.best_n is None:
             self.best_n = confidence_n
             return None
-        surer_n = confidence_n > self.best_n
+        higher_n = confidence_n > self.best_n
         self.best_n = torch.maximum(self.best_n, confidence_n)
-        return surer_n if fires_n is None else surer_n | fires_n
+        return higher_n if fires_n is None else higher_n | fires_n
 
     def keep(self, keep_r: Tensor) -> None:
-        """Go on with the rows of these numbers only."""
+        """Remove all rows but those with these indices."""
         self.value = rows_of_flow(self.value, keep_r)
         self.index_n = keep_r if self.index_n is None else self.index_n.index_select(0, keep_r)
         self.previous_nC = _optional_rows(self.previous_nC, keep_r)
         self.ensembled = tuple(_rows(carried, keep_r) for carried in self.ensembled)
         self.measured = tuple(_rows(carried, keep_r) for carried in self.measured)
-        surest = self.best_n is not None  # otherwise the answers of those that stay have no meaning yet
-        self.answer_nC = _optional_rows(self.answer_nC, keep_r) if surest else None
-        self.exit_n = _optional_rows(self.exit_n, keep_r) if surest else None
+        # With the fallback "last" the scores of samples that have not stopped are never used: copy none.
+        confident = self.best_n is not None
+        self.scores_nC = _optional_rows(self.scores_nC, keep_r) if confident else None
+        self.exit_n = _optional_rows(self.exit_n, keep_r) if confident else None
         self.best_n = _optional_rows(self.best_n, keep_r)
         self.done_n = None
 
 
-class Answers:
-    """Answers in the order of the input, put down as samples leave."""
+class PredictionBuffer:
+    """Predictions in the order of the input, written as samples leave the batch."""
 
     def __init__(self) -> None:
-        self._answer: Answer | None = None
+        self._prediction: Prediction | None = None
 
-    def put(self, rows: Rows) -> None:
-        """Put down the answers of all rows, also those that will be overwritten because they go on."""
-        assert rows.answer_nC is not None and rows.exit_n is not None
-        if self._answer is None:
-            self._answer = Answer(rows.answer_nC.clone(), rows.exit_n.clone())
+    def write(self, rows: ActiveSamples) -> None:
+        """Write the predictions of all rows; those of samples that continue are overwritten later."""
+        assert rows.scores_nC is not None and rows.exit_n is not None
+        if self._prediction is None:
+            self._prediction = Prediction(rows.scores_nC.clone(), rows.exit_n.clone())
             return
         assert rows.index_n is not None
-        scores_BC, exit_B = self._answer
-        dtype = torch.promote_types(scores_BC.dtype, rows.answer_nC.dtype)  # under autocast exits may differ
-        scores_BC = scores_BC.to(dtype).index_copy_(0, rows.index_n, rows.answer_nC.to(dtype))
-        self._answer = Answer(scores_BC, exit_B.index_copy_(0, rows.index_n, rows.exit_n))
+        scores_BC, exit_B = self._prediction
+        dtype = torch.promote_types(scores_BC.dtype, rows.scores_nC.dtype)  # under autocast exits may differ
+        scores_BC = scores_BC.to(dtype).index_copy_(0, rows.index_n, rows.scores_nC.to(dtype))
+        self._prediction = Prediction(scores_BC, exit_B.index_copy_(0, rows.index_n, rows.exit_n))
 
-    def end(self, rows: Rows) -> Answer:
-        """The answers of the whole batch, now that the last rows have theirs."""
-        assert rows.answer_nC is not None and rows.exit_n is not None
-        if self._answer is None:
-            return Answer(rows.answer_nC, rows.exit_n)
-        self.put(rows)
-        return self._answer
+    def finish(self, rows: ActiveSamples) -> Prediction:
+        """Write the last rows and return the predictions of the whole batch."""
+        assert rows.scores_nC is not None and rows.exit_n is not None
+        if self._prediction is None:
+            return Prediction(rows.scores_nC, rows.exit_n)
+        self.write(rows)
+        return self._prediction
 
 
 def rows_of_flow(value: Flow, keep_r: Tensor) -> Flow:
-    """The rows of what goes from stage to stage, whatever travels with the tap."""
+    """Rows of a stage's output: of the tap and of every tensor passed along with it."""
     return _rows(value, keep_r) if isinstance(value, Tensor) else tuple(_rows(part, keep_r) for part in value)
 
 
 def _rows(values: Tensor, keep_r: Tensor) -> Tensor:
-    """Rows of a tensor in its own memory format; ``index_select`` would give up channels-last, which is slow."""
+    """Rows of a tensor in its memory format."""
+    # index_select returns contiguous tensors: every later convolution would convert them back to channels-last.
     if values.dim() == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
         return values.permute(0, 2, 3, 1).index_select(0, keep_r).permute(0, 3, 1, 2)
     return values.index_select(0, keep_r)
@@ -121,26 +123,32 @@ def _optional_rows(values: Tensor | None, keep_r: Tensor) -> Tensor | None:
 
 
 BREAK_EVEN = 0.02
-"""Share of a batch whose work up to the next exit takes as long as copying the whole of it, rounded up."""
+"""Share of a batch whose computation up to the next exit takes as long as copying the batch, rounded up."""
+
+AdjustLogits = Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]
+"""``(exit, logits_nC, taps) -> logits_nC``: correction of one exit's logits; ``taps`` has the exit's own tap."""
 
 
 class DynamicNetwork(nn.Module):
-    """Runs a network's stages one after another and stops, sample by sample, at the exit that answers.
+    """Run a network stage by stage and stop each sample at the exit that the policy selects.
 
-    The network is shared, not copied, and always answers as in evaluation, without gradients. Exits that
-    cannot fire are not computed unless another one needs their logits (a cascade, boosting, an ensemble, the
-    fallback ``confident``); with thresholds above 1 the bare backbone runs.
+    The network is shared, not copied, and runs in evaluation mode without gradients. Exits that cannot fire are not
+    computed unless another one needs their logits (a cascade, boosting, an ensemble, the fallback ``confident``);
+    with thresholds above 1 the bare backbone runs. Predictions equal those of :func:`~clframe.exits.select` on the
+    scores of all exits.
 
-    The host waits for the device once at every exit whose threshold can fire, and at no other place.
+    The host synchronizes with the device once at every exit whose threshold can fire, and nowhere else.
 
     Args:
-        network: What to run.
-        policy: Which exit answers.
-        compact: Smallest share of the batch that must have finished since samples last left it before they
-            leave again; until then they are carried along and keep their answer. 0 for always, above 1 for
-            never. The default is a break-even as measured by
+        network: The network to run.
+        policy: The exit policy.
+        compact: Smallest share of the batch that must have stopped since samples were last removed before stopped
+            samples are removed again; until then they stay in the batch with their predictions unchanged. 0 removes
+            them always, a value above 1 never. The default is a break-even as measured by
             :func:`~clframe.exits.break_even.measure_break_even`.
-        exits: Numbers or names of the exits that may answer before the last, all if not given.
+        exits: Indices or names of the exits that may stop a sample before the last, all if not given.
+        adjust: Correction of each exit's logits before its ensemble and confidence, such as bias correction or
+            nearest class means; None for none.
 
     Raises:
         ConfigError: Thresholds, exits or ``compact`` that do not fit the network.
@@ -162,6 +170,7 @@ class DynamicNetwork(nn.Module):
         *,
         compact: float = BREAK_EVEN,
         exits: Sequence[int | str] | None = None,
+        adjust: AdjustLogits | None = None,
     ) -> None:
         super().__init__()
         if not compact >= 0:
@@ -169,93 +178,93 @@ class DynamicNetwork(nn.Module):
         self.network = network
         self.policy = policy
         self.compact = compact
-        self.measure = policy.measure  # a module, as a gate is, moves between devices with this one
+        self.adjust = adjust
+        self.measure = policy.measure  # registered, so that a fitted measure moves between devices with this module
         count, names = len(network.heads), network.exit_names
-        self.enabled = None if exits is None else frozenset(_number(exit, names) for exit in exits)
+        self.enabled = None if exits is None else frozenset(_exit_index(exit, names) for exit in exits)
         policy.of_exits(count)
-        self._basis: tuple[object, ...] | None = None
-        self._made: tuple[tuple[_Stop, ...], ...] = ()
+        self._cache_key: tuple[object, ...] | None = None
+        self._cached_stops: tuple[tuple[_Stop, ...], ...] = ()
 
     @property
-    def asked(self) -> tuple[int, ...]:
-        """Numbers of the exits whose confidence counts."""
-        return self.policy.asked(len(self.network.heads), among=self.enabled)
+    def confidence_exits(self) -> tuple[int, ...]:
+        """Indices of the exits whose confidence is needed."""
+        return self.policy.confidence_exits(len(self.network.heads), among=self.enabled)
 
     @property
-    def checked(self) -> tuple[int, ...]:
-        """Numbers of the exits that may stop a sample; the host waits once at each."""
+    def stopping_exits(self) -> tuple[int, ...]:
+        """Indices of the exits that may stop a sample; the host synchronizes once at each."""
         thresholds = self.policy.of_exits(len(self.network.heads))
-        return tuple(exit for exit in self.asked if exit < len(thresholds) and thresholds[exit] <= 1)
+        return tuple(exit for exit in self.confidence_exits if exit < len(thresholds) and thresholds[exit] <= 1)
 
     @property
-    def computed(self) -> tuple[int, ...]:
-        """Numbers of the exits that classify the samples that get as far."""
+    def computed_exits(self) -> tuple[int, ...]:
+        """Indices of the exits whose logits are computed for the samples that reach them."""
         network, last = self.network, len(self.network.heads) - 1
         needed: set[int] = set()
-        for exit in sorted({*self.asked, last}):
-            needed.update(range(exit + 1) if network.boosted or _remembers(network.ensemble, exit) else (exit,))
+        for exit in sorted({*self.confidence_exits, last}):
+            needed.update(range(exit + 1) if network.boosted or _uses_earlier(network.ensemble, exit) else (exit,))
         for exit in range(last, 0, -1):
             if exit in needed and network.heads[exit].cascades:
                 needed.add(exit - 1)
         return tuple(sorted(needed))
 
-    def forward(self, x: Tensor) -> Answer:
-        """Scores and exit of each sample, in the order of the input.
-
-        Args:
-            x: Inputs, batch first.
-        """
+    def forward(self, x: Tensor) -> Prediction:
+        """Scores and exit of each sample of ``x``, in the order of the input."""
         with torch.no_grad():
             if not self.network.training:
                 return self._run(x)
             with _evaluating(self.network):
                 return self._run(x)
 
-    def _run(self, x: Tensor) -> Answer:
-        rows, answers = Rows(x), Answers()
+    def _run(self, x: Tensor) -> Prediction:
+        rows, predictions = ActiveSamples(x), PredictionBuffer()
         for stage, stops in zip(self.network.backbone.stages, self._stops(), strict=True):
             rows.value = stage(rows.value)
             for stop in stops:
-                if self._visit(stop, rows, answers):
-                    return answers.end(rows)
-        return answers.end(rows)
+                if self._visit(stop, rows, predictions):
+                    return predictions.finish(rows)
+        return predictions.finish(rows)
 
-    def _visit(self, stop: _Stop, rows: Rows, answers: Answers) -> bool:
-        """Classify at one exit and let samples go; whether all have finished."""
-        network, surest = self.network, self.policy.fallback == "confident"
-        logits_nC = network.classify(stop.exit, tap_of(rows.value), rows.previous_nC)
+    def _visit(self, stop: _Stop, rows: ActiveSamples, predictions: PredictionBuffer) -> bool:
+        """Classify at one exit and remove samples that stop; True if all have stopped."""
+        network, confident = self.network, self.policy.fallback == "confident"
+        tap = tap_of(rows.value)
+        logits_nC = network.classify(stop.exit, tap, rows.previous_nC)
         rows.previous_nC = logits_nC if stop.chained else None
+        if self.adjust is not None:
+            logits_nC = self.adjust(stop.exit, logits_nC, {stop.tap: tap})
         scores_nC, rows.ensembled = network.ensemble.step(stop.exit, logits_nC, rows.ensembled)
-        if not stop.asked:
+        if not stop.has_confidence:
             if stop.last:
                 rows.take(stop.exit, scores_nC, None)
             return False
         confidence_n, rows.measured = self.measure(stop.exit, scores_nC, rows.measured)
         fires_n = None if stop.threshold is None else confidence_n >= stop.threshold
-        if surest:
-            rows.take(stop.exit, scores_nC, rows.surer(confidence_n, fires_n))
+        if confident:
+            rows.take(stop.exit, scores_nC, rows.update_best(confidence_n, fires_n))
         if fires_n is None:
             return False
         done_n = fires_n if rows.done_n is None else rows.done_n | fires_n
-        keep_r = done_n.logical_not().nonzero()  # here the host waits, to know how many
+        keep_r = done_n.logical_not().nonzero()  # synchronizes: the number of rows must be known on the host
         remaining, size = len(keep_r), len(done_n)
         if remaining == size and size:
             return False
-        if not surest:
+        if not confident:
             rows.take(stop.exit, scores_nC, fires_n)
         rows.done_n = done_n
         if remaining and size - remaining >= self.compact * size:
-            answers.put(rows)
+            predictions.write(rows)
             rows.keep(keep_r.squeeze(1))
         return not remaining
 
     def _stops(self) -> tuple[tuple[_Stop, ...], ...]:
-        """For each stage, the exits to visit after it; made anew when the network's exits or ensemble change."""
+        """For each stage, the exits to visit after it; cached until the network's exits or ensemble change."""
         network = self.network
-        basis = (network.heads, network.ensemble, network.boosted)  # compared by identity
-        if basis != self._basis:
-            self._basis, self._made = basis, tuple(map(self._stops_at, network.exits_at))
-        return self._made
+        key = (network.heads, network.ensemble, network.boosted)  # modules compare by identity
+        if key != self._cache_key:
+            self._cache_key, self._cached_stops = key, tuple(map(self._stops_at, network.exits_at))
+        return self._cached_stops
 
     def _stops_at(self, exits: Sequence[int]) -> tuple[_Stop, ...]:
         heads, boosted = self.network.heads, self.network.boosted
@@ -263,52 +272,54 @@ class DynamicNetwork(nn.Module):
         return tuple(
             _Stop(
                 exit=exit,
+                tap=self.network.exit_taps[exit],
                 last=exit == last,
-                asked=exit in self.asked,
-                threshold=thresholds[exit] if exit in self.checked else None,
+                has_confidence=exit in self.confidence_exits,
+                threshold=thresholds[exit] if exit in self.stopping_exits else None,
                 chained=exit < last and bool(boosted or heads[exit + 1].cascades),
             )
             for exit in exits
-            if exit in self.computed
+            if exit in self.computed_exits
         )
 
 
 @dataclass(frozen=True)
 class _Stop:
-    """What there is to do at an exit."""
+    """Operations at one exit."""
 
     exit: int
+    tap: str
     last: bool
-    asked: bool
-    """Whether its confidence counts."""
+    has_confidence: bool
+    """Whether its confidence is needed."""
     threshold: float | None
-    """From when on it fires; None where it cannot."""
+    """Confidence from which the exit fires; None where it cannot."""
     chained: bool
     """Whether the next exit uses its logits."""
 
 
 @contextmanager
 def _evaluating(network: Network) -> Iterator[None]:
-    """Evaluation mode for a while; what was in training mode is again afterwards."""
-    learning = [part for part in network.modules() if part.training]
-    for part in learning:
-        part.training = False
+    """Context in which the network is in evaluation mode; restores the mode of every module."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for part in learning:
-            part.training = True
+        for module in training:
+            module.training = True
 
 
-def _remembers(ensemble: Ensemble, exit: int) -> bool:
-    """Whether the scores of an exit depend on the exits before it."""
-    if isinstance(ensemble, Running):
+def _uses_earlier(ensemble: Ensemble, exit: int) -> bool:
+    """Whether the scores of an exit depend on earlier exits."""
+    if isinstance(ensemble, RunningEnsemble):
         return exit < ensemble.members
     return not isinstance(ensemble, Single)
 
 
-def _number(exit: int | str, names: Sequence[str]) -> int:
-    """Number of an exit given by number or name."""
+def _exit_index(exit: int | str, names: Sequence[str]) -> int:
+    """Index of an exit given by index or name."""
     if isinstance(exit, int):
         if 0 <= exit < len(names):
             return exit

@@ -1,14 +1,14 @@
-"""Ensembles: what each exit answers, given its own logits and those of the exits before it.
+"""Ensembles: scores of each exit from its own logits and those of earlier exits.
 
-An ensemble works exit by exit and carries what it needs from one to the next, so the same code answers for
-a whole forward pass and for one that stops early.
+An ensemble works exit by exit and carries its intermediate results to the next exit, so the same code serves a whole
+forward pass and one that stops early.
 
-The backbone's own classifier stands outside by default and answers with its own logits, as in Wojcik et al.,
-"Zero Time Waste in Pre-trained Early Exit Neural Networks" (2023): where no exit is sure enough, the network
-answers as if it had none.
+By default the backbone's own classifier is not a member and outputs its own logits, as in Wojcik et al., "Zero Time
+Waste in Pre-trained Early Exit Neural Networks" (2023): where no exit fires, the prediction is that of the network
+without exits.
 
-Logits of ``-inf`` mark classes not met. All exits have met the same ones; in the scores they stay ``-inf``, and
-no gradient is NaN.
+Logits of ``-inf`` mark classes not met, the same at all exits; they stay ``-inf`` in the scores, and no gradient is
+NaN.
 
 Shape suffixes: B batch, C classes, K exits, M members of the ensemble.
 """
@@ -18,42 +18,39 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from math import inf, log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from clframe.errors import ConfigError, DataError
 from clframe.exits.losses import log_probabilities
-from clframe.nn.network import Carried, Ensemble, Single
+from clframe.nn.features import exit_logits
+from clframe.nn.network import Carried, Ensemble, Network, Single
 from clframe.nn.types import Output, Samples
-
-if TYPE_CHECKING:
-    from clframe.nn.network import Network
-
 
 EnsembleKind = Literal["single", "geometric", "product", "mean", "boosted"]
 """Ensembles by name; ``boosted`` exits add up their logits in the network itself."""
 
-Final = Literal["alone", "member"]
-"""Whether the last exit answers with its own logits or is the last member of the ensemble."""
+Final = Literal["separate", "member"]
+"""Whether the last exit outputs its own logits or is the last member of the ensemble."""
 
 
-class Running(Ensemble):
-    """What ensembles of the first m exits share: how many members there are.
+class RunningEnsemble(Ensemble):
+    """Base class of ensembles whose scores at member m combine the members 1 to m.
 
     Args:
         exits: Number K of exits of the network, the backbone's own classifier included.
-        final: ``alone``: it answers with its own logits; ``member``: it is the last member.
+        final: ``separate``: the last exit outputs its own logits; ``member``: it is the last member.
 
     Attributes:
-        members: M, the number of exits that answer together with those before them.
+        members: M, the number of exits that are combined with those before them.
 
     Raises:
         ConfigError: Fewer than one exit.
     """
 
-    def __init__(self, exits: int, *, final: Final = "alone") -> None:
+    def __init__(self, exits: int, *, final: Final = "separate") -> None:
         super().__init__()
         if exits < 1:
             raise ConfigError(f"ensemble: found {exits} exits; give at least 1")
@@ -62,10 +59,10 @@ class Running(Ensemble):
         self.members = exits if final == "member" else exits - 1
 
     def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """Scores of the members up to ``exit``; the logits themselves where the last exit stands alone.
+        """Scores of the members up to ``exit``; the logits themselves where the last exit is separate.
 
         Raises:
-            ConfigError: An exit that the ensemble was not made for.
+            ConfigError: The index is not below the number of exits.
         """
         if exit >= self.exits:
             raise ConfigError(f"ensemble: found exit {exit}, counted from 0; make it for more than {self.exits} exits")
@@ -77,21 +74,21 @@ class Running(Ensemble):
         """scores_BC of every exit, from the logits of all.
 
         Raises:
-            ConfigError: Another number of exits than the ensemble was made for.
+            ConfigError: The number of exits does not match.
         """
         self._require(len(logits))
         return super().forward(logits)
 
     def _require(self, exits: int) -> None:
         if exits != self.exits:
-            raise ConfigError(f"ensemble: found {exits} exits; make it for as many, not for {self.exits}")
+            raise ConfigError(f"ensemble: found {exits} exits, expected {self.exits}; make it for {exits} exits")
 
     @abstractmethod
     def combine(self, exit: int, log_p_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """As :meth:`step`, from the log-probabilities of a member."""
+        """Scores and carried values as in :meth:`step`, from the log-probabilities of a member."""
 
 
-class ProductOfExperts(Running):
+class ProductOfExperts(RunningEnsemble):
     """Mean of the log-probabilities, ``s_m = (1/m) sum_{j<=m} log p_j`` (Hinton, 2002, up to the factor 1/m).
 
     >>> logits = [torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
@@ -100,12 +97,12 @@ class ProductOfExperts(Running):
     """
 
     def combine(self, exit: int, log_p_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The running sum over the number of members."""
+        """The running sum divided by the number of members."""
         sum_BC = carried[0] + log_p_BC if carried else log_p_BC
         return sum_BC / (exit + 1), (sum_BC,)
 
 
-class Mean(Running):
+class Mean(RunningEnsemble):
     """Log of the mean probability, ``s_m = log((1/m) sum_{j<=m} p_j)``, summed in log space.
 
     >>> logits = [torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()]
@@ -114,28 +111,28 @@ class Mean(Running):
     """
 
     def combine(self, exit: int, log_p_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The running log-sum-exp, less the log of the number of members."""
+        """The running log-sum-exp minus the log of the number of members."""
         unmet = log_p_BC == -inf
-        log_p_BC = log_p_BC.masked_fill(unmet, 0.0)  # logaddexp(-inf, -inf) is -inf, but its gradient NaN
+        log_p_BC = log_p_BC.masked_fill(unmet, 0.0)  # the gradient of logaddexp(-inf, -inf) is NaN
         log_sum_BC = torch.logaddexp(carried[0], log_p_BC) if carried else log_p_BC
         return (log_sum_BC - log(exit + 1)).masked_fill(unmet, -inf), (log_sum_BC,)
 
 
-class Geometric(Running):
+class Geometric(RunningEnsemble):
     """Weighted geometric mean, ``s_m = (1/m) sum_{j<=m} exp(w_mj) log p_j + b_m`` (Wojcik et al., 2023).
 
-    Every member m has a vector w_m of m weights and a bias b_m for each class, which is 0 for new classes. They
-    are fitted by :func:`~clframe.exits.ensembles.fit_ensemble` while everything else stands still, and so
-    need no gradient otherwise: no optimizer of the network touches them.
+    Every member m has a vector w_m of m weights and a bias b_m per class, 0 for new classes. They are fitted by
+    :func:`~clframe.exits.ensembles.fit_ensemble` with everything else fixed; outside of it they require no gradient,
+    so that no optimizer of the network updates them.
 
-    The paper draws w from N(0, 0.01); here 0.01 is the standard deviation, as in torch's ``normal_``. Either way
-    the start is near w = 0, b = 0, where this is a :class:`ProductOfExperts`. Draws are on the CPU, from torch's
-    global generator, when the ensemble is made.
+    The paper initializes w from N(0, 0.01); here 0.01 is the standard deviation, as in torch's ``normal_``. Both are
+    close to w = 0, b = 0, where this is a :class:`ProductOfExperts`. Weights are drawn on the CPU from torch's global
+    generator by the constructor.
 
     Args:
         exits: Number K of exits of the network, the backbone's own classifier included.
-        final: ``alone``: it answers with its own logits; ``member``: it is the last member.
-        deviation: Standard deviation of the first w.
+        final: ``separate``: the last exit outputs its own logits; ``member``: it is the last member.
+        deviation: Standard deviation of the initial w.
 
     Attributes:
         weights: w_1 to w_M.
@@ -147,10 +144,10 @@ class Geometric(Running):
 
     bias: nn.Parameter
 
-    def __init__(self, exits: int, *, final: Final = "alone", deviation: float = 0.01) -> None:
+    def __init__(self, exits: int, *, final: Final = "separate", deviation: float = 0.01) -> None:
         super().__init__(exits, final=final)
-        drawn = [torch.empty(m + 1).normal_(0.0, deviation) for m in range(self.members)]
-        self.weights = nn.ParameterList([nn.Parameter(w, requires_grad=False) for w in drawn])
+        initial = [torch.empty(m + 1).normal_(0.0, deviation) for m in range(self.members)]
+        self.weights = nn.ParameterList([nn.Parameter(w, requires_grad=False) for w in initial])
         self.bias = nn.Parameter(torch.empty(self.members, 0), requires_grad=False)
 
     @property
@@ -159,7 +156,7 @@ class Geometric(Running):
         return self.bias.shape[1]
 
     def grow(self, classes: Iterable[int]) -> bool:
-        """Biases of 0 for new classes; True if ``bias`` is a new parameter now."""
+        """Add biases of 0 for new classes; True if ``bias`` was replaced by a new parameter."""
         wanted = max(classes, default=-1) + 1
         if wanted <= self.classes:
             return False
@@ -167,26 +164,26 @@ class Geometric(Running):
         return True
 
     def combine(self, exit: int, log_p_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The weighted sum; carried are the log-probabilities of all members so far, log_p_BMC.
+        """The weighted sum; carries the log-probabilities of all members so far, log_p_BMC.
 
         Raises:
-            DataError: Another number of classes than the ensemble has grown to.
+            DataError: The number of classes does not match the ensemble's.
         """
         self._require_classes(log_p_BC.shape[1])
         unmet = log_p_BC == -inf
         log_p_BMC = log_p_BC.masked_fill(unmet, 0.0).unsqueeze(1)  # -inf times a gradient of 0 is NaN
         if carried:
             log_p_BMC = torch.cat([carried[0], log_p_BMC], dim=1)
-        # A sum of products: a matrix product would round to half precision under autocast.
+        # not a matrix product, which autocast would run in half precision
         sum_BC = (self.weights[exit].exp().unsqueeze(1) * log_p_BMC).sum(1)
         return (sum_BC / (exit + 1) + self.bias[exit]).masked_fill(unmet, -inf), (log_p_BMC,)
 
     def forward(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scores_BC of every exit as :meth:`step` gives them, to rounding, by one matrix product.
+        """scores_BC of every exit by one matrix product; equal to those of :meth:`step` up to rounding.
 
         Raises:
-            ConfigError: Another number of exits than the ensemble was made for.
-            DataError: Another number of classes than the ensemble has grown to.
+            ConfigError: The number of exits does not match.
+            DataError: The number of classes does not match the ensemble's.
         """
         self._require(len(logits))
         if not self.members:
@@ -204,27 +201,27 @@ class Geometric(Running):
 
     def _require_classes(self, classes: int) -> None:
         if classes != self.classes:
-            raise DataError(f"ensemble: found logits of {classes} classes; grow it from {self.classes} to as many")
+            raise DataError(f"ensemble: found logits of {classes} classes; grow it from {self.classes} to {classes}")
 
     @torch.no_grad()
     def _resize(self, classes: int) -> None:
-        """Keep the first columns, as many as fit, and put zeros behind them."""
-        kept = self.bias[:, :classes]
-        added = kept.new_zeros(self.members, classes - kept.shape[1])
-        self.bias = nn.Parameter(torch.cat([kept, added], dim=1), requires_grad=self.bias.requires_grad)
+        """Truncate the bias to ``classes`` columns or pad it with zeros."""
+        old = self.bias[:, :classes]
+        added = old.new_zeros(self.members, classes - old.shape[1])
+        self.bias = nn.Parameter(torch.cat([old, added], dim=1), requires_grad=self.bias.requires_grad)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the number of classes of the saved state first, then load it as any module does."""
+        """Resize to the number of classes of the saved state, then load it."""
         saved = state_dict.get(f"{prefix}bias")
         if saved is not None and saved.ndim == 2 and saved.shape[1] != self.classes:
             self._resize(saved.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def make_ensemble(kind: EnsembleKind, *, exits: int, final: Final = "alone") -> Ensemble:
-    """The ensemble of that name for a network of ``exits`` exits, the backbone's own classifier included.
+def make_ensemble(kind: EnsembleKind, *, exits: int, final: Final = "separate") -> Ensemble:
+    """Make the ensemble ``kind`` for a network of ``exits`` exits, the backbone's own classifier included.
 
-    ``single`` and ``boosted`` are none: boosted exits add up their logits in the network (``Network.boosted``).
+    ``single`` and ``boosted`` need none: boosted exits add up their logits in the network (``Network.boosted``).
 
     Raises:
         ConfigError: An unknown name, or fewer than one exit.
@@ -234,7 +231,7 @@ def make_ensemble(kind: EnsembleKind, *, exits: int, final: Final = "alone") -> 
     """
     if kind in ("single", "boosted"):
         return Single()
-    classes: dict[str, type[Running]] = {"geometric": Geometric, "product": ProductOfExperts, "mean": Mean}
+    classes: dict[str, type[RunningEnsemble]] = {"geometric": Geometric, "product": ProductOfExperts, "mean": Mean}
     if kind not in classes:
         raise ConfigError(
             f"ensemble: found {kind!r}; give 'single', 'boosted', {', '.join(map(repr, sorted(classes)))}"
@@ -254,18 +251,18 @@ def fit_ensemble(
 ) -> Tensor:
     """Fit the parameters of an ensemble by Adam on ``sum_m CE(q_m, y)``, q_m the softmax of exit m's scores.
 
-    Wojcik et al., "Zero Time Waste in Pre-trained Early Exit Neural Networks" (2023), stage 3. Nothing but the
-    ensemble's own parameters changes; they need gradients again only if they did before. An ensemble without
-    parameters is left as it is. Same arguments and generator state, same result.
+    Wojcik et al., "Zero Time Waste in Pre-trained Early Exit Neural Networks" (2023), stage 3. Only the ensemble's
+    parameters change; ``requires_grad`` is restored afterwards. An ensemble without parameters is left unchanged.
+    Equal arguments and generator state give equal results.
 
     Args:
-        ensemble: What to fit, grown to C classes.
-        logits_KNC: Logits of every exit. Held-out data: on training data the network is surer than it should be.
+        ensemble: The ensemble, grown to C classes.
+        logits_KNC: Logits of every exit on held-out data; on training data the network is overconfident.
         y_N: Targets, each below C.
         epochs: Passes over the data.
         lr: Adam's learning rate.
-        batch_size: Samples in a step; the last one of a pass may have fewer.
-        generator: Draws the order of the samples, on the CPU.
+        batch_size: Samples per step; the last step of a pass may have fewer.
+        generator: Source of the order of the samples, on the CPU.
 
     Returns:
         nll_K, the mean cross-entropy of every exit's scores afterwards, in nats.
@@ -278,7 +275,7 @@ def fit_ensemble(
         raise DataError("ensemble: found no samples to fit it on; hold some out, or fit it on the training data")
     y_N = y_N.to(logits_KNC.device)
     parameters = list(ensemble.parameters())
-    needed = [parameter.requires_grad for parameter in parameters]
+    requires_grad = [parameter.requires_grad for parameter in parameters]
     if parameters:
         ensemble.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -292,7 +289,7 @@ def fit_ensemble(
                         loss.backward()
                         optimizer.step()
         finally:
-            for parameter, flag in zip(parameters, needed, strict=True):
+            for parameter, flag in zip(parameters, requires_grad, strict=True):
                 parameter.grad = None
                 parameter.requires_grad_(flag)
     with torch.no_grad():
@@ -307,18 +304,18 @@ def fit_on_samples(
     lr: float = 5e-4,
     batch_size: int = 128,
     generator: Generator,
-    answer: Callable[[Tensor], Output] | None = None,
+    forward: Callable[[Tensor], Output] | None = None,
 ) -> Tensor:
-    """Run the network over samples once, in eval mode, and fit its ensemble on the logits.
+    """Run the network over samples once, in evaluation mode, and fit its ensemble on the logits.
 
     Args:
-        network: Its ensemble is fitted; training flags are put back, and the rest stays as it is.
+        network: The network whose ensemble is fitted; training modes are restored afterwards.
         samples: One or more sets of samples, prepared without augmentation.
-        epochs: As for :func:`fit_ensemble`, and so are the others.
+        epochs: Passes over the data; see :func:`fit_ensemble`.
         lr: Adam's learning rate.
-        batch_size: Samples in a step, and in a forward pass.
-        generator: Draws the order of the samples.
-        answer: In place of the plain forward pass, where a component corrects it (``context.answer``).
+        batch_size: Samples per step and per forward pass.
+        generator: Source of the order of the samples.
+        forward: Replaces the forward pass if a component corrects logits (``context.corrected_output``).
 
     Returns:
         nll_K, the mean cross-entropy of every exit's scores afterwards, in nats.
@@ -326,12 +323,10 @@ def fit_on_samples(
     Raises:
         DataError: No samples.
     """
-    from clframe.nn.features import exit_logits  # networks are built on this package
-
     parts = tuple(samples)
     if not sum(len(part) for part in parts):
         raise DataError("ensemble: found no samples to fit it on; hold some out, or fit it on the training data")
-    logits, y_N = exit_logits(network, parts, answer=answer, batch_size=batch_size)
+    logits, y_N = exit_logits(network, parts, answer=forward, batch_size=batch_size)
     logits_KNC = torch.stack(logits)
     return fit_ensemble(
         network.ensemble, logits_KNC, y_N, epochs=epochs, lr=lr, batch_size=batch_size, generator=generator

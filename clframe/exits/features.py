@@ -1,4 +1,4 @@
-"""Taps and classifier rows by exit: features as the exits see them, and rows by class."""
+"""Features of every exit, and rows of its classifiers by class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from clframe.exits.heads import ExitHead, PerExperience
-from clframe.nn.features import embedded
+from clframe.exits.heads import ExitHead, PerExperienceHead
+from clframe.nn.features import embed_tap
 from clframe.nn.heads import GrowingLinear, Head
 from clframe.nn.network import Network, scale_gradient
 from clframe.nn.types import Output
@@ -18,8 +18,8 @@ def exit_branches(network: Network, output: Output) -> tuple[Tensor, ...]:
     """The tap of every exit, with the gradient that ``network.gradient`` lets its losses send to the backbone.
 
     Args:
-        network: Whose exits.
-        output: Of ``network``, or of a frozen copy, with the taps of all exits.
+        network: The network with the exits.
+        output: Output of ``network`` or of a frozen copy, with the taps of all exits.
 
     >>> import torch
     >>> from clframe.nn import GrowingLinear
@@ -38,14 +38,14 @@ def exit_branches(network: Network, output: Output) -> tuple[Tensor, ...]:
 
 
 def exit_embeddings(network: Network, output: Output) -> tuple[Tensor, ...]:
-    """features_BF of every exit: its tap embedded; see :func:`exit_branches` for what it takes and for gradients."""
-    return tuple(embedded(tap) for tap in exit_branches(network, output))
+    """features_BF of every exit, its embedded tap; arguments and gradients as in :func:`exit_branches`."""
+    return tuple(embed_tap(tap) for tap in exit_branches(network, output))
 
 
 def classifiers(head: Head) -> tuple[tuple[GrowingLinear, tuple[int, ...]], ...]:
-    """The linear layers of a head, each with the class of every one of its rows.
+    """The linear layers of a head, each with the classes of its rows.
 
-    None for heads of another kind, such as cosine classifiers, whose rows count by direction alone.
+    Empty for other kinds of heads, such as cosine classifiers, where only the direction of a row matters.
 
     >>> head = GrowingLinear(4)
     >>> head.grow([0, 1])
@@ -57,26 +57,26 @@ def classifiers(head: Head) -> tuple[tuple[GrowingLinear, tuple[int, ...]], ...]
         return ((head, tuple(range(head.classes))),)
     if isinstance(head, ExitHead):
         return classifiers(head.classifier)
-    if isinstance(head, PerExperience):
+    if isinstance(head, PerExperienceHead):
         head_of = head.head_of.tolist()
-        parts = [part.classifier for part in head.heads if isinstance(part, ExitHead)]
-        owned = [tuple(c for c, owner in enumerate(head_of) if owner == number) for number in range(len(parts))]
-        pairs = zip(parts, owned, strict=True)
-        return tuple((part, classes) for part, classes in pairs if isinstance(part, GrowingLinear))
+        layers = [part.classifier for part in head.heads if isinstance(part, ExitHead)]
+        owned = [tuple(c for c, owner in enumerate(head_of) if owner == number) for number in range(len(layers))]
+        pairs = zip(layers, owned, strict=True)
+        return tuple((layer, classes) for layer, classes in pairs if isinstance(layer, GrowingLinear))
     return ()
 
 
 def heads_with_rows(network: Network) -> tuple[tuple[int, Head], ...]:
-    """The exits, by number, whose heads have linear layers."""
+    """The exits whose heads have linear layers, with their indices."""
     heads = ((exit, head) for exit, head in enumerate(network.heads) if isinstance(head, Head))
     return tuple((exit, head) for exit, head in heads if classifiers(head))
 
 
 def rows_and_fresh(head: Head, past: Iterable[int]) -> Iterator[nn.Parameter]:
-    """Parameters of a head's linear layers, and all of what was added for classes that are not ``past``."""
+    """Parameters of a head's linear layers, and all parameters added for classes that are not in ``past``."""
     for classifier, _ in classifiers(head):
         yield from classifier.parameters()
-    if isinstance(head, PerExperience):
+    if isinstance(head, PerExperienceHead):
         head_of = head.head_of.tolist()
         old = {head_of[c] for c in past}
         yield from (p for number, part in enumerate(head.heads) if number not in old for p in part.parameters())
@@ -84,7 +84,7 @@ def rows_and_fresh(head: Head, past: Iterable[int]) -> Iterator[nn.Parameter]:
 
 @torch.no_grad()
 def read_rows(head: Head) -> tuple[Tensor, Tensor]:
-    """Copies of weight_CF and bias_C by class, of a head that has some; zero for classes without parameters."""
+    """Copies of weight_CF and bias_C by class, of a head with linear layers; zero for classes without parameters."""
     parts = classifiers(head)
     like, classes = parts[0][0].weight, 1 + max((c for _, rows in parts for c in rows), default=-1)
     weight_CF, bias_C = like.new_zeros(classes, like.shape[1]), like.new_zeros(classes)
@@ -96,7 +96,7 @@ def read_rows(head: Head) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def write_rows(head: Head, weight_CF: Tensor, bias_C: Tensor) -> None:
-    """Put weights and biases in place, by class; parameters stay the same objects."""
+    """Write weights and biases by class in place; parameters remain the same objects."""
     for classifier, rows in classifiers(head):
         classifier.weight.copy_(weight_CF[list(rows)])
         classifier.bias.copy_(bias_C[list(rows)])

@@ -1,10 +1,10 @@
-"""Networks that only answer, made faster: same function, other steps.
+"""Fusion of operations for inference: equal outputs up to rounding, in less time.
 
-In evaluation, batch normalization is a fixed scale and shift of every channel, which the convolution before it
-can do itself: ``w' = w g / sqrt(v + eps)`` and ``b' = (b - m) g / sqrt(v + eps) + c``.
+In evaluation, batch normalization is a fixed scale and shift of every channel, which the preceding convolution can
+absorb: ``w' = w g / sqrt(v + eps)`` and ``b' = (b - m) g / sqrt(v + eps) + c``.
 
-In channels-last layout, torch's pooling of 2x2 windows takes on a CPU two to three times as long as the maximum of
-slices and a convolution do: max pooling also notes where its maxima are.
+In channels-last layout on a CPU, torch's pooling of 2x2 windows takes two to three times as long as the maximum of
+slices and a convolution, because max pooling also computes the indices of the maxima.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from clframe.exits.layers import MaxAverage, Pair
+from clframe.exits.layers import MaxAveragePool, Pair
 from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 
 
-def folded(network: Network, *, memory_format: Literal["contiguous", "channels_last"] = "contiguous") -> Network:
-    """A frozen copy in eval mode whose batch normalization is part of its convolutions; same answers, fewer steps.
+def fuse_batch_norm(
+    network: Network, *, memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+) -> Network:
+    """Fuse batch normalization into convolutions in a frozen copy for inference.
 
-    Pairs are found in what each stage and head really calls (traced by ``torch.fx``): a normalization whose
-    input is the output of a convolution that nothing else uses. All others stay. The copy is to
-    answer only: it must not learn or load a state.
+    Pairs are found by tracing each stage and head with ``torch.fx``: a normalization whose input is the output of a
+    convolution that nothing else uses. All other normalizations remain. The copy cannot be trained or load a state.
 
     Args:
-        network: Left as it is.
-        memory_format: Layout of the weights of convolutions. With ``channels_last``, which is faster on most
-            processors, the taps have that layout too, and 2x2 poolings of heads are replaced.
+        network: The network, which is not changed.
+        memory_format: Layout of convolution weights. With ``channels_last``, which is faster on most processors, taps
+            have that layout too, and 2x2 poolings of heads are replaced.
 
     >>> from clframe.nn.backbones import resnet20
-    >>> fast = folded(Network(resnet20((3, 32, 32))), memory_format="channels_last")
+    >>> fast = fuse_batch_norm(Network(resnet20((3, 32, 32))), memory_format="channels_last")
     >>> any(isinstance(part, nn.BatchNorm2d) for part in fast.modules())
     False
     """
     frozen = freeze(network)
     for part in (*frozen.backbone.stages, *frozen.heads):
-        _fold(part)
+        _fuse(part)
     if memory_format == "channels_last":
         frozen.to(memory_format=torch.channels_last)
         for head in frozen.heads:
             for name, part in list(head.named_modules()):
-                if isinstance(part, MaxAverage) and part.size is None:
+                if isinstance(part, MaxAveragePool) and part.size is None and part.window == 2:
                     _replace(head, name, SlicedMaxAverage())
-    frozen.eval().requires_grad_(False)  # the new parts are in training mode and learn
+    frozen.eval().requires_grad_(False)  # the new modules are in training mode and require gradients
     return frozen
 
 
 class SlicedMaxAverage(nn.Module):
-    """Max pooling and average pooling of 2x2 windows, as :class:`~clframe.exits.layers.MaxAverage` has them.
+    """Max and average pooling of 2x2 windows by slices and a convolution; see ``MaxAveragePool``.
 
     Args:
-        least: Number of values from which on it slices; below, calling more operators takes longer.
+        least: Smallest number of values for which slices are used; with fewer, calling more operators takes longer.
 
     >>> x = torch.randn(2, 3, 5, 4)
     >>> maximum, average = SlicedMaxAverage(least=0)(x)
@@ -68,7 +69,7 @@ class SlicedMaxAverage(nn.Module):
     def __init__(self, *, least: int = 1 << 18) -> None:
         super().__init__()
         self.least = least
-        self.plain = MaxAverage()
+        self.plain = MaxAveragePool()
 
     def forward(self, x: Tensor) -> Pair:
         """x_BCHW pooled by the maximum, and by the average."""
@@ -90,15 +91,15 @@ def _every_second(x: Tensor, dim: int, start: int, end: int) -> Tensor:
     return x[:, :, start:end:2] if dim == 2 else x[:, :, :, start:end:2]
 
 
-def _fold(part: nn.Module) -> None:
-    """Fold within ``part``, or within each of its children where it cannot be traced as a whole."""
+def _fuse(part: nn.Module) -> None:
+    """Fuse within ``part``, or within each of its children where it cannot be traced as a whole."""
     if not any(isinstance(module, _BatchNorm) for module in part.modules()):
         return
     try:
         graph = fx.Tracer().trace(part)
-    except Exception:  # whatever tracing a module of anybody's making raises: then its parts, one by one
+    except Exception:  # tracing arbitrary modules raises arbitrary errors; their children may be traceable
         for child in part.children():
-            _fold(child)
+            _fuse(child)
         return
     for conv, norm in _pairs(part, graph):
         fused = fuse_conv_bn_eval(cast(_ConvNd, part.get_submodule(conv)), cast(_BatchNorm, part.get_submodule(norm)))
@@ -107,7 +108,7 @@ def _fold(part: nn.Module) -> None:
 
 
 def _pairs(part: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    """Names of the convolutions and normalizations that may become one."""
+    """Names of the convolutions and normalizations to fuse."""
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(id(part.get_submodule(node.target)) for node in calls)
     pairs = []

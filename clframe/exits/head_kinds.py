@@ -1,4 +1,16 @@
-"""Heads of exits by name, for taps of any shape."""
+"""Heads of exits by name, for taps of any shape.
+
+==============  ==========  ==============================================================================
+kind            taps        layers before the linear layer
+==============  ==========  ==============================================================================
+``pool``        maps        SDN pooling of 2x2 windows
+``conv``        maps        3x3 convolution, ReLU, SDN pooling to 4x4 (ZTW on CIFAR)
+``conv_large``  maps        ReLU, 3x3 convolution of stride 2 to C/2 channels, SDN pooling to 4x4 (ZTW on ImageNet)
+``token``       tokens      first token, LayerNorm
+``hidden``      all         linear layer and ReLU
+``linear``      flat taps   none
+==============  ==========  ==============================================================================
+"""
 
 from __future__ import annotations
 
@@ -12,18 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
-from clframe.exits.heads import ExitHead, PerExperience
-from clframe.exits.layers import Blend, Cascade, FlattenTo, MaxAverage, Pair, SDNPool, blend_all
+from clframe.exits.heads import ExitHead, PerExperienceHead
+from clframe.exits.layers import Blend, Cascade, FlattenTo, MaxAveragePool, Pair, SDNPool, blend_all
 from clframe.nn.backbones.base import require_at_least
-from clframe.nn.features import embedded
+from clframe.nn.features import embed_tap
 
 
 class Embed(nn.Module):
-    """A tap as one vector: a map averaged, the first of tokens, a flat tap as it is."""
+    """A tap as one vector: the mean of a map, the first token, or the flat tap itself."""
 
     def forward(self, tap: Tensor) -> Tensor:
         """features_BF."""
-        return embedded(tap)
+        return embed_tap(tap)
 
 
 def embedded_width(tap_shape: tuple[int, ...]) -> int:
@@ -36,10 +48,10 @@ def embedded_width(tap_shape: tuple[int, ...]) -> int:
 
 
 def prototype_head(tap_shape: tuple[int, ...]) -> ExitHead:
-    """A head whose classifier sees the embedded tap and nothing else; it starts without outputs.
+    """A head whose classifier uses the embedded tap; it starts without outputs.
 
     Args:
-        tap_shape: The tap's declared shape, without the batch.
+        tap_shape: Shape of the tap without the batch.
 
     >>> prototype_head((16, 8, 8)).features
     16
@@ -48,14 +60,16 @@ def prototype_head(tap_shape: tuple[int, ...]) -> ExitHead:
 
 
 HeadKind = Literal["auto", "pool", "conv", "conv_large", "token", "hidden", "linear"]
+Pooling = Literal["2x2", "2x2_ceil", "4x4"]
+"""Windows of the SDN pooling of heads of kind ``pool``."""
 Token = Literal["first", "mean"]
 
-_FITTING: dict[int, tuple[HeadKind, ...]] = {
+_KINDS_BY_DIMENSIONS: dict[int, tuple[HeadKind, ...]] = {
     3: ("pool", "conv", "conv_large", "hidden"),
     2: ("token", "hidden"),
     1: ("linear", "hidden"),
 }
-"""Kinds for taps of 3, 2 and 1 dimensions; the first is what ``auto`` picks."""
+"""Kinds for taps of 3, 2 and 1 dimensions; ``auto`` is the first."""
 
 
 def make_head(
@@ -68,22 +82,28 @@ def make_head(
     hidden: int = 256,
     token: Token = "first",
     token_norm: bool = True,
-) -> ExitHead | PerExperience:
-    """A head for a tap; it starts without outputs and finds the width of its features by a dry run.
+    pooling: Pooling = "2x2",
+    as_published: bool = False,
+) -> ExitHead | PerExperienceHead:
+    """Make a head for a tap; it starts without outputs.
 
     Args:
-        kind: One of the module's table.
-        tap_shape: The tap's declared shape, without the batch.
-        per_experience: One fresh head for each experience's new classes, instead of one that grows.
-        cascade: Whether the logits of the exit before join in. The first exit has none before it: leave it out
-            there, for its columns would never learn.
-        cascade_norm: Whether those logits go through a LayerNorm first.
+        kind: A kind of the table above, or ``auto``.
+        tap_shape: Shape of the tap without the batch.
+        per_experience: One head for each experience's new classes, instead of one that grows.
+        cascade: Whether the logits of the previous exit are an input. Not for the first exit, whose cascade would
+            never receive an input.
+        cascade_norm: Whether those logits pass a LayerNorm first.
         hidden: Units of the hidden layer of ``hidden``.
-        token: What ``token`` takes of the tokens: the first one, or the mean of all, padding included.
-        token_norm: Whether ``token`` normalizes it.
+        token: Input of ``token``: the first token, or the mean of all, padding included.
+        token_norm: Whether ``token`` applies a LayerNorm.
+        pooling: Windows of ``pool``: ``2x2`` drops the last row or column of an odd side, ``2x2_ceil`` rounds its
+            length up by adaptive pooling, ``4x4``.
+        as_published: Whether ``conv`` and ``conv_large`` follow the authors' code of ZTW: the convolution of
+            ``conv_large`` has no padding, and maps smaller than 4x4 are repeated to 4x4.
 
     Raises:
-        UnknownNameError: A kind that does not exist.
+        UnknownNameError: An unknown kind.
         ConfigError: A kind that does not fit the tap, or an option out of range.
 
     >>> make_head("auto", (16, 32, 32)).features, make_head("conv", (16, 32, 32)).features
@@ -92,19 +112,21 @@ def make_head(
     Traceback (most recent call last):
     clframe.errors.ConfigError: exits.head: found 'pool' for a tap of shape (64,); use linear, hidden or auto
     """
-    kind = _fitting(kind, tap_shape)
+    kind = _resolve_kind(kind, tap_shape)
     require_at_least(hidden, 1, where="exits.hidden")
     if token not in get_args(Token):
         raise ConfigError(f"exits.token: found {token!r}; give 'first' or 'mean'")
     if cascade_norm and not cascade:
         raise ConfigError("exits.cascade_norm: found true without a cascade; set exits.cascade too or leave it out")
-    recipe = _Recipe(kind, tap_shape, hidden, token, token_norm, cascade, cascade_norm)
+    if pooling not in get_args(Pooling):
+        raise ConfigError(f"exits.pooling: found {pooling!r}; give one of {', '.join(get_args(Pooling))}")
+    recipe = _Recipe(kind, tap_shape, hidden, token, token_norm, cascade, cascade_norm, pooling, as_published)
     recipe = replace(recipe, features=recipe.width())
     if not per_experience:
         return recipe.whole_head()
     common = nn.Sequential(*recipe.common())
-    pools = any(isinstance(layer, MaxAverage) for layer in common)
-    return PerExperience(
+    pools = any(isinstance(layer, MaxAveragePool) for layer in common)
+    return PerExperienceHead(
         common,
         recipe.own_head,
         features=recipe.features,
@@ -113,37 +135,36 @@ def make_head(
     )
 
 
-def matched_head(
+def make_matched_head(
     tap_shape: tuple[int, ...], *, features: int, per_experience: bool = False
-) -> ExitHead | PerExperience:
-    """A control for exits: a head on the last tap with as many parameters as the one it stands for.
+) -> ExitHead | PerExperienceHead:
+    """Make a control for exits: a head on the last tap whose linear layer has the size of another head's.
 
-    The tap is flattened and brought to exactly ``features`` values by :class:`FlattenTo`, without parameters;
-    the linear layer after it has the size of the other head's, whatever tap that one is on. (What the other has
-    before its linear layer, the scalar of a pooling or a convolution, is not matched.) If exits gain by where
-    they sit rather than by their parameters, heads like this must not gain.
+    The tap is flattened and resized to ``features`` values by :class:`FlattenTo`, without parameters. (Parameters
+    before the other head's linear layer, the scalar of a pooling or a convolution, are not matched.) If exits improve
+    results by their depth rather than by their parameters, these heads must not improve them.
 
     Args:
-        tap_shape: Shape of the tap to stand on, the backbone's last.
-        features: The other head's ``features``.
+        tap_shape: Shape of the backbone's last tap.
+        features: ``features`` of the other head.
         per_experience: As for the other head.
 
     Raises:
-        ConfigError: No features.
+        ConfigError: ``features`` below 1.
 
     >>> other = make_head("pool", (16, 32, 32))
-    >>> matched_head((64,), features=other.features).features
+    >>> make_matched_head((64,), features=other.features).features
     4096
     """
     require_at_least(features, 1, where="exits.matched")
     common = FlattenTo(features, inputs=prod(tap_shape))
     if per_experience:
-        return PerExperience(common, partial(_bare, features), features=features)
+        return PerExperienceHead(common, partial(_bare, features), features=features)
     return ExitHead(common, features=features)
 
 
 def _blended(layers: Sequence[nn.Module], pooled: Pair) -> Tensor:
-    """features_TBF of the heads of ``pool``, their blends in one operation."""
+    """features_TBF of heads of kind ``pool``, their blends in one operation."""
     blends = [layer[0] for layer in layers if isinstance(layer, nn.Sequential)]
     return blend_all([blend for blend in blends if isinstance(blend, Blend)], pooled).flatten(2)
 
@@ -152,11 +173,11 @@ def _bare(features: int) -> ExitHead:
     return ExitHead(nn.Sequential(), features=features)
 
 
-def _fitting(kind: HeadKind, tap_shape: tuple[int, ...]) -> HeadKind:
-    """The kind, ``auto`` resolved, if it fits the tap."""
+def _resolve_kind(kind: HeadKind, tap_shape: tuple[int, ...]) -> HeadKind:
+    """The kind with ``auto`` resolved; raises where it does not fit the tap."""
     if kind not in get_args(HeadKind):
         raise UnknownNameError(unknown_name("head", kind, get_args(HeadKind), where="exits"))
-    fitting = _FITTING.get(len(tap_shape))
+    fitting = _KINDS_BY_DIMENSIONS.get(len(tap_shape))
     if fitting is None:
         raise ConfigError(
             f"exits.head: found a tap of shape {tap_shape}; use one of 1 (flat), 2 (tokens) or 3 (a map) dimensions"
@@ -182,7 +203,7 @@ class _TakeToken(nn.Module):
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make a head, as often as wanted."""
+    """Options of a head, from which any number of equal heads can be made."""
 
     kind: HeadKind
     tap_shape: tuple[int, ...]
@@ -191,12 +212,17 @@ class _Recipe:
     token_norm: bool
     cascade: bool
     cascade_norm: bool
+    pooling: Pooling
+    as_published: bool
     features: int = 0
 
     def common(self) -> list[nn.Module]:
-        """The first layers, without parameters: heads of several experiences share them."""
+        """The first layers, which have no parameters, so that heads per experience share them."""
         if self.kind == "pool" and self.tap_shape[1:] != (1, 1):
-            return [MaxAverage()]
+            _, rows, columns = self.tap_shape
+            if self.pooling == "2x2_ceil":
+                return [MaxAveragePool(size=(-(-rows // 2), -(-columns // 2)))]
+            return [MaxAveragePool(window=4 if self.pooling == "4x4" else 2)]
         if self.kind == "conv":
             return []
         if self.kind == "conv_large":
@@ -204,16 +230,18 @@ class _Recipe:
         return [_TakeToken(self.token) if self.kind == "token" else nn.Flatten()]
 
     def own(self) -> list[nn.Module]:
-        """The layers after them, up to flat features, freshly drawn."""
-        channels = self.tap_shape[0]
+        """The layers after them, up to flat features, newly initialized."""
+        channels, pool = self.tap_shape[0], partial(SDNPool, size=4, upsample=self.as_published)
         if self.kind == "pool" and self.tap_shape[1:] != (1, 1):
             return [Blend(), nn.Flatten()]
         if self.kind == "conv":
             conv = nn.Conv2d(channels, channels, 3, padding=1)
-            return [conv, nn.ReLU(inplace=True), SDNPool(size=4), nn.Flatten()]
+            return [conv, nn.ReLU(inplace=True), pool(), nn.Flatten()]
         if self.kind == "conv_large":
-            half = nn.Conv2d(channels, max(1, channels // 2), 3, stride=2, padding=1)
-            return [half, SDNPool(size=4), nn.Flatten()]
+            # The corrected head pads by 1: without padding, the last row or column of an even map has no effect.
+            padding = 0 if self.as_published else 1
+            half = nn.Conv2d(channels, max(1, channels // 2), 3, stride=2, padding=padding)
+            return [half, pool(), nn.Flatten()]
         if self.kind == "token":
             return [nn.LayerNorm(self.tap_shape[1])] if self.token_norm else []
         if self.kind == "hidden":
@@ -221,7 +249,7 @@ class _Recipe:
         return []
 
     def width(self) -> int:
-        """Width of the flat features, found by running shapes alone: no memory, no time, no random draws."""
+        """Width of the flat features, computed by a forward pass on the meta device: no memory, no random draws."""
         with torch.device("meta"), torch.no_grad():
             layers = nn.Sequential(*self.common(), *self.own())
             features_BF: Tensor = layers(torch.empty(1, *self.tap_shape))
@@ -232,7 +260,7 @@ class _Recipe:
         return self._head(*self.common(), *self.own())
 
     def own_head(self) -> ExitHead:
-        """One experience's head, without what it shares."""
+        """The head of one experience, without the common layers."""
         return self._head(*self.own())
 
     def _head(self, *layers: nn.Module) -> ExitHead:

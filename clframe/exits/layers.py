@@ -10,48 +10,56 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
-from clframe.nn.heads import ordered
+from clframe.nn.heads import sort_classes
 
 Pair = tuple[Tensor, Tensor]
 """A map after max pooling, and after average pooling."""
 
 
-class MaxAverage(nn.Module):
-    """Max pooling and average pooling of a map, side by side; no parameters.
+class MaxAveragePool(nn.Module):
+    """Max pooling and average pooling of a map, both returned; no parameters.
 
     Args:
-        size: None pools windows of 2x2 and drops the last row or column of an odd side, as torch does; a
-            side of 1 is not pooled. A number n pools to n x n with the windows of adaptive pooling, [floor(i
-            H / n), ceil((i + 1) H / n)) for row i; a side that is no longer than n stays.
+        size: None pools windows of ``window`` x ``window`` and drops an incomplete last row or column, as torch does;
+            a side shorter than the window is pooled to 1. A number n, or (rows, columns), pools to that size with the
+            windows of adaptive pooling, [floor(i H / n), ceil((i + 1) H / n)) for row i.
+        window: Side of the windows where ``size`` is None.
+        upsample: Whether a side shorter than ``size`` is repeated to fill it, as torch's adaptive pooling does;
+            otherwise it keeps its length.
 
-    >>> [tuple(pooled.shape) for pooled in MaxAverage()(torch.zeros(2, 3, 7, 1))]
+    >>> [tuple(pooled.shape) for pooled in MaxAveragePool()(torch.zeros(2, 3, 7, 1))]
     [(2, 3, 3, 1), (2, 3, 3, 1)]
-    >>> [tuple(pooled.shape) for pooled in MaxAverage(size=4)(torch.zeros(2, 3, 7, 3))]
+    >>> [tuple(pooled.shape) for pooled in MaxAveragePool(size=4)(torch.zeros(2, 3, 7, 3))]
     [(2, 3, 4, 3), (2, 3, 4, 3)]
     """
 
-    def __init__(self, *, size: int | None = None) -> None:
+    def __init__(
+        self, *, size: int | tuple[int, int] | None = None, window: int = 2, upsample: bool = False
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.size = (size, size) if isinstance(size, int) else size
+        self.window = window
+        self.upsample = upsample
 
     def forward(self, x: Tensor) -> Pair:
         """x_BCHW pooled by the maximum, and by the average."""
         if self.size is None:
-            kernel = (min(2, x.shape[2]), min(2, x.shape[3]))
+            kernel = (min(self.window, x.shape[2]), min(self.window, x.shape[3]))
             return F.max_pool2d(x, kernel), F.avg_pool2d(x, kernel)
-        return _pooled_to(self.size, F.max_pool2d, x), _pooled_to(self.size, F.avg_pool2d, x)
+        size = self.size if self.upsample else (min(self.size[0], x.shape[2]), min(self.size[1], x.shape[3]))
+        return _pool_to(size, F.max_pool2d, x), _pool_to(size, F.avg_pool2d, x)
 
     def extra_repr(self) -> str:
-        """The size, as ``print`` shows it."""
-        return "2x2 windows" if self.size is None else f"size={self.size}"
+        """The size for ``print``."""
+        return f"{self.window}x{self.window} windows" if self.size is None else f"size={self.size}"
 
 
 class Blend(nn.Module):
     """``a * max + (1 - a) * average`` of two pooled maps.
 
     Attributes:
-        a: One learnable scalar, drawn from U[0, 1) and not held there; at 0 the blend is the average, at 1 the
-            maximum, bit for bit.
+        a: One learnable scalar, initialized from U[0, 1) and not constrained; at 0 the blend is exactly the average,
+            at 1 exactly the maximum.
     """
 
     def __init__(self) -> None:
@@ -59,13 +67,13 @@ class Blend(nn.Module):
         self.a = nn.Parameter(torch.rand(()))
 
     def forward(self, pooled: Pair) -> Tensor:
-        """The blended map, of the shape of both."""
+        """The blended map, of the same shape."""
         maximum, average = pooled
         return torch.lerp(average, maximum, self.a.to(average.dtype))  # maps may be bfloat16 under autocast
 
 
 def blend_all(blends: Sequence[Blend], pooled: Pair) -> Tensor:
-    """What each of T ``blends`` makes of the same two maps, stacked: the same numbers, in one operation."""
+    """Outputs of T ``blends`` for the same two maps, stacked, by one operation."""
     maximum, average = pooled
     a_T = torch.stack([blend.a for blend in blends]).to(average.dtype)
     return torch.lerp(average, maximum, a_T.reshape(-1, *(1,) * average.dim()))
@@ -77,36 +85,37 @@ class SDNPool(nn.Module):
     ``a * max_pool(x) + (1 - a) * average_pool(x)``, ``a`` one learnable scalar for all channels.
 
     Args:
-        size: None for windows of 2x2, n for a map of n x n; see :class:`MaxAverage`.
+        size: None for windows of 2x2, n for a map of n x n; see :class:`MaxAveragePool`.
+        upsample: Whether maps smaller than ``size`` are repeated to fill it.
 
     >>> tuple(SDNPool(size=4)(torch.zeros(2, 16, 32, 32)).shape)
     (2, 16, 4, 4)
     """
 
-    def __init__(self, *, size: int | None = None) -> None:
+    def __init__(self, *, size: int | None = None, upsample: bool = False) -> None:
         super().__init__()
-        self.pools = MaxAverage(size=size)
+        self.pools = MaxAveragePool(size=size, upsample=upsample)
         self.blend = Blend()
 
     @property
     def a(self) -> nn.Parameter:
-        """The share of the maximum."""
+        """Weight of the maximum."""
         return self.blend.a
 
     def forward(self, x: Tensor) -> Tensor:
-        """x_BCHW pooled."""
+        """The pooled map."""
         blended: Tensor = self.blend(self.pools(x))
         return blended
 
 
 class FlattenTo(nn.Module):
-    """Flatten, then bring to exactly F features by adaptive average pooling; no parameters.
+    """Flatten, then resize to F features by adaptive average pooling; no parameters.
 
-    Feature i is the mean of the flat features [floor(i N / F), ceil((i + 1) N / F)) of N: neighbours are averaged
-    where N is larger, features are repeated where F is (and averaged with a neighbour where F is no multiple).
+    Feature i is the mean of the flat features [floor(i N / F), ceil((i + 1) N / F)) of N: neighbors are averaged where
+    N is larger than F, features are repeated where it is smaller.
 
     Args:
-        features: Width F wanted.
+        features: Output width F.
         inputs: Width N of the flattened tap.
 
     >>> FlattenTo(4, inputs=2)(torch.tensor([[1.0, 2.0]]))
@@ -135,19 +144,19 @@ class FlattenTo(nn.Module):
         return features_BF
 
     def extra_repr(self) -> str:
-        """The width, as ``print`` shows it."""
+        """The width for ``print``."""
         return f"features={self.features}"
 
 
 def _windows(side: int, size: int) -> list[tuple[int, int]]:
-    """First and end of each of the ``size`` windows that adaptive pooling lays over ``side``."""
+    """Start and end of each of the ``size`` windows of adaptive pooling over ``side``."""
     return [(i * side // size, -(-(i + 1) * side // size)) for i in range(size)]
 
 
-def _pooled_to(size: int, pool: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """x_BCHW pooled to ``size`` rows and columns: in one go where they divide, else side by side in strips."""
-    height, width = x.shape[2:]
-    rows, columns = min(size, height), min(size, width)
+def _pool_to(size: tuple[int, int], pool: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """x_BCHW pooled to ``size`` rows and columns."""
+    # Not torch's adaptive pooling: its max pooling has no deterministic backward pass on GPUs.
+    (height, width), (rows, columns) = x.shape[2:], size
     if height % rows == 0 and width % columns == 0:
         return pool(x, (height // rows, width // columns))
     strips = [pool(x[:, :, first:end], (end - first, 1)) for first, end in _windows(height, rows)]
@@ -158,16 +167,16 @@ def _pooled_to(size: int, pool: Callable[..., Tensor], x: Tensor) -> Tensor:
 class Cascade(nn.Module):
     """Adds ``V l`` to an exit's logits, ``l`` the logits of the exit before (Wolczyk et al., "Zero Time Waste", 2021).
 
-    The paper concatenates ``l`` to the pooled features ``f`` before the last linear layer. That is the same
-    function: ``[W V] [f; l] + b = (W f + b) + V l``; here V is a matrix of its own because it grows in both
-    directions. Every entry starts at zero, so that
+    The paper concatenates ``l`` to the pooled features ``f`` before the last linear layer, which is the same function:
+    ``[W V] [f; l] + b = (W f + b) + V l``. Here V is a separate matrix because it grows in both directions. Every entry
+    starts at zero, so that
 
-    - a cascading head starts as the same head without the cascade, with the same random draws, and
-    - growing leaves all logits as they were, those of new classes in the exit before included.
+    - a cascading head starts equal to the head without the cascade, with the same random draws, and
+    - growing leaves all logits unchanged, also those of new classes in the previous exit.
 
-    V still has a gradient. (The paper draws it as it draws W.) With ``norm``, ``l`` goes through a LayerNorm with
-    gain and shift first; its mean and variance are over all P classes, so old logits do move when a head that
-    already learned grows. A head for each experience keeps its P and does not move.
+    V still receives a gradient. (The paper initializes it like W.) With ``norm``, ``l`` first passes a LayerNorm with
+    gain and shift; its mean and variance are over all P classes, so logits of old classes change when a trained head
+    grows. Heads per experience have a fixed P and do not change.
 
     ``l`` never receives a gradient, and a class whose logit is ``-inf`` counts as 0.
 
@@ -175,7 +184,7 @@ class Cascade(nn.Module):
         norm: Whether to normalize ``l``.
 
     Attributes:
-        inputs: class_P, the classes of the exit before, in the order they were met.
+        inputs: class_P, the classes of the previous exit, in the order in which they were met.
 
     >>> cascade = Cascade(norm=True)
     >>> cascade.grow(3, inputs=[0, 1, 2]), tuple(cascade.weight.shape)
@@ -194,15 +203,15 @@ class Cascade(nn.Module):
         self._remember(())
 
     def grow(self, outputs: int, *, inputs: Iterable[int]) -> bool:
-        """Make room for ``outputs`` logits and for the classes ``inputs`` of the exit before.
+        """Grow to ``outputs`` logits and to the classes ``inputs`` of the previous exit.
 
         Returns:
-            Whether there are new parameters now.
+            Whether parameters were replaced.
 
         Raises:
             DataError: A negative class.
         """
-        known = (*self._known, *(c for c in ordered(inputs) if c not in self._known))
+        known = (*self._known, *(c for c in sort_classes(inputs) if c not in self._known))
         outputs = max(outputs, len(self.weight))
         if self.weight.shape == (outputs, len(known)):
             return False
@@ -212,13 +221,13 @@ class Cascade(nn.Module):
         return True
 
     def forward(self, previous_BC: Tensor) -> Tensor:
-        """What to add to the logits, from those of the exit before; its later classes are ignored.
+        """Addend to the logits, from those of the previous exit; classes it has met later are ignored.
 
         Raises:
-            ConfigError: An exit before that has not grown for the same classes.
+            ConfigError: The previous exit has not grown for the same classes.
         """
-        if previous_BC.shape[1] < self._least:  # on a GPU the gather would end the process
-            found = f"found {previous_BC.shape[1]} logits of the exit before, not {self._least}"
+        if previous_BC.shape[1] < self._least:  # an index error on a GPU would abort the process
+            found = f"found {previous_BC.shape[1]} logits of the previous exit, expected {self._least}"
             raise ConfigError(f"exits.cascade: {found}; grow all heads for the same classes")
         previous_BP = previous_BC.detach().index_select(1, self.inputs)
         previous_BP = previous_BP.masked_fill(previous_BP.isneginf(), 0)
@@ -227,19 +236,19 @@ class Cascade(nn.Module):
         return F.linear(previous_BP, self.weight)
 
     def extra_repr(self) -> str:
-        """Sizes, as ``print`` shows them."""
+        """Sizes for ``print``."""
         return f"outputs={len(self.weight)}, inputs={len(self._known)}, norm={self.gain is not None}"
 
     def _remember(self, known: Iterable[int]) -> None:
-        """Keep ``inputs`` in Python too, so that neither growing nor ``forward`` need ask the device."""
+        """Copy ``inputs`` to Python, so that growing and ``forward`` need not synchronize with the device."""
         self._known = tuple(known)
         self._least = max(self._known, default=-1) + 1
 
     @torch.no_grad()
     def _resize(self, outputs: int, inputs: int) -> None:
-        """Keep what fits; new entries of the matrix are 0, new gains 1 and shifts 0."""
+        """Resize; new entries of the matrix are 0, new gains 1 and new shifts 0."""
         old = self.weight
-        added = (0, inputs - old.shape[1], 0, outputs - old.shape[0])  # columns, then rows; negative ones go
+        added = (0, inputs - old.shape[1], 0, outputs - old.shape[0])  # columns, then rows; F.pad crops by negatives
         self.weight = nn.Parameter(F.pad(old, added), requires_grad=old.requires_grad)
         if self.gain is not None and self.shift is not None:
             gain, shift = self.gain, self.shift
@@ -247,7 +256,7 @@ class Cascade(nn.Module):
             self.shift = nn.Parameter(F.pad(shift, added[:2]), requires_grad=shift.requires_grad)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the sizes of the saved state first, then load it as any module does."""
+        """Resize to the saved state, then load it."""
         saved = state_dict.get(f"{prefix}weight")
         if saved is not None and saved.shape != self.weight.shape:
             self._resize(*saved.shape)

@@ -1,4 +1,4 @@
-"""Losses of exits: their weights by epoch, and distillation from the last exit.
+"""Losses of exits: weights by epoch, and distillation from the last exit.
 
 Shape suffixes: B batch, C classes, K exits.
 """
@@ -16,25 +16,25 @@ from torch.nn import functional as F
 from clframe.errors import ConfigError
 
 Ramp = Literal["ramp", "linear", "constant"]
-"""How the weights of the exits' losses go over the epochs of an experience."""
+"""Schedule of the exits' loss weights over the epochs of an experience."""
 
 RAMP_START = 0.01
-"""Where ``ramp`` starts, in every exit."""
+"""First weight of every exit under ``ramp``."""
 
 
 def exit_weights(kind: Ramp, final_weights: Sequence[float], *, epoch: int, epochs: int) -> tuple[float, ...]:
-    """Weights of the losses of the exits before the last in one epoch; the last exit's is 1 throughout.
+    """Loss weights of the exits before the last in one epoch; the weight of the last exit is always 1.
 
-    ``ramp``: ``w_k(e) = 0.01 + e / (E - 1) * (w_k - 0.01)``, which Kaya et al., "Shallow-Deep Networks" (2019),
-    train with and Szatkowski et al., "Improving Continual Learning Performance and Efficiency with Auxiliary
-    Classifiers" (2025), start anew with every experience. ``linear``: ``e / (E - 1) * w_k``, the same from 0.
+    ``ramp``: ``w_k(e) = 0.01 + e / (E - 1) * (w_k - 0.01)``, the schedule of Kaya et al., "Shallow-Deep Networks"
+    (2019), which Szatkowski et al., "Improving Continual Learning Performance and Efficiency with Auxiliary
+    Classifiers" (2025), restart with every experience. ``linear``: ``e / (E - 1) * w_k``, the same from 0.
     ``constant``: ``w_k``. With one epoch (E = 1) all three are w_k.
 
     Args:
-        kind: Which of them.
-        final_weights: w_k, what the exits before the last weigh in the last epoch.
+        kind: Name of the schedule.
+        final_weights: w_k, the weights of the exits before the last in the last epoch.
         epoch: e, counted from 0 inside the experience.
-        epochs: E, the epochs of one experience.
+        epochs: E, the number of epochs of one experience.
 
     Returns:
         One weight for each of ``final_weights``.
@@ -52,16 +52,16 @@ def exit_weights(kind: Ramp, final_weights: Sequence[float], *, epoch: int, epoc
     for weight in final_weights:
         if weight < 0 or not isfinite(weight):
             raise ConfigError(f"exit weights: found {weight}; give finite numbers of at least 0")
-    if kind == "constant" or epoch == epochs - 1:  # E = 1 among them, where the formula would divide by 0
+    if kind == "constant" or epoch == epochs - 1:  # also E = 1, where the formula would divide by 0
         return tuple(float(weight) for weight in final_weights)
     start, share = RAMP_START if kind == "ramp" else 0.0, epoch / (epochs - 1)
     return tuple(start + share * (weight - start) for weight in final_weights)
 
 
 def log_probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Log of the softmax of ``logits / temperature`` over the last dimension, never below single precision.
+    """Log-softmax of ``logits / temperature`` over the last dimension, in at least single precision.
 
-    Autocast gives logits in half precision, and on CPU would take their softmax in it, too.
+    Under autocast logits are in half precision, and on CPU their softmax would be too.
 
     >>> log_probabilities(torch.zeros(1, 2, dtype=torch.bfloat16)).exp()
     tensor([[0.5000, 0.5000]])

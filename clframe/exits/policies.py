@@ -1,15 +1,32 @@
-"""Confidence measures and exit policies, and a learned confidence measure.
+"""Confidence measures, exit policies, and the registry through which packages add measures.
 
-Shape suffixes: B batch, C classes, K exits, N samples.
+An exit policy is a confidence measure and thresholds: a sample stops at the first exit whose confidence reaches its
+threshold. A measure of another package is one function in one file::
+
+    from torch import Tensor
+    from clframe.exits import Carried, register_confidence
+
+    @register_confidence("top_two_ratio")
+    def top_two_ratio(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+        first_B, second_B = scores_BC.softmax(1).topk(2, dim=1).values.unbind(1)
+        return 1 - second_B / first_B, ()
+
+``strategy="exits + early_exit(measure='top_two_ratio', budget=0.5)"`` then trains, solves thresholds, evaluates and
+skips computation with it. A package that is installed needs no import: it declares the entry point
+``top_two_ratio = "my_package:top_two_ratio"`` in the group ``clframe.exit_policies``. A measure with parameters that
+are fitted on held-out data is a subclass of :class:`FittedConfidence`, registered the same way.
+
+Shape suffixes: B batch, C classes, D features of an exit, K exits, N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from math import isnan
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +34,83 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from clframe.errors import ConfigError, DataError
 from clframe.nn.network import Carried
+from clframe.registry import Registry
 
-Measure = Callable[[int, Tensor, Carried], tuple[Tensor, Carried]]
-"""``(exit, scores_BC, carried) -> (confidence_B, carried)``, with what the call at the exit before returned,
-empty at first. Only exits that are asked are passed through it, see :meth:`ExitPolicy.asked`."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ConfidenceMeasure = Callable[[int, Tensor, Carried], tuple[Tensor, Carried]]
+"""``(exit, scores_BC, carried) -> (confidence_B, carried)``.
+
+``exit`` counts from 0. ``scores_BC`` are the exit's logits after corrections and its ensemble; classes not met have
+``-inf``. ``confidence_B`` grows with certainty and is between 0 and 1 (a threshold above 1 never fires); NaN reaches
+no threshold. ``carried`` is what the call at the previous exit returned, a tuple of tensors with the batch first,
+empty at the first exit: finished samples are removed from it. Exits whose threshold cannot fire are skipped, see
+:meth:`ExitPolicy.confidence_exits`. Measures must treat samples independently of each other.
+"""
 
 Fallback = Literal["last", "confident"]
+"""Prediction where no exit before the last reaches its threshold: the last exit's, or that of the most confident."""
 
 
+class FittedConfidence(nn.Module, ABC):
+    """Base class of confidence measures with parameters, fitted on held-out data after each experience.
+
+    All parameters are in ``state_dict``, which the checkpoint stores; ``cls(exits)`` followed by ``load_state_dict``
+    restores the measure.
+
+    Args:
+        exits: Number of exits K, the last included.
+    """
+
+    def __init__(self, exits: int) -> None:
+        super().__init__()
+        self.exits = exits
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, scores: Sequence[Tensor], targets_N: Tensor) -> Self:
+        """Fit on K tensors scores_NC of held-out samples and their classes.
+
+        Raises:
+            DataError: No samples.
+        """
+
+    @abstractmethod
+    def forward(self, exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+        """Confidence of one exit; see :data:`ConfidenceMeasure`."""
+
+
+def _load_measure(point: EntryPoint) -> Iterator[tuple[str, ConfidenceMeasure | type[FittedConfidence]]]:
+    entry = point.load()
+    if not callable(entry) or (isinstance(entry, type) and not issubclass(entry, FittedConfidence)):
+        raise TypeError(f"{entry!r} is neither a function nor a subclass of FittedConfidence")
+    yield point.name, entry
+
+
+CONFIDENCE_MEASURES: Registry[ConfidenceMeasure | type[FittedConfidence]] = Registry(
+    "confidence measure", group="clframe.exit_policies", load=_load_measure
+)
+"""Every confidence measure by name, also those of packages with an entry point in ``clframe.exit_policies``."""
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def register_confidence(name: str) -> Callable[[M], M]:
+    """Decorator that makes a measure available under a name: ``@register_confidence("mine")``."""
+
+    def decorate(entry: M) -> M:
+        if isinstance(entry, type) and not issubclass(entry, FittedConfidence):
+            raise ConfigError(f"confidence measure '{name}': found a class; give a function or a FittedConfidence")
+        CONFIDENCE_MEASURES.add(name, entry)
+        return entry
+
+    return decorate
+
+
+@register_confidence("max_probability")
 def max_probability(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-    """Probability of the likeliest class (Kaya et al., "Shallow-Deep Networks", 2019).
+    """Largest class probability (Kaya et al., "Shallow-Deep Networks", 2019).
 
     >>> max_probability(0, torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), ())[0]
     tensor([0.5000, 1.0000])
@@ -34,19 +118,21 @@ def max_probability(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Ten
     return _probabilities(scores_BC).amax(1), ()
 
 
+@register_confidence("entropy")
 def entropy(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-    """``1 - H(p) / log C``, C the classes met; 1 is certain, 0 all alike (Teerapittayanon et al., "BranchyNet", 2016).
+    """``1 - H(p) / log C`` with C the classes met so far (Teerapittayanon et al., "BranchyNet", 2016).
 
     >>> entropy(0, torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), ())[0]
     tensor([0., 1.])
     """
-    met_B = scores_BC.isneginf().logical_not_().sum(1).clamp_(min=2)  # one class: H is 0 whatever it is divided by
+    met_B = scores_BC.isneginf().logical_not_().sum(1).clamp_(min=2)  # with one class H is 0 and log C would be 0 too
     entropy_B = torch.special.entr(_probabilities(scores_BC)).sum(1)
     return (1 - entropy_B / met_B.log()).clamp_(0, 1), ()
 
 
+@register_confidence("margin")
 def margin(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-    """Probability of the likeliest class minus that of the next; 1 where there is only one class.
+    """Difference between the two largest class probabilities; 1 with a single class.
 
     >>> margin(0, torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]), ())[0]
     tensor([0., 1.])
@@ -55,11 +141,12 @@ def margin(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carr
     return (top[:, 0] - top[:, 1] if top.shape[1] > 1 else top[:, 0]), ()
 
 
+@register_confidence("patience")
 def patience(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-    """``(n - 1) / n``, n the length of the run of exits, up to this one, that name one and the same class.
+    """``(n - 1) / n`` with n the number of consecutive exits, up to this one, that predict the same class.
 
-    To wait until p exits agree with the one before them (Zhou et al., "BERT loses patience", 2020) is the
-    threshold ``p / (p + 1)``, see :func:`patience_threshold`. No run of exits reaches 1.
+    Requiring p exits to agree with the previous one (Zhou et al., "BERT loses patience", 2020) is the threshold
+    ``p / (p + 1)``, see :func:`patience_threshold`. The value is always below 1.
 
     >>> first, carried = patience(0, torch.tensor([[2.0, 1.0], [2.0, 1.0]]), ())
     >>> first, patience(1, torch.tensor([[2.0, 1.0], [1.0, 2.0]]), carried)[0]
@@ -74,7 +161,7 @@ def patience(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Ca
 
 
 def patience_threshold(agreements: int) -> float:
-    """Threshold at which :func:`patience` has seen ``agreements`` exits agree with the one before.
+    """Threshold of :func:`patience` that requires ``agreements`` exits to agree with the previous one.
 
     >>> patience_threshold(0), patience_threshold(1)
     (0.0, 0.5)
@@ -82,24 +169,18 @@ def patience_threshold(agreements: int) -> float:
     return agreements / (agreements + 1)
 
 
-MEASURES: Mapping[str, Measure] = MappingProxyType(
-    {"max_probability": max_probability, "entropy": entropy, "margin": margin, "patience": patience}
-)
-"""Measures without parameters, by name. :class:`clframe.exits.policies.Gate` is fitted first."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExitPolicy:
-    """Who answers: the first exit whose confidence reaches its threshold.
+    """Early exit by thresholds: a sample stops at the first exit whose confidence reaches its threshold.
 
-    Threshold 0 makes the first exit answer. A threshold above 1 never fires; where the last exit answers for
-    those left over, such an exit is not even asked.
+    Threshold 0 stops every sample at the first exit. A threshold above 1 never fires; with the fallback ``last``
+    the confidence of such an exit is not even computed.
 
     Args:
-        measure: What confidence is.
+        measure: The confidence measure.
         thresholds: One for all exits before the last, or one for each of them.
-        fallback: What answers where no exit fires: the ``last`` exit, or the most ``confident`` of all, the last
-            among them; of equally confident ones the first.
+        fallback: Prediction where no exit fires: the ``last`` exit's, or that of the most ``confident`` exit, the
+            last included; of equally confident exits the first.
 
     Raises:
         ConfigError: A threshold that is not a number, or an unknown fallback.
@@ -108,7 +189,7 @@ class ExitPolicy:
     (0.9, 0.9)
     """
 
-    measure: Measure = max_probability
+    measure: ConfidenceMeasure = max_probability
     thresholds: float | tuple[float, ...]
     fallback: Fallback = "last"
 
@@ -123,7 +204,7 @@ class ExitPolicy:
         """The threshold of each of ``exits`` exits but the last.
 
         Raises:
-            ConfigError: Another number of thresholds.
+            ConfigError: The number of thresholds does not match.
         """
         if not isinstance(self.thresholds, tuple):
             return (float(self.thresholds),) * (exits - 1)
@@ -134,45 +215,44 @@ class ExitPolicy:
             )
         return self.thresholds
 
-    def asked(self, exits: int, *, among: Collection[int] | None = None) -> tuple[int, ...]:
-        """Numbers of the exits whose confidence counts, in order.
+    def confidence_exits(self, exits: int, *, among: Collection[int] | None = None) -> tuple[int, ...]:
+        """Indices of the exits whose confidence is needed, in order.
 
-        These are the exits whose threshold can fire; with the fallback ``confident`` they are all exits, the
-        last too.
+        These are the exits whose threshold can fire; with the fallback ``confident`` all exits, the last included.
 
         Args:
             exits: Number of exits K, the last included.
-            among: Exits that may be asked, all if not given; the last always may.
+            among: Exits that may stop a sample, all if not given; the last always may.
 
         >>> policy = ExitPolicy(thresholds=(0.5, 2.0, 0.5))
-        >>> policy.asked(4), policy.asked(4, among=[0, 1])
+        >>> policy.confidence_exits(4), policy.confidence_exits(4, among=[0, 1])
         ((0, 2), (0,))
         """
         thresholds, last = self.of_exits(exits), exits - 1
-        every = self.fallback == "confident"
+        confident = self.fallback == "confident"
         allowed = [exit for exit in range(last) if among is None or exit in among]
-        return (*(exit for exit in allowed if every or thresholds[exit] <= 1), *((last,) if every else ()))
+        return (*(exit for exit in allowed if confident or thresholds[exit] <= 1), *((last,) if confident else ()))
 
 
 def _probabilities(scores_BC: Tensor) -> Tensor:
-    """probabilities_BC in single precision at least: half precision could not tell 0.999 from 1."""
+    """probabilities_BC in at least single precision: half precision cannot distinguish 0.999 from 1."""
     return scores_BC.softmax(1) if scores_BC.dtype == torch.float64 else scores_BC.float().softmax(1)
 
 
-SIGNS = (max_probability, entropy, margin)
+FEATURES = (max_probability, entropy, margin)
 
 
-class Gate(nn.Module):
-    """``sigmoid(w_k . signs + b_k)``, the signs being maximum probability, entropy and margin of exit k.
+@register_confidence("gate")
+class LearnedConfidence(FittedConfidence):
+    """Logistic regression per exit: ``sigmoid(w_k . features + b_k)`` of maximum probability, entropy and margin.
 
-    It is a measure like those in :mod:`clframe.exits.policies`; :func:`fit_gate` makes one. Its state is
-    two tensors, and loading takes the number of exits from them.
+    The state is two tensors; loading a state takes the number of exits from them.
 
     Args:
         exits: Number of exits K, the last included.
 
-    >>> gate = Gate(2)
-    >>> gate(0, torch.zeros(3, 4), ())[0]
+    >>> confidence = LearnedConfidence(2)
+    >>> confidence(0, torch.zeros(3, 4), ())[0]
     tensor([0.5000, 0.5000, 0.5000])
     """
 
@@ -180,14 +260,19 @@ class Gate(nn.Module):
     bias_K: Tensor
 
     def __init__(self, exits: int) -> None:
-        super().__init__()
-        self.register_buffer("weight_KD", torch.zeros(exits, len(SIGNS)))
+        super().__init__(exits)
+        self.register_buffer("weight_KD", torch.zeros(exits, len(FEATURES)))
         self.register_buffer("bias_K", torch.zeros(exits))
+
+    @classmethod
+    def fit(cls, scores: Sequence[Tensor], targets_N: Tensor) -> LearnedConfidence:
+        """Fit with the default penalty; see :func:`fit_learned_confidence`."""
+        return fit_learned_confidence(scores, targets_N)
 
     def forward(self, exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
         """confidence_B of one exit; nothing is carried."""
-        signs_BD = signs(exit, scores_BC)
-        return torch.addmv(self.bias_K[exit], signs_BD, self.weight_KD[exit].to(signs_BD)).sigmoid_(), ()
+        features_BD = confidence_features(exit, scores_BC)
+        return torch.addmv(self.bias_K[exit], features_BD, self.weight_KD[exit].to(features_BD)).sigmoid_(), ()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(f"{prefix}weight_KD")
@@ -197,55 +282,58 @@ class Gate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def signs(exit: int, scores_BC: Tensor) -> Tensor:
-    """signs_BD: what a gate looks at."""
-    return torch.stack([sign(exit, scores_BC, ())[0] for sign in SIGNS], 1)
+def confidence_features(exit: int, scores_BC: Tensor) -> Tensor:
+    """features_BD of :class:`LearnedConfidence`."""
+    return torch.stack([measure(exit, scores_BC, ())[0] for measure in FEATURES], 1)
 
 
-def fit_gate(scores: Sequence[Tensor], targets_N: Tensor, *, decay: float = 1e-3) -> Gate:
-    """Logistic regression, exit by exit, of whether the answer is right.
+def fit_learned_confidence(
+    scores: Sequence[Tensor], targets_N: Tensor, *, decay: float = 1e-3
+) -> LearnedConfidence:
+    """Logistic regression, exit by exit, of whether the exit's prediction is right.
 
-    Minimizes mean cross-entropy + decay / 2 * |weights of the standardized signs|^2 with L-BFGS in double
-    precision; nothing is drawn at random. Fit it on held-out data: on training data every exit is right.
+    Minimizes mean cross-entropy + decay / 2 * |weights of the standardized features|^2 with L-BFGS in double
+    precision; no random numbers are drawn. Fit it on held-out data: on training data every exit is right.
 
     Args:
-        scores: K tensors scores_NC, what each exit answers with.
+        scores: K tensors scores_NC, the logits of each exit after corrections and ensembles.
         targets_N: The right classes.
-        decay: Weight of the penalty; above 0, since exits that are always right have no other minimum.
+        decay: Weight of the penalty; above 0, since exits that are always right have no minimum without it.
 
     Raises:
         DataError: No samples.
 
     >>> scores_NC = torch.tensor([[3.0, 0.0], [0.2, 0.0], [0.0, 3.0], [0.0, 0.1]])
-    >>> gate = fit_gate([scores_NC], torch.tensor([0, 1, 1, 0]))
-    >>> gate(0, scores_NC, ())[0] > 0.5
+    >>> confidence = fit_learned_confidence([scores_NC], torch.tensor([0, 1, 1, 0]))
+    >>> confidence(0, scores_NC, ())[0] > 0.5
     tensor([ True, False,  True, False])
     """
     if not len(targets_N):
-        raise DataError("fit_gate: found no samples; give held-out scores and targets")
-    signs_KND = torch.stack([signs(exit, scores_NC) for exit, scores_NC in enumerate(scores)]).detach().double()
+        raise DataError("fit_learned_confidence: found no samples; give held-out scores and targets")
+    per_exit = [confidence_features(exit, scores_NC) for exit, scores_NC in enumerate(scores)]
+    features_KND = torch.stack(per_exit).detach().double()
     right_KN = torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores]).double()
-    mean_KD, spread_KD = signs_KND.mean(1), signs_KND.std(1, correction=0).clamp(min=1e-6)
-    standard_KND = (signs_KND - mean_KD[:, None]) / spread_KD[:, None]
-    weight_KD, bias_K = _logistic(standard_KND, right_KN, decay=decay)
-    weight_KD = weight_KD / spread_KD
-    gate = Gate(len(scores)).to(targets_N.device)
-    gate.weight_KD.copy_(weight_KD)
-    gate.bias_K.copy_(bias_K - (weight_KD * mean_KD).sum(1))
-    return gate
+    mean_KD, deviation_KD = features_KND.mean(1), features_KND.std(1, correction=0).clamp(min=1e-6)
+    standard_KND = (features_KND - mean_KD[:, None]) / deviation_KD[:, None]
+    weight_KD, bias_K = _fit_logistic(standard_KND, right_KN, decay=decay)
+    weight_KD = weight_KD / deviation_KD  # undo the standardization, so that the measure takes raw features
+    confidence = LearnedConfidence(len(scores)).to(targets_N.device)
+    confidence.weight_KD.copy_(weight_KD)
+    confidence.bias_K.copy_(bias_K - (weight_KD * mean_KD).sum(1))
+    return confidence
 
 
-def _logistic(signs_KND: Tensor, right_KN: Tensor, *, decay: float) -> tuple[Tensor, Tensor]:
-    """weights_KD and biases_K of K regressions at once; their losses add up and share no parameter."""
-    exits, samples, width = signs_KND.shape
-    parameters_KD = signs_KND.new_zeros(exits, width + 1, requires_grad=True)
+def _fit_logistic(features_KND: Tensor, right_KN: Tensor, *, decay: float) -> tuple[Tensor, Tensor]:
+    """weights_KD and biases_K of K independent regressions, fitted together because their losses add up."""
+    exits, samples, width = features_KND.shape
+    parameters_KD = features_KND.new_zeros(exits, width + 1, requires_grad=True)
     search = torch.optim.LBFGS(
         [parameters_KD], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         search.zero_grad()
-        logits_KN = (signs_KND * parameters_KD[:, None, 1:]).sum(2) + parameters_KD[:, :1]
+        logits_KN = (features_KND * parameters_KD[:, None, 1:]).sum(2) + parameters_KD[:, :1]
         fit = binary_cross_entropy_with_logits(logits_KN, right_KN, reduction="sum") / samples
         total = fit + decay / 2 * parameters_KD.square().sum()
         total.backward()
@@ -255,3 +343,34 @@ def _logistic(signs_KND: Tensor, right_KN: Tensor, *, decay: float) -> tuple[Ten
         search.step(loss)
     fitted_KD = parameters_KD.detach()
     return fitted_KD[:, 1:], fitted_KD[:, 0]
+
+
+def fitted_class(name: str) -> type[FittedConfidence] | None:
+    """The registered class ``name`` where it is a :class:`FittedConfidence`, otherwise None."""
+    entry = CONFIDENCE_MEASURES.get(name)
+    return entry if isinstance(entry, type) else None
+
+
+def restore_confidence(name: str, state: Mapping[str, Tensor] | None, *, exits: int) -> ConfidenceMeasure:
+    """The registered measure ``name``, with fitted parameters where it has some.
+
+    Args:
+        name: Name in :data:`CONFIDENCE_MEASURES`.
+        state: ``state_dict`` of a :class:`FittedConfidence`; None before it is fitted, when no exit fires.
+        exits: Number of exits K the measure was fitted for.
+
+    Raises:
+        UnknownNameError: No such measure; the message has the nearest name.
+    """
+    entry = CONFIDENCE_MEASURES.get(name)
+    if not isinstance(entry, type):
+        return entry
+    if state is None:
+        return _never_confident
+    measure: FittedConfidence = entry(exits)
+    measure.to(next(iter(state.values())).device).load_state_dict(dict(state))
+    return measure
+
+
+def _never_confident(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+    return scores_BC.new_zeros(len(scores_BC)), ()

@@ -1,6 +1,6 @@
-"""Class-incremental losses, bias correction and nearest means: the maths of BiC, SS-IL, LODE and iCaRL.
+"""Class-incremental losses, bias correction and nearest means, as used by BiC, SS-IL, LODE and iCaRL.
 
-Losses take the logits of all exits and return one value per exit; -inf marks columns of classes not met.
+Losses take the logits of all exits and return one value per exit; -inf marks columns of unseen classes.
 
 Shape suffixes: B batch, N samples, C classes, M new classes, K exits, F features.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NEWTON_STEPS = 50
-"""Quadratic convergence needs under ten; the rest is for starts far away."""
+"""Quadratic convergence takes under ten steps; more are for distant starting points."""
 
 
 def separated_cross_entropy(
@@ -25,17 +25,17 @@ def separated_cross_entropy(
     old: Sequence[int],
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy at each exit, new and old samples each under a softmax over their own classes.
+    """Cross-entropy at each exit, with separate softmaxes over new and old classes.
 
-    ``loss_K[k] = sum_b w_b (log sum_{c in S(b)} exp z_c - z_y) / sum_b w_b``, S(b) the new classes where the
-    sample's class is new and the old ones where it is old. So new samples never push the logits of old classes
-    down. Ahn et al., "SS-IL: Separated Softmax for Incremental Learning" (2021), equation 4.
+    ``loss_K[k] = sum_b w_b (log sum_{c in S(b)} exp z_c - z_y) / sum_b w_b``, S(b) the new classes if the sample's
+    class is new, else the old ones. So new samples never decrease the logits of old classes. Ahn et al., "SS-IL:
+    Separated Softmax for Incremental Learning" (2021), equation 4.
 
     Args:
         logits: K tensors logits_BC.
         y_B: Targets.
         new: Classes of this experience.
-        old: Classes of those before; without any, this is the cross-entropy over the new ones.
+        old: Classes of earlier experiences; if empty, this is the cross-entropy over the new ones.
         weight_B: Weight of each sample; None weighs all alike.
 
     Returns:
@@ -47,7 +47,7 @@ def separated_cross_entropy(
         own_B = _log_sum(logits_BC, new)
         if old:
             own_B = torch.where(new_B, own_B, _log_sum(logits_BC, old))
-        losses.append(_mean(own_B - _of_target(logits_BC, y_B), weight_B))
+        losses.append(_mean(own_B - _target_logits(logits_BC, y_B), weight_B))
     return torch.stack(losses)
 
 
@@ -61,20 +61,20 @@ def decoupled_cross_entropy(
     outer: float,
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy at each exit, that of new samples split into its two parts, each with a weight of its own.
+    """Cross-entropy at each exit, with two weights for the two terms of new samples.
 
-    With s(A) = log sum_{c in A} exp z_c, a sample's cross-entropy ``s(all) - z_y`` is ``s(new) - z_y``, to tell new
-    classes from each other, plus ``s(all) - s(new)``, to tell new from old. ``loss_K[k]`` is the mean over new
-    samples of ``inner * first + outer * second``, plus the mean over old samples of their cross-entropy. Liang and
+    With s(A) = log sum_{c in A} exp z_c, a sample's cross-entropy ``s(all) - z_y`` is ``s(new) - z_y``, which separates
+    the new classes, plus ``s(all) - s(new)``, which separates new from old. ``loss_K[k]`` is the mean over new samples
+    of ``inner * first + outer * second``, plus the mean over old samples of their cross-entropy. Liang and
     Li, "Loss Decoupling for Task-Agnostic Continual Learning" (2023), equations 3 to 5.
 
     Args:
         logits: K tensors logits_BC.
         y_B: Targets.
         new: Classes of this experience.
-        old: Classes of those before.
-        inner: Weight of the part among new classes.
-        outer: Weight of the part between new and old.
+        old: Classes of earlier experiences.
+        inner: Weight of the term among new classes.
+        outer: Weight of the term between new and old.
         weight_B: Weight of each sample within its mean; None weighs all alike.
 
     Returns:
@@ -88,7 +88,7 @@ def decoupled_cross_entropy(
     losses = []
     for logits_BC in logits:
         all_B, inside_B = _log_sum(logits_BC, [*old, *new]), _log_sum(logits_BC, new)
-        target_B = _of_target(logits_BC, y_B)
+        target_B = _target_logits(logits_BC, y_B)
         split_B = inner * (inside_B - target_B) + outer * (all_B - inside_B)
         losses.append((share_B * torch.where(new_B > 0, split_B, all_B - target_B)).sum())
     return torch.stack(losses)
@@ -105,7 +105,7 @@ def binary_cross_entropy(
     Args:
         logits: K tensors logits_BC.
         y_B: Targets.
-        classes: Over which to sum.
+        classes: Classes to sum over.
         weight_B: Weight of each sample; None weighs all alike.
 
     Returns:
@@ -132,7 +132,7 @@ def binary_distillation(
     Args:
         student: K tensors logits_BC; may have more classes than the teacher.
         teacher: K tensors logits_BC, without gradient.
-        classes: Over which to sum.
+        classes: Classes to sum over.
         weight_B: Weight of each sample; None weighs all alike.
 
     Returns:
@@ -147,15 +147,15 @@ def binary_distillation(
     )
 
 
-def bias_corrected(logits: Sequence[Tensor], alpha_KC: Tensor, beta_KC: Tensor) -> tuple[Tensor, ...]:
-    """``alpha z + beta`` for each column of each exit; 1 and 0 leave a column as it is, ``-inf`` included.
+def correct_bias(logits: Sequence[Tensor], alpha_KC: Tensor, beta_KC: Tensor) -> tuple[Tensor, ...]:
+    """Return ``alpha z + beta`` for each column of each exit; (1, 0) is the identity, also for ``-inf``.
 
     Args:
-        logits: K tensors logits_BC; may have fewer columns than there are corrections, or more, which stay.
+        logits: K tensors logits_BC; may have fewer columns than corrections, or more, which are not corrected.
         alpha_KC: Factors.
-        beta_KC: What is added.
+        beta_KC: Offsets.
 
-    >>> bias_corrected([torch.ones(1, 3)], torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]]))
+    >>> correct_bias([torch.ones(1, 3)], torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]]))
     (tensor([[1., 7., 1.]]),)
     """
     new = logits[0].shape[1] - alpha_KC.shape[1]
@@ -170,16 +170,16 @@ def bias_corrected(logits: Sequence[Tensor], alpha_KC: Tensor, beta_KC: Tensor) 
 
 @torch.no_grad()
 def fit_bias(logits_NC: Tensor, y_N: Tensor, *, new: Sequence[int], decay: float) -> tuple[float, float]:
-    """(alpha, beta) that make the logits of new classes comparable to those of old ones.
+    """Fit (alpha, beta) that make the logits of new classes comparable to those of old ones.
 
     Minimizes ``mean_n CE(q_n, y_n) + decay / 2 * ((alpha - 1)^2 + beta^2)``, q being ``alpha z + beta`` for the new
     classes and z for the others: Wu et al., "Large Scale Incremental Learning" (2019), equations 4 and 5. Strictly
-    convex in the pair, so Newton's method finds the one minimum; in double precision on the CPU, deterministic.
-    The published code pulls beta alone, by 0.1, and takes 200 epochs of SGD; alpha is pulled here as well, since
-    samples that are told apart perfectly leave it without a minimum.
+    convex in the pair, so Newton's method finds the unique minimum, in double precision on the CPU: deterministic. The
+    published code regularizes beta alone, by 0.1, and takes 200 epochs of SGD; alpha is regularized here as well,
+    because separable samples leave no minimum in alpha.
 
     Args:
-        logits_NC: Of held-out samples of old and new classes.
+        logits_NC: Logits of held-out samples of old and new classes.
         y_N: Targets.
         new: Classes to correct.
         decay: Above 0.
@@ -193,10 +193,10 @@ def fit_bias(logits_NC: Tensor, y_N: Tensor, *, new: Sequence[int], decay: float
     new_N = among(y_N, new)
     z_NM = logits_NC[:, columns(new)]
     rest_N = _log_sum(logits_NC, [c for c in range(logits_NC.shape[1]) if c not in set(new)])
-    target_N, start_2 = _of_target(logits_NC, y_N), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    target_N, start_2 = _target_logits(logits_NC, y_N), torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def probabilities(pair_2: Tensor) -> tuple[Tensor, Tensor]:
-        """p_NM of the new classes, and the objective."""
+        """Return p_NM of the new classes, and the objective."""
         q_NM = pair_2[0] * z_NM + pair_2[1]
         total_N = torch.logaddexp(rest_N, q_NM.logsumexp(1))
         own_N = torch.where(new_N, pair_2[0] * target_N + pair_2[1], target_N)
@@ -214,7 +214,7 @@ def fit_bias(logits_NC: Tensor, y_N: Tensor, *, new: Sequence[int], decay: float
             [(s2_N - s1_N.square()).mean() + decay, mixed, mixed, (s0_N - s0_N.square()).mean() + decay]
         ).reshape(2, 2)
         step_2 = torch.linalg.solve(bend_22, slope_2)
-        gain, length = slope_2 @ step_2, 1.0  # gain is twice what a quadratic objective would fall by
+        gain, length = slope_2 @ step_2, 1.0  # gain is twice the decrease of a quadratic objective
         if gain < 1e-20:
             break
         while length > 1e-9:
@@ -223,24 +223,24 @@ def fit_bias(logits_NC: Tensor, y_N: Tensor, *, new: Sequence[int], decay: float
                 break
             length /= 2
         else:
-            break  # as low as rounding lets it go
+            break  # rounding prevents a further decrease
         pair_2, value = pair_2 - length * step_2, after
     return float(pair_2[0]), float(pair_2[1])
 
 
-def mean_scores(features_BF: Tensor, mean_CF: Tensor, known_C: Tensor, *, classes: int) -> Tensor:
-    """scores_BC ``-|| f - mu_c ||^2``, f and mu_c brought to length 1; ``-inf`` for classes that have no mean.
+def nearest_mean_scores(features_BF: Tensor, mean_CF: Tensor, known_C: Tensor, *, classes: int) -> Tensor:
+    """Return scores_BC ``-|| f - mu_c ||^2`` of normalized f and mu_c; ``-inf`` for classes without a mean.
 
-    Nearest-mean-of-exemplars, algorithm 1 of Rebuffi et al., "iCaRL" (2017), as logits: their softmax is the
-    posterior of Gaussians of variance 1/2 around the means.
+    Nearest-mean-of-exemplars, algorithm 1 of Rebuffi et al., "iCaRL" (2017), as logits: their softmax is the posterior
+    of Gaussians of variance 1/2 around the means.
 
     Args:
-        features_BF: In single precision at least, or they are brought to it.
-        mean_CF: Means, or sums, of features of length 1.
-        known_C: Which classes have one.
+        features_BF: Features, converted to single precision if below it.
+        mean_CF: Means, or sums, of normalized features.
+        known_C: Whether a class has a mean.
         classes: Columns of the result, at least C.
 
-    >>> mean_scores(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor([True, True]), classes=3)
+    >>> nearest_mean_scores(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor([True, True]), classes=3)
     tensor([[-0., -2., -inf]])
     """
     unit_BF = F.normalize(features_BF.to(torch.promote_types(features_BF.dtype, mean_CF.dtype)), dim=1)
@@ -251,7 +251,7 @@ def mean_scores(features_BF: Tensor, mean_CF: Tensor, known_C: Tensor, *, classe
 
 
 def among(y_B: Tensor, classes: Sequence[int]) -> Tensor:
-    """Whether each target is one of ``classes``; where they are consecutive, nothing is sent to the device.
+    """Return whether each target is one of ``classes``; consecutive ones need no transfer to the device.
 
     >>> among(torch.tensor([0, 3, 2, 5]), [2, 3, 4]).tolist()
     [False, True, True, False]
@@ -263,7 +263,7 @@ def among(y_B: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def columns(classes: Sequence[int]) -> slice | list[int]:
-    """``classes`` in ascending order as an index: a slice where they are consecutive, a view instead of a copy.
+    """Return ``classes`` in ascending order as an index; a slice if consecutive, which gives a view, not a copy.
 
     >>> columns([3, 2]), columns([1, 4])
     (slice(2, 4, None), [1, 4])
@@ -278,7 +278,7 @@ def _log_sum(logits_BC: Tensor, classes: Sequence[int]) -> Tensor:
     return logits_BC[:, columns(classes)].logsumexp(1)
 
 
-def _of_target(logits_BC: Tensor, y_B: Tensor) -> Tensor:
+def _target_logits(logits_BC: Tensor, y_B: Tensor) -> Tensor:
     return logits_BC.gather(1, y_B.unsqueeze(1)).squeeze(1)
 
 

@@ -34,12 +34,12 @@ def distillation(
     groups: Sequence[Sequence[int]],
     temperature: float,
 ) -> Tensor:
-    """Knowledge distillation at each exit, each group of classes under a softmax of its own.
+    """Knowledge distillation at each exit, with a separate softmax for each group of classes.
 
     ``loss_K[k] = T^2 * sum_g mean_b KL(softmax(teacher[k][b, g] / T) || softmax(student[k][b, g] / T))``
 
     Li and Hoiem, "Learning without Forgetting" (2016), equation 2, with the factor T^2 of Hinton et al.
-    (2015), which keeps the gradient's size independent of T; the entropy of the teacher, which has no
+    (2015), which makes the gradient's size independent of T; the entropy of the teacher, which has no
     gradient, is subtracted so that equal logits give zero. A group is the classes of one old experience.
 
     Args:
@@ -68,7 +68,7 @@ def _divergence(student_BC: Tensor, teacher_BC: Tensor, group: Sequence[int], te
 
 
 def _columns(group: Sequence[int]) -> slice | list[int]:
-    """A slice where class ids are consecutive: a view instead of a copy."""
+    """Return a slice if class ids are consecutive: a view instead of a copy."""
     first, last = min(group), max(group)
     if list(group) == list(range(first, last + 1)):
         return slice(first, last + 1)
@@ -86,14 +86,14 @@ def logit_matching(logits: Sequence[Tensor], stored_RKW: Tensor, *, columns: Col
     """Mean squared distance between the logits of replayed samples and those stored with them, at each exit.
 
     ``loss_K[k] = mean over (r, c) of (logits[k][r, c] - stored[r, k, c])^2``, over the columns that were stored
-    with sample r: logits of classes that came later have nothing to be compared with. Buzzega et al., "Dark
+    with sample r; later classes have no stored logits. Buzzega et al., "Dark
     Experience for General Continual Learning" (2020), equation 5, divided by the number of columns as in the
     authors' code.
 
     Args:
         logits: K tensors logits_RC, C >= W.
-        stored_RKW: Logits as they were; ``-inf`` for classes that had not been met.
-        columns: ``padded`` compares all C columns instead and takes 0 for what was not stored.
+        stored_RKW: Stored logits; ``-inf`` for classes unseen at that time.
+        columns: ``padded`` compares all C columns and takes 0 for logits that were not stored.
 
     >>> logit_matching([torch.tensor([[1.0, 5.0]])], torch.tensor([[[3.0, -torch.inf]]])).tolist()
     [4.0]
@@ -106,7 +106,7 @@ def _distance(logits_RC: Tensor, stored_RW: Tensor, columns: Columns) -> Tensor:
     known_RC = stored_RW.isfinite()
     if columns == "padded":
         stored_RW = F.pad(stored_RW.masked_fill(~known_RC, 0.0), (0, logits_RC.shape[1] - width))
-        known_RC = logits_RC.isfinite()  # a gap among the classes has no logit to pull
+        known_RC = logits_RC.isfinite()  # unseen classes have no logits
     else:
         logits_RC = logits_RC[:, :width]
     difference_RC = torch.where(known_RC, logits_RC - stored_RW, 0.0)
@@ -125,20 +125,20 @@ def asymmetric_cross_entropy(
     """Cross-entropy of new samples among the classes present, plus that of replayed ones among all, at each exit.
 
     ``loss_K[k] = mean_{b new} CE(logits[k][b, present]) + (1 - s) mean_{b replayed} CE(logits[k][b]) + s mean_{b new}
-    CE(logits[k][b])``: new samples push old classes down by no more than their share s of what is replayed. Caccia et
+    CE(logits[k][b])``: new samples decrease the logits of old classes by at most their share s of the buffer. Caccia et
     al., "New Insights on Reducing Abrupt Representation Change in Online Continual Learning" (2022), equation 3,
-    with the expected value in place of new samples that are drawn from memory.
+    with the expectation over new samples instead of those drawn from the buffer.
 
     Args:
         logits: K tensors logits_BC.
         y_B: Targets; those of new samples are present.
-        new_B: Which samples are new; a side without samples adds 0.
-        present_C: Which classes the new samples compete among.
-        share: s, the part of a memory that new samples make up; 0 where it holds none.
+        new_B: Whether a sample is new; no new, or no replayed, samples add 0.
+        present_C: Whether a class is in the softmax of new samples.
+        share: s, the share of new samples in the buffer; 0 if it has none.
         weight_B: Weight of each sample; None weighs all alike.
     """
     hidden_BC = new_B.unsqueeze(1) & ~present_C
-    side_B = torch.where(new_B, new_B.sum(), (~new_B).sum())  # how many samples are on each one's side
+    side_B = torch.where(new_B, new_B.sum(), (~new_B).sum())  # number of new, or of replayed, samples
     values = []
     for logits_BC in logits:
         loss_B = F.cross_entropy(logits_BC.masked_fill(hidden_BC, -torch.inf), y_B, reduction="none")
@@ -152,13 +152,13 @@ def asymmetric_cross_entropy(
 def smoothed_cross_entropy(
     logits: Sequence[Tensor], y_B: Tensor, *, smoothing: float, weight_B: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy with smoothed labels at each exit, over the classes met.
+    """Cross-entropy with smoothed labels at each exit, over the classes seen.
 
     ``loss_K[k] = sum_b w_b * (-(1 - s) log p_b[y_b] - s / C sum_c log p_b[c]) / sum_b w_b``, C the classes whose
     logits are finite. Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016).
 
     Args:
-        logits: K tensors logits_BC, ``-inf`` for classes not met.
+        logits: K tensors logits_BC, ``-inf`` for unseen classes.
         y_B: Targets.
         smoothing: s, from 0 to below 1.
         weight_B: Weight of each sample; None weighs all alike.
@@ -177,15 +177,14 @@ def smoothed_cross_entropy(
 
 @torch.no_grad()
 def project_gradient(gradients: Sequence[Tensor], references: Sequence[Tensor | None]) -> None:
-    """Take out of the gradient, in place, what would raise the reference's loss.
+    """Project the gradient, in place, so that it does not increase the loss of the reference.
 
-    ``g <- g - min(g . r, 0) / (r . r) * r``: unchanged where both agree, else the nearest gradient at a right
-    angle to r. Chaudhry et al., "Efficient Lifelong Learning with A-GEM" (2019), equation 11. The host never
-    waits for the products.
+    ``g <- g - min(g . r, 0) / (r . r) * r``: unchanged if g . r >= 0, else the nearest gradient orthogonal to r.
+    Chaudhry et al., "Efficient Lifelong Learning with A-GEM" (2019), equation 11. Does not synchronize with the device.
 
     Args:
-        gradients: The parts of g.
-        references: The parts of r, in the same order; None for zeros.
+        gradients: The tensors of g.
+        references: The tensors of r, in the same order; None for zeros.
 
     >>> g = torch.tensor([1.0, -1.0])
     >>> project_gradient([g], [torch.tensor([0.0, 2.0])])

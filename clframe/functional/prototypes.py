@@ -1,4 +1,4 @@
-"""Classifiers without gradients on fixed features, and the rows of linear classifiers between experiences."""
+"""Closed-form classifiers on fixed features, and consolidation of the rows of linear classifiers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 
 def alignment(old_OF: Tensor, new_NF: Tensor) -> Tensor:
-    """``mean_o |old_o| / mean_n |new_n|``: what to scale new rows by, to be as long as the old ones on average.
+    """Return ``mean_o |old_o| / mean_n |new_n|``, the factor that gives new rows the mean norm of old ones.
 
     Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (2020), equation 7. One
-    where there are no rows on a side, or the new ones are all zero.
+    without old or without new rows, or if the new ones are all zero.
 
     >>> alignment(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 8.0], [12.0, 0.0]])).item()
     0.5
@@ -26,17 +26,17 @@ def alignment(old_OF: Tensor, new_NF: Tensor) -> Tensor:
     return scale
 
 
-def consolidated_rows(kept_CF: Tensor, kept_C: Tensor, fresh_CF: Tensor, fresh_C: Tensor) -> tuple[Tensor, Tensor]:
-    """CWR*'s consolidated weights and sample counts after an experience.
+def consolidate_rows(kept_CF: Tensor, kept_C: Tensor, fresh_CF: Tensor, fresh_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the consolidated weights and sample counts of CWR* after an experience.
 
     ``w = (w sqrt(past / now) + t - mean(t)) / (sqrt(past / now) + 1)`` for the classes of the experience, ``t`` the
-    weights just trained and ``mean(t)`` one number over all of them; other classes stay. Lomonaco et al.,
+    trained weights and ``mean(t)`` one number over all of them; other classes do not change. Lomonaco et al.,
     "Rehearsal-Free Continual Learning over Small Non-I.I.D. Batches" (2020), algorithm 1.
 
     Args:
         kept_CF: Consolidated weights so far.
-        kept_C: Samples behind each of them.
-        fresh_CF: Weights just trained.
+        kept_C: Samples of each class so far.
+        fresh_CF: Trained weights.
         fresh_C: Samples of the experience; 0 for classes that it does not have.
 
     Returns:
@@ -44,7 +44,7 @@ def consolidated_rows(kept_CF: Tensor, kept_C: Tensor, fresh_CF: Tensor, fresh_C
 
     >>> kept, fresh = torch.tensor([[2.0]]), torch.tensor([[5.0], [9.0]])
     >>> padded = torch.cat([kept, torch.zeros(1, 1)])
-    >>> consolidated_rows(padded, torch.tensor([4, 0]), fresh, torch.tensor([1, 1]))[0].flatten().tolist()
+    >>> consolidate_rows(padded, torch.tensor([4, 0]), fresh, torch.tensor([1, 1]))[0].flatten().tolist()
     [0.6666666865348816, 2.0]
     """
     now_C = fresh_C > 0
@@ -54,15 +54,15 @@ def consolidated_rows(kept_CF: Tensor, kept_C: Tensor, fresh_CF: Tensor, fresh_C
     return torch.where(now_C.unsqueeze(1), merged_CF, kept_CF), kept_C + fresh_C
 
 
-def exact(values: Tensor) -> Tensor:
-    """The values in double precision, on the CPU where their device has none (Apple's)."""
+def to_double(values: Tensor) -> Tensor:
+    """Convert to double precision, on the CPU if the device has none (MPS)."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def widened(values_C: Tensor, classes: int) -> Tensor:
-    """The tensor with zeros for classes that its first dimension lacks.
+def pad_classes(values_C: Tensor, classes: int) -> Tensor:
+    """Pad the first dimension with zeros up to ``classes``.
 
-    >>> widened(torch.ones(1), 3)
+    >>> pad_classes(torch.ones(1), 3)
     tensor([1., 0., 0.])
     """
     missing = classes - len(values_C)
@@ -71,17 +71,17 @@ def widened(values_C: Tensor, classes: int) -> Tensor:
     return torch.cat([values_C, values_C.new_zeros(missing, *values_C.shape[1:])])
 
 
-def updated_means(mean_CF: Tensor, count_C: Tensor, features_BF: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Class means and counts after a batch: ``mu_c + sum_b [y_b = c] (f_b - mu_c) / (n_c + m_c)``.
+def update_means(mean_CF: Tensor, count_C: Tensor, features_BF: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return class means and counts after a batch: ``mu_c + sum_b [y_b = c] (f_b - mu_c) / (n_c + m_c)``.
 
     Args:
-        mean_CF: Means so far, double; zeros for a class not met.
+        mean_CF: Means so far, double; zeros for an unseen class.
         count_C: Samples so far, double.
         features_BF: New samples, double.
         y_B: Their classes.
 
     >>> mean_CF, count_C = torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 0.0])
-    >>> mean_CF, count_C = updated_means(mean_CF, count_C, torch.tensor([[3.0], [5.0]]), torch.tensor([0, 1]))
+    >>> mean_CF, count_C = update_means(mean_CF, count_C, torch.tensor([[3.0], [5.0]]), torch.tensor([0, 1]))
     >>> mean_CF.tolist(), count_C.tolist()
     ([[2.0], [5.0]], [2.0, 1.0])
     """
@@ -91,17 +91,17 @@ def updated_means(mean_CF: Tensor, count_C: Tensor, features_BF: Tensor, y_B: Te
     return mean_CF + moved_CF / count.clamp(min=1)[:, None], count
 
 
-def scatter_of(
+def scatter_update(
     features_BF: Tensor, y_B: Tensor, mean_CF: Tensor, count_C: Tensor, *, total: Tensor | None = None
 ) -> Tensor:
-    """What a batch adds to the scatter, one sample after the other: ``sum_t n_t / (n_t + 1) d_t d_t'``.
+    """Return the increment of the scatter matrix by a batch, sample by sample: ``sum_t n_t / (n_t + 1) d_t d_t'``.
 
-    ``d_t = f_t - mu`` with mu the mean of the sample's class just before it, zero for a new class.
+    ``d_t = f_t - mu`` with mu the mean of the sample's class before it, zero for a new class.
 
-    With ``total`` None, n_t counts the samples of that class before: the sum over a stream is exactly the scatter
-    within the classes, ``sum_t (f_t - mu_y)(f_t - mu_y)'`` with the final means, in whatever order (Welford, "Note
-    on a Method for Calculating Corrected Sums of Squares and Products", 1962). With ``total``, n_t counts all
-    samples before, as in Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant
+    With ``total`` None, n_t counts the earlier samples of that class: the sum over a stream is exactly the scatter
+    within the classes, ``sum_t (f_t - mu_y)(f_t - mu_y)'`` with the final means, in any order (Welford, "Note on a
+    Method for Calculating Corrected Sums of Squares and Products", 1962). With ``total``, n_t counts all earlier
+    samples, as in Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant
     Analysis" (2020): their covariance after T samples is the sum divided by T. It depends on the order, and the
     first sample of a class adds its square.
 
@@ -124,16 +124,16 @@ def scatter_of(
 
 
 def discriminant(mean_CF: Tensor, covariance_FF: Tensor, count_C: Tensor, *, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Weights and biases of linear discriminant analysis with equal priors.
+    """Return weights and biases of linear discriminant analysis with equal priors.
 
-    ``score_c(f) = f' L mu_c - mu_c' L mu_c / 2`` with ``L = ((1 - e) S + e I)^-1``, up to a number that is the same
-    for all classes: means are taken from their common center m, ``w_c = L (mu_c - m)`` and
-    ``b_c = -(mu_c + m)' L (mu_c - m) / 2``, which loses fewer digits.
+    ``score_c(f) = f' L mu_c - mu_c' L mu_c / 2`` with ``L = ((1 - e) S + e I)^-1``, up to a constant common to all
+    classes: relative to the center m of the means, ``w_c = L (mu_c - m)`` and ``b_c = -(mu_c + m)' L (mu_c - m) / 2``,
+    which loses fewer digits.
 
     Args:
         mean_CF: Class means, double.
         covariance_FF: S, shared by all classes.
-        count_C: Samples of each class; a class without any has no part in the center.
+        count_C: Samples of each class; a class without any is left out of the center.
         shrinkage: e, above 0 and at most 1.
 
     Returns:
@@ -143,35 +143,35 @@ def discriminant(mean_CF: Tensor, covariance_FF: Tensor, count_C: Tensor, *, shr
     center_F = met_C @ mean_CF / met_C.sum().clamp(min=1)
     identity_FF = torch.eye(len(covariance_FF), dtype=covariance_FF.dtype, device=covariance_FF.device)
     shrunk_FF = (1 - shrinkage) * covariance_FF + shrinkage * identity_FF
-    weight_CF = _solved(shrunk_FF, (mean_CF - center_F).T).T
+    weight_CF = _solve(shrunk_FF, (mean_CF - center_F).T).T
     return weight_CF, -0.5 * ((mean_CF + center_F) * weight_CF).sum(1)
 
 
 def cosines(features_BF: Tensor, prototypes_CF: Tensor) -> Tensor:
-    """cosine_BC of every feature vector with every prototype; 0 where one of them is zero."""
+    """Return cosine_BC of every feature vector and prototype; 0 if one of them is zero."""
     return F.normalize(features_BF, dim=1) @ F.normalize(prototypes_CF, dim=1).T
 
 
 def random_features(features_BF: Tensor, projection_FM: Tensor) -> Tensor:
-    """``relu(f' W)``, of shape [B, M]."""
+    """Return ``relu(f' W)``, of shape [B, M]."""
     return F.relu(features_BF @ projection_FM)
 
 
 def ridge_regression(gram_MM: Tensor, cross_MC: Tensor, *, ridge: float) -> Tensor:
-    """weight_MC that minimizes ``|H W - Y|^2 + ridge |W|^2``, with ``gram = H'H`` and ``cross = H'Y``.
+    """Return weight_MC that minimizes ``|H W - Y|^2 + ridge |W|^2``, with ``gram = H'H`` and ``cross = H'Y``.
 
     ``W = (H'H + ridge I)^-1 H'Y``, in the precision of its arguments.
     """
-    return _solved(gram_MM + ridge * torch.eye(len(gram_MM), dtype=gram_MM.dtype, device=gram_MM.device), cross_MC)
+    return _solve(gram_MM + ridge * torch.eye(len(gram_MM), dtype=gram_MM.dtype, device=gram_MM.device), cross_MC)
 
 
 def held_out_errors(
     fit_NM: Tensor, y_N: Tensor, held_HM: Tensor, held_y_H: Tensor, *, classes: int, ridges: Sequence[float]
 ) -> Tensor:
-    """error_R: mean squared error, against one-hot targets, of the ridge regression with each of the parameters.
+    """Return error_R, the mean squared error on one-hot targets of ridge regressions with each of the parameters.
 
-    One eigendecomposition serves all of them: ``W = H' (H H' + r I)^-1 Y`` with ``H H' = U diag(e) U'``. It costs
-    N^3, whatever M is: for fewer samples than features.
+    All share one eigendecomposition: ``W = H' (H H' + r I)^-1 Y`` with ``H H' = U diag(e) U'``. It costs
+    N^3 for any M: for fewer samples than features.
 
     Args:
         fit_NM: Features of the samples to fit, double.
@@ -190,18 +190,18 @@ def held_out_errors(
     return torch.stack(errors)
 
 
-def for_met_classes(scores_BC: Tensor, met_C: Tensor, *, classes: int) -> Tensor:
-    """The scores with ``-inf`` for classes not met, widened to ``classes`` columns.
+def mask_unmet_classes(scores_BC: Tensor, met_C: Tensor, *, classes: int) -> Tensor:
+    """Set the scores of unseen classes to ``-inf`` and pad to ``classes`` columns.
 
-    >>> for_met_classes(torch.zeros(1, 2), torch.tensor([True, False]), classes=3).tolist()
+    >>> mask_unmet_classes(torch.zeros(1, 2), torch.tensor([True, False]), classes=3).tolist()
     [[0.0, -inf, -inf]]
     """
     masked_BC = scores_BC.masked_fill(~met_C, -inf)
     return F.pad(masked_BC, (0, max(classes - masked_BC.shape[1], 0)), value=-inf)
 
 
-def _solved(matrix_FF: Tensor, right_FC: Tensor) -> Tensor:
-    """``matrix^-1 right`` of a matrix that is positive definite; the shortest solution where rounding denies it."""
+def _solve(matrix_FF: Tensor, right_FC: Tensor) -> Tensor:
+    """Solve for a positive definite matrix; the least-norm solution if rounding makes it indefinite."""
     factor_FF, failed = torch.linalg.cholesky_ex(matrix_FF)
     if bool(failed):
         shortest_FC: Tensor = torch.linalg.pinv(matrix_FF, hermitian=True) @ right_FC

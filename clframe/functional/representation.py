@@ -1,4 +1,4 @@
-"""Losses on representations, one value per exit: what features, maps and prototypes are to keep or to become.
+"""Losses on features, maps and prototypes, one value per exit.
 
 Shape suffixes: B batch, C classes, F features, D pooled values of a map, K exits, J negatives.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Pooling = Literal["spatial", "width", "height", "gap", "channels", "pixels"]
-"""What a map is summed over before it is compared; ``spatial`` puts ``width`` and ``height`` side by side."""
+"""Dimensions over which a map is summed before it is compared; ``spatial`` concatenates ``width`` and ``height``."""
 
 Scales = Sequence[Tensor | float]
-"""For each exit, what its logits are a multiple of: eta of a cosine classifier, or 1."""
+"""Scale of each exit's logits: eta of a cosine classifier, or 1."""
 
 
 def cosine_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """``loss_K[k] = mean_b (1 - cos(student[k][b], teacher[k][b]))``.
+    """Return ``loss_K[k] = mean_b (1 - cos(student[k][b], teacher[k][b]))``.
 
     The less-forget constraint of Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing" (2019),
-    equation 6, and POD-flat of Douillard et al., "PODNet" (2020), as its authors' code has it; the paper writes
-    the squared distance of the normalized features, which is twice as much.
+    equation 6, and POD-flat of Douillard et al., "PODNet" (2020), as in the authors' code; the paper has the
+    squared distance of the normalized features, which is twice as much.
 
     Args:
         student: K tensors features_BF.
@@ -37,14 +37,14 @@ def cosine_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     return torch.stack([(1 - F.cosine_similarity(s, t, dim=1)).mean() for s, t in zip(student, teacher, strict=True)])
 
 
-def pooled(tap: Tensor, pooling: Pooling) -> Tensor:
-    """pooled_BD of a tap's squares: what pooled output distillation compares, before its length is brought to 1.
+def pool_squares(tap: Tensor, pooling: Pooling) -> Tensor:
+    """Sum the squares of a tap to pooled_BD, which pooled output distillation compares after normalization.
 
     ``width`` sums a map_BCHW over its width, ``height`` over its height, ``gap`` over both, ``channels`` over the
-    channels; ``pixels`` leaves it as it is. Of tokens_BTF there is one direction to pool over: ``spatial``,
-    ``width``, ``height`` and ``gap`` all sum over the tokens.
+    channels; ``pixels`` sums nothing. tokens_BTF have one such dimension: ``spatial``, ``width``, ``height`` and
+    ``gap`` all sum over the tokens.
 
-    >>> pooled(torch.tensor([[[[1.0, 2.0], [3.0, 0.0]]]]), "spatial")
+    >>> pool_squares(torch.tensor([[[[1.0, 2.0], [3.0, 0.0]]]]), "spatial")
     tensor([[ 5.,  9., 10.,  4.]])
     """
     squares = tap.square()
@@ -69,16 +69,16 @@ _POOLED: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 def pod(student: Tensor, teacher: Tensor, *, pooling: Pooling) -> Tensor:
     """Pooled output distillation of one tap: the mean over the batch of ``|p(student) / |p| - p(teacher) / |p||``.
 
-    ``p`` is :func:`pooled`. Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental
+    ``p`` is :func:`pool_squares`. Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental
     Learning" (2020), equations 3 to 6, on squares and with distances that are not squared, as the authors' code.
 
     Args:
         student: A map or tokens.
-        teacher: The same of the old network, without gradient.
-        pooling: See :func:`pooled`.
+        teacher: The tap of the old network, without gradient.
+        pooling: See :func:`pool_squares`.
     """
-    difference_BD = F.normalize(pooled(student, pooling), dim=1) - F.normalize(pooled(teacher, pooling), dim=1)
-    distance_B: Tensor = torch.linalg.vector_norm(difference_BD, dim=1)
+    student_BD, teacher_BD = (F.normalize(pool_squares(tap, pooling), dim=1) for tap in (student, teacher))
+    distance_B: Tensor = torch.linalg.vector_norm(student_BD - teacher_BD, dim=1)
     return distance_B.mean()
 
 
@@ -87,8 +87,8 @@ def nca(
 ) -> Tensor:
     """Neighborhood component analysis with a margin: ``[log sum_{i != y} exp(z_i) - (z_y - eta m)]_+``.
 
-    ``z = eta * similarity`` are the logits, so the margin m is one of similarities. Douillard et al., "PODNet"
-    (2020), equation 12, the hinge taken for each sample.
+    ``z = eta * similarity`` are the logits, so the margin m applies to similarities. Douillard et al., "PODNet"
+    (2020), equation 12, with the hinge per sample.
 
     Args:
         logits: K tensors logits_BC.
@@ -113,18 +113,18 @@ def nca(
 def separation(
     logits: Sequence[Tensor], y_B: Tensor, *, new: Tensor, margin: float, negatives: int, scales: Scales
 ) -> Tensor:
-    """Inter-class separation: samples of old classes keep ``margin`` from the new classes most like them.
+    """Inter-class separation: a ``margin`` between samples of old classes and the most similar new classes.
 
     ``mean over old samples b of sum_j max(m - s_by + s_bj, 0)``, ``s = z / eta`` the cosines and j the J new
-    classes of highest cosine; 0 where the batch has no old sample. Hou et al., "Learning a Unified Classifier
-    Incrementally via Rebalancing" (2019), equation 8. (The authors' code takes the mean over j, 1/J of this.)
+    classes of highest cosine; 0 if the batch has no old sample. Hou et al., "Learning a Unified Classifier
+    Incrementally via Rebalancing" (2019), equation 8. (The authors' code has the mean over j, 1/J of this.)
 
     Args:
         logits: K tensors logits_BC.
         y_B: Targets.
         new: Ids of the new classes, on the device of the logits.
         margin: m.
-        negatives: J; fewer where there are fewer new classes.
+        negatives: J, at most the number of new classes.
         scales: eta of each exit.
 
     Returns:
@@ -145,17 +145,17 @@ def separation(
 def contrastive(
     features: Sequence[Tensor], y_B: Tensor, *, temperature: float, weight_B: Tensor | None = None
 ) -> Tensor:
-    """Supervised contrastive loss: samples of a class attract each other, all others repel.
+    """Supervised contrastive loss: pulls samples of a class together and apart from all others.
 
-    ``-1/|P(b)| sum_{p in P(b)} log(exp(z_b z_p / T) / sum_{a != b} exp(z_b z_a / T))``, z the features brought
-    to length 1 and P(b) the other samples of b's class; the mean over the samples that have some, else 0. Khosla
+    ``-1/|P(b)| sum_{p in P(b)} log(exp(z_b z_p / T) / sum_{a != b} exp(z_b z_a / T))``, z the normalized
+    features and P(b) the other samples of b's class; the mean over the samples that have some, else 0. Khosla
     et al., "Supervised Contrastive Learning" (2020), equation 2.
 
     Args:
         features: K tensors features_BF.
         y_B: Targets.
         temperature: T > 0.
-        weight_B: Weight of each sample as the one compared; None weighs all alike.
+        weight_B: Weight of each sample as anchor; None weighs all alike.
 
     Returns:
         loss_K, in nats.
@@ -176,7 +176,7 @@ def contrastive(
 
 
 def attraction(cosines: Sequence[Tensor], y_B: Tensor) -> Tensor:
-    """``loss_K[k] = mean_b (1 - cosines[k][b, y_b])``: prototypes go to the samples of their class.
+    """Return ``loss_K[k] = mean_b (1 - cosines[k][b, y_b])``, which pulls prototypes to the samples of their class.
 
     Args:
         cosines: K tensors cosine_BC of samples and prototypes.
@@ -186,7 +186,7 @@ def attraction(cosines: Sequence[Tensor], y_B: Tensor) -> Tensor:
 
 
 def relation(student: Sequence[Tensor], teacher: Sequence[Tensor], *, share_C: Tensor, temperature: float) -> Tensor:
-    """Prototype-sample relation distillation: an old prototype ranks the samples of a batch as it used to.
+    """Prototype-sample relation distillation: preserves the similarities of old prototypes to the samples of a batch.
 
     ``sum_c share_c KL(softmax_b(teacher[k][b, c] / T) || softmax_b(student[k][b, c] / T))``: for each old class, a
     softmax over the batch. Asadi et al., "Prototype-Sample Relation Distillation: Towards Replay-Free Continual
@@ -195,7 +195,7 @@ def relation(student: Sequence[Tensor], teacher: Sequence[Tensor], *, share_C: T
     Args:
         student: K tensors scores_BC of samples and prototypes, of at least as many classes as the teacher's.
         teacher: K tensors scores_BC, without gradient.
-        share_C: Weight of each of the teacher's classes; 0 for those that are none.
+        share_C: Weight of each of the teacher's classes; 0 for columns without a class.
         temperature: T > 0.
 
     Returns:
@@ -211,7 +211,7 @@ def relation(student: Sequence[Tensor], teacher: Sequence[Tensor], *, share_C: T
 
 
 def _shares(y_B: Tensor, weight_B: Tensor | None, like: Tensor) -> Tensor:
-    """What each sample counts for in a mean."""
+    """Return the share of each sample in a mean."""
     if weight_B is None:
         return like.new_full(y_B.shape, 1 / len(y_B))
     return weight_B / weight_B.sum()

@@ -1,4 +1,4 @@
-"""Metrics: exact counts, and one definition for each number of continual learning."""
+"""Metrics of continual learning: exact counts, one definition per metric, one registry, statistics over seeds."""
 
 from clframe.metrics.continual import (
     Matrix,
@@ -13,11 +13,12 @@ from clframe.metrics.continual import (
     forward_transfer,
     learning_accuracy,
 )
-from clframe.metrics.registry import METRICS, scores
+from clframe.metrics.registry import METRICS, Evaluations, Kind, Metric, all_metrics, scores
 from clframe.metrics.tally import Counts, Tally, TallyCounter
 
 __all__ = [
-    "METRICS", "Counts", "Matrix", "Score", "Tally", "TallyCounter", "average_incremental_accuracy",
+    "METRICS", "Counts", "Evaluations", "Kind", "Matrix", "Metric", "Score", "Tally", "TallyCounter", "all_metrics",
+    "average_incremental_accuracy",
     "average_seen_accuracy", "backward_transfer", "final_average_accuracy", "final_weighted_accuracy",
     "forgetting", "forgetting_E", "forward_transfer", "learning_accuracy", "scores",
 ]  # fmt: skip

@@ -1,11 +1,11 @@
-"""The numbers of continual learning, each with one definition, as pure functions of the accuracy matrix.
+"""Metrics of continual learning as pure functions of the accuracy matrix.
 
 ``accuracy_TE[i][j]`` is the accuracy on test experience j after training on experience i, NaN where it
 was not evaluated; T rows, E columns, both counted from 0. A domain-incremental stream has the same classes in
-every experience and the same matrix. Every experience weighs the same unless the name says "weighted".
+every experience and the same matrix. Every experience has the same weight unless the name contains "weighted".
 
-A number that the matrix does not define is NaN and says why; it is never 0 by default, and a missing
-accuracy is never skipped: a mean over fewer experiences would be another number under the same name.
+A metric that the matrix does not define is NaN with a reason; it is never 0 by default, and a missing accuracy
+is never skipped: a mean over fewer experiences would be a different number under the same name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number, or NaN and the reason why there is none.
+    """A number, or NaN and the reason why it is undefined.
 
     >>> float(Score(0.5)), Score(NAN, "one experience").undefined
     (0.5, 'one experience')
@@ -39,7 +39,7 @@ class Score:
 
 
 def final_average_accuracy(accuracy_TE: Matrix) -> Score:
-    """Mean accuracy over all test experiences after the last training experience.
+    """Compute the mean accuracy over all test experiences after the last training experience.
 
     ``1/E sum_j A[T-1, j]``: ACC of Lopez-Paz and Ranzato, "Gradient Episodic Memory" (2017).
 
@@ -51,25 +51,25 @@ def final_average_accuracy(accuracy_TE: Matrix) -> Score:
 
 
 def final_weighted_accuracy(accuracy_TE: Matrix, samples_E: Sequence[int]) -> Score:
-    """Accuracy over all test samples after the last training experience.
+    """Compute the accuracy over all test samples after the last training experience.
 
     ``sum_j n_j A[T-1, j] / sum_j n_j`` with ``n_j`` the samples of test experience j: every sample
-    weighs the same, as in one test set of all classes.
+    has the same weight, as in one test set of all classes.
     """
     rows, columns = _shape(accuracy_TE)
     _one_each("samples_E", len(samples_E), columns)
-    held = [j for j in range(columns) if samples_E[j]]
-    if not held:
+    nonempty = [j for j in range(columns) if samples_E[j]]
+    if not nonempty:
         return Score(NAN, "there are no test samples")
     last = accuracy_TE[rows - 1]
-    missing = _missing((rows - 1, j, last[j]) for j in held)
+    missing = _missing((rows - 1, j, last[j]) for j in nonempty)
     return Score(NAN, missing) if missing else Score(
-        math.fsum(samples_E[j] * last[j] for j in held) / sum(samples_E)
+        math.fsum(samples_E[j] * last[j] for j in nonempty) / sum(samples_E)
     )
 
 
 def average_seen_accuracy(accuracy_TE: Matrix) -> Score:
-    """Mean accuracy over the experiences seen so far, after the last row's experience.
+    """Compute the mean accuracy over the experiences seen so far, after the last row's experience.
 
     ``1/|S| sum_{j in S} A[T-1, j]`` with S the test experiences ``j <= T-1``; at the end of a stream it is
     :func:`final_average_accuracy`. Source: A_k of Chaudhry et al., "Riemannian Walk" (2018).
@@ -79,7 +79,7 @@ def average_seen_accuracy(accuracy_TE: Matrix) -> Score:
 
 
 def average_incremental_accuracy(accuracy_TE: Matrix) -> Score:
-    """Mean over training experiences of the mean accuracy on the experiences seen by then.
+    """Compute the mean over training experiences of the mean accuracy on the experiences seen by then.
 
     ``1/T sum_i mean_{j <= i} A[i, j]``, the first experience included. Source: Rebuffi et al., "iCaRL"
     (2017); there the inner mean is over samples, here over experiences, the same for equal sizes.
@@ -94,11 +94,11 @@ def average_incremental_accuracy(accuracy_TE: Matrix) -> Score:
 
 
 def forgetting_E(accuracy_TE: Matrix) -> tuple[Score, ...]:
-    """What each experience lost: its best accuracy before the last experience minus its final one.
+    """Compute forgetting by experience: the best accuracy before the last experience minus the final one.
 
     ``f_j = max_{i in j..T-2} A[i, j] - A[T-1, j]`` for ``j < T-1``, negative where the last experience
-    helped. Source: Chaudhry et al., "Riemannian Walk" (2018), with the maximum taken from the time the
-    experience is learnt. (Avalanche's forgetting is ``A[j, j] - A[T-1, j]``, minus our backward transfer.)
+    improved it. Source: Chaudhry et al., "Riemannian Walk" (2018), with the maximum taken from the time the
+    experience is learned. (Avalanche's forgetting is ``A[j, j] - A[T-1, j]``, minus our backward transfer.)
 
     >>> [score.value for score in forgetting_E([[0.75, 0.0], [0.5, 1.0]])]
     [0.25, nan]
@@ -108,7 +108,7 @@ def forgetting_E(accuracy_TE: Matrix) -> tuple[Score, ...]:
 
 
 def forgetting(accuracy_TE: Matrix) -> Score:
-    """Mean of :func:`forgetting_E` over the experiences before the last, ``j < T-1``."""
+    """Compute the mean of :func:`forgetting_E` over the experiences before the last, ``j < T-1``."""
     rows, columns = _shape(accuracy_TE)
     if rows < 2:
         return Score(NAN, "needs two experiences, found one")
@@ -118,7 +118,7 @@ def forgetting(accuracy_TE: Matrix) -> Score:
 
 
 def backward_transfer(accuracy_TE: Matrix) -> Score:
-    """Mean change of each experience's accuracy since it was learnt; negative means forgetting.
+    """Compute the mean change of each experience's accuracy since it was learned; negative means forgetting.
 
     ``mean_{j < T-1} A[T-1, j] - A[j, j]``: BWT of Lopez-Paz and Ranzato (2017).
     """
@@ -131,11 +131,11 @@ def backward_transfer(accuracy_TE: Matrix) -> Score:
 
 
 def forward_transfer(accuracy_TE: Matrix, baseline_E: Sequence[float] | None) -> Score:
-    """Mean head start of an experience just before it is learnt, over the model at random initialization.
+    """Compute the mean accuracy on an experience just before it is learned, minus that at random initialization.
 
     ``mean_{1 <= j < T} A[j-1, j] - b_j``: FWT of Lopez-Paz and Ranzato (2017), ``baseline_E`` being
-    their b_j. A class that has no output yet is always wrong, so on the task-agnostic matrix of a
-    class-incremental stream the first term is 0: there the number is of use for domain-incremental streams.
+    their b_j. A class without an output is always wrong, so on the task-agnostic matrix of a class-incremental
+    stream the first term is 0: the metric is meaningful for domain-incremental streams.
     """
     rows, columns = _shape(accuracy_TE)
     if baseline_E is None:
@@ -149,7 +149,7 @@ def forward_transfer(accuracy_TE: Matrix, baseline_E: Sequence[float] | None) ->
 
 
 def learning_accuracy(accuracy_TE: Matrix) -> Score:
-    """Mean accuracy on each experience just after it was learnt.
+    """Compute the mean accuracy on each experience just after it was learned.
 
     ``mean_j A[j, j]``: LA of Riemer et al., "Learning to Learn without Forgetting" (2019).
     """

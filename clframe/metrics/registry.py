@@ -1,53 +1,179 @@
-"""All scalar metrics of a run by name, from the counts taken after each training experience."""
+"""Scalar metrics of a run: one entry here adds a metric to results, tables, reports and TensorBoard.
+
+An entry has the function that computes the metric from the evaluations of a run, and its labels.
+Another package adds one through the entry point group ``clframe.metrics``, a script with ``METRICS.add``::
+
+    METRICS.add("worst_experience", Metric(
+        label="accuracy on the worst experience",
+        score=lambda found: min(found.accuracy_TE[-1]),
+    ))
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Final, Literal
 
 from clframe.errors import ClframeError
 from clframe.metrics import continual
-from clframe.metrics.continual import Score
+from clframe.metrics.continual import NAN, Matrix, Score
 from clframe.metrics.tally import Tally
+from clframe.registry import Registry
 
-METRICS = (
-    "final_average_accuracy",
-    "final_average_accuracy_task_aware",
-    "final_weighted_accuracy",
-    "average_incremental_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "learning_accuracy",
-)
-"""Names of the scalar metrics: from 0 to 1, differences from -1 to 1."""
+Kind = Literal["percent", "points", "whole", "decimal", "fine"]
+"""Format of a number: ``percent`` and ``points`` times 100, points with their sign; ``whole`` without decimals,
+``decimal`` with one, ``fine`` with three."""
 
 
-def scores(tallies: Sequence[Tally], *, baseline: Tally | None = None) -> dict[str, Score]:
-    """Every metric of :data:`METRICS`, in that order.
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """The evaluations of a run that metrics are computed from."""
 
-    All are task-agnostic but the one that says otherwise. ``tallies`` holds one evaluation per training
-    experience, ``baseline`` one of the model before any training, which forward transfer needs. Raises
-    :class:`ClframeError` where there are no evaluations or where they differ in shape.
+    tallies: Sequence[Tally]
+    """One per training experience, in order."""
+    baseline: Tally | None = None
+    """Of the model before any training; None where it was not evaluated."""
+
+    @property
+    def accuracy_TE(self) -> Matrix:
+        """Task-agnostic accuracy matrix: after experience t, on test experience e."""
+        return [tally.accuracy_E for tally in self.tallies]
+
+    @property
+    def accuracy_aware_TE(self) -> Matrix:
+        """Task-aware accuracy matrix."""
+        return [tally.accuracy_aware_E for tally in self.tallies]
+
+    @property
+    def baseline_E(self) -> Sequence[float] | None:
+        """Accuracy of the untrained model on each test experience."""
+        return None if self.baseline is None else self.baseline.accuracy_E
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """Definition and labels of one scalar metric of a run."""
+
+    label: str
+    """Name in tables and reports, without a unit."""
+    score: Callable[[Evaluations], Score | float]
+    """Value at the end of the run; a NaN should be a :class:`Score` with its reason."""
+    running: Callable[[Evaluations], Score | float] | None = None
+    """Value after each experience, for TensorBoard; None computes ``score`` of the evaluations so far."""
+    tag: str = ""
+    """TensorBoard tag; empty for ``continual/<name>``."""
+    kind: Kind = "percent"
+    better: Literal["higher", "lower", ""] = "higher"
+    column: str = ""
+    """Short heading in the terminal's table over seeds; empty leaves the metric out of that table."""
+    compared: bool = False
+    """If true, reports compare groups of runs by this metric."""
+
+
+def _load_metric(point: EntryPoint) -> Iterator[tuple[str, Metric]]:
+    entry = point.load()
+    if not isinstance(entry, Metric):
+        raise TypeError(f"{entry!r} is not a Metric")
+    yield point.name, entry
+
+
+METRICS: Registry[Metric] = Registry("metric", group="clframe.metrics", load=_load_metric)
+"""Every scalar metric by name."""
+
+
+def _weighted_so_far(found: Evaluations) -> Score:
+    """Accuracy over the test samples of the experiences seen; the others would count as wrong."""
+    seen = len(found.tallies)
+    rows = [row[:seen] for row in found.accuracy_TE]
+    return continual.final_weighted_accuracy(rows, found.tallies[-1].samples_E[:seen])
+
+
+_OWN: Final[Mapping[str, Metric]] = {
+    "final_average_accuracy": Metric(
+        label="final average accuracy", column="final", compared=True, tag="1_progress/accuracy",
+        score=lambda found: continual.final_average_accuracy(found.accuracy_TE),
+        running=lambda found: continual.average_seen_accuracy(found.accuracy_TE),
+    ),
+    "final_average_accuracy_task_aware": Metric(
+        label="final average accuracy, task-aware", column="task-aware", tag="continual/accuracy_task_aware",
+        score=lambda found: continual.final_average_accuracy(found.accuracy_aware_TE),
+        running=lambda found: continual.average_seen_accuracy(found.accuracy_aware_TE),
+    ),
+    "final_weighted_accuracy": Metric(
+        label="final accuracy over all samples", tag="continual/accuracy_over_all_samples",
+        score=lambda found: continual.final_weighted_accuracy(found.accuracy_TE, found.tallies[-1].samples_E),
+        running=_weighted_so_far,
+    ),
+    "average_incremental_accuracy": Metric(
+        label="average incremental accuracy", column="incremental", compared=True,
+        score=lambda found: continual.average_incremental_accuracy(found.accuracy_TE),
+    ),
+    "learning_accuracy": Metric(
+        label="learning accuracy",
+        score=lambda found: continual.learning_accuracy(found.accuracy_TE),
+    ),
+    "forgetting": Metric(
+        label="forgetting", column="forgetting", compared=True, better="lower", tag="1_progress/forgetting",
+        score=lambda found: continual.forgetting(found.accuracy_TE),
+    ),
+    "backward_transfer": Metric(
+        label="backward transfer", column="backward",
+        score=lambda found: continual.backward_transfer(found.accuracy_TE),
+    ),
+    "forward_transfer": Metric(
+        label="forward transfer",
+        score=lambda found: continual.forward_transfer(found.accuracy_TE, found.baseline_E),
+    ),
+}  # fmt: skip
+
+for _name, _metric in _OWN.items():
+    METRICS.add(_name, _metric)
+
+
+def all_metrics() -> dict[str, Metric]:
+    """Return every metric by name: clframe's in the order of this file, then others in alphabetical order."""
+    found = dict(METRICS.items())
+    return {**{name: found[name] for name in _OWN}, **found}
+
+
+def scores(
+    tallies: Sequence[Tally], *, baseline: Tally | None = None, running: bool = False
+) -> dict[str, Score]:
+    """Compute every metric from one evaluation per training experience.
+
+    A metric of another package that fails is NaN with the error as its reason: the numbers of a finished run are
+    worth more than one metric.
+
+    Args:
+        tallies: One evaluation per training experience.
+        baseline: An evaluation before any training, for forward transfer.
+        running: Whether to compute what TensorBoard draws after each experience instead of the final value.
+
+    Raises:
+        ClframeError: No evaluations, or evaluations that differ in shape.
 
     >>> tally = Tally(((4, 0), (0, 2)), correct_EC=((3, 0), (0, 1)), correct_aware_EC=((4, 0), (0, 2)))
     >>> scores([tally])["final_average_accuracy"].value, scores([tally])["forgetting"].undefined
     (0.625, 'needs two experiences, found one')
     """
     _check_shapes([*tallies, baseline] if baseline else tallies, found=len(tallies))
-    accuracy_TE = [tally.accuracy_E for tally in tallies]
-    aware_TE = [tally.accuracy_aware_E for tally in tallies]
-    baseline_E = baseline.accuracy_E if baseline else None
-    values = (
-        continual.final_average_accuracy(accuracy_TE),
-        continual.final_average_accuracy(aware_TE),
-        continual.final_weighted_accuracy(accuracy_TE, tallies[-1].samples_E),
-        continual.average_incremental_accuracy(accuracy_TE),
-        continual.forgetting(accuracy_TE),
-        continual.backward_transfer(accuracy_TE),
-        continual.forward_transfer(accuracy_TE, baseline_E),
-        continual.learning_accuracy(accuracy_TE),
-    )
-    return dict(zip(METRICS, values, strict=True))
+    found = Evaluations(tallies, baseline)
+    return {
+        name: _score((running and metric.running) or metric.score, found) for name, metric in all_metrics().items()
+    }
+
+
+def _score(compute: Callable[[Evaluations], Score | float], found: Evaluations) -> Score:
+    try:
+        score = compute(found)
+        score = score if isinstance(score, Score) else Score(float(score))
+    except ClframeError:
+        raise
+    except Exception as error:
+        return Score(NAN, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return score if score.undefined or score.value == score.value else Score(NAN, "no reason given")
 
 
 def _check_shapes(tallies: Sequence[Tally], *, found: int) -> None:

@@ -1,7 +1,7 @@
-"""The few statistics of a report, each with one definition.
+"""Statistics of a report.
 
-Everything over seeds: means, sample deviations (n - 1), paired differences with Student's t intervals; and over
-operating points, which are pairs of cost and accuracy: the Pareto front and the cost at a given accuracy.
+Over seeds: means, sample standard deviations (n - 1), paired differences with Student's t intervals. Over operating
+points, which are pairs of cost and accuracy: the Pareto front and the cost at a given accuracy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 class Point(NamedTuple):
-    """One way to predict: what a sample costs on average in MACs, and the accuracy."""
+    """An operating point: mean MACs per sample, and accuracy."""
 
     cost: float
     accuracy: float
@@ -26,14 +26,14 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """A paired difference over the seeds that both have; NaN where undefined."""
+    """A paired difference over common seeds; NaN where undefined."""
 
     seeds: tuple[int, ...]
     base: float
-    """Mean of the first over these seeds."""
+    """Mean of the first group over these seeds."""
     mean: float
     half_width: float
-    """Of the 95 % confidence interval around ``mean``."""
+    """Half width of the 95 % confidence interval around ``mean``."""
     undefined: str = ""
 
     @property
@@ -43,7 +43,7 @@ class Difference:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; NaN where any value is, or where there is none.
+    """Compute the arithmetic mean; NaN if any value is NaN or there are none.
 
     >>> mean([0.5, 0.25]), mean([0.5, float("nan")])
     (0.375, nan)
@@ -52,14 +52,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation, ``sqrt(sum (x - mean)^2 / (n - 1))``; NaN for fewer than two values."""
+    """Compute the sample standard deviation, ``sqrt(sum (x - mean)^2 / (n - 1))``; NaN for fewer than two values."""
     if len(values) < 2 or any(math.isnan(value) for value in values):
         return NAN
     return statistics.stdev(values)
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
-    """``second - first`` over the seeds that both have.
+    """Compute ``second - first`` over common seeds.
 
     ``mean(d) ± t(0.975, n - 1) s(d) / sqrt(n)`` with d the differences seed by seed, s their sample deviation:
     the interval of the paired t-test. Source: Student, "The Probable Error of a Mean" (1908).
@@ -89,7 +89,7 @@ def _t_quantile(freedom: int) -> float:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats: none costs at most as much and is at least as accurate. In order of cost.
+    """Return the points that no other dominates in cost and accuracy, in order of cost.
 
     >>> pareto_front([Point(1, 0.5), Point(2, 0.4), Point(3, 0.9)])
     [Point(cost=1, accuracy=0.5, name=''), Point(cost=3, accuracy=0.9, name='')]
@@ -103,11 +103,10 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def cost_at(points: Sequence[Point], accuracy: float) -> float:
-    """The least mean cost at which these operating points reach ``accuracy``; NaN where they cannot.
+    """Compute the lowest mean cost at which these operating points reach ``accuracy``; NaN where they cannot.
 
-    Sending a share w of the samples, drawn by lot, through one point and the others through another costs
-    ``w c + (1 - w) c'`` and is right ``w a + (1 - w) a'`` of the time, so between two points the straight line is
-    reached too. Nothing beyond the points is assumed.
+    Assigning a random share w of the samples to one point and the others to another costs ``w c + (1 - w) c'`` with
+    accuracy ``w a + (1 - w) a'``, so every point on the straight line between two points is reached too.
 
     >>> cost_at([Point(10, 0.5), Point(20, 0.9)], 0.7)
     15.0

@@ -1,6 +1,6 @@
-"""Counts of right answers: what one evaluation of the model on every test experience comes to.
+"""Counts of correct predictions of one evaluation of the model on every test experience.
 
-Accuracies are ratios of whole numbers, so nothing depends on how the samples were batched.
+Accuracies are ratios of integers, so they do not depend on how the samples were batched.
 
 Shape suffixes: B batch, C classes in learning order, E test experiences, K classes of one experience.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 from clframe.errors import ClframeError
 
 Counts = tuple[tuple[int, ...], ...]
-"""Whole numbers by test experience and class, ``counts[e][c]``."""
+"""Integers by test experience and class, ``counts[e][c]``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many test samples there are and how many were right, by test experience and class.
+    """Number of test samples and of correct predictions by test experience and class.
 
-    Nested lists are accepted and kept as tuples, so ``Tally(**dataclasses.asdict(tally))`` and a way
-    through JSON give an equal tally. Raises :class:`ClframeError` for counts that cannot be.
+    Nested lists are accepted and stored as tuples, so ``Tally(**dataclasses.asdict(tally))`` and a JSON round trip give
+    an equal tally. Raises :class:`ClframeError` for impossible counts.
 
     >>> tally = Tally(((3, 1), (0, 2)), correct_EC=((3, 0), (0, 1)), correct_aware_EC=((3, 1), (0, 1)))
     >>> tally.accuracy_E, tally.accuracy_C
@@ -34,9 +34,9 @@ class Tally:
     total_EC: Counts
     """Samples evaluated."""
     correct_EC: Counts
-    """Right when the arg-max runs over all classes learnt so far (task-agnostic)."""
+    """Correct with the arg-max over all classes learned so far (task-agnostic)."""
     correct_aware_EC: Counts
-    """Right when the arg-max runs over the classes of the sample's own experience only (task-aware)."""
+    """Correct with the arg-max over the classes of the sample's experience only (task-aware)."""
 
     def __post_init__(self) -> None:
         for name in ("total_EC", "correct_EC", "correct_aware_EC"):
@@ -57,12 +57,12 @@ class Tally:
 
     @property
     def accuracy_E(self) -> tuple[float, ...]:
-        """Task-agnostic accuracy on each test experience, right / total; NaN where nothing was evaluated."""
+        """Task-agnostic accuracy on each test experience, correct / total; NaN where nothing was evaluated."""
         return _ratios(self.correct_EC, self.total_EC)
 
     @property
     def accuracy_aware_E(self) -> tuple[float, ...]:
-        """Task-aware accuracy on each test experience, right / total; NaN where nothing was evaluated."""
+        """Task-aware accuracy on each test experience, correct / total; NaN where nothing was evaluated."""
         return _ratios(self.correct_aware_EC, self.total_EC)
 
     @property
@@ -72,12 +72,12 @@ class Tally:
 
 
 class TallyCounter:
-    """Counts on the device, batch by batch, without making the host wait; :meth:`result` reads them once.
+    """Counts on the device, batch by batch, without synchronization; :meth:`result` transfers them once.
 
     Args:
-        experiences: Test experiences, E.
-        classes: Classes of the whole benchmark, C, learnt or not.
-        device: Where logits and labels are.
+        experiences: Number of test experiences, E.
+        classes: Number of classes of the whole benchmark, C, learned or not.
+        device: Device of logits and labels.
 
     >>> counter = TallyCounter(1, 3, device="cpu")
     >>> counter.update(0, torch.tensor([[0.2, 0.9], [0.8, 0.1]]), torch.tensor([1, 2]), (1, 2))
@@ -87,25 +87,25 @@ class TallyCounter:
 
     def __init__(self, experiences: int, classes: int, *, device: torch.device | str) -> None:
         self.counts_3EC = torch.zeros(3, experiences, classes, dtype=torch.int64, device=device)
-        """Total, correct, correct task-aware; with several processes, sum it over them before the result."""
+        """Total, correct, correct task-aware; with several processes, sum over them before :meth:`result`."""
         self._index_K: dict[tuple[int, ...], Tensor] = {}
 
     def update(self, experience: int, logits_BC: Tensor, y_B: Tensor, classes: Sequence[int]) -> None:
         """Count one batch of test experience ``experience``, whose classes are ``classes`` (any order).
 
-        A sample is right when its class has the highest logit, the lowest class winning a tie. A class
-        without a column, or with ``-inf`` in it, never wins; where no class can win, and where a logit
-        compared is NaN, the sample is wrong. Labels must be below the number of classes counted.
+        A sample is correct when its class has the highest logit; ties go to the lowest class. A class without a column,
+        or with ``-inf`` in it, never wins; where no class can win, and where a compared logit is NaN, the sample is
+        wrong. Labels must be below the number of classes.
         """
         known = tuple(sorted({c for c in classes if c < logits_BC.shape[1]}))
         counted_3B = torch.stack((torch.ones_like(y_B, dtype=torch.bool),
                                   _right_B(logits_BC, y_B),
                                   self._right_among_B(logits_BC, y_B, known)))  # fmt: skip
-        # index_add_ on whole numbers: exact in any order, no size to ask the device for (bincount would)
+        # index_add_ of integers is exact in any order, and unlike bincount needs no size from the device.
         self.counts_3EC[:, experience].index_add_(1, y_B.long(), counted_3B.long())
 
     def result(self) -> Tally:
-        """The counts so far: the one transfer from the device."""
+        """Return the counts so far; the only transfer from the device."""
         total_EC, correct_EC, correct_aware_EC = self.counts_3EC.cpu().tolist()
         return Tally(total_EC=total_EC, correct_EC=correct_EC, correct_aware_EC=correct_aware_EC)
 
@@ -113,19 +113,19 @@ class TallyCounter:
         if not known:
             return torch.zeros_like(y_B, dtype=torch.bool)
         first, last = known[0], known[-1]
-        if last - first + 1 == len(known):  # neighbors in learning order, the usual case: a view, no index
+        if last - first + 1 == len(known):  # consecutive in learning order, the usual case: a view instead of an index
             return _right_B(logits_BC[:, first : last + 1], y_B - first)
         index_K = self._index_K.get(known)
         if index_K is None:
             index_K = torch.tensor(known)
-            if logits_BC.device.type == "cuda":  # from pinned memory the copy need not wait for the device
+            if logits_BC.device.type == "cuda":  # from pinned memory the copy is asynchronous
                 index_K = index_K.pin_memory().to(logits_BC.device, non_blocking=True)
             index_K = self._index_K[known] = index_K.to(logits_BC.device)
         return _right_B(logits_BC.index_select(1, index_K), y_B, names_K=index_K)
 
 
 def _right_B(logits_BK: Tensor, y_B: Tensor, *, names_K: Tensor | None = None) -> Tensor:
-    """Whether the column with the highest logit is the label's; ``names_K`` are the columns' classes."""
+    """Return whether the column with the highest logit is the label's; ``names_K`` are the columns' classes."""
     if logits_BK.shape[1] == 0:
         return torch.zeros_like(y_B, dtype=torch.bool)
     highest_B, winner_B = logits_BK.max(dim=1)

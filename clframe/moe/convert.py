@@ -1,4 +1,4 @@
-"""From a dense model to experts: division of neurons, and replacement of the feed-forward networks."""
+"""Conversion of feed-forward networks to experts: grouping of neurons and replacement of modules."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from clframe.errors import ConfigError, UnsupportedError
-from clframe.moe.dense import Dense, dense_networks
+from clframe.errors import ConfigError, DivergenceError, UnsupportedError
+from clframe.moe.dense import find_dense_ffns
 from clframe.moe.experts import ExpertLayer
-from clframe.moe.routed import RoutedExperts, routed_layers
+from clframe.moe.routed import RoutedExperts, override, routed_layers
 from clframe.moe.router import ALL, ROUTERS, RouterKind
 from clframe.seeding import generator_for
 
 Split = Literal["kmeans", "random", "coactivation"]
-"""By similar weights; at random; by firing for the same tokens."""
+"""Grouping of neurons by similar weights, at random, or by activity on the same tokens."""
 
 SPLITS: tuple[Split, ...] = ("kmeans", "random", "coactivation")
 
@@ -26,10 +26,10 @@ SPLITS: tuple[Split, ...] = ("kmeans", "random", "coactivation")
 def expert_count(
     neurons: int, *, experts: int | None, expert_size: int | None, most: int | None = None, where: str = "moe"
 ) -> int:
-    """How many experts ``neurons`` make, given their number, their size or the most there may be.
+    """Number of experts of a network of ``neurons``, from their number, their size or an upper limit.
 
     Raises:
-        ConfigError: Two of them given, or none, or experts that are not equal.
+        ConfigError: Both or none of ``experts`` and ``expert_size`` given, or a value that does not divide ``neurons``.
 
     >>> expert_count(3072, experts=None, expert_size=128), expert_count(400, experts=None, expert_size=None, most=24)
     (24, 20)
@@ -46,26 +46,33 @@ def expert_count(
     return value if option == "experts" else neurons // value
 
 
-def split_neurons(features_FD: Tensor, *, experts: int, split: Split, generator: Generator) -> Tensor:
-    """order_F: neurons expert by expert, each expert's in ascending order.
+def split_neurons(
+    features_FD: Tensor, *, experts: int, split: Split, generator: Generator, where: str = "moe"
+) -> Tensor:
+    """Group neurons into experts; returns order_F, the neurons sorted by expert and by index within an expert.
 
     Args:
-        features_FD: What tells neurons apart: their rows of the input weights, of the gate's where there is one; for
-            ``coactivation`` each neuron's activations on a set of tokens (transposed).
-        experts: Number of experts; it must divide F.
-        split: How.
-        generator: On the CPU; draws the order, or the first centers.
+        features_FD: Features to group by: rows of the input weights (of the gate in a gated network), or for
+            ``coactivation`` the activations of each neuron on a set of tokens (transposed).
+        experts: Number of experts; a divisor of F.
+        split: Grouping method.
+        generator: CPU generator for the random order or the initial centers.
+        where: Name of the layer for error messages.
 
     Raises:
-        ConfigError: Experts that are not equal, or an unknown split.
+        ConfigError: ``experts`` does not divide F, or an unknown split.
+        DivergenceError: Features that are not finite.
     """
     neurons = len(features_FD)
     expert_count(neurons, experts=experts, expert_size=None)
     if split not in SPLITS:
         raise ConfigError(f"moe.split: found '{split}'; choose from {', '.join(SPLITS)}")
+    if not features_FD.isfinite().all():
+        kind = "activations" if split == "coactivation" else "weights"
+        raise DivergenceError(f"{where}: found {kind} that are not finite, training diverged; lower the learning rate")
     if split == "random":
-        drawn_F = torch.randperm(neurons, generator=generator)
-        return drawn_F.view(experts, -1).sort(1).values.flatten()
+        order_F = torch.randperm(neurons, generator=generator)
+        return order_F.view(experts, -1).sort(1).values.flatten()
     if split == "coactivation":
         features_FD = features_FD > 0
     expert_F = balanced_kmeans(features_FD.float(), clusters=experts, generator=generator)
@@ -75,17 +82,16 @@ def split_neurons(features_FD: Tensor, *, experts: int, split: Split, generator:
 def balanced_kmeans(
     features_FD: Tensor, *, clusters: int, generator: Generator, iterations: int = 20
 ) -> Tensor:
-    """cluster_F of rows on the unit sphere, all clusters of one size.
+    """Cluster rows on the unit sphere into clusters of equal size; returns cluster_F on the CPU.
 
-    Lloyd's algorithm with an assignment that no row and cluster would both rather change: each row asks for its
-    nearest center, which keeps the closest ones and sends the rest to their next. The assignment with the largest
-    similarity of rows to their centers is returned, on the CPU.
+    Lloyd's algorithm with a stable matching as the assignment step, see :func:`assign_evenly`. Returns the assignment
+    with the largest total similarity of rows to their centers.
 
     Args:
-        features_FD: Rows; they are normalized.
+        features_FD: Finite rows; normalized here.
         clusters: A divisor of F.
-        generator: Draws the rows that are the first centers.
-        iterations: At most; it ends when nothing moves.
+        generator: Draws the rows used as initial centers.
+        iterations: Maximum number of iterations; stops earlier when the assignment does not change.
 
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.1, 3.0]])
     >>> cluster = balanced_kmeans(rows, clusters=2, generator=torch.Generator().manual_seed(0))
@@ -96,6 +102,7 @@ def balanced_kmeans(
     count = len(rows_FD)
     first = torch.randperm(count, generator=generator)[:clusters].to(rows_FD.device)
     centers_ED = rows_FD[first]
+    # The objective can fall: a stable matching is not the best assignment. So the best iteration is returned.
     best, best_F, previous_F = -float("inf"), None, None
     for _ in range(iterations):
         cluster_F = assign_evenly(rows_FD @ centers_ED.t())
@@ -112,9 +119,11 @@ def balanced_kmeans(
 
 
 def assign_evenly(similarity_FE: Tensor) -> Tensor:
-    """cluster_F: a stable matching of rows with clusters that each take F / E of them.
+    """Assign F rows to E clusters of F / E rows each by a stable matching; returns cluster_F.
 
-    Similarities rank rows and clusters alike, so ties apart the result is unique. The earlier row wins a tie.
+    Each row proposes to its most similar cluster, which accepts the most similar rows and rejects the rest (deferred
+    acceptance). Rows and clusters rank by the same similarities, so the matching is unique except for ties, which the
+    earlier row wins.
     """
     count, clusters = similarity_FE.shape
     left_FE = similarity_FE.clone()
@@ -122,23 +131,23 @@ def assign_evenly(similarity_FE: Tensor) -> Tensor:
         most_F, choice_F = left_FE.max(1)
         order_F = most_F.argsort(descending=True, stable=True)
         order_F = order_F[choice_F[order_F].argsort(stable=True)]  # cluster by cluster, the most similar first
-        asked_E = torch.bincount(choice_F, minlength=clusters)
-        place_F = torch.arange(count, device=choice_F.device) - (asked_E.cumsum(0) - asked_E)[choice_F[order_F]]
-        rejected = order_F[place_F >= count // clusters]
+        proposals_E = torch.bincount(choice_F, minlength=clusters)
+        rank_F = torch.arange(count, device=choice_F.device) - (proposals_E.cumsum(0) - proposals_E)[choice_F[order_F]]
+        rejected = order_F[rank_F >= count // clusters]
         if not len(rejected):
             return choice_F
         left_FE[rejected, choice_F[rejected]] = -float("inf")
 
 
 TOKENS = 4096
-"""Tokens that the split by co-activation looks at, at most."""
+"""Maximum number of tokens used for the split by co-activation."""
 
 Call = Callable[[nn.Module, Any], Any]
-"""Runs a model on one batch."""
+"""Function that runs a model on one batch."""
 
 
 def plain_call(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)``."""
+    """Return ``model(batch)``."""
     return model(batch)
 
 
@@ -155,30 +164,31 @@ def to_experts(
     call: Call = plain_call,
     seed: int = 0,
 ) -> dict[str, RoutedExperts]:
-    """Replace every feed-forward network of ``model``, in place; nothing is trained and all experts run.
+    """Replace every feed-forward network of ``model`` by experts, in place; nothing is trained, all experts are active.
 
-    Nothing has changed where an error is raised. Of a :class:`~clframe.nn.network.Network` the backbone is converted,
-    and the heads stay as they are.
+    The model is unchanged if an error is raised. In a :class:`~clframe.nn.network.Network` only the backbone is
+    converted.
 
     Args:
-        model: Any module with networks of two linear layers, or three where gated.
-        experts: Experts of a network, or
-        expert_size: neurons of an expert. The published choices are 24 x 128 for speed, 512 x 6 for accuracy; or
-        most: as many experts of each network as divide its neurons evenly, but no more than this.
-        split: How neurons are grouped; None leaves them as they lie, until :func:`regroup`.
-        router: What routers foresee.
-        router_width: Of their hidden layer; None takes a twenty-fourth of the network's, at least 16.
-        batches: What ``coactivation`` looks at.
+        model: Module with feed-forward networks of two linear layers (three if gated).
+        experts: Experts of each network. Exactly one of this, ``expert_size`` and ``most`` applies.
+        expert_size: Neurons of an expert. Published choices are 24 x 128 for speed, 512 x 6 for accuracy.
+        most: Upper limit: each network gets the largest number of equal experts up to this.
+        split: Grouping of neurons; None keeps their order, until :func:`regroup`.
+        router: Quantity that routers predict.
+        router_width: Width of a router's hidden layer; None takes a twenty-fourth of the network's, at least 16.
+        batches: Inputs for ``coactivation``.
         call: Runs the model on one of them.
-        seed: Of the split and the routers' weights.
+        seed: Seed of the split and the routers' weights.
 
     Returns:
         The new layers by name.
 
     Raises:
-        UnsupportedError: No feed-forward network, one that cannot be replaced, a model converted before, or
-            weights that are not there (meta device).
+        UnsupportedError: No feed-forward network, one that cannot be replaced, a converted model, or weights on the
+            meta device.
         ConfigError: An expert size that does not divide the hidden neurons, or an option out of range.
+        DivergenceError: Weights that are not finite, so that neurons cannot be grouped.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> model = nn.Sequential(net)
@@ -189,7 +199,7 @@ def to_experts(
     )
     """
     _check(model, split=split, router=router, router_width=router_width, batches=batches)
-    networks = dense_networks(model)
+    networks = find_dense_ffns(model)
     counts = [
         expert_count(
             len(n.up[0]), experts=experts, expert_size=expert_size, most=most, where=f"moe: {n.name or 'the model'}"
@@ -197,35 +207,27 @@ def to_experts(
         for n in networks
     ]
     layers = []
+    # Everything that can fail comes before the first installation, so that an error leaves the model unchanged.
     for number, (network, count) in enumerate(zip(networks, counts, strict=True)):
-        generator = generator_for(seed, "moe", "split", number)
-        order_F = None
-        if split is not None and split != "coactivation":
-            order_F = _order(network, count, split, generator)
         layer = ExpertLayer(
             network.up,
             network.down,
             activation=network.activation,
             experts=count,
             gate=network.gate,
-            order_F=order_F,
             dropout=network.inner_dropout,
         )
-        width = max(16, len(network.up[0]) // 24) if router_width is None else router_width
-        made = ROUTERS[router](
-            layer.inputs, count, width=width, generator=generator_for(seed, "moe", "router", number)
-        )
+        if split is not None and split != "coactivation":
+            _regroup_layer(layer, split, generator_for(seed, "moe", "split", number), where=f"moe: {network.name}")
         weight = network.up[0]
-        layers.append(
-            RoutedExperts(
-                layer,
-                made.to(weight.device, weight.dtype),
-                gate=ALL,
-                dropout=network.outer_dropout,
-            ).train(model.training)
-        )
+        width = max(16, len(weight) // 24) if router_width is None else router_width
+        generator = generator_for(seed, "moe", "router", number)
+        new_router = ROUTERS[router](layer.inputs, count, width=width, generator=generator)
+        new_router.to(weight.device, weight.dtype)
+        routed = RoutedExperts(layer, new_router, gate=ALL, dropout=network.outer_dropout)
+        layers.append(routed.train(model.training))
     for network, routed in zip(networks, layers, strict=True):
-        network.put(routed)
+        network.install(routed)
     if split == "coactivation":
         generator = generator_for(seed, "moe", "split")
         regroup(model, split=split, generator=generator, batches=batches, call=call)
@@ -234,18 +236,11 @@ def to_experts(
 
 
 def layer_inputs(model: nn.Module, batch: Any, *, call: Call = plain_call) -> dict[str, Tensor]:
-    """x_ND of every converted network of a model, by name, as the model runs on one batch without gradients."""
-    found: dict[str, list[Tensor]] = {}
+    """Inputs x_ND of every converted network by name, recorded in one forward pass without gradients."""
     layers = routed_layers(model)
-    before = {name: layer.observer for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.observer = found.setdefault(name, []).append
-        with torch.no_grad():
-            call(model, batch)
-    finally:
-        for name, layer in layers.items():
-            layer.observer = before[name]
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with override(layers, "observer", lambda name: found[name].append), torch.no_grad():
+        call(model, batch)
     return {name: torch.cat(xs) for name, xs in found.items() if xs}
 
 
@@ -257,29 +252,37 @@ def regroup(
     batches: Sequence[Any] = (),
     call: Call = plain_call,
 ) -> None:
-    """Make other experts of the same neurons in every layer of a converted model; its answers with all on stay.
+    """Regroup the neurons of every layer of a converted model; its output with all experts active does not change.
 
-    Parameters are written in place, their rows in another order; :mod:`clframe.moe.usage` helps whoever has kept
-    something for each of them. Routers foresee the experts that were and have to be trained anew.
+    Permutes the rows of the parameters in place; :func:`clframe.moe.usage.reorder_values` applies the same permutation
+    to values stored per weight. Routers have to be trained again.
 
     Args:
-        model: Converted.
-        split: How neurons are grouped.
+        model: Converted model.
+        split: Grouping of neurons.
         generator: On the CPU.
-        batches: What ``coactivation`` looks at, all experts running: of so many tokens as they hold, up to 4096 spread
-            evenly.
-        call: Runs the model on one of them.
+        batches: Inputs for ``coactivation``, run with all experts; at most 4096 of their tokens, evenly spaced, are
+            used.
+        call: Runs the model on one batch.
+
+    Raises:
+        DivergenceError: Weights that are not finite.
     """
-    layers = routed_layers(model)
-    seen = _seen(model, batches, call) if split == "coactivation" else {}
-    for name, layer in layers.items():
-        experts = layer.experts
-        if split == "coactivation":
-            x_ND = seen[name]
-            features = experts.hidden(x_ND[:: -(-len(x_ND) // TOKENS)]).flatten(1).t()
-        else:
-            features = (experts.up if experts.gate is None else experts.gate).detach().flatten(0, 1)
-        experts.regroup(split_neurons(features, experts=experts.experts, split=split, generator=generator))
+    seen = _collect_inputs(model, batches, call) if split == "coactivation" else {}
+    for name, layer in routed_layers(model).items():
+        _regroup_layer(layer.experts, split, generator, x_ND=seen.get(name), where=f"moe: {name}")
+
+
+def _regroup_layer(
+    experts: ExpertLayer, split: Split, generator: Generator, *, x_ND: Tensor | None = None, where: str
+) -> None:
+    """Regroup by activations on ``x_ND``, or by the rows of the gate (of the input weights without a gate)."""
+    if x_ND is not None:
+        features_FD = experts.hidden(x_ND[:: -(-len(x_ND) // TOKENS)]).flatten(1).t()
+    else:
+        features_FD = (experts.up if experts.gate is None else experts.gate).detach().flatten(0, 1)
+    order_F = split_neurons(features_FD, experts=experts.experts, split=split, generator=generator, where=where)
+    experts.regroup(order_F)
 
 
 def _check(
@@ -292,27 +295,37 @@ def _check(
     if router_width is not None and router_width < 1:
         raise ConfigError(f"moe.router_width: found {router_width}; give 1 or more")
     if split == "coactivation" and not len(batches):
-        raise ConfigError("moe.split: found 'coactivation' without batches; give some inputs to look at")
+        raise ConfigError("moe.split: found 'coactivation' without batches; give inputs to record activations on")
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedError(
             f"moe: found {type(model).__name__} on the meta device, without weights; load them first"
         )
     if routed_layers(model):
         raise UnsupportedError(
-            f"moe: found {type(model).__name__} converted already; convert a dense model, or change gates with set_tau"
+            f"moe: found {type(model).__name__} with experts; use a dense model, or change gates with set_tau"
+        )
+    require_finite_weights(model, where="moe")
+
+
+def require_finite_weights(model: nn.Module, *, where: str) -> None:
+    """Refuse a model after a diverged training.
+
+    Its experts could not be grouped, and activations of its stages could not be recognized by their values.
+
+    Raises:
+        DivergenceError: Names the first parameter with a value that is not finite.
+    """
+    diverged = next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
+    if diverged is not None:
+        raise DivergenceError(
+            f"{where}: found weights that are not finite in {diverged}, training diverged; lower the learning rate"
         )
 
 
-def _order(network: Dense, experts: int, split: Split, generator: Generator) -> Tensor:
-    """By the rows of the input weights, or of the gate's."""
-    rows_FD = (network.up if network.gate is None else network.gate)[0]
-    return split_neurons(rows_FD, experts=experts, split=split, generator=generator)
-
-
-def _seen(model: nn.Module, batches: Sequence[Any], call: Call) -> dict[str, Tensor]:
-    """x_ND of every layer on all batches, in evaluation mode with all experts running."""
+def _collect_inputs(model: nn.Module, batches: Sequence[Any], call: Call) -> dict[str, Tensor]:
+    """Inputs x_ND of every layer over all batches, in evaluation mode with all experts active."""
     seen: dict[str, list[Tensor]] = {}
-    with all_running(model):
+    with all_experts_on(model):
         for batch in batches:
             for name, x_ND in layer_inputs(model, batch, call=call).items():
                 seen.setdefault(name, []).append(x_ND)
@@ -320,22 +333,20 @@ def _seen(model: nn.Module, batches: Sequence[Any], call: Call) -> dict[str, Ten
 
 
 @contextmanager
-def all_running(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all experts on and routers learning; everything is put back."""
-    layers = routed_layers(model).values()
-    gates = [layer.gate for layer in layers]
+def all_experts_on(model: nn.Module) -> Iterator[None]:
+    """Context in evaluation mode with all experts active and trainable routers; restores everything on exit."""
+    layers = routed_layers(model)
+    # Not nn.frozen.evaluating: routers are trained in this context, so that it cannot disable gradients.
     training = {part: part.training for part in model.modules()}
-    wanted = {p: p.requires_grad for layer in layers for p in layer.router.parameters()}
+    trainable = {p: p.requires_grad for layer in layers.values() for p in layer.router.parameters()}
     model.eval()
     try:
-        for layer in layers:
-            layer.gate = ALL
-            layer.router.requires_grad_(True)
-        yield
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        with override(layers, "gate", lambda _: ALL):
+            yield
     finally:
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.gate = gate
         for part, flag in training.items():
             part.training = flag
-        for parameter, flag in wanted.items():
+        for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)

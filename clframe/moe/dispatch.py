@@ -1,4 +1,4 @@
-"""The executors by name and the choice between them.
+"""Choice between executors by estimated cost.
 
 Shape suffixes: N tokens, E experts, H neurons of an expert, D inputs, O outputs, P (token, expert) pairs.
 """
@@ -22,22 +22,22 @@ from clframe.moe.executors import (
     grouped,
     grouped_mm,
     grouped_mm_works,
-    merged,
+    merged_groups,
+    per_token,
     reference,
-    views,
 )
 from clframe.moe.triton_experts import run_triton, triton_works
 
-Name = Literal["reference", "dense", "views", "grouped", "grouped_mm", "triton"]
+Name = Literal["reference", "dense", "per_token", "grouped", "grouped_mm", "triton"]
 
 
 class Costs(NamedTuple):
-    """What an executor costs beside its products.
+    """Overheads of an executor in addition to its matrix products.
 
     Attributes:
-        call: Of being called, in MACs of one thread.
-        start: Of each expert that any token keeps, likewise.
-        pair: Of each (token, expert) pair, whose token is gathered and whose result is added back, in hidden neurons.
+        call: Per call, in MACs of one thread.
+        start: Per expert with at least one token, in MACs of one thread.
+        pair: Per (token, expert) pair, for gathering the token and adding back the result, in hidden neurons.
     """
 
     call: float
@@ -50,24 +50,23 @@ GROUPED, PRODUCT = Costs(1e6, 1.1e6, 38.0), Costs(3e6, 2.1e5, 54.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the executors cost on a CPU; the cheapest is taken.
+    """Cost model of the executors on a CPU; the cheapest is chosen.
 
-    The defaults are near least squares through measurements on one thread of a server's processor, 65e9 MACs a second
-    (``perf/expert_costs.py``; the median error is 8 %); a pair costs a little more than those say, because it does so
-    in large batches. The choice is a function of shapes, routing and the number of threads, and never of the clock, so
-    that a run can be repeated.
+    The defaults approximate a least-squares fit to measurements on one thread of a server processor at 65e9 MACs/s
+    (``perf/expert_costs.py``; median error 8 %); the cost of a pair is rounded up because it rises in large batches.
+    The choice depends on shapes, routing and the number of threads only, never on timings, so runs are reproducible.
 
     Args:
-        few: Up to how many tokens experts are run token by token.
-        token: What a (token, expert) pair costs then, beside its products, in hidden neurons.
-        shared: How much faster more threads make the dense layer for one token, and not experts run one by one.
-        read: Tokens whose products take as long as reading an expert's weights from memory.
-        read_all: The same where everything is computed, which is slow for its MACs where tokens are few.
-        grouped: Of running expert by expert.
-        product: Of one grouped product for all of them.
-        margin: Share of the cost of computing everything that another way must stay below, since costs are estimates.
-        merge: Neighboring experts run as one of at most so many neurons, those that a token does not keep masked,
-            where that is cheaper: how finely tokens are routed is another thing than how much is run at once.
+        few: Maximum number of tokens for execution token by token.
+        token: Overhead per (token, expert) pair in execution token by token, in hidden neurons.
+        shared: Speedup of the dense layer for one token with more than one thread; experts run one by one gain nothing.
+        read: Number of tokens whose products take as long as reading an expert's weights from memory.
+        read_all: The same for dense execution, which is slow per MAC for few tokens.
+        grouped: Costs of running expert by expert.
+        product: Costs of one grouped product for all experts.
+        margin: Fraction of the dense cost below which another executor is chosen, because costs are estimates.
+        merge: Maximum number of neurons of neighboring experts that are executed as one expert, with masking, where
+            that is cheaper. Makes the granularity of execution independent of the granularity of routing.
     """
 
     few: int = 1
@@ -80,31 +79,32 @@ class Plan:
     margin: float = 0.9
     merge: int = 128
 
-    def worth(self, neurons: int, *, threads: int = 1) -> float:
-        """The fraction of experts above which everything is computed for one token, and masked.
+    def dense_threshold(self, neurons: int, *, threads: int = 1) -> float:
+        """Fraction of active experts above which one token is computed densely and masked.
 
-        >>> round(Plan().worth(128), 2), round(Plan().worth(6), 2), round(Plan().worth(128, threads=2), 2)
-        (0.88, 0.25, 0.51)
+        >>> plan = Plan()
+        >>> [round(plan.dense_threshold(size), 2) for size in (128, 6)], round(plan.dense_threshold(128, threads=2), 2)
+        ([0.88, 0.25], 0.51)
         """
         return neurons / (neurons + self.token) / (1.0 if threads == 1 else self.shared)
 
 
 class Choice(NamedTuple):
-    """Which executor, and over how many experts at a time."""
+    """An executor, and the number of neighboring experts executed as one."""
 
     name: Name
     merged: int = 1
 
 
 DENSE = Choice("dense")
-"""Everything computed, and what a token does not keep masked."""
+"""Compute all experts and mask the inactive ones."""
 
 
 def choose(weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan()) -> Choice:
-    """The executor that should be fastest; on CUDA without waiting for the device."""
+    """Choose the executor with the lowest estimated cost; on CUDA without synchronizing with the device."""
     if not x_ND.numel() or is_functorch_wrapped_tensor(x_ND):  # a transformed function cannot branch on its values
         return DENSE
-    if x_ND.device.type == "cuda":  # counting pairs would wait for the device
+    if x_ND.device.type == "cuda":  # counting pairs would synchronize
         return Choice(_on_cuda(weights, x_ND))
     tokens, experts, neurons = *keep_NE.shape, weights.up_EHD.shape[1]
     counts: list[int] = keep_NE.sum(0).tolist()
@@ -112,8 +112,8 @@ def choose(weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan
     if not pairs:
         return DENSE
     if tokens <= plan.few:
-        worth = plan.worth(neurons, threads=torch.get_num_threads())
-        return Choice("views") if pairs <= worth * keep_NE.numel() else DENSE
+        threshold = plan.dense_threshold(neurons, threads=torch.get_num_threads())
+        return Choice("per_token") if pairs <= threshold * keep_NE.numel() else DENSE
     inputs, outputs = weights.up_EHD.shape[2], weights.down_EHO.shape[2]
     macs = (inputs * (1 if weights.gate_EHD is None else 2) + outputs) / torch.get_num_threads()  # of a neuron
 
@@ -136,8 +136,8 @@ def choose(weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan
     return best
 
 
-def computed_pairs(choice: Choice, keep_NE: Tensor) -> int | Tensor:
-    """How many (token, expert) pairs an executor computes; on CUDA a tensor, so that nobody waits."""
+def count_computed_pairs(choice: Choice, keep_NE: Tensor) -> int | Tensor:
+    """Number of (token, expert) pairs that an executor computes; on CUDA a tensor, to avoid a synchronization."""
     if choice.name in ("dense", "reference"):
         return keep_NE.numel()
     if choice.merged > 1:
@@ -145,8 +145,8 @@ def computed_pairs(choice: Choice, keep_NE: Tensor) -> int | Tensor:
     return keep_NE.sum() * choice.merged
 
 
-def full_precision(device: str) -> AbstractContextManager[object]:
-    """Autocast off, if it is on: it would cast, that is copy, all weights for the few that are needed."""
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Context that disables autocast: it would cast, that is copy, the weights of all experts for the few that run."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
@@ -161,15 +161,15 @@ def run(
     plan: Plan = Plan(),
     executor: Name | None = None,
 ) -> Tensor:
-    """y_NO by the executor named, or by the one that should be fastest.
+    """Compute y_NO with the named executor, or with the one chosen by ``plan``.
 
     Args:
         weights: Of the experts.
         x_ND: Tokens.
-        keep_NE: Which experts run for which token; None is all of them.
-        weight_NE: What each expert's output is multiplied by; None is 1.
-        plan: Where the executors' ranges meet.
-        executor: A choice of your own.
+        keep_NE: Mask of experts to run for each token; None runs all.
+        weight_NE: Factors of the experts' outputs; None is 1.
+        plan: Cost model for the choice.
+        executor: Overrides the choice.
     """
     if keep_NE is None:
         if executor is None:
@@ -177,14 +177,14 @@ def run(
         keep_NE = x_ND.new_ones((), dtype=torch.bool).expand(len(x_ND), len(weights.up_EHD))
     choice = choose(weights, x_ND, keep_NE, plan=plan) if executor is None else Choice(executor)
     if choice.merged > 1:
-        return merged(weights, x_ND, keep_NE, weight_NE, many=choice.merged)
+        return merged_groups(weights, x_ND, keep_NE, weight_NE, many=choice.merged)
     return EXECUTORS[choice.name](weights, x_ND, keep_NE, weight_NE)
 
 
 EXECUTORS: Mapping[Name, Executor] = {
     "reference": reference,
     "dense": dense,
-    "views": views,
+    "per_token": per_token,
     "grouped": grouped,
     "grouped_mm": grouped_mm,
     "triton": run_triton,
@@ -192,7 +192,7 @@ EXECUTORS: Mapping[Name, Executor] = {
 
 
 def _on_cuda(weights: Weights, x_ND: Tensor) -> Name:
-    """By size and type alone, as measured on an H100 (docs/performance.md): below, everything computed is faster."""
+    """Choose by size and type alone; few tokens are faster densely. Measured on an H100 (docs/performance.md)."""
     if not triton_works(weights, x_ND) or torch.are_deterministic_algorithms_enabled():
         return "grouped_mm" if grouped_mm_works(weights, x_ND) else "grouped"
     return "triton" if len(x_ND) > (512 if x_ND.dtype is torch.float32 else 4096) else "dense"

@@ -1,4 +1,4 @@
-"""Attention projections trained to be small networks: each learns to answer what its layer answers.
+"""Distillation of attention projections into two-layer networks.
 
 Shape suffixes: N tokens, D inputs, O outputs.
 """
@@ -15,32 +15,33 @@ from torch.nn import functional as F
 
 from clframe.errors import ConfigError
 from clframe.moe.convert import Call, plain_call
+from clframe.moe.pipeline import require_finite
 from clframe.moe.projections import (
-    Place,
     Projection,
-    as_teacher,
+    ProjectionSite,
     check_dense,
-    drawn_projections,
     find_projections,
-    hooked,
-    open_attentions,
-    put_all,
-    put_everywhere,
+    forward_hooks,
+    install_projections,
+    make_projections,
+    replace_module,
+    unpack_attentions,
 )
+from clframe.nn.frozen import evaluating
 from clframe.seeding import derive_seed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Distilled:
-    """What became of the projections.
+class Distillation:
+    """Result of replacing projections.
 
     Attributes:
-        places: Where they were.
-        projections: What now stands there, by name.
-        losses: Of each epoch, the mean over projections of their mean squared errors.
+        sites: The replaced layers.
+        projections: The new networks by name.
+        losses: Mean squared error of each epoch, averaged over projections.
     """
 
-    places: tuple[Place, ...]
+    sites: tuple[ProjectionSite, ...]
     projections: Mapping[str, Projection]
     losses: tuple[float, ...]
 
@@ -54,25 +55,26 @@ def replace_projections(
     dropout: float = 0.05,
     call: Call = plain_call,
     seed: int = 0,
-) -> Distilled:
-    """Put a network in place of every query, key, value and output projection, and train it to match the layer.
+) -> Distillation:
+    """Replace every query, key, value and output projection by a small network distilled from it.
 
-    Each is trained by Adam on the mean squared error to what the layer answers, on the tokens that reach the layer in
-    the dense model; all of them in one pass. Layers that do not keep the width (keys and values of grouped
-    queries) and attentions over another sequence stay as they are. Nothing has changed where an error is raised.
+    Each network is trained with Adam on the mean squared error to the layer's output, for the tokens that reach the
+    layer in the dense model; all are trained in the same pass. Layers that change the width (keys and values in
+    grouped-query attention) and cross-attention are not replaced. The model is unchanged if an error is raised.
 
     Args:
-        model: Dense; changed in place.
-        batches: Inputs, in each epoch in this order; no labels.
-        epochs: Passes; with 0 the networks stay as they are drawn.
+        model: Dense model; changed in place.
+        batches: Unlabeled inputs, used in this order in each epoch.
+        epochs: Passes over ``batches``; 0 leaves the networks untrained.
         learning_rate: Of Adam.
-        dropout: Of the hidden neurons, in training.
+        dropout: Dropout probability of the hidden neurons in training.
         call: Runs the model on a batch.
-        seed: Of the networks' weights.
+        seed: Seed of the networks' weights and dropout.
 
     Raises:
         UnsupportedError: No such layer, a converted model, or one in half precision or without weights.
         ConfigError: No batches, or an option out of range.
+        DivergenceError: A loss that is not finite.
     """
     if not len(batches) or epochs < 0 or not 0 <= dropout < 1:
         raise ConfigError(
@@ -80,23 +82,23 @@ def replace_projections(
             f"give one batch or more, 0 epochs or more, dropout from 0 to below 1"
         )
     check_dense(model)
-    before = open_attentions(model)
+    before = unpack_attentions(model)
     try:
-        places = find_projections(model, next(iter(batches)), call=call)
-        made = drawn_projections(model, places, dropout=dropout, seed=seed)
+        sites = find_projections(model, next(iter(batches)), call=call)
+        made = make_projections(model, sites, dropout=dropout, seed=seed)
         losses = _distill(
-            model, places, made, batches, epochs=epochs, learning_rate=learning_rate, call=call, seed=seed
+            model, sites, made, batches, epochs=epochs, learning_rate=learning_rate, call=call, seed=seed
         )
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves the model unchanged
         for name, attention in before.items():
-            put_everywhere(model, model.get_submodule(name), attention)
+            replace_module(model, model.get_submodule(name), attention)
         raise
-    return Distilled(places=places, projections=put_all(model, places, made), losses=tuple(losses))
+    return Distillation(sites=sites, projections=install_projections(model, sites, made), losses=tuple(losses))
 
 
 def _distill(
     model: nn.Module,
-    places: Sequence[Place],
+    sites: Sequence[ProjectionSite],
     made: Sequence[Sequence[Projection]],
     batches: Sequence[Any],
     *,
@@ -107,29 +109,31 @@ def _distill(
 ) -> list[float]:
     parameters = [p for own in made for part in own for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    layers = [model.get_submodule(place.name) for place in places]
+    layers = [model.get_submodule(site.name) for site in sites]
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.setdefault(id(layer), []).append((inputs[0].flatten(0, -2), output.flatten(0, -2)))
 
     losses = []
+    # Dropout draws from the global generators, whose state the caller gets back.
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with hooked(layers, see), torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+    with forward_hooks(layers, add), torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
         torch.manual_seed(derive_seed(seed, "moe", "dropout"))
         for _ in range(epochs):
             total = torch.zeros(())
             for batch in batches:
                 seen.clear()
-                with as_teacher(model):
+                with evaluating(model):
                     call(model, batch)
-                own = [_error(part, seen[id(layer)]) for layer, part in zip(layers, made, strict=True)]
-                loss = torch.stack(own).mean()
+                errors = [_error(networks, seen[id(layer)]) for layer, networks in zip(layers, made, strict=True)]
+                loss = torch.stack(errors).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.detach().cpu()
             losses.append(float(total) / len(batches))
+            require_finite(losses, of="projection distillation")
     return losses
 
 

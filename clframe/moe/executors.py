@@ -1,4 +1,8 @@
-"""Executors of experts in plain torch, and the weights that they read."""
+"""Executors of experts in plain PyTorch, and the weights they read.
+
+Shape suffixes: N tokens, E experts, H neurons of an expert, D inputs, O outputs, P (token, expert) pairs, G groups of m
+experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from clframe.moe.routing import pairs_by_expert
 Activation = Callable[[Tensor], Tensor]
 
 
-class Cut(NamedTuple):
+class ExpertViews(NamedTuple):
     """Views of each expert's weights: up_HD, its bias, gate_HD, its bias, down_OH."""
 
     ups: Sequence[Tensor]
@@ -27,17 +31,17 @@ class Cut(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weights of all experts of a layer.
+    """Weights of all experts of a layer.
 
     Attributes:
         up_EHD: Rows of the input weights.
         down_EHO: Columns of the output weights, transposed.
-        activation: Of the input, or of the gate.
+        activation: Applied to the input projection, or to the gate.
         up_bias_EH: Bias of the input weights.
-        gate_EHD: Rows of the gate, in a gated network.
+        gate_EHD: Rows of the gate in a gated network.
         gate_bias_EH: Bias of the gate.
-        bias_O: Added once, whichever experts run.
-        cut: The same, cut up by expert beforehand; detached, for use without gradients.
+        bias_O: Output bias, added once for each token, independent of the experts that run.
+        by_expert: Detached views of each expert, split in advance for use without gradients.
     """
 
     up_EHD: Tensor
@@ -47,46 +51,46 @@ class Weights(NamedTuple):
     gate_EHD: Tensor | None = None
     gate_bias_EH: Tensor | None = None
     bias_O: Tensor | None = None
-    cut: Cut | None = None
+    by_expert: ExpertViews | None = None
 
-    def parts(self) -> tuple[Tensor | None, ...]:
-        """All tensors, in the order of :data:`PARTS`."""
-        return tuple(getattr(self, name) for name in PARTS)
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors, in the order of :data:`TENSORS`."""
+        return tuple(getattr(self, name) for name in TENSORS)
 
-    def views(self) -> Cut:
-        """Cut up by expert, so that gradients pass where they are wanted."""
-        return self.cut if self.cut is not None and not torch.is_grad_enabled() else cut(self)
+    def per_expert(self) -> ExpertViews:
+        """Views of each expert's weights; differentiable while gradients are enabled."""
+        return self.by_expert if self.by_expert is not None and not torch.is_grad_enabled() else split_by_expert(self)
 
-    def merged(self, many: int) -> Weights:
-        """The same with ``many`` neighboring experts as one; views."""
+    def merge(self, many: int) -> Weights:
+        """View the weights with ``many`` neighboring experts as one expert."""
 
         def joined(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.unflatten(0, (-1, many)).flatten(1, 2)
 
-        up, down, up_bias, gate, gate_bias, bias_O = self.parts()
+        up, down, up_bias, gate, gate_bias, bias_O = self.tensors()
         parts = (joined(up), joined(down), joined(up_bias), joined(gate), joined(gate_bias), bias_O)
-        return Weights(activation=self.activation, **dict(zip(PARTS, parts, strict=True)))  # type: ignore[arg-type]
+        return Weights(activation=self.activation, **dict(zip(TENSORS, parts, strict=True)))  # type: ignore[arg-type]
 
-    def start(self, x_ND: Tensor) -> Tensor:
-        """A fresh y_NO that holds the bias."""
+    def initial_output(self, x_ND: Tensor) -> Tensor:
+        """New y_NO filled with the output bias."""
         outputs = self.down_EHO.shape[2]
         if self.bias_O is None:
             return x_ND.new_zeros(len(x_ND), outputs)
         return self.bias_O.repeat(len(x_ND), 1)
 
 
-PARTS = ("up_EHD", "down_EHO", "up_bias_EH", "gate_EHD", "gate_bias_EH", "bias_O")
+TENSORS = ("up_EHD", "down_EHO", "up_bias_EH", "gate_EHD", "gate_bias_EH", "bias_O")
 
 Executor = Callable[[Weights, Tensor, Tensor, "Tensor | None"], Tensor]
-"""y_NO of the weights, x_ND, keep_NE (what runs) and weight_NE (what outputs are multiplied by; None: 1)."""
+"""Function from weights, x_ND, keep_NE (mask of experts to run) and weight_NE (output factors, or None) to y_NO."""
 
 
-def inputs_of(weights: Weights) -> tuple[Tensor | None, ...]:
+def input_tensors(weights: Weights) -> tuple[Tensor | None, ...]:
     """up_EHD, its bias, gate_EHD and its bias."""
     return weights.up_EHD, weights.up_bias_EH, weights.gate_EHD, weights.gate_bias_EH
 
 
-def hidden_of(
+def compute_hidden(
     weights: Weights,
     x_ND: Tensor,
     up_HD: Tensor | None,
@@ -94,7 +98,7 @@ def hidden_of(
     gate_HD: Tensor | None,
     gate_bias_H: Tensor | None,
 ) -> Tensor:
-    """hidden_NH of some neurons."""
+    """Compute hidden_NH of the given neurons."""
     assert up_HD is not None
     up_NH = F.linear(x_ND, up_HD, up_bias_H)
     if gate_HD is None:
@@ -102,13 +106,16 @@ def hidden_of(
     return up_NH * weights.activation(F.linear(x_ND, gate_HD, gate_bias_H))
 
 
-def cut(weights: Weights) -> Cut:
-    """Views by expert, cut in one go, so that their gradients come back in one go, too."""
+def split_by_expert(weights: Weights) -> ExpertViews:
+    """Split the weights into views by expert.
+
+    Uses one ``unbind`` per tensor, so that backward assembles the gradient of each tensor in one operation.
+    """
 
     def unbound(part: Tensor | None) -> Sequence[Tensor] | None:
         return None if part is None else part.unbind(0)
 
-    return Cut(
+    return ExpertViews(
         weights.up_EHD.unbind(0),
         unbound(weights.up_bias_EH),
         unbound(weights.gate_EHD),
@@ -118,7 +125,7 @@ def cut(weights: Weights) -> Cut:
 
 
 def reference(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """Every hidden neuron computed, those of experts that do not run set to zero: the definition."""
+    """Compute every hidden neuron and zero those of inactive experts; defines the result of all executors."""
     up_NEH = torch.einsum("nd,ehd->neh", x_ND, weights.up_EHD)
     if weights.up_bias_EH is not None:
         up_NEH = up_NEH + weights.up_bias_EH
@@ -144,37 +151,40 @@ def dense(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The same as two large matrix products; ``keep_NE`` None keeps all. ``dropout`` acts on the hidden neurons."""
+    """Compute all experts with two matrix products and mask; ``keep_NE`` None keeps all.
+
+    ``dropout`` is the dropout probability of the hidden neurons.
+    """
     experts, neurons, _ = weights.up_EHD.shape
-    hidden_NF = hidden_of(weights, x_ND, *(_flat(part) for part in inputs_of(weights)))
+    hidden_NF = compute_hidden(weights, x_ND, *(_flat(part) for part in input_tensors(weights)))
     if dropout:
         hidden_NF = F.dropout(hidden_NF, dropout)
     hidden_NEH = hidden_NF.view(len(x_ND), experts, neurons)
     if weight_NE is not None:
         hidden_NEH = hidden_NEH * weight_NE[..., None]
     if keep_NE is not None:
-        if torch.is_grad_enabled():  # in place it would write over what backward needs
+        if torch.is_grad_enabled():  # backward needs the unmasked values
             hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
         else:
-            hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # in a fifth of the time
+            hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # five times faster in place
     hidden_NF, down_FO = hidden_NEH.flatten(1), weights.down_EHO.flatten(0, 1)
     if weights.bias_O is None:
         return hidden_NF @ down_FO
     return torch.addmm(weights.bias_O, hidden_NF, down_FO)
 
 
-def views(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """Token by token, the experts that run one after the other: reads no weight that is not needed."""
+def per_token(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Run the active experts token by token; reads only the weights that are needed."""
     chosen: list[list[int]] = [keep_E.nonzero().flatten().tolist() for keep_E in keep_NE]
     if not any(chosen):
-        return reference(weights, x_ND, keep_NE, weight_NE)  # whose gradients are zeros, not missing
-    return token_by_token(weights, x_ND, chosen, weight_NE)
+        return reference(weights, x_ND, keep_NE, weight_NE)  # gives gradients of zero instead of none
+    return run_tokens(weights, x_ND, chosen, weight_NE)
 
 
 def grouped(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """Expert by expert: gather its tokens, two matrix products, add to where they came from.
+    """Run expert by expert: gather its tokens, two matrix products, scatter-add the results.
 
-    Here ``weight_NE`` may have a third dimension, one weight for each of so many equal parts of an expert.
+    ``weight_NE`` may have a third dimension with one factor for each of several equal parts of an expert.
     """
     expert_P, token_P = pairs_by_expert(keep_NE)
     if not len(token_P):
@@ -183,13 +193,13 @@ def grouped(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor |
     scales = None
     if weight_NE is not None:
         scales = weight_NE[token_P, expert_P].view(len(token_P), -1, 1).split(counts)
-    *parts, downs = weights.views()
-    y_NO = weights.start(x_ND)
+    *parts, downs = weights.per_expert()
+    y_NO = weights.initial_output(x_ND)
     for expert, (count, token) in enumerate(zip(counts, token_P.split(counts), strict=True)):
         if not count:
             continue
         own = (None if part is None else part[expert] for part in parts)
-        hidden = hidden_of(weights, x_ND.index_select(0, token), *own)
+        hidden = compute_hidden(weights, x_ND.index_select(0, token), *own)
         if scales is not None:
             scale_np1 = scales[expert]
             hidden = (hidden.view(count, scale_np1.shape[1], -1) * scale_np1).flatten(1)
@@ -197,29 +207,32 @@ def grouped(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor |
     return y_NO
 
 
-def merged(
+def merged_groups(
     weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None, *, many: int
 ) -> Tensor:
-    """As :func:`grouped`, ``many`` neighboring experts at a time: fewer and larger products for small experts.
+    """Run :func:`grouped` on groups of ``many`` neighboring experts: fewer and larger products for small experts.
 
-    A token is computed by all neighbors of an expert that it keeps, and those that it does not keep are masked.
+    A token runs through every group with an active expert; inactive experts of the group are masked.
     """
     keep_NGm = keep_NE.unflatten(1, (-1, many))
     weight_NGm = keep_NGm.to(x_ND.dtype)
     if weight_NE is not None:
         weight_NGm = weight_NGm * weight_NE.unflatten(1, (-1, many))
-    return grouped(weights.merged(many), x_ND, keep_NGm.any(2), weight_NGm)
+    return grouped(weights.merge(many), x_ND, keep_NGm.any(2), weight_NGm)
 
 
 def _flat(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.flatten(0, 1)
 
 
-def token_by_token(
+def run_tokens(
     weights: Weights, x_ND: Tensor, chosen: Sequence[Sequence[int]], weight_NE: Tensor | None
 ) -> Tensor:
-    """Matrix times vector throughout, which reads each weight of an active expert once; ``chosen`` by token."""
-    ups, up_biases, gates, gate_biases, downs = weights.views()
+    """Run the experts ``chosen`` for each token with matrix-vector products.
+
+    Reads each weight of an active expert once.
+    """
+    ups, up_biases, gates, gate_biases, downs = weights.per_expert()
     activation = weights.activation
     found = []
     for n, experts in enumerate(chosen):
@@ -245,9 +258,9 @@ def _layer(weight: Sequence[Tensor], bias: Sequence[Tensor] | None, expert: int,
 
 
 def grouped_mm(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """All pairs gathered, expert by expert, and torch's grouped matrix product over them.
+    """Gather all pairs sorted by expert, and multiply with PyTorch's grouped matrix product.
 
-    See :func:`grouped_mm_works` for where this is possible.
+    See :func:`grouped_mm_works` for the supported types and sizes.
     """
     product = _grouped_product()
     assert product is not None
@@ -268,30 +281,30 @@ def grouped_mm(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tenso
         hidden_PH = up_PH * weights.activation(layer(weights.gate_EHD, weights.gate_bias_EH))
     if weight_NE is not None:
         hidden_PH = hidden_PH * weight_NE[token_P, expert_P][:, None]
-    return weights.start(x_ND).index_add_(0, token_P, product(hidden_PH, weights.down_EHO, offs=ends_E))
+    return weights.initial_output(x_ND).index_add_(0, token_P, product(hidden_PH, weights.down_EHO, offs=ends_E))
 
 
 def grouped_mm_works(weights: Weights, x_ND: Tensor) -> bool:
-    """Whether torch's grouped product takes these types and strides on this device; tried once for each."""
+    """Whether PyTorch's grouped product supports these types and strides on this device; tested once per type."""
     sizes = (*weights.up_EHD.shape[1:], weights.down_EHO.shape[2])
     if x_ND.dtype != weights.up_EHD.dtype or any(size * x_ND.element_size() % 16 for size in sizes):
         return False
-    return _tried(x_ND.device.type, x_ND.dtype)
+    return _grouped_mm_is_correct(x_ND.device.type, x_ND.dtype)
 
 
 @cache
 def _grouped_product() -> Callable[..., Any] | None:
-    """Torch's grouped matrix product; public from 2.10 on."""
+    """PyTorch's grouped matrix product; public since 2.10."""
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 @cache
-def _tried(device: str, dtype: torch.dtype) -> bool:
-    """Whether the product is right on a small problem with an empty group, forwards and backwards."""
+def _grouped_mm_is_correct(device: str, dtype: torch.dtype) -> bool:
+    """Whether the product is correct on a small problem with an empty group, forward and backward."""
     product = _grouped_product()
     if product is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    # A counter of operators, if one is on, is to see what models do and not what is tried here.
+    # Hidden from an active MAC counter, which counts the model only.
     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         x = (torch.arange(80, device=device) % 7 - 3.0).view(5, 16).to(dtype).requires_grad_()
         weight = (torch.arange(768, device=device) % 5 - 2.0).view(3, 16, 16).to(dtype).requires_grad_()

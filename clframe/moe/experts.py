@@ -1,4 +1,4 @@
-"""A feed-forward network as experts that share its weights out among them.
+"""A feed-forward network divided into experts.
 
 Shape suffixes: N tokens, E experts, H neurons of an expert, D inputs, O outputs, F = E * H.
 """
@@ -12,37 +12,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clframe.moe.dispatch import Choice, Name, Plan, choose, computed_pairs, full_precision, run
-from clframe.moe.executors import Activation, Weights, cut, dense, hidden_of, inputs_of, token_by_token
+from clframe.moe.dispatch import Choice, Name, Plan, choose, count_computed_pairs, run, without_autocast
+from clframe.moe.executors import Activation, Weights, compute_hidden, dense, input_tensors, run_tokens, split_by_expert
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 Linear = tuple[Tensor, "Tensor | None"]
-"""Weight, outputs first, and bias."""
+"""Weight (outputs first) and bias."""
 
 
 class ExpertLayer(nn.Module):
-    """The neurons of ``down(act(up(x)))`` or of ``down(up(x) * act(gate(x)))``, expert by expert.
+    """Neurons of ``down(act(up(x)))``, or of ``down(up(x) * act(gate(x)))`` if gated, grouped into experts.
 
-    The sum of all experts and of the output's bias is the dense network, to rounding.
+    The sum of all experts and the output bias equals the dense network up to rounding.
 
     Args:
         up: Input layer, weight_FD and bias_F.
         down: Output layer, weight_OF and bias_O.
-        activation: Between them, or on the gate.
-        experts: How many; a divisor of F.
-        gate: Gate layer, in a gated network.
-        order_F: The dense network's neurons, expert by expert; as they are where None.
-        dropout: Of the hidden neurons, in training.
+        activation: Applied between them, or to the gate.
+        experts: Number of experts; a divisor of F.
+        gate: Gate layer in a gated network.
+        order_F: Neurons of the dense network sorted by expert; None keeps their order.
+        dropout: Dropout probability of the hidden neurons in training.
 
     Attributes:
-        up: [E, H, D], ``gate`` likewise; ``up_bias`` and ``gate_bias`` are [E, H].
-        down: [E, H, O], transposed, so that what an expert needs is contiguous. ``bias`` is [O].
-        order_F: Of the dense network.
-        plan: When to run experts in which way.
-        executor: A way of your own; None leaves it to the plan.
+        up: [E, H, D], as is ``gate``; ``up_bias`` and ``gate_bias`` are [E, H].
+        down: [E, H, O], transposed so that the weights of an expert are contiguous. ``bias`` is [O].
+        order_F: Index in the dense network of each neuron.
+        plan: Cost model that chooses the executor.
+        executor: Executor to use instead of the plan's choice.
     """
 
     up: nn.Parameter
@@ -103,38 +103,38 @@ class ExpertLayer(nn.Module):
 
     @property
     def inputs(self) -> int:
-        """Width of a token."""
+        """Input width."""
         return self.up.shape[2]
 
     @property
     def outputs(self) -> int:
-        """Width of an answer."""
+        """Output width."""
         return self.down.shape[2]
 
     def weights(self) -> Weights:
-        """All of them, not copied."""
+        """All weights without copies; cached while gradients are disabled."""
         if torch.is_grad_enabled():
-            return self._whole()
+            return self._all_weights()
         # Attributes of modules are slow to read, and one token does not take long. Views see every change of the
         # weights unless these moved elsewhere.
         of = self._parameters
         hooks = len(getattr(self.activation, "_forward_hooks", ()))
         where = (*map(id, of.values()), of["up"].data_ptr(), of["down"].data_ptr(), id(self.activation), hooks)  # type: ignore[union-attr]
         if self._ready is None or self._ready[0] != where:
-            whole = self._whole()
+            whole = self._all_weights()
             unwatched = type(self.activation) is nn.ReLU and not self.activation._forward_hooks
             quick = torch.relu_ if unwatched else self.activation
-            ready = cut(Weights(*map(_detached, whole)))
-            self._ready = (where, whole._replace(cut=ready, activation=quick))
+            ready = split_by_expert(Weights(*map(_detached, whole)))
+            self._ready = (where, whole._replace(by_expert=ready, activation=quick))
         return self._ready[1]
 
-    def _whole(self) -> Weights:
+    def _all_weights(self) -> Weights:
         return Weights(
             self.up, self.down, self.activation, self.up_bias, self.gate, self.gate_bias, self.bias
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies cut their own weights."""
+        """Drop the cached views, which would refer to the weights of the original."""
         return {**self.__dict__, "_ready": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -143,14 +143,14 @@ class ExpertLayer(nn.Module):
         return self
 
     def forward(self, x_ND: Tensor, keep_NE: Tensor | None = None, weight_NE: Tensor | None = None) -> Tensor:
-        """y_NO of the experts that run; without ``keep_NE``, of all.
+        """Compute y_NO of the active experts; ``keep_NE`` None runs all.
 
-        Where all run, autocast casts as it would in a dense network; otherwise it does not, because it would copy all
-        weights for the few that are needed.
+        With all experts active, autocast applies as in a dense network; otherwise it is disabled, because it would copy
+        the weights of all experts for the few that run.
         """
         weights = self.weights()
         plain = keep_NE is None and torch.is_autocast_enabled(x_ND.device.type)
-        with nullcontext() if plain else full_precision(x_ND.device.type):
+        with nullcontext() if plain else without_autocast(x_ND.device.type):
             if not plain:
                 x_ND = x_ND.to(weights.up_EHD.dtype)
             if self._computes_all():
@@ -159,34 +159,38 @@ class ExpertLayer(nn.Module):
             return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=self.executor)
 
     def computed(self, x_ND: Tensor, keep_NE: Tensor | None) -> int | Tensor:
-        """How many (token, expert) pairs :meth:`forward` computes for these; on CUDA a tensor, so that nobody waits."""
+        """Number of (token, expert) pairs that :meth:`forward` computes; a tensor on CUDA, to avoid synchronizing."""
         if keep_NE is None or self._computes_all():
             return len(x_ND) * self.experts
         if self.executor is not None:
-            return computed_pairs(Choice(self.executor), keep_NE)
-        return computed_pairs(choose(self.weights(), x_ND.to(self.up.dtype), keep_NE, plan=self.plan), keep_NE)
+            return count_computed_pairs(Choice(self.executor), keep_NE)
+        return count_computed_pairs(choose(self.weights(), x_ND.to(self.up.dtype), keep_NE, plan=self.plan), keep_NE)
 
     def _computes_all(self) -> bool:
-        """Dropout acts on all hidden neurons; and whoever watches them while something learns wants to see all."""
+        """Whether :meth:`forward` computes all hidden neurons.
+
+        True with dropout on them, and during training with a hook on the activation: penalties need the values of all
+        neurons.
+        """
         if self.training and self.dropout:
             return True
         watched = isinstance(self.activation, nn.Module) and bool(self.activation._forward_hooks)
         return watched and self.training and torch.is_grad_enabled()
 
-    def takes_one(self, x_1D: Tensor) -> bool:
-        """Whether :meth:`one` can run a token: on the CPU, in evaluation, as the plan will have it."""
+    def can_run_one(self, x_1D: Tensor) -> bool:
+        """Whether :meth:`run_one` supports this token: on the CPU, in evaluation mode, without overrides."""
         if torch.is_grad_enabled() or self.training or not x_1D.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
         up = self._parameters["up"]
         assert up is not None
         return x_1D.dtype == up.dtype and self.executor is None and self.plan.few > 0
 
-    def one(self, x_1D: Tensor, chosen: list[int]) -> Tensor:
-        """y_1O of one token and the experts that it keeps: what ``forward`` does, by the shortest way."""
+    def run_one(self, x_1D: Tensor, chosen: list[int]) -> Tensor:
+        """Compute y_1O of one token and its active experts: the result of ``forward`` with less overhead."""
         weights = self.weights()
         experts, neurons, _ = weights.up_EHD.shape
-        if 0 < len(chosen) <= self.plan.worth(neurons, threads=torch.get_num_threads()) * experts:
-            return token_by_token(weights, x_1D, [chosen], None)
+        if 0 < len(chosen) <= self.plan.dense_threshold(neurons, threads=torch.get_num_threads()) * experts:
+            return run_tokens(weights, x_1D, [chosen], None)
         if len(chosen) == experts:
             return dense(weights, x_1D, None)
         keep_E = torch.zeros(experts, dtype=torch.bool)
@@ -194,7 +198,7 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def norms(self, x_ND: Tensor) -> Tensor:
-        """norm_NE: the length of each expert's output, the output's bias left out."""
+        """Norm of each expert's output without the output bias, norm_NE."""
         return torch.stack(
             [
                 torch.linalg.vector_norm(hidden_NH @ down_HO, dim=1)
@@ -205,17 +209,18 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def hidden(self, x_ND: Tensor) -> Tensor:
-        """hidden_NEH of all neurons."""
-        w = self.weights()
-        hidden_NF = hidden_of(w, x_ND, *(None if part is None else part.flatten(0, 1) for part in inputs_of(w)))
+        """Compute hidden_NEH of all neurons."""
+        weights = self.weights()
+        flat = (None if part is None else part.flatten(0, 1) for part in input_tensors(weights))
+        hidden_NF = compute_hidden(weights, x_ND, *flat)
         return hidden_NF.view(-1, self.experts, self.expert_size)
 
     @torch.no_grad()
     def regroup(self, order_F: Tensor) -> None:
-        """Other experts out of the same neurons; weights are written in place.
+        """Permute the neurons in place to form other experts.
 
         Args:
-            order_F: The neurons as they now lie, expert by expert.
+            order_F: Current indices of the neurons, sorted by new expert.
         """
         order_F = order_F.to(self.order_F.device)
         for part in (self.up, self.up_bias, self.gate, self.gate_bias, self.down):
@@ -225,7 +230,7 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> tuple[Linear, Linear | None, Linear]:
-        """Copies of up, gate and down as the dense network had them."""
+        """Copies of up, gate and down in the dense network's order of neurons."""
         back_F = self.order_F.argsort()
 
         def rows(part: Tensor) -> Tensor:
@@ -239,7 +244,7 @@ class ExpertLayer(nn.Module):
         return layer(self.up, self.up_bias), gate, (rows(self.down).t(), bias_O)
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """Sizes for ``repr``."""
         gated = ", gated" if self.gate is not None else ""
         return f"{self.inputs}, {self.outputs}, experts={self.experts}x{self.expert_size}{gated}"
 

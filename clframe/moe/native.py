@@ -1,4 +1,4 @@
-"""A mixture of experts to train from scratch.
+"""A sparsely gated mixture of experts, trained from scratch.
 
 Shape suffixes: N tokens, E experts, H neurons of an expert, D inputs, O outputs.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.moe.dispatch import Name, Plan, full_precision, run
+from clframe.moe.dispatch import Name, Plan, run, without_autocast
 from clframe.moe.executors import Activation, Weights
 from clframe.moe.router import Gate, TopK
 from clframe.moe.routing import load_balance
@@ -20,27 +20,27 @@ BEST_TWO = TopK(k=2)
 
 
 class MixtureOfExperts(nn.Module):
-    """Feed-forward experts, each token's chosen by a gate on a linear router's softmax and weighted by it.
+    """Feed-forward experts chosen for each token, and weighted, by the softmax of a linear router.
 
-    ``y = sum over experts that run of p_e / (sum of p over those) * E_e(x)``. Shazeer et al., "Outrageously Large
-    Neural Networks" (2017); without noise. The gate may be top-k, or dynamic: as many as have at least
-    ``1 - tau`` of the highest probability.
+    ``y = sum over active experts of p_e / (sum of p over active experts) * E_e(x)``. Shazeer et al., "Outrageously
+    Large Neural Networks" (2017), without noise. The gate is top-k or dynamic: all experts with at least ``1 - tau`` of
+    the highest probability.
 
     Args:
         inputs: D.
         expert_size: H.
-        experts: E at first.
-        outputs: O; the inputs' width where None.
-        gate: Who runs.
+        experts: Initial E.
+        outputs: O; None for the inputs' width.
+        gate: Selects the active experts.
         activation: Of the hidden neurons, or of the gate branch.
         gated: Whether experts are ``down(up(x) * act(gate(x)))``.
-        seed: Of all first weights.
+        seed: Seed of the initial weights.
 
     Attributes:
-        balance: Load-balancing loss of the last forward pass, with its gradient: 1 where all experts are used
-            alike; add it to the loss with a weight such as 0.01.
+        balance: Load-balancing loss of the last forward pass, differentiable: 1 for uniform use of the experts; add it
+            to the loss with a weight such as 0.01.
         probability_E: Mean probability of each expert in the last forward pass.
-        share_E: Share of tokens that each expert ran for in it.
+        share_E: Fraction of tokens in the last forward pass for which each expert was active.
 
     Raises:
         ConfigError: A size below 1.
@@ -81,7 +81,7 @@ class MixtureOfExperts(nn.Module):
         self.add_experts(experts, generator=torch.Generator().manual_seed(seed))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies leave the last forward pass's graph behind."""
+        """Detach the balance loss, so that copies do not hold the last graph."""
         return {**self.__dict__, "balance": self.balance.detach()}
 
     @property
@@ -91,26 +91,27 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def add_experts(self, count: int, *, generator: Generator | None = None) -> bool:
-        """New experts behind the others, whose weights and scores stay as they are; parameters are replaced.
+        """Append experts; weights and scores of the existing ones do not change, parameters are replaced.
 
-        A new expert's output is small at first: its output weights are drawn, so that it learns, at a tenth of the
-        usual size. Softmax shares probability with it from the start.
+        Output weights of a new expert are drawn at a tenth of the usual scale, so that its contribution starts small
+        but receives gradients. The softmax assigns it probability from the start.
 
         Args:
-            count: How many.
-            generator: Draws their weights, on the CPU.
+            count: Number of experts to add.
+            generator: CPU generator for their weights.
 
         Returns:
-            True: an optimizer made before holds parameters that are gone.
+            True: an optimizer created earlier refers to parameters that were replaced.
 
         Raises:
-            ConfigError: Less than one.
+            ConfigError: ``count`` below 1.
         """
         if count < 1:
             raise ConfigError(f"mixture_of_experts.experts: found {count}; add 1 or more")
         added = self.experts > 0
         _, neurons, inputs = self.up.shape
         scales = {"router": inputs**-0.5, "up": (3 / inputs) ** 0.5, "gate": (3 / inputs) ** 0.5, "up_bias": 0.0}
+        # Bounds of uniform distributions with variance 1 / fan-in (1 / (3 fan-in) for the router).
         scales["down"] = (3 / neurons) ** 0.5 * (0.1 if added else 1.0)
         for name, bound in scales.items():
             old = getattr(self, name)
@@ -122,14 +123,14 @@ class MixtureOfExperts(nn.Module):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any number of leading dimensions; tokens are routed one by one."""
-        with full_precision(x.device.type):
+        """Route the tokens independently; any number of leading dimensions."""
+        with without_autocast(x.device.type):
             y_NO = self._run(x.reshape(-1, x.shape[-1]).to(self.up.dtype))
         return y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
 
     def _run(self, x_ND: Tensor) -> Tensor:
         probability_NE = torch.softmax(nn.functional.linear(x_ND, self.router), 1)
-        keep_NE = self.choice(probability_NE.detach())
+        keep_NE = self.choice(probability_NE.detach())  # the selection is not differentiable
         kept_NE = probability_NE * keep_NE
         weight_NE = kept_NE / kept_NE.sum(1, keepdim=True)
         self.balance = load_balance(probability_NE, keep_NE)

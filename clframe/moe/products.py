@@ -1,7 +1,7 @@
-"""How many multiply-adds of a model have a zero in them, by role, counted on real samples.
+"""Dense and effective MACs of a model by role, counted on samples.
 
-An effective multiply-add is one whose input is not zero; zeros that padding puts around a map are such, weights are not
-looked at. It says what hardware that skips zeros could save, not what this machine does.
+An effective MAC is one whose input value is not zero. Zero padding of maps counts as zero input; zeros in weights are
+not considered. The number estimates the savings on hardware that skips zeros, not those on this machine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clframe.accounting import Experts, Products, measure
-from clframe.accounting.macs import as_found
+from clframe.accounting import Experts, Products, measure_cost
+from clframe.accounting.macs import evaluation_mode
 from clframe.errors import UnsupportedError
 from clframe.moe.routed import RoutedExperts
-from clframe.moe.usage import counting
+from clframe.moe.usage import count_usage
 from clframe.nn.heads import GrowingLinear
 from clframe.nn.network import Network
 from clframe.sparsity import find_ffns
@@ -31,36 +31,36 @@ _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looked:
-    """What one look at a model found."""
+class ProductCounts:
+    """MACs by role and usage of experts."""
 
     products: tuple[Products, ...]
     experts: tuple[Experts, ...]
 
 
-def products_of(network: Network, x: Tensor) -> Looked:
-    """Dense and effective MACs of ``x`` by role, and what each layer of experts did; the network is left as found.
+def count_products(network: Network, x: Tensor) -> ProductCounts:
+    """Dense and effective MACs of ``x`` by role, and the usage of each layer of experts; the network is unchanged.
 
     Roles: ``convolution``; ``up``, ``gate`` and ``down`` of feed-forward networks; other ``linear`` layers; ``head``;
-    ``router``, which the dense network does not have, and ``experts``, all of them or the (token, expert) pairs that
-    ran; ``other``, where nobody looks for zeros (attention, recurrent layers).
+    ``router``, absent in the dense network; ``experts`` (dense: all; effective: the (token, expert) pairs that ran);
+    and ``other``, where zeros are not counted (attention, recurrent layers).
 
     Args:
         network: In any mode.
-        x: Prepared samples as a batch.
+        x: Batch of prepared samples.
     """
     roles, samples = _roles(network), len(x)
     counted: dict[str, Tensor] = {}
     layers = {name: part for name, part in network.named_modules() if name in roles}
     with ExitStack() as stack:
-        # On accelerators heads are computed one by one, and so counted by module, only where somebody looks.
+        # Accelerators compute all heads in one fused call; with a hook they run, and are counted, module by module.
         for part in layers.values():
-            stack.callback(part.register_forward_pre_hook(_look_away).remove)
-        cost = measure(network, x)
+            stack.callback(part.register_forward_pre_hook(_no_op).remove)
+        cost = measure_cost(network, x)
     with ExitStack() as stack:
         for name, part in layers.items():
-            stack.callback(part.register_forward_pre_hook(partial(_see, name, counted)).remove)
-        with as_found(network), torch.no_grad(), counting(network) as usage:
+            stack.callback(part.register_forward_pre_hook(partial(_add_count, name, counted)).remove)
+        with evaluation_mode(network), torch.no_grad(), count_usage(network) as usage:
             network(x)
             used = usage()
     by_module = cost.by_module()
@@ -73,7 +73,7 @@ def products_of(network: Network, x: Tensor) -> Looked:
         Experts(
             layer=name, experts=layer.macs.experts, samples=samples, tokens=layer.tokens, routed=layer.routed,
             pairs=sum(layer.ran_E), expert_macs=layer.macs.expert, router_macs=layer.macs.router,
-            part=_part(network, network.get_submodule(name)),
+            part=_stage_or_exit(network, network.get_submodule(name)),
         )
         for name, layer in used.items()
     )  # fmt: skip
@@ -87,11 +87,11 @@ def products_of(network: Network, x: Tensor) -> Looked:
     products = (
         Products(role=role, macs=macs, effective_macs=effective[role], samples=samples) for role, macs in dense.items()
     )
-    return Looked(products=tuple(products), experts=experts)
+    return ProductCounts(products=tuple(products), experts=experts)
 
 
-def _part(network: Network, layer: nn.Module) -> str:
-    """The stage or head that a layer is in, as the parts of a prediction are named."""
+def _stage_or_exit(network: Network, layer: nn.Module) -> str:
+    """Name of the stage or exit that contains a layer, as in the parts of a prediction."""
     for name, stage, exits in network.plan():
         if any(part is layer for part in stage.modules()):
             return name
@@ -102,7 +102,7 @@ def _part(network: Network, layer: nn.Module) -> str:
 
 
 def _roles(network: Network) -> dict[str, str]:
-    """The role of every layer whose products are looked at, by its name."""
+    """Role of every layer whose products are counted, by name."""
     known: dict[int, str] = {}
     try:
         for ffn in find_ffns(network.backbone):
@@ -113,47 +113,47 @@ def _roles(network: Network) -> dict[str, str]:
     inside = {id(part) for layer in network.modules() if isinstance(layer, RoutedExperts) for part in layer.modules()}
     found = {}
     for name, part in network.named_modules():
-        if _counter(part) is None or id(part) in inside:
+        if _product_counter(part) is None or id(part) in inside:
             continue
         kind = "linear" if isinstance(part, (nn.Linear, GrowingLinear)) else "convolution"
         found[name] = "head" if id(part) in heads else known.get(id(part), kind)
     return found
 
 
-def _counter(part: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+def _product_counter(part: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     if isinstance(part, nn.Linear):
         return lambda layer, x: x.count_nonzero() * layer.out_features
     if isinstance(part, GrowingLinear):
         return lambda layer, x: x.count_nonzero() * layer.classes
     if isinstance(part, _Convolution):
-        return _convolution
+        return _count_convolution
     if isinstance(part, _Transposed):
         # Every value of the input meets every window of its group.
         return lambda layer, x: x.count_nonzero() * (layer.out_channels // layer.groups * prod(layer.kernel_size))
     return None
 
 
-def _look_away(part: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _no_op(part: nn.Module, inputs: tuple[Any, ...]) -> None:
     pass
 
 
-def _see(name: str, counted: dict[str, Tensor], part: nn.Module, inputs: tuple[Any, ...]) -> None:
-    count = _counter(part)
+def _add_count(name: str, counted: dict[str, Tensor], part: nn.Module, inputs: tuple[Any, ...]) -> None:
+    count = _product_counter(part)
     assert count is not None
     macs = count(part, inputs[0])
     counted[name] = counted[name] + macs if name in counted else macs
 
 
-def _convolution(layer: Any, x: Tensor) -> Tensor:
-    """Pairs of a value that is not zero and a window that it is in, times the outputs that the window makes."""
+def _count_convolution(layer: Any, x: Tensor) -> Tensor:
+    """Pairs of a nonzero value and a window that contains it, times the outputs of the window."""
     size = len(layer.kernel_size)
     shape = x.shape if x.ndim == size + 2 else (1, *x.shape)
-    there = (x != 0).reshape(shape).sum(1, keepdim=True).double()  # channels of a group meet outputs of their own
+    nonzero = (x != 0).reshape(shape).sum(1, keepdim=True).double()  # grouped channels are independent
     padding = layer.padding
     if layer.padding_mode != "zeros":
-        there, padding = F.pad(there, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    window = torch.ones(1, 1, *layer.kernel_size, dtype=there.dtype, device=there.device)
+        nonzero, padding = F.pad(nonzero, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    window = torch.ones(1, 1, *layer.kernel_size, dtype=nonzero.dtype, device=nonzero.device)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[size]
-    met: Tensor = convolve(there, window, stride=layer.stride, padding=padding, dilation=layer.dilation)
+    met: Tensor = convolve(nonzero, window, stride=layer.stride, padding=padding, dilation=layer.dilation)
     outputs: int = layer.out_channels // layer.groups
     return met.sum().long() * outputs

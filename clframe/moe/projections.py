@@ -1,4 +1,7 @@
-"""Attention projections as small networks, which become experts like any other."""
+"""Attention projections as two-layer networks, which can be converted to experts.
+
+Shape suffixes: B batch, T and S tokens, H heads, D width.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,30 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import UnsupportedError
-from clframe.moe.convert import Call, plain_call
+from clframe.moe.convert import Call, plain_call, require_finite_weights
 from clframe.moe.routed import routed_layers
+from clframe.nn.frozen import evaluating
 from clframe.seeding import generator_for
 from clframe.sparsity.ffn import shape_of, weight_of
 
 
-class OpenAttention(nn.Module):
-    """What ``nn.MultiheadAttention`` computes, by four linear layers that can be seen and replaced.
+class UnpackedAttention(nn.Module):
+    """Equivalent of ``nn.MultiheadAttention`` with four linear layers as replaceable submodules.
 
-    Torch keeps the weights of three of them in one tensor and calls none of them as a module. The fast path of
-    torch's encoder layers, which would look for that tensor, does not run with this module.
+    ``nn.MultiheadAttention`` stores three projections in one tensor and calls none of the four as a module. The fast
+    path of PyTorch's encoder layers, which reads that tensor, does not run with this module.
 
     Args:
-        attention: The module whose place it takes; its weights are copied.
+        attention: Module to copy the weights of.
 
     Attributes:
-        query: Projection of the queries; likewise ``key``, ``value`` and ``out``.
+        query: Projection of the queries; correspondingly ``key``, ``value`` and ``out``.
 
     Raises:
-        UnsupportedError: Keys or values of another width, or extra keys (``add_bias_kv``, ``add_zero_attn``).
+        UnsupportedError: Keys or values of another width, or additional keys (``add_bias_kv``, ``add_zero_attn``).
     """
 
-    in_proj_bias = None  # torch's encoder layers ask for these three before they take the fast path
+    in_proj_bias = None  # PyTorch's encoder layers read these three before they choose the fast path
     in_proj_weight = None
     _qkv_same_embed_dim = False
 
@@ -67,7 +71,7 @@ class OpenAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch's; see there."""
+        """Same signature and result as ``nn.MultiheadAttention.forward``."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
@@ -95,19 +99,19 @@ class OpenAttention(nn.Module):
         return x_BHTD
 
     def _bias(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, like: Tensor) -> Tensor | None:
-        """What is added to scores_BHTS. ``is_causal`` is a hint only: torch wants the mask beside it."""
+        """Additive mask of scores_BHTS. ``is_causal`` is only a hint: PyTorch requires the mask as well."""
         bias = None
         if attn_mask is not None:
-            bias = _added(attn_mask, like)
+            bias = _additive_mask(attn_mask, like)
             bias = bias if bias.dim() == 2 else bias.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
-            padding = _added(key_padding_mask, like)[:, None, None, :]
+            padding = _additive_mask(key_padding_mask, like)[:, None, None, :]
             bias = padding if bias is None else bias + padding
         return bias
 
 
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as numbers to add: of booleans, True is left out."""
+def _additive_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Convert a mask to additive form; True in a boolean mask excludes a position."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
@@ -122,9 +126,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def hidden_width(inputs: int, outputs: int) -> int:
-    """Hidden neurons with which a projection's network has about the layer's parameters; of d to d the paper's.
+    """Hidden neurons of a projection's network for about as many parameters as the layer.
 
-    ``round((d o + o) / (d + o + 1))``, which is ``(d^2 + d) / (2 d + 1)`` for equal widths.
+    ``round((d o + o) / (d + o + 1))``; ``(d^2 + d) / (2 d + 1)`` for equal widths, as in the paper.
 
     >>> hidden_width(768, 768)
     384
@@ -133,22 +137,22 @@ def hidden_width(inputs: int, outputs: int) -> int:
 
 
 class Projection(nn.Module):
-    """``Linear, ReLU, Dropout, Linear`` in place of a linear layer.
+    """``Linear, ReLU, Dropout, Linear`` as a replacement of one linear layer.
 
     Args:
         inputs: D.
         outputs: O.
-        dropout: Of the hidden neurons, in training.
-        generator: Draws the weights as torch draws those of linear layers; on the CPU.
+        dropout: Dropout probability of the hidden neurons in training.
+        generator: CPU generator for the weights, which follow PyTorch's initialization of linear layers.
     """
 
     def __init__(self, inputs: int, outputs: int, *, dropout: float = 0.05, generator: Generator | None = None) -> None:
         super().__init__()
         width = hidden_width(inputs, outputs)
-        self.up = _drawn(inputs, width, generator)
+        self.up = _random_linear(inputs, width, generator)
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
-        self.down = _drawn(width, outputs, generator)
+        self.down = _random_linear(width, outputs, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any number of leading dimensions."""
@@ -156,8 +160,8 @@ class Projection(nn.Module):
         return y
 
 
-class SideBySide(nn.Module):
-    """Projections in place of one layer that computes several: their outputs behind one another."""
+class ConcatenatedProjections(nn.Module):
+    """Replacement of a fused projection: concatenates the outputs of several projections."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -169,13 +173,13 @@ class SideBySide(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A layer of an attention that projects.
+class ProjectionSite:
+    """A projection layer of an attention.
 
     Attributes:
-        name: Inside the model, with attentions opened.
+        name: Name inside the model, after :func:`unpack_attentions`.
         inputs: Width of its tokens.
-        outputs: Widths of what it computes: one, or three where it is query, key and value at once.
+        outputs: Output widths: one, or three for a fused query, key and value projection.
     """
 
     name: str
@@ -183,44 +187,44 @@ class Place:
     outputs: tuple[int, ...]
 
 
-def put_projections(model: nn.Module, places: Sequence[Place], *, dropout: float = 0.05) -> None:
-    """The shapes of a model whose projections were replaced, for weights that are to be loaded: nothing is trained.
+def rebuild_projections(model: nn.Module, sites: Sequence[ProjectionSite], *, dropout: float = 0.05) -> None:
+    """Replace the projections at ``sites`` by untrained networks, to load trained weights into.
 
     Raises:
-        UnsupportedError: A model whose layers are others.
+        UnsupportedError: The model does not have these layers.
     """
     check_dense(model)
-    open_attentions(model)
+    unpack_attentions(model)
     layers = dict(model.named_modules())
-    for place in places:
-        found = shape_of(layers[place.name]) if place.name in layers else None
-        if found != (place.inputs, sum(place.outputs)):
+    for site in sites:
+        found = shape_of(layers[site.name]) if site.name in layers else None
+        if found != (site.inputs, sum(site.outputs)):
             raise UnsupportedError(
-                f"moe: {type(model).__name__} has no projection {place.name} of {place.inputs} to "
-                f"{sum(place.outputs)}; give the model that was converted"
+                f"moe: {type(model).__name__} has no projection {site.name} of {site.inputs} to "
+                f"{sum(site.outputs)}; give the model that was converted"
             )
-    put_all(model, places, drawn_projections(model, places, dropout=dropout, seed=0))
+    install_projections(model, sites, make_projections(model, sites, dropout=dropout, seed=0))
 
 
-def find_projections(model: nn.Module, batch: Any, *, call: Call = plain_call) -> tuple[Place, ...]:
-    """The projections of a model's self-attentions, in the order in which they run on one batch.
+def find_projections(model: nn.Module, batch: Any, *, call: Call = plain_call) -> tuple[ProjectionSite, ...]:
+    """Find the projections of a model's self-attentions, in the order in which they run on one batch.
 
-    Attentions of torch have to be opened before.
+    Torch attentions have to be unpacked first.
 
     Raises:
-        UnsupportedError: There are none.
+        UnsupportedError: None found.
     """
     names = {id(part): name for name, part in model.named_modules()}
     calls: list[tuple[nn.Module, bool]] = []
     before: list[Tensor] = []
 
     def see(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        calls.append((layer, bool(before) and _same(before[0], inputs[0])))
-        before[:] = [inputs[0]]  # kept, so that no later tensor lies at its address
+        calls.append((layer, bool(before) and _same_storage(before[0], inputs[0])))
+        before[:] = [inputs[0]]  # referenced, so that its storage address is not reused
 
-    with hooked([part for part in model.modules() if shape_of(part)], see), as_teacher(model):
+    with forward_hooks([part for part in model.modules() if shape_of(part)], see), evaluating(model):
         call(model, batch)
-    found: dict[int, Place] = {}
+    found: dict[int, ProjectionSite] = {}
     for at, (layer, _) in enumerate(calls):
         width = (shape_of(layer) or (0, 0))[0]
         together = [other for other, same in calls[at + 1 : at + 3] if same]
@@ -234,7 +238,7 @@ def find_projections(model: nn.Module, batch: Any, *, call: Call = plain_call) -
         for part in (*group, behind):
             widths = (width,) * 3 if fused and part is layer else (width,)
             if shape_of(part) == (width, sum(widths)):
-                found[id(part)] = Place(name=names[id(part)], inputs=width, outputs=widths)
+                found[id(part)] = ProjectionSite(name=names[id(part)], inputs=width, outputs=widths)
     if not found:
         raise UnsupportedError(
             f"moe: found no attention in {type(model).__name__} that projects its tokens to their own width; leave its "
@@ -243,65 +247,71 @@ def find_projections(model: nn.Module, batch: Any, *, call: Call = plain_call) -
     return tuple(found.values())
 
 
-def check_dense(model: nn.Module) -> None:
-    """Refuse a model that was converted, or whose weights cannot be trained.
+def check_dense(model: nn.Module, *, where: str = "moe") -> None:
+    """Refuse a converted model, or one whose weights cannot be trained.
 
     Raises:
-        UnsupportedError: As said.
+        DivergenceError: Weights that are not finite.
+        UnsupportedError: Experts, weights on the meta device, or half precision.
     """
+    kind = type(model).__name__
     if routed_layers(model) or any(isinstance(part, Projection) for part in model.modules()):
-        raise UnsupportedError(f"moe: found {type(model).__name__} converted already; give a dense model")
+        raise UnsupportedError(f"{where}: found {kind} with experts; give the dense model it was made from")
     parameters = list(model.parameters())
     if any(p.is_meta for p in parameters):
-        raise UnsupportedError(
-            f"moe: found {type(model).__name__} on the meta device, without weights; load them first"
-        )
+        raise UnsupportedError(f"{where}: found {kind} on the meta device, without weights; load them first")
     half = next((p.dtype for p in parameters if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
-        raise UnsupportedError(f"moe: found weights in {half}, in which nothing can be trained; use model.float()")
+        raise UnsupportedError(
+            f"{where}: found weights in {str(half).removeprefix('torch.')}, too coarse for training; convert the model "
+            f"in float32, then cast the result"
+        )
+    require_finite_weights(model, where=where)
 
 
-def open_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Open all attentions of torch; returns what stood there, by name."""
+def unpack_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace all ``nn.MultiheadAttention`` modules by :class:`UnpackedAttention`; returns the originals by name."""
     found = {name: part for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}
-    opened = {name: OpenAttention(part) for name, part in found.items()}
+    opened = {name: UnpackedAttention(part) for name, part in found.items()}
     for name, part in opened.items():
-        put_everywhere(model, found[name], part)
+        replace_module(model, found[name], part)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(part in opened.values() for part in encoder.modules()):
-            encoder.use_nested_tensor = False  # it would look for the packed weights
+            encoder.use_nested_tensor = False  # the nested-tensor path reads the packed weights
     return dict(found)
 
 
-def drawn_projections(
-    model: nn.Module, places: Sequence[Place], *, dropout: float, seed: int
+def make_projections(
+    model: nn.Module, sites: Sequence[ProjectionSite], *, dropout: float, seed: int
 ) -> list[list[Projection]]:
-    """The networks of each place, drawn."""
+    """Create the networks of each site."""
     made = []
-    for number, place in enumerate(places):
-        weight, generator = weight_of(model.get_submodule(place.name)), generator_for(seed, "moe", "projection", number)
-        own = [Projection(place.inputs, o, dropout=dropout, generator=generator) for o in place.outputs]
+    for number, site in enumerate(sites):
+        weight, generator = weight_of(model.get_submodule(site.name)), generator_for(seed, "moe", "projection", number)
+        own = [Projection(site.inputs, o, dropout=dropout, generator=generator) for o in site.outputs]
         made.append([part.to(weight.device, weight.dtype) for part in own])
     return made
 
 
-def put_all(model: nn.Module, places: Sequence[Place], made: Sequence[Sequence[Projection]]) -> dict[str, Projection]:
-    """Put the networks in their places; returns them by name."""
-    for place, own in zip(places, made, strict=True):
-        layer = model.get_submodule(place.name)
-        part = own[0] if len(own) == 1 else SideBySide(own)
-        put_everywhere(model, layer, part.train(layer.training))
+def install_projections(
+    model: nn.Module, sites: Sequence[ProjectionSite], made: Sequence[Sequence[Projection]]
+) -> dict[str, Projection]:
+    """Replace the layers at ``sites`` by the given networks; returns these by name."""
+    for site, own in zip(sites, made, strict=True):
+        layer = model.get_submodule(site.name)
+        part = own[0] if len(own) == 1 else ConcatenatedProjections(own)
+        replace_module(model, layer, part.train(layer.training))
     return {name: part for name, part in model.named_modules() if isinstance(part, Projection)}
 
 
-def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """In every place where ``old`` stands: layers may be shared."""
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace ``old`` under all its names; layers may be shared."""
     for name in [name for name, part in model.named_modules(remove_duplicate=False) if part is old]:
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, new)
 
 
-def _drawn(inputs: int, outputs: int, generator: Generator | None) -> nn.Linear:
+def _random_linear(inputs: int, outputs: int, generator: Generator | None) -> nn.Linear:
     made = nn.Linear(inputs, outputs, device="meta")
     draw = partial(nn.init.uniform_, a=-(inputs**-0.5), b=inputs**-0.5, generator=generator)
     made.weight = nn.Parameter(draw(torch.empty(outputs, inputs)))
@@ -309,29 +319,16 @@ def _drawn(inputs: int, outputs: int, generator: Generator | None) -> nn.Linear:
     return made
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same_storage(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 @contextmanager
-def hooked(layers: Sequence[nn.Module], see: Any) -> Iterator[None]:
-    """Forward hooks on all layers for a while."""
+def forward_hooks(layers: Sequence[nn.Module], see: Any) -> Iterator[None]:
+    """Context with a forward hook on all layers."""
     hooks = [layer.register_forward_hook(see) for layer in layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def as_teacher(model: nn.Module) -> Iterator[None]:
-    """The teacher: in evaluation mode, without gradients; every part gets its own mode back."""
-    training = {part: part.training for part in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, flag in training.items():
-            part.training = flag

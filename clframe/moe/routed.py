@@ -1,10 +1,11 @@
-"""Experts with their router and gate, in place of a feed-forward network, and their cost in MACs."""
+"""Experts with a router and a gate, as a replacement of a feed-forward network, and their cost in MACs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from clframe.moe.routing import expert_macs, router_macs
 
 @dataclass(frozen=True, kw_only=True)
 class Macs:
-    """MACs of a token.
+    """MACs per token.
 
     Attributes:
         expert: Of one expert.
-        experts: How many there are.
+        experts: Number of experts.
         router: Of the router.
     """
 
@@ -30,26 +31,26 @@ class Macs:
 
     @property
     def dense(self) -> int:
-        """Of all experts, without a router: of the dense network."""
+        """All experts without the router, which equals the dense network."""
         return self.expert * self.experts
 
     @property
     def router_share(self) -> float:
-        """The router's part of the dense network's."""
+        """Router MACs as a fraction of the dense network's."""
         return self.router / self.dense
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What one layer did while it was counted.
+    """Usage of one layer while it was counted.
 
     Attributes:
-        tokens: How many it saw.
-        ran_E: How often each expert ran.
-        macs: Of one token.
-        routed: For how many of them the router was asked.
-        computed: How many (token, expert) pairs were computed, those that the gate had left out among them: all where
-            that is faster, and neighbors of those that run where experts are too small to be run one by one.
+        tokens: Number of tokens.
+        ran_E: Number of tokens for which the gate chose each expert.
+        macs: Cost per token.
+        routed: Number of tokens for which the router was evaluated.
+        computed: Number of (token, expert) pairs computed, including pairs that the gate excluded but that were masked:
+            all pairs in dense execution, and neighbors of active experts where small experts are executed in groups.
     """
 
     tokens: int
@@ -60,59 +61,58 @@ class Usage:
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that ran; NaN before any token."""
+        """Mean number of active experts; NaN without tokens."""
         return sum(self.ran_E) / self.tokens if self.tokens else float("nan")
 
     @property
     def router_macs(self) -> int:
-        """Of the router."""
+        """MACs of the router."""
         return self.routed * self.macs.router
 
     @property
     def total_macs(self) -> int:
-        """Of all (token, expert) pairs that the gate let run, and of the router: what routing promises."""
+        """MACs of all (token, expert) pairs chosen by the gate, and of the router."""
         return sum(self.ran_E) * self.macs.expert + self.router_macs
 
     @property
     def executed_macs(self) -> int:
-        """Of all pairs that were computed, and of the router: what was paid."""
+        """MACs of all computed pairs and of the router."""
         return self.computed * self.macs.expert + self.router_macs
 
     @property
     def dense_macs(self) -> int:
-        """Of the dense network for the same tokens."""
+        """MACs of the dense network for the same tokens."""
         return self.tokens * self.macs.dense
 
     @property
     def share(self) -> float:
-        """``total_macs`` over the dense network's; NaN before any token."""
+        """``total_macs`` as a fraction of ``dense_macs``; NaN without tokens."""
         return self.total_macs / self.dense_macs if self.tokens else float("nan")
 
 
 When = Literal["always", "evaluation"]
-"""When a gate acts: whenever the layer runs, or in evaluation mode only, all experts running in training."""
+"""When the gate is applied: always, or in evaluation mode only, with all experts active in training."""
 
 
 class RoutedExperts(nn.Module):
-    """Experts of which, for each token, those run that the gate keeps by the router's scores.
+    """Experts of which each token runs those that the gate selects by the router's scores.
 
-    Outputs are added up unweighted; what a gate leaves out is what the answer lacks of the dense network's. A gate that
-    keeps all does not ask the router.
+    The output is the unweighted sum of the active experts. A gate that keeps all experts does not evaluate the router.
 
     Args:
-        experts: The network's neurons.
-        router: Foresees what each expert contributes.
-        gate: Who runs; may be changed at any time.
-        dropout: Of the outputs, in training.
+        experts: Neurons of the network.
+        router: Predicts the contribution of each expert.
+        gate: Selects the active experts; may be changed at any time.
+        dropout: Dropout probability of the outputs in training.
 
     Attributes:
-        when: When the gate acts.
-        ready: Whether the router may be asked yet: all experts run until it has been fitted. Part of the state
-            dict, so that a model that is loaded routes as the one that was saved.
-        observer: Called with each x_ND before it is routed; None for nobody.
-        ran: Where usage is counted: pairs by expert, behind them tokens, those that the router saw, and pairs that
-            were really computed; None where it is not.
-        chosen: Takes how many experts each token has, in the shape of the tokens; None for nobody.
+        when: When the gate is applied.
+        ready: Whether the router has been trained; all experts run until then. Part of the state dict, so that a loaded
+            model routes like the saved one.
+        observer: Called with each x_ND before routing, if set.
+        ran: Usage counters, if usage is counted: tokens by expert, then the number of tokens, of tokens for which the
+            router was evaluated, and of computed pairs.
+        chosen: Called with the number of active experts of each token, in the shape of the tokens, if set.
     """
 
     def __init__(self, experts: ExpertLayer, router: Router, *, gate: Gate, dropout: float = 0.0) -> None:
@@ -129,18 +129,19 @@ class RoutedExperts(nn.Module):
 
     @property
     def routes(self) -> bool:
-        """Whether the gate acts, as things are."""
+        """Whether the gate is applied in the current mode."""
         return self.ready and not self.gate.keeps_all and (self.when == "always" or not self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any number of leading dimensions; tokens are routed one by one."""
+        """Route the tokens independently; any number of leading dimensions."""
         x_ND = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if self.observer is not None:
             self.observer(x_ND)
         watched = self.ran is not None or self.chosen is not None
         routes = self.routes
-        if routes and not watched and len(x_ND) == 1 and self.experts.takes_one(x_ND):
-            y_1O = self.experts.one(x_ND, self.gate.best(self.router(x_ND)[0]))
+        # For a single token the overhead of small operators dominates; this path has the fewest.
+        if routes and not watched and len(x_ND) == 1 and self.experts.can_run_one(x_ND):
+            y_1O = self.experts.run_one(x_ND, self.gate.select(self.router(x_ND)[0]))
             return y_1O if x.dim() == 2 else y_1O.reshape(*x.shape[:-1], -1)
         keep_NE = self.keep(x_ND) if routes else None
         if watched:
@@ -151,23 +152,23 @@ class RoutedExperts(nn.Module):
         return y_NO if x.dim() == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
 
     def get_extra_state(self) -> Tensor:
-        """Whether the router is ready."""
+        """:attr:`ready`, for the state dict."""
         return torch.tensor(self.ready)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """As :meth:`get_extra_state` gave it."""
+        """Restore :attr:`ready`."""
         self.ready = bool(state)
 
     def keep(self, x_ND: Tensor) -> Tensor:
-        """keep_NE: the experts that the gate chooses."""
-        if torch.is_grad_enabled():
+        """Mask keep_NE of the experts chosen by the gate."""
+        if torch.is_grad_enabled():  # entering no_grad takes microseconds, which matter for one token
             with torch.no_grad():
                 return self.keep(x_ND)
         keep_NE: Tensor = self.gate(self.router(x_ND))
         return keep_NE
 
     def macs(self) -> Macs:
-        """What one token costs, by arithmetic."""
+        """MACs per token, by formula."""
         e = self.experts
         return Macs(
             expert=expert_macs(
@@ -196,14 +197,27 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedExperts]:
     return {name: part for name, part in model.named_modules() if isinstance(part, RoutedExperts)}
 
 
+@contextmanager
+def override(layers: Mapping[str, RoutedExperts], attribute: str, value: Callable[[str], Any]) -> Iterator[None]:
+    """Context in which an attribute of each layer is ``value(name)``; restores the previous values on exit."""
+    before = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            setattr(layer, attribute, value(name))
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(layer, attribute, before[name])
+
+
 def set_gate(model: nn.Module, gate: Gate) -> None:
-    """The same gate for all layers: one trained model, the whole curve of accuracy against cost."""
+    """Set the gate of all layers."""
     for layer in routed_layers(model).values():
         layer.gate = gate
 
 
 def set_tau(model: nn.Module, tau: float) -> None:
-    """Dynamic-k gates with this tau for all layers.
+    """Set dynamic-k gates with this tau for all layers.
 
     Raises:
         ConfigError: tau outside [0, 1].

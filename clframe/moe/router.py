@@ -1,4 +1,4 @@
-"""Routers, which foresee what each expert contributes, and gates, which choose by it.
+"""Routers, which predict the contribution of each expert, and gates, which select experts by these scores.
 
 Shape suffixes: N tokens, D inputs, E experts, W width of a router's hidden layer.
 """
@@ -18,17 +18,17 @@ from clframe.moe.experts import ExpertLayer
 from clframe.moe.routing import cumulative_share, dynamic_k, share_loss, top_k
 
 RouterKind = Literal["norm", "activation"]
-"""What a router foresees: the length of an expert's output (D2DMoE), or its summed activations (MoEfication)."""
+"""Quantity that a router predicts: the norm of an expert's output (D2DMoE), or its summed activations (MoEfication)."""
 
 
 class _TwoLayers(nn.Module):
-    """The weights of a router.
+    """Weights of a router.
 
     Args:
         inputs: D.
         experts: E.
-        width: W, of its hidden layer.
-        generator: Draws the weights; on the CPU.
+        width: W, of the hidden layer.
+        generator: CPU generator for the weights.
 
     Attributes:
         hidden: U, [W, D].
@@ -43,7 +43,10 @@ class _TwoLayers(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: Generator | None) -> None:
-        """Draw all weights anew, as torch draws those of linear layers; on the CPU, whatever the device."""
+        """Reinitialize the weights like PyTorch's linear layers.
+
+        Drawn on the CPU, which gives the same values on every device.
+        """
         for weight_OI in (self.hidden, self.score):
             bound = weight_OI.shape[1] ** -0.5
             drawn_OI = torch.empty(weight_OI.shape, dtype=weight_OI.dtype).uniform_(-bound, bound, generator=generator)
@@ -51,16 +54,16 @@ class _TwoLayers(nn.Module):
 
 
 class NormRouter(_TwoLayers):
-    """``|V relu(U x)|``, trained to be the length of each expert's output; Szatkowski et al. (2024)."""
+    """``|V relu(U x)|``, trained to predict the norm of each expert's output; Szatkowski et al. (2024)."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """scores_NE, from 0 up."""
+        """Nonnegative scores_NE."""
         if len(x_ND) == 1:  # matrix times vector, which is quicker than a matrix of one row
             return torch.mv(self.score, torch.mv(self.hidden, x_ND[0]).relu_()).abs()[None]
         return F.linear(F.linear(x_ND, self.hidden).relu_(), self.score).abs()
 
     def targets(self, experts: ExpertLayer, x_ND: Tensor) -> Tensor:
-        """target_NE: lengths of the outputs, all experts on, without gradient."""
+        """Norms of the experts' outputs, target_NE, without gradient."""
         return experts.norms(x_ND)
 
     def loss(self, x_ND: Tensor, target_NE: Tensor) -> Tensor:
@@ -69,18 +72,18 @@ class NormRouter(_TwoLayers):
 
 
 class ActivationRouter(_TwoLayers):
-    """Linear, tanh, linear, sigmoid, trained to foresee summed activations; Zhang et al., "MoEfication" (2022)."""
+    """Linear, tanh, linear, sigmoid, trained to predict summed activations; Zhang et al., "MoEfication" (2022)."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """scores_NE between 0 and 1."""
+        """scores_NE in (0, 1)."""
         return self._logits(x_ND).sigmoid()
 
     def targets(self, experts: ExpertLayer, x_ND: Tensor) -> Tensor:
-        """target_NE: positive activations summed over each expert's neurons."""
+        """Positive activations summed over each expert's neurons, target_NE."""
         return experts.hidden(x_ND).clamp_min(0).sum(2)
 
     def loss(self, x_ND: Tensor, target_NE: Tensor) -> Tensor:
-        """Binary cross-entropy; see :func:`~clframe.moe.routing.share_loss`."""
+        """Binary cross-entropy, see :func:`~clframe.moe.routing.share_loss`."""
         return share_loss(self._logits(x_ND), target_NE)
 
     def _logits(self, x_ND: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class ActivationRouter(_TwoLayers):
 
 
 FEW = 64
-"""Up to how many experts Python's lists are faster than operators."""
+"""Number of experts up to which Python lists are faster than tensor operators."""
 
 Router = NormRouter | ActivationRouter
 ROUTERS: dict[str, type[NormRouter] | type[ActivationRouter]] = {
@@ -99,10 +102,10 @@ ROUTERS: dict[str, type[NormRouter] | type[ActivationRouter]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicK:
-    """Experts with at least ``1 - tau`` of the token's highest score; see ``functional.routing.dynamic_k``.
+    """Select experts with at least ``1 - tau`` of the token's top score; see :func:`~clframe.moe.routing.dynamic_k`.
 
     Args:
-        tau: From 0, the best expert only, to 1, all of them.
+        tau: From 0 (best expert only) to 1 (all experts).
     """
 
     name: ClassVar[str] = "dynamic_k"
@@ -114,15 +117,15 @@ class DynamicK:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no score can matter."""
+        """Whether all experts are selected independent of the scores."""
         return self.tau == 1
 
     def __call__(self, scores_NE: Tensor) -> Tensor:
         """keep_NE."""
         return dynamic_k(scores_NE, self.tau)
 
-    def best(self, scores_E: Tensor) -> list[int]:
-        """The same for one token, the experts' numbers; without the dozen microseconds of small operators."""
+    def select(self, scores_E: Tensor) -> list[int]:
+        """Selected experts of one token; avoids a dozen microseconds of small operators."""
         if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
             return _numbers(self(scores_E[None]))
         scores: list[float] = scores_E.tolist()
@@ -133,10 +136,10 @@ class DynamicK:
 
 @dataclass(frozen=True, kw_only=True)
 class CumulativeShare:
-    """The best experts whose shares of the total score reach ``tau``.
+    """Select the best experts until their fraction of the total score reaches ``tau``.
 
     Args:
-        tau: From 0, the best expert only, to 1, all with a score above 0.
+        tau: From 0 (best expert only) to 1 (all experts with a positive score).
     """
 
     name: ClassVar[str] = "cumulative_share"
@@ -148,45 +151,45 @@ class CumulativeShare:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no score can matter."""
+        """Whether all experts are selected independent of the scores."""
         return self.tau == 1
 
     def __call__(self, scores_NE: Tensor) -> Tensor:
         """keep_NE."""
         return cumulative_share(scores_NE, self.tau)
 
-    def best(self, scores_E: Tensor) -> list[int]:
-        """The same for one token, the experts' numbers."""
+    def select(self, scores_E: Tensor) -> list[int]:
+        """Selected experts of one token."""
         return _numbers(self(scores_E[None]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The ``k`` best experts, always as many: MoEfication's gate.
+    """Select the ``k`` best experts, the gate of MoEfication.
 
     Args:
-        k: How many.
+        k: Number of experts.
     """
 
     name: ClassVar[str] = "top_k"
     k: int
 
     def __post_init__(self) -> None:
-        """Refuse to run nothing."""
+        """Refuse ``k`` below 1."""
         if self.k < 1:
             raise ConfigError(f"moe.k: found {self.k}; give 1 or more")
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no score can matter: never known without the number of experts."""
+        """False: depends on the number of experts, which the gate does not store."""
         return False
 
     def __call__(self, scores_NE: Tensor) -> Tensor:
         """keep_NE."""
         return top_k(scores_NE, self.k)
 
-    def best(self, scores_E: Tensor) -> list[int]:
-        """The same for one token, the experts' numbers, in no order."""
+    def select(self, scores_E: Tensor) -> list[int]:
+        """Selected experts of one token, in any order."""
         if scores_E.dtype != torch.float32 or len(scores_E) > FEW:
             chosen: list[int] = scores_E.topk(min(self.k, len(scores_E))).indices.tolist()
             return chosen  # half precision has ties, which the operator breaks in its own way
@@ -208,4 +211,4 @@ def _check_tau(tau: float) -> None:
 
 
 ALL = DynamicK(tau=1.0)
-"""All experts run."""
+"""Gate that keeps all experts."""

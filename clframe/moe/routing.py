@@ -1,4 +1,4 @@
-"""Gates: which experts run for which token, from the scores of a router."""
+"""Functional routing: selection of experts from a router's scores, losses, and MACs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def dynamic_k(scores_NE: Tensor, tau: float) -> Tensor:
-    """keep_NE: experts whose score is at least ``(1 - tau)`` of the token's highest one.
+    """Mask of experts whose score is at least ``(1 - tau)`` of the token's highest score, keep_NE.
 
-    tau = 1 keeps all, tau = 0 the best and its equals; no token is left without, and one whose scores are all zero,
-    which says nothing, keeps all. Szatkowski et al., "Exploiting Activation Sparsity with Dense to Dynamic-k
-    Mixture-of-Experts Conversion" (2024).
+    tau = 1 keeps all, tau = 0 the best one and ties. At least one expert is kept; a token with all scores zero keeps
+    all, because they do not rank the experts. Szatkowski et al., "Exploiting Activation Sparsity with Dense to
+    Dynamic-k Mixture-of-Experts Conversion" (2024).
 
     Args:
-        scores_NE: From 0 up.
-        tau: From 0 to 1.
+        scores_NE: Nonnegative.
+        tau: In [0, 1].
 
     >>> dynamic_k(torch.tensor([[4.0, 1.0, 2.0], [0.0, 3.0, 1.0]]), 0.5).tolist()
     [[True, False, True], [False, True, False]]
@@ -25,9 +25,9 @@ def dynamic_k(scores_NE: Tensor, tau: float) -> Tensor:
 
 
 def cumulative_share(scores_NE: Tensor, tau: float) -> Tensor:
-    """keep_NE: the smallest set of best experts whose shares of the token's total score reach ``tau``.
+    """Mask of the smallest set of best experts whose fraction of the token's total score reaches ``tau``, keep_NE.
 
-    tau = 1 keeps all with a score above 0; the best one always runs.
+    tau = 1 keeps all with a positive score; the best expert is always kept.
 
     >>> cumulative_share(torch.tensor([[1.0, 5.0, 4.0], [0.0, 0.0, 0.0]]), 0.9).tolist()
     [[False, True, True], [True, False, False]]
@@ -43,7 +43,7 @@ def cumulative_share(scores_NE: Tensor, tau: float) -> Tensor:
 
 
 def top_k(scores_NE: Tensor, k: int) -> Tensor:
-    """keep_NE: the ``k`` experts with the highest scores, all where there are fewer.
+    """Mask of the ``k`` experts with the highest scores, keep_NE; all if there are fewer.
 
     >>> top_k(torch.tensor([[4.0, 1.0, 2.0]]), 2).tolist()
     [[True, False, True]]
@@ -53,23 +53,23 @@ def top_k(scores_NE: Tensor, k: int) -> Tensor:
 
 
 def share_loss(logits_NE: Tensor, sums_NE: Tensor) -> Tensor:
-    """MoEfication's loss: binary cross-entropy against summed activations over the largest sum of the batch.
+    """Router loss of MoEfication: binary cross-entropy with summed activations divided by the largest sum of the batch.
 
     Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (2022).
 
     Args:
-        logits_NE: Of the router.
-        sums_NE: Each expert's positive activations, summed over its neurons.
+        logits_NE: Logits of the router.
+        sums_NE: Positive activations summed over each expert's neurons.
     """
     target_NE = sums_NE / sums_NE.amax().clamp_min(torch.finfo(sums_NE.dtype).tiny)
     return F.binary_cross_entropy_with_logits(logits_NE, target_NE)
 
 
 def load_balance(probabilities_NE: Tensor, keep_NE: Tensor) -> Tensor:
-    """``E * sum over experts of (share of pairs it runs) * (mean probability)``: 1 where all are used alike.
+    """Load-balancing loss ``E * sum over experts of (fraction of pairs) * (mean probability)``; 1 for uniform use.
 
-    Fedus et al., "Switch Transformers" (2022), eq. 4, with shares of (token, expert) pairs where several run. Gradients
-    reach the probabilities only.
+    Fedus et al., "Switch Transformers" (2022), eq. 4, with fractions of (token, expert) pairs where several experts are
+    active. Gradients reach the probabilities only.
 
     >>> load_balance(torch.full((4, 2), 0.5), torch.tensor([[True, False], [False, True]]).repeat(2, 1))
     tensor(1.)
@@ -80,7 +80,7 @@ def load_balance(probabilities_NE: Tensor, keep_NE: Tensor) -> Tensor:
 
 
 def pairs_by_expert(keep_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """(expert_P, token_P) of all pairs that run, expert by expert, tokens in order."""
+    """(expert_P, token_P) of all active pairs, sorted by expert, then token."""
     expert_P, token_P = keep_NE.t().nonzero(as_tuple=True)
     return expert_P, token_P
 

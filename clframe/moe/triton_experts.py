@@ -1,10 +1,10 @@
-"""Experts on CUDA in two kernels, without waiting for the device: gather, product, bias and activation in one.
+"""Executor of experts on CUDA with two fused Triton kernels and no synchronization with the device.
 
-The routing matrix is turned into lists of each expert's tokens on the device. Outputs are added with atomics, so their
-last bits vary from run to run: deterministic runs take another way. Backward recomputes with
+The routing mask is converted to a list of tokens for each expert on the device. Outputs are accumulated with atomics,
+so results are not deterministic to the last bit; deterministic mode uses another executor. Backward recomputes with
 :func:`~clframe.moe.executors.grouped`.
 
-Shape suffixes as in ``weights.py``.
+Shape suffixes as in ``executors.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clframe.moe.executors import PARTS, Activation, Weights, grouped
+from clframe.moe.executors import TENSORS, Activation, Weights, grouped
 
 
 class Tiles(NamedTuple):
-    """What one program of a kernel computes: so many tokens times columns, so many products deep at a time."""
+    """Tile of one kernel program: tokens, columns, and the depth of one inner product."""
 
     rows: int
     columns: int
@@ -31,14 +31,16 @@ class Tiles(NamedTuple):
 
 
 def tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """By the number of tokens, of which each expert has some share, and their type; the fastest of six on an H100."""
+    """Tile sizes for a number of tokens and a dtype; the fastest of six on an H100."""
     if dtype is not torch.float32:
         return Tiles(64, 128, 64)
     return Tiles(32, 32, 32) if tokens <= 512 else Tiles(64, 64, 16)
 
 
 def activation_code(activation: Activation) -> int | None:
-    """0 ReLU, 1 GELU, 2 GELU by tanh, 3 SiLU; None for others. Told by what they do, transformers' own included.
+    """0 for ReLU, 1 GELU, 2 GELU with tanh, 3 SiLU, None for others.
+
+    Compares values on a grid, so that equivalent implementations (those of transformers) are recognized.
 
     >>> activation_code(nn.GELU(approximate="tanh")), activation_code(torch.relu), activation_code(nn.Tanh())
     (2, 0, None)
@@ -53,14 +55,14 @@ def activation_code(activation: Activation) -> int | None:
 
 
 def triton_works(weights: Weights, x_ND: Tensor) -> bool:
-    """Whether the kernels can take these types and this activation, and Triton is there."""
+    """Whether the kernels support these dtypes and this activation, and Triton is installed."""
     fits = x_ND.dtype == weights.up_EHD.dtype and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return fits and _installed() and _code(weights.activation) is not None
 
 
 def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
-    """y_NO; see :data:`~clframe.moe.executors.Executor`."""
-    y_NO: Tensor = _Experts.apply(weights.activation, x_ND, keep_NE, weight_NE, *weights.parts())
+    """Compute y_NO; see :data:`~clframe.moe.executors.Executor`."""
+    y_NO: Tensor = _Experts.apply(weights.activation, x_ND, keep_NE, weight_NE, *weights.tensors())
     return y_NO
 
 
@@ -88,6 +90,7 @@ class _Experts(torch.autograd.Function):
         ]
         x_ND, keep_NE, weight_NE, *parts = inputs
         assert x_ND is not None and keep_NE is not None
+        # Recomputing stores no hidden activations; the kernels have no backward.
         with torch.enable_grad():
             y_NO = grouped(_weights(ctx.activation, tuple(parts)), x_ND, keep_NE, weight_NE)
         wanted = [value for value in inputs if value is not None and value.requires_grad]
@@ -97,7 +100,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _weights(activation: Activation, parts: tuple[Tensor | None, ...]) -> Weights:
-    return Weights(activation=activation, **dict(zip(PARTS, parts, strict=True)))  # type: ignore[arg-type]
+    return Weights(activation=activation, **dict(zip(TENSORS, parts, strict=True)))  # type: ignore[arg-type]
 
 
 def _launch(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None) -> Tensor:
@@ -128,7 +131,7 @@ def _launch(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor |
         biased=weights.up_bias_EH is not None, gated=weights.gate_EHD is not None,
         gate_biased=weights.gate_bias_EH is not None, weighted=weight_NE is not None, code=code, **how,
     )  # fmt: skip
-    y_NO = torch.zeros(tokens, outputs, device=x_ND.device)  # sums in float32 whatever the weights are
+    y_NO = torch.zeros(tokens, outputs, device=x_ND.device)  # accumulates in float32 for any weight dtype
     add_outputs[(-(-outputs // tile.columns), blocks, experts)](
         hidden_ENH, order_EM, count_E, weights.down_EHO.contiguous(), y_NO, tokens, neurons, outputs, **how
     )
@@ -138,9 +141,10 @@ def _launch(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor |
 
 
 def tokens_of_experts(keep_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """Each expert's tokens in order at the front of its row of order_EM, M = N + 1, and how many they are, count_E.
+    """Token indices of each expert, at the front of its row of order_EM, M = N + 1, and their numbers count_E.
 
-    What is behind them means nothing. Nothing is sorted and nobody waits for the device.
+    Entries after the first count_E of a row are undefined. Uses cumulative sums instead of sorting, without
+    synchronization.
 
     >>> order_EM, count_E = tokens_of_experts(torch.tensor([[True, False], [False, False], [True, True]]))
     >>> count_E.tolist(), order_EM[0, :2].tolist(), order_EM[1, :1].tolist()

@@ -1,7 +1,7 @@
 """The kernels of ``triton_experts.py``. Importing this needs Triton; nothing imports it before it is run.
 
 In a grid (block of columns, block of an expert's tokens, expert) every program computes one tile; blocks behind an
-expert's last token end at once. Sizes of weights are constants of the compiled kernel.
+expert's last token exit immediately. Sizes of weights are constants of the compiled kernel.
 """
 
 # mypy: ignore-errors

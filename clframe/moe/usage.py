@@ -1,4 +1,7 @@
-"""Expert usage, active neurons, and where the neurons of experts are."""
+"""Usage of experts, activity of neurons, and permutation of values stored per neuron.
+
+Shape suffixes: T tokens, E experts, N and F neurons, P parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,55 +17,48 @@ from torch import Tensor, nn
 from clframe.errors import UnsupportedError
 from clframe.moe.convert import Call, plain_call
 from clframe.moe.native import MixtureOfExperts
-from clframe.moe.routed import RoutedExperts, Usage, routed_layers
-from clframe.sparsity.penalties import fired
+from clframe.moe.routed import RoutedExperts, Usage, override, routed_layers
+from clframe.nn.frozen import evaluating
+from clframe.sparsity.penalties import site_activations
 from clframe.sparsity.sites import Site, find_sites
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[Callable[[], dict[str, Usage]]]:
-    """Count usage; yields a function for what it is so far, by layer.
+def count_usage(model: nn.Module) -> Iterator[Callable[[], dict[str, Usage]]]:
+    """Context that counts the usage of experts; yields a function that returns the current usage by layer.
 
-    Nothing waits for the device before that function is called.
+    Synchronizes with the device only when that function is called.
     """
     layers = routed_layers(model)
-    before = {name: layer.ran for name, layer in layers.items()}
-    for layer in layers.values():
-        device = layer.experts.order_F.device
-        layer.ran = torch.zeros(layer.experts.experts + 3, dtype=torch.long, device=device)
-    counted = {name: layer.ran for name, layer in layers.items()}
+    counters = {
+        name: torch.zeros(layer.experts.experts + 3, dtype=torch.long, device=layer.experts.order_F.device)
+        for name, layer in layers.items()
+    }
 
     def usage() -> dict[str, Usage]:
         found = {}
         for name, layer in layers.items():
-            own = counted[name]
-            assert own is not None
-            *ran, tokens, routed, computed = own.tolist()
-            found[name] = Usage(
-                tokens=tokens, ran_E=tuple(ran), macs=layer.macs(), routed=routed, computed=computed
-            )
+            *ran, tokens, routed, computed = counters[name].tolist()
+            found[name] = Usage(tokens=tokens, ran_E=tuple(ran), macs=layer.macs(), routed=routed, computed=computed)
         return found
 
-    try:
+    with override(layers, "ran", counters.__getitem__):
         yield usage
-    finally:
-        for name, layer in layers.items():
-            layer.ran = before[name]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerUsage:
-    """What one layer did with some tokens.
+    """Usage of one layer for one batch.
 
     Attributes:
-        experts_T: How many experts the gate chose for each token, in the shape of the tokens: (batch, tokens) in a
-            transformer, (batch,) where a sample is one token.
-        experts: How many there are.
-        router_macs: MACs of the router for all tokens; 0 where a gate that keeps all did not ask it.
-        routed_macs: Of all (token, expert) pairs that the gate chose, and of the router: what routing promises.
-        executed_macs: Of all pairs that were computed, and of the router; more where computing all and masking is
-            faster, or where small experts run together.
-        dense_macs: Of the dense network for the same tokens.
+        experts_T: Number of experts the gate chose for each token, in the shape of the tokens: (batch, tokens) in a
+            transformer, (batch,) if a sample is one token.
+        experts: Number of experts of the layer.
+        router_macs: MACs of the router for all tokens; 0 if the gate keeps all and does not evaluate it.
+        routed_macs: MACs of the (token, expert) pairs the gate chose, and of the router.
+        executed_macs: MACs of the pairs that were computed, and of the router; larger where dense execution with
+            masking is faster, or where small experts are executed in groups.
+        dense_macs: MACs of the dense network for the same tokens.
     """
 
     experts_T: Tensor
@@ -74,22 +70,22 @@ class LayerUsage:
 
     @property
     def experts_per_token(self) -> float:
-        """The mean of ``experts_T``."""
+        """Mean of ``experts_T``."""
         return float(self.experts_T.float().mean())
 
     @property
     def share(self) -> float:
-        """``routed_macs`` over the dense network's; NaN before any token."""
+        """``routed_macs`` as a fraction of ``dense_macs``; NaN without tokens."""
         return self.routed_macs / self.dense_macs if self.dense_macs else float("nan")
 
 
 def expert_usage(network: nn.Module, x: Any, *, call: Call = plain_call) -> dict[str, LayerUsage]:
-    """What every layer of experts does with one batch, by the layer's name in order of depth.
+    """Usage of each layer of experts for one batch, by name in order of depth.
 
-    One pass in evaluation mode, without gradients; modes are put back.
+    One pass in evaluation mode without gradients; modes are restored.
 
     Args:
-        network: A model; one without experts has nothing to tell.
+        network: Model; without experts the result is empty.
         x: Prepared inputs.
         call: Runs the model on them.
 
@@ -105,23 +101,13 @@ def expert_usage(network: nn.Module, x: Any, *, call: Call = plain_call) -> dict
     if not layers:
         return {}
     counts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    before = {name: layer.chosen for name, layer in layers.items()}
-    training = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        for name, layer in layers.items():
-            layer.chosen = counts[name].append
-        with torch.no_grad(), counting(network) as usage:
-            call(network, x)
-            found = usage()
-    finally:
-        for name, layer in layers.items():
-            layer.chosen = before[name]
-        for part, flag in training.items():
-            part.training = flag
+    observing = override(layers, "chosen", lambda name: counts[name].append)
+    with evaluating(network), observing, count_usage(network) as usage:
+        call(network, x)
+        found = usage()
     return {
         name: LayerUsage(
-            experts_T=_joined(counts[name]),
+            experts_T=_concatenate(counts[name]),
             experts=own.macs.experts,
             router_macs=own.router_macs,
             routed_macs=own.total_macs,
@@ -133,19 +119,19 @@ def expert_usage(network: nn.Module, x: Any, *, call: Call = plain_call) -> dict
     }
 
 
-def _joined(counts: list[Tensor]) -> Tensor:
-    """One tensor, also of a layer that a model runs more than once."""
+def _concatenate(counts: list[Tensor]) -> Tensor:
+    """One tensor, also for a layer that runs several times in a pass."""
     if len(counts) == 1:
         return counts[0]
     return torch.cat([count.flatten() for count in counts])
 
 
 ROWS = ("up", "up_bias", "gate", "gate_bias", "down")
-"""Parameters of experts that hold one row for each neuron."""
+"""Parameters of experts with one row per neuron."""
 
 
 def neuron_orders(model: nn.Module) -> dict[str, Tensor]:
-    """order_F of every parameter with a row for each neuron of experts, by its name, as it is now."""
+    """Current order_F of each parameter with one row per neuron, by parameter name."""
     return {
         f"{name}.experts.{row}": layer.experts.order_F.clone()
         for name, layer in routed_layers(model).items()
@@ -154,16 +140,16 @@ def neuron_orders(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def followed(
+def reorder_values(
     model: nn.Module, names: Sequence[str], values_P: Tensor, before: Mapping[str, Tensor]
 ) -> Tensor:
-    """values_P of some parameters in the order in which their neurons lie now.
+    """Permute values stored per weight to the current order of neurons; returns values_P.
 
     Args:
         model: Holds the parameters.
-        names: Of the parameters, in the order of the values.
-        values_P: One value for each weight, as :func:`~clframe.regularization.importance.flat` lays them out.
-        before: :func:`neuron_orders` when the values were as they are.
+        names: Names of the parameters, in the order of the values.
+        values_P: One value per weight, in the layout of :func:`~clframe.regularization.importance.flatten`.
+        before: :func:`neuron_orders` at the time the values were stored.
     """
     if not before:
         return values_P
@@ -172,65 +158,65 @@ def followed(
     parts = []
     for name, part_P in zip(names, values_P.split([p.numel() for p in parameters]), strict=True):
         if name in before and not torch.equal(before[name], now[name]):
-            place_F = before[name].argsort()[now[name]]  # where the neuron that lies here now lay before
-            part_P = part_P.view(len(place_F), -1)[place_F].flatten()
+            former_F = before[name].argsort()[now[name]]  # former position of each neuron
+            part_P = part_P.view(len(former_F), -1)[former_F].flatten()
         parts.append(part_P)
     return torch.cat(parts)
 
 
-LEAST = 0.01
-"""A neuron is active from this share of its token's largest activation."""
+ACTIVE_FRACTION = 0.01
+"""Fraction of the token's largest activation from which a neuron counts as active."""
 
 
-def active(x_TN: Tensor) -> Tensor:
-    """active_TN: not zero and at least :data:`LEAST` of the token's largest magnitude.
+def active_mask(x_TN: Tensor) -> Tensor:
+    """Mask of nonzero activations with at least :data:`ACTIVE_FRACTION` of the token's largest magnitude, active_TN.
 
-    With ReLU these are, but for faint ones, the neurons that fire; with GELU, whose tail is never exactly zero, those
-    that matter.
+    For ReLU these are nearly all firing neurons; for GELU, whose tail is never exactly zero, those that contribute.
 
     >>> active(torch.tensor([[4.0, -0.5, 0.03, 0.0], [0.0, 0.0, 0.0, 0.0]])).int().tolist()
     [[1, 1, 0, 0], [0, 0, 0, 0]]
     """
     size_TN = x_TN.abs()
-    return (size_TN > 0) & (size_TN >= LEAST * size_TN.amax(-1, keepdim=True))
+    return (size_TN > 0) & (size_TN >= ACTIVE_FRACTION * size_TN.amax(-1, keepdim=True))
 
 
 def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[Any], Any]) -> dict[str, Tensor]:
-    """rate_N of every layer: the share of tokens in which each hidden neuron is active, float64 on the CPU.
+    """Fraction of tokens in which each hidden neuron is active, rate_N by layer, float64 on the CPU.
 
-    Looked at is what enters the last layer of each feed-forward network of ``module``, or the output of each activation
-    where it has none; of maps every position is a token. An activation that a pass uses several times is as many
-    layers, ``relu``, ``relu#2`` and so on. Of a feed-forward network made into experts, neurons lie as they did before,
-    and those of experts that do not run for a token are inactive in it. Nothing where there is neither, of layers that
-    do not run, and of mixtures of experts trained from scratch, whose neurons are those of other experts in each token.
+    Uses the input of the last layer of each feed-forward network of ``module``, or the output of each activation if
+    there is none; each position of a map is a token. An activation that runs several times per pass gives several
+    layers, ``relu``, ``relu#2`` and so on. In a converted network neurons are in the order of the dense network, and
+    neurons of inactive experts are inactive. Layers that do not run, and mixtures of experts trained from scratch,
+    whose neurons differ from token to token, are omitted.
 
     Args:
-        module: Where to look.
-        batches: What to call with, one after the other.
-        call: Runs one batch through ``module``, or through a model that holds it; modes are the caller's business.
+        module: Module to observe.
+        batches: Inputs of ``call``.
+        call: Runs one batch through ``module``, or through a model that contains it; the caller sets modes.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> _ = net[0].weight.data.copy_(torch.eye(2)), net[0].bias.data.zero_()
     >>> active_rates(net, [torch.tensor([[1.0, -1.0], [1.0, 2.0]])], call=net)["1"].tolist()
     [1.0, 0.5]
     """
+    # Counts are accumulated on the device and read once at the end.
     counts: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     calls: dict[str, int] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def add(name: str, x: Tensor) -> None:
         calls[name] = nth = calls.get(name, 0) + 1
         layer = name if nth == 1 else f"{name}#{nth}"
         x_TN = x.detach().reshape(-1, x.shape[-1])
-        count_N = active(x_TN).sum(0)
+        count_N = active_mask(x_TN).sum(0)
         counts[layer] = counts[layer] + count_N if layer in counts else count_N
         tokens[layer] = tokens.get(layer, 0) + len(x_TN)
 
     with ExitStack() as stack:
         for site in _sites(module):
-            stack.callback(_watch(site, partial(see, site.name)).remove)
+            stack.callback(_hook_hidden(site, partial(add, site.name)).remove)
         for name, layer in routed_layers(module).items():
-            stack.callback(layer.register_forward_pre_hook(partial(_see_experts, partial(see, name))).remove)
+            stack.callback(layer.register_forward_pre_hook(partial(_add_expert_neurons, partial(add, name))).remove)
         for batch in batches:
             calls.clear()
             call(batch)
@@ -240,9 +226,9 @@ def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[A
 
 
 def overlaps(rate_EN: Tensor) -> Tensor:
-    """jaccard_EE between each two rows: ``sum min(a, b) / sum max(a, b)``, 1 where neither has any.
+    """Weighted Jaccard overlap of each pair of rows, jaccard_EE: ``sum min(a, b) / sum max(a, b)``, 1 if both are zero.
 
-    The same as :func:`~clframe.sparsity.functional.jaccard` of each pair, all at once: with d the distance
+    Equals :func:`~clframe.sparsity.functional.jaccard` of each pair, computed together: with d the distance
     ``sum |a - b|``, twice the sums of minima and maxima are ``sum a + sum b -/+ d``.
 
     >>> overlaps(torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]]))[0].tolist()
@@ -256,7 +242,10 @@ def overlaps(rate_EN: Tensor) -> Tensor:
 
 
 def _sites(module: nn.Module) -> list[Site]:
-    """Places where neurons fire, those inside experts left out: their activations see what an executor makes of it."""
+    """Sites of hidden neurons outside experts.
+
+    Activations inside experts receive values that depend on the executor.
+    """
     try:
         sites = find_sites(module)
     except UnsupportedError:
@@ -266,18 +255,22 @@ def _sites(module: nn.Module) -> list[Site]:
     return [site for site in sites if id(site.module if site.ffn is None else site.ffn.owner) not in inside]
 
 
-def _see_experts(see: Callable[[Tensor], None], layer: RoutedExperts, inputs: tuple[Tensor, ...]) -> None:
-    """The hidden neurons of all experts in the order of the dense network, zero where an expert does not run."""
+def _add_expert_neurons(add: Callable[[Tensor], None], layer: RoutedExperts, inputs: tuple[Tensor, ...]) -> None:
+    """Add the hidden neurons of all experts in the dense network's order, zero for inactive experts."""
     x_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
     hidden_TEH = layer.experts.hidden(x_TD)
     if layer.routes:
         hidden_TEH = hidden_TEH * layer.keep(x_TD)[..., None]
-    see(hidden_TEH.flatten(1)[:, layer.experts.order_F.argsort()])
+    add(hidden_TEH.flatten(1)[:, layer.experts.order_F.argsort()])
 
 
-def _watch(site: Site, see: Callable[[Tensor], None]) -> Any:
-    """A hook on what the hidden neurons of a site hand on, neurons last."""
+def _hook_hidden(site: Site, add: Callable[[Tensor], None]) -> Any:
+    """Register a hook that receives the hidden neurons of a site, neurons last."""
     if site.ffn is not None:
-        return site.ffn.down.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+        return site.ffn.down.register_forward_pre_hook(lambda _, inputs: add(inputs[0]))
     assert site.module is not None
-    return site.module.register_forward_hook(lambda _, inputs, output: see(fired(site, inputs[0], output)[1]))
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        add(site_activations(site, inputs[0], output)[1])
+
+    return site.module.register_forward_hook(hook)

@@ -1,4 +1,4 @@
-"""Networks: backbones with taps, heads that grow, exits on taps, frozen copies."""
+"""Networks: backbones with taps, growing heads, exits on taps, frozen copies."""
 
 from clframe.nn.backbones import BACKBONES
 from clframe.nn.backbones.base import Backbone

@@ -1,33 +1,35 @@
-"""What a network makes of stored samples, as evaluation sees them: features, and logits of every exit."""
+"""Features and logits of stored samples: not augmented, network in evaluation mode."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clframe.nn.backbones.base import untouched
+from clframe.nn.backbones.base import preserving_state
 from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples
+
+TapPooling = Literal["mean", "max"]
 
 
 def feature_reader(
     network: Network, samples: Samples, *, batch_size: int = 256
 ) -> Callable[[Tensor], Tensor]:
-    """A function from index_N to features_NF of ``samples``: not augmented, network in eval mode.
+    """Return a function from index_N to the last-tap features_NF of ``samples``.
 
-    The network itself is left alone: it is copied at the first call, so a reader that nobody calls costs
-    nothing.
+    It uses a frozen copy of the network, made at the first call, so that an unused reader costs nothing.
     """
     frozen: list[Network] = []
 
     def features(index_N: Tensor) -> Tensor:
         if not frozen:
             frozen.append(freeze(network))
-        parts = [network.place(samples.prepare(samples.raw(index))) for index in index_N.split(batch_size)]
+        parts = [network.to_device(samples.prepare(samples.raw(index))) for index in index_N.split(batch_size)]
         with torch.no_grad():
             return torch.cat([frozen[0].backbone(x) for x in parts])
 
@@ -41,16 +43,16 @@ def exit_logits(
     answer: Callable[[Tensor], Output] | None = None,
     batch_size: int = 256,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """K tensors logits_NC, one for each exit, of all samples of all parts, and their targets_N.
+    """Compute K tensors logits_NC, one per exit, of all samples of all ``parts``, and their targets_N.
 
-    Not augmented, in evaluation mode; the mode of every part is put back. ``answer`` takes the place of the plain
-    forward pass where a component corrects it (``context.answer``).
+    Modules return to their own mode afterwards. ``answer`` replaces the plain forward pass where a component adjusts
+    logits (``context.corrected_output``).
     """
     device = network.final.weight.device
     forward = network if answer is None else answer
-    with untouched([network]):
+    with preserving_state([network]):
         outputs = [
-            forward(network.place(samples.prepare(samples.raw(index)))).logits
+            forward(network.to_device(samples.prepare(samples.raw(index)))).logits
             for samples in parts
             for index in torch.arange(len(samples)).split(batch_size)
         ]
@@ -58,8 +60,14 @@ def exit_logits(
     return tuple(torch.cat(logits) for logits in zip(*outputs, strict=True)), targets_N
 
 
-def embedded(tap: Tensor) -> Tensor:
-    """features_BF of a tap: a map's mean over its positions, the first of its tokens, or the flat tap itself."""
+def embed_tap(tap: Tensor, *, pooling: TapPooling = "mean") -> Tensor:
+    """Reduce a tap to features_BF: a map pooled over its positions, the first of its tokens, or the flat tap itself.
+
+    ``mean`` averages a map over all positions; ``max`` flattens it after max pooling by 2x2.
+    """
+    if tap.ndim == 4 and pooling == "max":
+        window = (min(2, tap.shape[2]), min(2, tap.shape[3]))  # maps of one row or column cannot be pooled further
+        return F.max_pool2d(tap, window).flatten(1)
     if tap.ndim == 4:
         return tap.mean(dim=(2, 3))
     return tap[:, 0] if tap.ndim == 3 else tap
@@ -67,41 +75,45 @@ def embedded(tap: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exit_features(
-    network: Network, samples: Samples, *, order: Tensor | None = None, batch_size: int = 256
+    network: Network, samples: Samples, *, order: Tensor | None = None, batch_size: int = 256, pooling: TapPooling = "mean"
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """K embedded taps features_BF, one for each exit, and targets_B: batch by batch.
+    """Iterate over batches of K embedded taps features_BF, one per exit, and targets_B.
 
-    Not augmented, in evaluation mode; the network's own mode is put back in the end.
+    The network returns to its own mode at the end.
 
     Args:
-        network: What makes the features.
-        samples: What it makes them of.
-        order: index_N of the samples to go through; None takes all as they come.
-        batch_size: How many at a time.
+        network: The network that computes the taps.
+        samples: Its inputs.
+        order: index_N of the samples to iterate over; None is all, in stored order.
+        batch_size: Samples per batch.
+        pooling: Of the taps of exits before the last; the last one averages, as the final classifier does.
     """
     order = torch.arange(len(samples)) if order is None else order
     device, training, names = network.final.weight.device, network.training, network.exit_taps
     network.eval()
     try:
         for index in order.split(batch_size):
-            taps = network(network.place(samples.prepare(samples.raw(index))), taps=names).taps
-            embedding = {name: embedded(tap) for name, tap in taps.items()}
-            yield tuple(embedding[name] for name in names), samples.y[index.to(samples.y.device)].to(device)
+            taps = network(network.to_device(samples.prepare(samples.raw(index))), taps=names).taps
+            wanted: list[tuple[str, TapPooling]] = [(name, pooling) for name in names[:-1]] + [(names[-1], "mean")]
+            embedding = {(name, how): embed_tap(taps[name], pooling=how) for name, how in dict.fromkeys(wanted)}
+            yield tuple(embedding[key] for key in wanted), samples.y[index.to(samples.y.device)].to(device)
     finally:
         network.train(training)
 
 
 @torch.no_grad()
-def class_sums(network: Network, samples: Samples, *, batch_size: int = 256) -> tuple[tuple[Tensor, ...], Tensor]:
-    """K tensors sums_CF, one for each exit: its embedded taps, brought to length 1, summed up by class; and count_C.
+def class_sums(
+    network: Network, samples: Samples, *, batch_size: int = 256, pooling: TapPooling = "mean"
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Sum the normalized embedded taps by class: K tensors sums_CF, one per exit, and count_C.
 
-    C is the number of outputs of the network. As :func:`exit_features` otherwise.
+    C is the number of outputs of the network; otherwise as :func:`exit_features`.
     """
     classes = network.classes
     sums: list[Tensor] = []
     count_C = torch.zeros(classes, dtype=torch.long, device=network.final.weight.device)
-    for features, y_B in exit_features(network, samples, batch_size=batch_size):
-        # A product with one-hot rows: adding by index has no fixed order of summation on accelerators.
+    for features, y_B in exit_features(network, samples, batch_size=batch_size, pooling=pooling):
+        # A matrix product, because index_add_ has no fixed order of summation on GPUs.
         one_hot_CB = F.one_hot(y_B, classes).T
         parts = [one_hot_CB.to(f_BF.dtype) @ F.normalize(f_BF, dim=1) for f_BF in features]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts

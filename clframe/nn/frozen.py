@@ -1,10 +1,11 @@
-"""Frozen copies of a network, and passes next to training that leave no trace in it."""
+"""Frozen copies of a network, and forward passes without side effects."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from clframe.nn.types import Inputs, Output, Samples
 
 
 def freeze(network: Network) -> Network:
-    """An independent copy in eval mode whose parameters need no gradient and hold none.
+    """Copy a network in evaluation mode, without gradients: a teacher.
 
     >>> from clframe.nn.backbones import mlp
     >>> teacher = freeze(Network(mlp((1, 8, 8))))
@@ -28,10 +29,10 @@ def freeze(network: Network) -> Network:
 
 
 def restore(network: Network, state_dict: Mapping[str, Any]) -> Network:
-    """A frozen copy of ``network``'s architecture with the weights of ``state_dict``.
+    """Copy the architecture of ``network``, frozen, with the weights of ``state_dict``.
 
-    Heads take the sizes of the saved state, so a teacher with fewer classes comes back from the network
-    that has grown since. ``network`` itself is left alone.
+    Heads take the sizes of the saved state, so that a teacher with fewer classes can be restored from a network that
+    has grown since.
     """
     frozen = freeze(network)
     frozen.load_state_dict(state_dict)
@@ -39,8 +40,8 @@ def restore(network: Network, state_dict: Mapping[str, Any]) -> Network:
 
 
 @contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every part gets its own mode back."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module returns to its own mode at the end."""
     modes = [(part, part.training) for part in model.modules()]
     try:
         model.eval()
@@ -51,17 +52,22 @@ def answering(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def called(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output for inputs of any of the three kinds."""
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the model with one tensor, positional or named inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) -> Callable[[Tensor], Tensor]:
-    """A function from index_N to logits_NKC of ``samples`` at all exits: not augmented, in evaluation mode.
+def first_logits(output: Output, count: int) -> dict[str, Tensor]:
+    """Return ``logits``: logits_NKC of the first ``count`` samples at all exits, detached."""
+    return {"logits": torch.stack([logits_BC[:count].detach() for logits_BC in output.logits], dim=1)}
 
-    They lie where ``samples`` does, with ``-inf`` for classes not met; the network's own mode is put back.
+
+def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) -> Callable[[Tensor], Tensor]:
+    """Return a function from index_N to logits_NKC of ``samples`` at all exits, not augmented, in evaluation mode.
+
+    Logits are on the device of ``samples``, with ``-inf`` for unseen classes; the network returns to its own mode.
     """
 
     @torch.no_grad()
@@ -73,7 +79,7 @@ def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) 
         parts = []
         for index in index_N.split(batch_size):
             raw = samples.raw(index)
-            output: Output = network(network.place(samples.prepare(raw)))
+            output: Output = network(network.to_device(samples.prepare(raw)))
             parts.append(torch.stack(output.logits, dim=1).to(raw.device))
         network.train(training)
         return torch.cat(parts)
@@ -81,46 +87,50 @@ def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) 
     return logits
 
 
-def forward_aside(network: Network, x: Tensor) -> Output:
-    """Every exit's logits as training computes them, with their graph, while buffers stay as they are.
+def forward_preserving_buffers(
+    network: Network, x: Tensor, *, parameters: Mapping[str, Tensor] = MappingProxyType({})
+) -> Output:
+    """Run a training-mode forward pass with its graph that leaves all buffers unchanged.
 
-    Batch normalization takes the statistics of ``x`` and writes its running ones into copies.
+    Batch normalization uses the statistics of ``x`` and updates copies of its running statistics. ``parameters``, by
+    name, replace the network's own.
     """
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    output: Output = functional_call(network, buffers, (x,))
+    output: Output = functional_call(network, {**buffers, **parameters}, (x,))
     return output
 
 
-def fine_tuned(
+def fine_tune(
     network: Network,
     samples: Samples,
     *,
     classes: Sequence[int],
     epochs: int,
     lr: float,
+    milestones: Sequence[float] = (),
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     batch_size: int = 128,
     clip: float = 100.0,
     generator: Generator,
 ) -> tuple[Network, int]:
-    """A copy of the network, trained on some samples by SGD, and how many steps that took.
+    """Train a copy of the network on some samples with SGD; return the copy and the number of steps.
 
-    The loss is the sum over exits of the cross-entropy among ``classes``. Order and augmentation are drawn from the
-    generator, and so is what the network's own layers draw, such as dropout; torch's global generators are left as
-    they were, and so is the network.
+    The loss is the sum over exits of the cross-entropy over ``classes``. ``generator`` determines order, augmentation
+    and the network's own random layers, such as dropout; torch's global generators and the network are unchanged.
 
     Args:
-        network: Copied, trainable parts and all.
-        samples: To train on, augmented as in training.
-        classes: The classes of the samples, among which they are told apart.
+        network: The network to copy.
+        samples: Training data, augmented as in training.
+        classes: The classes of the samples, over which the softmax is taken.
         epochs: Passes over the samples.
-        lr: Learning rate, constant.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        batch_size: Samples a step; the last batch may be smaller.
-        clip: Largest norm of the gradient.
-        generator: On the CPU.
+        lr: Learning rate at the start.
+        milestones: Fractions of ``epochs`` after which the learning rate is divided by 10.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        batch_size: Samples per step; the last batch may be smaller.
+        clip: Maximum gradient norm.
+        generator: A generator on the CPU.
     """
     learner = copy.deepcopy(network).train()
     device = learner.final.weight.device
@@ -128,11 +138,14 @@ def fine_tuned(
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     steps = 0
+    # The network's own layers draw from the global generator: seed it here, and restore it at the end.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            passed = sum(epoch >= share * epochs for share in milestones)
+            optimizer.param_groups[0]["lr"] = lr * 0.1**passed
             for index_B in torch.randperm(len(samples), generator=generator).split(batch_size):
-                x = network.place(samples.prepare(samples.raw(index_B), generator=generator))
+                x = network.to_device(samples.prepare(samples.raw(index_B), generator=generator))
                 y_B = samples.y[index_B.to(samples.y.device)].to(device)
                 logits = [logits_BC.index_select(1, columns) for logits_BC in learner(x).logits]
                 loss = cross_entropy(logits, torch.searchsorted(columns, y_B)).sum()

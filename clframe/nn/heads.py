@@ -1,4 +1,4 @@
-"""Classifiers whose outputs grow with the classes met.
+"""Classifiers with outputs that grow with the classes seen.
 
 Shape suffixes: B batch, C classes, F features, P proxies of a class.
 """
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from clframe.errors import DataError, UnsupportedError
 
 
-def ordered(classes: Iterable[int]) -> list[int]:
-    """The classes in ascending order, each once; raises :class:`DataError` for a negative one.
+def sort_classes(classes: Iterable[int]) -> list[int]:
+    """Sort class ids and remove duplicates; a negative id is a :class:`DataError`.
 
-    >>> ordered([4, 2, 4])
+    >>> sort_classes([4, 2, 4])
     [2, 4]
     """
     wanted = sorted(set(classes))
@@ -33,59 +33,58 @@ class Head(nn.Module, ABC):
     """A classifier on a tap. It starts without outputs and grows before each experience.
 
     Attributes:
-        cascades: Whether ``forward`` also takes the logits of the exit before, without their gradient.
+        cascades: Whether ``forward`` also takes the logits of the previous exit, without their gradient.
     """
 
     cascades: bool = False
 
     @abstractmethod
     def grow(self, classes: Iterable[int]) -> bool:
-        """Make room for ``classes``; True if parameters were replaced. A second call changes nothing."""
+        """Add outputs for ``classes``; True if parameters were replaced. A second call changes nothing."""
 
     @abstractmethod
     def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        """logits_BC of a tap's output; ``previous_BC`` only where the head cascades and an exit precedes it."""
+        """Compute logits_BC of a tap; ``previous_BC`` only if the head cascades and an exit precedes it."""
 
     @property
     def scale(self) -> Tensor | float:
-        """What its logits are a multiple of: 1, or the scale of a cosine classifier."""
+        """The scale of the logits: 1, or eta of a cosine classifier."""
         return 1.0
 
     def use(self, make: ClassifierKind) -> Head:
-        """The head to put in this one's place so that its classifiers are those that ``make`` makes.
+        """Return a head like this one whose classifiers are made by ``make``.
 
         Raises:
-            UnsupportedError: A head that has classes already, or cannot change its classifiers.
+            UnsupportedError: A head with classes, or one that cannot change its classifiers.
         """
-        raise UnsupportedError(f"{type(self).__name__}: cannot change its classifier; give a head of make_head")
+        raise UnsupportedError(f"{type(self).__name__}: cannot change its classifier; give a head from make_head")
 
     def fix(self, classes: Iterable[int]) -> None:
-        """Let no gradient reach the rows of these classes, and of these alone; a state does not keep it.
+        """Freeze the rows of these classes and no others; not part of the state dict.
 
         Raises:
-            UnsupportedError: A head that cannot.
+            UnsupportedError: A head that does not support it.
         """
-        raise UnsupportedError(f"{type(self).__name__}: cannot hold classes fixed; give a head of make_head")
+        raise UnsupportedError(f"{type(self).__name__}: cannot fix classes; give a head from make_head")
 
 
 class Classifier(Head):
-    """A classifier of flat features: a row of weights for each class up to the highest one met.
+    """A classifier of flat features with one row of weights per class, up to the highest class id seen.
 
-    Growing keeps the old rows bit for bit and draws the new ones as ``nn.Linear`` does, from
-    U(-1/sqrt(F), 1/sqrt(F)), on the CPU from torch's global generator: the same seed gives the same weights
-    on every device. Parameters are replaced by growing and by loading a state of another size, so an
-    optimizer must be told of them afterwards.
+    Growing keeps the old rows bit for bit and draws the new ones as ``nn.Linear`` does, from U(-1/sqrt(F), 1/sqrt(F)),
+    on the CPU from torch's global generator: the same seed gives the same weights on every device. Growing, and loading
+    a state of another size, replace the parameters, so an optimizer needs the new ones afterwards.
 
-    Where class numbers have gaps, a class not met has a row and a column, and the column is ``-inf``: it
-    never receives probability, and its row never a gradient.
+    Where class ids have gaps, an unseen class has a row and a column, and the column is ``-inf``: it receives neither
+    probability nor gradient.
 
     Args:
         features: Width F of the features.
         row: Shape of the weights of one class.
 
     Attributes:
-        seen: seen_C, true for the classes met.
-        fixed: fixed_C, true for the classes whose rows no gradient reaches.
+        seen: seen_C, true for the classes seen.
+        fixed: fixed_C, true for the classes whose rows are frozen.
     """
 
     weight: nn.Parameter
@@ -98,72 +97,72 @@ class Classifier(Head):
         self.weight = nn.Parameter(torch.empty(0, *row))
         self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("fixed", torch.zeros(0, dtype=torch.bool), persistent=False)
-        # Plain bools, so that forward need not ask the device.
+        # Python bools, so that forward needs no device synchronization.
         self._gaps = False
         self._any_fixed = False
 
     @property
     def classes(self) -> int:
-        """Number of outputs C: the highest class met, plus one."""
+        """Number of outputs C: the highest class id seen, plus one."""
         return self.weight.shape[0]
 
     def grow(self, classes: Iterable[int]) -> bool:
-        """Make room for ``classes`` and mark them as met.
+        """Add outputs for ``classes`` and mark them as seen.
 
         Returns:
-            Whether parameters are new ones now. Meeting a class that fills a gap only lifts its mask.
+            Whether parameters were replaced. A class that fills a gap only loses its mask.
 
         Raises:
-            DataError: A negative class.
+            DataError: A negative class id.
         """
-        wanted = ordered(classes)
+        wanted = sort_classes(classes)
         if not wanted:
             return False
         outputs = max(self.classes, wanted[-1] + 1)
         replaced = outputs != self.classes
         if replaced:
-            self._resize(outputs, self._drawn)
+            self._resize(outputs, self._draw_rows)
         self.seen[wanted] = True
         self._gaps = not bool(self.seen.all())
         return replaced
 
     def use(self, make: ClassifierKind) -> Head:
-        """Another classifier of as many features."""
-        refuse_learnt(self.classes)
+        """Make a classifier of the same number of features."""
+        refuse_after_growth(self.classes)
         return make(self.features)
 
     def fix(self, classes: Iterable[int]) -> None:
-        """Let no gradient reach the rows of these classes, and of these alone; a state does not keep it."""
-        wanted = [c for c in ordered(classes) if c < self.classes]
+        """Freeze the rows of these classes and no others; not part of the state dict."""
+        wanted = [c for c in sort_classes(classes) if c < self.classes]
         self.fixed.zero_()
         self.fixed[wanted] = True
         self._any_fixed = bool(wanted)
 
     def share(self, other: Classifier) -> None:
-        """Have in common with a classifier of the same exit what there is one of at an exit; nothing by default."""
+        """Share parameters that exist once per exit with another classifier of the same exit; none by default."""
 
-    def learning(self, values: Tensor) -> Tensor:
-        """A parameter of C rows, the fixed ones without gradient."""
+    def detach_fixed(self, values: Tensor) -> Tensor:
+        """Detach the fixed rows of a parameter of C rows."""
         if not self._any_fixed:
             return values
         fixed = self.fixed.reshape(-1, *(1,) * (values.dim() - 1))
         return torch.where(fixed, values.detach(), values)
 
-    def masked(self, logits_BC: Tensor) -> Tensor:
-        """The logits, ``-inf`` for classes not met."""
+    def mask_unseen(self, logits_BC: Tensor) -> Tensor:
+        """Set the logits of unseen classes to ``-inf``."""
         return logits_BC.masked_fill(~self.seen, -inf) if self._gaps else logits_BC
 
     def extra_repr(self) -> str:
-        """Sizes, as ``print(head)`` shows them."""
+        """Sizes for ``print(head)``."""
         return f"features={self.features}, classes={self.classes}"
 
-    def _drawn(self, *shape: int) -> Tensor:
+    def _draw_rows(self, *shape: int) -> Tensor:
         bound = 1 / sqrt(self.features)
         return torch.empty(shape, dtype=self.weight.dtype, device="cpu").uniform_(-bound, bound)
 
     @torch.no_grad()
     def _resize(self, outputs: int, fresh: Callable[..., Tensor]) -> None:
-        """Keep the first rows, as many as fit, and put fresh ones behind them."""
+        """Truncate to ``outputs`` rows, or append ``fresh`` ones."""
         added = max(outputs - self.classes, 0)
         weight, seen, fixed = self.weight, self.seen, self.fixed
         rows = fresh(added, *weight.shape[1:]).to(weight)
@@ -172,7 +171,7 @@ class Classifier(Head):
         self.fixed = torch.cat([fixed[:outputs], fixed.new_zeros(added)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the size of the saved state first, then load it as any module does."""
+        """Resize to the saved state, then load it as usual."""
         saved = state_dict.get(f"{prefix}weight")
         if saved is not None and saved.shape[0] != self.classes:
             self._resize(saved.shape[0], torch.zeros)
@@ -181,11 +180,11 @@ class Classifier(Head):
 
 
 ClassifierKind = Callable[[int], Classifier]
-"""Makes a classifier, without outputs yet, for features of a width."""
+"""Makes a classifier without outputs for a feature width."""
 
 
 class GrowingLinear(Classifier):
-    """Linear classifier: ``W x + b``, biases drawn as the rows are; see :class:`Classifier` for how it grows.
+    """Linear classifier ``W x + b``; biases are drawn like the rows, see :class:`Classifier`.
 
     Args:
         features: Width F of the features.
@@ -202,12 +201,12 @@ class GrowingLinear(Classifier):
         self.bias = nn.Parameter(torch.empty(0))
 
     def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        """logits_BC of features_BF, ``-inf`` for classes not met."""
-        return self.masked(F.linear(features, self.learning(self.weight), self.learning(self.bias)))
+        """Compute logits_BC of features_BF, ``-inf`` for unseen classes."""
+        return self.mask_unseen(F.linear(features, self.detach_fixed(self.weight), self.detach_fixed(self.bias)))
 
     @torch.no_grad()
     def _resize(self, outputs: int, fresh: Callable[..., Tensor]) -> None:
-        """Rows first, then their biases."""
+        """Resize the rows, then their biases: the order fixes the random draws."""
         added, bias = max(outputs - self.classes, 0), self.bias
         super()._resize(outputs, fresh)
         grown = torch.cat([bias[:outputs], fresh(added).to(bias)])
@@ -215,17 +214,17 @@ class GrowingLinear(Classifier):
 
 
 class CosineLinear(Classifier):
-    """Cosine classifier: ``eta * cos(w_c, x)``, no bias, so that no class gains by the length of its row.
+    """Cosine classifier ``eta * cos(w_c, x)`` without bias, so that the norm of a row gives no class an advantage.
 
-    With P > 1 proxies a class has several rows, and its cosine is their mean, weighted by a softmax over
-    themselves: ``sum_p softmax_p(cos_cp) cos_cp``. Hou et al., "Learning a Unified Classifier Incrementally via
+    With P > 1 proxies a class has several rows, and its cosine is their mean weighted by their own softmax:
+    ``sum_p softmax_p(cos_cp) cos_cp``. Hou et al., "Learning a Unified Classifier Incrementally via
     Rebalancing" (2019); proxies: Douillard et al., "PODNet" (2020), equations 10 and 11.
 
     Args:
         features: Width F of the features.
-        proxies: P, the rows of each class.
-        scale: eta, at first.
-        learn_scale: Whether eta is a parameter, one for all classifiers of an exit.
+        proxies: P, rows per class.
+        scale: Initial eta.
+        learn_scale: Whether eta is a parameter, shared by all classifiers of an exit.
 
     >>> head = CosineLinear(2, scale=10.0)
     >>> head.grow([0]), round(head(3 * head.weight.detach()).item(), 4)
@@ -244,32 +243,33 @@ class CosineLinear(Classifier):
 
     @property
     def scale(self) -> Tensor:
-        """The learnable, or given, eta."""
+        """Eta, learned or constant."""
         return self.eta
 
     def share(self, other: Classifier) -> None:
-        """One eta for both."""
+        """Share eta."""
         if isinstance(other, CosineLinear):
             self.eta = other.eta
 
     def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        """logits_BC of features_BF, ``-inf`` for classes not met."""
-        rows = F.normalize(self.learning(self.weight), dim=-1)
+        """Compute logits_BC of features_BF, ``-inf`` for unseen classes."""
+        rows = F.normalize(self.detach_fixed(self.weight), dim=-1)
         cosine_BC = F.linear(F.normalize(features, dim=1), rows.flatten(0, -2))
         if self.proxies > 1:
             cosine_BCP = cosine_BC.unflatten(1, (self.classes, self.proxies))
             cosine_BC = (cosine_BCP.softmax(2) * cosine_BCP).sum(2)
-        return self.masked(self.eta * cosine_BC)
+        return self.mask_unseen(self.eta * cosine_BC)
 
 
-def refuse_learnt(classes: int) -> None:
-    """Refuse to change the classifier of a head that has classes (UnsupportedError).
+def refuse_after_growth(classes: int) -> None:
+    """Refuse to change the classifier of a head with classes (UnsupportedError).
 
-    >>> refuse_learnt(3)
+    >>> refuse_after_growth(3)
     Traceback (most recent call last):
-    clframe.errors.UnsupportedError: classifiers: found 3 classes learnt; change the classifiers before there are any
+    clframe.errors.UnsupportedError: classifiers: found a head with 3 classes; change classifiers before the first
+    experience
     """
     if classes:
         raise UnsupportedError(
-            f"classifiers: found {classes} classes learnt; change the classifiers before there are any"
+            f"classifiers: found a head with {classes} classes; change classifiers before the first experience"
         )

@@ -1,4 +1,4 @@
-"""The interface of exit ensembles, and the default one: each exit for itself.
+"""The network: a backbone, its exits, and the interface of exit ensembles.
 
 Shape suffixes: B batch, C classes, K exits.
 """
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 
 Carried = tuple[Tensor, ...]
-"""What goes from one exit to the next: tensors whose first dimension is the batch."""
+"""Tensors passed from one exit to the next, batch first."""
 
 
 class Ensemble(nn.Module, ABC):
-    """Turns the logits of exit k, and what the exits before it left, into the scores that exit k answers with."""
+    """Combines the logits of exit k with those of earlier exits into the scores of exit k."""
 
     def grow(self, classes: Iterable[int]) -> bool:
-        """Make room for ``classes``; True if parameters were replaced."""
+        """Add outputs for ``classes``; True if parameters were replaced."""
         return False
 
     @abstractmethod
     def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """scores_BC of exit ``exit`` (their softmax is its answer's probability), and what to carry on.
+        """Compute scores_BC of one exit, whose softmax is its probability, and the values for the next exit.
 
         Args:
-            exit: Its number k, counted from 0; the backbone's own classifier is the last.
+            exit: Its index k, from 0; the last one is the backbone's own classifier.
             logits_BC: Its logits.
-            carried: What the step of exit k - 1 returned; empty at the first exit.
+            carried: Values from the step of exit k - 1; empty at the first exit.
         """
 
     def forward(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scores_BC of every exit, from the logits of all."""
+        """Compute scores_BC of every exit from the logits of all."""
         scores: list[Tensor] = []
         carried: Carried = ()
         for exit, logits_BC in enumerate(logits):
@@ -53,10 +53,10 @@ class Ensemble(nn.Module, ABC):
 
 
 class Single(Ensemble):
-    """No ensemble: every exit answers with its own logits."""
+    """No ensemble: the scores of an exit are its own logits."""
 
     def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-        """The logits as they are."""
+        """Return the logits unchanged."""
         return logits_BC, ()
 
 
@@ -72,7 +72,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """``x`` itself, whose gradient is multiplied by ``factor`` on its way back.
+    """Return ``x`` and multiply its gradient by ``factor`` in the backward pass.
 
     >>> x = torch.ones(2, requires_grad=True)
     >>> scale_gradient(x, 0.25).sum().backward()
@@ -90,26 +90,27 @@ FINAL = "final"
 
 
 class Network(nn.Module):
-    """A backbone and its exits; one forward pass returns the logits of all of them.
+    """A backbone with exits; one forward pass returns the logits of all exits.
 
     Args:
         backbone: The stages to run.
-        exits: ``(tap, head)`` in order of depth, several on one tap if wanted. The backbone's own
-            classifier on the last tap always follows them and need not be given.
+        exits: ``(tap, head)`` in order of depth; several may share a tap. The backbone's own classifier on the last
+            tap is always added as the last exit.
 
     Attributes:
-        backbone: As given.
-        heads: The exits' classifiers in order, the backbone's own last.
-        exit_names: The exits' taps, numbered where one has several (``pool``, ``pool#2``); last ``final``.
+        backbone: The backbone.
+        heads: The classifiers of the exits in order, the backbone's own last.
+        exit_names: The taps of the exits, numbered where a tap has several (``pool``, ``pool#2``); the last is
+            ``final``.
         exits_at: For each stage, the indices of the heads on its tap.
-        ensemble: What each exit answers, given its own logits and earlier ones; each exit for itself at first.
-        gradient: How the losses of the exits before the last reach the backbone: ``through``; ``detached``,
-            not at all (linear probes); ``equilibrium``, exit k of K scaled by 1/(K - k) and what comes from
-            behind it by (K - k - 1)/(K - k), k from 0, so that every exit pulls alike at every depth (Li et
+        ensemble: Combines the logits of an exit with earlier ones; none by default.
+        gradient: How gradients of the exits before the last reach the backbone: ``through``, unchanged; ``detached``,
+            not at all (linear probes); ``equilibrium``, the gradient of exit k of K scaled by 1/(K - k) and that of
+            later exits by (K - k - 1)/(K - k), k from 0, so that every exit contributes equally at every depth (Li et
             al., "Improved Techniques for Training Adaptive Deep Networks", 2019).
-        extras: What components train beside backbone and heads, by their names: projections, say. No exit uses it.
-        boosted: Whether an exit's logits are added to those of the exit before, whose gradient is cut (Yu et
-            al., "Boosted Dynamic Neural Networks", 2023).
+        extras: Further modules that components train, by component name, such as projections. Exits do not use them.
+        boosted: Whether the logits of an exit are added to the detached ones of the previous exit (Yu et al., "Boosted
+            Dynamic Neural Networks", 2023).
 
     Raises:
         UnknownNameError: An exit on a tap that the backbone does not have.
@@ -158,15 +159,14 @@ class Network(nn.Module):
 
     @property
     def exit_taps(self) -> tuple[str, ...]:
-        """The tap of each exit, in order."""
+        """The tap of each exit, in order of depth."""
         return tuple(name for name, exits in zip(self.backbone.names, self.exits_at, strict=True) for _ in exits)
 
     def attach(self, exits: Sequence[tuple[str, Head]]) -> None:
-        """Put heads on taps, before the backbone's own classifier, which stays as it is.
+        """Attach heads to taps and replace earlier ones; the backbone's own classifier remains the last exit.
 
         Args:
-            exits: ``(tap, head)`` in order of depth, several on one tap if wanted; they take the place of
-                earlier ones.
+            exits: ``(tap, head)`` in order of depth; several may share a tap.
 
         Raises:
             UnknownNameError: A tap that the backbone does not have.
@@ -185,44 +185,43 @@ class Network(nn.Module):
         )
 
     def classify_with(self, make: ClassifierKind) -> None:
-        """Have classifiers of another kind at every exit, those attached later among them.
+        """Use classifiers of another kind at every exit, including exits attached later.
 
         Args:
-            make: Makes one, without outputs yet, for features of a width, such as
+            make: Makes a classifier without outputs for a feature width, such as
                 :class:`~clframe.nn.heads.CosineLinear`.
 
         Raises:
-            UnsupportedError: Classes have been learnt, or a head of a kind that cannot change.
+            UnsupportedError: A network with classes, or a head that cannot change its classifiers.
         """
         self.heads = nn.ModuleList(head.use(make) for head in self.heads)  # type: ignore[operator]
         self._make_classifier = make
 
-    def place(self, x: Tensor) -> Tensor:
-        """Prepared inputs on the network's device and, where they are floating-point, in the type of its weights."""
+    def to_device(self, x: Tensor) -> Tensor:
+        """Move inputs to the network's device and cast floating-point ones to the dtype of its weights."""
         weight = self.final.weight
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
     def grow(self, classes: Iterable[int]) -> bool:
         """Grow every head, and the ensemble, for ``classes``; True if parameters were replaced.
 
-        The final exit draws its new rows first: with the same seed it has the same weights whether or
-        not there are other exits.
+        The final exit draws its new rows first, so that its weights do not depend on whether there are other exits.
         """
         wanted = tuple(classes)
         grown = [head.grow(wanted) for head in reversed(self.heads)]  # type: ignore[operator]
         return any([*grown, self.ensemble.grow(wanted)])
 
     def freeze_trunk(self, frozen: Literal["frozen", "free"]) -> None:
-        """Hold the backbone and its own classifier still, statistics of batch normalization included, or not."""
+        """Freeze or unfreeze the backbone and its own classifier, including batch-normalization statistics."""
         if self._trunk_frozen == (frozen == "frozen"):
-            return  # parts that somebody else holds still stay so
+            return  # do not unfreeze what another component has frozen
         self._trunk_frozen = frozen == "frozen"
         for part in (self.backbone, self.final):
             part.requires_grad_(not self._trunk_frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for what may learn: a frozen trunk stays in evaluation mode."""
+        """Set training mode, except for a frozen trunk, which remains in evaluation mode."""
         super().train(mode)
         if self._trunk_frozen:
             self.backbone.eval()
@@ -230,7 +229,7 @@ class Network(nn.Module):
         return self
 
     def plan(self) -> tuple[tuple[str, nn.Module, tuple[tuple[str, int], ...]], ...]:
-        """The stages in order, each as ``(name, module, ((exit name, exit number), ...))``."""
+        """List the stages in order as ``(name, module, ((exit name, exit index), ...))``."""
         return tuple(
             (name, stage, tuple((self.exit_names[i], i) for i in exits))
             for name, stage, exits in zip(
@@ -239,13 +238,13 @@ class Network(nn.Module):
         )
 
     def classify(self, exit: int, tap: Tensor, previous_BC: Tensor | None) -> Tensor:
-        """logits_BC of one exit.
+        """Compute logits_BC of one exit.
 
         Args:
-            exit: Its number, from 0; the backbone's own classifier is the last.
+            exit: Its index, from 0; the backbone's own classifier is the last.
             tap: The output of its stage.
-            previous_BC: Logits of the exit before, None at the first. Cascading heads and boosted exits use
-                them, never their gradient.
+            previous_BC: Logits of the previous exit, None at the first; cascading heads and boosted exits use them
+                detached.
         """
         head = self.heads[exit]
         if previous_BC is None:
@@ -254,16 +253,25 @@ class Network(nn.Module):
         logits_BC = head(tap, previous_BC.detach()) if head.cascades else head(tap)
         return logits_BC + previous_BC.detach() if self.boosted else logits_BC
 
-    def forward(self, x: Tensor, *, taps: Collection[str] = ()) -> Output:
+    def forward(self, x: Tensor, *, taps: Collection[str] = (), parts: Sequence[int] = ()) -> Output:
         """Run all stages and classify at every exit.
 
         Args:
-            x: Inputs of shape (B, channels, height, width).
-            taps: Names of the stages whose outputs to return as well.
+            x: Inputs, batch first.
+            taps: Names of the stages whose outputs are returned as well.
+            parts: Sizes of the parts of ``x`` to run one after the other, each with its own batch statistics; empty
+                runs all samples together.
 
         Raises:
-            UnknownNameError: A tap that the backbone does not have.
+            UnknownNameError: The backbone has no such tap.
         """
+        if len(parts) > 1:
+            outputs = [self._run(part, taps) for part in x.split(list(parts))]
+            logits = tuple(torch.cat(found) for found in zip(*(output.logits for output in outputs), strict=True))
+            return Output(logits, {name: torch.cat([output.taps[name] for output in outputs]) for name in taps})
+        return self._run(x, taps)
+
+    def _run(self, x: Tensor, taps: Collection[str]) -> Output:
         backbone = self.backbone
         for name in taps:
             backbone.tap(name)
@@ -280,7 +288,7 @@ class Network(nn.Module):
         return Output(tuple(logits), kept)
 
     def _branch(self, exit: int, value: Flow) -> tuple[Tensor, Flow]:
-        """What the head of ``exit`` sees, and what goes on; they differ in their gradients only."""
+        """Inputs of the exit's head and of the next stage: the same values with different gradients."""
         tap = tap_of(value)
         after = len(self.heads) - 1 - exit
         if self.gradient == "through" or not after or not torch.is_grad_enabled():
@@ -292,6 +300,6 @@ class Network(nn.Module):
 
 
 def _numbered(names: Sequence[str]) -> tuple[str, ...]:
-    """Names made unique: the second of a kind gets ``#2``, and so on."""
+    """Make names unique: the second occurrence gets ``#2``, and so on."""
     counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return tuple(name if n == 1 else f"{name}#{n}" for name, n in zip(names, counts, strict=True))

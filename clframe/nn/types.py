@@ -1,4 +1,4 @@
-"""Values that networks take and return.
+"""Types that networks take and return.
 
 Shape suffixes: B batch, C classes, K exits.
 """
@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class Output(NamedTuple):
-    """What a model returns: the logits of every exit, in order of depth, the model's own last.
+    """Output of a model: the logits of every exit in order of depth; the last exit is the model's own classifier.
 
     A plain network is a network with one exit: ``len(output.logits) == 1``.
     """
 
     logits: tuple[Tensor, ...]
-    """K tensors logits_BC. Classes not learnt yet have no column, or ``-inf`` where columns have gaps."""
+    """K tensors logits_BC. Unseen classes have no column, or ``-inf`` where class ids have gaps."""
     taps: Mapping[str, Tensor] = MappingProxyType({})
-    """Stage outputs by name, as many as were asked for."""
+    """The requested stage outputs by name."""
 
     @property
     def last(self) -> Tensor:
@@ -33,7 +30,7 @@ class Output(NamedTuple):
 
 
 class Samples(Protocol):
-    """Training data of one experience, as a component may see it."""
+    """Training data of one experience, as components use it."""
 
     @property
     def y(self) -> Tensor:
@@ -45,11 +42,11 @@ class Samples(Protocol):
         """The stored inputs at ``index``, before augmentation and normalization."""
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Stored inputs as the model wants them: float, normalized, on the device.
+        """Convert stored inputs to model inputs: float, normalized, on the device.
 
-        Where a batch is trained, pass a ``generator``: the experience's augmentations then come first.
+        Pass a ``generator`` for training batches: augmentations are then applied first.
         """
 
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""What a model is called with: one tensor, positional arguments, or named ones."""
+"""Inputs of a model: one tensor, positional arguments, or named arguments."""

@@ -1,21 +1,29 @@
-"""How a figure of a report looks, and how it becomes SVG for the page, SVG for a file and PNG.
+"""The style of every figure, and its rendering as SVG for the page, SVG for a file, PNG, and pixels.
 
-On the page the colors are CSS variables, so a figure follows the reader's light or dark scheme; in files they are
-the light ones. Matplotlib's pyplot is never imported: it keeps figures and picks a backend globally.
+On the page the colors are CSS variables, so that a figure follows the reader's light or dark scheme; in files they are
+the light ones. Matplotlib's pyplot is never imported: it stores figures and selects a backend for the whole process.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    PixelArray = NDArray[np.uint8]
+    """A picture as (height, width, 3)."""
 
 
 WIDTH, HEIGHT = 4.7, 3.1
@@ -29,7 +37,7 @@ VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
     **{color: f"--s{n}" for n, color in enumerate(SERIES)},
 }  # fmt: skip
-"""The page's name of each color."""
+"""CSS variable of each color on the page."""
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP*X"
@@ -47,46 +55,75 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One figure: ``draw`` is given a matplotlib Figure."""
+    """One figure: ``draw`` receives an empty matplotlib Figure."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without an ending."""
     caption: str
     draw: Callable[[Figure], None]
     height: float = HEIGHT
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class RenderedPicture:
     """A figure as text and bytes."""
 
     name: str
     caption: str
     inline: str
-    """An ``<svg>`` element for a page, which brings no address, no script and no id of another figure."""
+    """An ``<svg>`` element for a page, without addresses, scripts and ids of another figure."""
     svg: str
     png: bytes
 
 
-def drawn(picture: Picture) -> Drawn:
-    """Draw it once, write it three times; the same numbers give the same bytes."""
+@contextmanager
+def styled(**more: Any) -> Iterator[None]:
+    """Apply the common style to everything that matplotlib creates; also a decorator."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": picture.name}
+    style: dict[Any, Any] = {**_STYLE, **more}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def render_picture(picture: Picture) -> RenderedPicture:
+    """Draw a figure once and render it as SVG and PNG; the same numbers give the same bytes."""
+    from matplotlib.figure import Figure
+
+    with styled(**{"svg.hashsalt": picture.name}):
         figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
         picture.draw(figure)
         text, pixels = io.StringIO(), io.BytesIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        figure.set_layout_engine("none")  # the places found for the first hold for the second
+        figure.set_layout_engine("none")  # the layout of the SVG also holds for the PNG
         figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
-    return Drawn(picture.name, picture.caption, _inline(text.getvalue(), picture), text.getvalue(), pixels.getvalue())
+    return RenderedPicture(
+        picture.name, picture.caption, _inline(text.getvalue(), picture), text.getvalue(), pixels.getvalue()
+    )
+
+
+def render_pixels(figure: Figure) -> PixelArray:
+    """Render a figure as an array (height, width, 3), for TensorBoard."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3]
+
+
+def encode_png(pixels: PixelArray) -> bytes:
+    """Encode an array of pixels as the bytes of a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _inline(svg: str, picture: Picture) -> str:
-    """The SVG file as an element: no prolog, ids of its own, colors as variables, a width that follows the page."""
+    """Return the SVG file as an element: no prolog, unique ids, colors as variables, a width that follows the page."""
     svg = svg[svg.index("<svg") :]
     end = svg.index(">")
     svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg[:end]) + svg[end:]
@@ -101,7 +138,7 @@ def _inline(svg: str, picture: Picture) -> str:
 
 
 def label(text: str, *, most: int = 44) -> str:
-    """A text as matplotlib can show it: short, without control characters, not hidden by a leading underscore.
+    """Return a text as matplotlib can show it: short, without control characters, not hidden by a leading underscore.
 
     >>> label("_hidden"), label("x" * 50, most=5)
     (' _hidden', 'xxxx…')
@@ -111,31 +148,98 @@ def label(text: str, *, most: int = 44) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def look(n: int) -> dict[str, Any]:
-    """Color, dash and marker of series ``n``."""
+def series_style(n: int) -> dict[str, Any]:
+    """Return color, dash and marker of series ``n``."""
     dash = DASHES[n // len(SERIES) % len(DASHES)]
     return {"color": SERIES[n % len(SERIES)], "linestyle": dash, "marker": MARKERS[n % len(MARKERS)]}
 
 
+def shades() -> Colormap:
+    """Return the color map of shares: the first series color, from transparent to full.
+
+    Transparency instead of white, so that on the page a heat map follows the dark scheme too.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    color = to_rgb(SERIES[0])
+    return LinearSegmentedColormap.from_list("shades", [(*color, 0.05), (*color, 1.0)])
+
+
 def legend(figure: Figure, axes: Any, *, most: int = 12) -> None:
-    """Below the axes, never over the lines; one series needs none."""
+    """Add a legend below the axes, where it hides no line; every n-th entry where there are more than ``most``."""
     handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
-        wide = max(map(len, names)) > 22
-        figure.legend(handles[:most], names[:most], loc="outside lower left", ncols=1 if wide else min(3, len(names)),
-                      handlelength=1.6, columnspacing=1.2, labelspacing=0.3)  # fmt: skip
+    if len(names) < 2:
+        return
+    chosen = spaced_indices(len(names), most=most)
+    handles, names = [handles[n] for n in chosen], [names[n] for n in chosen]
+    columns = 1 if max(map(len, names)) > 22 else min(3, len(names))
+    figure.legend(handles, names, loc="outside lower left", ncols=columns, handlelength=1.6, columnspacing=1.2,
+                  labelspacing=0.3)  # fmt: skip
+
+
+def annotate_apart(figure: Figure, axes: Any, texts: Mapping[tuple[float, float], str], *, color: str) -> None:
+    """Write a text next to each point so that no two overlap; call it when everything else is drawn.
+
+    Each text takes the first free position around its point, nearest first.
+    """
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground=PAPER)]  # texts may cross lines
+    figure.draw_without_rendering()  # runs the layout, after which positions in pixels are known
+    taken: list[Any] = []
+    for point, text in texts.items():
+        annotation: Any = None
+        for distance, (right, up) in itertools.product((8, 20, 32, 44), _SIDES):
+            if annotation is not None:
+                annotation.remove()
+            annotation = axes.annotate(
+                text, point, xytext=(right * distance, up * distance), textcoords="offset points",
+                ha={1: "left", 0: "center", -1: "right"}[right], va={1: "bottom", 0: "center", -1: "top"}[up],
+                fontsize=8.5, color=color, path_effects=halo, zorder=5,
+            )  # fmt: skip
+            annotation.set_in_layout(False)  # else the layout would change under the positions just found
+            box = annotation.get_window_extent()
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y1)
+            if inside and axes.bbox.containsy(box.y0) and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(annotation.get_window_extent())
+
+
+_SIDES = ((1, -1), (-1, 1), (1, 1), (-1, -1), (0, -1), (0, 1), (1, 0), (-1, 0))
 
 
 def percent(axis: Any) -> None:
-    """Fractions as percents."""
+    """Label the ticks of an axis of fractions in percent."""
     axis.set_major_formatter(lambda share, _position: f"{100 * share:g}")
 
 
-def whole_ticks(axis: Any, count: int, *, most: int = 10) -> None:
-    """Ticks at experiences: whole numbers from 0, at most about ``most``."""
-    axis.set_ticks(range(0, count, max(1, math.ceil(count / most))))
+def counts(axis: Any) -> None:
+    """Label the ticks of an axis of counts with k, M, G or T."""
+    axis.set_major_formatter(lambda count, _position: short_count(count))
+
+
+def short_count(value: float) -> str:
+    """Format a count for the ticks of an axis.
+
+    >>> short_count(0), short_count(350_000), short_count(1.8e9)
+    ('0', '350 k', '1.8 G')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"
+
+
+def integer_ticks(axis: Any, count: int, *, most: int = 10) -> None:
+    """Place ticks at whole numbers from 0 to ``count - 1``, at most about ``most``."""
+    axis.set_ticks(spaced_indices(count, most=most))
+
+
+def spaced_indices(count: int, *, most: int) -> list[int]:
+    """Return at most about ``most`` of 0 .. count - 1, evenly spaced from 0."""
+    return list(range(0, count, max(1, math.ceil(count / most))))
 
 
 def finite(values: Sequence[float]) -> list[float]:
-    """Those that can be drawn."""
+    """Return the values that can be drawn."""
     return [value for value in values if math.isfinite(value)]

@@ -1,7 +1,7 @@
-"""How much each weight matters: quadratic penalties, gradients sample by sample, path integrals.
+"""Importance of weights as pure functions: quadratics, per-sample gradients, path integrals.
 
-Weights lie in one flat vector, so that a penalty costs a handful of operations however many layers there are;
-a layout says which part of the vector is which tensor.
+Weights are concatenated in one flat vector, so that a penalty costs a few operations for any number of layers; a layout
+lists the tensors in the vector.
 
 Shape suffixes: P weights in a flat vector, K exits, B samples, C classes.
 """
@@ -21,14 +21,14 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the tensors in a flat vector, in order."""
 
 Spans = tuple[tuple[int, int], ...]
-"""The parts ``[start, stop)`` of a longer flat vector that a shorter one is made of, in order."""
+"""Ranges ``[start, stop)`` of a flat vector that make up a shorter one, in order."""
 
 Quadratic = Mapping[str, Tensor]
 """``sum_p importance_p (weight_p - center_p)^2 + constant``: ``importance``, ``center``, ``constant``."""
 
 
 def quadratic(importance_P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
-    """A quadratic that is zero at its center.
+    """Build a quadratic that is zero at its center.
 
     >>> sorted(quadratic(torch.ones(2), torch.zeros(2)))
     ['center', 'constant', 'importance']
@@ -36,12 +36,12 @@ def quadratic(importance_P: Tensor, center_P: Tensor) -> dict[str, Tensor]:
     return {"importance": importance_P, "center": center_P, "constant": importance_P.new_zeros(())}
 
 
-def added(first: Quadratic, second: Quadratic) -> dict[str, Tensor]:
-    """The sum of two quadratics, which is one again: nothing is lost, and a long stream costs no more than a short.
+def add_quadratics(first: Quadratic, second: Quadratic) -> dict[str, Tensor]:
+    """Add two quadratics exactly; the sum is a quadratic again, so the cost does not grow with the stream.
 
     ``a (w - m)^2 + b (w - n)^2 = (a + b) (w - (a m + b n) / (a + b))^2 + a b / (a + b) (m - n)^2``
 
-    Importances must not be negative.
+    Importances must be at least 0.
     """
     a_P, b_P = first["importance"], second["importance"]
     share_P = b_P / (a_P + b_P).clamp_min(torch.finfo(a_P.dtype).tiny)
@@ -50,19 +50,19 @@ def added(first: Quadratic, second: Quadratic) -> dict[str, Tensor]:
     return {"importance": a_P + b_P, "center": first["center"] + share_P * apart_P, "constant": constant}
 
 
-def penalties(parameters: Sequence[Tensor], quadratics: Sequence[Quadratic], spans: Sequence[Spans]) -> Tensor:
-    """penalty_K, the value of each quadratic at the weights as they are.
+def penalty_values(parameters: Sequence[Tensor], quadratics: Sequence[Quadratic], spans: Sequence[Spans]) -> Tensor:
+    """Return penalty_K, the value of each quadratic at the present weights.
 
-    Value and gradient come from one pass over the flat weights; nothing waits for the device.
+    Value and gradient take one pass over the flat weights, without synchronizing with the device.
 
     Args:
-        parameters: The weights, any shapes.
-        quadratics: K of them.
-        spans: For each, the parts of the flat parameters that it is over.
+        parameters: The weights, of any shapes.
+        quadratics: K quadratics.
+        spans: For each, the ranges of the flat parameters that it covers.
 
     >>> weight = torch.tensor([3.0, 5.0], requires_grad=True)
     >>> ones = quadratic(torch.ones(1), torch.ones(1))
-    >>> penalties([weight], [ones, ones], [((0, 1),), ((1, 2),)]).tolist()
+    >>> penalty_values([weight], [ones, ones], [((0, 1),), ((1, 2),)]).tolist()
     [4.0, 16.0]
     """
     result: Tensor = _Penalties.apply(tuple(quadratics), tuple(spans), *parameters)
@@ -72,10 +72,10 @@ def penalties(parameters: Sequence[Tensor], quadratics: Sequence[Quadratic], spa
 class _Penalties(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, quadratics: Sequence[Quadratic], spans: Sequence[Spans], *parameters: Tensor) -> Tensor:
-        flat_P = flat(parameters)
+        flat_P = flatten(parameters)
         pulls, values = [], []
         for terms, parts in zip(quadratics, spans, strict=True):
-            moved_P = taken(flat_P, parts) - terms["center"]
+            moved_P = take_spans(flat_P, parts) - terms["center"]
             pull_P = terms["importance"] * moved_P
             values.append((pull_P * moved_P).sum() + terms["constant"])
             pulls.append(pull_P)
@@ -97,21 +97,21 @@ class _Penalties(torch.autograd.Function):
         return (None, None, *(part.view(shape) for part, shape in split))
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All values in one vector, without gradient."""
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate all values in one vector, detached."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else torch.zeros(0)
 
 
-def taken(flat_P: Tensor, spans: Spans) -> Tensor:
-    """The parts of a flat vector, joined; a view where there is one."""
+def take_spans(flat_P: Tensor, spans: Spans) -> Tensor:
+    """Concatenate ranges of a flat vector; a view if there is one range."""
     parts = [flat_P[start:stop] for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat_P[:0]
 
 
-def spans_of(layout: Layout, names: Sequence[str]) -> Spans:
-    """Where the tensors of some names lie in a flat vector, neighbors joined; names in the layout's order.
+def find_spans(layout: Layout, names: Sequence[str]) -> Spans:
+    """Return the ranges of the named tensors in a flat vector, in the layout's order; adjacent ones are merged.
 
-    >>> spans_of((("a", (2,)), ("b", (3, 1)), ("c", ()), ("d", (4,))), ["a", "b", "d"])
+    >>> find_spans((("a", (2,)), ("b", (3, 1)), ("c", ()), ("d", (4,))), ["a", "b", "d"])
     ((0, 5), (6, 10))
     """
     wanted, spans, start = set(names), list[tuple[int, int]](), 0
@@ -125,10 +125,10 @@ def spans_of(layout: Layout, names: Sequence[str]) -> Spans:
     return tuple(spans)
 
 
-def relaid(flat_P: Tensor, old: Layout, new: Layout) -> Tensor:
-    """A flat vector in a layout whose tensors may have grown: what is new is zero, what has gone is left out.
+def move_to_layout(flat_P: Tensor, old: Layout, new: Layout) -> Tensor:
+    """Move a flat vector to a layout whose tensors may have grown; new entries are 0, removed tensors are dropped.
 
-    >>> relaid(torch.tensor([1.0, 2.0]), (("w", (1, 2)),), (("v", (1,)), ("w", (2, 2)))).tolist()
+    >>> move_to_layout(torch.tensor([1.0, 2.0]), (("w", (1, 2)),), (("v", (1,)), ("w", (2, 2)))).tolist()
     [0.0, 1.0, 2.0, 0.0, 0.0]
     """
     if old == new:
@@ -141,49 +141,49 @@ def relaid(flat_P: Tensor, old: Layout, new: Layout) -> Tensor:
         if name in known:
             part[tuple(slice(size) for size in known[name].shape)] = known[name]
         parts.append(part)
-    return flat(parts).to(flat_P)
+    return flatten(parts).to(flat_P)
 
 
 Loss = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
-"""The loss of one sample, given weights by name, its input and its labels."""
+"""Loss of one sample, given weights by name, its input and its labels."""
 
 
 def gradient_sums(
     loss_of: Loss, parameters: Mapping[str, Tensor], x: Tensor, labels: Tensor, *, power: int, chunk: int
 ) -> dict[str, Tensor]:
-    """``sum_b |d loss(x_b) / d weight|^power``, the gradient of every sample by itself.
+    """Return ``sum_b |d loss(x_b) / d weight|^power`` over the gradients of single samples.
 
-    Squaring the gradient of a batch instead is another quantity: it leaves the products of different samples in.
-    ``torch.func.vmap`` takes ``chunk`` samples at once, so ``chunk`` gradients of all weights are in memory;
-    models that it cannot run go one sample after the other, with the same result.
+    The square of a batch's gradient is a different quantity: it contains the products of different samples.
+    ``torch.func.vmap`` processes ``chunk`` samples together, so memory holds ``chunk`` gradients of all weights. Models
+    that it cannot run are processed sample by sample, with the same result.
 
     Args:
         loss_of: Loss of one sample.
         parameters: Weights by name.
-        x: Inputs, one a row.
-        labels: Labels, one row for each input.
+        x: Inputs, one per row.
+        labels: Labels, one row per input.
         power: 1 or 2.
-        chunk: Samples at once.
+        chunk: Samples processed together.
     """
     one = torch.func.grad(loss_of)
     many = torch.func.vmap(one, in_dims=(None, 0, 0))
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for x_B, label_B in zip(x.split(chunk), labels.split(chunk), strict=True):
         try:
-            with warnings.catch_warnings():  # torch tells of each operation that it batches by a loop of its own
+            with warnings.catch_warnings():  # torch warns of each operation that it batches by a loop
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 gradients = many(dict(parameters), x_B, label_B)
         except RuntimeError:  # an operation without a batching rule, or a custom autograd function
-            return one_by_one(loss_of, parameters, x, labels, power=power)
+            return gradient_sums_by_loop(loss_of, parameters, x, labels, power=power)
         for name, gradient_B in gradients.items():
             sums[name] += (gradient_B.square() if power == 2 else gradient_B.abs()).sum(0)
     return sums
 
 
-def one_by_one(
+def gradient_sums_by_loop(
     loss_of: Loss, parameters: Mapping[str, Tensor], x: Tensor, labels: Tensor, *, power: int
 ) -> dict[str, Tensor]:
-    """What :func:`gradient_sums` computes, by one backward pass for each sample: slow, plain, works for any model."""
+    """Compute :func:`gradient_sums` by one backward pass per sample: slow, but works for any model."""
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
     with torch.enable_grad():
@@ -197,7 +197,7 @@ def one_by_one(
 
 
 def squared_norm(logits_BC: Tensor, y_B: Tensor | None = None) -> Tensor:
-    """``mean_b sum_c logits_bc^2``, over the classes that have logits; targets play no part.
+    """Return ``mean_b sum_c logits_bc^2`` over the classes with finite logits; targets are ignored.
 
     >>> squared_norm(torch.tensor([[3.0, 4.0, -torch.inf]])).item()
     25.0
@@ -206,10 +206,10 @@ def squared_norm(logits_BC: Tensor, y_B: Tensor | None = None) -> Tensor:
 
 
 def path_importance(importance_P: Tensor, path_P: Tensor, moved_P: Tensor, *, damping: float) -> Tensor:
-    """``relu(importance + path / (moved^2 + damping))``, synaptic intelligence's importances after an experience.
+    """Return ``relu(importance + path / (moved^2 + damping))``, the importances of synaptic intelligence.
 
-    ``path_P`` is ``-sum_t gradient_t * step_t``: how much of the fall of the loss each weight has brought about.
-    Zenke et al., "Continual Learning Through Synaptic Intelligence" (2017), equations 3 to 5; that a sum of
-    importances is cut at zero is from their code, and keeps the penalty convex.
+    ``path_P`` is ``-sum_t gradient_t * step_t``, the contribution of each weight to the decrease of the loss. Zenke et
+    al., "Continual Learning Through Synaptic Intelligence" (2017), equations 3 to 5; clipping the sum of importances at
+    zero is from their code, and keeps the penalty convex.
     """
     return (importance_P + path_P / (moved_P.square() + damping)).relu()

@@ -1,4 +1,4 @@
-"""Quadratic penalties on weights: state, consolidation, and the loss term."""
+"""Quadratic penalties on changes of weights: state, loss term, and consolidation after an experience."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from torch import Tensor
 from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.nn.network import Network
-from clframe.regularization.importance import Layout, Quadratic, flat, penalties, relaid, spans_of
+from clframe.regularization.importance import (
+    Layout,
+    Quadratic,
+    find_spans,
+    flatten,
+    move_to_layout,
+    penalty_values,
+)
 from clframe.regularization.sensitivity import (
     Estimate,
     Labels,
-    Objective,
     SampleLoss,
     Scope,
     objectives,
@@ -25,95 +31,29 @@ from clframe.regularization.sensitivity import (
 )
 
 Combine = Callable[[Quadratic | None, Tensor, Tensor], Mapping[str, Tensor]]
-"""The quadratic to hold on to, from the one before, new importances and the weights as they are."""
-
-
-def unconsolidated() -> State:
-    """The state before the first experience: nothing is held."""
-    return {"scopes": (), "terms": ()}
-
-
-def taken_up(network: Network, state: State, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """The state for an experience about to be trained: in the order and the shapes of the grown parameters.
-
-    Weights that are new, rows of a grown classifier included, have importance zero.
-    """
-    wanted = {name for _, names in objectives for name in names}
-    layout = tuple((name, tuple(p.shape)) for name, p in network.named_parameters() if name in wanted)
-    scopes = tuple(names for _, names in objectives)
-    shapes = dict(layout)
-    terms = []
-    for names, old in zip(scopes, state["terms"], strict=False):
-        new = tuple((name, shapes[name]) for name in names)
-        moved = {key: relaid(old[key], old["layout"], new) for key in ("importance", "center")}
-        terms.append({**moved, "constant": old["constant"], "layout": new})
-    live = [network.get_parameter(name) for name, _ in layout]
-    spans = tuple(spans_of(layout, names) for names in scopes)
-    return {"scopes": scopes, "terms": tuple(terms), "live": live, "spans": spans}
-
-
-def held(state: State) -> Tensor:
-    """penalty_K of each objective's quadratic at the weights as they are."""
-    return penalties(state["live"], state["terms"], state["spans"])
-
-
-def consolidated(
-    network: Network,
-    state: State,
-    importances: Sequence[Mapping[str, Tensor]],
-    *,
-    combine: Combine,
-    ceiling: float | None = None,
-    where: str,
-) -> State:
-    """The state after an experience: each objective's quadratic combined with new importances, by weight.
-
-    Args:
-        network: Holds the weights as they are now.
-        state: As training left it.
-        importances: For each objective, by weight.
-        combine: What to make of the quadratic before, flat importances and weights.
-        ceiling: Largest importance to keep; None keeps all.
-        where: The component and its weight, such as ``components.ewc.lamb``, for the error.
-
-    Raises:
-        ConfigError: Training has diverged, as it does where a penalty is too stiff for the learning rate.
-    """
-    terms = []
-    for number, names in enumerate(state["scopes"]):
-        layout: Layout = tuple((name, tuple(network.get_parameter(name).shape)) for name in names)
-        importance_P = flat([importances[number][name] for name in names])
-        center_P = flat([network.get_parameter(name) for name in names])
-        old = state["terms"][number] if state["terms"] else None
-        if not bool(torch.isfinite(importance_P).all() & torch.isfinite(center_P).all()):
-            raise ConfigError(
-                f"{where}: found a value with which training diverged (learning rate * weight * largest importance "
-                f"must stay below about 1); lower it or optimizer.lr, or give a ceiling"
-            )
-        term = dict(combine(old, importance_P, center_P))
-        term["importance"] = term["importance"].clamp_max(math.inf if ceiling is None else ceiling)
-        terms.append({**term, "layout": layout})
-    return {"scopes": state["scopes"], "terms": tuple(terms)}
+"""Maps the previous quadratic, new importances and the present weights to the quadratic to store."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Springs:
-    """Quadratic penalties by importances measured after each experience, as a field of the component that adds them.
+class QuadraticPenalty:
+    """Quadratic penalties on changes of weights, as a helper of the component that adds them.
 
     Args:
-        owner: The component, for its name in messages; its penalty's weight is the option ``lamb``.
-        scope: Whose loss is measured, and how many penalties there are; see
-            :func:`~clframe.regularization.sensitivity.objectives`, as for ``heads``.
-        heads: Whether classifiers are held.
-        samples: Samples to measure on, drawn at random; 0 takes all of the experience.
-        batch_size: Samples at once in that pass.
-        ceiling: Largest importance; None leaves them as they are.
+        owner: Name of the component, for messages.
+        weight: Its option that scales the penalty, for messages.
+        scope: Losses that importances are of, and number of penalties; see
+            :func:`~clframe.regularization.sensitivity.objectives`, also for ``heads``.
+        heads: Whether classifiers are covered.
+        samples: Samples for the estimate, drawn at random; 0 uses all of the experience.
+        batch_size: Batch size of that pass.
+        ceiling: Largest importance; None leaves them unbounded.
 
     Raises:
-        ConfigError: Sizes that mean nothing.
+        ConfigError: A size or ceiling out of range.
     """
 
     owner: str
+    weight: str = "lamb"
     scope: Scope = "exit"
     heads: Literal["covered", "free"] = "covered"
     samples: int = 0
@@ -121,7 +61,7 @@ class Springs:
     ceiling: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing, in the name of the owner's options."""
+        """Validate the owner's options."""
         for key, ok, advice in (
             ("samples", self.samples >= 0, "give a number of samples, or 0 for all"),
             ("batch_size", self.batch_size >= 1, "give at least 1"),
@@ -130,22 +70,45 @@ class Springs:
             if not ok:
                 raise ConfigError(f"components.{self.owner}.{key}: found {getattr(self, key)}; {advice}")
 
+    @classmethod
+    def of(cls, component: Any) -> QuadraticPenalty:
+        """Build the penalty from a component with the options ``scope`` to ``ceiling``."""
+        options = ("scope", "heads", "samples", "batch_size", "ceiling")
+        return cls(
+            owner=component.name, weight=component.weight, **{option: getattr(component, option) for option in options}
+        )
+
     def empty(self) -> State:
-        """Nothing is held before the first experience ends."""
-        return unconsolidated()
+        """Return the state before the first experience, without a penalty."""
+        return {"scopes": (), "terms": ()}
 
-    def prepared(self, network: Network, state: State) -> State:
-        """What is held, in the shapes of the grown classifiers."""
-        return taken_up(network, state, objectives(network, scope=self.scope, heads=self.heads))
+    def resize(self, network: Network, state: State) -> dict[str, Any]:
+        """Return the state for an experience about to be trained, in the shapes of the grown parameters.
 
-    def penalty(self, state: State, *, lamb: float) -> Mapping[str, Tensor]:
-        """``penalty``: ``lamb`` times the quadratics, one for each exit or one in all; {} while nothing is held."""
+        New weights, among them the rows of a grown classifier, have importance zero.
+        """
+        found = objectives(network, scope=self.scope, heads=self.heads)
+        wanted = {name for _, names in found for name in names}
+        layout = tuple((name, tuple(p.shape)) for name, p in network.named_parameters() if name in wanted)
+        scopes = tuple(names for _, names in found)
+        shapes = dict(layout)
+        terms = []
+        for names, old in zip(scopes, state["terms"], strict=False):  # no terms before the first consolidation
+            new = tuple((name, shapes[name]) for name in names)
+            moved = {key: move_to_layout(old[key], old["layout"], new) for key in ("importance", "center")}
+            terms.append({**moved, "constant": old["constant"], "layout": new})
+        live = [network.get_parameter(name) for name, _ in layout]
+        spans = tuple(find_spans(layout, names) for names in scopes)
+        return {"scopes": scopes, "terms": tuple(terms), "live": live, "spans": spans}
+
+    def losses(self, state: State, *, scale: float) -> Mapping[str, Tensor]:
+        """Return ``penalty``, the quadratics times ``scale``: one value per exit, or one in all; {} without any."""
         if not state["terms"]:
             return {}
-        penalty_K = lamb * held(state)
-        return {"penalty": penalty_K if self.scope == "exit" else penalty_K.sum()}
+        penalty_K = scale * penalty_values(state["live"], state["terms"], state["spans"])
+        return {"penalty": penalty_K if self.scope in ("exit", "block") else penalty_K.sum()}
 
-    def renewed(
+    def estimate(
         self,
         network: Network,
         context: StepContext,
@@ -157,24 +120,24 @@ class Springs:
         estimate: Estimate = "samples",
         labels: Labels = "given",
     ) -> State:
-        """The state after an experience: importances measured on its samples, the weights held as they are now.
+        """Estimate importances on the samples of an experience, then :meth:`consolidate`.
 
         Args:
-            network: As training left it.
-            context: The experience, and what draws the samples.
-            state: As training left it.
+            network: The trained network.
+            context: The experience, and the generator that draws samples.
+            state: State after training.
             loss: See :func:`~clframe.regularization.sensitivity.sensitivities`, also for ``power``, ``estimate`` and
                 ``labels``.
-            power: 2 for a Fisher diagonal, 1 for the size of gradients.
-            combine: What to make of the quadratic before, new importances and weights.
-            estimate: How squares are averaged.
-            labels: Whose labels the loss takes.
+            power: 2 for a Fisher diagonal, 1 for absolute gradients.
+            combine: Combines the previous quadratic with new importances and weights.
+            estimate: Average of the squares.
+            labels: Labels of the loss.
         """
-        measured = objectives(network, scope=self.scope, heads=self.heads)
+        found = objectives(network, scope=self.scope, heads=self.heads)
         importances = sensitivities(
             network,
             context.experience.samples,
-            measured=[(exits, names) for (exits, _), names in zip(measured, state["scopes"], strict=True)],
+            measured=[(exits, names) for (exits, _), names in zip(found, state["scopes"], strict=True)],
             loss=loss,
             power=power,
             estimate=estimate,
@@ -183,5 +146,34 @@ class Springs:
             batch_size=self.batch_size,
             generator=context.generator,
         )
-        where = f"components.{self.owner}.lamb"
-        return consolidated(network, state, importances, combine=combine, ceiling=self.ceiling, where=where)
+        return self.consolidate(network, state, importances, combine=combine)
+
+    def consolidate(
+        self, network: Network, state: State, importances: Sequence[Mapping[str, Tensor]], *, combine: Combine
+    ) -> State:
+        """Return the state after an experience: each objective's quadratic, combined with new importances.
+
+        Args:
+            network: The trained network.
+            state: State after training.
+            importances: For each objective, by weight.
+            combine: Combines the previous quadratic with new importances and weights, both flat.
+
+        Raises:
+            ConfigError: Training has diverged, as it does if a penalty is too stiff for the learning rate.
+        """
+        terms = []
+        for number, names in enumerate(state["scopes"]):
+            layout: Layout = tuple((name, tuple(network.get_parameter(name).shape)) for name in names)
+            importance_P = flatten([importances[number][name] for name in names])
+            center_P = flatten([network.get_parameter(name) for name in names])
+            old = state["terms"][number] if state["terms"] else None
+            if not bool(torch.isfinite(importance_P).all() & torch.isfinite(center_P).all()):
+                raise ConfigError(
+                    f"components.{self.owner}.{self.weight}: found a value with which training diverged (learning rate "
+                    f"* weight * largest importance must be below about 1); lower it or optimizer.lr, or set a ceiling"
+                )
+            term = dict(combine(old, importance_P, center_P))
+            term["importance"] = term["importance"].clamp_max(math.inf if self.ceiling is None else self.ceiling)
+            terms.append({**term, "layout": layout})
+        return {"scopes": state["scopes"], "terms": tuple(terms)}

@@ -1,4 +1,4 @@
-"""How the losses of a network's exits react to its weights, measured on stored samples.
+"""Sensitivity of the losses of a network's exits to its weights, estimated on samples.
 
 Shape suffixes: B batch, C classes, K exits, N samples.
 """
@@ -16,30 +16,31 @@ from clframe.nn.network import Network
 from clframe.nn.types import Samples
 from clframe.regularization.importance import gradient_sums
 
-Scope = Literal["exit", "last", "total"]
-"""Whose loss counts: of each exit by itself; of the last one; of all together."""
+Scope = Literal["exit", "block", "last", "total"]
+"""Losses: of each exit, over all stages up to its tap or over its own stage; of the last exit; of all exits."""
 
 Labels = Literal["given", "sampled", "predicted"]
-"""The data's; drawn from what each exit predicts; each exit's arg-max."""
+"""Labels of the data; drawn from each exit's softmax; each exit's arg-max."""
 
 Estimate = Literal["samples", "batches", "published"]
 
 Objective = tuple[tuple[int, ...], tuple[str, ...]]
-"""Exits whose losses are added up, and the weights that they are a function of, by name, the backbone's first."""
+"""Exits whose losses are added, and the names of the weights they depend on, those of the backbone first."""
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
-"""The loss of logits_BC and labels_B, a mean over samples."""
+"""Loss of logits_BC and labels_B, a mean over samples."""
 
 AT_ONCE = 2**26
-"""Values of per-sample gradients held at once; 256 MiB in float32."""
+"""Values of per-sample gradients in memory together; 256 MiB in float32."""
 
 
 def objectives(
     network: Network, *, scope: Scope, heads: Literal["covered", "free"] = "covered"
 ) -> tuple[Objective, ...]:
-    """What to measure the sensitivity of: one objective, or with ``exit`` one for each exit.
+    """Return the objectives of a scope: one, or with ``exit`` and ``block`` one for each exit.
 
-    An exit's weights are the backbone's up to its tap and its own head's. Weights that do not learn are left out.
+    An exit's weights are those of its head and of the backbone up to its tap; with ``block``, of an exit before the
+    last, those of the stage it is attached to and of its head. Frozen weights are left out.
 
     >>> from clframe.nn import GrowingLinear
     >>> from clframe.nn.backbones import mlp
@@ -50,11 +51,14 @@ def objectives(
     learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     depth = [stage for stage, exits in enumerate(network.exits_at) for _ in exits]
     everyone = tuple(range(len(network.heads)))
-    groups: dict[Scope, list[tuple[int, ...]]]
-    groups = {"exit": [(k,) for k in everyone], "last": [everyone[-1:]], "total": [everyone]}
+    each: list[tuple[int, ...]] = [(k,) for k in everyone]
+    groups: dict[Scope, list[tuple[int, ...]]] = {
+        "exit": each, "block": each, "last": [everyone[-1:]], "total": [everyone]
+    }  # fmt: skip
     found = []
     for exits in groups[scope]:
-        parts = [f"backbone.stages.{stage}." for stage in range(depth[exits[-1]] + 1)]
+        first = depth[exits[-1]] if scope == "block" and exits[-1] != everyone[-1] else 0
+        parts = [f"backbone.stages.{stage}." for stage in range(first, depth[exits[-1]] + 1)]
         parts += [f"heads.{exit}." for exit in exits] if heads == "covered" else []
         found.append((exits, tuple(name for name in learning if name.startswith(tuple(parts)))))
     return tuple(found)
@@ -73,27 +77,27 @@ def sensitivities(
     batch_size: int = 64,
     generator: Generator,
 ) -> tuple[dict[str, Tensor], ...]:
-    """For each objective, the mean over samples of ``|gradient of the sample's loss|^power``, by weight.
+    """Return, for each objective, the mean over samples of ``|gradient of the sample's loss|^power``, by weight.
 
-    Not augmented, in evaluation mode (batch normalization uses its running statistics), gradients as training
-    lets them through; nothing of the network changes. It costs a forward and a backward pass of every sample for
-    each objective, about as much as ten training epochs on a CPU (convolutional nets and small transformers, all
-    exits) and more where linear layers are large, because every sample has its own gradient of the weights;
-    ``limit`` bounds it.
+    Samples are not augmented and the network is in evaluation mode, with running statistics of batch normalization;
+    gradients pass between exits as in training. The network is not changed. The cost is a forward and a backward pass
+    of every sample for each objective, about ten training epochs on a CPU (convolutional nets and small transformers,
+    all exits) and more with large linear layers, because each sample needs a gradient of all weights; ``limit`` bounds
+    it.
 
     Args:
-        network: What is measured.
-        samples: On what.
+        network: The network.
+        samples: Samples to average over.
         measured: See :func:`objectives`.
-        loss: Of an exit's logits and labels.
-        power: 2 for a Fisher diagonal, 1 for the size of gradients.
-        estimate: ``samples`` is the quantity. ``batches`` averages over batches what the gradient of the batch's
-            mean loss gives: one backward pass a batch, but where the gradients of different samples do not
-            correlate, squares come out ``batch_size`` times too small. ``published`` divides by the number of
-            samples after every batch instead of once at the end: all batches but the last all but vanish.
-        labels: Whose labels the loss takes.
+        loss: Loss of an exit's logits and labels.
+        power: 2 for a Fisher diagonal, 1 for absolute gradients.
+        estimate: ``samples`` averages over samples. ``batches`` averages over batches the powers of the gradient of the
+            batch's mean loss: one backward pass per batch, but squares are ``batch_size`` times too small if the
+            gradients of different samples are uncorrelated. ``published`` divides by the number of samples after every
+            batch instead of once at the end, so all batches but the last nearly vanish.
+        labels: Labels of the loss.
         limit: Most samples to use, drawn at random; 0 uses all.
-        batch_size: Samples at once; part of the definition of the last two estimates only.
+        batch_size: Batch size; changes the result of the last two estimates only.
         generator: Draws the order and the sampled labels.
     """
     index_N = torch.randperm(len(samples), generator=generator)
@@ -105,7 +109,7 @@ def sensitivities(
     try:
         with torch.no_grad():
             for index in index_N.split(batch_size):
-                x = network.place(samples.prepare(samples.raw(index)))
+                x = network.to_device(samples.prepare(samples.raw(index)))
                 x = x.to(network.final.weight.dtype) if x.is_floating_point() else x
                 y_B = samples.y[index.to(samples.y.device)].to(device)
                 label_BK = _labels(network, x, y_B, labels, generator)
@@ -131,7 +135,7 @@ def _add(
     estimate: Estimate,
     count: int,
 ) -> None:
-    """Add what one batch of ``count`` samples in all contributes to one objective."""
+    """Add the contribution of one batch, of ``count`` samples in all, to one objective."""
 
     def batch_loss(values: dict[str, Tensor], x_B: Tensor, labels_BK: Tensor) -> Tensor:
         logits = functional_call(network, values, (x_B,)).logits
@@ -155,7 +159,7 @@ def _add(
 
 
 def _labels(network: Network, x: Tensor, y_B: Tensor, labels: Labels, generator: Generator) -> Tensor:
-    """label_BK of every exit."""
+    """Return label_BK of every exit."""
     if labels == "given":
         return y_B[:, None].expand(-1, len(network.heads))
     logits = network(x).logits

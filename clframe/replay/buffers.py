@@ -1,4 +1,4 @@
-"""Replay buffers: state of plain tensors, and the policies that fill them."""
+"""Replay buffers: states of plain tensors, and the policies that fill them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from clframe.core.types import Experience, Pool, State
 from clframe.data.augmentation import upload
 from clframe.data.samples import Loadable
 from clframe.nn.types import Samples
-from clframe.replay.selection import appended, balanced_choice, balanced_trim, herding, quotas, reservoir
+from clframe.replay.selection import append_rows, balanced_choice, balanced_trim, herding, quotas, reservoir
 from clframe.seeding import generator_for
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What a memory holds as :class:`~clframe.nn.types.Samples`.
+class BufferSamples:
+    """The samples of a buffer as :class:`~clframe.nn.types.Samples`.
 
     Args:
-        memory: ``x``, inputs as stored, and ``y``; not empty.
-        like: Samples of an experience; those of the memory are prepared like them.
+        memory: A buffer that is not empty: stored inputs ``x`` and targets ``y``.
+        like: Samples of an experience, whose normalization and augmentation the buffer shares.
     """
 
     memory: State
@@ -45,7 +45,7 @@ class Kept:
         return x.index_select(0, index.to(x.device))
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """As the experience prepares its own."""
+        """Convert stored inputs to inputs of the model as the experience does."""
         return self.like.prepare(raw, generator=generator)
 
 
@@ -55,20 +55,18 @@ Selection = Literal["balanced", "herding", "random", "reservoir"]
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """What a memory keeps, decided at the end of every experience.
+    """Selection of the stored samples at the end of every experience.
 
-    A memory is a mapping: ``x``, inputs as stored (None while it is empty), ``y``, and whatever else the
-    policy or the component that owns it keeps of each sample. Nothing else is needed to go on from a
-    checkpoint.
+    A buffer is a mapping: ``x``, stored inputs (None while it is empty), ``y``, and other columns of the policy or the
+    component, one row per sample. It is the complete state: checkpoints need nothing else.
 
     Args:
-        size: Samples kept: in all, or of each class.
-        budget: ``"total"``, a fixed number shared by all classes so far; ``"per_class"``, a fixed number for
-            each of them (with balanced and herding only).
-        selection: ``"balanced"``, the same number of each class, at random; ``"herding"``, the same number
-            of each class, nearest to its mean in feature space; ``"random"``, the same number from each
-            experience, whatever their classes; ``"reservoir"``, every sample seen so far with the same
-            probability.
+        size: Number of samples: total, or per class.
+        budget: ``"total"``: divided among all classes so far; ``"per_class"``: for each of them (with balanced and
+            herding only).
+        selection: ``"balanced"``: the same number per class, at random; ``"herding"``: the same number per class,
+            nearest to its mean in feature space; ``"random"``: the same number per experience; ``"reservoir"``: every
+            sample seen so far with the same probability.
     """
 
     size: int
@@ -76,17 +74,17 @@ class MemoryPolicy:
     selection: Selection = "balanced"
 
     def empty(self) -> State:
-        """The memory at the start of a run.
+        """Return an empty buffer.
 
-        ``group`` numbers the portions that trimming treats alike, and ``owner`` says whom each of them
-        belongs to: a class, or an experience. A reservoir keeps each sample's ``key`` instead.
+        ``group`` is the index of each sample's portion: samples of one class, or of one experience, that were added
+        together. ``owner`` is that class or experience, per portion. A reservoir has each sample's ``key`` instead.
         """
         y = torch.empty(0, dtype=torch.long)
         if self.selection == "reservoir":
             return {"x": None, "y": y, "key": torch.empty(0, dtype=torch.float64)}
         return {"x": None, "y": y, "group": y, "owner": ()}
 
-    def renewed(
+    def update(
         self,
         memory: State,
         experience: Experience,
@@ -95,15 +93,15 @@ class MemoryPolicy:
         features: Callable[[Tensor], Tensor],
         targets: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
     ) -> State:
-        """The memory after ``experience``: kept samples first, then fresh ones.
+        """Return the buffer after ``experience``: the remaining samples, then new ones.
 
         Args:
-            memory: As it was before.
-            experience: The one just learnt.
-            generator: Draws what is random.
-            features: features_NF of the experience's samples at an index; called by herding only.
-            targets: What else to keep of the fresh samples at an index, by name, such as their logits; one
-                row for each. Rows that are wider than those kept before widen them by ``-inf``.
+            memory: The buffer before.
+            experience: The experience just learned.
+            generator: Source of all draws.
+            features: Function from an index to features_NF of the experience's samples; called by herding only.
+            targets: Function from an index to other columns of the new samples, by name, such as logits. Rows that are
+                wider than those stored before widen them by ``-inf``.
         """
         y_N = experience.samples.y.cpu()
         if self.selection == "reservoir":
@@ -117,7 +115,7 @@ class MemoryPolicy:
             kept = balanced_trim(memory["group"], {g: quota[g] for g in range(old)})
             room = {g: quota[g] for g in range(old, len(owners))}
             fresh = (
-                _herded(group_N, room, features)
+                _select_by_herding(group_N, room, features)
                 if self.selection == "herding"
                 else balanced_choice(group_N, room, generator=generator)
             )
@@ -126,13 +124,13 @@ class MemoryPolicy:
         columns = {"x": x, "y": y_N[fresh].to(x.device), **columns, **(targets(fresh) if targets else {})}
         if memory["x"] is not None:
             columns = {
-                name: appended(memory[name][kept.to(memory[name].device)], new)
+                name: append_rows(memory[name][kept.to(memory[name].device)], new)
                 for name, new in columns.items()
             }
         return {**columns, **owner}
 
     def quotas(self, owners: tuple[int, ...]) -> dict[int, int]:
-        """Samples that each portion may hold: its owner's share, divided among the portions of that owner.
+        """Capacity of each portion: the share of its owner, divided among the portions of that owner.
 
         >>> MemoryPolicy(10).quotas((0, 1, 0))
         {0: 3, 2: 2, 1: 5}
@@ -148,7 +146,7 @@ class MemoryPolicy:
     def _portions(
         self, y_N: Tensor, experience: Experience, before: tuple[int, ...]
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """The portion of each new sample, numbered after those ``before``, and the owners of all portions."""
+        """Portion of each new sample, numbered after those ``before``, and the owners of all portions."""
         if self.selection == "random":
             return torch.full_like(y_N, len(before)), (*before, experience.index)
         number = {c: len(before) + i for i, c in enumerate(experience.classes)}
@@ -156,14 +154,49 @@ class MemoryPolicy:
         return group_N, (*before, *experience.classes)
 
 
-def drawn(memory: State, count: int, *, generator: Generator) -> Tensor:
-    """index_K of ``count`` kept samples, drawn with replacement, where the samples are."""
+def sample_indices(memory: State, count: int, *, generator: Generator) -> Tensor:
+    """index_K of ``count`` stored samples, drawn with replacement, on the device of the buffer."""
     index = torch.randint(memory["y"].shape[0], (count,), generator=generator)  # len() of a tensor is slow
     return upload(index, memory["x"].device)
 
 
-def _herded(group_N: Tensor, room: Mapping[int, int], features: Callable[[Tensor], Tensor]) -> Tensor:
-    """The first ``room`` samples of each group in the order of herding."""
+def add_to_reservoir(memory: State, columns: Mapping[str, Tensor], size: int, *, generator: Generator) -> State:
+    """Offer samples to a reservoir of ``size``: every sample ever offered is stored with the same probability.
+
+    Samples that leave are overwritten in place, so that a step does not copy the memory.
+
+    Args:
+        memory: The reservoir, see :meth:`MemoryPolicy.empty`.
+        columns: ``x``, ``y``, and what else the memory stores of each sample, one row per sample. Rows wider than those
+            stored widen them by ``-inf``.
+        size: Largest number of samples.
+        generator: Draws the keys.
+    """
+    key_N = torch.rand(len(columns["x"]), generator=generator, dtype=torch.float64)
+    kept, fresh = reservoir(memory["key"], key_N, size)
+    if not len(fresh):
+        return memory
+    device = columns["x"].device
+    new = {name: rows[fresh.to(rows.device)].to(device) for name, rows in columns.items()}
+    new["key"] = key_N[fresh]
+    if memory["x"] is None:
+        return {**memory, **new}
+    leaves_M = torch.ones(len(memory["key"]), dtype=torch.bool)
+    leaves_M[kept] = False
+    slots = leaves_M.nonzero().flatten()
+    return {**memory, **{name: _overwrite(memory[name], rows, slots) for name, rows in new.items()}}
+
+
+def _overwrite(stored: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Write the first ``rows`` into ``slots`` of ``stored``, in place where they are as wide, and append the others."""
+    if stored.ndim > 1 and stored.shape[-1] != rows.shape[-1]:
+        stored, rows = append_rows(stored, rows[:0]), append_rows(rows, stored[:0])
+    stored.index_copy_(0, upload(slots, stored.device), rows[: len(slots)])
+    return torch.cat([stored, rows[len(slots) :]]) if len(rows) > len(slots) else stored
+
+
+def _select_by_herding(group_N: Tensor, room: Mapping[int, int], features: Callable[[Tensor], Tensor]) -> Tensor:
+    """Select the first ``room`` samples of each group in the order of herding."""
     chosen = [torch.empty(0, dtype=torch.long)]
     for group, count in room.items():
         members = (group_N == group).nonzero().flatten()
@@ -174,24 +207,24 @@ def _herded(group_N: Tensor, room: Mapping[int, int], features: Callable[[Tensor
 
 @dataclass(frozen=True)
 class SplitMemory:
-    """Two memories within one budget, both balanced: samples for training, and samples held out from it.
+    """Two balanced buffers within one budget: samples to train on, and held-out samples.
 
-    Of the q samples that a class may have, ``ceil(share * (q - 1))`` are held out: at least one of two, never the
-    only one. As many of a new class are kept from training while it is learnt, so that classes have equally many
-    held-out samples, and no model has ever been trained on one of them. A class of fewer than q samples gives up
-    that share of what it has.
+    Of the q samples of a class, ``ceil(share * (q - 1))`` are held out: at least one of two, never the only one. The
+    same number of a new class is excluded from training while it is learned, so that classes have equally many
+    held-out samples, on which no model has ever been trained. Of a class with fewer than q samples, the same share of
+    its samples is held out.
 
-    As state it is the memory for training (``x``, ``y``, ...), with the other one as ``held``, and the ``seed`` by
-    which the next experience's samples are split.
+    The state is the buffer for training (``x``, ``y``, ...), the other one as ``held``, and the ``seed`` of the split
+    of the next experience.
 
     Args:
-        size: Samples kept in both together: in all, or of each class.
-        budget: What ``size`` counts.
-        selection: Which samples are kept for training; those held out are random.
-        share: Of the samples that are held out, above 0 and below 1.
+        size: Samples of both buffers together: total, or per class.
+        budget: Meaning of ``size``, see :class:`MemoryPolicy`.
+        selection: Selection of the samples to train on; those held out are random.
+        share: Fraction of the held-out samples, above 0 and below 1.
 
     >>> memory = SplitMemory(20, "total", "balanced", 0.1)
-    >>> memory.rooms([0, 1]), memory.rooms(range(10)), memory.rooms(range(20))
+    >>> memory.capacities([0, 1]), memory.capacities(range(10)), memory.capacities(range(20))
     ((9, 1), (1, 1), (1, 0))
     """
 
@@ -201,45 +234,45 @@ class SplitMemory:
     share: float
 
     def empty(self) -> State:
-        """Both memories at the start of a run."""
+        """Return two empty buffers."""
         policy = MemoryPolicy(self.size, self.budget, self.selection)
         return {**policy.empty(), "held": policy.empty(), "seed": 0}
 
-    def rooms(self, owners: tuple[int, ...] | list[int] | range) -> tuple[int, int]:
-        """How many samples of each class are kept for training, and how many are held out.
+    def capacities(self, owners: tuple[int, ...] | list[int] | range) -> tuple[int, int]:
+        """Number of samples of each class to train on, and number of those held out.
 
         Args:
-            owners: The classes, as often as they come.
+            owners: The classes; duplicates are allowed.
         """
         room = self.size if self.budget == "per_class" else self.size // len(set(owners))
-        held = self._held_of(room)
+        held = self._held_out_count(room)
         return room - held, held
 
     def held_out(self, y_N: Tensor, memory: State) -> Tensor:
-        """index_H of the new samples that are not trained on, ascending: a function of its arguments alone.
+        """index_H of the new samples to hold out, ascending; a function of its arguments only.
 
         Args:
             y_N: Targets of the experience.
-            memory: As it was before the experience.
+            memory: The state before the experience.
         """
         y_N, before = y_N.cpu(), memory["owner"]
         classes = y_N.unique().tolist()
         owners = (*before, *classes)
-        quota = MemoryPolicy(self.rooms(owners)[1], "per_class").quotas(owners)
+        quota = MemoryPolicy(self.capacities(owners)[1], "per_class").quotas(owners)
         chosen = [torch.empty(0, dtype=torch.long)]
         for portion, c in enumerate(classes, len(before)):
             index = (y_N == c).nonzero().flatten()
             order = torch.randperm(len(index), generator=generator_for(memory["seed"], "held", c))
-            chosen.append(index[order[: min(quota[portion], self._held_of(len(index)))]])
+            chosen.append(index[order[: min(quota[portion], self._held_out_count(len(index)))]])
         return torch.cat(chosen).sort().values
 
-    def pool(self, samples: Pool, memory: State) -> Pool:
-        """What an epoch runs over: the new samples that are trained on, and the memory's."""
-        trained, _ = self._parts(samples, memory)
+    def training_pool(self, samples: Pool, memory: State) -> Pool:
+        """Samples of an epoch: the new samples to train on, and those of the buffer."""
+        trained, _ = self._split(samples, memory)
         pool = cast(Pool, trained)
-        return pool if memory["x"] is None else pool.extended(memory["x"], memory["y"])
+        return pool if memory["x"] is None else pool.with_stored(memory["x"], memory["y"])
 
-    def renewed(
+    def update(
         self,
         memory: State,
         experience: Experience,
@@ -247,33 +280,33 @@ class SplitMemory:
         generator: Generator,
         features: Callable[[Samples], Callable[[Tensor], Tensor]],
     ) -> State:
-        """Both memories after ``experience``, each of its samples in the one it was in while it was learnt.
+        """Return both buffers after ``experience``; samples that were held out while it was learned stay held out.
 
         Args:
-            memory: As it was before.
-            experience: The one just learnt.
-            generator: Draws what is random.
-            features: A reader of features for given samples; read by herding only.
+            memory: The state before.
+            experience: The experience just learned.
+            generator: Source of all draws.
+            features: Function from samples to a reader of their features; called by herding only.
         """
-        trained, held = self._parts(experience.samples, memory)
-        room, held_room = self.rooms((*memory["owner"], *experience.classes))
+        trained, held = self._split(experience.samples, memory)
+        room, held_room = self.capacities((*memory["owner"], *experience.classes))
         policies = MemoryPolicy(room, "per_class", self.selection), MemoryPolicy(held_room, "per_class")
-        kept = policies[0].renewed(
+        kept = policies[0].update(
             memory, replace(experience, samples=trained), generator=generator, features=features(trained)
         )
-        held_memory = policies[1].renewed(
+        held_memory = policies[1].update(
             memory["held"], replace(experience, samples=held), generator=generator, features=features(held)
         )
         seed = int(torch.randint(2**31, (), generator=generator))
         return {**kept, "held": held_memory, "seed": seed}
 
-    def _held_of(self, room: int) -> int:
+    def _held_out_count(self, room: int) -> int:
         return ceil(self.share * max(room - 1, 0))
 
-    def _parts(self, samples: Samples, memory: State) -> tuple[Samples, Samples]:
-        """The samples that are trained on, and those that are held out."""
+    def _split(self, samples: Samples, memory: State) -> tuple[Samples, Samples]:
+        """Split samples into those to train on and those to hold out."""
         held_H = self.held_out(samples.y, memory)
         trained_N = torch.ones(len(samples), dtype=torch.bool)
         trained_N[held_H] = False
-        whole = cast(Loadable, samples)  # what components see of it does not say so, but it can be cut
+        whole = cast(Loadable, samples)  # the type that components see has no subset()
         return whole.subset(trained_N.nonzero().flatten()), whole.subset(held_H)

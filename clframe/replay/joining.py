@@ -1,169 +1,234 @@
-"""Replay: how a memory and new data meet, whoever keeps the memory and whatever its samples are used for.
+"""Base classes of components with a replay buffer: their options, and how replayed samples join training.
 
-Shape suffixes: B batch, M kept samples, R replayed ones.
+Shape suffixes: B batch, M stored samples, R replayed samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from clframe.core.types import Batch, Pool, State, StepContext
-from clframe.errors import ConfigError
-from clframe.replay.buffers import Budget, MemoryPolicy, Selection, drawn
+from clframe.core.component import Component
+from clframe.core.types import Batch, Pool, State, Step, StepContext
+from clframe.errors import ConfigError, UnsupportedError
+from clframe.nn.features import feature_reader
+from clframe.nn.frozen import first_logits, logits_reader
+from clframe.nn.network import Network
+from clframe.replay.buffers import Budget, MemoryPolicy, Selection, add_to_reservoir, sample_indices
 
 Joining = Literal["extra", "fixed", "half", "concatenate"]
-"""``extra``: as many as a batch has, times a ratio; ``fixed``: always as many; ``half``: batches of half the size,
-joined by as many; ``concatenate``: one pool of memory and new data."""
+"""How replayed samples join training, see :class:`ReplayComponent`."""
+
+
+def check_memory(component: str, memory: int) -> None:
+    """Raise ConfigError for a buffer without room for a sample."""
+    if memory < 1:
+        raise ConfigError(f"components.{component}.memory: found {memory}; give at least 1 sample")
+
+
+def check_room(component: str, memory: int, classes: int) -> None:
+    """Raise ConfigError for a buffer without room for one sample of each class."""
+    if memory < classes:
+        raise ConfigError(
+            f"components.{component}.memory: found {memory} for {classes} classes; give at least "
+            f"{classes}, one sample of each"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """A memory and the way in which it joins training, as a field of the component that keeps it.
-
-    >>> Replay(owner="er", memory=10, how="extra", ratio=0.5).count(5)
-    3
+class BufferComponent(Component):
+    """Base of components with a replay buffer, whose state is the buffer.
 
     Args:
-        owner: The component, for its name in messages.
-        memory: See :class:`~clframe.replay.buffers.MemoryPolicy`, as for the next two.
-        budget: What ``memory`` counts.
-        selection: Which samples are kept.
-        how: How they join.
-        ratio: With ``extra``, replayed samples for each new one.
-        replayed: With ``fixed``, how many.
-        scale: Weight of a replayed sample in the task loss; a new one weighs one.
+        memory: Buffer size in samples: total, or per class.
+        budget: ``total`` divides ``memory`` among the classes seen so far, ``per_class`` gives it to each.
+        selection: Which samples are stored, see :class:`~clframe.replay.buffers.MemoryPolicy`.
 
     Raises:
-        ConfigError: Sizes that mean nothing.
+        ConfigError: A size below 1, or a selection without a budget per class.
     """
 
-    owner: str
-    memory: int
+    keeps_memory: ClassVar[bool] = True
+    stores_logits: ClassVar[bool] = False
+    """Whether the buffer stores the logits of every exit with each sample, as ``logits``."""
+
+    memory: int = 200
     budget: Budget = "total"
     selection: Selection = "balanced"
-    how: Joining = "extra"
-    ratio: float = 1.0
-    replayed: int = 32
-    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing, in the name of the owner's options."""
-        where = f"components.{self.owner}"
-        if self.memory < 1:
-            raise ConfigError(f"{where}.memory: found {self.memory}; give at least 1 sample")
+        """Validate the options."""
+        check_memory(self.name, self.memory)
         if self.budget == "per_class" and self.selection in ("random", "reservoir"):
             raise ConfigError(
-                f"{where}.budget: found per_class with selection {self.selection}, which knows no "
+                f"components.{self.name}.budget: found per_class with selection {self.selection}, which ignores "
                 f"classes; use total, or select balanced or herding"
-            )
-        if not 0 < self.ratio <= 1000:
-            raise ConfigError(f"{where}.ratio: found {self.ratio}; give a number above 0, at most 1000")
-        if self.replayed < 1:
-            raise ConfigError(f"{where}.replayed: found {self.replayed}; give at least 1 sample")
-        if not self.scale >= 0:
-            raise ConfigError(f"{where}.scale: found {self.scale}; give a number of at least 0")
-        if self.how == "concatenate" and self.scale not in (0, 1):
-            raise ConfigError(
-                f"{where}.scale: found {self.scale} with replay concatenate, which weighs all samples alike; "
-                f"leave it at 1, or take extra, fixed or half"
             )
 
     @cached_property
     def policy(self) -> MemoryPolicy:
-        """What the memory keeps."""
+        """Policy that fills the buffer."""
         return MemoryPolicy(self.memory, self.budget, self.selection)
 
-    @property
-    def by_class(self) -> bool:
-        """Whether classes share the memory."""
-        return self.budget == "total" and self.selection in ("balanced", "herding")
-
-    @property
-    def hooks(self) -> frozenset[str]:
-        """Which of the hooks of the slot ``batch`` this way of joining needs."""
-        at_pool, at_batch = self.how in ("half", "concatenate"), self.how != "concatenate"
-        return frozenset({*(["training_set"] if at_pool else []), *(["make_batch"] if at_batch else [])})
-
-    def acting(self, hooks: Sequence[str]) -> tuple[str, ...]:
-        """Of the ``hooks`` of a component that has both, those that this way of joining needs."""
-        return tuple(hook for hook in hooks if hook not in {"training_set", "make_batch"} - self.hooks)
-
     def check(self, *, classes: int) -> None:
-        """Refuse a memory without room for one sample of each class (ConfigError)."""
-        if self.budget == "total" and self.memory < classes:
-            raise ConfigError(
-                f"components.{self.owner}.memory: found {self.memory} for {classes} classes; give at least "
-                f"{classes}, one sample of each"
-            )
+        """Raise ConfigError if a total budget has no room for one sample of each class."""
+        if self.budget == "total":
+            check_room(self.name, self.memory, classes)
 
-    def empty(self) -> State:
-        """The memory at the start of a run."""
+    def init_state(self, network: Network) -> State:
+        """Return an empty buffer."""
         return self.policy.empty()
 
-    def count(self, size: int) -> int:
-        """How many samples are replayed with ``size`` new ones."""
-        if self.how == "fixed":
+    def after_experience(self, network: Network, context: StepContext, state: State) -> State:
+        """Trim the buffer, then add samples of this experience."""
+        samples = context.experience.samples
+        read = logits_reader(network, samples)
+        return self.policy.update(
+            state,
+            context.experience,
+            generator=context.generator,
+            features=feature_reader(network, samples),
+            targets=(lambda index: {"logits": read(index)}) if self.stores_logits else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayComponent(BufferComponent):
+    """Base of components that train on replayed samples together with new ones.
+
+    Args:
+        memory: See :class:`BufferComponent`, as for ``budget`` and ``selection``.
+        replay: How replayed samples join training. ``extra``: ``ceil(ratio * B)`` with each batch of B new samples;
+            ``fixed``: always ``replayed``; ``half``: batches of half the size, and as many replayed; ``concatenate``:
+            epochs over buffer and new data in one shuffled order.
+        ratio: With ``extra``, replayed samples per new one.
+        replayed: With ``fixed``, replayed samples per batch.
+        update: When the buffer admits samples: at the end of an ``experience``, or after every ``step``.
+        batches: Whether new samples and every draw pass through the network ``joint``, or ``apart``, each with its own
+            batch normalization statistics.
+
+    Raises:
+        ConfigError: Invalid sizes, or options that exclude each other.
+    """
+
+    slots: ClassVar[frozenset[str]] = frozenset({"batch"})
+
+    replay: Joining = "extra"
+    ratio: float = 1.0
+    replayed: int = 32
+    update: Literal["experience", "step"] = "experience"
+    batches: Literal["joint", "apart"] = "joint"
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        where = f"components.{self.name}"
+        if not 0 < self.ratio <= 1000:
+            raise ConfigError(f"{where}.ratio: found {self.ratio}; give a number above 0, at most 1000")
+        if self.replayed < 1:
+            raise ConfigError(f"{where}.replayed: found {self.replayed}; give at least 1 sample")
+        if self.update == "step" and self.selection != "reservoir":
+            raise ConfigError(
+                f"{where}.update: found step with selection {self.selection}, which needs all samples of an "
+                f"experience; use selection reservoir, or update experience"
+            )
+        for option, excluded in (("update", "step"), ("batches", "apart")):
+            if self.replay == "concatenate" and getattr(self, option) == excluded:
+                raise ConfigError(
+                    f"{where}.{option}: found {excluded} with replay concatenate, which mixes buffer and new data "
+                    f"before training; use replay extra, fixed or half"
+                )
+
+    @property
+    def replay_weight(self) -> float:
+        """Weight of a replayed sample in the task loss; a new one has weight 1."""
+        return 0.0
+
+    @property
+    def draws_per_batch(self) -> int:
+        """Number of independent draws that join a batch."""
+        return 1
+
+    def acts_at(self) -> tuple[str, ...]:
+        """Return the hooks that the options need."""
+        unused = {"after_experience" if self.update == "step" else "after_step"}
+        if self.replay == "concatenate":
+            unused.add("make_batch")
+        elif self.replay != "half":
+            unused.add("training_set")
+        return tuple(hook for hook in super().acts_at() if hook not in unused)
+
+    def replay_count(self, size: int) -> int:
+        """Number of samples of a draw for ``size`` new ones."""
+        if self.replay == "fixed":
             return self.replayed
-        ratio = self.ratio if self.how == "extra" else 1
+        ratio = self.ratio if self.replay == "extra" else 1
         return -int(-ratio * size // 1)
 
     def training_set(self, samples: Pool, size: int, state: State) -> tuple[Pool, int]:
-        """Memory and new data, or new data in half batches; the new data alone while the memory is empty."""
-        if state["x"] is None or self.how in ("extra", "fixed"):
-            return samples, size
-        if self.how == "half":
+        """Return buffer and new data, or new data in half batches; the new data alone while the buffer is empty."""
+        if self.replay == "half" and (self.update == "step" or state["x"] is not None):
             return samples, -(-size // 2)
-        return samples.extended(state["x"], state["y"]), size
+        if state["x"] is None or self.replay != "concatenate":
+            return samples, size
+        return samples.with_stored(state["x"], state["y"]), size
 
-    def make_batch(
-        self, batch: Batch, context: StepContext, state: State, *, stored: Sequence[str] = (), draws: int = 1
-    ) -> Batch:
-        """New samples first, then replayed ones, drawn with replacement; the batch itself while there are none.
+    def make_batch(self, batch: Batch, context: StepContext, state: State, network: Network) -> Batch:
+        """Return new samples, then replayed ones, drawn with replacement; the batch itself while the buffer is empty.
 
-        Args:
-            batch: New samples.
-            context: Draws, and prepares as the experience does.
-            state: The memory.
-            stored: What else the memory keeps of its samples that the batch shall bring, for those of the first draw.
-            draws: How often to draw.
+        With ``stores_logits``, ``batch.extras`` has the stored logits of the first draw.
         """
         if state["x"] is None:
             return batch
-        index_R, *more = [self.drawn(batch, context, state) for _ in range(draws)]
-        extras = {key: state[key].index_select(0, index_R).to(batch.x.device) for key in stored}
-        return replace(self.joined(batch, torch.cat([index_R, *more]), context, state), extras=extras)
+        draws = [self.draw(batch, context, state) for _ in range(self.draws_per_batch)]
+        joined = self.join(batch, torch.cat(draws), context, state)
+        extras = {}
+        if self.stores_logits:
+            extras["logits"] = state["logits"].index_select(0, draws[0]).to(batch.x.device)
+        parts = (len(batch.x), *map(len, draws)) if self.batches == "apart" else ()
+        return replace(joined, extras=extras, parts=parts)
 
-    def drawn(self, batch: Batch, context: StepContext, state: State) -> Tensor:
-        """index_R of as many kept samples as are replayed with ``batch``."""
-        return drawn(state, self.count(batch.y.shape[0]), generator=context.generator)
+    def draw(self, batch: Batch, context: StepContext, state: State) -> Tensor:
+        """index_R of the stored samples of one draw."""
+        return sample_indices(state, self.replay_count(batch.y.shape[0]), generator=context.generator)
 
-    def joined(self, batch: Batch, index_R: Tensor, context: StepContext, state: State) -> Batch:
-        """The batch followed by the kept samples at ``index_R``, augmented as new ones are."""
+    def join(self, batch: Batch, index_R: Tensor, context: StepContext, state: State) -> Batch:
+        """Append the stored samples at ``index_R`` to a batch, augmented like new ones."""
         device, size = batch.x.device, batch.y.shape[0]
         raw = state["x"].index_select(0, index_R)
         x = context.experience.samples.prepare(raw, generator=context.generator).to(batch.x)
         y = state["y"].index_select(0, index_R).to(device)
-        weight_B = None
-        if self.scale != 1:
+        weight_B = None  # if all weights are 1, the task loss is the plain mean, bit for bit
+        if self.replay_weight != 1:
             weight_B = torch.ones(size + y.shape[0], device=device)
-            weight_B[size:] = self.scale
-        return Batch(torch.cat([batch.x, x]), torch.cat([batch.y, y]), weight_B)
+            weight_B[size:] = self.replay_weight
+        return replace(batch, x=torch.cat([batch.x, x]), y=torch.cat([batch.y, y]), weight_B=weight_B)
 
-    def renewed(
-        self,
-        context: StepContext,
-        state: State,
-        *,
-        features: Callable[[Tensor], Tensor],
-        targets: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
-    ) -> State:
-        """Room made, then samples of this experience kept; see :meth:`MemoryPolicy.renewed`."""
-        return self.policy.renewed(
-            state, context.experience, generator=context.generator, features=features, targets=targets
+    def after_step(self, network: Network, step: Step, state: State) -> State:
+        """Offer the new samples of a step to the reservoir, with the logits that the step computed if it stores any.
+
+        Tensors of ``state`` may be written in place.
+        """
+        raw, y_N = self.new_samples(step.batch)
+        columns = first_logits(step.output, len(y_N)) if self.stores_logits else {}
+        return add_to_reservoir(
+            state, {"x": raw, "y": y_N, **columns}, self.memory, generator=step.context.generator
         )
+
+    def new_samples(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the inputs of a batch's new samples as stored, and their targets.
+
+        Raises:
+            UnsupportedError: The loader does not provide inputs as stored.
+        """
+        if batch.stored is None:
+            raise UnsupportedError(
+                f"components.{self.name}.update: found step, but the loader in use gives no stored inputs; serve the "
+                f"data through benchmark=, without plugins that change it, or use update experience"
+            )
+        raw = batch.stored()
+        return raw, batch.y[: len(raw)]

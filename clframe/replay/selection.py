@@ -1,4 +1,4 @@
-"""Which samples a replay buffer stores."""
+"""Selection of the samples that a replay buffer stores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import normalize, pad
 
 
 def quotas(size: int, classes: Sequence[int]) -> dict[int, int]:
-    """A memory of ``size`` samples shared by ``classes``: equal parts, leftovers to the first classes.
+    """Divide a buffer of ``size`` samples among ``classes``: equal shares, the remainder to the first ones.
 
     >>> quotas(7, [3, 5, 8])
     {3: 3, 5: 2, 8: 2}
@@ -22,7 +22,7 @@ def quotas(size: int, classes: Sequence[int]) -> dict[int, int]:
 def balanced_choice(y_N: Tensor, quota: dict[int, int], *, generator: Generator) -> Tensor:
     """index_M: a random subset with at most ``quota[c]`` samples of each class, in order of class.
 
-    A class with fewer samples than its quota gives all it has.
+    Of a class with fewer samples than its quota, all are chosen.
     """
     chosen = []
     for c, count in quota.items():
@@ -41,16 +41,16 @@ def balanced_trim(y_N: Tensor, quota: dict[int, int]) -> Tensor:
 
 
 def herding(features_NF: Tensor, count: int) -> Tensor:
-    """index_K: samples whose running mean stays nearest to the mean of all, in the order of picking.
+    """index_K: samples whose running mean stays nearest to the mean of all, in order of selection.
 
-    Pick k minimizes ``|| mu - (f_1 + ... + f_k) / k ||`` over the samples not picked yet, with f the features
-    divided by their length and mu their mean; the first K are the best K of any longer list. For features of
-    one length that is the largest ``f . (k mu - f_1 - ... - f_{k-1})``. Algorithm 4 of Rebuffi et al.,
-    "iCaRL: Incremental Classifier and Representation Learning" (2017).
+    Sample k minimizes ``|| mu - (f_1 + ... + f_k) / k ||`` over the remaining samples, with f the features divided by
+    their length and mu their mean; a shorter list is the start of a longer one. For features of length 1 it is the
+    sample of the largest ``f . (k mu - f_1 - ... - f_{k-1})``. Algorithm 4 of Rebuffi et al., "iCaRL: Incremental
+    Classifier and Representation Learning" (2017).
 
     Args:
-        features_NF: Of one class.
-        count: How many to pick; all where there are no more.
+        features_NF: Features of one class.
+        count: Number of samples; all of a class with fewer.
 
     >>> herding(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), 2).tolist()
     [1, 0]
@@ -69,13 +69,13 @@ def herding(features_NF: Tensor, count: int) -> Tensor:
 
 
 def reservoir(key_M: Tensor, key_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which of M kept and N fresh samples stay: those with the ``size`` smallest of the keys each drew once.
+    """Choose among M stored and N new samples: those with the ``size`` smallest random keys, drawn once per sample.
 
-    The keys that stay go with their samples. Every sample ever seen is then kept with the same probability,
-    as by Vitter, "Random Sampling with a Reservoir" (1985), in whatever portions the samples came.
+    The keys are stored with their samples. So every sample ever seen is stored with the same probability, however the
+    samples are grouped, as in Vitter, "Random Sampling with a Reservoir" (1985).
 
     Returns:
-        index into the kept and index into the fresh samples, ascending.
+        Indices into the stored and into the new samples, ascending.
 
     >>> [part.tolist() for part in reservoir(torch.tensor([0.1, 0.7]), torch.tensor([0.9, 0.2, 0.8]), 3)]
     [[0, 1], [1]]
@@ -85,12 +85,12 @@ def reservoir(key_M: Tensor, key_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return stays[stays < kept], stays[stays >= kept] - kept
 
 
-def appended(old: Tensor, new: Tensor) -> Tensor:
-    """Rows of ``old``, then rows of ``new``; the last dimension grows to the wider of the two.
+def append_rows(old: Tensor, new: Tensor) -> Tensor:
+    """Concatenate rows, with the last dimension of the narrower ones padded by ``-inf``.
 
-    What is missing in the narrower rows is ``-inf``: kept logits have none for classes learnt later.
+    Logits that were stored before a class was learned have no value for it.
 
-    >>> appended(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]])).tolist()
+    >>> append_rows(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]])).tolist()
     [[1.0, -inf], [2.0, 3.0]]
     """
     if old.ndim > 1 and old.shape[-1] != new.shape[-1]:

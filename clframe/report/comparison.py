@@ -1,4 +1,4 @@
-"""Runs grouped by what differs in their configs, and what may be compared with what."""
+"""Runs grouped by the differences of their configs, and which groups are comparable."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from clframe.report.loading import Run
 from clframe.results import Result
 
 TRAINING_ONLY = ("benchmark.augment",)
-"""Keys of the benchmark that change what training does, not which samples there are."""
+"""Keys of the benchmark that change training but not the samples."""
 
 WHOLE = "whole network"
-"""Name of the operating point that computes everything."""
-OWN = "own policy"
-"""Name of the operating point at which a run answered by a policy of its own."""
+"""Name of the operating point without early exit."""
+OWN = "exit policy"
+"""Name of the operating point of the exit policy that the run was evaluated with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Finished runs that differ in their seed only."""
+    """Finished runs that differ only in their seed."""
 
     label: str
     runs: tuple[Run, ...]
 
     @property
     def results(self) -> list[Result]:
-        """One a seed, in order of the seeds."""
+        """One per seed, in order of the seeds."""
         return [run.result for run in self.runs if run.result is not None]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """In rising order."""
+        """Seeds in ascending order."""
         return tuple(run.seed for run in self.runs)
 
     def by_seed(self, value: Callable[[Result], float]) -> dict[int, float]:
-        """A number of each run."""
+        """Return a number of each run by seed."""
         return {result.seed: value(result) for result in self.results}
 
     @property
@@ -48,19 +48,19 @@ class Group:
         return mean_points([operating_points(run) for run in self.runs])
 
     def metric(self, name: str) -> dict[int, float]:
-        """A field of every result, such as ``forgetting``, by seed."""
-        return {result.seed: float(getattr(result, name)) for result in self.results}
+        """Return a metric, such as ``forgetting``, by seed."""
+        return {result.seed: result.score(name).value for result in self.results}
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """``(groups in the order their first run was given, what a reader has to know)``.
+    """Group runs that differ only in their seed; returns the groups, in the order given, and notices for the reader.
 
     Raises:
         ClframeError: Runs on different benchmarks, or one seed twice with different numbers.
     """
     names = sorted({run.settings["benchmark.name"] for run in runs})
     if len(names) > 1:
-        raise ClframeError(f"report: runs on different benchmarks, {', '.join(names)}; report each on its own")
+        raise ClframeError(f"report: runs on different benchmarks, {', '.join(names)}; report each benchmark alone")
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         found.setdefault(tuple(sorted(run.settings.items())), []).append(run)
@@ -72,9 +72,9 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 
 def labels_of(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """One short name a group: the strategy if it differs, then every other key that does, the name last of all.
+    """Name each group by what differs: the strategy, then other keys, then the experiment's name.
 
-    A key counts where two groups have it with different values.
+    A key differs where two groups have it with different values.
 
     >>> labels_of([{"strategy": "er", "er.memory": "50"}, {"strategy": "er", "er.memory": "200"}])
     ['er.memory=50', 'er.memory=200']
@@ -82,12 +82,14 @@ def labels_of(settings: Sequence[Mapping[str, str]]) -> list[str]:
     ['er', 'naive']
     """
     keys = sorted({key for flat in settings for key in flat})
-    telling = [key for key in keys if len({flat[key] for flat in settings if key in flat}) > 1]
-    differs = "strategy" in telling
-    telling = [key for key in telling if key not in ("strategy", "name")]
-    short = {key: key.removeprefix("trainer.").removeprefix("benchmark.").removeprefix("optimizer.") for key in telling}
+    differing = [key for key in keys if len({flat[key] for flat in settings if key in flat}) > 1]
+    differs = "strategy" in differing
+    differing = [key for key in differing if key not in ("strategy", "name")]
+    short = {
+        key: key.removeprefix("trainer.").removeprefix("benchmark.").removeprefix("optimizer.") for key in differing
+    }
     labels = [
-        ", ".join([flat["strategy"]] * differs + [f"{short[key]}={flat[key]}" for key in telling if key in flat])
+        ", ".join([flat["strategy"]] * differs + [f"{short[key]}={flat[key]}" for key in differing if key in flat])
         or flat["strategy"]
         for flat in settings
     ]
@@ -97,7 +99,7 @@ def labels_of(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def mismatch(first: Group, second: Group) -> str:
-    """Why two groups must not be subtracted from each other; empty where they may."""
+    """Return why two groups are not comparable; empty where they are."""
     a, b = first.runs[0].settings, second.runs[0].settings
     keys = sorted(key for key in {*a, *b} if key.startswith("benchmark.") and key not in TRAINING_ONLY)
     different = [key for key in keys if a.get(key) != b.get(key)]
@@ -108,18 +110,18 @@ def mismatch(first: Group, second: Group) -> str:
         other = others.get(result.seed)
         if other is None:
             continue
-        for field, said in (("experiences", "class orders"), ("class_order", "class orders"),
+        for field, name in (("experiences", "class orders"), ("class_order", "class orders"),
                             ("test_samples", "test splits")):  # fmt: skip
             if getattr(result, field) != getattr(other, field):
-                return f"{said} of seed {result.seed} differ"
+                return f"{name} of seed {result.seed} differ"
     return ""
 
 
 def operating_points(run: Run) -> list[Point]:
-    """What a run's model can do: stop early at each budget, by a policy of its own, or not at all, which comes last.
+    """List cost and accuracy of a run's model: at each budget, under its exit policy, and as a whole, which is last.
 
-    Budgets are there where thresholds have been chosen, the policy where some samples stop early. Accuracy is over all
-    test samples. Where experts rest, the whole network costs those that run.
+    Budgets exist where thresholds have been chosen, the exit policy where some samples exit early. Accuracy is over
+    all test samples. With routed experts, the whole network costs the executed ones.
     """
     result = run.result
     assert result is not None
@@ -138,14 +140,14 @@ def operating_points(run: Run) -> list[Point]:
 
 
 def record_points(record: ExitRecord) -> list[Point]:
-    """The same of one evaluation of the exits. Thresholds come from validation samples: nothing is picked on test."""
-    whole = Point(record.macs_K[-1], record.diagnostics.accuracy_K[-1], WHOLE)
+    """List the operating points of one exit record, whose thresholds were chosen on validation samples."""
+    whole = Point(record.macs_K[-1], record.accuracy_K[-1], WHOLE)
     chosen = (record.points.points or ()) if len(record.macs_K) > 1 else ()
     return [*(Point(p.cost * record.backbone_macs, p.accuracy, p.name) for p in chosen if not p.undefined), whole]
 
 
 def mean_points(points_S: Sequence[Sequence[Point]]) -> list[Point]:
-    """Operating points averaged over seeds, by name; a point that a seed lacks is left out."""
+    """Average operating points over seeds by name; a point that a seed lacks is omitted."""
     of = [{point.name: point for point in points} for points in points_S]
     shared = [name for name in of[0] if all(name in points for points in of)] if of else []
     means = [
@@ -165,27 +167,27 @@ def _one_a_seed(runs: Sequence[Run], notices: list[str]) -> list[Run]:
                 f"numbers; give one of them"
             )
         if other is not None:
-            notices.append(f"{run.path} repeats {other.path}, number for number; it is counted once.")
+            notices.append(f"{run.path} repeats {other.path} exactly; it is counted once.")
             continue
         kept[run.seed] = run
     return [kept[seed] for seed in sorted(kept)]
 
 
 def _numbers(run: Run) -> str:
-    """The result without what differs between two runs of one config and seed: place, time and versions."""
+    """Return the result without what differs between two runs of one config and seed: folder, time and versions."""
     assert run.result is not None
     return replace(run.result, run_folder="", train_seconds=0.0, versions={}).to_json()
 
 
 def _inside(groups: Sequence[Group]) -> list[str]:
-    """What is odd within a group: other streams under one config, other versions."""
+    """List inconsistencies within groups: different streams under one config, different versions."""
     notices = []
     for group in groups:
         shapes = {(len(r.accuracy_matrix), len(r.test_samples)) for r in group.results}
         if len(shapes) > 1:
-            raise ClframeError(f"report: runs of '{group.label}' differ in their experiences; give one kind of them")
+            raise ClframeError(f"report: runs of '{group.label}' differ in their experiences; give runs of one kind")
         if len({r.exit_names for r in group.results}) > 1:
-            raise ClframeError(f"report: runs of '{group.label}' differ in their exits; give one kind of them")
+            raise ClframeError(f"report: runs of '{group.label}' differ in their exits; give runs of one kind")
     versions = [result.versions for group in groups for result in group.results]
     different = sorted({k for found in versions for k in found if len({v.get(k) for v in versions}) > 1})
     if different:

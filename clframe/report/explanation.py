@@ -1,4 +1,4 @@
-"""Text of `clframe explain` and `clframe list`: what a run will do, and what there is to choose from."""
+"""Text of ``clframe explain`` and ``clframe list``: the plan of a run, and the registered names with their options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from clframe.accounting import count_macs, count_parameters, stage_macs
-from clframe.config.files import known_configs
+from clframe.config.files import REGISTRIES, Registered, known_configs
 from clframe.core import COMPONENTS, HOOKS, SLOTS, Composition
 from clframe.data import SOURCES, Benchmark
 from clframe.nn import BACKBONES, Network
@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"^ {4}(\w+): (.*)$")
 
 @dataclass(frozen=True)
 class Option:
-    """One keyword option: its type in words, its default as YAML writes it (None: it must be given), and its text."""
+    """One keyword option: type in words, default in YAML (None if required), and description."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Described:
-    """A class or function in its own words: the first sentence, the paragraphs behind it, and its options."""
+    """Parsed docstring of a class or function: summary, further paragraphs, and options."""
 
     summary: str
     paragraphs: tuple[str, ...]
@@ -43,7 +43,7 @@ class Described:
 
 
 def described(entry: Callable[..., Any]) -> Described:
-    """What the docstring and the annotations of ``entry`` say.
+    """Parse the docstring and the annotations of ``entry``.
 
     >>> def make(shape: tuple[int, ...], *, width: int = 8, path: str | None = None):
     ...     '''A layer.
@@ -72,7 +72,7 @@ def described(entry: Callable[..., Any]) -> Described:
 
 
 def in_words(annotation: Any) -> str:
-    """A type as readers of a config know it.
+    """Describe a type in the words of a config.
 
     >>> in_words(float | None), in_words(Literal["all", "past"])
     ('number or null', 'all or past')
@@ -89,7 +89,7 @@ def in_words(annotation: Any) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A default as a config would state it.
+    """Format a default as YAML.
 
     >>> as_yaml(None), as_yaml(True), as_yaml(("crop", 2)), as_yaml("")
     ('null', 'true', '[crop, 2]', "''")
@@ -102,7 +102,7 @@ def as_yaml(value: Any) -> str:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """The docstring cut at its headings; what stands before the first is called ''."""
+    """Split a docstring at its headings; the text before the first has the key ''."""
     found: dict[str, list[str]] = {"": []}
     current = ""
     for line in text.splitlines():
@@ -116,7 +116,7 @@ def _sections(text: str) -> dict[str, str]:
 
 
 def _entries(section: str) -> dict[str, str]:
-    """Text of each ``name: text`` of an Args section, on one line."""
+    """Parse each ``name: text`` of an Args section, text on one line."""
     found: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
@@ -129,16 +129,16 @@ def _entries(section: str) -> dict[str, str]:
 
 
 def listing(what: str, *, filter: str = "", width: int | None = None) -> list[str]:
-    """One line of every strategy, benchmark, backbone or config: its name, what it is and what it needs.
+    """List every strategy, benchmark, backbone or config in one line: name, summary and requirements.
 
     Args:
         what: ``strategies``, ``benchmarks``, ``backbones`` or ``configs``.
-        filter: A name, or else what the line or the name of an option has to contain. Where that leaves one, its
-            options follow, unless it is a config.
-        width: Columns of the terminal, beyond which lines are cut; None leaves them as they are.
+        filter: A name, or a text that the line or an option must contain. If one entry is left, its options follow,
+            unless it is a config.
+        width: Columns of the terminal, beyond which lines are cut; None does not cut them.
     """
     if what == "configs":
-        comments = {name: _comment(path) for name, path in known_configs().items()}
+        comments = {name: _config_summary(config) for name, config in known_configs().items()}
         kept = [name for name in comments if filter.lower() in f"{name} {comments[name]}".lower()]
         room = None if len(kept) == 1 else width
         return [_line(name, comments[name], "", column=max(map(len, comments)), width=room) for name in kept]
@@ -161,7 +161,7 @@ def _searched(name: str, item: Described) -> str:
 
 
 def _needs(item: Described, entry: Callable[..., Any]) -> str:
-    """What is no good without something else: a component without a memory, a data set without its path."""
+    """List requirements: options without a default, and a memory for components that need one."""
     needs = [f"{option.name}=..." for option in item.options if option.default is None]
     if getattr(entry, "needs_memory", False):
         needs.insert(0, "a memory")
@@ -169,7 +169,7 @@ def _needs(item: Described, entry: Callable[..., Any]) -> str:
 
 
 def _line(name: str, sentence: str, needs: str, *, column: int, width: int | None) -> str:
-    """``name  sentence [needs ...]``, the sentence cut so that the line fits ``width``."""
+    """Format ``name  sentence [needs ...]``, the sentence cut so that the line fits ``width``."""
     start, sentence = f"{name:<{column}}  ", sentence.replace("``", "")
     room = None if width is None else max(width - len(start) - len(needs), 20)
     if room is not None and len(sentence) > room:
@@ -178,7 +178,7 @@ def _line(name: str, sentence: str, needs: str, *, column: int, width: int | Non
 
 
 def _options(item: Described, *, width: int | None) -> list[str]:
-    """Every option with its default, type and text, indented and folded."""
+    """Format every option with its default, type and text, indented and wrapped."""
     lines: list[str] = []
     for option in item.options:
         default = "..." if option.default is None else option.default
@@ -190,11 +190,18 @@ def _options(item: Described, *, width: int | None) -> list[str]:
     return lines
 
 
+def _config_summary(config: Path | Registered) -> str:
+    """The comment at the top of a config file, or the summary of a registered name."""
+    if isinstance(config, Registered):
+        return described(REGISTRIES[config.group].get(config.name)).summary
+    return _comment(config)
+
+
 def _comment(path: Path) -> str:
-    """The comment that a config begins with."""
+    """Return the comment at the top of a config."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):  # running it will say what is wrong with it
+    except (OSError, UnicodeDecodeError):  # running the config reports the error
         return ""
     return " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
 
@@ -203,7 +210,7 @@ _WHEN = {
     "setup_network": "once, before training",
     "init_state": "once, before training",
     "training_experiences": "start of experience: data",
-    "training_set": "start of experience: pool",
+    "training_set": "start of experience: samples",
     "add_classes": "start of experience: outputs",
     "before_experience": "start of experience: state",
     "before_epoch": "start of epoch",
@@ -211,11 +218,12 @@ _WHEN = {
     "make_batch": "every step: batch",
     "task_loss": "every step: loss on the targets",
     "losses": "every step: loss terms",
-    "combine_losses": "every step: mixing the terms",
+    "combine_losses": "every step: combining the terms",
     "modify_gradients": "every step: gradient",
     "after_step": "every step: updated weights",
     "after_experience": "end of experience",
-    "adjust_logits": "every prediction: each exit",
+    "adjust_logits": "every prediction: all exits",
+    "adjust_exit_logits": "every prediction: each exit",
     "predict": "every prediction",
     "extra_cost": "the ledger",
 }
@@ -229,7 +237,7 @@ def explanation(
     network: Network,
     plugins: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> str:
-    """Resolved config, stream, timetable, loss terms, slots, parameters and MACs, as text.
+    """Render the plan of a run: resolved config, stream, hooks, loss terms, slots, parameters and MACs.
 
     ``network`` has already grown to all classes of the benchmark; ``plugins`` are Avalanche's, by class name.
     """
@@ -237,12 +245,12 @@ def explanation(
         f"{title}\n{_indent(body)}"
         for title, body in (
             ("config", config.strip()),
-            ("stream (who learns what when)", _stream(benchmark)),
+            ("stream of experiences", _stream(benchmark)),
             ("strategy", str(composition)),
-            ("timetable (who acts where)", _timetable(composition)),
+            ("hooks (which component acts where)", _timetable(composition)),
             ("loss terms", "\n".join(_terms(composition))),
             ("slots", "\n".join(f"{slot:<10} {_owner(composition, slot)}" for slot in SLOTS)),
-            *([("plugins of Avalanche's, beside the components", _plugins(plugins))] if plugins else ()),
+            *([("Avalanche plugins, in addition to the components", _plugins(plugins))] if plugins else ()),
             ("network with all classes", _network(network)),
         )
     )
@@ -251,16 +259,16 @@ def explanation(
 def _stream(benchmark: Benchmark) -> str:
     lines = []
     for i in range(len(benchmark)):
-        sizes = f"{sum(len(benchmark.train[k]) for k in benchmark.parts_of(i)):>7,} train "
+        sizes = f"{sum(len(benchmark.train[k]) for k in benchmark.sub_experiences(i)):>7,} train "
         if benchmark.validation:
             sizes += f"{len(benchmark.validation[i]):>7,} validation "
         sizes += f"{len(benchmark.test[i]):>7,} test"
         lines.append(f"experience {i:>3} {sizes}   {benchmark.title(i)}")
     online = benchmark.online
     if online is not None:
-        told = "told" if online.boundaries else "not told"
-        parts = " + ".join(str(len(benchmark.parts_of(i))) for i in range(len(benchmark)))
-        lines.append(f"online: {parts} small experiences of {online.size} samples, boundaries {told}")
+        known = "known" if online.boundaries else "unknown"
+        parts = " + ".join(str(len(benchmark.sub_experiences(i))) for i in range(len(benchmark)))
+        lines.append(f"online: {parts} small experiences of {online.size} samples, boundaries {known}")
     if benchmark.domains:
         lines.append(f"every experience brings all {len(benchmark.class_order)} classes")
     if benchmark.task_labels:
@@ -285,8 +293,8 @@ def _terms(composition: Composition) -> list[str]:
 def _plugins(plugins: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     lines = [f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" for name, options in plugins]
     lines += [
-        "what they add to the loss is in no loss term above and their memory in no cost",
-        "their state is in no checkpoint: the run cannot be resumed, and clframe.load gives the network without them",
+        "their loss is not among the loss terms above, and their memory not among the costs",
+        "their state is not in checkpoints: the run cannot be resumed, and clframe.load returns the bare network",
     ]
     return "\n".join(lines)
 
@@ -300,9 +308,9 @@ def _network(network: Network) -> str:
     shape = network.input_shape
     macs = stage_macs(network)
     lines = [
-        f"parameters     {count_parameters(network):,}",
-        f"MACs a sample  {count_macs(network, shape):,} (one multiply-add = 1; FLOPs = 2 x MACs)",
-        f"input          {' x '.join(map(str, shape))}",
+        f"parameters       {count_parameters(network):,}",
+        f"MACs per sample  {count_macs(network, shape):,} (one multiply-add = 1; FLOPs = 2 x MACs)",
+        f"input            {' x '.join(map(str, shape))}",
     ]
     width = max(len(name) for name in macs)
     for name, count in macs.items():

@@ -1,65 +1,68 @@
-"""What the figures of a report show; ``drawing.py`` says how they look."""
+"""Figures of a report: accuracy, forgetting, losses, exits, cost, and comparisons of groups."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.files import write_atomically
+from clframe.exits.diagnostics import all_exit_metrics
 from clframe.metrics.continual import Matrix, average_seen_accuracy, forgetting
 from clframe.metrics.statistics import NAN, deviation, mean, pareto_front
+from clframe.plotting.images import draw_heat_map
 from clframe.plotting.style import (
     GRID,
     HEIGHT,
-    INK,
     MUTED,
     PAPER,
     SERIES,
     Picture,
+    annotate_apart,
+    counts,
     finite,
+    integer_ticks,
     label,
     legend,
-    look,
     percent,
-    whole_ticks,
+    series_style,
 )
 from clframe.report.comparison import WHOLE, Group, mean_points, record_points
 from clframe.report.loading import Run
-from clframe.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 Series = tuple[str, Sequence[Sequence[float]]]
-"""A name, and one curve a seed."""
+"""A name, and one curve per seed."""
 
 LARGEST_WITH_DIGITS = 10
-LARGEST_VECTOR = 30
+"""Rows and columns up to which a heat map of the page has its numbers drawn in."""
+MOST_EXPERIENCE_LINES = 30
+"""Experiences up to which their ends are marked in the figure of losses."""
 MOST_GROUPS = 12
-"""In a legend."""
+"""Entries of a legend."""
 
 
 def curve(matrices: Sequence[Matrix], score: Callable[[Matrix], float]) -> list[list[float]]:
-    """For each seed, ``score`` of the first i + 1 rows of its accuracy matrix, for every i."""
+    """Compute for each seed ``score`` of the first i + 1 rows of its accuracy matrix, for every i."""
     return [[score(matrix[: i + 1]) for i in range(len(matrix))] for matrix in matrices]
 
 
 def average_curve(matrices: Sequence[Matrix]) -> list[list[float]]:
-    """Mean accuracy over the experiences seen, after each."""
+    """Compute the mean accuracy over the experiences seen, after each."""
     return curve(matrices, lambda rows: average_seen_accuracy(rows).value)
 
 
 def forgetting_curve(matrices: Sequence[Matrix]) -> list[list[float]]:
-    """Forgetting after each experience; NaN after the first, where there is none."""
+    """Compute forgetting after each experience; NaN after the first, where it is undefined."""
     return curve(matrices, lambda rows: forgetting(rows).value)
 
 
 def run_pictures(runs: Sequence[Run], *, prefix: str = "") -> list[Picture]:
-    """The figures of one group, or of one run that goes on; those without anything to show are left out."""
+    """List the figures of one group, or of one unfinished run; those without data are omitted."""
     matrices = [run.accuracy_matrix for run in runs]
     aware = [run.accuracy_matrix_task_aware for run in runs]
     pictures = []
@@ -70,125 +73,127 @@ def run_pictures(runs: Sequence[Run], *, prefix: str = "") -> list[Picture]:
         lost = [("forgetting", forgetting_curve(matrices))]
         pictures += [
             Picture("average_accuracy", f"Average accuracy on the experiences seen so far. {_band(runs)}",
-                    partial(draw_curves, averages, said="accuracy, %")),
+                    partial(draw_curves, averages, ylabel="accuracy, %")),
             Picture("accuracy_matrix", "Accuracy in %, after each experience (rows) on each experience (columns).",
                     partial(draw_matrix, matrices), height),
             Picture("forgetting", "Forgetting: best accuracy so far minus the present one, mean over earlier "
-                    f"experiences. {_band(runs)}", partial(draw_curves, lost, said="forgetting, %")),
+                    f"experiences. {_band(runs)}", partial(draw_curves, lost, ylabel="forgetting, %")),
         ]  # fmt: skip
     if any(row.name.startswith("loss/") for run in runs for row in run.logged):
-        said = "Loss terms while training; a vertical line is a new experience."
-        said += " One line a seed." if len(runs) > 1 else ""
-        pictures.append(Picture("losses", said, partial(draw_losses, runs)))
+        caption = "Loss terms during training; vertical lines separate experiences."
+        caption += " One line per seed." if len(runs) > 1 else ""
+        pictures.append(Picture("losses", caption, partial(draw_losses, runs)))
     if runs[0].exits and len(runs[0].exit_names) > 1:
         pictures += _exit_pictures(runs)
-    if runs[0].stage_macs:
-        height = min(7.0, max(2.0, 0.9 + 0.26 * len(runs[0].stage_macs)))
-        pictures.append(Picture("cost", "MACs of one prediction by stage.", partial(draw_stages, runs[0]), height))
     return [Picture(f"{prefix}{p.name}", p.caption.strip(), p.draw, p.height) for p in pictures]
 
 
 def _exit_pictures(runs: Sequence[Run]) -> list[Picture]:
     names = runs[0].exit_names
     alone = [
-        (label(name, most=20), [[record.diagnostics.accuracy_K[k] for record in run.exits] for run in runs])
+        (label(name, most=20), [[record.accuracy_K[k] for record in run.exits] for run in runs])
         for k, name in enumerate(names)
     ]
     pictures = [
-        Picture("accuracy_cost", "Accuracy against cost: the line is one threshold going down on test samples, dots "
-                "are exits alone, rings are budgets with thresholds from validation samples.",
+        Picture("accuracy_cost", "Accuracy against cost: the line sweeps one threshold on test samples, dots are "
+                "single exits, rings are budgets with thresholds from validation samples.",
                 partial(draw_accuracy_cost, runs)),
-        Picture("exit_accuracy", "Each exit alone, on the samples of all experiences so far. " + _band(runs),
-                partial(draw_curves, alone, said="accuracy, %")),
+        Picture("exit_accuracy", "Accuracy of each exit on the samples of all experiences so far. " + _band(runs),
+                partial(draw_curves, alone, ylabel="accuracy, %")),
     ]  # fmt: skip
     if all(run.exits[-1].share_PK for run in runs):
-        said = "Who exits where: the share of samples that each exit answers, by budget."
-        pictures.insert(1, Picture("who_exits", said, partial(draw_who_exits, runs)))
+        caption = "Exit usage: the share of samples that each exit predicts, by budget."
+        pictures.insert(1, Picture("exit_usage", caption, partial(draw_exit_usage, runs)))
+    rules = [rule for rule in runs[0].exits[-1].static if all(rule in r.static for run in runs for r in run.exits)]
+    if rules:
+        decisions = [(rule, [[record.static[rule] for record in run.exits] for run in runs]) for rule in rules]
+        caption = "Accuracy of decisions that use every exit; overthinking is the oracle minus the last exit."
+        pictures.append(Picture("exit_decisions", f"{caption} {_band(runs)}".strip(),
+                                partial(draw_curves, decisions, ylabel="accuracy, %")))  # fmt: skip
+    if all(record.similarity_K for run in runs for record in run.exits):
+        similar = [
+            (label(name, most=20), [[record.similarity_K[k] for record in run.exits] for run in runs])
+            for k, name in enumerate(names)
+        ]
+        caption = "Similarity (linear CKA) of each exit's tap to itself after the first experience."
+        pictures.append(Picture("exit_similarity", f"{caption} {_band(runs)}".strip(),
+                                partial(draw_curves, similar, ylabel="CKA, %")))  # fmt: skip
+    panels = [name for name in all_exit_metrics() if all(name in run.exits[-1].metrics for run in runs)]
+    caption = "Every metric per exit after the last experience, exits in order of depth. " + _band(runs)
+    pictures.append(Picture("exit_metrics", caption, partial(draw_exit_metrics, runs, panels),
+                            0.4 + 1.5 * math.ceil(len(panels) / 2)))  # fmt: skip
     return pictures
 
 
 def group_pictures(groups: Sequence[Group], *, comparable: bool = True) -> list[Picture]:
-    """Figures with all groups in them; without a Pareto front where they must not be compared."""
+    """List the figures that show all groups; without a Pareto front where groups are not comparable."""
     curves = [(label(g.label), average_curve([r.accuracy_matrix for r in g.results])) for g in groups]
     height = HEIGHT + 0.2 * min(MOST_GROUPS, len(groups))
-    said = "Average accuracy on the experiences seen so far. Bands: ± sample deviation over seeds."
-    pictures = [Picture("groups_average_accuracy", said, partial(draw_curves, curves, said="accuracy, %"), height)]
+    caption = "Average accuracy on the experiences seen so far. Bands: ± sample standard deviation over seeds."
+    pictures = [Picture("groups_average_accuracy", caption, partial(draw_curves, curves, ylabel="accuracy, %"), height)]
     if any(group.points for group in groups):
         front = "The line is the Pareto front." if comparable else "No front: the groups are not comparable."
-        said = (
-            "Accuracy on all test samples against mean MACs of a prediction: the whole network, stopping early at each "
-            f"budget, and by a policy of its own. {front}"
+        caption = (
+            "Accuracy on all test samples against mean MACs per prediction: the whole network, each budget, and the "
+            f"run's own exit policy. {front}"
         )
-        pictures.append(Picture("pareto", said, partial(draw_pareto, groups, front=comparable), height))
+        pictures.append(Picture("pareto", caption, partial(draw_pareto, groups, front=comparable), height))
     return pictures
 
 
 def _band(runs: Sequence[Run]) -> str:
-    return f"Band: ± sample deviation over {len(runs)} seeds." if len(runs) > 1 else ""
+    return f"Band: ± sample standard deviation over {len(runs)} seeds." if len(runs) > 1 else ""
 
 
-def draw_curves(series: Sequence[Series], figure: Figure, *, said: str) -> None:
-    """Means over seeds after each experience, with bands of a sample deviation."""
+def draw_curves(series: Sequence[Series], figure: Figure, *, ylabel: str) -> None:
+    """Draw means over seeds after each experience, with bands of one sample standard deviation."""
     axes: Any = figure.add_subplot()
     longest = 0
     for n, (name, curves_S) in enumerate(series):
-        by_place = list(zip(*curves_S, strict=True))
-        center, spread = [mean(values) for values in by_place], [deviation(values) for values in by_place]
-        axes.plot(range(len(center)), center, label=name, **look(n))
+        by_experience = list(zip(*curves_S, strict=True))
+        center, spread = [mean(values) for values in by_experience], [deviation(values) for values in by_experience]
+        axes.plot(range(len(center)), center, label=name, **series_style(n))
         low, high = ([c + sign * s for c, s in zip(center, spread, strict=True)] for sign in (-1, 1))
         if finite(low):
-            axes.fill_between(range(len(center)), low, high, color=look(n)["color"], alpha=0.16, linewidth=0)
+            axes.fill_between(range(len(center)), low, high, color=series_style(n)["color"], alpha=0.16, linewidth=0)
         longest = max(longest, len(center))
-    axes.set(xlabel="after experience", ylabel=said)
-    whole_ticks(axes.xaxis, longest)
+    axes.set(xlabel="after experience", ylabel=ylabel)
+    integer_ticks(axes.xaxis, longest)
     axes.margins(y=0.12)
     percent(axes.yaxis)
     legend(figure, axes)
 
 
 def draw_matrix(matrices: Sequence[Matrix], figure: Figure) -> None:
-    """A heat map of the mean over seeds, with its numbers where they fit; ``-`` where undefined."""
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
+    """Draw a heat map of the mean over seeds, with its numbers where they fit; ``-`` where undefined."""
     rows, columns = len(matrices[0]), len(matrices[0][0])
-    values = [[mean([m[i][j] for m in matrices]) for j in range(columns)] for i in range(rows)]
+    values_RC = [[mean([m[i][j] for m in matrices]) for j in range(columns)] for i in range(rows)]
     axes: Any = figure.add_subplot()
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    color = to_rgb(SERIES[0])
-    shades = LinearSegmentedColormap.from_list("shades", [(*color, 0.05), (*color, 1.0)])
-    small = max(rows, columns) <= LARGEST_VECTOR
-    axes.pcolormesh(values, vmin=0, vmax=1, cmap=shades, edgecolors=PAPER if small else "none",
-                    linewidth=1.2 if small else 0, rasterized=not small)  # fmt: skip
-    axes.invert_yaxis()
-    for axis, count in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        places = range(0, count, max(1, math.ceil(count / 10)))
-        axis.set_ticks([place + 0.5 for place in places], [str(place) for place in places])
-    axes.tick_params(length=0)
+    draw_heat_map(
+        axes, values_RC, rows=_numbers(rows), columns=_numbers(columns), percent=True, most=LARGEST_WITH_DIGITS
+    )
     axes.set(xlabel="on experience", ylabel="after experience")
-    if max(rows, columns) > LARGEST_WITH_DIGITS:
-        return
-    for i in range(rows):
-        for j in range(columns):
-            shown = "-" if math.isnan(values[i][j]) else f"{100 * values[i][j]:.0f}"
-            axes.text(j + 0.5, i + 0.5, shown, ha="center", va="center", color=PAPER if values[i][j] > 0.55 else INK)
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(n) for n in range(count)]
 
 
 def draw_losses(runs: Sequence[Run], figure: Figure) -> None:
-    """Every loss term of metrics.csv over steps, a thin line a seed."""
+    """Draw every loss term of metrics.csv over steps, one line per seed."""
     axes: Any = figure.add_subplot()
     names = sorted({row.name for run in runs for row in run.logged if row.name.startswith("loss/")})
     for n, name in enumerate(names):
-        style = {**look(n), "marker": ""}
+        style = {**series_style(n), "marker": ""}
         for s, run in enumerate(runs):
             rows = [row for row in run.logged if row.name == name]
             values = [row.value if math.isfinite(row.value) else NAN for row in rows]
-            said = label(name.removeprefix("loss/")) if s == 0 else None
-            axes.plot([row.step for row in rows], values, label=said, linewidth=1.8 if len(runs) == 1 else 1.0, **style)
+            text = label(name.removeprefix("loss/")) if s == 0 else None
+            axes.plot([row.step for row in rows], values, label=text, linewidth=1.8 if len(runs) == 1 else 1.0, **style)
     starts: dict[int, int] = {}
     for row in runs[0].logged:
         starts[row.experience] = max(row.step, starts.get(row.experience, 0))
-    if len(starts) <= LARGEST_VECTOR:
+    if len(starts) <= MOST_EXPERIENCE_LINES:
         for end in sorted(starts.values())[:-1]:
             axes.axvline(end, color=GRID, linewidth=0.9, zorder=0)
     axes.grid(axis="x", visible=False)
@@ -197,38 +202,38 @@ def draw_losses(runs: Sequence[Run], figure: Figure) -> None:
 
 
 def draw_accuracy_cost(runs: Sequence[Run], figure: Figure) -> None:
-    """Accuracy against cost after the last experience, a line a seed; exits and budgets as means over seeds."""
+    """Draw accuracy against cost after the last experience, one line per seed; exits and budgets as means."""
     axes: Any = figure.add_subplot()
     records = [run.exits[-1] for run in runs]
     for n, record in enumerate(records):
         axes.plot(record.curve.costs, record.curve.accuracies, color=SERIES[0], alpha=1.0 if len(runs) == 1 else 0.45,
-                  linewidth=1.8 if len(runs) == 1 else 1.1, label="one threshold" if n == 0 else None)  # fmt: skip
+                  linewidth=1.8 if len(runs) == 1 else 1.1, label="threshold sweep" if n == 0 else None)  # fmt: skip
     costs, accuracies = (
         [mean(values) for values in zip(*(getattr(r.curve, field) for r in records), strict=True)]
         for field in ("exit_costs", "exit_accuracies")
     )
-    axes.plot(costs, accuracies, "o", color=SERIES[2], markersize=5, label="exit alone")
+    axes.plot(costs, accuracies, "o", color=SERIES[2], markersize=5, label="single exit")
     points = mean_points([record_points(record) for record in records])
-    at: dict[tuple[float, float], list[str]] = {}
+    names_at: dict[tuple[float, float], list[str]] = {}
     scale = mean([record.backbone_macs for record in records])
     for point in points:
         if point.name != WHOLE:
-            at.setdefault((point.cost / scale, point.accuracy), []).append(point.name)
-    for n, (place, names) in enumerate(at.items()):
-        axes.plot(*place, "o", markersize=10, markerfacecolor="none", markeredgecolor=SERIES[1], markeredgewidth=1.5,
+            names_at.setdefault((point.cost / scale, point.accuracy), []).append(point.name)
+    for n, position in enumerate(names_at):
+        axes.plot(*position, "o", markersize=10, markerfacecolor="none", markeredgecolor=SERIES[1], markeredgewidth=1.5,
                   label="budget" if n == 0 else None)  # fmt: skip
-        axes.annotate(", ".join(names), place, xytext=(5, -5), textcoords="offset points", ha="left", va="top",
-                      fontsize=8.5, color=SERIES[1])  # fmt: skip
     axes.axvline(1.0, color=MUTED, linestyle=":", linewidth=1)
     axes.set(xlabel="mean cost, % of the bare backbone", ylabel="accuracy, %", xlim=(0, None))
     axes.margins(y=0.14)
     percent(axes.xaxis)
     percent(axes.yaxis)
     legend(figure, axes)
+    texts = {position: ", ".join(names).replace("%", " %") for position, names in names_at.items()}
+    annotate_apart(figure, axes, texts, color=SERIES[1])
 
 
-def draw_who_exits(runs: Sequence[Run], figure: Figure) -> None:
-    """A stacked bar a budget: the share that each exit answers, mean over seeds; early exits are the palest."""
+def draw_exit_usage(runs: Sequence[Run], figure: Figure) -> None:
+    """Draw a stacked bar per budget: the share that each exit predicts, mean over seeds; early exits are palest."""
     axes: Any = figure.add_subplot()
     names, first = runs[0].exit_names, runs[0].exits[-1]
     labels = [point.name for point in first.points.points or ()]
@@ -242,72 +247,48 @@ def draw_who_exits(runs: Sequence[Run], figure: Figure) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="samples answered, %", ylabel="budget", xlim=(0, 1))
+    axes.set(xlabel="exit usage, % of samples", ylabel="budget", xlim=(0, 1))
     percent(axes.xaxis)
     legend(figure, axes)
 
 
-def draw_stages(run: Run, figure: Figure) -> None:
-    """A bar a stage, heads of exits in another color."""
-    axes: Any = figure.add_subplot()
-    names, values = list(run.stage_macs), list(run.stage_macs.values())
-    colors = [SERIES[1] if name.startswith("exit/") else SERIES[0] for name in names]
-    axes.barh(range(len(names)), values, color=colors, height=0.72)
-    axes.set_yticks(range(len(names)), [label(name, most=24) for name in names])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(xlabel="MACs")
-    axes.xaxis.set_major_formatter(lambda value, _position: short_count(value))
+def draw_exit_metrics(runs: Sequence[Run], names: Sequence[str], figure: Figure) -> None:
+    """Draw one panel per metric: its value at each exit, mean over seeds with a band of one standard deviation."""
+    panels: Any = figure.subplots(math.ceil(len(names) / 2), 2, squeeze=False, sharex=True)
+    for axes, name in itertools.zip_longest(panels.flat, names):
+        if name is None:
+            axes.set_visible(False)
+            continue
+        metric = all_exit_metrics()[name]
+        by_exit = list(zip(*(run.exits[-1].metrics[name] for run in runs), strict=True))
+        center, spread = [mean(values) for values in by_exit], [deviation(values) for values in by_exit]
+        axes.plot(range(len(center)), center, **series_style(0))
+        low, high = ([c + sign * s for c, s in zip(center, spread, strict=True)] for sign in (-1, 1))
+        if finite(low):
+            axes.fill_between(range(len(center)), low, high, color=SERIES[0], alpha=0.16, linewidth=0)
+        axes.set_title(f"{metric.label}, %" if metric.kind == "percent" else metric.label, fontsize=8.5)
+        integer_ticks(axes.xaxis, len(center), most=7)
+        axes.margins(y=0.2)
+        if metric.kind == "percent":
+            percent(axes.yaxis)
+    figure.supxlabel("exit", fontsize=9, color=MUTED)
 
 
 def draw_pareto(groups: Sequence[Group], figure: Figure, *, front: bool) -> None:
-    """Operating points of every group, and the front of all of them."""
+    """Draw the operating points of every group, and the Pareto front of all of them."""
     axes: Any = figure.add_subplot()
     every = []
     for n, group in enumerate(groups):
         points = sorted(group.points)
         every += points
         axes.plot([p.cost for p in points], [p.accuracy for p in points], label=label(group.label), markersize=6,
-                  **{**look(n), "linestyle": ":", "linewidth": 1.1})  # fmt: skip
+                  **{**series_style(n), "linestyle": ":", "linewidth": 1.1})  # fmt: skip
     if front:
         best = pareto_front(every)
         axes.plot([p.cost for p in best], [p.accuracy for p in best], color=MUTED, linewidth=5, alpha=0.28, zorder=0,
                   solid_capstyle="round", drawstyle="steps-post")  # fmt: skip
-    axes.set(xlabel="MACs a prediction", ylabel="accuracy, %", xlim=(0, None))
-    axes.xaxis.set_major_formatter(lambda value, _position: short_count(value))
+    axes.set(xlabel="MACs per prediction", ylabel="accuracy, %", xlim=(0, None))
+    counts(axes.xaxis)
     axes.margins(y=0.12)
     percent(axes.yaxis)
     legend(figure, axes)
-
-
-def short_count(value: float) -> str:
-    """A count for an axis.
-
-    >>> short_count(0), short_count(350_000), short_count(1.8e9)
-    ('0', '350 k', '1.8 G')
-    """
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g} {letter}"
-    return f"{value:g}"
-
-
-def write_figures(result: Result, folder: Path) -> None:
-    """``accuracy_matrix.png``; of several experiences ``neurons.png``; of more than one exit ``exits_*.png``.
-
-    The matrix has rows after experience i, columns on test experience j.
-    """
-    from clframe.exits.plots import exit_images  # here, because training brings Avalanche with it
-    from clframe.plotting.images import matrix_image, png
-    from clframe.sparsity.output import activity_image
-
-    folder.mkdir(exist_ok=True)
-    pictures = {"accuracy_matrix": matrix_image(result.accuracy_matrix)}
-    neurons = activity_image(result.activity) if result.activity else None
-    if neurons is not None:
-        pictures["neurons"] = neurons
-    if len(result.exit_names) > 1:
-        images = exit_images(result.exits, names=result.exit_names)
-        pictures.update({f"exits_{name}": image for name, image in images.items()})
-    for name, picture in pictures.items():
-        write_atomically(folder / f"{name}.png", png(picture))

@@ -1,4 +1,4 @@
-"""latency.json in a run folder: how long predictions took, and on what they were timed."""
+"""The file latency.json of a run folder: latencies and the setting they were measured in."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """One way to predict with one size of batch."""
+    """Latency of one way to predict at one batch size."""
 
     way: str
-    """``whole network``, every exit computed; ``exit/<name>``, all samples stop there and no exit before it is
-    computed; ``policy``, the run's own."""
+    """``whole network``, every exit computed; ``exit/<name>``, all samples exit there and earlier exits are not
+    computed; ``policy``, the run's exit policy."""
     batch: int
     p50: float
-    """Seconds of a call."""
+    """Median, in seconds per call."""
     p95: float
     throughput: float
-    """Samples a second."""
+    """Samples per second."""
     macs: float
-    """Of one sample, counted while batches of this size ran: mean over the same samples."""
+    """MACs per sample at this batch size, mean over the same samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """On what they were timed."""
+    """Hardware and options of a measurement."""
 
     device: str
     processor: str
@@ -48,26 +48,26 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """What was measured."""
+    """Latencies of one run."""
 
     setting: Setting
     rows: tuple[Timed, ...]
 
     @property
     def batches(self) -> Sequence[int]:
-        """Sizes, each once, in order."""
+        """Batch sizes, each once, in order."""
         return tuple(dict.fromkeys(row.batch for row in self.rows))
 
 
 def write_timings(timings: Timings, folder: Path) -> Path:
-    """Write it into a run folder, all or nothing; returns the file."""
+    """Write latencies into a run folder, all or nothing; returns the path."""
     content = {"schema_version": SCHEMA, **asdict(timings)}
     write_atomically(folder / FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return folder / FILE
 
 
 def read_timings(folder: Path) -> Timings | None:
-    """What a run folder has; None where nothing was timed.
+    """Read the latencies of a run folder; None where none were measured.
 
     Raises:
         RunFolderError: A file that is damaged or of another schema.
@@ -82,5 +82,5 @@ def read_timings(folder: Path) -> Timings | None:
             rows = tuple(read_row(Timed, row) for row in content["rows"])
             return Timings(setting=read_row(Setting, content["setting"]), rows=rows)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise RunFolderError(f"{path}: is damaged; measure anew with clframe latency {folder}, or delete it") from None
-    raise RunFolderError(f"{path}: has schema {found}, this version reads {SCHEMA}; measure anew or delete it")
+        raise RunFolderError(f"{path}: is damaged; measure again with clframe latency {folder}, or delete it") from None
+    raise RunFolderError(f"{path}: has schema {found}, this version reads {SCHEMA}; measure again or delete it")

@@ -1,4 +1,4 @@
-"""The config of a run as a report compares it: flat, without what changes no number."""
+"""Run folders as a report reads them, with configs flattened for comparison."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from clframe.results import Result
 from clframe.sparsity.activity import ActivityRecord
 
 NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "benchmark.workers")
-"""Keys of a config that change no number of a run, and the seed."""
+"""Keys of a config that do not affect results, and the seed."""
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """A resolved config file as nested plain values, with the defaults of options it does not have."""
+    """Read a resolved config file as nested plain values, with defaults for options it lacks."""
     tree = OmegaConf.to_container(read_yaml(path), resolve=False)
     assert isinstance(tree, dict)
     try:
@@ -38,20 +38,20 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """The flat config and the strategy's name, both the same for two ways of writing one strategy."""
+    """Return the flat config and the canonical strategy, equal for two spellings of one strategy."""
     tree = {key: value for key, value in config.items() if key not in ("strategy", "components")}
     strategy = str(config["strategy"])
     try:
         composition = parse(strategy, config["components"])
         strategy, components = str(composition), {component.name: asdict(component) for component in composition}
-    except ClframeError:  # a component of a package that is not installed here
+    except ClframeError:  # a component of a package that is not installed
         components = dict(config["components"])
     flat = {"strategy": strategy, **flatten(tree), **flatten(components)}
     return {key: value for key, value in flat.items() if key not in NO_MATTER}, strategy
 
 
 def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one of dotted keys, values as JSON.
+    """Flatten nested mappings into one with dotted keys, values as JSON.
 
     >>> flatten({"trainer": {"epochs": 2, "devices": [0]}})
     {'trainer.epochs': '2', 'trainer.devices': '[0]'}
@@ -76,19 +76,19 @@ class Logged(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, finished or not. Without ``result`` it is still going on, or was killed."""
+    """One run. Without ``result`` it is in progress or was killed."""
 
     path: Path
     config_text: str
     settings: Mapping[str, str]
-    """The config, flat, with every option of the components that the strategy has, without what changes no number."""
+    """Flat config with every option of the strategy's components, without keys that do not affect results."""
     name: str
     seed: int
     strategy: str
     benchmark: str
     backbone: str
     experiences: int
-    """How many the benchmark has as far as is known, 0 before the first evaluation."""
+    """Number of experiences of the benchmark; 0 before the first evaluation."""
     result: Result | None
     accuracy_matrix: Matrix
     accuracy_matrix_task_aware: Matrix
@@ -96,37 +96,37 @@ class Run:
     exit_names: Sequence[str]
     logged: Sequence[Logged]
     stage_macs: Mapping[str, int]
-    """MACs of one prediction by stage; empty where ledger.json does not say."""
+    """MACs of one prediction by stage; empty where not in ledger.json."""
     phase_macs: Mapping[str, int]
-    """MACs of the whole run by phase; empty where ledger.json does not say."""
+    """MACs of the whole run by phase; empty where not in ledger.json."""
     uncounted: Mapping[str, int]
-    """What the ledger did not count, and how often it ran."""
+    """Operators without a MAC formula, and how often they ran."""
     environment: Mapping[str, Any]
     ledger: Ledger | None = None
-    """Every entry; None where ledger.json has none."""
+    """Cost ledger; None where ledger.json has none."""
     timings: Timings | None = None
-    """How long predictions took, where that was measured."""
+    """Latencies, where measured."""
     activity: Sequence[ActivityRecord] = ()
-    """Hidden neurons and experts after each experience."""
+    """Activity of hidden neurons and experts after each experience."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return self.result is not None
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """``(given, below)``: run folders that were named, and those found below a folder that is none itself.
+    """Return the run folders given, and those found below folders that are not run folders.
 
     Raises:
-        RunFolderError: No such folder, or no run in it.
+        RunFolderError: A folder does not exist or contains no run.
     """
     given: dict[Path, Path] = {}
     below: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             found = "is a file" if path.exists() else "no such folder"
-            raise RunFolderError(f"{path}: {found}; give a run folder, or a folder above some")
+            raise RunFolderError(f"{path}: {found}; give a run folder, or a parent of run folders")
         if (path / "config.yaml").is_file() or (path / "results.json").is_file():
             given[path.resolve()] = path
             continue
@@ -144,7 +144,7 @@ def _is_run(path: Path) -> bool:
 
 
 def load_run(path: Path) -> Run:
-    """Everything a report shows of one run folder.
+    """Read everything that a report shows of one run folder.
 
     Raises:
         ClframeError: A file that is damaged, of a newer schema, or does not fit the others.
@@ -154,7 +154,7 @@ def load_run(path: Path) -> Run:
     config = config_of(path / "config.yaml")
     result = _result(path, seed=config["seed"])
     if result is None:
-        accuracy_TE, aware_TE, exits = _so_far(path)
+        accuracy_TE, aware_TE, exits = _from_checkpoint(path)
         names: Sequence[str] = [f"exit {k}" for k in range(len(exits[-1].macs_K))] if exits else ()
     else:
         accuracy_TE, aware_TE = result.accuracy_matrix, result.accuracy_matrix_task_aware
@@ -182,37 +182,39 @@ def _result(path: Path, *, seed: int) -> Result | None:
         return None
     result = Result.from_json(file)
     if result.seed != seed:
-        raise RunFolderError(f"{file}: seed {result.seed}, but config.yaml has {seed}; restore the one that is wrong")
+        raise RunFolderError(f"{file}: seed {result.seed}, but config.yaml has {seed}; restore the file that is wrong")
     _check_shapes(result, file)
     return result
 
 
 def _check_shapes(result: Result, file: Path) -> None:
-    """Refuse what a hand or a disk may have changed: every number below stands on these."""
+    """Refuse a file that was edited or damaged: all numbers of a report depend on these fields."""
     for field in ("accuracy_matrix", "accuracy_matrix_task_aware"):
         matrix: Matrix = getattr(result, field)
         if not matrix or any(len(row) != len(result.test_samples) for row in matrix) or not matrix[0]:
             raise RunFolderError(f"{file}: rows of {field} do not fit test_samples; restore the file or run again")
         if any(accuracy < 0 or accuracy > 1 for row in matrix for accuracy in row):
             raise RunFolderError(f"{file}: {field} has a number outside 0 to 1; restore the file or run again")
-    found, said = final_average_accuracy(result.accuracy_matrix).value, result.final_average_accuracy
-    if not (math.isnan(found) and math.isnan(said)) and not math.isclose(found, said, abs_tol=1e-9):
+    expected = final_average_accuracy(result.accuracy_matrix).value
+    found = result.score("final_average_accuracy").value
+    if not (math.isnan(expected) and math.isnan(found)) and not math.isclose(expected, found, abs_tol=1e-9):
         raise RunFolderError(
-            f"{file}: final_average_accuracy is {said:g}, its matrix says {found:g}; restore the file or run again"
+            f"{file}: final_average_accuracy is {found:g}, but {expected:g} by accuracy_matrix; restore the file or "
+            f"run again"
         )
     exits, names = result.exits, result.exit_names
     if (exits and len(exits) != len(result.accuracy_matrix)) or any(len(r.macs_K) != len(names) for r in exits):
         raise RunFolderError(f"{file}: exits do not fit exit_names and experiences; restore the file or run again")
 
 
-def _so_far(path: Path) -> tuple[Matrix, Matrix, Sequence[ExitRecord]]:
-    """What the newest checkpoint of an unfinished run has counted."""
+def _from_checkpoint(path: Path) -> tuple[Matrix, Matrix, Sequence[ExitRecord]]:
+    """Return accuracy matrices and exit records from the newest checkpoint of an unfinished run."""
     if not any((path / "checkpoints").glob("experience_*.ckpt")):
         return (), (), ()
     import torch
 
     from clframe.metrics.tally import Tally
-    from clframe.training.checkpoint import load_latest  # here, because training brings Avalanche with it
+    from clframe.training.checkpoint import load_latest  # slow to import: it loads Avalanche
 
     content = load_latest(path / "checkpoints", device=torch.device("cpu")) or {}
     try:
@@ -247,7 +249,7 @@ def _ledger(found: Mapping[str, Any], path: Path) -> Ledger | None:
 
 
 def _counts(found: object) -> dict[str, int]:
-    """A mapping of names to whole numbers, or nothing where it is something else."""
+    """Return a mapping of names to integers, empty where the value is something else."""
     if not isinstance(found, Mapping) or any(type(macs) is not int for macs in found.values()):
         return {}
     return {str(name): count for name, count in found.items()}

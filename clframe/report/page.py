@@ -1,4 +1,4 @@
-"""The page's style sheet. Series colors of the light scheme come from :mod:`clframe.plotting.style`."""
+"""The HTML page: style sheet, sections, template. Series colors come from :mod:`clframe.plotting.style`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clframe.plotting.style import SERIES, Drawn
+from clframe.plotting.style import SERIES, RenderedPicture
 from clframe.tables import Cell, Quantity, Table
 
 STYLE = """\
@@ -31,6 +31,13 @@ header { padding-top: 30px; padding-bottom: 6px; }
 h1 { margin: 0; font-size: 27px; line-height: 1.2; letter-spacing: -0.01em; }
 header p { margin: 6px 0 0; color: var(--muted); }
 h2 { margin: 34px 0 4px; font-size: 19px; line-height: 1.3; }
+nav { margin: 16px 0 0; padding: 10px 14px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; font-size: 14px; }
+nav ul { list-style: none; margin: 0; padding: 0; }
+nav li { display: block; margin: 2px 0; }
+nav li.sub { display: inline; margin-left: 1.4em; font-size: 13px; }
+nav a { color: var(--accent); text-decoration: none; }
+nav a:hover { text-decoration: underline; }
 .intro { margin: 0 0 12px; color: var(--muted); }
 .notice { margin: 14px 0 0; padding: 10px 14px; background: var(--note); border-left: 4px solid var(--note-line);
   border-radius: 6px; }
@@ -82,26 +89,35 @@ footer { margin-top: 30px; padding-bottom: 30px; color: var(--muted); font-size:
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
   .tiles dd { font-size: 19px; }
 }
-@media print { body { background: none; } section { break-inside: auto; } figure, .table { break-inside: avoid; } }
+@media print {
+  body { background: none; }
+  nav { display: none; }
+  section { break-inside: auto; }
+  figure, .table { break-inside: avoid; }
+}
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One part of the page, under a heading of its own."""
+    """One part of the page under a heading."""
 
     title: str
+    short: str = ""
+    """Title in the table of contents; empty for the title itself."""
+    level: int = 1
+    """Level in the table of contents; a section of level 2 belongs to the one of level 1 before it."""
     intro: str = ""
     tiles: Sequence[tuple[str, Quantity, str]] = ()
-    """Name, number and unit of what a reader looks for first."""
-    pictures: Sequence[Drawn] = ()
+    """Name, value and unit of the headline numbers."""
+    pictures: Sequence[RenderedPicture] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = ()
-    """Tables that a reader opens."""
+    """Tables that are collapsed at first."""
     facts: Sequence[tuple[str, str]] = ()
     commands: Sequence[str] = ()
     texts: Sequence[tuple[str, str]] = ()
-    """Name and content of what is shown letter by letter, folded."""
+    """Name and content of preformatted texts, collapsed at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,26 +127,25 @@ class Page:
     title: str
     subtitle: str
     made: str
-    """By which version."""
+    """Version of clframe that wrote it."""
     running: str = ""
-    """What is still going on; the page then loads itself again."""
+    """Runs in progress; the page then reloads by itself."""
     notices: Sequence[str] = ()
     sections: Sequence[Section] = ()
 
 
-def html(page: Page, *, reload_seconds: int = 5) -> str:
-    """The page as HTML."""
+def render_page(page: Page, *, reload_seconds: int = 5) -> str:
+    """Render the page as HTML."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     colors = {f"--s{n}": color for n, color in enumerate(SERIES)}
     return environment.from_string(_PAGE).render(
-        page=page, style=STYLE, colors=colors, reload_seconds=reload_seconds, kind=_kind
+        page=page, style=STYLE, colors=colors, reload_seconds=reload_seconds, css_class=_css_class
     )
 
 
-def _kind(cell: Cell) -> str:
-    """The class of a cell."""
+def _css_class(cell: Cell) -> str:
     if not isinstance(cell, Quantity):
         return "text"
     return "undefined" if math.isnan(cell.value) else "number"
@@ -144,7 +159,7 @@ _PAGE = """\
 <tbody>
 {% for row in t.rows %}
 <tr>{% for cell in row %}{% if loop.first %}<th scope="row">{{ cell }}</th>\
-{% else %}<td class="{{ kind(cell) }}">{{ cell }}</td>{% endif %}{% endfor %}</tr>
+{% else %}<td class="{{ css_class(cell) }}">{{ cell }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
@@ -177,15 +192,24 @@ _PAGE = """\
 {% for notice in page.notices %}
 <p class="notice" role="alert"><b>Note.</b> {{ notice }}</p>
 {% endfor %}
+{% if page.sections|length > 1 %}
+<nav aria-label="Contents">
+<ul>
 {% for s in page.sections %}
-<section>
+<li{% if s.level > 1 %} class="sub"{% endif %}><a href="#section-{{ loop.index }}">{{ s.short or s.title }}</a></li>
+{% endfor %}
+</ul>
+</nav>
+{% endif %}
+{% for s in page.sections %}
+<section id="section-{{ loop.index }}">
 <h2>{{ s.title }}</h2>
 {% if s.intro %}<p class="intro">{{ s.intro }}</p>{% endif %}
 {% if s.tiles %}
 <dl class="tiles">
 {% for name, value, unit in s.tiles %}
-<div><dt>{{ name }}</dt><dd class="{{ kind(value) }}{{ " long" if value|string|length > 8 }}">{{ value }}\
-{% if kind(value) == "number" %}<span> {{ unit }}</span>{% endif %}</dd></div>
+<div><dt>{{ name }}</dt><dd class="{{ css_class(value) }}{{ " long" if value|string|length > 8 }}">{{ value }}\
+{% if css_class(value) == "number" %}<span> {{ unit }}</span>{% endif %}</dd></div>
 {% endfor %}
 </dl>
 {% endif %}
@@ -205,7 +229,7 @@ _PAGE = """\
 </div>
 {% endif %}
 {% if s.commands %}
-<p class="intro">To repeat it:</p>
+<p class="intro">Commands:</p>
 <pre>{% for c in s.commands %}{{ c }}
 {% endfor %}</pre>
 {% endif %}

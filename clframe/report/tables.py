@@ -1,75 +1,109 @@
-"""What the tables of a report hold; ``table.py`` says how they are written."""
+"""Tables of a report: metrics, differences between groups, exits and budgets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
+from clframe.exits.curves import wilson_interval
+from clframe.exits.diagnostics import ExitRecord, all_exit_metrics
 from clframe.metrics.continual import average_seen_accuracy
+from clframe.metrics.registry import Kind, all_metrics
 from clframe.metrics.statistics import NAN, Difference, Point, cost_at, deviation, mean, paired
 from clframe.report.comparison import Group, mean_points, mismatch, operating_points
 from clframe.report.loading import Run
+from clframe.results import Result
 from clframe.tables import Cell, Quantity, Table, over_seeds
 
-HEADLINES = (
-    ("final accuracy, %", "final_average_accuracy"),
-    ("incremental accuracy, %", "average_incremental_accuracy"),
-    ("forgetting, %", "forgetting"),
-)
-"""Heading and metric of what groups are compared by."""
-
-_SCALARS = (
-    ("final average accuracy", "final_average_accuracy"),
-    ("final average accuracy, task-aware", "final_average_accuracy_task_aware"),
-    ("final accuracy over all samples", "final_weighted_accuracy"),
-    ("average incremental accuracy", "average_incremental_accuracy"),
-    ("learning accuracy", "learning_accuracy"),
-    ("forgetting", "forgetting"),
-    ("backward transfer", "backward_transfer"),
-    ("forward transfer", "forward_transfer"),
-)
+NEVER: Final = "never stops early"
+"""Row of the whole network among budgets."""
 
 
-def metric(group: Group, name: str) -> Quantity:
-    """A scalar metric over the seeds of a group, with the run's own reason where there is none."""
-    reasons = [result.undefined[name] for result in group.results if name in result.undefined]
-    return over_seeds(group.metric(name), reason=reasons[0] if reasons else "")
+def _compared() -> list[tuple[str, str]]:
+    """Name and heading of the metrics that groups are compared by."""
+    return [(name, f"{metric.label}, %") for name, metric in all_metrics().items() if metric.compared]
 
 
-def macs(group: Group) -> Quantity:
-    """MACs of one prediction by the whole network."""
-    return over_seeds(group.by_seed(lambda r: NAN if r.macs is None else r.macs), kind="whole", reason="not counted")
+def metric_over_seeds(results: Sequence[Result], name: str) -> Quantity:
+    """Return a metric over the seeds of a group, with the reason of the first run in which it is undefined."""
+    scores = {result.seed: result.score(name) for result in results}
+    reason = next((score.undefined for score in scores.values() if score.undefined), "")
+    kind = all_metrics()[name].kind if name in all_metrics() else "percent"
+    return over_seeds({seed: score.value for seed, score in scores.items()}, kind=kind, reason=reason)
+
+
+def macs_over_seeds(results: Sequence[Result]) -> Quantity:
+    """Return the MACs of one prediction by the whole network."""
+    values = {result.seed: NAN if result.macs is None else result.macs for result in results}
+    return over_seeds(values, kind="whole", reason="not counted")
 
 
 def groups_table(groups: Sequence[Group]) -> Table:
-    """One row a group: means over its seeds."""
+    """Make one row per group: means over its seeds."""
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
-            group.label, seeds_text(group.seeds), *(metric(group, name) for _, name in HEADLINES), macs(group),
+            group.label, seeds_text(group.seeds), *(metric_over_seeds(group.results, name) for name, _ in _compared()),
+            macs_over_seeds(group.results),
             over_seeds(group.by_seed(lambda r: sum(r.state_bytes.values())), kind="whole"),
             over_seeds(group.by_seed(lambda r: r.train_seconds), kind="decimal"),
         )
         for group in groups
     )  # fmt: skip
-    headings = [heading for heading, _ in HEADLINES]
-    columns = ("group", "seeds", *headings, "MACs a prediction", "state, bytes", "training, s")
+    columns = ("group", "seeds", *(heading for _, heading in _compared()), "MACs per prediction", "state, bytes",
+               "training, s")  # fmt: skip
     note = "Mean ± sample standard deviation over seeds. MACs are of the whole network; FLOPs = 2 x MACs."
-    return Table(name="groups", title="Runs by what differs in their configs", note=note, columns=columns, rows=rows)
+    return Table(name="groups", title="Groups of runs", note=note, columns=columns, rows=rows)
+
+
+def strategies_table(groups: Sequence[Group]) -> Table:
+    """Make the table of early-exit papers: a row per strategy, a column per budget."""
+    last = [[result.exits[-1] for result in group.results] if _has_exits(group) else [] for group in groups]
+    names = list(dict.fromkeys(p.name for records in last for r in records for p in r.points.points or ()))
+    rows: list[tuple[Cell, ...]] = []
+    for group, records in zip(groups, last, strict=True):
+        whole = {run.seed: operating_points(run)[-1].accuracy for run in group.runs}
+        rows.append((
+            group.label, "yes" if records else "no",
+            over_seeds(group.by_seed(lambda r: r.parameters), kind="whole"), macs_over_seeds(group.results),
+            over_seeds(whole, reason="not evaluated"), *(_at_budget(records, name) for name in names),
+        ))  # fmt: skip
+    columns = ("group", "exits", "parameters", "MACs per prediction", f"{NEVER}, %",
+               *(f"budget {name.replace('%', ' %')}, %" for name in names))  # fmt: skip
+    note = (
+        "Accuracy on all test samples. A budget is a share of the bare backbone's MACs; thresholds are chosen on "
+        "validation samples. Mean ± sample standard deviation over seeds."
+    )
+    return Table(name="strategies", title="Accuracy within a budget", note=note, columns=columns, rows=tuple(rows))
+
+
+def _has_exits(group: Group) -> bool:
+    return all(result.exits and len(result.exit_names) > 1 for result in group.results)
+
+
+def _at_budget(records: Sequence[ExitRecord], name: str) -> Quantity:
+    if not records:
+        return Quantity(NAN, undefined="no exits")
+    found = [next((p for p in record.points.points or () if p.name == name), None) for record in records]
+    reasons = [record.points.undefined for record in records] + [p.undefined for p in found if p is not None]
+    reason = next(filter(None, reasons), "not evaluated")
+    return _seed_mean([NAN if point is None else point.accuracy for point in found], reason)
 
 
 def differences_table(groups: Sequence[Group]) -> Table:
-    """Every group against the first, metric by metric."""
+    """Make one row per metric and group: its paired difference from the first group."""
     base, rows = groups[0], []
     for group in groups[1:]:
         why = mismatch(base, group)
-        for heading, name in HEADLINES:
+        for name, heading in _compared():
             found = paired(base.metric(name), group.metric(name))
             rows.append((group.label, heading.removesuffix(", %"), *_difference_cells(found, why)))
-    columns = ("group", "metric", "seeds", f"{base.label}, %", "difference, points", "95 % from, points", "to, points",
-               "leaves out 0", "relative gain, %")  # fmt: skip
+    columns = ("group", "metric", "seeds", f"{base.label}, %", "difference, points", "95 % CI from, points",
+               "to, points", "excludes 0", "relative change, %")  # fmt: skip
+    lower = [metric.label for metric in all_metrics().values() if metric.compared and metric.better == "lower"]
     note = (
-        f"Each group minus '{base.label}', seed by seed, over common seeds; the 95 % confidence interval is "
-        f"Student's. Relative gain is the difference over the mean of '{base.label}'. Less forgetting is better."
+        f"Each group minus '{base.label}', seed by seed, over common seeds, with Student's 95 % confidence interval. "
+        f"Relative change: the difference over the mean of '{base.label}'. Lower is better for {', '.join(lower)}."
     )
     title = f"Paired differences from {base.label}"
     return Table(name="differences", title=title, note=note, columns=columns, rows=tuple(rows))
@@ -81,14 +115,14 @@ def _difference_cells(found: Difference, why: str) -> tuple[Cell, ...]:
     if why:
         return (seeds, Quantity(NAN, undefined=why), *("-" for _ in range(5)))
     low, high = (found.mean + sign * found.half_width for sign in (-1, 1))
-    sure = "-" if math.isnan(low) else "yes" if low > 0 or high < 0 else "no"
+    excludes = "-" if math.isnan(low) else "yes" if low > 0 or high < 0 else "no"
     ends = (Quantity(end, kind="points", undefined="one seed in common") for end in (low, high))
-    return (seeds, Quantity(found.base), Quantity(found.mean, kind="points"), *ends, sure,
+    return (seeds, Quantity(found.base), Quantity(found.mean, kind="points"), *ends, excludes,
             Quantity(found.relative, kind="points", undefined="the mean it is relative to is 0"))  # fmt: skip
 
 
 def equal_accuracy_table(groups: Sequence[Group]) -> Table:
-    """What each group needs to reach the whole first network's accuracy, over their common seeds."""
+    """Make one row per group: MACs needed for the accuracy of the whole first network, over their common seeds."""
     base, rows = groups[0], []
     for group in groups[1:]:
         seeds = sorted(set(base.seeds) & set(group.seeds))
@@ -100,11 +134,11 @@ def equal_accuracy_table(groups: Sequence[Group]) -> Table:
             Quantity(cost, kind="whole", undefined=why or "not counted"),
             Quantity(needed, kind="whole", undefined=unmet), Quantity(needed / cost if cost else NAN, undefined=unmet),
         ))  # fmt: skip
-    columns = ("group", "seeds", "accuracy to reach, %", f"MACs of {base.label}", "MACs needed", "share, %")
+    columns = ("group", "seeds", "target accuracy, %", f"MACs of {base.label}", "MACs needed", "share, %")
     note = (
-        f"The accuracy to reach is that of the whole network of '{base.label}' on all test samples. Operating points: "
-        f"the whole network, stopping early with thresholds chosen on validation samples, and by its own policy; "
-        f"between two points, samples are sent to either by lot."
+        f"The target is the accuracy of the whole network of '{base.label}' on all test samples. Operating points: "
+        f"the whole network, budgets with thresholds chosen on validation samples, and the run's own exit policy; "
+        f"between two points, samples are assigned to either at random."
     )
     return Table(name="equal_accuracy", title="Cost at equal accuracy", note=note, columns=columns, rows=tuple(rows))
 
@@ -124,112 +158,128 @@ def _best(group: Group, seeds: Sequence[int]) -> str:
 
 
 def summary_table(group: Group) -> Table:
-    """Every scalar of a group's runs."""
-    rows: list[tuple[Cell, ...]] = [(f"{said}, %", metric(group, name)) for said, name in _SCALARS]
+    """Make a table of every scalar of a group's runs."""
+    results = group.results
+    rows: list[tuple[Cell, ...]] = [
+        (f"{metric.label}, %" if metric.kind == "percent" else metric.label, metric_over_seeds(results, name))
+        for name, metric in all_metrics().items()
+    ]
     rows += [
-        ("MACs a prediction, whole network", macs(group)),
+        ("MACs per prediction, whole network", macs_over_seeds(results)),
         ("parameters", over_seeds(group.by_seed(lambda r: r.parameters), kind="whole")),
         ("training, s", over_seeds(group.by_seed(lambda r: r.train_seconds), kind="decimal")),
         ("optimizer steps", over_seeds(group.by_seed(lambda r: r.steps), kind="whole")),
     ]
-    results = group.results
     names = sorted({name for result in results for name in result.state_bytes})
     rows += [
         (f"state of {name}, bytes", over_seeds({r.seed: r.state_bytes.get(name, NAN) for r in results}, kind="whole"))
         for name in names
     ]
-    return Table(name="summary", title="In numbers", columns=("what", "value"), rows=tuple(rows))
+    return Table(name="summary", title="All metrics", columns=("metric", "value"), rows=tuple(rows))
 
 
 def matrix_table(runs: Sequence[Run]) -> Table:
-    """The accuracy matrix, averaged over seeds, with each row's average over the experiences so far."""
+    """Make the accuracy matrix, averaged over seeds, with each row's average over the experiences so far."""
     matrices = [run.accuracy_matrix for run in runs]
     rows: list[tuple[Cell, ...]] = []
     for i in range(len(matrices[0])):
-        cells = [_cell([m[i][j] for m in matrices]) for j in range(len(matrices[0][0]))]
-        seen = _cell([average_seen_accuracy(m[: i + 1]).value for m in matrices])
+        cells = [_seed_mean([m[i][j] for m in matrices]) for j in range(len(matrices[0][0]))]
+        seen = _seed_mean([average_seen_accuracy(m[: i + 1]).value for m in matrices])
         rows.append((f"after {i}", *cells, seen))
     columns = ("", *(f"on {j}, %" for j in range(len(matrices[0][0]))), "so far, %")
-    return Table(name="accuracy_matrix", title="Accuracy matrix", note=_over(runs), columns=columns, rows=tuple(rows))
+    note = _over(len(runs))
+    return Table(name="accuracy_matrix", title="Accuracy matrix", note=note, columns=columns, rows=tuple(rows))
 
 
-def exits_table(group: Group) -> Table:
-    """What each exit costs, knows and forgets at the end."""
-    results, names = group.results, group.results[0].exit_names
-    rows = []
-    for k, name in enumerate(names):
-        last = [result.exits[-1] for result in results]
+def exits_table(results: Sequence[Result]) -> Table:
+    """Make one row per exit: its cost, every metric per exit, forgetting and similarity after the last experience."""
+    last, names = [result.exits[-1] for result in results], results[0].exit_names
+    metrics = {name: m for name, m in all_exit_metrics().items() if any(name in record.metrics for record in last)}
+    rows: list[tuple[Cell, ...]] = []
+    for k, exit in enumerate(names):
         lost = {r.seed: r.exit_forgetting[k] if r.exit_forgetting else NAN for r in results}
         rows.append((
-            name, Quantity(mean([record.macs_K[k] for record in last]), kind="whole"),
-            _cell([record.macs_K[k] / record.backbone_macs for record in last]),
-            _cell([record.diagnostics.accuracy_K[k] for record in last]),
+            exit, Quantity(mean([record.macs_K[k] for record in last]), kind="whole"),
+            _seed_mean([record.macs_K[k] / record.backbone_macs for record in last]),
+            *(_seed_mean([_value(record, name, k) for record in last], "undefined for this exit", metric.kind)
+              for name, metric in metrics.items()),
             over_seeds(lost, reason="needs two experiences"),
-            _cell([record.diagnostics.unique_accuracy_K[k] for record in last]),
+            _seed_mean([record.similarity_K[k] if record.similarity_K else NAN for record in last],
+                       "not measured", "fine"),
         ))  # fmt: skip
-    columns = ("exit", "MACs up to it", "share of the backbone, %", "accuracy, %", "forgetting, %",
-               "only this one right, %")  # fmt: skip
-    title, note = "Each exit alone, at the end", _over(group.runs)
-    return Table(name="exits", title=title, note=note, columns=columns, rows=tuple(rows))
-
-
-def points_table(group: Group) -> Table:
-    """Accuracy at 25, 50, 75 and 100 % of the cost and at most, and who answers there."""
-    last, names = [result.exits[-1] for result in group.results], group.results[0].exit_names
-    columns = ("budget", "cost it came to, %", "accuracy, %", *(f"answered by {name}, %" for name in names))
-    title, note = (
-        "Stopping early",
-        "Thresholds are chosen on validation samples; cost and accuracy are on test samples.",
-    )
-    missing = next((record.points.undefined for record in last if record.points.points is None), None)
-    if missing is not None:
-        rows: list[tuple[Cell, ...]] = [
-            ("any", *(Quantity(NAN, undefined=f"{missing}; set benchmark.validation=0.1") for _ in columns[1:]))
-        ]
-        return Table(name="budgets", title=title, note=note, columns=columns, rows=tuple(rows))
-    rows = []
-    for p, point in enumerate(last[0].points.points or ()):
-        at = [(record.points.points or ())[p] for record in last]
-        reason = next((found.undefined for found in at if found.undefined), "")
-        rows.append((
-            point.name, _cell([found.cost for found in at], reason), _cell([found.accuracy for found in at], reason),
-            *(_cell([record.share_PK[p][k] for record in last], reason) for k in range(len(names))),
-        ))  # fmt: skip
-    note = f"{note} {_over(group.runs)}".strip()
-    return Table(name="budgets", title=title, note=note, columns=columns, rows=tuple(rows))
-
-
-def stages_table(run: Run) -> Table:
-    """MACs of one prediction, stage by stage."""
-    total = sum(run.stage_macs.values())
-    entries = [*run.stage_macs.items(), ("total", total)]
-    rows = [
-        (name, Quantity(n, kind="whole"), Quantity(n / total if total else NAN, undefined="nothing was counted"))
-        for name, n in entries
-    ]
-    note = "From ledger.json: one multiply-add counts 1; FLOPs = 2 x MACs."
-    return Table(name="cost", title="Cost of a prediction by stage", note=note, columns=("stage", "MACs", "share, %"),
+    headings = [f"{m.label}, %" if m.kind == "percent" else m.label for m in metrics.values()]
+    columns = ("exit", "MACs up to it", "share of the backbone, %", *headings, "forgetting, %", "CKA")
+    note = (
+        f"{_static_note(last)} CKA: similarity of the exit's tap to itself after the first experience. "
+        f"{_over(len(results))}"
+    ).strip()
+    return Table(name="exits", title="Each exit after the last experience", note=note, columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
 
-def phases_table(run: Run) -> Table:
-    """MACs of the whole run, phase by phase."""
-    total = sum(run.phase_macs.values())
-    rows: list[tuple[Cell, ...]] = [
-        (name, Quantity(n, kind="whole"), Quantity(n / total if total else NAN, undefined="nothing was counted"))
-        for name, n in [*run.phase_macs.items(), ("total", total)]
-    ]
-    note = f"Of the run with seed {run.seed}, from ledger.json."
-    return Table(name="run_cost", title="Cost of the whole run by phase", note=note,
-                 columns=("phase", "MACs", "share, %"), rows=tuple(rows))  # fmt: skip
+def _value(record: ExitRecord, name: str, k: int) -> float:
+    """Return a metric of exit k; NaN where an older run has not computed it."""
+    return record.metrics[name][k] if name in record.metrics else NAN
 
 
-def _cell(values: Sequence[float], reason: str = "") -> Quantity:
-    return Quantity(mean(values), deviation=deviation(values), undefined=reason or "not evaluated")
+def _static_note(last: Sequence[ExitRecord]) -> str:
+    """Return the accuracy of decisions that use every exit, and overthinking."""
+    rules = [(f"{rule} exit" if rule == "last" else rule, [r.static.get(rule, NAN) for r in last])
+             for rule in last[0].static]  # fmt: skip
+    decisions = ", ".join(f"{rule} {100 * mean(values):.1f} %" for rule, values in rules)
+    overthinking = mean([record.overthinking for record in last])
+    extra = "" if math.isnan(overthinking) else f"; overthinking (oracle minus last exit) {100 * overthinking:.1f} %"
+    return f"Decisions that use every exit: {decisions}{extra}."
+
+
+def budgets_table(results: Sequence[Result]) -> Table:
+    """Make one row per budget: realized cost, accuracy, and exit usage; and one for the whole network."""
+    last, names = [result.exits[-1] for result in results], results[0].exit_names
+    single = len(last) == 1  # over several seeds the deviation shows the spread
+    columns = ("budget", "realized cost, %", "accuracy, %", *(("95 % CI, %",) if single else ()),
+               *(f"usage of {name}, %" for name in names))  # fmt: skip
+    note = "Thresholds are chosen on validation samples; cost and accuracy are of test samples. Costs are shares of " \
+           "the bare backbone's MACs."  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
+    missing = next((record.points.undefined for record in last if record.points.points is None), None)
+    if missing is not None:
+        reason = f"{missing}; set benchmark.validation=0.1"
+        rows.append(("any", *(Quantity(NAN, undefined=reason) for _ in columns[1:])))
+    else:
+        for p, point in enumerate(last[0].points.points or ()):
+            at = [(record.points.points or ())[p] for record in last]
+            reason = next((found.undefined for found in at if found.undefined), "")
+            rows.append((
+                point.name.replace("%", " %"), _seed_mean([found.cost for found in at], reason),
+                _seed_mean([found.accuracy for found in at], reason),
+                *((_interval(at[0].accuracy_low, at[0].accuracy_high),) if single else ()),
+                *(_seed_mean([record.share_PK[p][k] for record in last], reason) for k in range(len(names))),
+            ))  # fmt: skip
+    whole = [record.macs_K[-1] / record.backbone_macs for record in last]
+    usage = (Quantity(float(k == len(names) - 1)) for k in range(len(names)))
+    accuracies, samples = [record.accuracy_K[-1] for record in last], sum(results[0].test_samples)
+    interval = (_interval(*wilson_interval(round(accuracies[0] * samples), samples)),) if single and samples else ()
+    rows.append((NEVER, _seed_mean(whole), _seed_mean(accuracies), *interval, *usage))
+    counts = sorted({record.points.validation_samples for record in last} - {0})
+    if counts:
+        note += f" Validation samples: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
+    simulated = next((record.simulated for record in last if record.simulated), "")
+    if simulated:
+        note += f" Simulated: {simulated}, so dynamic inference cannot skip computation."
+    note = f"{note} {_over(len(results))}".strip()
+    return Table(name="budgets", title="Accuracy within a budget", note=note, columns=columns, rows=tuple(rows))
+
+
+def _interval(low: float, high: float) -> Cell:
+    return Quantity(NAN, undefined="not recorded") if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _seed_mean(values: Sequence[float], reason: str = "", kind: Kind = "percent") -> Quantity:
+    return Quantity(mean(values), deviation=deviation(values), kind=kind, undefined=reason or "not evaluated")
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
-    """Seeds as the command line takes them.
+    """Format seeds as the command line accepts them.
 
     >>> seeds_text([0, 1, 2]), seeds_text([0, 3]), seeds_text([])
     ('0..2', '0, 3', 'none')
@@ -239,5 +289,5 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds)) or "none"
 
 
-def _over(runs: Sequence[Run]) -> str:
-    return f"Mean ± sample standard deviation over {len(runs)} seeds." if len(runs) > 1 else ""
+def _over(seeds: int) -> str:
+    return f"Mean ± sample standard deviation over {seeds} seeds." if seeds > 1 else ""

@@ -1,4 +1,4 @@
-"""Writing a report, once or again and again while runs go on."""
+"""Writing of a report, once, or repeatedly while runs are in progress."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clframe.errors import ClframeError, RunFolderError
+from clframe.exits.plots import exit_images
 from clframe.files import write_atomically
+from clframe.plotting.images import matrix_image
+from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
-from clframe.report.content import page_of
+from clframe.report.content import make_page
 from clframe.report.loading import Run, find_runs, load_run
-from clframe.report.page import html
+from clframe.report.page import render_page
+from clframe.results import Result
+from clframe.sparsity.output import activity_image
 from clframe.tables import to_csv, to_latex, to_markdown
 
 FORMATS = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
@@ -29,10 +34,10 @@ def write_report(
     """Write the report of runs: ``report.html``, ``tables/`` and ``figures/``; returns the path of the page.
 
     Args:
-        runs: Run folders, or folders above them, which stand for all finished runs below.
-        output: Folder to write to; None takes ``report`` in the one folder given, or in the one above several.
-        watch: Whether to take unfinished runs too, and to write again until all are finished.
-        every: Seconds between two looks at the folders, with ``watch``.
+        runs: Run folders, or folders above them, which select all finished runs below.
+        output: Folder to write to; None uses ``report`` in the one folder given, or in the parent of several.
+        watch: Whether to include unfinished runs, and to rewrite the report until all are finished.
+        every: Seconds between two checks of the folders, with ``watch``.
         on_written: Called with the page's path each time it has been written.
 
     Raises:
@@ -48,9 +53,9 @@ def write_report(
         stamps = _stamps(paths)
         if stamps != seen:
             try:
-                page, going = _write(paths, folder, watch=watch)
+                page, unfinished = _write(paths, folder, watch=watch)
             except RunFolderError:
-                # A checkpoint may be gone between the look and the reading; what is really damaged is so next time.
+                # A checkpoint may be deleted between listing and reading; a damaged file fails the next time too.
                 if seen is None or failed:
                     raise
                 failed = True
@@ -58,7 +63,7 @@ def write_report(
                 seen, failed = stamps, False
                 if on_written is not None:
                     on_written(page)
-                if not going:
+                if not unfinished:
                     return page
         time.sleep(every)
 
@@ -71,7 +76,7 @@ def _folder(paths: Sequence[Path]) -> Path:
 
 
 def _stamps(paths: Sequence[Path]) -> dict[Path, float]:
-    """When the files that a report reads were last written."""
+    """Return the modification times of the files that a report reads."""
     found: dict[Path, float] = {}
     for group in find_runs(paths):
         for path in group:
@@ -82,24 +87,24 @@ def _stamps(paths: Sequence[Path]) -> dict[Path, float]:
 
 
 def _write(paths: Sequence[Path], folder: Path, *, watch: bool) -> tuple[Path, bool]:
-    """Write everything once; whether something goes on."""
+    """Write everything once; returns the page and whether a run is unfinished."""
     finished, running, notices = _load(paths, watch=watch)
-    groups, said = group_runs(finished) if finished else ([], [])
-    page, (figures, tables) = page_of(groups, running, [*notices, *said])
+    groups, more = group_runs(finished) if finished else ([], [])
+    page, files = make_page(groups, running, [*notices, *more])
     for below in (folder / "tables", folder / "figures"):
         try:
             below.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(
-                f"output: {below} cannot be made ({error.strerror}); choose another --output"
+                f"output: {below} cannot be created ({error.strerror}); choose another --output"
             ) from None
-    for name, table in tables.items():
+    for name, table in files.tables.items():
         for ending, text in FORMATS:
             write_atomically(folder / "tables" / f"{name}.{ending}", text(table))
-    for figure in figures:
+    for figure in files.pictures:
         write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg)
         write_atomically(folder / "figures" / f"{figure.name}.png", figure.png)
-    write_atomically(folder / "report.html", html(page))
+    write_atomically(folder / "report.html", render_page(page))
     return folder / "report.html", bool(running)
 
 
@@ -113,9 +118,26 @@ def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], 
     for run, named in unfinished:
         if named:
             raise RunFolderError(
-                f"{run.path}: not finished, results.json is missing; go on with clframe run --resume {run.path}, or "
+                f"{run.path}: not finished, results.json is missing; resume with clframe run --resume {run.path}, or "
                 f"follow it with --watch"
             )
     if not finished:
         raise ClframeError(f"{paths[0]}: no run below it is finished; follow them with --watch")
-    return finished, [], [f"{run.path} is not finished and left out." for run, _ in unfinished]
+    return finished, [], [f"{run.path} is not finished and was omitted." for run, _ in unfinished]
+
+
+def write_figures(result: Result, folder: Path) -> None:
+    """Write ``accuracy_matrix.png``, ``neurons.png`` after several experiences, ``exits_*.png`` for several exits.
+
+    The matrix has rows after experience i, columns on test experience j.
+    """
+    folder.mkdir(exist_ok=True)
+    pictures = {"accuracy_matrix": matrix_image(result.accuracy_matrix)}
+    neurons = activity_image(result.activity) if result.activity else None
+    if neurons is not None:
+        pictures["neurons"] = neurons
+    if len(result.exit_names) > 1:
+        images = exit_images(result.exits, names=result.exit_names)
+        pictures.update({f"exits_{name}": image for name, image in images.items()})
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", encode_png(picture))

@@ -1,4 +1,4 @@
-"""Active neurons by experience: rates, overlap, and the record for results.json."""
+"""Active neurons by experience: rates, overlap, and their record for results.json."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.frozen import answering, called
+from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.network import Network
 from clframe.nn.types import Inputs, Samples
+from clframe.records import read_record
 from clframe.sparsity.functional import MaskKind, jaccard
-from clframe.sparsity.masking import Masking, changing, places_of, require_weights
+from clframe.sparsity.masking import Masker, find_hook_points, replacing, require_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerActivity:
-    """The hidden neurons of one layer, measured on the same few samples of each experience every time.
+    """Activity of the hidden neurons of one layer, always measured on the same samples of each experience.
 
-    Shares are rounded to four decimals, finer than a few hundred samples tell.
+    Shares are rounded to four decimals, finer than a few hundred samples can resolve.
     """
 
     neurons: int
     sparsity: float
-    """Share of neurons that a token leaves inactive, mean over the experiences so far."""
-    sparsity_E: tuple[float, ...]
-    """On each experience."""
-    overlap_E: tuple[float, ...]
-    """Jaccard overlap of the newest experience's active neurons with each one's, all in the network as it is now."""
-    kept_E: tuple[float, ...]
-    """Jaccard overlap of each experience's active neurons with those when it had just been learnt; NaN where the layer
-    was another one then."""
+    """Share of inactive neurons per token, mean over the experiences so far."""
+    sparsity_E: tuple[float, ...] = ()
+    """Share of inactive neurons per token, on each experience."""
+    overlap_E: tuple[float, ...] = ()
+    """Jaccard overlap of the newest experience's active neurons with each one's, in the present network."""
+    kept_E: tuple[float, ...] = ()
+    """Jaccard overlap of each experience's active neurons with those just after it was learned; NaN where the layer
+    did not exist then."""
 
     @property
     def overlap(self) -> float:
@@ -49,36 +50,36 @@ class LayerActivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertActivity:
-    """The experts of one layer, measured on the same samples."""
+    """Use of the experts of one layer, measured on the same samples."""
 
     experts: int
     per_token: float
-    """Experts that run for a token, mean over the experiences so far."""
-    per_token_E: tuple[float, ...]
-    """On each experience."""
+    """Executed experts per token, mean over the experiences so far."""
+    per_token_E: tuple[float, ...] = ()
+    """Executed experts per token, on each experience."""
     unused: int
     """Experts that no token of any experience used."""
-    macs_share: float
-    """What the layer computes, its router included, over the same layer with all experts; mean over experiences."""
+    macs_share: float = math.nan
+    """MACs of the layer, its router included, over those with all experts; mean over experiences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivityRecord:
-    """Hidden neurons and experts by layer; both empty for a network that has none."""
+    """Activity of hidden neurons and experts by layer; empty for a network without them."""
 
     samples_E: tuple[int, ...] = ()
-    """Samples of each experience that were looked at."""
+    """Measured samples of each experience."""
     layers: Mapping[str, LayerActivity] = field(default_factory=dict)
     experts: Mapping[str, ExpertActivity] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
-        """Mean over layers; NaN where there are none."""
+        """Mean sparsity over layers; NaN without layers."""
         return _mean([layer.sparsity for layer in self.layers.values()])
 
     @property
     def experts_per_token(self) -> float:
-        """Mean over layers; NaN where there are none."""
+        """Mean executed experts per token over layers; NaN without layers."""
         return _mean([layer.per_token for layer in self.experts.values()])
 
     @property
@@ -93,23 +94,19 @@ class ActivityRecord:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> ActivityRecord:
-        """The record that ``dataclasses.asdict`` took apart."""
-        return cls(
-            samples_E=tuple(content["samples_E"]),
-            layers={name: LayerActivity(**layer) for name, layer in content["layers"].items()},
-            experts={name: ExpertActivity(**layer) for name, layer in content["experts"].items()},
-        )
+        """Rebuild the record from what ``dataclasses.asdict`` returned."""
+        return read_record(cls, content, prefix="activity.")
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers; NaN where none is."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     found = [value for value in values if not math.isnan(value)]
     return math.fsum(found) / len(found) if found else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """Hidden neurons of a model on one set of data.
+    """Activity of the hidden neurons of a model on one set of data.
 
     Attributes:
         active: By layer, the share of tokens in which each neuron is active: rate_N.
@@ -119,7 +116,7 @@ class Activity:
 
     @property
     def sparsity(self) -> Mapping[str, float]:
-        """By layer, the share of neurons that a token leaves inactive."""
+        """Share of inactive neurons per token, by layer."""
         return {layer: 1 - float(rate_N.mean()) for layer, rate_N in self.active.items()}
 
 
@@ -130,32 +127,32 @@ def activity(
     kind: MaskKind = "top_p",
     value: float = 0.99,
 ) -> Activity:
-    """How often each hidden neuron is active, every layer measured in the unmasked model.
+    """Measure how often each hidden neuron is active, in the unmasked model.
 
     A neuron is active in a token where the rule keeps it and it is not zero. With ReLU, ``value=1`` of top-p counts
-    every neuron that fires at all.
+    every neuron that is not zero.
 
     Args:
         model: Any module with feed-forward networks, or with activations.
         batches: (inputs, mask of the tokens that count, None for all).
         kind: The rule.
-        value: Its p, threshold or share of neurons kept.
+        value: p, the threshold or the share of neurons kept.
 
     Raises:
         ConfigError: No batches, or a mask that does not fit.
-        UnsupportedError: A model with neither, or on the meta device.
+        UnsupportedError: A model without either, or on the meta device.
     """
     require_weights(model)
     if not batches:
         raise ConfigError("sparsity.batches: found none; give at least one")
-    places = [place for place in places_of(model) if place.role == "intermediate"]
-    counts = [_Counting(place, kind=kind, value=value) for place in places]
-    with answering(model), changing([(count.place, count) for count in counts]):
+    points = [point for point in find_hook_points(model) if point.role == "intermediate"]
+    counts = [_Counting(point, kind=kind, value=value) for point in points]
+    with evaluating(model), replacing([(count.point, count) for count in counts]):
         for inputs, mask in batches:
             for count in counts:
                 count.masks = {"all": mask}
-            called(model, inputs)
-    return Activity({count.place.layer: count.active_N for count in counts if count.parts})
+            call_model(model, inputs)
+    return Activity({count.point.layer: count.active_N for count in counts if count.parts})
 
 
 def experience_activity(
@@ -167,15 +164,15 @@ def experience_activity(
     limit: int = 2000,
     batch_size: int = 256,
 ) -> tuple[Activity, ...]:
-    """The activity of a network's backbone on each experience, such as ``benchmark.test``.
+    """Measure the activity of a network's backbone on each experience, such as ``benchmark.test``.
 
     Args:
         network: Such as ``clframe.load(run).network``.
-        experiences: Data of each.
+        experiences: Data of each experience.
         kind: As in :func:`activity`.
-        value: As there.
-        limit: Samples of each experience, the first ones.
-        batch_size: How many at a time.
+        value: As in :func:`activity`.
+        limit: Number of samples of each experience, from the first.
+        batch_size: Samples per batch.
 
     Raises:
         ConfigError: An experience without samples.
@@ -190,12 +187,12 @@ def experience_activity(
 
 
 def overlap(activities: Sequence[Activity], *, active_above: float | None = None) -> Mapping[str, Tensor]:
-    """By layer, the overlap of active neurons between each two experiences: jaccard_EE, 1 on the diagonal.
+    """Compute by layer the overlap of active neurons between experiences: jaccard_EE, 1 on the diagonal.
 
     Args:
-        activities: One for each experience.
-        active_above: A neuron is active in an experience if it is in more than this share of its tokens; None
-            compares the rates themselves.
+        activities: One per experience.
+        active_above: A neuron is active in an experience if it is active in more than this share of the tokens; None
+            compares the rates.
 
     >>> a = Activity({"layer": torch.tensor([1.0, 0.5, 0.0])})
     >>> b = Activity({"layer": torch.tensor([0.5, 0.5, 0.5])})
@@ -217,8 +214,8 @@ def overlap(activities: Sequence[Activity], *, active_above: float | None = None
     }
 
 
-class _Counting(Masking):
-    """Counts what would be zero, and changes nothing: a layer is measured on what the whole model gives it."""
+class _Counting(Masker):
+    """Counts what a mask would zero and returns x unchanged: each layer is measured in the unmasked model."""
 
     def __call__(self, x: Tensor) -> Tensor:
         super().__call__(x)

@@ -1,4 +1,4 @@
-"""Sparsity that activations have or may have: achieved and critical sparsity by role and layer."""
+"""Sweeps of masks over a model: achieved and critical sparsity by role and layer."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.frozen import answering, called
+from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity.functional import MaskKind, baseline_sparsity, critical_point
-from clframe.sparsity.masking import ROLES, Masking, Place, Seen, changing, places_of, require_weights
+from clframe.sparsity.masking import ROLES, HookPoint, Masker, Recorder, find_hook_points, replacing, require_weights
 
 
 @dataclass(frozen=True)
-class Curve:
+class SparsityCurve:
     """A sweep of one rule over one role, or over input and intermediate together (``all inputs``).
 
     Attributes:
         role: Where masks were applied.
         kind: The rule.
         values: p, the share of neurons kept (top-k) or the threshold.
-        scores: Of the masked model.
-        achieved: Mean sparsity over places, of the tokens that count.
-        layers: The same of each place: ``layer`` or, of all inputs, ``layer/role``.
-        parts: The same of each named mask.
-        gaussian: Sparsity of Gaussian vectors under the same rule, mean over places.
-        gaussian_layers: The same of each place.
+        scores: Score of the masked model.
+        achieved: Mean sparsity over hook points, of the unmasked tokens.
+        layers: The same at each hook point: ``layer`` or, of all inputs, ``layer/role``.
+        parts: The same under each named token mask.
+        gaussian: Sparsity of Gaussian vectors under the same rule, mean over hook points.
+        gaussian_layers: The same at each hook point.
         critical: The highest sparsity that keeps the share of the dense score.
-        critical_value: The rule's value there.
-        critical_gaussian: The Gaussian's at the same value.
-        critical_layers: Each place's at the same value.
-        critical_gaussian_layers: The Gaussian's of each place at the same value.
-        critical_parts: Each part's at the same value.
+        critical_value: The rule's value at the critical sparsity.
+        critical_gaussian: Sparsity of Gaussian vectors at that value.
+        critical_layers: Sparsity at each hook point at that value.
+        critical_gaussian_layers: Sparsity of Gaussian vectors at each hook point at that value.
+        critical_parts: Sparsity under each token mask at that value.
     """
 
     role: str
@@ -56,27 +56,27 @@ class Curve:
 
     @property
     def excess(self) -> float:
-        """Critical sparsity beyond the Gaussian's."""
+        """Critical sparsity minus the Gaussian's."""
         return self.critical - self.critical_gaussian
 
 
 @dataclass(frozen=True)
-class Report:
-    """What :func:`~clframe.sparsity.analysis.analyze` found.
+class SparsityReport:
+    """Results of :func:`analyze`.
 
     Attributes:
-        dense: Score of the model as it is.
-        curves: One for each role and rule.
-        ranks: Effective rank of each place by role and layer.
+        dense: Score of the unmasked model.
+        curves: One per role and rule.
+        ranks: Effective rank at each hook point by role and layer.
     """
 
     dense: float
-    curves: tuple[Curve, ...]
+    curves: tuple[SparsityCurve, ...]
     ranks: Mapping[str, Mapping[str, float]]
 
 
 Batches = Iterable[tuple[Inputs, Any, Tensor | Mapping[str, Tensor] | None]]
-"""(inputs, targets, mask): the mask says which tokens count; several by name, such as prompt and generated, apart."""
+"""(inputs, targets, mask): the mask selects tokens; several masks by name, such as prompt and generated."""
 
 SWEEP: tuple[float, ...] = tuple(1 - at / 25 for at in range(26))
 """26 shares from 1.00 to 0."""
@@ -88,11 +88,11 @@ class Score(Protocol):
     """One number for each sample or token, higher is better, whose mean is the model's score."""
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
-        """Of one batch."""
+        """Score one batch."""
 
 
 def accuracy(output: Any, targets: Tensor) -> Tensor:
-    """1 where the largest logit of the last axis is the target's, else 0, for outputs that are or have logits."""
+    """Return 1 where the largest logit of the last axis is the target's, else 0; outputs are or have logits."""
     logits = getattr(output, "last", getattr(output, "logits", output))
     right: Tensor = logits.argmax(-1) == targets
     return right.float()
@@ -109,81 +109,81 @@ def analyze(
     share: float = 0.99,
     rank_tokens: int = 1024,
     inside: nn.Module | None = None,
-    answer: Callable[[nn.Module, Inputs], Any] = called,
+    predict: Callable[[nn.Module, Inputs], Any] = call_model,
     on_pass: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> SparsityReport:
     """Measure where a model's activations are sparse and how much sparser they may become.
 
-    Costs a pass over the batches for every value of every rule and role.
+    Makes one pass over the batches for every value of every rule and role.
 
     Args:
         model: Any module with feed-forward networks, or with activations.
-        batches: What it is scored on; a sequence is gone through many times, so its items may be made when asked for.
+        batches: Data to score on; a sequence is iterated many times and may create its items lazily.
         score: See :class:`Score`.
         kinds: Rules; see :func:`~clframe.sparsity.functional.keep`.
         sweep: Values of a rule; 26 by default: shares from 1 to 0 (p of top-p, neurons kept of top-k), from 0 to 1
             (max-p), or quantiles of the magnitudes found (threshold).
-        roles: Which of the five.
-        share: Of the dense score that critical sparsity keeps.
-        rank_tokens: Tokens of each place that its effective rank is computed on.
-        inside: The part of the model in which places are looked for and by which they are named; None takes it all.
-        answer: From the model and the inputs of a batch to the output that is scored.
-        on_pass: Called with the passes done and all there are, after each pass over the batches.
+        roles: Some of the five roles.
+        share: Share of the dense score to keep at the critical sparsity.
+        rank_tokens: Tokens of each hook point for its effective rank.
+        inside: Submodule to search for hook points; names are relative to it. None searches the model.
+        predict: Maps the model and the inputs of a batch to the output that is scored.
+        on_pass: Called with the finished and the total number of passes, after each pass over the batches.
 
     Raises:
-        UnsupportedError: A model with neither, or on the meta device.
+        UnsupportedError: A model without either, or on the meta device.
         ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
     """
     require_weights(model)
-    places = places_of(model if inside is None else inside)
-    asked = _Asked(model, batches if isinstance(batches, Sequence) else list(batches), score, answer, on_pass)
-    if not asked.batches:
+    points = find_hook_points(model if inside is None else inside)
+    scorer = _Scorer(model, batches if isinstance(batches, Sequence) else list(batches), score, predict, on_pass)
+    if not scorer.batches:
         raise ConfigError("sparsity.batches: found none; give at least one")
-    seen = [Seen(place, limit=rank_tokens) for place in places]
-    dense = asked.score_with([(one.place, one) for one in seen])
-    by_role = {role: [one for one in seen if _belongs(one.place, role) and one.tokens] for role in roles}
+    seen = [Recorder(point, limit=rank_tokens) for point in points]
+    dense = scorer.score_with([(one.point, one) for one in seen])
+    by_role = {role: [one for one in seen if _belongs(one.point, role) and one.tokens] for role in roles}
     chosen = [
         (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))
         for role, there in by_role.items()
         for kind in kinds
         if there
     ]
-    asked.expect(sum(len(values) for *_, values in chosen))
+    scorer.expect(sum(len(values) for *_, values in chosen))
     curves = [
-        _sweep(asked, there, role=role, kind=kind, values=values, dense=dense, share=share)
+        _sweep(scorer, there, role=role, kind=kind, values=values, dense=dense, share=share)
         for role, kind, there, values in chosen
     ]
-    ranks = {role: {one.place.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
-    return Report(dense, tuple(curves), {role: found for role, found in ranks.items() if found})
+    ranks = {role: {one.point.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
+    return SparsityReport(dense, tuple(curves), {role: found for role, found in ranks.items() if found})
 
 
-class _Asked:
-    """Passes of one model over the same batches, counted."""
+class _Scorer:
+    """Passes of one model over the same batches, with a count of passes."""
 
     def __init__(
         self,
         model: nn.Module,
         batches: Sequence[tuple[Inputs, Any, Any]],
         score: Score,
-        answer: Callable[[nn.Module, Inputs], Any],
+        predict: Callable[[nn.Module, Inputs], Any],
         on_pass: Callable[[int, int], None] | None,
     ) -> None:
-        self.model, self.batches, self.score, self.answer, self.on_pass = model, batches, score, answer, on_pass
+        self.model, self.batches, self.score, self.predict, self.on_pass = model, batches, score, predict, on_pass
         self.done, self.all = 0, 1
 
     def expect(self, passes: int) -> None:
-        """So many more passes will come."""
+        """Increase the total number of passes."""
         self.all += passes
 
-    def score_with(self, changes: Sequence[tuple[Place, Any]]) -> float:
-        """The score over all batches while ``changes`` act."""
+    def score_with(self, changes: Sequence[tuple[HookPoint, Any]]) -> float:
+        """Compute the score over all batches while ``changes`` are active."""
         found: list[Tensor] = []
-        with answering(self.model), changing(changes):
+        with evaluating(self.model), replacing(changes):
             for inputs, targets, mask in self.batches:
                 masks = mask if isinstance(mask, Mapping) else {"all": mask}
                 for _, change in changes:
                     change.masks = masks
-                found.append(self.score(self.answer(self.model, inputs), targets).flatten().double())
+                found.append(self.score(self.predict(self.model, inputs), targets).flatten().double())
         values = torch.cat(found)
         if not len(values):
             raise ConfigError("sparsity.batches: found no samples; give at least one")
@@ -202,21 +202,21 @@ class _Points:
 
 
 def _sweep(
-    asked: _Asked,
-    there: Sequence[Seen],
+    scorer: _Scorer,
+    there: Sequence[Recorder],
     *,
     role: str,
     kind: MaskKind,
     values: tuple[float, ...],
     dense: float,
     share: float,
-) -> Curve:
+) -> SparsityCurve:
     points = _Points()
     for value in values:
-        masks = [Masking(one.place, kind=kind, value=value) for one in there]
-        points.scores.append(asked.score_with([(mask.place, mask) for mask in masks]))
+        masks = [Masker(one.point, kind=kind, value=value) for one in there]
+        points.scores.append(scorer.score_with([(mask.point, mask) for mask in masks]))
         for mask, one in zip(masks, there, strict=True):
-            label = _label(mask.place, role)
+            label = _label(mask.point, role)
             points.layers.setdefault(label, []).append(mask.sparsity())
             points.gaussian.setdefault(label, []).append(_baseline(one, kind=kind, value=value))
         for part in masks[0].parts:
@@ -228,7 +228,7 @@ def _sweep(
     def there_of(curves: Mapping[str, Sequence[float]]) -> Mapping[str, float]:
         return {name: _between(curve, i, j, way) for name, curve in curves.items()}
 
-    return Curve(
+    return SparsityCurve(
         role=role, kind=kind, values=values, scores=tuple(points.scores), achieved=tuple(achieved),
         layers=_tuples(points.layers), parts=_tuples(points.parts),
         gaussian=tuple(gaussian), gaussian_layers=_tuples(points.gaussian),
@@ -238,24 +238,24 @@ def _sweep(
     )  # fmt: skip
 
 
-def _default_values(kind: MaskKind, there: Sequence[Seen]) -> Sequence[float]:
+def _default_values(kind: MaskKind, there: Sequence[Recorder]) -> Sequence[float]:
     if kind == "threshold":
         sizes = torch.cat([one.rows.abs().flatten() for one in there]).sort().values
         return [float(sizes[round((1 - at) * (len(sizes) - 1))]) for at in SWEEP]
     return [1 - at for at in SWEEP] if kind == "max_p" else SWEEP
 
 
-def _baseline(one: Seen, *, kind: MaskKind, value: float) -> float:
+def _baseline(one: Recorder, *, kind: MaskKind, value: float) -> float:
     value = round(value * one.neurons) if kind == "top_k" else value
     return baseline_sparsity(value, kind=kind, neurons=one.neurons, scale=one.scale)
 
 
-def _belongs(place: Place, role: str) -> bool:
-    return place.role in ("input", "intermediate") if role == ALL else place.role == role
+def _belongs(point: HookPoint, role: str) -> bool:
+    return point.role in ("input", "intermediate") if role == ALL else point.role == role
 
 
-def _label(place: Place, role: str) -> str:
-    return f"{place.layer}/{place.role}" if role == ALL else place.layer
+def _label(point: HookPoint, role: str) -> str:
+    return f"{point.layer}/{point.role}" if role == ALL else point.layer
 
 
 def _between(values: Sequence[float], i: int, j: int, way: float) -> float:

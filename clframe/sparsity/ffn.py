@@ -1,4 +1,4 @@
-"""Feed-forward networks inside a model: their layers, and which layer has which role."""
+"""Feed-forward networks inside a model: their layers and the role of each layer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clframe.nn.frozen import evaluating
+
 Function = Callable[[Tensor], Tensor]
 
 KNOWN: tuple[Function, ...] = (
@@ -24,13 +26,13 @@ KNOWN: tuple[Function, ...] = (
     torch.tanh,
     lambda x: F.relu(x).square(),
 )
-"""Functions tried where a model calls its activation without keeping it."""
+"""Functions to try where a model calls its activation as a function instead of as a module."""
 
 
 def is_activation(part: object) -> bool:
-    """Whether ``part`` maps every number by itself and not in a straight line.
+    """Return whether ``part`` is an elementwise nonlinear function.
 
-    Dropout, identity and scaling are none; neither are softmax and normalization, which look at their neighbors.
+    Dropout, identity and scaling are linear; softmax and normalization are not elementwise.
 
     >>> is_activation(nn.GELU()), is_activation(F.relu), is_activation(nn.Dropout()), is_activation(nn.Softmax(-1))
     (True, True, False, False)
@@ -44,10 +46,10 @@ def is_activation(part: object) -> bool:
     return same and bool(torch.isfinite(points).all()) and float(slopes.max() - slopes.min()) > 1e-3
 
 
-def rectifies(part: object) -> bool:
-    """Whether ``part`` is an activation that lets large values through: ReLU and GELU, neither sigmoid nor tanh.
+def is_rectifier(part: object) -> bool:
+    """Return whether ``part`` is an activation that passes large values: ReLU and GELU, not sigmoid or tanh.
 
-    >>> rectifies(nn.SiLU()), rectifies(nn.ReLU6()), rectifies(nn.Sigmoid())
+    >>> is_rectifier(nn.SiLU()), is_rectifier(nn.ReLU6()), is_rectifier(nn.Sigmoid())
     (True, True, False)
     """
     if not is_activation(part):
@@ -57,21 +59,15 @@ def rectifies(part: object) -> bool:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or warnings; every part gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+def quiet_evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and warnings; every module returns to its own mode at the end."""
+    with evaluating(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _values(part: object, points: tuple[float, ...]) -> Tensor | None:
-    """What ``part`` makes of a few numbers, in float32 on the CPU; None where it fails or changes their shape."""
+    """Apply ``part`` to a few numbers, in float32 on the CPU; None where it fails or changes the shape."""
     if not callable(part):
         return None
     own = next(iter(part.parameters()), None) if isinstance(part, nn.Module) else None
@@ -79,9 +75,9 @@ def _values(part: object, points: tuple[float, ...]) -> Tensor | None:
     if x.is_meta:
         return None
     try:
-        with evaluating(part) if isinstance(part, nn.Module) else torch.no_grad():
+        with quiet_evaluation(part) if isinstance(part, nn.Module) else torch.no_grad():
             y = part(x)
-    except Exception:  # a module of any library, given what it may not expect: then it is no activation
+    except Exception:  # a module of any library may reject a plain tensor: then it is not an activation
         return None
     return y.float().cpu() if isinstance(y, Tensor) and y.shape == x.shape else None
 
@@ -92,12 +88,12 @@ class FFN:
 
     Attributes:
         name: Of the owner inside the model, numbered (``#2``) where an owner has several; empty for the model itself.
-        owner: The smallest module that holds all its parts.
+        owner: The smallest module that contains all its parts.
         up: Linear layer (or transformers' Conv1D) from ``d_model`` to ``d_ff``; where ``fused``, to ``2 d_ff``.
         down: Linear layer from ``d_ff`` to ``d_model``.
         activation: Module or function.
-        up_name: Name of ``up`` inside the model; likewise ``down_name`` and ``gate_name``.
-        activation_name: Name of the activation inside the model; None where ``forward`` calls a function by itself.
+        up_name: Name of ``up`` inside the model; also ``down_name`` and ``gate_name``.
+        activation_name: Name of the activation inside the model; None where ``forward`` calls a function.
         d_model: Width of input and output.
         d_ff: Number of hidden neurons.
         gate: Linear layer whose output passes the activation, in a gated FFN of three layers; else None.
@@ -120,12 +116,12 @@ class FFN:
 
     @property
     def gated(self) -> bool:
-        """Whether the activation of one projection is multiplied by another."""
+        """Whether the activation of one projection is multiplied by another projection."""
         return self.gate is not None or self.fused is not None
 
 
 def shape_of(part: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer, or of transformers' Conv1D, whose weight is transposed; None of others."""
+    """Return (inputs, outputs) of a linear layer or transformers' Conv1D, whose weight is transposed; else None."""
     if isinstance(part, nn.Linear):
         return part.in_features, part.out_features
     weight = getattr(part, "weight", None)
@@ -135,27 +131,27 @@ def shape_of(part: nn.Module) -> tuple[int, int] | None:
 
 
 def weight_of(part: nn.Module) -> Tensor:
-    """weight_OI of a linear layer or of transformers' Conv1D: outputs first, a view."""
+    """Return weight_OI of a linear layer or transformers' Conv1D: outputs first, a view."""
     weight = part.weight
     assert isinstance(weight, Tensor)
     return weight if isinstance(part, nn.Linear) else weight.T
 
 
 _TOKENS = 16
-"""Enough that no layer's outputs are all positive, where ReLU would look like nothing at all."""
+"""Tokens of a trial run: enough that some output of every layer is negative, or ReLU would look like the identity."""
 
 Named = tuple[str, nn.Module]
 Activation = tuple[str | None, Function]
 
 
-def roles(
+def assign_roles(
     name: str, owner: nn.Module, ups: Sequence[Named], down: Named, activations: Sequence[tuple[str, Function]]
 ) -> FFN | None:
-    """The FFN that these layers make, or None where what reaches ``down`` is not the activation of what left ``ups``.
+    """Return the FFN of these layers, or None where ``down`` does not receive the activation of the output of ``ups``.
 
-    An owner that cannot be run on tokens alone (it wants a mask, or is on the meta device) is believed if it has
-    an activation and layers registered in their order; of two layers up, the gate is then the one whose name says
-    so, else the first.
+    An owner that cannot run on tokens alone (it requires a mask, or is on the meta device) is accepted if it has an
+    activation and its layers are registered in order; of two layers up, the gate is then the one with "gate" in its
+    name, else the first.
     """
     d_model, d_ff = _sizes(ups, down)
     near = sorted(activations, key=lambda act: _parent(act[0]) != _parent(ups[0][0]))
@@ -187,20 +183,20 @@ def roles(
 def _match(
     owner: nn.Module, outputs: Sequence[Tensor], hidden: Tensor, activations: Sequence[tuple[str, Function]]
 ) -> tuple[Activation, int] | None:
-    """The activation and the place of its input among ``outputs`` that together make ``hidden``."""
+    """Find the activation, and the index of its input among ``outputs``, that reproduce ``hidden``."""
     candidates: Iterator[Activation] = chain(activations, ((None, function) for function in KNOWN))
     for candidate in candidates:
-        with evaluating(owner):
+        with quiet_evaluation(owner):
             for at, output in enumerate(outputs):
-                made = candidate[1](output.clone())
-                made = made * outputs[1 - at] if len(outputs) == 2 else made
-                if made.shape == hidden.shape and torch.allclose(made, hidden, rtol=1e-2, atol=1e-6):
+                found = candidate[1](output.clone())
+                found = found * outputs[1 - at] if len(outputs) == 2 else found
+                if found.shape == hidden.shape and torch.allclose(found, hidden, rtol=1e-2, atol=1e-6):
                     return candidate, at
     return None
 
 
 def _trial(owner: nn.Module, layers: Sequence[nn.Module], width: int) -> Mapping[int, tuple[Tensor, Tensor]] | None:
-    """What goes into and comes out of each layer when the owner sees a few tokens; None where it does not run."""
+    """Record input and output of each layer on a few tokens; None where the owner does not run on them."""
     weight = weight_of(layers[0])
     if weight.is_meta:
         return None
@@ -210,12 +206,12 @@ def _trial(owner: nn.Module, layers: Sequence[nn.Module], width: int) -> Mapping
         seen[id(layer)] = (inputs[0].clone(), output.clone())  # an activation may write in place
 
     hooks = [layer.register_forward_hook(see) for layer in layers]
-    # Fixed numbers: finding out must not move anybody's random generator.
+    # Fixed numbers, because this must not advance a random generator.
     x = torch.arange(_TOKENS * width, dtype=torch.float32).mul(1.7).sin().mul(2).reshape(1, _TOKENS, width).to(weight)
     try:
-        with evaluating(owner):
+        with quiet_evaluation(owner):
             owner(x)
-    except Exception:  # the owner wants something else than tokens
+    except Exception:  # the owner needs other inputs than tokens
         return None
     finally:
         for hook in hooks:

@@ -13,16 +13,30 @@ from torch import Tensor
 from clframe.errors import ConfigError
 
 MaskKind = Literal["top_p", "top_k", "max_p", "threshold"]
-"""How entries to keep are chosen, token by token: see :func:`keep`."""
+"""Rule that selects the entries to keep, token by token: see :func:`keep`."""
+
+Schedule = Literal["constant", "linear", "warmup"]
+"""Change of a penalty's weight during training: see :func:`schedule_factor`."""
 
 _EPSILON = 1e-15
 
 
-def hoyer(x_TN: Tensor) -> Tensor:
-    """Squared Hoyer measure, averaged over tokens: ``mean_t ||x_t||_1^2 / (||x_t||_2^2 + 1e-15)``.
+def schedule_factor(schedule: Schedule, fraction: float) -> float:
+    """Factor of a penalty's weight after a fraction of the training, counted in epochs or in steps.
 
-    1 where one neuron is active, N where all are equally, 0 with gradient 0 where none is. In float32 at least,
-    since squares of half-precision numbers overflow. No tokens give 0.
+    ``constant``: 1; ``linear``: the fraction; ``warmup``: twice the fraction, at most 1.
+
+    >>> [schedule_factor("warmup", done / 4) for done in (1, 2, 4)]
+    [0.5, 1.0, 1.0]
+    """
+    return {"constant": 1.0, "linear": fraction, "warmup": min(1.0, 2 * fraction)}[schedule]
+
+
+def hoyer(x_TN: Tensor) -> Tensor:
+    """Compute the squared Hoyer measure, averaged over tokens: ``mean_t ||x_t||_1^2 / (||x_t||_2^2 + 1e-15)``.
+
+    1 where one neuron is active, N where all are equally active, 0 with gradient 0 where none is. At least in float32,
+    because squares of half-precision numbers overflow. 0 without tokens.
 
     Returns:
         A scalar.
@@ -35,24 +49,24 @@ def hoyer(x_TN: Tensor) -> Tensor:
 
 
 def l1(x_TN: Tensor) -> Tensor:
-    """Mean over tokens of ``||x_t||_1``: a scalar; 0 where there are no tokens."""
+    """Compute the mean over tokens of ``||x_t||_1``: a scalar; 0 without tokens."""
     return _mean(_full(x_TN).abs().sum(-1))
 
 
-def displaced(pre_TN: Tensor, *, by: float = -10.0) -> Tensor:
-    """Pre-activations as a distance above ``by``: ``max(pre, d) - d``, for models that keep GELU (D2DMoE).
+def displacement(pre_TN: Tensor, *, by: float = -10.0) -> Tensor:
+    """Return the distance of pre-activations above ``by``: ``max(pre, d) - d``, for models with GELU (D2DMoE).
 
-    Where GELU has long been flat, only the size of its input says how far a neuron is from firing; a penalty on
-    this value pushes it there, and lets it go once it is below ``d``.
+    Where GELU is flat, only its input measures how far a neuron is from being active; a penalty on this value pushes
+    the input below ``d``, where its gradient is 0.
 
-    >>> displaced(torch.tensor([-12.0, -10.0, 0.0, 2.5]))
+    >>> displacement(torch.tensor([-12.0, -10.0, 0.0, 2.5]))
     tensor([ 0.0000,  0.0000, 10.0000, 12.5000])
     """
     return pre_TN.clamp(min=by) - by
 
 
 def keep(x_TN: Tensor, value: float, *, kind: MaskKind, power: float = 1.0) -> Tensor:
-    """Which entries of each token to keep.
+    """Select the entries of each token to keep.
 
     ``top_p``: the smallest set of largest ``|x|^power`` whose sum is at least ``value`` of the whole; entries as large
     as the smallest one kept are kept too; cumulative sums in float64. ``top_k``: the ``value`` largest, exactly.
@@ -95,14 +109,14 @@ def keep(x_TN: Tensor, value: float, *, kind: MaskKind, power: float = 1.0) -> T
 
 
 def _descending(size_TN: Tensor) -> Tensor:
-    """Each token's entries, largest first; on the CPU by numpy, which sorts no places along and takes a tenth."""
+    """Sort each token's entries, largest first; on the CPU with numpy, which sorts no indices and takes a tenth."""
     if size_TN.device.type != "cpu":
         return size_TN.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(_full(size_TN.detach()).numpy(), axis=-1)).flip(-1)
 
 
 def require_value(value: float, *, kind: MaskKind) -> None:
-    """Raise :class:`ConfigError` where ``value`` cannot be what ``kind`` needs."""
+    """Raise :class:`ConfigError` for a value out of the range of ``kind``."""
     if kind in ("top_p", "max_p") and not 0 <= value <= 1:
         raise ConfigError(f"sparsity.{kind}: found {value}; give a share between 0 and 1")
     if kind == "top_k" and (value != int(value) or value < 0):
@@ -112,19 +126,19 @@ def require_value(value: float, *, kind: MaskKind) -> None:
 
 
 def sparsity(x_TN: Tensor) -> Tensor:
-    """Share of zeros of each token: sparsity_T, in float32; 0 where a token has no entries."""
+    """Compute the share of zeros of each token: sparsity_T, in float32; 0 without entries."""
     return (x_TN == 0).sum(-1).float() / max(x_TN.shape[-1], 1)
 
 
 def critical_point(
     sparsities: Sequence[float], scores: Sequence[float], *, dense: float, share: float = 0.99
 ) -> tuple[int, int, float]:
-    """Where a sweep falls below ``share`` of the dense score: between points i and j, the given way from i to j.
+    """Find where a sweep falls below ``share`` of the dense score: points i and j and the fraction of the way between.
 
-    Points are joined by straight lines in order of sparsity; the curve's last point at or above ``share * dense`` is i.
+    Interpolation is linear in order of sparsity; i is the curve's last point at or above ``share * dense``.
 
     Raises:
-        ConfigError: No points, or a dense score that is not above 0, of which no share can be kept.
+        ConfigError: No points, or a dense score that is not above 0.
     """
     if not dense > 0:
         raise ConfigError(f"sparsity.score: found {dense} for the dense model; give one above 0 where higher is better")
@@ -141,9 +155,9 @@ def critical_point(
 def critical_sparsity(
     sparsities: Sequence[float], scores: Sequence[float], *, dense: float, share: float = 0.99
 ) -> float:
-    """The highest achieved sparsity that keeps ``share`` of the dense score, between the points of a sweep.
+    """Compute the highest sparsity that keeps ``share`` of the dense score, interpolated between points of a sweep.
 
-    See :func:`critical_point`. Where no point keeps it, the least sparse one's.
+    See :func:`critical_point`. If no point keeps the share, the sparsity of the least sparse one.
 
     Args:
         sparsities: Achieved mean sparsity of each point, in any order.
@@ -162,10 +176,10 @@ def critical_sparsity(
 
 
 def effective_rank(x_TN: Tensor) -> float:
-    """``exp(-sum p_i log p_i)`` of the singular values normalized to sum 1.
+    """Compute ``exp(-sum p_i log p_i)`` of the singular values normalized to sum 1.
 
-    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(T, N); 0 where everything is zero or there is
-    nothing. In float64, without gradient.
+    Roy and Vetterli, "The effective rank" (2007). Between 1 and min(T, N); 0 for zeros or an empty
+    input. In float64, without gradient.
 
     >>> round(effective_rank(torch.eye(5)), 6)
     5.0
@@ -179,10 +193,10 @@ def effective_rank(x_TN: Tensor) -> float:
 
 
 def jaccard(active_N: Tensor, other_N: Tensor) -> float:
-    """Overlap of active neurons: ``sum min(a, b) / sum max(a, b)``.
+    """Compute the overlap of active neurons: ``sum min(a, b) / sum max(a, b)``.
 
-    Of boolean masks this is ``|A and B| / |A or B|``; of rates of activity, its generalization (Ruzicka). 1 where
-    neither has any.
+    For boolean masks this is ``|A and B| / |A or B|``; for rates of activity, its generalization (Ruzicka). 1 where
+    neither has active neurons.
 
     >>> jaccard(torch.tensor([True, True, False]), torch.tensor([False, True, True]))
     0.3333333333333333
@@ -212,10 +226,10 @@ def baseline_sparsity(
     power: float = 1.0,
     scale: float = 1.0,
 ) -> float:
-    """Zeros that a dense vector of independent numbers gets from the same rule: what no finding is.
+    """Compute the sparsity that the same rule gives a dense vector of independent numbers, as a baseline.
 
     With ``|v|^b / b`` of the law Gamma(1/b), b = 2 for a Gaussian and ``|v|`` of Gamma(1) for a Laplace: top-p zeroes
-    the share below the t above which ``value`` of the mass ``E |v|^power`` lies (for a Gaussian and power 1,
+    the share below the t above which ``value`` of the mass ``E |v|^power`` is (for a Gaussian and power 1,
     ``erf(sqrt(-log p))``); max-p the expected share below p times the largest of ``neurons``; a threshold the share
     below it; top-k all but k. Many neurons are assumed for top-p.
 
@@ -249,11 +263,11 @@ def baseline_sparsity(
 
 @lru_cache(maxsize=1024)
 def _max_p(p: float, *, shape: float, neurons: int) -> float:
-    """Expected share below p times the largest of n: quadrature over that largest, by midpoints of its quantiles."""
+    """Compute the expected share below p times the largest of n, by quadrature over the quantiles of the largest."""
     if neurons < 2:
         return 0.0
     u = (torch.arange(_FINE, dtype=torch.float64) + 0.5) / _FINE
-    # |v| as a function of its own distribution: only ratios matter, so any scale will do.
+    # |v| tabulated against its distribution function: only ratios matter, so the scale is free.
     grid = torch.linspace(0, 12 if shape == 0.5 else 80, _FINE, dtype=torch.float64)
     below = torch.special.gammainc(_f64(shape), grid.square() / 2 if shape == 0.5 else grid)
     quantile = u.pow(1 / neurons)
@@ -264,7 +278,7 @@ def _max_p(p: float, *, shape: float, neurons: int) -> float:
 
 
 def _inverse_upper_gamma(share: float, *, shape: float) -> float:
-    """The x above which ``share`` of Gamma(shape) lies, by bisection."""
+    """Find by bisection the x with probability ``share`` above it under Gamma(shape)."""
     low, high = 0.0, 1e4
     for _ in range(100):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Tables and figures of activation sparsity."""
+"""Tables, figures and JSON of a sparsity study, and the image of neuron activity for TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clframe.metrics.statistics import NAN
-from clframe.plotting.images import triangles_image
+from clframe.plotting.images import draw_heat_map, triangles_image
 from clframe.plotting.style import (
     GRID,
     HEIGHT,
-    INK,
     MUTED,
-    PAPER,
     SERIES,
     Picture,
+    integer_ticks,
     label,
     legend,
-    look,
     percent,
-    whole_ticks,
+    series_style,
 )
 from clframe.sparsity.activity import ActivityRecord
-from clframe.sparsity.analysis import ALL, Curve
+from clframe.sparsity.analysis import ALL, SparsityCurve
 from clframe.sparsity.study import ACTIVE, Experiences, SparsityStudy
 from clframe.tables import Cell, Quantity, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from clframe.plotting.images import PixelArray
+    from clframe.plotting.style import PixelArray
 
 
 SCHEMA_VERSION = 1
-"""Of ``sparsity.json``; raised when a field is removed or changes its meaning."""
+"""Version of ``sparsity.json``; raised when a field is removed or changes its meaning."""
 
 
 def to_json(study: SparsityStudy, *, command: Sequence[str], versions: Mapping[str, str]) -> str:
-    """``sparsity.json``, which ``docs/analysis.md`` describes."""
+    """Return the content of ``sparsity.json``; see ``docs/analysis.md``."""
     report, found = study.report, study.experiences
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "command": list(command),
         "versions": dict(versions),
-        **{name: getattr(study, name) for name in ("target", "kind", "part", "samples", "tokens", "score", "share")},
+        **{
+            name: getattr(study, name)
+            for name in ("target", "kind", "origin", "part", "samples", "tokens", "score", "share")
+        },
         "dense": report.dense,
         "curves": [{**asdict(curve), "excess": curve.excess} for curve in report.curves],
         "effective_rank": report.ranks,
@@ -61,7 +62,7 @@ def to_json(study: SparsityStudy, *, command: Sequence[str], versions: Mapping[s
 
 
 def tables(study: SparsityStudy) -> tuple[Table, ...]:
-    """The critical sparsity by role, then by layer; by part and by experience where there are any; and all points."""
+    """Make all tables: critical sparsity by role and by layer; by kind of tokens and by experience; every sweep."""
     found = [critical_table(study), layers_table(study)]
     if any(len(curve.parts) > 1 for curve in study.report.curves):
         found.append(parts_table(study))
@@ -70,8 +71,8 @@ def tables(study: SparsityStudy) -> tuple[Table, ...]:
     return (*found, points_table(study))
 
 
-def said(study: SparsityStudy) -> str:
-    """What was measured on what, in a sentence."""
+def describe_study(study: SparsityStudy) -> str:
+    """Describe the target, its score and the data in one line."""
     tokens = "" if study.tokens is None else f", {study.tokens:,} tokens"
     of = "agreement with the dense model" if study.score == "agreement" else "accuracy"
     if study.kind == "causal" and study.score == "accuracy":
@@ -83,21 +84,24 @@ def said(study: SparsityStudy) -> str:
 
 
 def critical_table(study: SparsityStudy) -> Table:
-    """By rule and role: the highest sparsity that keeps the score, beside a Gaussian vector's."""
+    """Make a row per rule and role: critical sparsity, and that of a Gaussian vector."""
     rows = [
-        (curve.kind, role_name(curve), f"{curve.critical_value:.4g}", *_beside(curve.critical, curve.critical_gaussian))
+        (
+            curve.kind, role_name(curve), f"{curve.critical_value:.4g}",
+            *_with_gaussian(curve.critical, curve.critical_gaussian),
+        )
         for curve in study.report.curves
-    ]
+    ]  # fmt: skip
     note = (
-        f"The highest achieved mean sparsity that keeps {100 * study.share:g} % of the dense score, what a dense "
-        f"Gaussian vector gives by the same rule, and the excess over it. {said(study)}."
+        f"The highest mean sparsity that keeps {100 * study.share:g} % of the dense score, the sparsity of a dense "
+        f"Gaussian vector under the same rule, and the excess over it. {describe_study(study)}."
     )
     columns = ("rule", "role", "at", "critical, %", "Gaussian, %", "excess, points")
     return Table(name="critical", title="Critical sparsity by role", note=note, columns=columns, rows=tuple(rows))
 
 
 def layers_table(study: SparsityStudy) -> Table:
-    """The same by layer, with its effective rank."""
+    """Make a row per rule, role and layer: sparsity at the critical point, and the effective rank."""
     rows: list[tuple[Cell, ...]] = []
     for curve in study.report.curves:
         for site, share in curve.critical_layers.items():
@@ -105,19 +109,19 @@ def layers_table(study: SparsityStudy) -> Table:
             rank = study.report.ranks.get(role, {}).get(layer, NAN)
             rows.append((
                 curve.kind, role_name(curve), site or "(model)",
-                *_beside(share, curve.critical_gaussian_layers[site]),
-                Quantity(rank, kind="decimal", undefined="of each role alone"),
+                *_with_gaussian(share, curve.critical_gaussian_layers[site]),
+                Quantity(rank, kind="decimal", undefined="measured for each role alone"),
             ))  # fmt: skip
-    note = "Where all layers together reach the critical sparsity; the effective rank is of the dense activations."
+    note = "At the value where all layers together reach the critical sparsity; effective rank of dense activations."
     columns = ("rule", "role", "layer", "sparsity, %", "Gaussian, %", "excess, points", "effective rank")
     return Table(name="layers", title="Sparsity by layer at the critical point", note=note, columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
 
 def parts_table(study: SparsityStudy) -> Table:
-    """Prompt and generated tokens apart."""
+    """Make a row per rule, role and kind of tokens: prompt and generated."""
     rows = [
-        (curve.kind, role_name(curve), part, *_beside(share, curve.critical_gaussian))
+        (curve.kind, role_name(curve), part, *_with_gaussian(share, curve.critical_gaussian))
         for curve in study.report.curves
         for part, share in curve.critical_parts.items()
     ]
@@ -127,7 +131,7 @@ def parts_table(study: SparsityStudy) -> Table:
 
 
 def experiences_table(study: SparsityStudy) -> Table:
-    """Sparsity, overlap and forgetting of each experience, means over layers."""
+    """Make a row per experience: sparsity, overlap and forgetting, means over layers."""
     found = study.experiences
     assert found is not None
     rows = []
@@ -136,15 +140,15 @@ def experiences_table(study: SparsityStudy) -> Table:
     ):
         later = overlaps[e + 1 :]
         rows.append((
-            f"{e}", *_beside(sparse, found.gaussian),
+            f"{e}", *_with_gaussian(sparse, found.gaussian),
             Quantity((sum(overlaps) - overlaps[e]) / (len(found) - 1)),
-            Quantity(sum(later) / len(later) if later else NAN, undefined="it is the last"),
+            Quantity(sum(later) / len(later) if later else NAN, undefined="the last experience"),
             Quantity(NAN if lost is None else lost, kind="points",
-                     undefined="it is the last" if e == len(found) - 1 else "the run is not finished"),
+                     undefined="the last experience" if e == len(found) - 1 else "the run is not finished"),
         ))  # fmt: skip
     note = (
-        f"Neurons of the final model on test data of each experience, means over layers; active where top-p {ACTIVE} "
-        f"keeps them. Overlap: Jaccard of the rates at which neurons are active."
+        f"Neurons of the final model on test data of each experience, means over layers; active if kept by top-p "
+        f"{ACTIVE}. Overlap: Jaccard index of the rates of activity."
     )
     columns = ("experience", "sparsity, %", "Gaussian, %", "excess, points", "overlap with the others, %",
                "with later ones, %", "forgetting, points")  # fmt: skip
@@ -152,47 +156,47 @@ def experiences_table(study: SparsityStudy) -> Table:
 
 
 def points_table(study: SparsityStudy) -> Table:
-    """Every point of every sweep."""
+    """Make a row per point of every sweep."""
     rows = [
-        (curve.kind, role_name(curve), f"{value:.6g}", Quantity(score), *_beside(share, gauss))
+        (curve.kind, role_name(curve), f"{value:.6g}", Quantity(score), *_with_gaussian(share, gauss))
         for curve in study.report.curves
         for value, score, share, gauss in zip(curve.values, curve.scores, curve.achieved, curve.gaussian, strict=True)
     ]
     columns = ("rule", "role", "value", f"{study.score}, %", "achieved, %", "Gaussian, %", "excess, points")
-    return Table(name="points", title="All points of the sweeps", note=f"{said(study)}.", columns=columns,
+    return Table(name="points", title="All points of the sweeps", note=f"{describe_study(study)}.", columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
 
-def role_name(curve: Curve) -> str:
-    """The role as tables call it."""
+def role_name(curve: SparsityCurve) -> str:
+    """Return the name of a curve's role in tables."""
     return "input + intermediate" if curve.role == ALL else curve.role
 
 
-def _beside(share: float, gaussian: float) -> tuple[Quantity, Quantity, Quantity]:
+def _with_gaussian(share: float, gaussian: float) -> tuple[Quantity, Quantity, Quantity]:
     return Quantity(share), Quantity(gaussian), Quantity(share - gaussian, kind="points")
 
 
 def activity_image(records: Sequence[ActivityRecord]) -> PixelArray | None:
-    """Which active neurons stay and which are shared, means over layers, given the records so far.
+    """Draw the overlaps of active neurons, means over layers, from the records so far.
 
-    Left, each experience's active neurons compared with those when it was learnt; right, those of each experience, as
-    it was learnt, with those of earlier ones at that time. None before the second experience and for a network without
-    hidden neurons.
+    Left, each experience's active neurons compared with those when it was learned; right, those of each experience,
+    when it was learned, with those of earlier ones at that time. None before the second experience and for a network
+    without hidden neurons.
     """
     if len(records) < 2 or not records[-1].layers:
         return None
     return triangles_image(
         {
-            "active neurons kept since learnt": [record.kept_E for record in records],
+            "active neurons kept since learned": [record.kept_E for record in records],
             "active neurons shared with the newest": [record.overlap_E for record in records],
         }
     )
 
 
-def short(layer: str, *, most: int = 28) -> str:
-    """A layer's name, its end where it is long; the whole model has none.
+def short_layer_name(layer: str, *, most: int = 28) -> str:
+    """Shorten a layer's name to its end; the whole model has an empty name.
 
-    >>> short("backbone.stages.3.mlp", most=12), short("")
+    >>> short_layer_name("backbone.stages.3.mlp", most=12), short_layer_name("")
     ('..ages.3.mlp', 'model')
     """
     if not layer:
@@ -202,11 +206,11 @@ def short(layer: str, *, most: int = 28) -> str:
 
 LARGEST_WITH_DIGITS = 10
 MOST_LAYERS = 8
-"""Layers that get a line each in the figure of experiences."""
+"""Layers with a line in the figure of experiences."""
 
 
 def pictures(study: SparsityStudy) -> list[Picture]:
-    """Curves and layers of each rule; overlap and sparsity of experiences of a run."""
+    """List the figures: curves and layers of each rule; overlap and sparsity of experiences of a run."""
     found = []
     for rule in dict.fromkeys(curve.kind for curve in study.report.curves):
         curves = [curve for curve in study.report.curves if curve.kind == rule]
@@ -226,14 +230,14 @@ def pictures(study: SparsityStudy) -> list[Picture]:
     return found
 
 
-def draw_curves(study: SparsityStudy, curves: Sequence[Curve], figure: Figure) -> None:
-    """The score against achieved sparsity, and against a Gaussian vector's, dashed; rings are critical points."""
+def draw_curves(study: SparsityStudy, curves: Sequence[SparsityCurve], figure: Figure) -> None:
+    """Draw the score against sparsity, and against a Gaussian vector's (dashed); rings are critical points."""
     axes: Any = figure.add_subplot()
     least = study.share * study.report.dense
     for n, curve in enumerate(curves):
-        color = look(n)["color"]
+        color = series_style(n)["color"]
         points = sorted(zip(curve.achieved, curve.scores, strict=True))
-        axes.plot(*zip(*points, strict=True), label=role_name(curve), **{**look(n), "markersize": 3})
+        axes.plot(*zip(*points, strict=True), label=role_name(curve), **{**series_style(n), "markersize": 3})
         dashed = sorted(zip(curve.gaussian, curve.scores, strict=True))
         axes.plot(*zip(*dashed, strict=True), color=color, linestyle=(0, (2, 2)), linewidth=1.0, alpha=0.7)
         axes.plot([curve.critical], [least], "o", markersize=9, markerfacecolor="none", markeredgecolor=color)
@@ -246,64 +250,51 @@ def draw_curves(study: SparsityStudy, curves: Sequence[Curve], figure: Figure) -
     legend(figure, axes)
 
 
-def draw_layers(curves: Sequence[Curve], figure: Figure) -> None:
-    """Sparsity of each layer at the critical point; the Gaussian's dashed."""
+def draw_layers(curves: Sequence[SparsityCurve], figure: Figure) -> None:
+    """Draw the sparsity of each layer at the critical point; a Gaussian vector's dashed."""
     axes: Any = figure.add_subplot()
     alone = [curve for curve in curves if not any("/" in name for name in curve.layers)] or curves
     for n, curve in enumerate(alone):
-        places = range(len(curve.critical_layers))
-        axes.plot(places, list(curve.critical_layers.values()), label=role_name(curve), **look(n))
-        axes.plot(places, list(curve.critical_gaussian_layers.values()), color=look(n)["color"],
+        indices = range(len(curve.critical_layers))
+        axes.plot(indices, list(curve.critical_layers.values()), label=role_name(curve), **series_style(n))
+        axes.plot(indices, list(curve.critical_gaussian_layers.values()), color=series_style(n)["color"],
                   linestyle=(0, (2, 2)), linewidth=1.0, alpha=0.7)  # fmt: skip
     axes.plot([], [], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label="Gaussian vector")
     axes.set(xlabel="layer", ylabel="sparsity, %", ylim=(0, 1.02))
-    whole_ticks(axes.xaxis, max(len(curve.layers) for curve in alone))
+    integer_ticks(axes.xaxis, max(len(curve.layers) for curve in alone))
     percent(axes.yaxis)
     legend(figure, axes)
 
 
 def draw_overlap(found: Experiences, figure: Figure) -> None:
-    """The mean overlap over layers between experiences, and beside it what each of them has lost."""
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
+    """Draw the mean overlap over layers between experiences, and the forgetting of each."""
     count, values = len(found), found.mean_overlap
     axes, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
-    color = to_rgb(SERIES[0])
-    shades = LinearSegmentedColormap.from_list("shades", [(*color, 0.05), (*color, 1.0)])
-    low = min(min(row) for row in values)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.pcolormesh(values, vmin=min(low, 0.99), vmax=1, cmap=shades, edgecolors=PAPER, linewidth=1.2)
-    axes.set_xticks([place + 0.5 for place in range(count)], [str(place) for place in range(count)])
-    axes.set_yticks([place + 0.5 for place in range(count)], [str(place) for place in range(count)])
-    axes.tick_params(length=0)
+    names = [str(n) for n in range(count)]
+    draw_heat_map(
+        axes, values, rows=names, columns=names, lowest=min(0.99, *map(min, values)), percent=True,
+        most=LARGEST_WITH_DIGITS,
+    )  # fmt: skip
     axes.set(xlabel="experience", ylabel="experience", title="overlap, %")
-    if count <= LARGEST_WITH_DIGITS:
-        for i, row in enumerate(values):
-            for j, value in enumerate(row):
-                dark = (value - low) / max(1 - low, 1e-9) > 0.55
-                axes.text(j + 0.5, i + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                          color=PAPER if dark else INK)  # fmt: skip
-    bars.barh([place + 0.5 for place in range(count)], [lost or 0.0 for lost in found.forgetting], height=0.6,
+    bars.barh([n + 0.5 for n in range(count)], [lost or 0.0 for lost in found.forgetting], height=0.6,
               color=SERIES[1])  # fmt: skip
     bars.axvline(0, color=MUTED, linewidth=0.8)
     bars.set(title="forgetting, %" if any(v is not None for v in found.forgetting) else "not finished")
     percent(bars.xaxis)
     bars.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
 
 
 def draw_experiences(found: Experiences, figure: Figure) -> None:
-    """The share of inactive neurons on each experience: the mean over layers, and layers in gray."""
+    """Draw the share of inactive neurons on each experience: the mean over layers, and layers in gray."""
     axes: Any = figure.add_subplot()
-    places = range(len(found))
+    indices = range(len(found))
     for name, values in list(found.sparsity.items())[:MOST_LAYERS]:
-        axes.plot(places, values, color=GRID, linewidth=1.2)
-        axes.annotate(label(name, most=18), (places[-1], values[-1]), fontsize=7, color=MUTED, xytext=(4, 0),
+        axes.plot(indices, values, color=GRID, linewidth=1.2)
+        axes.annotate(label(name, most=18), (indices[-1], values[-1]), fontsize=7, color=MUTED, xytext=(4, 0),
                       textcoords="offset points", va="center")  # fmt: skip
-    axes.plot(places, found.mean_sparsity, label="mean over layers", **look(0))
+    axes.plot(indices, found.mean_sparsity, label="mean over layers", **series_style(0))
     axes.axhline(found.gaussian, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label="Gaussian vector")
     axes.set(xlabel="experience", ylabel="inactive neurons, %")
-    whole_ticks(axes.xaxis, len(found))
+    integer_ticks(axes.xaxis, len(found))
     percent(axes.yaxis)
     legend(figure, axes)

@@ -1,9 +1,9 @@
-"""Penalties on activations as they pass, handed on with the output of the pass they belong to.
+"""Measures of activations for penalties, returned with the output of the forward pass.
 
-Stages do not return what happens inside them, so the activations are watched by forward hooks; what they measure
-leaves the network in ``output.taps`` beside the stages' outputs. So it stays with its pass whatever else runs the
-network between, and nothing is kept: no state, nothing in ``state_dict``; copies of the network watch for
-themselves. Passes without gradient and passes in evaluation mode are not watched.
+Forward hooks measure the activations, because stages do not return them; the values are part of ``output.taps``. So
+they belong to their pass even if the network runs again before the loss is computed, and nothing is stored in the
+module or its ``state_dict``. Copies of the network measure independently. Passes without gradient or in evaluation
+mode are not measured.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from clframe.sparsity.ffn import FFN
 from clframe.sparsity.sites import Site, find_sites
 
 MEASURED = "sparsity"
-"""The name in ``output.taps`` of value_L, one for each site in order."""
+"""Name of value_L in ``output.taps``: one value per site, in order."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""A scalar of (pre-activations, activations), both with the neurons last."""
+"""Maps (pre-activations, activations), neurons last, to a scalar."""
 
 
-class Watch:
-    """Measures every site of a network in each training pass.
+class SiteRecorder:
+    """Hooks that measure every site of a network in each training pass.
 
     Args:
-        measure: What to measure.
-        sites: How many sites there are.
+        measure: The function to compute at each site.
+        sites: Number of sites.
     """
 
     def __init__(self, measure: Measure, sites: int) -> None:
@@ -42,23 +42,23 @@ class Watch:
         self.values: list[list[Tensor]] = [[] for _ in range(sites)]
         self.open = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """Another watch for the copied network: values of a pass under way have a graph, which is not copied."""
-        memo[id(self)] = other = Watch(self.measure, len(self.values))
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteRecorder:
+        """Return an empty recorder for the copied network: values of an unfinished pass have a graph."""
+        memo[id(self)] = other = SiteRecorder(self.measure, len(self.values))
         return other
 
     def begin(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Before the network runs."""
+        """Start recording, before the network runs."""
         self._clear()
         self.open = network.training and torch.is_grad_enabled()
 
     def see(self, at: int, site: Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """After a site has run."""
+        """Measure one site after it has run."""
         if self.open:
-            self.values[at].append(self.measure(*fired(site, inputs[0], output)))
+            self.values[at].append(self.measure(*site_activations(site, inputs[0], output)))
 
     def end(self, network: nn.Module, inputs: tuple[Any, ...], output: Output) -> Output:
-        """After the network has run: its output, with what was measured. A site that did not run measures 0."""
+        """Return the output with the measured values after the network has run; 0 for a site that did not run."""
         if not self.open:
             return output
         zero = output.last.new_zeros((), dtype=torch.float32)
@@ -72,35 +72,35 @@ class Watch:
             seen.clear()
 
 
-def watch(network: Network, sites: Sequence[Site], measure: Measure) -> None:
-    """Have every training pass of ``network`` hand on what ``measure`` gives at each of its ``sites``.
+def measure_sites(network: Network, sites: Sequence[Site], measure: Measure) -> None:
+    """Add hooks so that every training pass of ``network`` returns ``measure`` of each of its ``sites``.
 
     >>> from clframe.sparsity.functional import hoyer
     >>> from clframe.nn.backbones import mlp
     >>> network = Network(mlp((1, 2, 2), width=8))
-    >>> watch(network, find_sites(network.backbone), lambda pre, fired: hoyer(fired))
+    >>> measure_sites(network, find_sites(network.backbone), lambda pre, fired: hoyer(fired))
     >>> network(torch.zeros(5, 1, 2, 2)).taps[MEASURED].tolist()
     [0.0, 0.0]
     """
-    eye = Watch(measure, len(sites))
-    network.register_forward_pre_hook(eye.begin)
+    recorder = SiteRecorder(measure, len(sites))
+    network.register_forward_pre_hook(recorder.begin)
     for at, site in enumerate(sites):
-        hooked(site).register_forward_hook(partial(eye.see, at, site))
-    network.register_forward_hook(eye.end)
+        hooked_module(site).register_forward_hook(partial(recorder.see, at, site))
+    network.register_forward_hook(recorder.end)
 
 
-def hooked(site: Site) -> nn.Module:
-    """The module whose passing tells what a site does: the activation, or the layer before it."""
+def hooked_module(site: Site) -> nn.Module:
+    """Return the module to hook at a site: the activation, or the layer before it."""
     if site.module is not None:
         return site.module
     assert site.ffn is not None
     return site.ffn.gate or site.ffn.up
 
 
-def fired(site: Site, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """(pre-activations, activations) of a site, neurons last, from what went into and came out of ``hooked(site)``.
+def site_activations(site: Site, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (pre-activations, activations), neurons last, from input and output of ``hooked_module(site)``.
 
-    Of a layer that ends in an activation only what comes out is known, and stands for both.
+    For a layer that ends in an activation only the output is known and is returned for both.
     """
     if site.module is None:
         assert site.ffn is not None
@@ -113,10 +113,10 @@ def fired(site: Site, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swap_for_relu(module: nn.Module) -> tuple[str, ...]:
-    """Put ReLU in place of every site's activation, under all of its names; returns those that changed.
+    """Replace every site's activation by ReLU under all of its names; returns the changed names.
 
     Raises:
-        UnsupportedError: An activation that ``forward`` calls by itself and that is no ReLU.
+        UnsupportedError: An activation that ``forward`` calls as a function and that is not ReLU.
     """
     names: list[str] = []
     for site in find_sites(module):
@@ -126,7 +126,7 @@ def swap_for_relu(module: nn.Module) -> tuple[str, ...]:
         if isinstance(activation, nn.Module):
             same = [name for name, part in module.named_modules(remove_duplicate=False) if part is activation]
         else:
-            same = [name] if (name := _kept_name(site)) else []
+            same = [name] if (name := _attribute_name(site)) else []
         for name in same:
             owner, _, key = name.rpartition(".")
             setattr(module.get_submodule(owner), key, nn.ReLU() if isinstance(activation, nn.Module) else F.relu)
@@ -134,13 +134,13 @@ def swap_for_relu(module: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _kept_name(site: Site) -> str | None:
+def _attribute_name(site: Site) -> str | None:
     assert site.ffn is not None
     name, owner = site.ffn.activation_name, site.ffn.owner
-    if name is None or hasattr(owner, "activation_relu_or_gelu"):  # torch's encoder layer keeps its choice twice
+    if name is None or hasattr(owner, "activation_relu_or_gelu"):  # torch's encoder layer stores it twice
         raise UnsupportedError(
-            f"sparsity: found an activation in {site.name or type(owner).__name__} that is no module; its forward "
-            f"would go on calling it: leave relu=false, or build the model with ReLU"
+            f"sparsity: found an activation in {site.name or type(owner).__name__} that is not a module; its forward "
+            f"would still call it: set relu=false, or build the model with ReLU"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""A linear layer that reads only the weights of inputs worth keeping: for one token, or few, at inference."""
+"""A linear layer that reads only the weights of the largest inputs: for one or few tokens at inference."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Rule = Literal["threshold", "max_p"]
 
 
 class SparseLinear(nn.Module):
-    """``W (x * mask(x)) + b``, where the columns of W that meet a zero are not read.
+    """``W (x * mask(x)) + b``, where the columns of W that are multiplied by zeros are not read.
 
-    A bag of embeddings: the transposed weight's rows are the embeddings, those kept are looked up and summed, weighted
-    by the inputs. That pays for one token and density well below one half; from ``dense_above`` on, and for more than
-    ``tokens`` tokens, the masked input is multiplied as usual, which gives the same. For inference: the weight is
-    copied once, transposed, and no gradient reaches it.
+    Implemented as a bag of embeddings: rows of the transposed weight are looked up and summed, weighted by the inputs.
+    This is faster for one token and densities well below one half; from ``dense_above`` on, and for more than
+    ``tokens`` tokens, the masked input is multiplied densely with the same result. For inference only: the weight is
+    copied once, transposed, and receives no gradient.
 
     Args:
         linear: The layer, or transformers' Conv1D.
         value: p of ``max_p`` or the threshold.
-        rule: Which inputs count: ``|x| >= value * max |x|``, or ``|x| >= value``.
-        dense_above: Density from which on the dense product is faster; see :func:`break_even`.
-        tokens: Tokens up to which the bag is used.
+        rule: Inputs to keep: ``|x| >= value * max |x|``, or ``|x| >= value``.
+        dense_above: Density from which on the dense product is used; see :func:`break_even`.
+        tokens: Largest number of tokens for which the bag is used.
 
     Raises:
-        UnsupportedError: No linear layer, or one on the meta device.
+        UnsupportedError: Not a linear layer, or one on the meta device.
         ConfigError: A value out of range.
 
     >>> linear = nn.Linear(4, 3)
@@ -63,7 +63,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("bias_O", bias.detach().clone() if isinstance(bias, Tensor) else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output of the masked input; x of shape (..., inputs)."""
+        """Return the layer's output for the masked input; x has shape (..., inputs)."""
         mask = keep(x, self.value, kind=self.rule)
         x_TI, mask_TI = x.reshape(-1, x.shape[-1]), mask.reshape(-1, x.shape[-1])
         if 0 < len(x_TI) <= self.tokens:
@@ -86,10 +86,10 @@ class SparseLinear(nn.Module):
 
 @torch.no_grad()
 def break_even(linear: nn.Module, *, points: int = 8, repeats: int = 15) -> float:
-    """Density below which the bag is faster than the dense layer for one token, measured on this machine.
+    """Measure the density below which the bag is faster than the dense layer for one token on this machine.
 
-    Halves the interval of densities ``points`` times, comparing medians of ``repeats`` runs; 0 where the bag never
-    is, which small layers reach.
+    Bisects the interval of densities ``points`` times, comparing medians of ``repeats`` runs; 0 where the bag is never
+    faster, as for small layers.
     """
     width = weight_of(linear).shape[1]
     weight = weight_of(linear)

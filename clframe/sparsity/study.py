@@ -1,24 +1,24 @@
-"""How sparse a target's activations are and may become; of a run, experience by experience beside forgetting."""
+"""Studies of activation sparsity of a target; for runs also by experience, together with forgetting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clframe.data.target import IGNORED, Batch, Batches, PartName, Target
+from clframe.data.target import IGNORED, Batch, Batches, SplitName, Target
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.metrics.continual import forgetting_E
-from clframe.nn.frozen import answering
+from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity import activity
 from clframe.sparsity.activity import overlap
-from clframe.sparsity.analysis import ALL, Report, analyze
+from clframe.sparsity.analysis import ALL, SparsityReport, analyze
 from clframe.sparsity.functional import MaskKind, baseline_sparsity
-from clframe.sparsity.masking import ROLES, places_of
+from clframe.sparsity.masking import ROLES, find_hook_points
 
 RULES: tuple[MaskKind, ...] = ("top_p", "top_k", "max_p", "threshold")
 TOKENS = ("prompt", "generated")
@@ -26,19 +26,18 @@ ScoreName = Literal["accuracy", "agreement"]
 SCORES: tuple[ScoreName, ...] = ("accuracy", "agreement")
 
 ACTIVE = 0.99
-"""A neuron is active in a token where top-p with this p keeps it."""
+"""A neuron is active in a token if top-p with this p keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiences:
-    """The neurons of a run's model after its last experience, by the test data of each experience.
+    """Activity of a run's final model on the test data of each experience.
 
     Attributes:
-        sparsity: By layer, the share of neurons that a token of each experience leaves inactive.
-        gaussian: What a Gaussian vector would by the same rule.
-        overlap: By layer, Jaccard overlap of active neurons between each two experiences: the rates at which neurons
-            are active, compared.
-        forgetting: What each experience has lost; None where the run does not say, or for the last.
+        sparsity: By layer, the share of inactive neurons per token on each experience.
+        gaussian: Sparsity of a Gaussian vector under the same rule.
+        overlap: By layer, Jaccard overlap of the rates of activity between experiences.
+        forgetting: Forgetting of each experience; None for the last one and for an unfinished run.
     """
 
     sparsity: Mapping[str, tuple[float, ...]]
@@ -51,41 +50,43 @@ class Experiences:
 
     @property
     def mean_sparsity(self) -> tuple[float, ...]:
-        """Of each experience, mean over layers."""
+        """Sparsity on each experience, mean over layers."""
         return tuple(sum(values) / len(values) for values in zip(*self.sparsity.values(), strict=True))
 
     @property
     def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
-        """Between each two experiences, mean over layers."""
+        """Overlap between experiences, mean over layers."""
         stacked = torch.tensor(list(self.overlap.values()), dtype=torch.float64)
         return tuple(tuple(row) for row in stacked.mean(0).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityStudy:
-    """What :func:`study_sparsity` found.
+    """Results of :func:`study_sparsity`.
 
     Attributes:
-        target: As it was asked for.
-        kind: What it is.
-        part: The data that it was scored on.
-        samples: How many of them.
-        tokens: Those that count, where samples are texts; None otherwise.
+        target: Name as given.
+        kind: Kind of target.
+        part: Split of the data that was scored.
+        samples: Number of samples.
+        tokens: Number of unmasked tokens if samples are texts, else None.
         score: ``accuracy``, or ``agreement`` with the dense model.
-        share: Of the dense score that critical sparsity keeps.
+        share: Share of the dense score that critical sparsity keeps.
         report: Curves and ranks.
-        experiences: For runs of several.
+        experiences: For runs with several experiences.
+        origin: See :class:`~clframe.data.target.Target`.
     """
 
     target: str
     kind: str
-    part: PartName
+    part: SplitName
     samples: int
     tokens: int | None
     score: ScoreName
     share: float
-    report: Report
+    report: SparsityReport
     experiences: Experiences | None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def study_sparsity(
@@ -100,24 +101,24 @@ def study_sparsity(
     size: int = 64,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> SparsityStudy:
-    """Sweep rules over roles; of a run of several experiences, measure each one's active neurons too.
+    """Sweep rules over roles; for a run with several experiences, also measure the active neurons on each.
 
-    Scored on validation data where the target holds some out, else on test data.
+    Scored on validation data where the target has some, else on test data.
 
     Args:
         target: See :func:`~clframe.targets.opening.open_target`.
         rules: Some of :data:`RULES`.
-        roles: Some of input, up, gate, intermediate and ``all`` (input and intermediate together); none: all there are.
-        tokens: Of a language model that writes on: ``prompt``, ``generated`` or both, each counted apart.
+        roles: Some of input, up, gate, intermediate and ``all`` (input and intermediate together); empty for all.
+        tokens: For a language model that generates: ``prompt``, ``generated`` or both, counted separately.
         score: ``accuracy`` where there are labels (of a language model: the next token), else ``agreement``.
-        share: Of the dense score that critical sparsity keeps.
-        limit: Samples to score on, spread evenly; None takes all. Of each experience's test data as many.
-        size: Samples of a batch.
-        on_pass: Called with passes done and to do.
+        share: Share of the dense score to keep at the critical sparsity.
+        limit: Samples to score on, evenly spaced; None for all. Applies to each experience's test data too.
+        size: Samples per batch.
+        on_pass: Called with the finished and the total number of passes.
 
     Raises:
-        UnknownNameError: A rule, role or kind of tokens that there is not.
-        ConfigError: A role that the model does not have, no labels for accuracy, or a dense score of 0.
+        UnknownNameError: An unknown rule, role or kind of tokens.
+        ConfigError: A role that the model lacks, no labels for accuracy, or a dense score of 0.
         UnsupportedError: A model without feed-forward networks or activations.
     """
     kinds = [_known("rule", rule, RULES) for rule in dict.fromkeys(rules)]
@@ -128,26 +129,29 @@ def study_sparsity(
     for option, names in (("rule", kinds), ("tokens", kept)):
         if not names:
             raise ConfigError(f"--{option}: found none; give one or more")
+    if target.kind != "causal" and set(kept) != set(TOKENS):
+        found = ", ".join(kept)
+        raise ConfigError(f"--tokens: found {found} for {target.name}, which is not a language model; leave it out")
     if not 0 < share <= 1:
         raise ConfigError(f"--share: found {share}; give a share above 0, at most 1")
-    part: PartName = "test" if target.parts.validation is None else "validation"
+    part: SplitName = "test" if target.splits.validation is None else "validation"
     batches = target.batches(part, size=size, limit=limit)
     if not batches:
-        raise ConfigError(f"{target.name}: its {part} data are empty; give some")
-    batches = _narrowed(batches, kept)
-    samples, counted, labeled = _counted(batches)
+        raise ConfigError(f"{target.name}: its {part} data are empty; give some samples")
+    batches = _restrict_tokens(batches, kept)
+    samples, counted, labeled = _count(batches)
     score = score or ("accuracy" if labeled else "agreement")
     if score == "accuracy" and not labeled:
         raise ConfigError("--score: found accuracy for data without labels; take agreement")
     if score == "agreement":
-        batches = _answered(target, batches)
+        batches = _with_predictions(target, batches)
     report = analyze(
         target.model, batches, score=_correct, kinds=kinds, roles=wanted, share=share, inside=target.body,
-        answer=target.answer, on_pass=on_pass,
+        predict=target.predict, on_pass=on_pass,
     )  # fmt: skip
     return SparsityStudy(
         target=target.name, kind=target.kind, part=part, samples=samples, tokens=counted, score=score, share=share,
-        report=report, experiences=_experiences(target, limit=limit, size=size),
+        report=report, experiences=_experiences(target, limit=limit, size=size), origin=target.origin,
     )  # fmt: skip
 
 
@@ -158,18 +162,18 @@ def _known(kind: str, name: str, known: Sequence[Any]) -> Any:
 
 
 def _roles(target: Target, roles: Sequence[str]) -> tuple[str, ...]:
-    there = {place.role for place in places_of(target.body)}
+    there = {point.role for point in find_hook_points(target.body)}
     both = ["all"] if {"input", "intermediate"} <= there else []
     known = [*(role for role in ROLES if role in there), *both]
     for role in roles:
         _known("roles", role, [*ROLES, "all"])
         if role not in known:
-            raise ConfigError(f"--roles: found {role}, which {target.name} has not; choose from {', '.join(known)}")
+            raise ConfigError(f"--roles: found {role}, which {target.name} lacks; choose from {', '.join(known)}")
     return tuple(ALL if role == "all" else role for role in known if not roles or role in roles)
 
 
-def _narrowed(batches: Batches, tokens: Sequence[str]) -> Batches:
-    """Only the named kinds of tokens, of batches that know them."""
+def _restrict_tokens(batches: Batches, tokens: Sequence[str]) -> Batches:
+    """Restrict batches of language models to the named kinds of tokens."""
 
     def narrowed(batch: Batch) -> Batch:
         if not isinstance(batch.tokens, Mapping) or batch.targets is None:
@@ -177,15 +181,15 @@ def _narrowed(batches: Batches, tokens: Sequence[str]) -> Batches:
         masks = {name: mask_BT for name, mask_BT in batch.tokens.items() if name in tokens}
         any_BT = torch.stack(list(masks.values())).any(0)
         targets_BT = torch.full_like(batch.targets, IGNORED)
-        # A token is asked for where the one before it is read.
+        # The target of a token is at the position of the token before it.
         targets_BT[:, :-1] = batch.targets[:, :-1].where(any_BT[:, 1:], IGNORED)
         return Batch(batch.inputs, targets_BT, masks)
 
     return Batches([lambda at=at: narrowed(batches[at]) for at in range(len(batches))])  # type: ignore[misc]
 
 
-def _counted(batches: Batches) -> tuple[int, int | None, bool]:
-    """Samples, tokens that count (None where samples have none), and whether there are labels."""
+def _count(batches: Batches) -> tuple[int, int | None, bool]:
+    """Count samples and unmasked tokens (None where samples are not texts); also whether all have labels."""
     samples, tokens, labeled, texts = 0, 0, True, True
     for batch in batches:
         first = next(iter(batch.inputs.values())) if isinstance(batch.inputs, Mapping) else batch.inputs
@@ -199,21 +203,21 @@ def _counted(batches: Batches) -> tuple[int, int | None, bool]:
     return samples, tokens if texts else None, labeled
 
 
-def _answered(target: Target, batches: Batches) -> Batches:
-    """The same inputs with what the dense model answers as targets."""
-    made = []
-    with answering(target.model):
+def _with_predictions(target: Target, batches: Batches) -> Batches:
+    """Return the same inputs with the dense model's predictions as targets."""
+    predictions = []
+    with evaluating(target.model):
         for batch in batches:
-            found = target.answer(target.model, batch.inputs).argmax(-1)
-            asked = batch.targets if batch.targets is not None and batch.targets.shape == found.shape else None
-            made.append(found if asked is None else found.where(asked != IGNORED, IGNORED))
-    return Batches([lambda at=at: batches[at]._replace(targets=made[at]) for at in range(len(made))])  # type: ignore[misc]
+            found = target.predict(target.model, batch.inputs).argmax(-1)
+            given = batch.targets if batch.targets is not None and batch.targets.shape == found.shape else None
+            predictions.append(found if given is None else found.where(given != IGNORED, IGNORED))
+    return Batches([lambda at=at: batches[at]._replace(targets=predictions[at]) for at in range(len(predictions))])  # type: ignore[misc]
 
 
 def _correct(output: Any, targets: Any) -> Tensor:
-    """1 where the largest score is the target's, else 0, of all that are asked for."""
-    asked = targets != IGNORED
-    right: Tensor = output.argmax(-1)[asked] == targets[asked]
+    """Return 1 where the largest score is the target's, else 0, for all targets that are not ignored."""
+    valid = targets != IGNORED
+    right: Tensor = output.argmax(-1)[valid] == targets[valid]
     return right.float()
 
 
@@ -238,12 +242,12 @@ def _experiences(target: Target, *, limit: int | None, size: int) -> Experiences
 
 
 def _with_mask(batch: Batch) -> tuple[Inputs, Tensor | None]:
-    assert not isinstance(batch.tokens, Mapping)  # no run writes texts
+    assert not isinstance(batch.tokens, Mapping)  # only language models have token kinds, and a run is not one
     return batch.inputs, batch.tokens
 
 
 def _forgetting(target: Target) -> tuple[float | None, ...]:
-    """Forgetting of each experience; None where the run is not finished."""
+    """Compute forgetting of each experience; None where the run is not finished."""
     if target.accuracy_matrix is None:
         return (None,) * len(target.experiences)
     lost = forgetting_E(target.accuracy_matrix)

@@ -1,6 +1,6 @@
-"""Trained models after their run: opened with their data, measured, and written."""
+"""Trained models with their data, opened for analysis, conversion and latency measurements."""
 
-from clframe.data.target import Batch, Batches, Part, Parts, Target
+from clframe.data.target import Batch, Batches, DataSplit, DataSplits, Target
 from clframe.targets.opening import open_target
 
-__all__ = ["Batch", "Batches", "Part", "Parts", "Target", "open_target"]
+__all__ = ["Batch", "Batches", "DataSplit", "DataSplits", "Target", "open_target"]

@@ -1,4 +1,4 @@
-"""Folders of studies: conversions to experts and studies of sparsity, written whole or not at all."""
+"""Output folders of conversions and sparsity analyses; a conversion is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,47 +20,61 @@ from clframe.environment import versions
 from clframe.errors import RunFolderError, UnsupportedError
 from clframe.files import write_atomically
 from clframe.moe import routed_layers
+from clframe.moe.conversion.options import Options
 from clframe.moe.conversion.output import curve_csv, markdown, pictures
 from clframe.moe.conversion.study import Study, record
 from clframe.moe.pipeline import Recipe
-from clframe.plotting.style import drawn
+from clframe.plotting.style import render_picture
 from clframe.sparsity import output as sparsity_output
 from clframe.sparsity.study import SparsityStudy
 from clframe.tables import to_csv, to_markdown
 from clframe.training.checkpoint import save_checkpoint
-from clframe.training.trained import CONVERTED, newest, recipe_of
+from clframe.training.trained import CONVERTED, load_newest, read_recipe
 
 WEIGHTS = "weights.pt"
 
 
-def folder_for(target: Target, options: object, *, output: str | Path | None) -> Path:
-    """Where a conversion goes: ``output``, or a folder named by method and options in the run's folder ``moefy``.
+def folder_for(target: Target, options: Options, *, output: str | Path | None) -> Path:
+    """Output folder of a conversion: ``output``, or a folder in ``moefy`` named by method and options.
+
+    ``moefy`` is in the folder of a run. For other models it is in the working directory, and the name identifies the
+    model with its revision and the data as well.
 
     Raises:
-        RunFolderError: A folder that holds something else.
+        RunFolderError: A folder with other content.
     """
     if output is not None:
         folder = Path(output).expanduser()
+    elif target.run is not None:
+        folder = Path(target.name).expanduser() / "moefy" / f"{options.method}-{_digest(options)}"
     else:
-        digest = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
-        name = f"{getattr(options, 'method', 'moefy')}-{digest}"
-        if target.run is not None:
-            folder = Path(target.name).expanduser() / "moefy" / name
-        else:
-            folder = Path("moefy") / target.name.rstrip("/").rpartition("/")[2] / name
+        # Names alone are ambiguous: paths can end alike, and one model can be converted on several data sets.
+        folder = Path("moefy") / _readable_name(target) / f"{options.method}-{_digest(options, target.origin)}"
     if folder.exists() and not (folder / CONVERTED).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"--output: {folder} holds something else than a conversion; give a folder of its own")
+        raise RunFolderError(f"--output: {folder} contains other files than those of a conversion; give another folder")
     return folder
 
 
+def _digest(*identity: object) -> str:
+    return hashlib.sha256("\n".join(map(repr, identity)).encode()).hexdigest()[:8]
+
+
+def _readable_name(target: Target) -> str:
+    """``MODEL-DATA`` of a target that is not a run, without the folders of a path."""
+    name = target.folder.resolve().name if target.folder.is_dir() else target.name
+    data = target.origin.get("data", {}).get("name", "")
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{data}").strip("-.") or "model"
+
+
 def write_conversion(study: Study, folder: Path) -> Path:
-    """Write ``moefy.json``, the model, ``curve.csv``, ``moefy.md`` and figures; an earlier conversion is replaced.
+    """Write ``moefy.json``, the model, ``curve.csv``, ``moefy.md`` and figures; replaces an earlier conversion.
 
     Raises:
-        RunFolderError: The folder cannot be written; what stood there is untouched.
+        RunFolderError: The folder cannot be written; existing content is unchanged.
     """
+    # Written next to the target and renamed, so that a crash leaves either the old or the new conversion.
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    made = [parent for parent in folder.parents if not parent.exists()]
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         (fresh / "figures").mkdir(parents=True)
         tree = record(study)
@@ -68,39 +82,39 @@ def write_conversion(study: Study, folder: Path) -> Path:
         write_atomically(fresh / "curve.csv", curve_csv(tree))
         write_atomically(fresh / "moefy.md", markdown(tree))
         for picture in pictures(tree):
-            files = drawn(picture)
+            files = render_picture(picture)
             write_atomically(fresh / "figures" / f"{picture.name}.png", files.png)
             write_atomically(fresh / "figures" / f"{picture.name}.svg", files.svg)
         write_atomically(fresh / CONVERTED, json.dumps(tree, indent=1) + "\n")
-        _replace(fresh, folder)
+        _swap_folder(fresh, folder)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        for parent in made:
+        for parent in new_parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); check its rights") from None
+            raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); check its permissions") from None
         raise
     return folder
 
 
 def restore_model(folder: str | Path, model: nn.Module) -> nn.Module:
-    """A hub's model as it was converted: the dense one, freshly loaded, takes shapes and weights of ``folder``.
+    """Load the converted weights of a model that is not a run.
 
     Args:
-        folder: Of a conversion of a model that is no run; ``clframe.load`` reads those of runs.
-        model: As :func:`~clframe.targets.opening.open_target` gives it; changed in place.
+        folder: Folder of the conversion; those of runs are read with ``clframe.load``.
+        model: The dense model, freshly loaded with :func:`~clframe.targets.opening.open_target`; changed in place.
 
     Raises:
-        RunFolderError: No such conversion, or weights that do not fit.
-        UnsupportedError: A model that was converted already.
+        RunFolderError: No such conversion, or weights that do not match.
+        UnsupportedError: A converted model.
     """
     path = Path(folder).expanduser()
-    recipe: Recipe = recipe_of(path)
+    recipe: Recipe = read_recipe(path)
     if not (path / WEIGHTS).is_file():
-        raise RunFolderError(f"{path}: holds the conversion of a run; read it with clframe.load")
+        raise RunFolderError(f"{path}: contains the conversion of a run; read it with clframe.load")
     if routed_layers(model):
-        raise UnsupportedError(f"moefy: found {type(model).__name__} converted already; give the dense model")
+        raise UnsupportedError(f"moefy: found {type(model).__name__} with experts; give the dense model")
     recipe.shape(model)
     try:
         state = torch.load(path / WEIGHTS, map_location="cpu", weights_only=True)
@@ -112,7 +126,7 @@ def restore_model(folder: str | Path, model: nn.Module) -> nn.Module:
 
 
 def _write_model(study: Study, folder: Path) -> None:
-    """A checkpoint like that of the run, with other weights and shapes; for other models, the weights."""
+    """Write a checkpoint with the converted network of a run, or the weights of another model."""
     target = study.converted.target
     state = {name: value.detach().cpu() for name, value in target.model.state_dict().items()}
     if target.run is None:
@@ -121,13 +135,13 @@ def _write_model(study: Study, folder: Path) -> None:
         write_atomically(folder / WEIGHTS, buffer.getvalue())
         return
     run = Path(target.name).expanduser()
-    content = newest(run, device=torch.device("cpu"))
+    content = load_newest(run, device=torch.device("cpu"))
     (folder / "checkpoints").mkdir()
     save_checkpoint(folder / "checkpoints", {**content, "network": state}, finished=int(content["finished"]))
     write_atomically(folder / "config.yaml", (run / "config.yaml").read_text(encoding="utf-8"))
 
 
-def _replace(fresh: Path, folder: Path) -> None:
+def _swap_folder(fresh: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)
@@ -140,34 +154,33 @@ def _replace(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def default_folder(target: str) -> Path:
-    """``RUN/sparsity`` of a run; ``sparsity/NAME`` below the working folder for other models.
+def analysis_root(name: str) -> Path:
+    """``RUN/sparsity`` for a run; ``sparsity`` in the working directory for other models."""
+    folder = Path(name).expanduser()
+    return folder / "sparsity" if (folder / "config.yaml").is_file() else Path("sparsity")
 
-    >>> str(default_folder("google/gemma-3-1b-pt"))
-    'sparsity/google-gemma-3-1b-pt'
-    """
-    folder = Path(target).expanduser()
-    if (folder / "config.yaml").is_file():
-        return folder / "sparsity"
-    name = folder.resolve().name if folder.is_dir() else target
-    return Path("sparsity") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model")
+
+def default_folder(target: Target) -> Path:
+    """Default output folder of an analysis: ``RUN/sparsity``, or ``sparsity/MODEL-DATA-ID`` for other models."""
+    root = analysis_root(target.name)
+    return root if target.run is not None else root / f"{_readable_name(target)}-{_digest(target.origin)}"
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before anything is measured.
+    """Refuse a folder that cannot be created, before any measurement.
 
     Raises:
-        RunFolderError: A file is in its way, or its rights forbid it.
+        RunFolderError: A file at this path, or no permission.
     """
-    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise RunFolderError(f"--output: {there} is no folder; choose another")
+        raise RunFolderError(f"--output: {there} is not a folder; choose another")
     if not os.access(there, os.W_OK):
         raise RunFolderError(f"--output: {there} cannot be written; choose another folder")
 
 
 def write_sparsity_study(study: SparsityStudy, folder: Path, *, command: Sequence[str]) -> Path:
-    """Write ``sparsity.json``, tables (CSV, Markdown) and figures (SVG, PNG); returns the path of the JSON.
+    """Write ``sparsity.json``, tables (CSV, Markdown) and figures (SVG, PNG); returns the path of the JSON file.
 
     Raises:
         RunFolderError: The folder cannot be written.
@@ -175,13 +188,13 @@ def write_sparsity_study(study: SparsityStudy, folder: Path, *, command: Sequenc
     files: dict[str, str | bytes] = {}
     for table in sparsity_output.tables(study):
         files |= {f"{table.name}.csv": to_csv(table), f"{table.name}.md": to_markdown(table)}
-    for picture in map(drawn, sparsity_output.pictures(study)):
+    for picture in map(render_picture, sparsity_output.pictures(study)):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     files["sparsity.json"] = sparsity_output.to_json(study, command=command, versions=versions())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"--output: {folder} cannot be made ({error.strerror}); choose another") from None
+        raise RunFolderError(f"--output: {folder} cannot be created ({error.strerror}); choose another") from None
     for name, content in files.items():
         write_atomically(folder / name, content)
     return folder / "sparsity.json"

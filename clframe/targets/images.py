@@ -1,4 +1,7 @@
-"""Models of timm as targets, and a nearest-mean classifier for encoders without one."""
+"""Models of timm as targets, and a nearest-mean classifier for encoders.
+
+Shape suffixes: B batch, C classes, D width, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from torch.nn import functional as F
 from clframe.build import build_data
 from clframe.config.schema import Config
 from clframe.data.source import Source
-from clframe.data.target import Parts, SamplePart, Target
+from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.errors import DataError
-from clframe.nn.backbones.pretrained import needed
-from clframe.nn.frozen import called
+from clframe.nn.backbones.pretrained import require_package
+from clframe.nn.frozen import call_model
 from clframe.nn.types import Inputs
 
 if TYPE_CHECKING:
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
 
 
 SCALE = 20.0
-"""Of cosines, as is usual where they are trained as logits; which is the largest does not depend on it."""
+"""Factor of cosine similarities, common for trained cosine logits; does not change predictions."""
 
 
 class MeanTokens(nn.Module):
-    """Texts to the mean of their tokens, in float32 at least.
+    """Mean token embedding of texts, accumulated in float32.
 
     Args:
-        encoder: Of transformers.
+        encoder: Encoder of transformers.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -41,7 +44,7 @@ class MeanTokens(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """embedding_BD of ids_BT and the mask of what is no padding."""
+        """embedding_BD of ids_BT and the mask of tokens that are not padding."""
         hidden_BTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask_BT1 = attention_mask[..., None].to(hidden_BTD.dtype)
         total_BD: Tensor = (hidden_BTD * mask_BT1).float().sum(1)
@@ -49,13 +52,13 @@ class MeanTokens(nn.Module):
 
 
 class NearestMean(nn.Module):
-    """Scores of classes: 20 times the cosine of an input's embedding and the class's mean embedding.
+    """Nearest-mean classifier: 20 times the cosine similarity of an input's embedding to each class's mean embedding.
 
-    The means are computed once, by :meth:`learn`, from embeddings of length 1, and stay.
+    The means are computed once by :meth:`learn` from normalized embeddings.
 
     Args:
-        embed: From inputs to embeddings.
-        classes: How many.
+        embed: Module from inputs to embeddings.
+        classes: Number of classes.
     """
 
     means_CD: Tensor
@@ -68,18 +71,18 @@ class NearestMean(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """scores_BC."""
-        return SCALE * self._embedded(inputs) @ self.means_CD.T
+        return SCALE * self._unit_embedding(inputs) @ self.means_CD.T
 
     @torch.no_grad()
     def learn(self, batches: Iterable[Batch]) -> None:
-        """Take the mean embedding of each class of labeled batches.
+        """Compute the mean embedding of each class from labeled batches.
 
         Raises:
             DataError: A class without samples.
         """
         sums_CD, seen_C = None, None
         for batch in batches:
-            embedded_BD, y_B = self._embedded(batch.inputs), batch.targets
+            embedded_BD, y_B = self._unit_embedding(batch.inputs), batch.targets
             assert y_B is not None
             if sums_CD is None:
                 sums_CD = embedded_BD.new_zeros(self.classes, embedded_BD.shape[1])
@@ -91,13 +94,13 @@ class NearestMean(nn.Module):
             raise DataError("target: found a class without training samples; give each at least one")
         self.means_CD = F.normalize(sums_CD, dim=1)
 
-    def _embedded(self, inputs: Inputs) -> Tensor:
-        embedded_BD: Tensor = called(self.embed, inputs)
+    def _unit_embedding(self, inputs: Inputs) -> Tensor:
+        embedded_BD: Tensor = call_model(self.embed, inputs)
         return F.normalize(embedded_BD.float(), dim=1)
 
 
 def is_timm(name: str) -> bool:
-    """Whether a name or folder is timm's: ``timm/...``, a name that timm knows, or a folder that it wrote."""
+    """Whether a name or folder is a timm model: ``timm/...``, a name in timm's registry, or a folder saved by timm."""
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
         try:
@@ -109,23 +112,23 @@ def is_timm(name: str) -> bool:
         return True
     if "/" in name or importlib.util.find_spec("timm") is None:
         return False
-    return bool(needed("timm", where="target").is_model(name))
+    return bool(require_package("timm", where="target").is_model(name))
 
 
 def images_target(name: str, *, config: Config, device: torch.device, per_class: int) -> Target:
-    """A model of timm on images, which are brought to its size and range.
+    """Open a model of timm on images, resized and normalized for the model.
 
-    Where it has as many outputs as the data have classes, they are its answer, else the nearest mean embedding.
+    Uses the model's classifier if it has one output per class of the data, else nearest mean embeddings.
     """
     source, _ = build_data(config.benchmark, seed=config.seed)
     if len(source.input_shape) != 3:
-        raise DataError(f"--data: found {source.name}, which holds no images; give a benchmark of images for {name}")
-    whole = _created(name).to(device)
+        raise DataError(f"--data: found {source.name}, which has no images; give a benchmark of images for {name}")
+    whole = _create_model(name).to(device)
     fits = getattr(whole, "num_classes", 0) == source.classes
-    place = _Fitted(whole, source, device=device)
+    place = _TimmTransform(whole, source, device=device)
     train, held = source.hold_out(config.benchmark.validation, seed=config.seed)
-    # Stored inputs as they are: the model has its own mean and deviation.
-    parts = [None if part is None else SamplePart([part], place=place) for part in (train, held, source.test)]
+    # Without the data set's normalization: the transform applies the model's mean and standard deviation.
+    parts = [None if part is None else SampleSplit([part], place=place) for part in (train, held, source.test)]
     fit, validation, test = parts
     assert fit is not None and test is not None
     if fits:
@@ -136,13 +139,13 @@ def images_target(name: str, *, config: Config, device: torch.device, per_class:
         model.learn(_first_of_classes(source, fit, per_class).batches())
     model.eval().requires_grad_(False)
     return Target(
-        name=name, kind="images", model=model, body_name="" if fits else "embed", answer=_scores, config=config,
-        parts=Parts(fit, validation, test),
+        name=name, kind="images", model=model, body_name="" if fits else "embed", predict=class_scores, config=config,
+        origin={"revision": whole.pretrained_cfg.get("tag")}, splits=DataSplits(fit, validation, test),
     )  # fmt: skip
 
 
-class _Fitted:
-    """Prepared images of a data set as a model of timm wants them."""
+class _TimmTransform:
+    """Transform from prepared images of a data set to inputs of a timm model."""
 
     def __init__(self, model: Any, source: Source, *, device: torch.device) -> None:
         published = model.pretrained_cfg
@@ -152,38 +155,39 @@ class _Fitted:
         self.device, self.dtype = device, first.dtype
         stored = source.train.raw(torch.arange(1))
         self.top = 1.0 if stored.is_floating_point() else 255.0
-        self.data_mean, self.data_std = self._wide(source.train.mean), self._wide(source.train.std)
-        self.mean, self.std = self._wide(published.get("mean", 0.5)), self._wide(published.get("std", 0.5))
+        self.data_mean, self.data_std = self._channelwise(source.train.mean), self._channelwise(source.train.std)
+        self.mean, self.std = (self._channelwise(published.get(name, 0.5)) for name in ("mean", "std"))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.float().to(self.device) * self.data_std + self.data_mean  # back to what is stored
+        x = x.float().to(self.device) * self.data_std + self.data_mean  # undoes the data set's normalization
         x = F.interpolate(x / self.top, size=self.size, mode="bilinear", antialias=True, align_corners=False)
         if x.shape[1] != self.channels:
             x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
         return ((x - self.mean) / self.std).to(self.dtype)
 
-    def _wide(self, value: Any) -> Tensor:
+    def _channelwise(self, value: Any) -> Tensor:
         values = value if isinstance(value, (tuple, list)) else (value,)
         return torch.tensor(values, dtype=torch.float32, device=self.device).reshape(1, -1, 1, 1)
 
 
-def _first_of_classes(source: Source, fit: SamplePart, per_class: int) -> SamplePart:
+def _first_of_classes(source: Source, fit: SampleSplit, per_class: int) -> SampleSplit:
     (train,) = fit.samples
     first = [(train.y == c).nonzero().flatten()[:per_class] for c in range(source.classes)]
-    return SamplePart([train.subset(torch.cat(first))], place=fit.place)
+    return SampleSplit([train.subset(torch.cat(first))], place=fit.place)
 
 
-def _created(name: str) -> Any:
-    library = needed("timm", where="target")
+def _create_model(name: str) -> Any:
+    library = require_package("timm", where="target")
     folder = Path(name).expanduser()
     asked = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{name}" if "/" in name else name
     try:
         return library.create_model(asked, pretrained=True)
-    except Exception as error:  # what a library may say of a broken file is not listed anywhere
+    except Exception as error:  # the library does not document which exceptions a damaged file raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DataError(f"{name}: timm could not load it ({reason}); connect, or give a folder of timm's") from error
 
 
-def _scores(model: nn.Module, inputs: Inputs) -> Tensor:
+def class_scores(model: nn.Module, inputs: Inputs) -> Tensor:
+    """scores_BC of a classifier that is called with one argument."""
     scores_BC: Tensor = model(inputs)
     return scores_BC

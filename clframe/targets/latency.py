@@ -1,6 +1,6 @@
-"""How long a prediction of a trained run takes: measured on its own test samples, exit by exit and under its policy.
+"""Latency of a trained run on its own test samples, exit by exit and under its exit policy.
 
-Nothing is derived from counts; MACs stand beside the times because the two need not agree.
+Times are measured, not derived from MACs; MACs are reported next to them for comparison.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from clframe.accounting import MacCounter, latency
 from clframe.errors import ConfigError, RunFolderError
 from clframe.exits import ExitPolicy
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.nn.network import Network
 from clframe.report.latency import Setting, Timed, Timings, write_timings
 from clframe.targets.opening import open_target
+from clframe.training.learner import Learner
 from clframe.training.prediction_cost import policy_of
 
 SAMPLES = 256
-"""Test samples that calls go round through."""
+"""Number of test samples that the timed calls cycle through."""
 
 
 def time_run(
@@ -35,19 +35,19 @@ def time_run(
     repeats: int = 30,
     overrides: Sequence[str] = (),
 ) -> Timings:
-    """Time the model that a run has left, and write ``latency.json`` into its folder.
+    """Measure the latency of a run's model, and write ``latency.json`` into its folder.
 
     Args:
         run: A run folder.
-        batches: Sizes of batches.
-        device: Where to measure: cpu, cuda, cuda:N, mps or auto.
-        warmup: Calls that are not timed.
-        repeats: Calls that are, each on the next samples.
-        overrides: Other places of the data, such as ``benchmark.data_dir=DIR``.
+        batches: Batch sizes.
+        device: cpu, cuda, cuda:N, mps or auto.
+        warmup: Calls before the timed ones.
+        repeats: Timed calls, each on the next samples.
+        overrides: Other locations of the data, such as ``benchmark.data_dir=DIR``.
 
     Raises:
-        RunFolderError: No run, or none that can be loaded.
-        ConfigError: Sizes or numbers of calls below 1.
+        RunFolderError: No run, or a run that cannot be loaded.
+        ConfigError: Batch sizes or numbers of calls below 1.
     """
     if not batches or min(batches) < 1 or repeats < 1 or warmup < 0:
         raise ConfigError(
@@ -55,19 +55,19 @@ def time_run(
         )
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
-        raise RunFolderError(f"latency: {run} holds no config.yaml; give the run folder that a run printed")
+        raise RunFolderError(f"latency: {run} contains no config.yaml; give a run folder")
     target = open_target(str(run), device=device, overrides=overrides)
     assert target.run is not None
     x = torch.cat([_tensor(batch.inputs) for batch in target.batches("test", limit=max(SAMPLES, *batches))])
     rows: list[Timed] = []
-    for way, module in _ways(target.run.network, policy_of(target.run.learner)):
+    for way, module in _variants(target.run.learner):
         rows += [
             Timed(way=way, batch=found.batch, p50=found.p50, p95=found.p95, throughput=found.throughput,
                   macs=_macs(module, x, found.batch))
             for found in latency(module, x, batches=batches, warmup=warmup, repeats=repeats)
         ]  # fmt: skip
     setting = Setting(
-        device=_named(x.device), processor=platform.machine(), threads=torch.get_num_threads(),
+        device=_device_name(x.device), processor=platform.machine(), threads=torch.get_num_threads(),
         torch=str(torch.__version__), dtype=str(x.dtype).removeprefix("torch."), warmup=warmup, repeats=repeats,
         samples=len(x),
     )  # fmt: skip
@@ -76,20 +76,23 @@ def time_run(
     return timings
 
 
-def _ways(network: Network, policy: ExitPolicy | None) -> Iterator[tuple[str, nn.Module]]:
-    """What to time: everything, as far as each exit, and as the policy has it."""
+def _variants(learner: Learner) -> Iterator[tuple[str, nn.Module]]:
+    """Modules to time: the whole network, the network up to each exit, and the network under its exit policy."""
+    network, policy = learner.network, policy_of(learner)
     yield "whole network", network
+    # A correction of all exits together cannot be applied to one exit: these times are then without it.
+    adjust = None if learner.composition.acting_at("adjust_logits") else learner.exit_corrector()
     last = len(network.heads) - 1
     if last:
         for exit, name in enumerate(network.exit_names):
-            thresholds = tuple(0.0 if place == exit else inf for place in range(last))
-            yield f"exit/{name}", DynamicNetwork(network, ExitPolicy(thresholds=thresholds))
+            thresholds = tuple(0.0 if index == exit else inf for index in range(last))
+            yield f"exit/{name}", DynamicNetwork(network, ExitPolicy(thresholds=thresholds), adjust=adjust)
     if policy is not None:
-        yield "policy", DynamicNetwork(network, policy)
+        yield "policy", DynamicNetwork(network, policy, adjust=adjust)
 
 
 def _macs(module: nn.Module, x: Tensor, size: int) -> float:
-    """Mean MACs of a sample in whole batches of this size, counted as they run."""
+    """Mean MACs per sample in full batches of this size, counted during execution."""
     size = min(size, len(x))
     count = len(x) // size * size
     with torch.no_grad(), MacCounter() as counter:
@@ -103,7 +106,7 @@ def _tensor(inputs: object) -> Tensor:
     return inputs
 
 
-def _named(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)

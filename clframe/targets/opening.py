@@ -1,30 +1,36 @@
-"""What a study is about: a trained model with the data that it is measured on.
+"""Targets: trained models with the data they are analyzed on.
 
-A target is a run of ours, or a model of the Hugging Face hub or of timm, by its name or in a folder. All have the same
-face, so that whatever is measured or converted here is written once.
+A target is a run of clframe, or a model of the Hugging Face hub or of timm, by name or folder. All have the same
+interface, so that analysis and conversion are independent of the kind of model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clframe.build import build_data, load, run_config
+from clframe.api import load, run_config
+from clframe.build import build_data
 from clframe.config.load import data_config
 from clframe.config.schema import Config
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Data
-from clframe.data.target import Parts, SamplePart, Target
+from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
 from clframe.results import Result
+
+_LOCATIONS = ("data_dir", "path", "tokens")
+"""Options of data sets that name a file or folder."""
 
 
 def open_target(
@@ -37,55 +43,77 @@ def open_target(
     per_class: int = 20,
     generate: int = 0,
 ) -> Target:
-    """The target that a name means.
+    """Open a run or a model by name.
 
     Args:
-        name: A run folder; or the folder or hub name of a model of transformers (text encoders, causal language
-            models) or timm. Weights are read from safetensors only, and no code that comes with a model is run.
-        data: What a model that is no run is measured on: a benchmark config such as ``clinc150``, or for a language
-            model a text file too, one text a line.
+        name: A run folder; or the folder or hub name of a model of transformers (text encoders, causal language models)
+            or timm. Weights are read from safetensors only, and code that comes with a model is not executed.
+        data: Data for a model that is not a run: a benchmark config such as ``clinc150``, or for a language model also
+            a text file with one text per line.
         overrides: Changes of the benchmark block, such as ``benchmark.data_dir=DIR``.
-        device: Where to put the model.
-        max_length: Most tokens of a text.
-        per_class: Training samples of each class whose mean embedding stands for it, where a model has no classifier.
-        generate: Tokens that a language model writes on after each text, greedily.
+        device: Device of the model.
+        max_length: Maximum number of tokens of a text.
+        per_class: Training samples per class for the mean embedding, for models without a classifier.
+        generate: Number of tokens that a language model generates greedily after each text.
 
     Raises:
-        RunFolderError: No such folder, or a run that does not fit its data.
-        ConfigError: No data for a model that is no run, or data for one that is.
+        RunFolderError: No such folder, or a run that does not match its data.
+        ConfigError: No data for a model that is not a run, or data for a run.
         DataError: A model or data that cannot be loaded.
-        UnsupportedError: A model of another kind, or a package that is not installed.
+        UnsupportedError: Another kind of model, or a package that is not installed.
     """
     if not name.strip():
         raise ConfigError("target: found nothing; give a run folder, or a model's folder or name on the hub")
     folder = Path(name).expanduser()
     if (folder / "config.yaml").is_file():
         if data is not None:
-            raise ConfigError(f"--data: found {data} for a run, which is measured on its own data; leave it out")
+            raise ConfigError(f"--data: found {data} for a run, which has its own data; leave it out")
         return _run_target(name, folder, overrides, device=usable_device(device))
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise RunFolderError(f"{name}: holds neither a run's config.yaml nor a model's config.json; give such a folder")
-    beside = folder.parent != Path() and folder.parent.is_dir()  # a slip in a path, not a model on a hub
-    if not folder.is_dir() and (beside or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
-        raise RunFolderError(f"{name}: no such folder, and no name of a model on a hub; give one of them")
+        raise RunFolderError(f"{name}: found neither a run's config.yaml nor a model's config.json; give such a folder")
+    # With an existing parent folder the name is a mistyped path, not a hub id.
+    mistyped = folder.parent != Path() and folder.parent.is_dir()
+    if not folder.is_dir() and (mistyped or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise RunFolderError(f"{name}: no such folder, and not the name of a hub model; give one of them")
     if data is None:
-        raise ConfigError(f"--data: found none for {name}; name what to measure it on, such as --data clinc150")
+        raise ConfigError(f"--data: found none for {name}; give the data to measure it on, such as --data clinc150")
     from clframe.targets.images import images_target, is_timm
     from clframe.targets.texts import text_target
 
     place = usable_device(device)
     if is_timm(name):
-        return images_target(name, config=data_config(data, overrides), device=place, per_class=per_class)
-    return text_target(
-        name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate
-    )
+        config = data_config(data, overrides)
+        target = images_target(name, config=config, device=place, per_class=per_class)
+        options = {"per_class": per_class}
+    else:
+        target = text_target(
+            name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate
+        )
+        options = {"max_length": max_length, "per_class": per_class, "generate": generate}
+    return replace(target, origin={**_origin(name, data, target.config), **target.origin, "options": options})
+
+
+def _origin(name: str, data: str | None, config: Config | None) -> dict[str, Any]:
+    """Model and data, with absolute paths; a text file is identified by its content as well."""
+    folder = Path(name).expanduser()
+    found: dict[str, Any] = {"model": str(folder.resolve()) if folder.is_dir() else name, "revision": None}
+    if config is None:
+        assert data is not None
+        file = Path(data).expanduser().resolve()
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        return {**found, "data": {"name": file.stem, "path": str(file), "sha256": content}}
+    block = asdict(config.benchmark)
+    for key in _LOCATIONS:
+        if isinstance(block["options"].get(key), str):
+            block["options"][key] = str(Path(block["options"][key]).expanduser().resolve())
+    return {**found, "data": {**block, "seed": config.seed}}
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that a name means: cpu, cuda, cuda:N, mps, or auto for the best there is.
+    """Device by name: cpu, cuda, cuda:N, mps, or auto for the best available.
 
     Raises:
-        UnsupportedError: There is no such device.
+        UnsupportedError: The device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -96,13 +124,13 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UnsupportedError(f"--device: found {name}, but {reason}; give cpu, cuda, cuda:N or mps") from None
     if device.type == "meta":
-        raise UnsupportedError("--device: found meta, which holds no numbers; give cpu, cuda, cuda:N or mps")
+        raise UnsupportedError("--device: found meta, which has no values; use cpu, cuda, cuda:N or mps")
     return device
 
 
 def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: torch.device) -> Target:
     trained = load(folder, device=str(device))
-    config = _changed(run_config(folder), overrides)
+    config = _relocate_data(run_config(folder), overrides)
     benchmark = build_data(config.benchmark, seed=config.seed)[1]
     if benchmark.class_order != trained.class_order or benchmark.input_shape != trained.network.input_shape:
         raise RunFolderError(
@@ -111,52 +139,53 @@ def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: to
     network, learner = trained.network, trained.learner
     tokens = _real_tokens if isinstance(network.backbone.stages[0], TextEmbed) else None
 
-    def answer(model: nn.Module, inputs: Inputs) -> Tensor:
+    def predict(model: nn.Module, inputs: Inputs) -> Tensor:
         return learner.adjust_logits(model(inputs, taps=learner.taps)).last
 
-    # Of a run that is not finished, what it has learnt: nothing else can be answered.
+    # An unfinished run is evaluated on the experiences it has learnt; its network has no outputs for other classes.
     learnt = [set(classes) <= set(learner.past) for classes in benchmark.classes]
 
-    def part(samples: Sequence[Data]) -> SamplePart:
-        return SamplePart(list(compress(samples, learnt)), place=network.place, tokens=tokens)
+    def part(samples: Sequence[Data]) -> SampleSplit:
+        return SampleSplit(list(compress(samples, learnt)), place=network.to_device, tokens=tokens)
 
     return Target(
         name=name, kind="run", model=network, accuracy_matrix=_accuracy_matrix(folder),
-        body_name="backbone", answer=answer, run=trained, config=config,
-        parts=Parts(
+        body_name="backbone", predict=predict, run=trained, config=config, origin=_origin(name, None, config),
+        splits=DataSplits(
             part(_training(benchmark)), part(benchmark.validation) if benchmark.validation else None,
             part(benchmark.test),
         ),
         experiences=tuple(
-            SamplePart([samples], place=network.place, tokens=tokens) for samples in compress(benchmark.test, learnt)
+            SampleSplit([samples], place=network.to_device, tokens=tokens)
+            for samples in compress(benchmark.test, learnt)
         ),
     )  # fmt: skip
 
 
 def _accuracy_matrix(folder: Path) -> tuple[tuple[float, ...], ...] | None:
-    """The accuracy matrix of a finished run."""
+    """Accuracy matrix of a finished run."""
     file = folder / "results.json"
     return Result.from_json(file).accuracy_matrix if file.is_file() else None
 
 
 def _training(benchmark: Benchmark) -> tuple[Data, ...]:
-    """Training data as they are, not augmented; of an online stream the experiences that it is cut from."""
+    """Training data without augmentation; for an online stream the experiences it was cut from."""
     return tuple(replace(samples, augment=()) for samples in benchmark.original or benchmark.train)
 
 
-def _changed(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with other places of its data: what was learnt cannot change any more."""
+def _relocate_data(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with other locations of the data; no other override is allowed for a trained run."""
     options = dict(config.benchmark.options)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or key not in ("benchmark.data_dir", "benchmark.path", "benchmark.tokens"):
-            raise ConfigError(f"override '{text}': a run keeps its config; only benchmark.data_dir=DIR may differ")
+        if not equals or key not in {f"benchmark.{option}" for option in _LOCATIONS}:
+            raise ConfigError(f"override '{text}': a run uses its own config; change only benchmark.data_dir=DIR")
         options[key.removeprefix("benchmark.")] = value
     return replace(config, benchmark=replace(config.benchmark, options=options))
 
 
 def _real_tokens(ids_BT: Tensor) -> Tensor:
-    """mask_BT of ids that are no padding; the first always counts, as in the backbone."""
+    """mask_BT of ids that are not padding; the first token always counts, as in the backbone."""
     mask_BT = ids_BT != 0
     mask_BT[:, 0] = True
     return mask_BT

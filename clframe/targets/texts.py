@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,28 @@ from clframe.config.load import data_config
 from clframe.config.schema import Config
 from clframe.data.protocol import hold_out
 from clframe.data.source import SOURCES
-from clframe.data.sources.paths import text_of
+from clframe.data.sources.paths import read_text
 from clframe.data.sources.text import CORPORA, load_tokenizer, token_ids
-from clframe.data.target import IGNORED, Batch, Parts, Target, TextPart
+from clframe.data.target import IGNORED, Batch, DataSplits, Target, TextSplit
 from clframe.errors import ConfigError, DataError, UnsupportedError
-from clframe.nn.backbones.pretrained import needed
+from clframe.nn.backbones.pretrained import require_package
 from clframe.nn.types import Inputs
 from clframe.options import check_options
-from clframe.targets.images import MeanTokens, NearestMean
+from clframe.targets.images import MeanTokens, NearestMean, class_scores
 
 Corpus = Mapping[str, tuple[Sequence[str], Tensor | None]]
-"""Texts and their classes of each part: ``fit``, ``test`` and, where some are held out, ``validation``."""
+"""Texts and their classes of ``fit``, ``test`` and, if held out, ``validation``."""
 
 
 def labeled_texts(config: Config) -> Corpus:
-    """The texts of a benchmark, the validation share held out of the training texts as in a run.
+    """Texts of a benchmark, with the validation fraction held out of the training texts as in a run.
 
     Raises:
         ConfigError: A benchmark without texts.
     """
     block = config.benchmark
     if block.name not in CORPORA:
-        raise ConfigError(f"--data: found {block.name}, which holds no texts; give one of {', '.join(sorted(CORPORA))}")
+        raise ConfigError(f"--data: found {block.name}, which has no texts; give one of {', '.join(sorted(CORPORA))}")
     options = check_options(SOURCES.get(block.name), block.options, where="benchmark")
     places = {key: value for key, value in options.items() if key in ("data_dir", "download")}
     corpus = CORPORA[block.name](**places)
@@ -57,17 +58,17 @@ def labeled_texts(config: Config) -> Corpus:
     return found
 
 
-def lines_of(file: Path) -> Corpus:
-    """The texts of a file, one a line: the same to fit and to measure on, without labels.
+def read_lines(file: Path) -> Corpus:
+    """Texts of a file, one per line, unlabeled; the same texts are used to fit and to test.
 
     Raises:
-        DataError: No file, or none in it.
+        DataError: No file, or an empty one.
     """
     if not file.is_file():
-        raise DataError(f"--data: no file {file}; give a text file with one text a line, or a benchmark")
-    texts = [line.strip() for line in text_of(file).splitlines() if line.strip()]
+        raise DataError(f"--data: no file {file}; give a text file with one text per line, or a benchmark")
+    texts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not texts:
-        raise DataError(f"--data: {file} holds no text; give one a line")
+        raise DataError(f"--data: {file} contains no text; give one text per line")
     return {"fit": (texts, None), "test": (texts, None)}
 
 
@@ -81,33 +82,38 @@ def text_target(
     per_class: int,
     generate: int,
 ) -> Target:
-    """A model of transformers on texts; see :func:`~clframe.targets.opening.open_target`.
+    """Open a model of transformers on texts; see :func:`~clframe.targets.opening.open_target`.
 
-    An encoder answers with the class of the nearest mean embedding; a causal language model with the next token.
+    An encoder predicts the class with the nearest mean embedding; a causal language model predicts the next token.
     """
-    library = needed("transformers", where="target")
-    settings = _loaded(name, partial(library.AutoConfig.from_pretrained, trust_remote_code=False), library)
+    library = require_package("transformers", where="target")
+    settings = _load(name, partial(library.AutoConfig.from_pretrained, trust_remote_code=False), library)
     if getattr(settings, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{name}: is an encoder with a decoder ({settings.model_type}); give one of them alone")
+        raise UnsupportedError(f"{name}: found an encoder-decoder model ({settings.model_type}); use one of the two")
     config = None if data.endswith(".txt") else data_config(data, overrides)
-    corpus = lines_of(Path(data).expanduser()) if config is None else labeled_texts(config)
+    corpus = read_lines(Path(data).expanduser()) if config is None else labeled_texts(config)
     causal = any("CausalLM" in kind or "LMHead" in kind for kind in settings.architectures or ())
     if generate and not causal:
-        raise ConfigError(f"--generate: found {generate} for {name}, which writes no texts; leave it out")
+        raise ConfigError(f"--generate: found {generate} for {name}, which is not a language model; leave it out")
     if config is None and not causal:
-        raise ConfigError(f"--data: found {data} without labels for an encoder; name a benchmark such as clinc150")
+        raise ConfigError(f"--data: found {data} without labels for an encoder; give a benchmark such as clinc150")
     tokenizer = load_tokenizer(name, where=name)
     loader = library.AutoModelForCausalLM if causal else library.AutoModel
     options = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
-    model = _loaded(name, partial(loader.from_pretrained, **options), library).to(device)
+    model = _load(name, partial(loader.from_pretrained, **options), library).to(device)
     model.eval().requires_grad_(False)
     most = getattr(settings, "max_position_embeddings", None) or max_length
     encode = partial(token_ids, tokenizer=tokenizer, max_length=min(max_length, most - generate))
     padding = tokenizer.pad_token_id or 0
     if causal:
-        return _causal(name, model, corpus, encode, padding=padding, device=device, generate=generate, config=config)
-    assert config is not None
-    return _encoder(name, model, corpus, encode, padding=padding, device=device, per_class=per_class, config=config)
+        target = _causal(name, model, corpus, encode, padding=padding, device=device, generate=generate, config=config)
+    else:
+        assert config is not None
+        target = _encoder(
+            name, model, corpus, encode, padding=padding, device=device, per_class=per_class, config=config
+        )
+    # The commit of a hub model, which transformers stores in its config.
+    return replace(target, origin={"revision": getattr(settings, "_commit_hash", None)})
 
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -131,7 +137,7 @@ def _encoder(
         return Batch({"input_ids": ids_BT, "attention_mask": mask_BT.long()}, y_B, mask_BT)
 
     parts = {
-        part: TextPart(encode(texts), y, padding=padding, device=device, make=make)
+        part: TextSplit(encode(texts), y, padding=padding, device=device, make=make)
         for part, (texts, y) in corpus.items()
     }
     y_N = parts["fit"].y
@@ -139,10 +145,10 @@ def _encoder(
     classes = int(y_N.max()) + 1
     model = NearestMean(MeanTokens(encoder), classes=classes).to(device).eval()
     first = [(y_N == c).nonzero().flatten()[:per_class] for c in range(classes)]
-    model.learn(parts["fit"].some(torch.cat(first)))
+    model.learn(parts["fit"].batches_at(torch.cat(first)))
     return Target(
-        name=name, kind="encoder", model=model, body_name="embed.encoder", answer=_scores, config=config,
-        parts=Parts(parts["fit"], parts.get("validation"), parts["test"]),
+        name=name, kind="encoder", model=model, body_name="embed.encoder", predict=class_scores, config=config,
+        splits=DataSplits(parts["fit"], parts.get("validation"), parts["test"]),
     )  # fmt: skip
 
 
@@ -158,30 +164,30 @@ def _causal(
     config: Config | None,
 ) -> Target:
     def make(ids_BT: Tensor, mask_BT: Tensor, _: Tensor | None) -> Batch:
-        return continued(model, ids_BT, mask_BT, tokens=generate)
+        return generate_greedily(model, ids_BT, mask_BT, tokens=generate)
 
     parts = {
-        part: TextPart(encode(texts), None, padding=padding, device=device, make=make)
+        part: TextSplit(encode(texts), None, padding=padding, device=device, make=make)
         for part, (texts, _) in corpus.items()
     }
     return Target(
-        name=name, kind="causal", model=model, body_name="", answer=_next_tokens, config=config,
-        parts=Parts(parts["fit"], parts.get("validation"), parts["test"]),
+        name=name, kind="causal", model=model, body_name="", predict=_next_tokens, config=config,
+        splits=DataSplits(parts["fit"], parts.get("validation"), parts["test"]),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def continued(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, *, tokens: int) -> Batch:
-    """Texts and what a language model writes on after them, greedily, with the next token as the target of each.
+def generate_greedily(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, *, tokens: int) -> Batch:
+    """Continue texts greedily with a language model; the target of each token is the next token.
 
-    Tokens of the text are ``prompt``, those written ``generated``; after an end-of-text token nothing counts. The
-    whole sequence is run for each token, without a cache: exactly what a later pass over the whole computes.
+    Tokens of the text are masked as ``prompt``, new ones as ``generated``; tokens after end-of-text are ignored. Runs
+    the whole sequence for each new token without a cache, which equals a later pass over the sequence exactly.
 
     Args:
-        model: Its output has logits.
+        model: Returns an output with logits.
         ids_BT: Texts, padded at the end.
-        mask_BT: What is no padding.
-        tokens: How many to write.
+        mask_BT: Tokens that are not padding.
+        tokens: Number of tokens to generate.
     """
     stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = torch.tensor(stop if isinstance(stop, list) else [] if stop is None else [stop], device=ids_BT.device)
@@ -204,11 +210,6 @@ def continued(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, *, tokens: int)
     return Batch({"input_ids": ids_BT, "attention_mask": mask_BT.long()}, targets_BT, masks if tokens else mask_BT)
 
 
-def _scores(model: nn.Module, inputs: Inputs) -> Tensor:
-    scores_BC: Tensor = model(inputs)
-    return scores_BC
-
-
 def _next_tokens(model: nn.Module, inputs: Inputs) -> Tensor:
     assert isinstance(inputs, Mapping)
     logits_BTC: Tensor = model(**inputs, use_cache=False).logits
@@ -217,7 +218,7 @@ def _next_tokens(model: nn.Module, inputs: Inputs) -> Tensor:
 
 @contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Without reports of weights that are not used and without bars."""
+    """Context without progress bars and without reports of unused weights."""
     log = library.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -230,12 +231,12 @@ def _quiet(library: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _loaded(name: str, load: Callable[..., Any], library: Any) -> Any:
+def _load(name: str, load: Callable[..., Any], library: Any) -> Any:
     folder = Path(name).expanduser()
     try:
         with _quiet(library):
             return load(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # what a library may say of a broken file is not listed anywhere
+    except Exception as error:  # the library does not document which exceptions a damaged file raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DataError(
             f"{name}: could not be loaded ({reason}); connect, or give a folder with config.json and safetensors"

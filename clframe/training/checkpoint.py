@@ -1,13 +1,15 @@
 """Checkpoints between experiences: plain tensors and values, read without running any code.
 
-A checkpoint holds what cannot be derived: weights, component states, counts. Order and randomness are
-functions of (seed, experience, epoch), and every experience has a fresh optimizer, so neither is saved.
+A checkpoint holds what cannot be derived: weights, component states, counts. Order and randomness are functions of
+(seed, experience, epoch), and every experience has a fresh optimizer, so neither is saved.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
+import logging
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,48 +24,77 @@ from clframe.nn.network import Network
 
 FORMAT = 2
 _NETWORK = "__network__"
+_NAME = re.compile(r"experience_(\d+)\.ckpt")
+_log = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, Any], *, finished: int, keep: int = 2) -> Path:
-    """Write ``experience_NNN.ckpt`` after ``finished`` experiences; the last ``keep`` stay."""
+    """Write ``experience_NNN.ckpt`` after ``finished`` experiences and delete all but the last ``keep``."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "finished": finished, **encode(dict(content))}, buffer)
     path = folder / f"experience_{finished:03d}.ckpt"
     write_atomically(path, buffer.getvalue())
-    for old in sorted(folder.glob("experience_*.ckpt"))[:-keep]:
+    for old in checkpoint_files(folder)[:-keep]:
         old.unlink()
     return path
 
 
-def load_latest(folder: Path, *, device: torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint of a folder, or None where there is none yet.
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first: by number, since ``experience_1000`` sorts before ``998``."""
+    numbered = [(int(found[1]), path) for path in folder.glob("*.ckpt") if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
-    Tensors that were on an accelerator come to ``device``; those that were on the CPU stay there.
+
+def load_latest(folder: Path, *, device: torch.device) -> dict[str, Any] | None:
+    """Return the newest intact checkpoint of a folder, or None if there is none yet.
+
+    Damaged ones are named in a warning and skipped. Tensors saved on an accelerator are moved to ``device``; those
+    saved on the CPU stay there. ``file_bytes`` is the size of the file.
 
     Raises:
-        RunFolderError: The newest one is damaged, or of a format this version does not know.
+        RunFolderError: All are damaged, or the newest intact one has a format that this version cannot read.
     """
-    paths = sorted(folder.glob("experience_*.ckpt"))
-    if not paths:
-        return None
-    try:
-        accelerators = [*(f"cuda:{i}" for i in range(64)), "mps", "mps:0"]
-        places = dict.fromkeys(accelerators, str(device))
-        content = torch.load(paths[-1], map_location=places, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    damaged: Path | None = None
+    for path in reversed(checkpoint_files(folder)):
+        content = _read(path, device)
+        if content is None:
+            _log.warning("%s: is damaged or no checkpoint of clframe; the one before it is used", path)
+            damaged = damaged or path
+            continue
+        if content.get("format") != FORMAT:
+            raise RunFolderError(
+                f"{path}: has format {content.get('format')}, this version reads {FORMAT}; use the version that "
+                f"wrote it"
+            )
+        if content.get("finished") != int(path.stem.removeprefix("experience_")):
+            raise RunFolderError(
+                f"{path}: finished={content.get('finished')!r} contradicts the file's name; delete or rename it"
+            )
+        return {**content, "file_bytes": path.stat().st_size}
+    if damaged is not None:
         raise RunFolderError(
-            f"{paths[-1]}: is damaged or no checkpoint of clframe; delete it to resume from the one before"
-        ) from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise RunFolderError(
-            f"{paths[-1]}: has format {found}, this version reads {FORMAT}; resume with the version that wrote it"
+            f"{damaged}: is damaged or no checkpoint of clframe, and no intact one is left; restore it from a copy, "
+            f"or delete it to start over"
         )
-    return dict(content)
+    return None
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The content of a checkpoint file; None if it is damaged."""
+    accelerators = [*(f"cuda:{i}" for i in range(64)), "mps", "mps:0"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load checks no CRC: without this, most flipped bits load as other weights.
+            if archive.testzip() is not None:
+                return None
+        content = torch.load(path, map_location=dict.fromkeys(accelerators, str(device)), weights_only=True)
+    except Exception:  # a damaged archive or pickle may raise anything
+        return None
+    return dict(content) if isinstance(content, dict) else None
 
 
 def encode(value: Any) -> Any:
-    """State as nested plain values: frozen networks become their tensors.
+    """Return a state as nested plain values; frozen networks become their tensors.
 
     Raises:
         RunFolderError: A value that a checkpoint could not hold without running code on loading.
@@ -83,7 +114,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any, network: Network) -> Any:
-    """The inverse of :func:`encode`; frozen networks come back in the architecture of ``network``."""
+    """Invert :func:`encode`; frozen networks get the architecture of ``network``."""
     if isinstance(value, dict):
         if set(value) == {_NETWORK}:
             return restore(network, value[_NETWORK])
@@ -94,7 +125,7 @@ def decode(value: Any, network: Network) -> Any:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of all tensors in a state."""
+    """Return the bytes of all tensors in a state."""
     if isinstance(value, Network):
         return sum(t.nbytes for t in value.state_dict().values())
     if isinstance(value, Mapping):

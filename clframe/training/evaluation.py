@@ -15,39 +15,40 @@ from torch import Tensor
 
 from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.data.benchmark import Benchmark
-from clframe.exits import STATIC, ExitAnswers
-from clframe.exits.diagnostics import ExitRecord, exit_record
+from clframe.exits import STATIC, ExitEvaluation
+from clframe.exits.diagnostics import ExitRecord, make_exit_record
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics import Tally, TallyCounter
-from clframe.moe import Usage, counting
+from clframe.moe import Usage, count_usage
 from clframe.moe.usage import active_rates, overlaps
-from clframe.nn.backbones.base import untouched
+from clframe.nn.backbones.base import preserving_state
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
 from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
+from clframe.training.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What every exit answered in one evaluation, sample by sample, on the CPU."""
+class ExitPredictions:
+    """Predictions of every exit in one evaluation, sample by sample, on the CPU."""
 
     confidence_KN: Tensor
-    """Largest probability of each exit's answer."""
+    """Largest probability of each exit."""
     correct_KN: Tensor
-    """Whether that answer is right."""
+    """Whether the class of that probability is correct."""
     experience_N: Tensor
     """Test experience of each sample."""
     static: Mapping[str, Tensor]
-    """For each decision of :data:`~clframe.exits.STATIC`, whether it is right on each sample."""
+    """For each decision of :data:`~clframe.exits.STATIC`, whether it is correct on each sample."""
 
 
 class Scores(SupervisedPlugin):
-    """An Avalanche plugin that keeps what the last evaluation came to.
+    """Avalanche plugin that counts the correct predictions of the last evaluation.
 
     Attributes:
-        tally: Right answers of the model's decision, by test experience and class.
-        exits: The same of each exit's own answer, in order of depth.
-        answers: Each exit's answer to each sample.
+        tally: Correct predictions of the strategy, by test experience and class.
+        exits: The same for each exit, in order of depth.
+        predictions: Each exit's prediction for each sample.
     """
 
     def __init__(self, benchmark: Benchmark) -> None:
@@ -58,10 +59,10 @@ class Scores(SupervisedPlugin):
         self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor]]] = []
         self.tally: Tally | None = None
         self.exits: tuple[Tally, ...] = ()
-        self.answers: Answers | None = None
+        self.predictions: ExitPredictions | None = None
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Start counting anew."""
+        """Reset all counts."""
         self._counter = self._new_counter(strategy)
         self._exits = [self._new_counter(strategy) for _ in strategy.learner.network.heads]
         self._batches = []
@@ -72,12 +73,12 @@ class Scores(SupervisedPlugin):
         index, y_B = strategy.experience.current_experience, strategy.mb_y
         classes = self._benchmark.classes[index]
         self._counter.update(index, strategy.mb_output, y_B, classes)
-        scores = strategy.answers.logits
+        scores = strategy.adjusted.logits
         for counter, scores_BC in zip(self._exits, scores, strict=True):
             counter.update(index, scores_BC, y_B, classes)
         if scores[0].shape[1]:
             best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
-            correct_KB = torch.stack([answer_B == y_B for _, answer_B in best])
+            correct_KB = torch.stack([class_B == y_B for _, class_B in best])
             static = {name: decide(scores).scores_BC.argmax(1) == y_B for name, decide in STATIC.items()}
             self._batches.append((torch.stack([p_B for p_B, _ in best]), correct_KB, index, static))
 
@@ -86,17 +87,17 @@ class Scores(SupervisedPlugin):
         assert self._counter is not None
         self.tally = self._counter.result()
         self.exits = tuple(counter.result() for counter in self._exits)
-        self.answers = self._gathered(len(self._exits))
+        self.predictions = self._gather(len(self._exits))
         self._batches = []
 
     def _new_counter(self, strategy: Any) -> TallyCounter:
         benchmark = self._benchmark
         return TallyCounter(len(benchmark), len(benchmark.class_order), device=strategy.device)
 
-    def _gathered(self, exits: int) -> Answers:
+    def _gather(self, exits: int) -> ExitPredictions:
         parts = self._batches
         nothing_N = torch.zeros(0, dtype=torch.bool)
-        return Answers(
+        return ExitPredictions(
             torch.cat([torch.zeros(exits, 0), *(p[0].cpu() for p in parts)], dim=1),
             torch.cat([torch.zeros(exits, 0, dtype=torch.bool), *(p[1].cpu() for p in parts)], dim=1),
             torch.cat([torch.zeros(0, dtype=torch.long), *(torch.full((p[0].shape[1],), p[2]) for p in parts)]),
@@ -107,15 +108,15 @@ class Scores(SupervisedPlugin):
 PROBES = 256
 """Samples of the first experience on which taps are compared."""
 GRID = 4
-"""Larger maps are averaged down to this many cells a side first."""
+"""Larger maps are average-pooled to this many cells per side first."""
 
 
-class ExitWatch:
-    """Makes an :class:`~clframe.exits.diagnostics.ExitRecord` of each evaluation.
+class ExitRecorder:
+    """Computes an :class:`~clframe.exits.diagnostics.ExitRecord` of each evaluation.
 
     Args:
         benchmark: The stream.
-        scores: The plugin that holds the last evaluation's answers.
+        scores: The plugin with the predictions of the last evaluation.
 
     Attributes:
         reference: Each exit's tap after the first experience, by name; part of every checkpoint.
@@ -126,31 +127,34 @@ class ExitWatch:
         self.reference: Mapping[str, Tensor] = {}
 
     def record(self, strategy: Any, index: int) -> ExitRecord:
-        """The record after experience ``index``, whose evaluation was the last thing that happened."""
-        network: Network = strategy.learner.network
+        """Return the record after experience ``index``, right after its evaluation."""
+        learner: Learner = strategy.learner
+        network = learner.network
         cost_K = cumulative_macs(network)
-        answers = self._scores.answers
-        assert answers is not None
+        predictions = self._scores.predictions
+        assert predictions is not None
         accuracy_KE = tuple(tally.accuracy_E for tally in self._scores.exits)
-        seen_N = answers.experience_N <= index
-        return exit_record(
-            _answers(answers, cost_K, seen_N),
+        seen_N = predictions.experience_N <= index
+        return make_exit_record(
+            _exit_evaluation(predictions, cost_K, seen_N),
             self._validation(strategy, index, cost_K),
             backbone_macs=backbone_macs(network),
             accuracy_KE=accuracy_KE,
-            correct={name: right_N[seen_N] for name, right_N in answers.static.items()},
+            correct={name: right_N[seen_N] for name, right_N in predictions.static.items()},
             similarity_K=self._similarity(network, index),
+            rule=getattr(learner.composition.owner("prediction"), "budget_rule", "best"),
+            simulated=learner.simulated_exits,
         )
 
-    def _validation(self, strategy: Any, index: int, cost_K: tuple[int, ...]) -> ExitAnswers | None:
-        """Answers on held-out data of the experiences so far, where there is more than one exit to choose from."""
+    def _validation(self, strategy: Any, index: int, cost_K: tuple[int, ...]) -> ExitEvaluation | None:
+        """Predictions on held-out data of the experiences so far, if there is more than one exit to choose from."""
         benchmark = self._benchmark
         if len(cost_K) == 1 or not benchmark.validation or benchmark.evaluate == "validation":
             return None
         strategy.eval(benchmark.avalanche.streams["valid"][: index + 1])
-        answers = self._scores.answers
-        assert answers is not None
-        return _answers(answers, cost_K, answers.experience_N <= index)
+        predictions = self._scores.predictions
+        assert predictions is not None
+        return _exit_evaluation(predictions, cost_K, predictions.experience_N <= index)
 
     def _similarity(self, network: Network, index: int) -> tuple[float, ...]:
         now = _taps(network, self._benchmark)
@@ -159,42 +163,42 @@ class ExitWatch:
         return tuple(unbiased_linear_cka(self.reference[tap], now[tap]) for tap in network.exit_taps)
 
 
-def _answers(answers: Answers, cost_K: tuple[int, ...], of_N: Tensor) -> ExitAnswers:
-    return ExitAnswers(
-        confidence_KN=answers.confidence_KN[:, of_N],
-        correct_KN=answers.correct_KN[:, of_N],
+def _exit_evaluation(predictions: ExitPredictions, cost_K: tuple[int, ...], of_N: Tensor) -> ExitEvaluation:
+    return ExitEvaluation(
+        confidence_KN=predictions.confidence_KN[:, of_N],
+        correct_KN=predictions.correct_KN[:, of_N],
         cost_K=cost_K,
-        experience_N=answers.experience_N[of_N],
+        experience_N=predictions.experience_N[of_N],
     )
 
 
 def _taps(network: Network, benchmark: Benchmark) -> dict[str, Tensor]:
-    """Each exit's tap on the first test samples of the first experience, flat, on the CPU."""
+    """Each exit's flattened tap on the first test samples of the first experience, on the CPU."""
     samples = benchmark.evaluation[0]
     index = torch.arange(min(PROBES, len(samples)))
-    x = network.place(samples.prepare(samples.raw(index)))
-    with untouched([network]):
+    x = network.to_device(samples.prepare(samples.raw(index)))
+    with preserving_state([network]):
         taps = network(x, taps=network.exit_taps).taps
     return {name: flat_tap(tap, grid=GRID).float().cpu() for name, tap in taps.items()}
 
 
 NEURON_PROBES = 256
-"""Samples of an experience that are looked at, at most."""
+"""Most samples of an experience on which neurons are recorded."""
 MOST_PROBES = 2048
-"""Samples of all experiences of a stream together, at most: what keeps long streams cheap."""
+"""Most samples of all experiences of a stream together, which bounds the cost of long streams."""
 BATCH = 32
-"""Few at a time: the hidden layers of a transformer on a batch are the largest thing that is held."""
+"""Samples per batch; small, because the hidden layers of a transformer need most of the memory."""
 DIGITS = 4
 
 
-class ActivityWatch:
-    """Makes an :class:`~clframe.sparsity.activity.ActivityRecord` after each training experience.
+class ActivityRecorder:
+    """Computes an :class:`~clframe.sparsity.activity.ActivityRecord` after each training experience.
 
     Args:
         benchmark: The stream.
 
     Attributes:
-        learnt: For each experience, rate_N by layer when it had just been learnt; part of every checkpoint.
+        learnt: For each experience, rate_N by layer right after learning it; part of every checkpoint.
     """
 
     def __init__(self, benchmark: Benchmark) -> None:
@@ -202,16 +206,16 @@ class ActivityWatch:
         self.learnt: list[Mapping[str, Tensor]] = []
 
     def record(self, network: Network, index: int) -> ActivityRecord:
-        """The record after experience ``index``, which is remembered as how its neurons were when learnt.
+        """Return the record after experience ``index`` and store its rates as those when it was learned.
 
         The network, its modes and random states stay as they are.
         """
         samples_E, rates, usage = [], [], []
-        with untouched([network]):
+        with preserving_state([network]):
             for samples in self._benchmark.evaluation[: index + 1]:
-                at = probes(len(samples), experiences=len(self._benchmark))
-                batches = (_prepared(network, samples, part) for part in at.split(BATCH) if len(part))
-                with counting(network) as used:
+                at = probe_indices(len(samples), experiences=len(self._benchmark))
+                batches = (_prepare(network, samples, part) for part in at.split(BATCH) if len(part))
+                with count_usage(network) as used:
                     found = active_rates(network.backbone, batches, call=network)
                     usage.append(used())
                 rates.append({layer: rate_N.float() for layer, rate_N in found.items()})
@@ -238,8 +242,8 @@ class ActivityWatch:
         )
 
 
-def probes(samples: int, *, experiences: int) -> Tensor:
-    """Which of an experience's samples are looked at: evenly spaced, since samples often lie sorted by class.
+def probe_indices(samples: int, *, experiences: int) -> Tensor:
+    """Indices of an experience's samples to record: evenly spaced, since samples are often sorted by class.
 
     >>> probes(10, experiences=2048).tolist(), probes(3, experiences=5).tolist(), len(probes(10_000, experiences=5))
     ([0], [0, 1, 2], 256)
@@ -248,8 +252,8 @@ def probes(samples: int, *, experiences: int) -> Tensor:
     return torch.arange(count) * samples // max(count, 1)
 
 
-def _prepared(network: Network, samples: Samples, index: Tensor) -> Tensor:
-    return network.place(samples.prepare(samples.raw(index)))
+def _prepare(network: Network, samples: Samples, index: Tensor) -> Tensor:
+    return network.to_device(samples.prepare(samples.raw(index)))
 
 
 def _kept(learnt_N: Tensor | None, now_N: Tensor) -> float:

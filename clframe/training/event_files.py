@@ -1,4 +1,4 @@
-"""Event files of a run that goes on: what it writes again is taken out, what stays is kept as it was written."""
+"""Rewrites the event files of a resumed run without the points that it logs again."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# TensorBoard ships no types, which is what the ignored imports below are about.
+# The imports below are ignored by the type checker because TensorBoard ships no types.
 
 PATTERN = "events.out.tfevents.*"
 
 
-def keep(folder: Path, keeps: Callable[[str, int], bool]) -> tuple[str, ...]:
-    """Make one event file of those in ``folder``, of the points only that ``keeps(tag, step)``; returns their tags.
+def merge_events(folder: Path, keeps: Callable[[str, int], bool]) -> tuple[str, ...]:
+    """Merge the event files of ``folder`` into one of the points where ``keeps(tag, step)``; returns their tags.
 
-    Of points with the same tag and step the last one stays. The new file begins by telling readers to forget what
-    they have read of this run, so that a page that is open shows no point twice either, and is there before the old
-    ones go: whoever is killed in between leaves both, which reads the same. Nothing happens where there are no files.
+    Of points with the same tag and step the last one is kept. The new file starts with an event that makes open pages
+    drop earlier points of this run, so that none is shown twice. It is complete before the old files are deleted: a
+    process killed in between leaves both, which read the same. Without event files nothing happens.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
     from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
@@ -35,15 +35,15 @@ def keep(folder: Path, keeps: Callable[[str, int], bool]) -> tuple[str, ...]:
                 if keeps(value.tag, event.step):
                     point = Event(wall_time=event.wall_time, step=event.step)
                     point.summary.value.append(value)
-                    points.pop((value.tag, event.step), None)  # a point that was written again is as new as that
+                    points.pop((value.tag, event.step), None)  # keeps the order of writing
                     points[value.tag, event.step] = point
-    let_a_second_pass(folder)
+    wait_for_next_second(folder)
     now = time.time()
     head = Event(wall_time=now, file_version="brain.Event:2")
     forget = Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))
-    # No host's name begins with a dash: of the files of one second this one is read first.
+    # No host name starts with a dash, so that of the files of one second this one is read first.
     target = folder / f"events.out.tfevents.{int(now):010d}.-.kept"
-    hidden = folder / f".{target.name.replace('tfevents', 'rewritten')}"  # no event file to those who look for such
+    hidden = folder / f".{target.name.replace('tfevents', 'rewritten')}"  # not matched as an event file
     with open(hidden, "wb") as file:
         writer = RecordWriter(file)
         for event in (head, forget, *points.values()):
@@ -56,10 +56,10 @@ def keep(folder: Path, keeps: Callable[[str, int], bool]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tag for tag, _ in points))
 
 
-def let_a_second_pass(folder: Path) -> None:
-    """Wait, at most a second, until a new event file sorts behind those in ``folder``.
+def wait_for_next_second(folder: Path) -> None:
+    """Sleep, at most a second, until a new event file sorts after those in ``folder``.
 
-    Files are read in the order of their names, ``events.out.tfevents.<second>...``.
+    TensorBoard reads files in the order of their names, ``events.out.tfevents.<second>...``.
     """
     seconds = [path.name.split(".")[3] for path in folder.glob(PATTERN)]
     if f"{int(time.time()):010d}" in seconds:
@@ -67,7 +67,7 @@ def let_a_second_pass(folder: Path) -> None:
 
 
 def _events(path: Path) -> Iterator[Any]:
-    """The events of a file, up to a last one that was cut short by a kill."""
+    """Yield the events of a file, without a last one that a kill has cut short."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 

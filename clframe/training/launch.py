@@ -1,4 +1,4 @@
-"""From plain arguments to a session that is ready to run."""
+"""Builds a session from plain arguments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
+from clframe.training.epochs import EarlyStopping
 from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
@@ -35,13 +36,16 @@ def launch(
     precision: Any,
     epochs: int,
     batch_size: int,
+    drop_last: bool,
     eval_batch_size: int,
     clip: float | None,
+    on_divergence: Literal["stop", "warn"],
     accumulate: int,
     eval_every: int,
     limit_batches: int | None,
     channels_last: bool,
     trainer_options: dict[str, Any],
+    early_stopping: EarlyStopping | None,
     log_every: int,
     progress: bool,
     tensorboard: bool,
@@ -51,14 +55,20 @@ def launch(
     plugins: Named = (),
     on_evaluated: Callable[[Progress], None] | None,
 ) -> Session:
-    """Set up Fabric, module, strategy and monitor; each argument is documented where it ends up.
+    """Set up Fabric, module, strategy and monitor; see these for the arguments.
 
     Raises:
         UnsupportedError: Lightning refuses the accelerator or precision.
         ConfigError: A plugin's option names no layer.
     """
     module = ContinualModule(
-        network, composition, optimizer=optimizer, scheduler=scheduler, seed=seed, clip=clip
+        network,
+        composition,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        seed=seed,
+        clip=clip,
+        on_divergence=on_divergence,
     )
     scores = Scores(benchmark)
     layers = [name for name, _ in module.named_modules() if name]
@@ -68,8 +78,10 @@ def launch(
         fabric=_fabric(accelerator, devices, precision),
         engine=engine,
         trainer=trainer_options,
+        early_stopping=early_stopping,
         accumulate=accumulate,
         limit_batches=limit_batches,
+        drop_last=drop_last,
         channels_last=channels_last,
         train_mb_size=batch_size,
         train_epochs=epochs,
@@ -85,6 +97,7 @@ def launch(
         csv=csv,
         log_every=log_every,
         progress=progress,
+        loggers=trainer_options.get("logger") or (),
     )
     return Session(
         strategy,

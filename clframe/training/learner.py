@@ -5,32 +5,63 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clframe.core import Batch, Component, Composition, Experience, State, Step, StepContext, total
+from clframe.errors import ComposeError, UnsupportedError
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.seeding import derive_seed, generator_for
 
+Section = Literal[
+    "before_experience", "make_batch", "forward", "task_loss", "losses", "combine_losses", "backward",
+    "modify_gradients", "after_step", "after_experience", "adjust_logits", "predict",
+]  # fmt: skip
+"""What an observer is notified of: the hooks that compute, and the two passes of a training step."""
+
+UNOBSERVED: AbstractContextManager[object] = nullcontext()  # reusable, so that an unobserved run allocates nothing
+
+
+class StepObserver:
+    """Interface of observers of a run; this one does nothing.
+
+    A profiler overrides :meth:`around` and is assigned to ``learner.observer``. The loop enters a section where the
+    work is done anyway, so an observer measures the run itself and needs no copy of it.
+    """
+
+    def around(self, section: Section, component: str = "", samples: int = 0) -> AbstractContextManager[object]:
+        """Return a context manager to run a section in.
+
+        Args:
+            section: What runs.
+            component: Name of the component whose hook runs; empty for the network and the default loss.
+            samples: Size of the batch; 0 outside of a step.
+        """
+        return UNOBSERVED
+
 
 class Learner:
-    """Walks a composition through the timetable; knows nothing of loops, devices or loggers.
+    """Calls the hooks of a composition in the order of :mod:`clframe.core.component`, without a loop or a device.
 
-    Hooks that no component overrides cost nothing: they are looked up once, here.
+    Hooks that no component overrides cost nothing: their owners are looked up once, in the constructor.
 
     Args:
-        network: Edited in place by components that override ``edit``.
+        network: Edited in place by components that override ``setup_network``.
         composition: The strategy.
-        seed: What components draw from; None follows ``torch.initial_seed()`` and leaves the global
-            generators alone, otherwise they are seeded anew at every experience and epoch.
+        seed: Seed of the components' generators. With None they derive from ``torch.initial_seed()`` and the global
+            generators are left alone; otherwise these are seeded at the start of every experience and epoch.
 
     Attributes:
-        around: What a component's ``prepare`` and ``advance`` run in, made from the hook's and the component's name.
+        observer: Notified of every section that runs; see :class:`StepObserver`.
+        state: State of each component, by name.
+        past: Classes of finished experiences.
+        weight_K: Weight of each exit's losses in this epoch; None where all are 1.
     """
 
     def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
@@ -41,159 +72,220 @@ class Learner:
         for component in composition.acting_at("setup_network"):
             component.setup_network(network)
         self.state: dict[str, State] = {c.name: c.init_state(network) for c in composition}
+        self.observer = StepObserver()
         self.past: tuple[int, ...] = ()
         self.experience: Experience | None = None
         self.step: Step | None = None
         self.epochs = 1
+        self.weight_K: Tensor | None = None
         self.term_sums: dict[str, Tensor] = {}
         self.term_steps = 0
-        self.around: Callable[[str, str], AbstractContextManager[object]] = _plainly
-        self._batch_owner = next(iter(composition.acting_at("make_batch")), None)
-        self._mix_owner = next(iter(composition.acting_at("combine_losses")), None)
-        self._gradient_owner = next(iter(composition.acting_at("modify_gradients")), None)
-        self._decision_owner = next(iter(composition.acting_at("predict")), None)
-        self._heads_owner = next(iter(composition.acting_at("exit_loss_weights")), None)
-        self._task_owner = next(iter(composition.acting_at("task_loss")), None)
-        self._answers_owner = next(iter(composition.acting_at("adjust_logits")), None)
-        self._followers = composition.acting_at("after_step")
         self.taps = tuple(dict.fromkeys(tap for component in composition for tap in component.taps(network)))
+        self._batch_owner = self._owner("make_batch")
+        self._mix_owner = self._owner("combine_losses")
+        self._gradient_owner = self._owner("modify_gradients")
+        self._prediction_owner = self._owner("predict")
+        self._exit_weights_owner = self._owner("exit_loss_weights")
+        self._task_owner = self._owner("task_loss")
+        self._logits_owner = self._owner("adjust_logits") or self._owner("adjust_exit_logits")
         self._losses = composition.acting_at("losses")
+        self._after_step = composition.acting_at("after_step")
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
-        self._weight_K: Tensor | None = None
+        self._steps = self._number = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
-        """A copy of the model (a foreign plugin's teacher, say) shares the run; it never forks it."""
+        """Return the learner itself: a copy of the model, as a foreign plugin's teacher, must not fork the run."""
         return self
 
     def training_experiences(self, index: int, count: int) -> tuple[int, ...]:
-        """The experiences whose data experience ``index`` trains on."""
-        owner = next(iter(self.composition.acting_at("training_experiences")), None)
+        """Return the experiences whose data experience ``index`` of ``count`` trains on."""
+        owner = self._owner("training_experiences")
         return (index,) if owner is None else tuple(owner.training_experiences(index, count))
 
     def begin(self, experience: Experience, *, classes: tuple[int, ...], epochs: int) -> None:
-        """Start an experience: seed, grow every head by ``classes``, then let components grow."""
+        """Start an experience: seed, grow every head by ``classes``, call ``add_classes`` and ``before_experience``."""
         self.experience, self.epochs = experience, epochs
         self.seed_everything("experience", experience.index)
         self.network.grow(classes)
         for component in self.composition.acting_at("add_classes"):
             component.add_classes(self.network, experience)
         for component in self.composition.acting_at("before_experience"):
+            # The kinds of contexts seed generators, so they keep the names that hooks once had.
             context = self._context(component.name, "prepare", 0)
-            with self.around("prepare", component.name):
+            with self.observer.around("before_experience", component.name):
                 state = self.state[component.name]
                 self.state[component.name] = component.before_experience(self.network, context, state)
 
-    def before_epoch(self, epoch: int) -> None:
-        """Start an epoch: from here on randomness is that of (seed, experience, epoch)."""
+    def before_epoch(self, epoch: int, *, steps: int = 0) -> None:
+        """Start an epoch of ``steps`` batches: from here on randomness is a function of (seed, experience, epoch)."""
         experience = self._current()
+        self._steps, self._number = steps, 0
         self.seed_everything("epoch", experience.index, epoch)
         self._contexts = {c.name: self._context(c.name, "epoch", epoch) for c in self.composition}
         self._task_context = self._context("task", "epoch", epoch)
         for component in self.composition.acting_at("before_epoch"):
             component.before_epoch(self.network, self._contexts[component.name], self.state[component.name])
-        self._weight_K = self._weights()
+        self.weight_K = self._exit_weights()
 
-    def make_batch(self, x: Tensor, y: Tensor) -> Batch:
-        """The batch to train on: replay joins here."""
-        batch = Batch(x, y)
+    def make_batch(self, x: Tensor, y: Tensor, *, stored: Callable[[], Tensor] | None = None) -> Batch:
+        """Return the batch to train on, which the owner of the slot ``batch`` may have extended by replayed samples."""
+        batch = Batch(x, y, stored=stored)
         owner = self._batch_owner
         if owner is None:
             return batch
-        return owner.make_batch(batch, self._contexts[owner.name], self.state[owner.name])
+        with self.observer.around("make_batch", owner.name, len(y)):
+            return owner.make_batch(batch, self._contexts[owner.name], self.state[owner.name], self.network)
 
     def loss(self, batch: Batch, output: Output) -> Tensor:
-        """One scalar: the task's cross-entropy and every component's terms, mixed."""
-        self.step = step = Step(batch, output, self._task_context, self.network, self._weight_K)
-        terms = {"task/ce": self._task(step)}
+        """Return the scalar to minimize: the task loss and every component's terms, combined."""
+        around, size = self.observer.around, len(batch.y)
+        self.step = step = Step(batch, output, self._task_context, self.network, self.weight_K, self._number)
+        self._number += 1
+        terms = {"task/ce": self._task_loss(step)}
         for component in self._losses:
-            own = Step(batch, output, self._contexts[component.name], self.network, self._weight_K)
-            for term, value in component.losses(own, self.state[component.name]).items():
+            with around("losses", component.name, size):
+                found = component.losses(self._own_step(step, component), self.state[component.name])
+            for term, value in found.items():
                 terms[self._term_name(component.name, term)] = value
-        if self._weight_K is not None:
-            terms = {name: value * self._weight_K if value.ndim else value for name, value in terms.items()}
-        self._count(terms)
+        if self.weight_K is not None:
+            terms = {name: value * self.weight_K if value.ndim else value for name, value in terms.items()}
+        self._add_to_sums(terms)
         owner = self._mix_owner
-        return total(terms) if owner is None else owner.combine_losses(terms, step, self.state[owner.name])
+        if owner is None:
+            return total(terms)
+        with around("combine_losses", owner.name, size):
+            return owner.combine_losses(terms, step, self.state[owner.name])
 
     def modify_gradients(self) -> None:
-        """Let the owner of the gradient edit it."""
-        owner = self._gradient_owner
+        """Call the owner of the slot ``gradient``, after backward."""
+        owner, step = self._gradient_owner, self.step
         if owner is not None:
-            assert self.step is not None
-            owner.modify_gradients(self.network, self.step, self.state[owner.name])
+            assert step is not None
+            with self.observer.around("modify_gradients", owner.name, len(step.batch.y)):
+                owner.modify_gradients(self.network, step, self.state[owner.name])
 
     def after_step(self) -> None:
-        """Let components look at the weights after an update."""
-        for component in self._followers:
-            assert self.step is not None
-            component.after_step(self.network, self.step, self.state[component.name])
+        """Store the state that each component returns after an update of the weights."""
+        for component in self._after_step:
+            step = self.step
+            assert step is not None
+            with self.observer.around("after_step", component.name, len(step.batch.y)):
+                own = self._own_step(step, component)
+                state = component.after_step(self.network, own, self.state[component.name])
+            if state is None:
+                raise ComposeError(
+                    f"component '{component.name}': after_step() returned None; return the state, changed or not"
+                )
+            self.state[component.name] = state
+
+    def correct_logits(self, output: Output) -> Output:
+        """Return the output as corrected by the owner of the slot ``logits``, exit by exit, without an ensemble."""
+        owner = self._logits_owner
+        if owner is None:
+            return output
+        with self.observer.around("adjust_logits", owner.name, len(output.last)):
+            return owner.adjust_logits(output, self.state[owner.name])
+
+    @property
+    def simulated_exits(self) -> str:
+        """Reason why dynamic inference cannot skip exits; empty where it can."""
+        owner = self._logits_owner
+        joint = owner is not None and "adjust_logits" in owner.acts_at()
+        return f"{owner.name} corrects the logits of all exits together" if owner is not None and joint else ""
+
+    def exit_corrector(self) -> Callable[[int, Tensor, Mapping[str, Tensor]], Tensor] | None:
+        """Return ``(exit, logits_BC, taps) -> logits_BC``, the correction of one exit; None without a correction.
+
+        Raises:
+            UnsupportedError: The owner of the slot ``logits`` corrects all exits together.
+        """
+        owner = self._logits_owner
+        if owner is None:
+            return None
+        if self.simulated_exits:
+            raise UnsupportedError(
+                f"strategy: {self.simulated_exits}, so none can be skipped; implement adjust_exit_logits in "
+                f"'{owner.name}', or compute all exits"
+            )
+        state = self.state[owner.name]
+        return lambda exit, logits_BC, taps: owner.adjust_exit_logits(exit, logits_BC, taps, state)
+
+    def corrected_output(self, x: Tensor) -> Output:
+        """Return the network's output for prepared inputs, corrected; what ensembles and policies are fitted on."""
+        return self.correct_logits(self.network(x, taps=self.taps))
 
     def adjust_logits(self, output: Output) -> Output:
-        """The output with what each exit answers in place of its logits: corrected, then joined in its ensemble."""
-        return output._replace(logits=self.network.ensemble(self._correct(output).logits))
+        """Return the output with the scores of every exit as logits: corrected, then joined in the ensemble."""
+        return output._replace(logits=self.network.ensemble(self.correct_logits(output).logits))
 
-    def corrected(self, x: Tensor) -> Output:
-        """The network's output for prepared inputs, corrected by the owner of the slot ``answers``; no ensemble."""
-        return self._correct(self.network(x, taps=self.taps))
-
-    def predict(self, answers: Output) -> Tensor:
-        """scores_BC whose arg-max is the answer, from what each exit answers."""
-        owner = self._decision_owner
-        return answers.last if owner is None else owner.predict(answers, self.state[owner.name])
+    def predict(self, output: Output) -> Tensor:
+        """Return scores_BC, whose arg-max is the prediction, from the scores of every exit."""
+        owner = self._prediction_owner
+        if owner is None:
+            return output.last
+        with self.observer.around("predict", owner.name, len(output.last)):
+            return owner.predict(output, self.state[owner.name])
 
     def end(self) -> None:
-        """Finish an experience: every component consolidates, those last that are fitted on what others answer."""
+        """Finish an experience: call ``after_experience`` of every component, fitted ensembles and policies last."""
         experience = self._current()
         self.step = None
         self.network.freeze_trunk("free")
-        for component in sorted(self.composition.acting_at("after_experience"), key=_fitted_late):
+        for component in sorted(self.composition.acting_at("after_experience"), key=_consolidation_order):
             context = self._context(component.name, "advance", self.epochs)
-            with self.around("advance", component.name):
+            with self.observer.around("after_experience", component.name):
                 state = self.state[component.name]
                 self.state[component.name] = component.after_experience(self.network, context, state)
         self.past = tuple(sorted({*self.past, *experience.classes}))
         self.experience = None
 
     def flush_terms(self) -> dict[str, float]:
-        """Mean of each loss term since the last flush, by name; the one moment that waits for the device."""
+        """Return the mean of each loss term since the last call, by name.
+
+        The only method that synchronizes with the device; steps themselves never do.
+        """
         steps, self.term_steps = self.term_steps, 0
         means = {f"loss/{name}": float(value.sum()) / steps for name, value in self.term_sums.items()}
         self.term_sums = {}
         return means
 
-    def seed_everything(self, *place: int | str) -> None:
-        """Seed torch, numpy and random for one place of the run, if the run has a seed."""
+    def seed_everything(self, *position: int | str) -> None:
+        """Seed torch, numpy and random for one position of the run, if the run has a seed."""
         if self.seed is None:
             return
-        value = derive_seed(self.seed, *place)
+        value = derive_seed(self.seed, *position)
         if torch.accelerator.is_available():
             torch.manual_seed(value)
-        else:  # torch.manual_seed queues a call with its stack trace, a millisecond, for devices that are not there
+        else:  # torch.manual_seed queues a call with its stack trace, a millisecond, for devices that do not exist
             torch.default_generator.manual_seed(value)
         np.random.seed(value % 2**32)
         random.seed(value)
 
-    def _count(self, terms: Mapping[str, Tensor]) -> None:
+    def _owner(self, hook: str) -> Component | None:
+        return next(iter(self.composition.acting_at(hook)), None)
+
+    def _own_step(self, step: Step, component: Component) -> Step:
+        """Return the step with the component's own context, so that components draw from separate generators."""
+        return replace(step, context=self._contexts[component.name])
+
+    def _add_to_sums(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
             known = self.term_sums.get(name)
+            # A clone, because the sum is added to in place and the term may be part of the graph.
             self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
         self.term_steps += 1
 
-    def _correct(self, output: Output) -> Output:
-        owner = self._answers_owner
-        return output if owner is None else owner.adjust_logits(output, self.state[owner.name])
-
-    def _task(self, step: Step) -> Tensor:
+    def _task_loss(self, step: Step) -> Tensor:
         owner = self._task_owner
-        if owner is None:
-            return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
-        own = Step(step.batch, step.output, self._contexts[owner.name], self.network, self._weight_K)
-        return owner.task_loss(own, self.state[owner.name])
+        with self.observer.around("task_loss", "" if owner is None else owner.name, len(step.batch.y)):
+            if owner is None:
+                return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
+            return owner.task_loss(self._own_step(step, owner), self.state[owner.name])
 
-    def _weights(self) -> Tensor | None:
+    def _exit_weights(self) -> Tensor | None:
         """weight_K of this epoch on the network's device; None where each is 1, which leaves every term alone."""
-        owner = self._heads_owner
+        owner = self._exit_weights_owner
         if owner is None:
             return None
         weights = tuple(owner.exit_loss_weights(self._contexts[owner.name], self.state[owner.name]))
@@ -212,10 +304,11 @@ class Learner:
         experience = self._current()
         base = torch.initial_seed() if self.seed is None else self.seed
         generator = generator_for(base, kind, experience.index, epoch, name)
-        return StepContext(experience, epoch, self.epochs, generator, self._memory(), self.corrected)
+        memory, steps = self._memory(), self._steps if kind == "epoch" else 0
+        return StepContext(experience, epoch, self.epochs, generator, memory, self.corrected_output, steps)
 
     def _memory(self) -> State | None:
-        """The memory of the component that keeps one, if there is anything in it."""
+        """Return the state of the component with a replay buffer, if it holds samples."""
         for component in self.composition:
             if component.keeps_memory and self.state[component.name]["x"] is not None:
                 return self.state[component.name]
@@ -226,13 +319,8 @@ class Learner:
         return self.experience
 
 
-def _plainly(hook: str, component: str) -> AbstractContextManager[object]:
-    """Nobody looks on."""
-    return nullcontext()
-
-
-def _fitted_late(component: Component) -> int:
-    """Order of consolidation: who remakes the network, who learns or keeps something, exits' ensemble, the decision."""
-    if component.remakes:
+def _consolidation_order(component: Component) -> int:
+    """Sort key of ``after_experience``: what changes the network, what learns or stores, the ensemble, the policy."""
+    if component.changes_network:
         return -1
     return 2 if "prediction" in component.slots else 1 if "exit_weights" in component.slots else 0

@@ -1,13 +1,29 @@
-"""The one loop body, and what may drive it.
+"""The training step: one loop body, and the contracts of what runs it.
 
-:func:`iterate` is the body of every training step: under Avalanche's loop on Lightning Fabric, under
-Avalanche's loop with a Lightning Trainer inside, and under a plain Trainer. A driver says what each part
-means there; nothing is written twice.
+Three levels, each with one contract:
+
+* :class:`Driver`: the epochs of a fit in a Lightning Trainer, called by the hooks of a ``ContinualModule``.
+* :class:`TrainingStep`: the parts of one step. :func:`run_step` calls them in Avalanche's order, whichever loop runs
+  it: Avalanche's loop on Fabric, Avalanche's loop inside a Trainer, or a plain Trainer.
+* :class:`~clframe.avalanche_bridge.fabric.Engine`: backward pass and update, on Fabric or in a Trainer.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates.base_sgd import PeriodicEval
+from torch import Tensor
+
+from clframe.nn.types import Output
+from clframe.training.epochs import EpochMetrics
+from clframe.training.learner import Learner
 
 EVENTS = (
     "before_training_iteration", "before_forward", "after_forward", "before_backward", "after_backward",
@@ -17,39 +33,245 @@ EVENTS = (
 
 
 class Driver(Protocol):
-    """Whoever runs training steps."""
+    """The epochs of one fit, as the hooks of a ``ContinualModule`` call them."""
 
-    def fire(self, event: str) -> None:
-        """Call the foreign plugins that act at ``event``."""
+    def configure(self) -> Any:
+        """Return the optimizer of this fit, as ``configure_optimizers`` does."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Prepare epoch ``epoch``."""
+
+    def stop_requested(self) -> bool:
+        """Whether the rest of the epoch is to be skipped."""
+
+    def train_on(self, batch: Any) -> None:
+        """Train on one batch."""
+
+    def after_epoch(self) -> None:
+        """Finish an epoch."""
+
+
+class TrainingStep(Protocol):
+    """The parts of one training step."""
+
+    def call_plugins(self, event: str) -> None:
+        """Call the plugins that act at ``event``."""
 
     def clear_gradients(self) -> None:
-        """Zero the gradients, where a new update begins."""
+        """Zero the gradients at the first batch of an update."""
 
-    def predict(self) -> None:
+    def compute_output(self) -> None:
         """Run the model on the current batch."""
 
     def add_loss(self) -> None:
-        """Add the mixed loss terms of the current batch."""
+        """Add the combined loss terms of the current batch."""
 
     def backward(self) -> None:
-        """Run the backward pass and the gradient's owner."""
+        """Run the backward pass, then the owner of the slot ``gradient``."""
 
     def optimizer_step(self) -> None:
-        """Clip and update, where an update is due."""
+        """Clip and update, if an update is due."""
 
 
-def iterate(driver: Driver) -> None:
+def run_step(step: TrainingStep) -> None:
     """Train on the current batch, in the order of Avalanche's ``SGDUpdate.training_epoch``."""
-    driver.fire("before_training_iteration")
-    driver.clear_gradients()
-    driver.fire("before_forward")
-    driver.predict()
-    driver.fire("after_forward")
-    driver.add_loss()
-    driver.fire("before_backward")
-    driver.backward()
-    driver.fire("after_backward")
-    driver.fire("before_update")
-    driver.optimizer_step()
-    driver.fire("after_update")
-    driver.fire("after_training_iteration")
+    step.call_plugins("before_training_iteration")
+    step.clear_gradients()
+    step.call_plugins("before_forward")
+    step.compute_output()
+    step.call_plugins("after_forward")
+    step.add_loss()
+    step.call_plugins("before_backward")
+    step.backward()
+    step.call_plugins("after_backward")
+    step.call_plugins("before_update")
+    step.optimizer_step()
+    step.call_plugins("after_update")
+    step.call_plugins("after_training_iteration")
+
+
+class StepPlugins:
+    """The calls of Avalanche's plugins inside a training step, resolved once an epoch.
+
+    Avalanche triggers every plugin at each of the eight events of a step, nearly all of which do nothing. Calling
+    only those that override the callback keeps a step free of idle Python calls.
+
+    Args:
+        plugins: In the order in which they act.
+    """
+
+    def __init__(self, plugins: Iterable[Any] = ()) -> None:
+        calls: dict[str, list[Callable[..., None]]] = defaultdict(list)
+        for plugin in plugins:
+            for event in EVENTS:
+                if _acts_at(plugin, event):
+                    calls[event].append(getattr(plugin, event))
+        self.calls = {event: tuple(calls[event]) for event in EVENTS}
+        """What to call at each event."""
+        self.touch_loss = any(calls[event] for event in ("before_forward", "after_forward", "before_backward"))
+        """Whether a plugin may read or change ``strategy.loss`` before the backward pass."""
+
+
+def _acts_at(plugin: Any, event: str) -> bool:
+    # An EvaluationPlugin answers to every event through __getattribute__; without metrics and loggers it does nothing.
+    if isinstance(plugin, EvaluationPlugin) and not hasattr(type(plugin), event):
+        return bool(plugin.metrics or plugin.loggers)
+    # PeriodicEval overrides the callback for all modes but evaluates inside epochs only in this one.
+    if type(plugin) is PeriodicEval:
+        return event == "after_training_iteration" and plugin.peval_mode == "iteration"
+    call = getattr(plugin, event, None)
+    return call is not None and getattr(call, "__func__", call) is not getattr(SupervisedPlugin, event, None)
+
+
+class StrategyStep:
+    """Mixin: the training step, forward and loss of an Avalanche strategy with a ``ContinualModule`` or another module.
+
+    The step of a ``ContinualModule`` is that of its learner; of another module it is Avalanche's.
+    """
+
+    # Declared for readers; LightningStrategy and Avalanche's template provide them.
+    learner: Learner | None
+    engine: Any
+    fabric: Any
+    optimizer: Any
+    experience: Any
+    clock: Any
+    dataloader: Any
+    device: torch.device
+    mbatch: Any
+    mb_x: Tensor
+    mb_y: Tensor
+    mb_output: Any
+    loss: Tensor
+    retain_graph: bool
+    is_training: bool
+    accumulate: int
+    channels_last: bool
+    batch: Any
+    output: Output | None
+    adjusted: Output | None
+    on_step: Callable[[Any], None] | None
+    step_plugins: StepPlugins
+    in_precision: Callable[[Callable[[], Any]], Any]
+    refresh_engine: Callable[[], None]
+    _criterion: Callable[..., Any]
+    _is_last_batch: Callable[[], bool]
+    _kwargs: dict[str, Any]
+    _make_empty_loss: Callable[[], Tensor]
+    _metrics: EpochMetrics | None
+    _own_loader: Any
+    _step_in_update: int
+    _unpack_minibatch: Callable[[], None]
+
+    def train_on(self, batch: Any) -> None:
+        """Take one training step on ``batch``."""
+        self.mbatch = batch
+        self._unpack_minibatch()
+        if self.learner is not None:
+            x, y, loader = self.mbatch[0], self.mbatch[1], self._own_loader
+            stored = None
+            if loader is not None and self.dataloader is loader:
+                stored = partial(loader.stored, int(self.clock.train_epoch_iterations), len(y))
+            self.batch = joined = self.learner.make_batch(x, y, stored=stored)
+            joined.x = self.convert_input(joined.x)
+            self.mbatch[0], self.mbatch[1] = joined.x, joined.y
+        run_step(self)
+        if self._metrics is not None:
+            self._metrics.add_loss(self.loss)
+        if self.on_step is not None:
+            self.on_step(self)
+
+    def call_plugins(self, event: str) -> None:
+        """Call the plugins that act at ``event``."""
+        for call in self.step_plugins.calls[event]:
+            call(self, **self._kwargs)
+
+    def clear_gradients(self) -> None:
+        """Zero the gradients at the first batch of an update."""
+        if self._step_in_update == 0:
+            self.optimizer.zero_grad()
+        if self.learner is None or self.step_plugins.touch_loss:
+            self.loss = self._make_empty_loss()
+
+    def compute_output(self) -> None:
+        """Compute every exit's logits; Avalanche's plugins get the last exit's."""
+        self.mb_output = self.forward()
+
+    def add_loss(self) -> None:
+        """Add the components' terms, or the criterion of a foreign module."""
+        loss = self.criterion()
+        if self.learner is None or self.step_plugins.touch_loss:
+            self.loss += loss
+        else:  # the same number without a sum in the graph
+            self.loss = loss if loss.ndim else loss.reshape(1)
+
+    def backward(self) -> None:
+        """Run the backward pass, then the owner of the slot ``gradient``."""
+        loss = self.loss if self.accumulate == 1 else self.loss / self.accumulate
+        if self.learner is None:
+            self.engine.backward(loss, retain_graph=self.retain_graph)
+            return
+        with self.learner.observer.around("backward", samples=len(self.mb_y)):
+            self.engine.backward(loss, retain_graph=self.retain_graph)
+        self.learner.modify_gradients()
+
+    def optimizer_step(self) -> None:
+        """Update once ``accumulate`` batches, or the last ones of the epoch, have been added up."""
+        self._step_in_update += 1
+        if self.accumulate == 1 or self._step_in_update == self.accumulate or self._is_last_batch():
+            self.refresh_engine()
+            self.engine.step()
+            if self.learner is not None:
+                self.learner.after_step()
+            self._step_in_update = 0
+
+    # --- forward and loss -------------------------------------------------------------------------
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Return the logits that Avalanche reads; ``output`` holds those of all exits."""
+        if self.learner is None:
+            return super().forward(**kwargs)  # type: ignore[misc]
+        spread = self.fabric.world_size > 1 and self.engine is not None
+        network = self.engine.module if spread else self.learner.network
+        if self.is_training:
+            with self.learner.observer.around("forward", "", len(self.mb_x)):
+                self.output = output = self.run_network(network, self.mb_x, parts=self.batch.parts)
+            return output.last
+        self.output = output = self.run_network(network, self.mb_x)
+        self.adjusted = self.learner.adjust_logits(output)
+        scores = self.learner.predict(self.adjusted)
+        # Before the first experience no class has a column, but Avalanche's metrics take an arg-max.
+        return scores if scores.shape[1] else scores.new_full((len(scores), 1), float("-inf"))
+
+    def run_network(self, network: Callable[..., Output], x: Tensor, *, parts: tuple[int, ...] = ()) -> Output:
+        """Return the output of ``network`` with the taps that components ask for, in the strategy's precision."""
+        assert self.learner is not None
+        taps = self.learner.taps
+        # ``parts`` is passed only if needed, so that a compiled network keeps one signature.
+        keywords: dict[str, Any] = {"taps": taps, "parts": parts} if parts else {"taps": taps}
+        output: Output = self.in_precision(lambda: network(x, **keywords))
+        if taps and output.last.dtype != self.learner.network.final.weight.dtype:
+            # Fabric converts outputs to single precision, but components run taps through layers of the network.
+            place = self.learner.network.to_device
+            return output._replace(taps={name: place(tap) for name, tap in output.taps.items()})
+        return output
+
+    def criterion(self) -> Tensor:
+        """Return the combined loss terms in training; in evaluation the criterion on known classes."""
+        if self.learner is None:
+            loss: Tensor = super().criterion()  # type: ignore[misc]
+            return loss
+        if self.is_training:
+            assert self.output is not None
+            with self.engine.autocast():
+                return self.learner.loss(self.batch, self.output)
+        known = self.mb_output.shape[1]
+        if max(self.experience.classes_in_this_experience) < known:
+            return self._criterion(self.mb_output, self.mb_y)  # type: ignore[no-any-return]
+        # The loss on a class without a column is undefined.
+        return torch.full((), float("nan"), device=self.device)
+
+    def convert_input(self, x: Any) -> Any:
+        """Return inputs in the dtype, and images in the memory format, of the weights."""
+        x = super().convert_input(x)  # type: ignore[misc]
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x

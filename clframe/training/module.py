@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -17,8 +17,10 @@ from clframe.core.component import Component
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
+from clframe.training.divergence import DivergenceGuard
+from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_schedule
 from clframe.training.learner import Learner
-from clframe.training.loop import iterate
+from clframe.training.loop import Driver, run_step
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -27,8 +29,8 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 class ContinualModule(LightningModule):
     """A network, the strategy that trains it, and the state of that strategy.
 
-    As ``strategy.model`` it is what Avalanche's plugins expect: called, it returns logits_BC of the last
-    exit. ``module.network(x)`` returns every exit. On its own it trains one experience under a plain
+    As ``strategy.model`` it is the model that Avalanche's plugins expect: called, it returns logits_BC of the last
+    exit. ``module.network(x)`` returns every exit. Without a strategy object it trains one experience under a plain
     Lightning Trainer::
 
         module.begin(experience, epochs=3)
@@ -36,12 +38,13 @@ class ContinualModule(LightningModule):
         module.end()
 
     Args:
-        network: What learns.
+        network: The network to train.
         strategy: An expression such as ``"er + lwf"``, a component, or a composition.
-        optimizer: Makes a fresh optimizer for every experience, e.g. ``partial(SGD, lr=0.1)``.
-        scheduler: Makes its learning-rate scheduler, stepped once an epoch; None keeps the rate.
+        optimizer: Creates an optimizer for every experience, e.g. ``partial(SGD, lr=0.1)``.
+        scheduler: Creates its learning-rate scheduler, stepped once an epoch; None keeps the rate.
         seed: See :class:`~clframe.training.learner.Learner`.
         clip: Largest norm of the gradient; None never clips.
+        on_divergence: See :class:`~clframe.training.divergence.DivergenceGuard`.
     """
 
     def __init__(
@@ -53,19 +56,26 @@ class ContinualModule(LightningModule):
         scheduler: SchedulerFactory | None = None,
         seed: int | None = None,
         clip: float | None = None,
+        on_divergence: Literal["stop", "warn"] = "stop",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise UnsupportedError(
+                "ContinualModule: found a network without trainable parameters, such as that of clframe.load(run), "
+                "which is for prediction; continue a run with clframe.run(resume=FOLDER), or use a new network"
+            )
         self.network = network
         self.learner = Learner(network, composition, seed=seed)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.clip = clip
-        self.driver: TrainerDriver = PlainDriver(self)
+        self.divergence = DivergenceGuard(on_divergence)
+        self.driver: Driver = PlainDriver(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """logits_BC of the last exit."""
+        """Return logits_BC of the last exit."""
         output: Output = self.network(x)
         return output.last
 
@@ -73,94 +83,96 @@ class ContinualModule(LightningModule):
         """Start an experience: heads grow, components prepare."""
         self.learner.begin(experience, classes=experience.classes, epochs=epochs)
 
-    def end(self) -> None:
-        """Finish an experience: components consolidate."""
-        self.learner.end()
+    def end(self, *, step: int | None = None) -> None:
+        """Finish an experience: components consolidate.
+
+        Args:
+            step: Training steps so far, for the message about a diverged training.
+
+        Raises:
+            DivergenceError: The weights are not finite.
+        """
+        learner = self.learner
+        # Before consolidation, which on such weights fails with messages about something else.
+        self.divergence.check_weights(learner, step=step)
+        learner.end()
 
     def configure_optimizers(self) -> Any:
-        """Lightning's hook: the driver says which optimizer a fit uses."""
+        """Return the driver's optimizer."""
         return self.driver.configure()
 
     def on_train_epoch_start(self) -> None:
-        """Lightning's hook."""
+        """Begin an epoch of the driver."""
         self.driver.before_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Lightning's hook: -1 skips the rest of the epoch when training was asked to stop."""
-        return -1 if self.driver.stopping() else None
+        """Return -1, which skips the rest of the epoch, when the driver was asked to stop."""
+        return -1 if self.driver.stop_requested() else None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook: one call of the one loop body."""
+        """Take one training step."""
         self.driver.train_on(batch)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip here, where gradients of 16-bit mixed precision are unscaled already."""
+        if self.clip is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+
     def on_train_epoch_end(self) -> None:
-        """Lightning's hook."""
-        self.driver.end_epoch()
+        """End an epoch of the driver."""
+        self.driver.after_epoch()
 
 
-class TrainerDriver:
-    """What a :class:`ContinualModule` asks of whoever drives it under a Trainer."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainerDriver:
-        """As for the learner: copies of the module do not fork the run."""
-        return self
-
-    def configure(self) -> Any:
-        """What ``configure_optimizers`` returns."""
-        raise NotImplementedError
-
-    def before_epoch(self, epoch: int) -> None:
-        """An epoch starts."""
-
-    def stopping(self) -> bool:
-        """Whether the rest of the epoch is to be skipped."""
-        return False
-
-    def train_on(self, batch: Any) -> None:
-        """Train on one batch."""
-        raise NotImplementedError
-
-    def end_epoch(self) -> None:
-        """An epoch ends."""
-
-
-class PlainDriver(TrainerDriver):
-    """Drives the loop body under a plain Trainer: no Avalanche, no foreign plugins."""
+class PlainDriver:
+    """Runs the training step under a plain Trainer, without Avalanche and its plugins."""
 
     def __init__(self, module: ContinualModule) -> None:
         self._module = module
         self._engine = TrainerEngine(module)
         self._scheduler: LRScheduler | None = None
+        self._mean_loss: MeanLoss | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainDriver:
+        """Return the driver itself: as with the learner, a copy of the module must not fork the run."""
+        return self
 
     def configure(self) -> Optimizer:
-        """A fresh optimizer for this fit."""
+        """Return a new optimizer for this fit."""
         module = self._module
         for component in module.learner.composition.acting_at("training_set"):
             raise UnsupportedError(
-                f"ContinualModule: '{component.name}' changes what the loader serves, which a plain Trainer is given; "
-                f"train with LightningStrategy, or let replay join each batch"
+                f"ContinualModule: '{component.name}' changes the samples of an epoch, but a plain Trainer is given "
+                f"its loader; train with LightningStrategy, or let replay join each batch"
             )
         optimizer = module.make_optimizer(module.network.parameters())
         self._scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
+        self._mean_loss = MeanLoss() if needs_metric(self._scheduler) else None
         return optimizer
 
     def before_epoch(self, epoch: int) -> None:
-        """Randomness and component generators of this epoch."""
-        self._module.learner.before_epoch(epoch)
+        """Set the random states and components of this epoch."""
+        steps = self._module.trainer.num_training_batches  # infinite for loaders without a length
+        self._module.learner.before_epoch(epoch, steps=int(steps) if steps < float("inf") else 0)
+
+    def stop_requested(self) -> bool:
+        """Never: Lightning's own callbacks stop a plain Trainer."""
+        return False
 
     def train_on(self, batch: Any) -> None:
-        """The batch, extended by the owner of the slot, through the loop body."""
+        """Train on the batch, extended by the owner of the slot ``batch``."""
         x, y = batch[0], batch[1]
         self._batch = self._module.learner.make_batch(x, y)
-        iterate(self)
+        run_step(self)
+        if self._mean_loss is not None:
+            self._mean_loss.add(self._loss)
 
-    def end_epoch(self) -> None:
+    def after_epoch(self) -> None:
         """Step the learning rate."""
         if self._scheduler is not None:
-            self._scheduler.step()
+            step_schedule(self._scheduler, {} if self._mean_loss is None else {TRAIN_LOSS: self._mean_loss.compute()})
 
-    def fire(self, event: str) -> None:
-        """No foreign plugins here."""
+    def call_plugins(self, event: str) -> None:
+        """Do nothing: a plain Trainer has no plugins of Avalanche."""
 
     def clear_gradients(self) -> None:
         """Zero the gradients."""
@@ -169,20 +181,24 @@ class PlainDriver(TrainerDriver):
         optimizer.zero_grad()
         self._loss = torch.zeros(1, device=self._module.device)
 
-    def predict(self) -> None:
-        """Every exit's logits."""
-        self._output = self._module.network(self._batch.x, taps=self._module.learner.taps)
+    def compute_output(self) -> None:
+        """Compute every exit's logits."""
+        learner = self._module.learner
+        with learner.observer.around("forward", samples=len(self._batch.y)):
+            self._output = self._module.network(self._batch.x, taps=learner.taps, parts=self._batch.parts)
 
     def add_loss(self) -> None:
-        """The mixed terms."""
+        """Add the combined terms."""
         self._loss = self._loss + self._module.learner.loss(self._batch, self._output)
 
     def backward(self) -> None:
-        """Backward, then the gradient's owner."""
-        self._engine.backward(self._loss, retain_graph=False)
-        self._module.learner.modify_gradients()
+        """Run the backward pass, then the owner of the slot ``gradient``."""
+        learner = self._module.learner
+        with learner.observer.around("backward", samples=len(self._batch.y)):
+            self._engine.backward(self._loss, retain_graph=False)
+        learner.modify_gradients()
 
     def optimizer_step(self) -> None:
         """Clip and update."""
-        self._engine.step(clip=self._module.clip)
+        self._engine.step()
         self._module.learner.after_step()

@@ -1,34 +1,37 @@
-"""What a person sees while a run goes on: a progress bar, TensorBoard, and metrics.csv."""
+"""Live output of a run: progress bar, TensorBoard, metrics.csv and Lightning's loggers."""
 
 from __future__ import annotations
 
 import csv
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clframe.errors import DivergenceError, RunFolderError, UnsupportedError
 from clframe.files import write_atomically
+from clframe.progress import progress_bar
 from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
 POINTS = 300
-"""Points of a curve over training steps that one experience adds to TensorBoard, at most; metrics.csv has them all."""
+"""Most points that one experience adds to a TensorBoard curve over training steps; metrics.csv has them all."""
 
 
 class Monitor:
-    """Collects what is logged, every ``log_every`` steps, and shows it.
+    """Logs losses, learning rate and throughput every ``log_every`` steps, and accuracies after each experience.
 
     Args:
         folder: The run folder.
         experiences: Test experiences of the benchmark.
         tensorboard: Whether to write event files below ``folder/tensorboard``.
         csv: Whether to write ``metrics.csv``, one row per value.
-        log_every: Steps between two looks at the losses; between them nothing waits for the device.
-        progress: Whether to show a bar; it hides itself where the output is no terminal.
+        log_every: Steps between two log entries; no step in between synchronizes with the device.
+        progress: Whether to show a bar; it is hidden if the output is not a terminal.
+        loggers: Loggers of Lightning, with a step that rises over the experiences.
 
     Attributes:
-        aside: Tells the seconds so far that were spent inside steps on something else than training.
+        on_losses: Called with the mean of each loss term, the experience and the step of every log entry.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Monitor:
         csv: bool = True,
         log_every: int = 20,
         progress: bool = True,
+        loggers: Sequence[Any] = (),
     ) -> None:
         self._folder, self._experiences = folder, experiences
         self._path = folder / "metrics.csv" if csv else None
@@ -49,70 +53,84 @@ class Monitor:
         self._progress = progress
         self._rows: list[tuple[int, int, str, float]] = []
         self._bar: Any = None
-        self._waiting = 0
+        self._loggers = loggers
+        self._unlogged = 0
         self._sums: dict[str, float] = {}
-        self._flushes = self._looks = self._samples = 0
+        self._flushes = self._entries = self._samples = 0
         self._every = 1
         self._since = 0.0
-        self.aside: Callable[[], float] = lambda: 0.0
+        self.on_losses: Callable[[Mapping[str, float], int, int], None] | None = None
         self.experience = 0
 
     def open(self, *, finished: int, steps: int) -> None:
-        """Start writing after ``finished`` experiences of ``steps`` steps; what was logged later is forgotten."""
+        """Start writing after ``finished`` experiences of ``steps`` steps; later entries of a killed run are dropped.
+
+        Raises:
+            RunFolderError: ``metrics.csv`` or the event files cannot be read or written.
+            UnsupportedError: A logger of Lightning cannot start.
+        """
+        for logger in self._loggers:
+            try:
+                logger.experiment  # noqa: B018  # most loggers connect on first access, which would be in training
+            except Exception as error:  # whatever a service's client raises
+                reason = " ".join(str(error).split()) or type(error).__name__
+                name = type(logger).__name__
+                raise UnsupportedError(f"trainer.loggers: {name} cannot start ({reason}); remove or fix it") from None
         if self._writes_tensorboard:
-            self.tensorboard = TensorBoard(
-                self._folder / "tensorboard",
-                experiences=self._experiences,
-                finished=finished,
-                steps=steps,
-            )
-        if self._path is None or not self._path.is_file():
-            return
-        with open(self._path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if int(row["experience"]) < finished:
-                    self._rows.append(
-                        (int(row["experience"]), int(row["step"]), row["name"], float(row["value"]))
-                    )
+            try:
+                self.tensorboard = TensorBoard(
+                    self._folder / "tensorboard", experiences=self._experiences, finished=finished, steps=steps
+                )
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self._folder / 'tensorboard'}: cannot be written ({error.strerror}); check the folder and its "
+                    f"permissions"
+                ) from None
+        if self._path is not None and self._path.is_file():
+            self._rows = [row for row in _read_rows(self._path) if row[0] < finished]
 
     def begin_experience(self, index: int, *, label: str, steps: int) -> None:
-        """Show a fresh bar."""
-        self.experience, self._waiting = index, 0
-        self._sums, self._flushes, self._looks, self._samples = {}, 0, 0, 0
+        """Start the progress bar of an experience."""
+        self.experience, self._unlogged = index, 0
+        self._sums, self._flushes, self._entries, self._samples = {}, 0, 0, 0
         self._every = max(1, -(-steps // (self._log_every * POINTS)))
-        self._since = self._now()
+        self._since = time.perf_counter()
         if self._progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=steps, desc=label, unit="step", disable=None, leave=False, dynamic_ncols=True
-            )
+            self._bar = progress_bar(label, total=steps, unit="step")
 
     def on_step(self, strategy: Any) -> None:
-        """After a training step: cheap, except every ``log_every``-th."""
-        self._waiting += 1
+        """Count a training step and log every ``log_every``-th."""
+        self._unlogged += 1
         self._samples += len(strategy.batch.y)
-        if self._waiting == self._log_every:
+        if self._unlogged == self._log_every:
             self.flush(strategy)
 
     def flush(self, strategy: Any) -> None:
         """Log the means of the loss terms since the last flush, and the learning rate."""
-        if self._waiting == 0:
+        if self._unlogged == 0:
             return
         means = strategy.learner.flush_terms()
         step = int(strategy.clock.train_iterations)
         for name, value in means.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * self._waiting
-        self._flushes += self._waiting
+            self._sums[name] = self._sums.get(name, 0.0) + value * self._unlogged
+        self._flushes += self._unlogged
         values = {**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}
         self._rows += [(self.experience, step, name, value) for name, value in values.items()]
-        self._draw({**values, LOSS: sum(means.values()), THROUGHPUT: self._throughput()}, step=step)
+        curves = {**values, LOSS: sum(means.values()), THROUGHPUT: self._throughput()}
+        self._draw(curves, step=step)
+        self._send(curves, step=step)
         if self._bar is not None:
-            self._bar.update(self._waiting)
+            self._bar.update(self._unlogged)
             self._bar.set_postfix(
                 {name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False
             )
-        self._waiting = 0
+        self._unlogged = 0
+        if self.on_losses is not None:
+            try:
+                self.on_losses(means, self.experience, step)
+            except DivergenceError:
+                self._write()  # the curves up to here show how it came about
+                raise
 
     def end_experience(self) -> dict[str, float]:
         """Close the bar, write metrics.csv; returns the mean of each loss term over the experience."""
@@ -122,29 +140,44 @@ class Monitor:
         self._write()
         return {name: total / self._flushes for name, total in self._sums.items()}
 
+    def log_accuracies(self, accuracy_E: Sequence[float], *, step: int) -> None:
+        """Send Lightning's loggers the test accuracy of each experience so far, and their mean.
+
+        Args:
+            accuracy_E: By experience; those after the current one are left out.
+            step: Training steps so far.
+        """
+        seen = accuracy_E[: self.experience + 1]
+        values = {f"accuracy/experience_{i + 1}": accuracy for i, accuracy in enumerate(seen)}
+        self._send({"accuracy/average": sum(seen) / len(seen), **values}, step=step)
+
     def close(self) -> None:
-        """Leave nothing open, whether the run ended or broke off."""
+        """Close bar, event files and loggers, whether the run has ended or failed."""
         if self._bar is not None:
             self._bar.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        for logger in self._loggers:
+            logger.finalize("success")
 
     def _draw(self, values: Mapping[str, float], *, step: int) -> None:
-        """Every so many looks a point, so that event files stay small."""
-        if self.tensorboard is not None and self._looks % self._every == 0:
+        """Add a point to each curve, at most ``POINTS`` an experience, which keeps event files small."""
+        if self.tensorboard is not None and self._entries % self._every == 0:
             self.tensorboard.scalars(values, step)
-            if self._looks == 0:
-                self.tensorboard.lay_out(self.experience)
-        self._looks += 1
+            if self._entries == 0:
+                self.tensorboard.write_layout(self.experience)
+        self._entries += 1
+
+    def _send(self, values: Mapping[str, float], *, step: int) -> None:
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step)
+            logger.save()
 
     def _throughput(self) -> float:
-        """Samples a second since the last look; the terms have just been read, so the device is done with them."""
-        before, self._since = self._since, self._now()
+        """Samples per second since the last log entry; reading the losses has just synchronized with the device."""
+        before, self._since = self._since, time.perf_counter()
         samples, self._samples = self._samples, 0
         return samples / max(self._since - before, 1e-9)
-
-    def _now(self) -> float:
-        return time.perf_counter() - self.aside()
 
     def _write(self) -> None:
         if self._path is None:
@@ -154,3 +187,15 @@ class Monitor:
         writer.writerow(("experience", "step", "name", "value"))
         writer.writerows((e, s, n, f"{v:.8g}") for e, s, n, v in self._rows)
         write_atomically(self._path, text.getvalue())
+
+
+def _read_rows(path: Path) -> list[tuple[int, int, str, float]]:
+    """The rows of a metrics.csv, which a full disk or a copy may have cut short."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                (int(row["experience"]), int(row["step"]), str(row["name"]), float(row["value"]))
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        raise RunFolderError(f"{path}: is damaged; delete it to resume without the earlier log entries") from None

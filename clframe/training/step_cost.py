@@ -1,78 +1,199 @@
-"""What one training step costs: the step that was just taken is taken once more, on copies, under the counter.
+"""MACs of training steps, counted on the steps themselves: the first of each kind runs under the counter.
 
-Nothing of the run changes: the network is a copy, so are the generators that components draw from and the states of
-those that write into them; the global generators are put back.
+Two steps are of one kind when the same parameters and exits learn and their batches have the same size; they cost the
+same, so every later one only adds 1 to a table. Nothing runs twice and nothing of the run changes.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from clframe.accounting import PHASES, MacCounter
-from clframe.core import Batch, Component, State, StepContext
+from clframe.accounting.measurement import synchronize
+from clframe.core import Component, State
 from clframe.errors import ConfigError
-from clframe.moe import counting
+from clframe.moe import count_usage
 from clframe.nn.network import Network
-from clframe.training.learner import Learner
+from clframe.training.learner import UNOBSERVED, Learner, Section, StepObserver
 from clframe.training.prediction_cost import every_expert
-
-if TYPE_CHECKING:
-    from clframe.training.strategy import LightningStrategy
 
 Charges = dict[tuple[str, str], int]
 """MACs by phase and component."""
 
+Kind = tuple[int, str, str, int]
+"""Kind of a section: what learns (a number for each combination), the section, its component, the batch size."""
 
-def step_charges(strategy: LightningStrategy) -> tuple[Charges, dict[str, int]]:
-    """MACs of the step that ``strategy`` has just taken, and the operators that could not be counted."""
-    learner, batch = strategy.learner, strategy.batch
-    assert learner is not None
-    charges: Charges = {}
-    counter = MacCounter()
-    shadow = _shadow(learner, counter, charges)
-    with random_states_kept(batch.x.device), torch.enable_grad(), counter:
-        if shadow._batch_owner is not None:
-            fresh = min(strategy.train_mb_size, len(batch.y))
-            shadow.make_batch(batch.x[:fresh], batch.y[:fresh])
-        _take(strategy, shadow, Batch(batch.x, batch.y, batch.weight_B, batch.extras), counter, charges)
-    for (component, key), macs in declared(learner).items():
-        phase = "auxiliary" if key == "macs" else key
-        if phase in PHASES:
-            charges[phase, component] = charges.get((phase, component), 0) + macs
-    return {place: macs for place, macs in charges.items() if macs}, counter.uncounted()
+REPLAYED: Final = "replayed"
+"""Key of ``extra_cost``: samples of the replay buffer that each step runs through the network, next to its batch."""
+
+_OWN_PHASES: Final = {"forward": "forward", "backward": "backward", "task_loss": "forward"}
+"""Phases of sections that belong to the network."""
+_STEP: Final = frozenset({"make_batch", "losses", "combine_losses", "modify_gradients", "after_step", *_OWN_PHASES})
+_BETWEEN: Final = frozenset({"before_experience", "after_experience"})
+_PREDICTION: Final = frozenset({"adjust_logits", "predict"})
 
 
-def answer_charges(learner: Learner, x: Tensor) -> tuple[Charges, dict[str, int]]:
-    """MACs of answering ``x`` in evaluation: every exit, what components answer with, and who decides.
+class StepProfiler(StepObserver):
+    """Counts what a learner runs in one experience; assign it to ``learner.observer``.
 
-    But none of experts and their routers: which run depends on the sample.
+    Args:
+        learner: The learner to count.
+
+    Attributes:
+        between: ``(phase, component, MACs)`` of every ``before_experience`` and ``after_experience``, in order.
+        between_seconds: Wall time of these.
     """
-    charges: Charges = {}
-    counter = MacCounter()
-    shadow = copy.copy(learner)
-    _meter_owners(shadow, counter, charges)
-    everyone, counted = every_expert(learner.network), counting(learner.network)
-    with random_states_kept(x.device), torch.no_grad(), everyone, counted as usage, counter:
-        output = learner.network(x, taps=learner.taps)
-        shadow.predict(shadow.adjust_logits(output))
-    own = {("evaluation", component): macs for (_, component), macs in charges.items() if macs}
-    experts = sum(layer.dense_macs for layer in usage().values())
-    own["evaluation", ""] = counter.macs - experts - sum(own.values())
-    return own, counter.uncounted()
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._probe: Callable[[], int] | None = None
+        self._probed: Charges = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; called when an experience begins."""
+        self._learning = 0
+        self._combinations: dict[Any, int] = {}
+        self._runs: Counter[Kind] = Counter()
+        self._costs: dict[Kind, tuple[str, int, dict[str, int]]] = {}
+        self._declared: dict[Kind, dict[tuple[str, str], int]] = {}
+        self._replaying: set[str] = set()
+        self.between: list[tuple[str, str, int]] = []
+        self.between_seconds = 0.0
+        self._between_gaps: Counter[str] = Counter()
+
+    def before_epoch(self) -> None:
+        """Note which parameters learn and which exits have a loss in the epoch that begins."""
+        network, weight_K = self._learner.network, self._learner.weight_K
+        # Only zero weights change the cost: an exit without a loss has no backward pass.
+        weighed = () if weight_K is None else tuple((weight_K != 0).tolist())
+        combination = (tuple(p.requires_grad for p in network.parameters()), weighed)
+        self._learning = self._combinations.setdefault(combination, len(self._combinations))
+
+    # --- observing --------------------------------------------------------------------------------
+
+    def around(self, section: Section, component: str = "", samples: int = 0) -> AbstractContextManager[object]:
+        """Count a section if it is the first of its kind."""
+        if section in _STEP:
+            kind = self._learning, section, component, samples
+            self._runs[kind] += 1
+            return UNOBSERVED if kind in self._costs else self._count(kind)
+        if section in _BETWEEN:
+            return self._count_between(component)
+        if section in _PREDICTION and self._probe is not None:
+            return self._count_prediction(component, self._probe)
+        return UNOBSERVED
+
+    @contextmanager
+    def _count(self, kind: Kind) -> Iterator[None]:
+        _, section, component, _ = kind
+        if section == "forward":
+            self._declared[kind] = found = declared_costs(self._learner)
+            self._replaying = {owner for (owner, key), count in found.items() if key == REPLAYED and count}
+        with MacCounter(keep_kernels=True) as counter:
+            yield
+        self._costs[kind] = self._phase(section, component), counter.macs, counter.uncounted()
+
+    @contextmanager
+    def _count_between(self, component: str) -> Iterator[None]:
+        device = self._learner.network.final.weight.device
+        synchronize(device)
+        start = time.perf_counter()
+        with MacCounter(keep_kernels=True) as counter:
+            yield
+        synchronize(device)
+        self.between_seconds += time.perf_counter() - start
+        phase = next(c.phase for c in self._learner.composition if c.name == component)
+        self.between.append((phase, component, counter.macs))
+        self._between_gaps.update(counter.uncounted())
+
+    @contextmanager
+    def _count_prediction(self, component: str, macs: Callable[[], int]) -> Iterator[None]:
+        before = macs()
+        yield
+        place = ("evaluation", component)
+        self._probed[place] = self._probed.get(place, 0) + macs() - before
+
+    def _phase(self, section: str, component: str) -> str:
+        if not component or section in ("forward", "backward"):
+            return _OWN_PHASES[section]
+        if section == "make_batch" or component in self._replaying:
+            return "replay"
+        return "teachers" if _networks(self._learner.state[component]) else "auxiliary"
+
+    # --- results ----------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Batches trained on."""
+        return sum(count for (_, section, _, _), count in self._runs.items() if section == "forward")
+
+    @property
+    def rows(self) -> int:
+        """Samples of these batches, new and replayed ones."""
+        return sum(count * kind[3] for kind, count in self._runs.items() if kind[1] == "forward")
+
+    def charges(self) -> Charges:
+        """Return the MACs of all steps, by phase and component, those that components declare included."""
+        totals: Charges = {}
+        for kind, count in self._runs.items():
+            if kind in self._costs:  # an interrupted section has none
+                phase, macs, _ = self._costs[kind]
+                _charge(totals, (phase, kind[2]), macs * count)
+            for (component, key), macs in self._declared.get(kind, {}).items():
+                phase = "auxiliary" if key == "macs" else key
+                if phase in PHASES:
+                    _charge(totals, (phase, component), macs * count)
+        return totals
+
+    def replayed(self) -> dict[str, int]:
+        """Return the samples that components replayed next to the batches, by component."""
+        found: Counter[str] = Counter()
+        for kind, declared in self._declared.items():
+            for (component, key), count in declared.items():
+                if key == REPLAYED:
+                    found[component] += count * self._runs[kind]
+        return {component: count for component, count in found.items() if count}
+
+    def uncounted(self) -> dict[str, int]:
+        """Return the calls of operators that could not be counted, by name."""
+        calls = self._between_gaps.copy()
+        for kind, (_, _, gaps) in self._costs.items():
+            calls.update({name: count * self._runs[kind] for name, count in gaps.items()})
+        return dict(calls)
+
+    def prediction_charges(self, x: Tensor) -> tuple[Charges, dict[str, int]]:
+        """Predict ``x`` and return its MACs in evaluation and the operators that could not be counted.
+
+        Every exit runs, then what components make of their logits, then the policy. Experts and their routers are left
+        out: which of them run depends on the sample.
+        """
+        learner, self._probed = self._learner, {}
+        everyone, used = every_expert(learner.network), count_usage(learner.network)
+        try:
+            with keep_random_states(x.device), torch.no_grad(), everyone, used as usage, MacCounter() as counter:
+                self._probe = lambda: counter.macs
+                learner.predict(learner.adjust_logits(learner.network(x, taps=learner.taps)))
+        finally:
+            self._probe = None
+        charges = {place: macs for place, macs in self._probed.items() if macs}
+        experts = sum(layer.dense_macs for layer in usage().values())
+        charges["evaluation", ""] = counter.macs - experts - sum(charges.values())
+        return charges, counter.uncounted()
 
 
 @contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Put the global generators of torch, numpy and Python back where they were."""
+def keep_random_states(device: torch.device) -> Iterator[None]:
+    """Restore the global generators of torch, numpy and Python on exit."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -82,96 +203,33 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
         random.setstate(python_state)
 
 
-def declared(learner: Learner) -> dict[tuple[str, str], int]:
-    """What only components know, by component and key.
-
-    ``macs``, or the name of a phase, stands for the MACs of a step; any other key for a figure of its own.
+def declared_costs(learner: Learner) -> dict[tuple[str, str], int]:
+    """Return the costs that components declare in ``extra_cost``, by component and key.
 
     Raises:
-        ConfigError: A figure that is no count.
+        ConfigError: A cost that is not a whole number of at least 0.
     """
     found = {}
     for component in learner.composition.acting_at("extra_cost"):
         for key, count in component.extra_cost(learner.network, learner.state[component.name]).items():
             if not isinstance(count, int) or count < 0:
-                raise ConfigError(f"{component.name}: its cost() found {key}={count!r}; give whole numbers from 0")
+                raise ConfigError(
+                    f"{component.name}: extra_cost() returned {key}={count!r}; return whole numbers of at least 0"
+                )
             found[component.name, key] = count
     return found
 
 
-def teacher_bytes(state: Any) -> int:
-    """Bytes of the networks in a state."""
-    return sum(t.nbytes for network in _networks(state) for t in network.state_dict().values())
+def state_sizes(component: Component, state: State, total: int) -> dict[str, int]:
+    """Return the bytes of a component's state, ``total`` in all, by kind of the ledger."""
+    teachers = sum(t.nbytes for network in _networks(state) for t in network.state_dict().values())
+    rest = "memory" if component.keeps_memory else "components"
+    return {kind: count for kind, count in (("teachers", teachers), (rest, total - teachers)) if count}
 
 
-def _take(strategy: LightningStrategy, shadow: Learner, batch: Batch, counter: MacCounter, charges: Charges) -> None:
-    """The step itself; what owners of slots do is charged to them on the way."""
-
-    def charge(place: tuple[str, str], since: int, others: int) -> None:
-        charges[place] = charges.get(place, 0) + counter.macs - since - (sum(charges.values()) - others)
-
-    before, others = counter.macs, sum(charges.values())
-    output = strategy.predicted(shadow.network, batch.x)
-    charge(("forward", ""), before, others)
-    before, others = counter.macs, sum(charges.values())
-    with strategy._engine.autocast():
-        loss = shadow.loss(batch, output).sum()
-    charge(("forward", "task"), before, others)
-    before, others = counter.macs, sum(charges.values())
-    if loss.requires_grad:
-        loss.backward()
-    charge(("backward", ""), before, others)
-    shadow.modify_gradients()
-    shadow.after_step()
-
-
-def _shadow(learner: Learner, counter: MacCounter, charges: Charges) -> Learner:
-    """A learner that does what ``learner`` would, and leaves no trace in it."""
-    shadow = copy.copy(learner)
-    shadow.network = copy.deepcopy(learner.network)
-    writers = {component.name for component in learner.composition.acting_at("after_step")}
-    shadow.state = {n: copy.deepcopy(s) if n in writers else s for n, s in learner.state.items()}
-    shadow.term_sums = {}
-    shadow._contexts = {name: _same_draws(context) for name, context in learner._contexts.items()}
-    shadow._task_context = _same_draws(learner._task_context)
-    _meter_owners(shadow, counter, charges)
-    return shadow
-
-
-def _same_draws(context: StepContext) -> StepContext:
-    return dataclasses.replace(context, generator=Generator().set_state(context.generator.get_state()))
-
-
-def _meter_owners(shadow: Learner, counter: MacCounter, charges: Charges) -> None:
-    """Have every component that the learner calls charged for what it runs."""
-    for name, value in list(vars(shadow).items()):
-        if isinstance(value, Component):
-            setattr(shadow, name, _Metered(value, counter, charges))
-        elif isinstance(value, tuple) and value and all(isinstance(part, Component) for part in value):
-            setattr(shadow, name, tuple(_Metered(part, counter, charges) for part in value))
-
-
-class _Metered:
-    """A component whose hooks are charged to it: replay where it serves batches, teachers where it keeps networks."""
-
-    def __init__(self, component: Component, counter: MacCounter, charges: Charges) -> None:
-        self._component, self._counter, self._charges = component, counter, charges
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._component, name)
-        if not callable(value):
-            return value
-
-        def hook(*args: Any) -> Any:
-            before = self._counter.macs
-            try:
-                return value(*args)
-            finally:
-                phase = "replay" if name == "batch" else "teachers" if _networks(args[-1]) else "auxiliary"
-                place = (phase, self._component.name)
-                self._charges[place] = self._charges.get(place, 0) + self._counter.macs - before
-
-        return hook
+def _charge(totals: Charges, place: tuple[str, str], macs: int) -> None:
+    if macs:
+        totals[place] = totals.get(place, 0) + macs
 
 
 def _networks(state: Any) -> list[Network]:
@@ -182,10 +240,3 @@ def _networks(state: Any) -> list[Network]:
     if isinstance(state, (list, tuple)):
         return [network for part in state for network in _networks(part)]
     return []
-
-
-def state_sizes(component: Component, state: State, total: int) -> dict[str, int]:
-    """Bytes of a component's state by kind of the ledger."""
-    teachers = teacher_bytes(state)
-    rest = "memory" if component.keeps_memory else "components"
-    return {kind: count for kind, count in (("teachers", teachers), (rest, total - teachers)) if count}

@@ -1,4 +1,4 @@
-"""A trained model to predict with, as a run left it."""
+"""Trained models: prediction with the network and the strategy state of a run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.data.samples import TensorSamples
-from clframe.errors import RunFolderError, UnsupportedError
+from clframe.errors import DataError, RunFolderError, UnsupportedError
 from clframe.exits import ExitPolicy
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe.pipeline import Recipe
@@ -24,39 +26,51 @@ from clframe.training.checkpoint import decode, load_latest
 from clframe.training.learner import Learner
 
 CONVERTED = "moefy.json"
-"""What a model that was converted to experts after its run came to, and how; beside its checkpoint."""
+"""Results and options of a conversion to experts after training; in the same folder as the converted checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A network with the state of its strategy; ``clframe.load(run)`` makes one.
+    """A network with the state of its strategy, as returned by ``clframe.load(run)``.
 
-    Inputs are what the data set stores, such as bytes; classes are the data set's own ids.
+    Inputs are tensors or arrays as the data set stores them, such as bytes; predicted classes are the data set's ids.
+    Parameters are frozen: to continue training, resume the run.
     """
 
     learner: Learner
     class_order: tuple[int, ...]
-    """The data set's id of the class learnt first, second and so on."""
+    """The data set's ids of the classes in the order in which they were learned."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def network(self) -> Network:
-        """The network, in evaluation mode; its inputs are normalized."""
+        """The network in evaluation mode; it expects normalized inputs, see :meth:`prepare`."""
         return self.learner.network
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Stored inputs as the network wants them."""
-        none = torch.zeros(len(x), dtype=torch.long)
-        return self.network.place(TensorSamples(x, none, self.mean, self.std).prepare(x))
+    def prepare(self, x: Tensor | ArrayLike) -> Tensor:
+        """Normalize stored inputs and move them to the network's device.
+
+        Args:
+            x: A batch or a single sample. Images may have the channels last, and gray ones no channel at all.
+
+        Raises:
+            DataError: Inputs of another shape than the network was trained on, or that are not finite.
+        """
+        batch = self._as_batch(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)))
+        no_targets = torch.zeros(len(batch), dtype=torch.long)
+        return self.network.to_device(TensorSamples(batch, no_targets, self.mean, self.std).prepare(batch))
 
     @torch.no_grad()
-    def outputs(self, x: Tensor) -> Output:
-        """What every exit answers: scores_BC in learning order for each."""
+    def outputs(self, x: Tensor | ArrayLike) -> Output:
+        """Scores of every exit, scores_BC in learning order, corrected and combined by the ensemble."""
         return self.learner.adjust_logits(self.network(self.prepare(x), taps=self.learner.taps))
 
-    def classify(self, x: Tensor) -> Tensor:
-        """class_B, the data set's ids, by the strategy's own decision, everything computed."""
+    def classify(self, x: Tensor | ArrayLike) -> Tensor:
+        """class_B, the data set's ids, by the strategy's prediction rule; all exits computed.
+
+        Accepts what :meth:`prepare` does; a single sample gives one class.
+        """
         return self.ids(self.learner.predict(self.outputs(x)))
 
     def ids(self, scores_BC: Tensor) -> Tensor:
@@ -64,30 +78,54 @@ class TrainedModel:
         return torch.tensor(self.class_order, device=scores_BC.device)[scores_BC.argmax(1)]
 
     def dynamic(self, *, threshold: float | None = None) -> DynamicNetwork:
-        """The network that stops at the first exit that is sure enough and computes no more.
+        """The network with dynamic inference: each sample stops at the first exit that the policy selects.
+
+        Corrections of the strategy (bias correction, nearest class means) are applied exit by exit, so predictions
+        equal those of :meth:`classify` under the same policy.
 
         Args:
-            threshold: Largest probability from which on an exit answers; None takes the policy of the
-                component ``early_exit``.
+            threshold: Largest probability from which an exit predicts; None uses the policy of the component
+                ``early_exit``.
 
         Raises:
-            UnsupportedError: No threshold and no such component, or a strategy that corrects answers afterwards.
+            UnsupportedError: No threshold and no such component, a rule that uses all exits, or a strategy that
+                corrects the logits of all exits together.
         """
-        for component in self.learner.composition.acting_at("adjust_logits"):
-            raise UnsupportedError(
-                f"dynamic: '{component.name}' corrects the answers of all exits together; use classify"
-            )
+        adjust = self.learner.exit_corrector()
         if threshold is not None:
-            return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold))
+            return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold), adjust=adjust)
         owner = self.learner.composition.owner("prediction")
         policy = getattr(owner, "policy", None)
         if owner is None or policy is None:
             raise UnsupportedError("dynamic: the strategy has no early_exit; give a threshold")
-        return DynamicNetwork(self.network, policy(self.learner.state[owner.name]))
+        rule = getattr(owner, "rule", "first")
+        if rule != "first":
+            raise UnsupportedError(f"dynamic: rule '{rule}' uses all exits; give a threshold, or use classify")
+        return DynamicNetwork(self.network, policy(self.learner.state[owner.name]), adjust=adjust)
+
+    def _as_batch(self, x: Tensor) -> Tensor:
+        """Stored inputs with a batch dimension, images with the channels first."""
+        shape = self.network.input_shape
+        if not self.std:  # token ids: sequences may have any length
+            return x[None] if x.ndim == len(shape) else x
+        if len(shape) == 3:
+            channels, *size = shape
+            if channels == 1 and [*x.shape[-2:]] == size and (x.ndim == 2 or (x.ndim == 3 and len(x) > 1)):
+                x = x.unsqueeze(-3)
+            elif x.ndim in (3, 4) and [*x.shape[-3:]] == [*size, channels] and tuple(x.shape[-3:]) != tuple(shape):
+                x = x.movedim(-1, -3)
+        if tuple(x.shape) == tuple(shape):
+            return x[None]
+        if tuple(x.shape[1:]) != tuple(shape):
+            raise DataError(
+                f"classify: found inputs of shape {tuple(x.shape)}; give a batch (N, {', '.join(map(str, shape))}) or "
+                f"one sample {tuple(shape)}, with values as the data set stores them"
+            )
+        return x
 
 
-def described(benchmark: Benchmark) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, so that a model can be used without them."""
+def describe_data(benchmark: Benchmark) -> dict[str, Any]:
+    """Properties of the data that a checkpoint stores, so that a model can be used without the data."""
     samples = benchmark.test[0]
     return {
         "input_shape": tuple(benchmark.input_shape),
@@ -97,20 +135,20 @@ def described(benchmark: Benchmark) -> dict[str, Any]:
     }
 
 
-def newest(folder: Path, *, device: torch.device) -> Mapping[str, Any]:
-    """The newest checkpoint of a run.
+def load_newest(folder: Path, *, device: torch.device) -> Mapping[str, Any]:
+    """Load the newest checkpoint of a run.
 
     Raises:
         RunFolderError: There is none, or it cannot be read.
     """
     content = load_latest(folder / "checkpoints", device=device)
     if content is None:
-        raise RunFolderError(f"{folder}: has no checkpoint yet; let the run finish an experience")
+        raise RunFolderError(f"{folder}: has no checkpoint yet; run it until an experience is finished")
     return content
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """How the model in a folder was converted to experts.
+def read_recipe(folder: Path) -> Recipe:
+    """Read the options with which the model in a folder was converted to experts.
 
     Raises:
         RunFolderError: No conversion, or one that cannot be read.
@@ -121,19 +159,19 @@ def recipe_of(folder: Path) -> Recipe:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, RunFolderError):
             raise
-        raise RunFolderError(f"{folder}: holds no {CONVERTED} that can be read; convert the model anew") from None
+        raise RunFolderError(f"{folder}: found no readable {CONVERTED}; convert the model again") from None
 
 
-def restored(
+def restore_model(
     network: Network, composition: Composition, content: Mapping[str, Any], *, recipe: Recipe | None = None
 ) -> TrainedModel:
-    """The model of a checkpoint.
+    """Restore the model of a checkpoint.
 
     Args:
-        network: As the config builds it, without exits.
+        network: A new network as the config builds it, without exits.
         composition: The strategy.
-        content: Of the checkpoint.
-        recipe: How the network was converted after its run, if it was.
+        content: Content of the checkpoint.
+        recipe: Options of its conversion to experts after training, if it was converted.
     """
     learner, data = Learner(network, composition), content["data"]
     if recipe is None:
@@ -141,7 +179,7 @@ def restored(
         learner.state = decode(content["components"], network)
     else:
         network.grow(content["past"])
-        learner.state = decode(content["components"], network)  # frozen copies in it are dense
+        learner.state = decode(content["components"], network)  # before the conversion: frozen copies in it are dense
         recipe.shape(network)
         network.load_state_dict(content["network"])
     network.eval().requires_grad_(False)

@@ -1,39 +1,94 @@
-"""One experience of a run inside a Lightning Trainer, for people who want its callbacks and profilers."""
+"""Experiences of a run inside Lightning Trainers, for their callbacks, loggers and profilers."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import os
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lightning import Trainer
+import torch
+from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 
-from clframe.avalanche_bridge.fabric import TrainerEngine
+from clframe.avalanche_bridge.fabric import Engine, TrainerEngine
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
-from clframe.training.module import TrainerDriver
+from clframe.training.epochs import EarlyStopping, metric_names
+from clframe.training.module import ContinualModule
+
+Named = Sequence[tuple[str, Mapping[str, Any]]]
+"""Class names with their options."""
+
+_REFUSED = {
+    "StochasticWeightAveraging": "its extra epoch for batch normalization would train, as optimization is manual here",
+    "GradientAccumulationScheduler": "it needs automatic optimization; set trainer.accumulate",
+    "BatchSizeFinder": "its trial fits would train the model; set trainer.batch_size",
+    "LearningRateFinder": "its trial fits would train the model; set optimizer.lr",
+    "BaseFinetuning": "it changes the optimizer that the strategy creates; use the component 'freeze'",
+    "ModelPruning": "it renames parameters, which checkpoints and components find by name",
+}
+"""Lightning callbacks that spoil a run here, by class name, and why."""
+_REFUSED_LOGGERS = {
+    "WandBLogger": "Avalanche's logger calls wandb.util.generate_id, which current wandb lacks; use WandbLogger, "
+    "Lightning's, with trainer.engine=trainer",
+}
+"""Loggers of Avalanche that people may name, and why not."""
 
 
-class StrategyDriver(TrainerDriver):
-    """Lets a Trainer call the strategy's own epochs and steps."""
+class FittedStrategy(Protocol):
+    """The part of a ``LightningStrategy`` that a Trainer runs."""
 
-    def __init__(self, strategy: Any, kwargs: dict[str, Any]) -> None:
+    module: ContinualModule | None
+    engine: Engine | None
+    optimizer: Any
+    dataloader: Any
+    clock: Any
+    device: torch.device
+    train_epochs: int
+    limit_batches: int | None
+    trainer_options: dict[str, Any]
+    epoch_metrics: dict[str, float]
+    _stop_training: bool
+
+    def train_on(self, batch: Any) -> None:
+        """Take one training step."""
+
+    def _before_training_epoch(self, **kwargs: Any) -> None: ...
+
+    def _after_training_epoch(self, **kwargs: Any) -> None: ...
+
+
+class StrategyDriver:
+    """Runs the epochs and steps of a strategy for a Trainer.
+
+    Args:
+        strategy: With the module that the Trainer fits.
+        kwargs: Arguments of Avalanche's callbacks.
+    """
+
+    def __init__(self, strategy: FittedStrategy, kwargs: dict[str, Any]) -> None:
         self._strategy = strategy
         self._kwargs = kwargs
         self._stopped_before_epoch = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StrategyDriver:
+        """Return the driver itself: as with the learner, a copy of the module must not fork the run."""
+        return self
+
     def configure(self) -> Any:
-        """The strategy's optimizer."""
+        """Return the strategy's optimizer."""
         return self._strategy.optimizer
 
     def before_epoch(self, epoch: int) -> None:
-        """Avalanche's ``before_training_epoch``; early stopping takes effect here, as in Avalanche."""
+        """Call Avalanche's ``before_training_epoch``; early stopping takes effect here, as in Avalanche."""
         strategy = self._strategy
         strategy._before_training_epoch(**self._kwargs)
         assert strategy.module is not None
@@ -43,29 +98,35 @@ class StrategyDriver(TrainerDriver):
             self._stopped_before_epoch = True
             trainer.should_stop = True
         elif strategy.limit_batches is None and len(strategy.dataloader) > trainer.num_training_batches:
+            # A Trainer reads the length of its loader once and would cut the rest.
             raise UnsupportedError(
-                f"engine 'trainer': a plugin put {len(strategy.dataloader)} batches in place of "
-                f"{trainer.num_training_batches} as an epoch began, which a Trainer would cut; use engine 'fabric'"
+                f"engine 'trainer': a plugin replaced the loader of {trainer.num_training_batches} batches by one of "
+                f"{len(strategy.dataloader)} at the start of an epoch; use engine 'fabric'"
             )
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a plugin asked to stop."""
         return bool(self._stopped_before_epoch or self._strategy._stop_training)
 
     def train_on(self, batch: Any) -> None:
-        """The strategy's step."""
+        """Take one step of the strategy."""
         self._strategy.train_on(batch)
 
-    def end_epoch(self) -> None:
-        """Avalanche's ``after_training_epoch``."""
-        if not self._stopped_before_epoch:
-            self._strategy._after_training_epoch(**self._kwargs)
+    def after_epoch(self) -> None:
+        """Call Avalanche's ``after_training_epoch`` and log the epoch's metrics for Lightning's callbacks."""
+        if self._stopped_before_epoch:
+            return
+        strategy = self._strategy
+        strategy._after_training_epoch(**self._kwargs)
+        assert strategy.module is not None
+        if strategy.epoch_metrics:
+            strategy.module.log_dict(strategy.epoch_metrics, on_step=False, on_epoch=True)
 
 
-class _Batches:
-    """The strategy's loader as Lightning sees it: a plain iterable, left alone."""
+class _LoaderView:
+    """The strategy's current loader as a plain iterable, into which Lightning injects no sampler."""
 
-    def __init__(self, strategy: Any) -> None:
+    def __init__(self, strategy: FittedStrategy) -> None:
         self._strategy = strategy
 
     def __len__(self) -> int:
@@ -76,21 +137,21 @@ class _Batches:
 
 
 def make_trainer(options: Mapping[str, Any], **arguments: Any) -> Trainer:
-    """A Trainer that shows and saves only what its options ask for.
+    """Return a Trainer that shows and saves only what its options ask for.
 
     Raises:
         UnsupportedError: Lightning refuses the options.
     """
-    callbacks = {type(callback).__name__ for callback in options.get("callbacks", ())}
+    names = {type(callback).__name__ for callback in _callbacks(options)}
     try:
         with _without_banners():
             return Trainer(
                 **{
                     "devices": 1,
                     "logger": False,
-                    "enable_checkpointing": any("Checkpoint" in name for name in callbacks),
-                    "enable_model_summary": any(name.endswith("ModelSummary") for name in callbacks),
-                    "enable_progress_bar": any(name.endswith("ProgressBar") for name in callbacks),
+                    "enable_checkpointing": any("Checkpoint" in name for name in names),
+                    "enable_model_summary": any(name.endswith("ModelSummary") for name in names),
+                    "enable_progress_bar": any(name.endswith("ProgressBar") for name in names),
                     "use_distributed_sampler": False,
                     **arguments,
                     **options,
@@ -100,6 +161,26 @@ def make_trainer(options: Mapping[str, Any], **arguments: Any) -> Trainer:
         raise _refusal(error) from None
 
 
+def check_callbacks(options: Mapping[str, Any]) -> None:
+    """Refuse callbacks of Lightning that would spoil a run.
+
+    Raises:
+        UnsupportedError: One of them; the message gives the reason.
+    """
+    for callback in _callbacks(options):
+        for base in type(callback).__mro__:
+            if base.__name__ in _REFUSED and base.__module__.startswith("lightning."):
+                raise UnsupportedError(
+                    f"trainer.callbacks: {type(callback).__name__} cannot work with manual optimization, one fit per "
+                    f"experience: {_REFUSED[base.__name__]}"
+                )
+
+
+def _callbacks(options: Mapping[str, Any]) -> list[Any]:
+    found = options.get("callbacks") or ()
+    return [found] if isinstance(found, Callback) else list(found)
+
+
 def _refusal(error: Exception) -> UnsupportedError:
     reason = " ".join(str(error).split())
     return UnsupportedError(f"trainer: Lightning refuses its callbacks or loggers ({reason}); change or remove them")
@@ -107,7 +188,7 @@ def _refusal(error: Exception) -> UnsupportedError:
 
 @contextmanager
 def _without_banners() -> Iterator[None]:
-    """A new Trainer per experience would repeat its banner each time."""
+    """Silence the banner that Lightning prints for each new Trainer, one per experience."""
     notices = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
     levels = [logger.level for logger in notices]
     for logger in notices:
@@ -119,84 +200,176 @@ def _without_banners() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def fit_experience(strategy: Any, **kwargs: Any) -> None:
+def _fresh_callbacks(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with deep copies of the callbacks: their state, such as a best score, is of one experience."""
+    try:
+        return {**options, "callbacks": [copy.deepcopy(callback) for callback in _callbacks(options)]}
+    except Exception as error:  # whatever __deepcopy__ and __reduce__ of a foreign class raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedError(
+            f"trainer.callbacks: a callback cannot be copied ({reason}), but each experience gets a fresh one; give it "
+            f"a __deepcopy__ (returning itself shares it)"
+        ) from None
+
+
+def _continue_steps(trainer: Trainer, steps: int) -> None:
+    """Start the step that callbacks and loggers see at ``steps``: it rises over the experiences of a run.
+
+    Lightning has no public way to start a fit at another step than that of a checkpoint.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = steps
+    if trainer.max_steps == -1:  # which counts from 0
+        loop.manual_optimization.optim_step_progress.total.completed = steps
+
+
+def fit_experience(strategy: FittedStrategy, **kwargs: Any) -> None:
     """Train the current experience of ``strategy`` in a new Trainer."""
     module = strategy.module
     assert module is not None
-    fabric_engine, plain_driver = strategy._engine, module.driver
-    strategy._engine = TrainerEngine(module)
+    fabric_engine, plain_driver, on_sigint = strategy.engine, module.driver, signal.getsignal(signal.SIGINT)
+    strategy.engine = TrainerEngine(module)
     module.driver = StrategyDriver(strategy, kwargs)
     try:
         with _without_banners(), warnings.catch_warnings():
             trainer = make_trainer(
-                strategy.trainer_options,
+                _fresh_callbacks(strategy.trainer_options),
                 accelerator=strategy.device.type,
                 max_epochs=strategy.train_epochs,
                 limit_train_batches=strategy.limit_batches,
             )
+            _continue_steps(trainer, int(strategy.clock.train_iterations))
             # Loaders, workers and intervals are ours to choose; Lightning advises on them at every fit.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            # Freezing parts is what some strategies do.
+            # Some strategies freeze modules.
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")
             warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the log")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             # Lightning 2.6 asks torch's tree specs for their class, of which newer torch warns.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            trainer.fit(module, _Batches(strategy))
+            trainer.fit(module, _LoaderView(strategy))
     except (MisconfigurationException, RuntimeError) as error:
-        # EarlyStopping says in a RuntimeError of its own that nobody logs what it monitors.
+        # EarlyStopping raises a RuntimeError for a metric that is not logged.
         if isinstance(error, MisconfigurationException) or "Early stopping conditioned" in str(error):
             raise _refusal(error) from None
         raise
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            # A Trainer turns an interruption into sys.exit(1) and leaves SIGINT ignored.
+            signal.signal(signal.SIGINT, on_sigint)
+            raise error.__context__ from None
+        raise
     finally:
         module.driver = plain_driver
-        strategy._engine = fabric_engine
+        strategy.engine = fabric_engine
         module.to(strategy.device)  # the Trainer's teardown has moved it to the CPU
 
 
-def trainer_options(
-    callbacks: Mapping[str, Any], loggers: Sequence[str], *, precision: str, folder: Path
-) -> dict[str, Any]:
-    """Keyword arguments of ``lightning.Trainer``.
+def trainer_options(callbacks: Mapping[str, Any], loggers: Named, *, precision: str, folder: Path) -> dict[str, Any]:
+    """Return keyword arguments of ``lightning.Trainer``.
 
     Args:
         callbacks: Options by class name of ``lightning.pytorch.callbacks``.
-        loggers: Class names of ``lightning.pytorch.loggers``; each writes below ``folder``.
+        loggers: Class names of ``lightning.pytorch.loggers`` with options; each writes below ``folder``.
         precision: As Lightning names it.
         folder: The run folder.
 
     Raises:
         UnknownNameError: No such class; the message has the nearest name.
         ConfigError: Options that the class does not take.
+        UnsupportedError: A class that cannot work here.
     """
     options = {
         "callbacks": [
-            _make(lightning_callbacks, name, options or {}, "trainer.callbacks")
-            for name, options in callbacks.items()
+            _make(lightning_callbacks, name, options or {}, "trainer.callbacks") for name, options in callbacks.items()
         ],
-        "logger": [
-            _make(lightning_loggers, name, {"save_dir": str(folder / name)}, "trainer.loggers")
-            for name in loggers
-        ]
-        or False,
+        "logger": [_make_logger(name, options, folder) for name, options in loggers] or False,
         "precision": precision,
         "default_root_dir": str(folder),
     }
+    check_callbacks(options)
     make_trainer(options, accelerator="auto", max_epochs=1)  # refuse now what could not train later
     return options
+
+
+def early_stopping(callbacks: Mapping[str, Any]) -> EarlyStopping | None:
+    """Return what ``trainer.callbacks.EarlyStopping`` asks for, where no Trainer runs Lightning's callback.
+
+    Raises:
+        ConfigError: Options that it does not take.
+    """
+    options = callbacks.get("EarlyStopping")
+    if options is None:
+        return None
+    found = _instantiate(EarlyStopping, options, "trainer.callbacks.EarlyStopping")
+    assert isinstance(found, EarlyStopping)
+    return found
+
+
+def check_monitors(callbacks: Mapping[str, Any], *, validation: bool) -> None:
+    """Refuse callbacks that follow a metric which no epoch has.
+
+    Args:
+        callbacks: Options by class name.
+        validation: Whether data is held out.
+
+    Raises:
+        ConfigError: The metric's name, and those that exist.
+    """
+    metrics = metric_names(validation=validation)
+    for name, options in callbacks.items():
+        monitor = options.get("monitor") if isinstance(options, Mapping) else None
+        if monitor is not None and monitor not in metrics:
+            validated = monitor in metric_names(validation=True)
+            advice = "set benchmark.validation=0.1" if validated else f"metrics are {', '.join(metrics)}"
+            raise ConfigError(f"trainer.callbacks.{name}.monitor: found '{monitor}'; {advice}")
+
+
+def _make_logger(name: str, options: Mapping[str, Any], folder: Path) -> Any:
+    where = "trainer.loggers"
+    if name in _REFUSED_LOGGERS:
+        raise UnsupportedError(f"{where}: {name} cannot work: {_REFUSED_LOGGERS[name]}")
+    takes = inspect.signature(getattr(lightning_loggers, name, object)).parameters
+    home = {"save_dir": str(folder / name)} if "save_dir" in takes else {}
+    logger = _make(lightning_loggers, name, {**home, **options}, where)
+    if name == "WandbLogger":
+        _check_wandb_key(options)
+    return logger
+
+
+def _check_wandb_key(options: Mapping[str, Any]) -> None:
+    """Refuse before training what wandb would raise on the first value logged."""
+    import wandb
+
+    offline = options.get("offline") or options.get("mode", os.environ.get("WANDB_MODE")) in ("offline", "disabled")
+    if offline:
+        return
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        found = wandb.login(prompt=False, verify=False)
+    else:  # before wandb 0.31
+        found = wandb.api.api_key is not None
+    if not found:
+        raise ConfigError(
+            "trainer.loggers.WandbLogger: found no API key of Weights & Biases; run `wandb login`, set WANDB_API_KEY, "
+            "or use trainer.loggers=[{WandbLogger: {offline: true}}]"
+        )
 
 
 def _make(module: Any, name: str, options: Any, where: str) -> Any:
     if name not in module.__all__:
         raise UnknownNameError(unknown_name("Lightning class", name, module.__all__, where=where))
-    maker = getattr(module, name)
+    return _instantiate(getattr(module, name), options, f"{where}.{name}")
+
+
+def _instantiate(maker: Any, options: Any, where: str) -> Any:
     accepted = inspect.signature(maker).parameters
-    if not isinstance(options, dict):
-        raise ConfigError(f"{where}.{name}: found {options!r}; give a mapping of options")
-    for option in options:
-        if option not in accepted:
-            raise ConfigError(f"{where}.{name}.{option}: unknown option; options are {', '.join(accepted)}")
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{where}: found {options!r}; give a mapping of options")
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+        for option in options:
+            if option not in accepted:
+                raise ConfigError(f"{where}.{option}: unknown option; options are {', '.join(accepted)}")
     try:
         return maker(**options)
-    except Exception as error:  # whatever a class of Lightning's thinks of its options
-        raise ConfigError(f"{where}.{name}: {' '.join(str(error).split())}; mend its options") from None
+    except Exception as error:  # whatever a foreign class raises on its options
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}; change its options") from None

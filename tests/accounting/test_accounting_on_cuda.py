@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from clframe.accounting import DevicePeak, EnergyMeter, MacCounter, latency, measure
+from clframe.accounting import DevicePeak, EnergyMeter, MacCounter, latency, measure_cost
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -126,6 +126,6 @@ def test_attention_is_two_products_whatever_runs_it(backend: SDPBackend, dtype: 
 def test_a_measure_is_the_same_on_either_device() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     x = torch.zeros(2, 3, 8, 8)
-    on_cpu = measure(module, x)
-    on_gpu = measure(module.cuda(), x)
+    on_cpu = measure_cost(module, x)
+    on_gpu = measure_cost(module.cuda(), x)
     assert on_gpu.macs == on_cpu.macs and on_gpu.by_module() == on_cpu.by_module() and on_gpu.uncounted() == {}

@@ -1,4 +1,4 @@
-"""``measure``: what one call of any module costs, by arithmetic."""
+"""``measure_cost``: what one call of any module costs, by arithmetic."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torchvision
 from torch import nn
 
-from clframe.accounting import count_macs, measure
+from clframe.accounting import count_macs, measure_cost
 from clframe.errors import UnsupportedError
 
 
 def test_a_perceptron():
-    cost = measure(nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3)), torch.zeros(4, 10))
+    cost = measure_cost(nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3)), torch.zeros(4, 10))
     assert cost.macs == 4 * (10 * 7 + 7 * 3) and cost.flops == 2 * cost.macs
     assert cost.parameters == 10 * 7 + 7 + 7 * 3 + 3 and cost.bytes == 4 * cost.parameters
     assert cost.uncounted() == {}
@@ -38,7 +38,7 @@ class Nested(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_by_module(device):
-    cost = measure(Nested().to(device), torch.zeros(3, 4))
+    cost = measure_cost(Nested().to(device), torch.zeros(3, 4))
     assert cost.by_module() == {
         "": 3 * (3 * 16 + 8 + 4), "parts": 0, "parts.0": 2 * 3 * 16, "parts.1": 3 * 16, "idle": 0,
         "head": 3 * 8, "head.0": 3 * 8,
@@ -49,15 +49,15 @@ def test_by_module(device):
 def test_examples_of_every_kind():
     module = nn.Bilinear(2, 3, 4)
     expected = 5 * 2 * 3 * 4
-    assert measure(module, (torch.zeros(5, 2), torch.zeros(5, 3))).macs == expected
-    assert measure(module, {"input1": torch.zeros(5, 2), "input2": torch.zeros(5, 3)}).macs == expected
-    assert measure(nn.ReLU(), torch.zeros(2)).macs == 0
-    assert measure(Nested(), {"x": torch.zeros(1, 4), "scale": 2.0}).macs == 60
+    assert measure_cost(module, (torch.zeros(5, 2), torch.zeros(5, 3))).macs == expected
+    assert measure_cost(module, {"input1": torch.zeros(5, 2), "input2": torch.zeros(5, 3)}).macs == expected
+    assert measure_cost(nn.ReLU(), torch.zeros(2)).macs == 0
+    assert measure_cost(Nested(), {"x": torch.zeros(1, 4), "scale": 2.0}).macs == 60
 
 
 def test_shared_parameters_and_buffers_weigh_once():
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    cost = measure(nn.Sequential(layer, layer, nn.BatchNorm1d(3, dtype=torch.float64)), torch.zeros(2, 3).double())
+    cost = measure_cost(nn.Sequential(layer, layer, nn.BatchNorm1d(3, dtype=torch.float64)), torch.zeros(2, 3).double())
     assert cost.macs == 2 * 2 * 9
     assert cost.parameters == 12 + 6
     assert cost.bytes == 8 * (12 + 6 + 6) + 8
@@ -78,7 +78,7 @@ class Drawing(nn.Module):
 def test_measuring_leaves_no_trace_and_names_gaps():
     module = Drawing().train()
     before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
-    cost = measure(module, torch.ones(2, 2, 4, 4))
+    cost = measure_cost(module, torch.ones(2, 2, 4, 4))
     assert cost.macs == 0 and cost.uncounted() == {"aten._fft_c2c": 1}
     assert set(cost.by_convention()) >= {"normalization", "pooling", "element-wise"}
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
@@ -98,11 +98,11 @@ class Picks(nn.Module):
 
 def test_a_path_that_depends_on_values_needs_values():
     x = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [2.0, 0.0]])
-    assert measure(Picks(), x).macs == 2 * 4
-    with pytest.raises(UnsupportedError, match=r"measure: Picks cannot run on meta tensors .*real device"):
-        measure(Picks().to("meta"), x)
+    assert measure_cost(Picks(), x).macs == 2 * 4
+    with pytest.raises(UnsupportedError, match=r"measure_cost: Picks cannot run on meta tensors .*real device"):
+        measure_cost(Picks().to("meta"), x)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        measure(nn.Linear(3, 2), torch.zeros(1, 5))
+        measure_cost(nn.Linear(3, 2), torch.zeros(1, 5))
 
 
 def on_meta(build):
@@ -112,7 +112,7 @@ def on_meta(build):
 
 def test_resnet18():
     network = on_meta(torchvision.models.resnet18)
-    cost = measure(network, torch.zeros(1, 3, 224, 224, device="meta"))
+    cost = measure_cost(network, torch.zeros(1, 3, 224, 224, device="meta"))
     assert cost.macs == 1_814_073_344 and cost.parameters == 11_689_512
     assert cost.by_module()["fc"] == 512 * 1000 and cost.by_module()["conv1"] == 112 * 112 * 49 * 3 * 64
     assert cost.uncounted() == {}
@@ -123,7 +123,7 @@ def test_vit_b_16():
     tokens, width, hidden = 14 * 14 + 1, 768, 3072
     layer = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
     expected = 14 * 14 * 3 * 16 * 16 * width + 12 * layer + width * 1000
-    cost = measure(network, torch.zeros(1, 3, 224, 224, device="meta"))
+    cost = measure_cost(network, torch.zeros(1, 3, 224, 224, device="meta"))
     assert cost.macs == expected and round(expected / 1e9, 2) == 17.56
     assert cost.uncounted() == {}
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is no JSON"),
+        ("", "is not JSON"),
         ("[]", "has schema None, this version reads 1"),
         ('{"schema_version": 2}', "has schema 2"),
         ('{"schema_version": 1}', "is damaged"),

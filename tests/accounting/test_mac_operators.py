@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from clframe.accounting.mac_counter import MacCounter
+from clframe.accounting.mac_counter import MacCounter, family_of
 from clframe.accounting.mac_formulas import product_formulas
 from clframe.accounting.macs import count_macs
 from clframe.exits.dynamic import DynamicNetwork
@@ -291,3 +291,9 @@ def test_counting_changes_no_number():
     with MacCounter():
         counted = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no collectives")
+def test_gradients_that_processes_exchange_are_no_gap():
+    assert family_of(torch.ops.c10d.allreduce_.default) == "communication"
+    assert family_of(torch.ops._c10d_functional.all_reduce.default) == "communication"

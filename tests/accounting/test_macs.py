@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.accounting import count_macs, count_parameters, stage_macs
-from clframe.accounting.macs import backbone_macs, cumulative_macs
+from clframe.accounting import MacCounter, count_macs, count_parameters, stage_macs
+from clframe.accounting.macs import UncountedWarning, backbone_macs, cumulative_macs
 from clframe.exits.head_kinds import make_head
-from clframe.exits.placement import preset
+from clframe.exits.placement import place_exits, published_placement
 from clframe.nn import GrowingLinear, Head, Network
-from clframe.nn.backbones import mlp, resnet20, resnet32, small_cnn, vgg11, vit_tiny, wrn16_2
+from clframe.nn.backbones import Backbone, mlp, resnet20, resnet32, small_cnn, vgg11, vit_tiny, wrn16_2
 
 
 def grown(backbone, classes, *, exits=()):
@@ -107,7 +107,7 @@ def with_published_exits(*, per_experience: bool) -> Network:
     backbone = resnet32((3, 32, 32))
     heads = [
         (tap, make_head("pool", backbone.tap_shapes[tap], per_experience=per_experience))
-        for tap in preset(backbone.names).taps
+        for tap in published_placement(backbone.names).taps
     ]
     network = Network(backbone, exits=heads)
     for first in range(0, 100, 10):
@@ -244,6 +244,32 @@ def test_attention_is_counted_whether_or_not_the_fast_path_is_on(enabled):
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own use of them
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 2, 4)])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_fused_layers_are_counted_and_compute_the_same_bits(layers, lengths):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=20, batch_first=True)
+    model = nn.TransformerEncoder(layer, layers) if layers else nn.MultiheadAttention(8, 2, batch_first=True)
+    model.eval().requires_grad_(False)
+    x = torch.randn(3, 5, 8)
+    padded = None if len(set(lengths)) == 1 else torch.arange(5) >= torch.tensor(lengths).unsqueeze(1)
+    # With padding, an encoder computes a nested batch of the real tokens; attention alone computes all.
+    counted = lengths if layers else (5, 5, 5)
+    hidden = 20 if layers else 0
+
+    def call():
+        if layers:
+            return model(x, src_key_padding_mask=padded)
+        return model(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+
+    expected = call()
+    with MacCounter(keep_kernels=True) as counter:
+        found = call()
+    assert torch.equal(found, expected)
+    assert counter.macs == max(layers, 1) * sum(transformer_macs(tokens, 8, hidden) for tokens in counted)
+
+
 class Noisy(nn.Module):
     """Draws random numbers in every forward pass, and may fail."""
 
@@ -297,3 +323,26 @@ def test_shared_parameters_count_once():
     layer = nn.Linear(10, 10)
     assert count_parameters(nn.Sequential(layer, layer, nn.BatchNorm1d(10))) == 110 + 20
     assert count_macs(nn.Sequential(layer, layer), (10,)) == 200
+
+
+class Spectral(nn.Module):
+    """A stage with an operator that no formula covers."""
+
+    def forward(self, x):
+        return torch.fft.rfft(x, dim=-1).real
+
+
+def test_operators_without_a_formula_are_named_whatever_function_counts():
+    network = Network(Backbone.of([("first", nn.Sequential(nn.Flatten(), nn.Linear(4, 6))), ("second", Spectral())],
+                                  input_shape=(1, 2, 2)))  # fmt: skip
+    for count in (lambda: count_macs(network, (1, 2, 2)), lambda: sum(stage_macs(network).values()),
+                  lambda: cumulative_macs(network)[-1], lambda: backbone_macs(network)):  # fmt: skip
+        with pytest.warns(UncountedWarning, match=r"count as 0: aten._fft_r2c \(1 call\); costs, budgets"):
+            assert count() == 4 * 6
+
+
+def test_exits_placed_by_cost_name_what_their_costs_leave_out():
+    stages = [("first", nn.Sequential(nn.Flatten(), nn.Linear(4, 6))), ("second", Spectral()), ("third", nn.Linear(4, 4))]
+    network = Network(Backbone.of(stages, input_shape=(1, 2, 2)))
+    with pytest.warns(UncountedWarning, match=r"_fft_r2c"):
+        assert place_exits(network, cost_shares=[0.5]).taps == ("first",)

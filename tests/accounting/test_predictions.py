@@ -67,6 +67,18 @@ def test_the_mean_leaves_out_experts_that_rest_where_samples_get_that_far():
     # in layer2, which 13 of 20 samples reach: two samples saved 10 * 4 * 100 - 1370 there
     assert predictions.mean() == pytest.approx((7 * 123 + 13 * 553) / 20 - 13 / 20 * (4000 - 1370) / 2)
     assert predictions.mean(experience=0) != predictions.mean(experience=0)  # no samples, no number
+    # Layers of experts in each part of a network with three exits; a token costs 9, dense it costs 8 * 3 tokens.
+    for part, reaching in (("first", 8), ("second", 4), ("third", 2), ("exit/second", 4), ("exit/first", 8)):
+        several = Predictions()
+        for name in ("first", "exit/first", "second", "exit/second", "third", "exit/final"):
+            several.add_part(name, kind="head" if "/" in name else "stage", macs=1, experience=5)
+        for of, count_K in ((0, (1, 2, 1)), (1, (3, 0, 1))):
+            several.add_stops(names=("first", "second", "final"), cost_K=(100, 200, 300), count_K=count_K, of=of,
+                              experience=5)  # fmt: skip
+        row = Experts(layer="x", part=part, experts=2, samples=2, tokens=6, routed=6, pairs=6, expert_macs=4, router_macs=1,
+                      experience=5)  # fmt: skip
+        several.add_experts(row)
+        assert several.mean(experience=5) == pytest.approx(175 - (48 - (6 * 4 + 6)) / 2 * reaching / 8), part
     plain = Predictions()
     plain.add_part("a", kind="stage", macs=5)
     plain.add_stops(names=("final",), cost_K=(5,), count_K=(2,))
@@ -96,7 +108,7 @@ def test_what_cannot_be_is_refused():
         lambda: predictions.add_products("head", macs=1, effective_macs=-1, samples=1),
         lambda: predictions.add_stops(names=("a",), cost_K=(1,), count_K=(-1,)),
     ):
-        with pytest.raises(ConfigError, match="predictions: found .* -1; give counts of 0 or more"):
+        with pytest.raises(ConfigError, match="predictions: found .* -1; use counts of at least 0"):
             add()
     with pytest.raises(ValueError, match="zip"):
         predictions.add_stops(names=("a",), cost_K=(1, 2), count_K=(1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,3 +279,42 @@ def test_a_foreign_module_accumulates_too(toy: SimpleNamespace) -> None:
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(ends[0]["head.weight"], ends[2]["head.weight"], rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:The .train_dataloader. does not have many workers")
+def test_clipping_in_a_trainer_acts_on_unscaled_gradients(toy: SimpleNamespace) -> None:
+    """16-mixed scales the loss by 65536; its scaler also runs on the CPU, where Lightning offers no 16-mixed."""
+    from lightning import Trainer
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from clframe.core import Experience
+    from clframe.data import EpochLoader, TensorSamples
+
+    y = torch.arange(4).repeat(16)
+    data = TensorSamples(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + y[:, None], y)
+
+    class Unscaled(MixedPrecision):
+        """The scaler without autocast, so that only scaling differs from 32 bit."""
+
+        def forward_context(self) -> Any:
+            return contextlib.nullcontext()
+
+    def moved(clip: float | None, *, scaled: bool) -> float:
+        toy.seed_all()
+        module = toy.module(seed=1, clip=clip)
+        plugins = [Unscaled("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))] if scaled else []
+        module.begin(Experience(0, 1, (0, 1, 2, 3), (), (), data), epochs=2)
+        before = [p.detach().clone() for p in module.network.parameters()]
+        trainer = Trainer(
+            max_epochs=2, accelerator="cpu", plugins=plugins, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, EpochLoader(data, 16, shuffle=True, seed=1))
+        after = [p.detach() for p in module.network.parameters()]
+        return float(sum((p - q).square().sum() for p, q in zip(after, before, strict=True))) ** 0.5
+
+    plain, clipped = moved(None, scaled=False), moved(0.1, scaled=False)
+    assert clipped < 0.8 * plain
+    assert moved(0.1, scaled=True) == pytest.approx(clipped, rel=1e-4)
+    assert moved(None, scaled=True) == pytest.approx(plain, rel=1e-4)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-import clframe.build
+import clframe.api
 from clframe.cli import main
 
 TINY = ("trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone.width=4")
@@ -69,7 +69,7 @@ def no_training(monkeypatch):
     def reached(*_):
         pytest.fail("a session was made: the input was not refused in time")
 
-    monkeypatch.setattr(clframe.build, "_session", reached)
+    monkeypatch.setattr(clframe.api, "_session", reached)
 
 
 @pytest.fixture(scope="session")

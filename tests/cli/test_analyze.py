@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 
 from clframe import run
 from clframe.cli import main
-from clframe.cli.analyze import _Bar
+from clframe.progress import progress_bars
 from clframe.sparsity.study import study_sparsity
 from clframe.targets import open_target
 
@@ -79,14 +81,13 @@ def test_a_slip_in_a_path_is_no_name_on_a_hub(here, capsys):
 
 
 def test_the_bar(monkeypatch, capsys):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with _Bar() as bar:
-        bar.show(1, 4)
-        bar.show(4, 4)
+    with progress_bars(unit="pass") as show:
+        show("sweep", 1, 4)
+        time.sleep(0.15)  # tqdm redraws at most every 0.1 s
+        show("sweep", 4, 4)
     error = capsys.readouterr().err
-    assert "[#######                       ] 1/4 passes" in error and f"[{'#' * 30}] 4/4" in error and error.endswith("\033[K")
+    assert "sweep" in error and "4/4" in error and error.endswith("\r")  # the line is cleared at the end
 
 
 def test_help_teaches(capsys):

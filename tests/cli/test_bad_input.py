@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-import clframe.build
+import clframe.api
 from clframe.cli import main
 from clframe.errors import UnsupportedError
 
@@ -26,7 +26,7 @@ COMMAND_LINES = [
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),
     (["run", ""], "run: found no config; begin with one"),
     (["explain"], "explain: found no config; begin with one, such as clframe explain quickstart"),
-    (["run", "seed=3"], "run: found 'seed=3' in the place of a config; begin with one"),
+    (["run", "seed=3"], "run: found 'seed=3' instead of a config; begin with one"),
     (["run", "quickstart", "--sed", "3"], "run: unknown option '--sed'; did you mean '--seed'?"),
     (["run", "quickstart", "--out=x"], "run: unknown option '--out'; did you mean '--output'?"),
     (["run", "quickstart", "-x"], "run: unknown option '-x'; options are --debug, --device"),
@@ -48,31 +48,33 @@ COMMAND_LINES = [
     (["run", "quickstart", "--device", "cuda:x"], "--device: found 'cuda:x'; give cpu, cuda, cuda:N, mps"),
     (["run", "quickstart", "--device", "cpu:1"], "--device: found 'cpu:1'; give cpu, cuda, cuda:N, mps or"),
     (["explain", "quickstart", "--device", ""], "--device: found ''; give cpu"),
-    (["run", "quickstart", "--output", ""], "output: found '' (text); give a folder"),
+    (["run", "quickstart", "--output", ""], "--output: found ''; give a folder"),
     (["run", "quickstart", "--output", "a\0b"], "output: found 'a\\x00b' (text); give a folder"),
-    (["run", "quickstart", "explain"], "override 'explain': is no key=value; write it like trainer.epochs=3"),
-    (["run", "quickstart", "=3"], "override '=3': is no key=value; write it like"),
-    (["run", "quickstart", "trainer..epochs=3"], "override 'trainer..epochs=3': is no key=value; write it"),
-    (["list"], "list: found nothing to list; give one of strategies, benchmarks, backbones, configs"),
+    (["run", "quickstart", "explain"], "override 'explain': is not key=value; write it like trainer.epochs=3"),
+    (["run", "quickstart", "=3"], "override '=3': is not key=value; write it like"),
+    (["run", "quickstart", "trainer..epochs=3"], "override 'trainer..epochs=3': is not key=value; write it"),
+    (["report", "x", "--output", ""], "--output: found ''; give a folder"),
+    (["analyse", "sparsity", "x", "--output", ""], "--output: found ''; give a folder"),
+    (["list"], "list: found no kind to list; give one of strategies, benchmarks, backbones, configs"),
     (["list", "strategis"], "list: unknown kind 'strategis'; did you mean 'strategies'?"),
     (["list", "strategies", "zzz"], "list strategies: nothing contains 'zzz'; leave the filter out"),
-    (["list", "configs", "mlp", "er"], "list: found 'er' behind the filter 'mlp'; give one filter"),
+    (["list", "configs", "mlp", "er"], "list: found 'er' after the filter 'mlp'; give one filter"),
     (["list", "configs", "--seed", "3"], "list: unknown option '--seed'; options are --debug, --help"),
     (["run", "quikstart"], "config: unknown config 'quikstart'; did you mean 'quickstart'?"),
     (["run", "experiment/quikstart"], "config: unknown config 'experiment/quikstart'; did you mean"),
-    (["run", "mlp"], "config: 'mlp' is no name in configs/experiment; did you mean 'backbone/mlp'?"),
-    (["run", "nowhere.yaml"], "config: no file 'nowhere.yaml'; give a file, or a name of clframe list"),
+    (["run", "mlp"], "config: 'mlp' is not an experiment; did you mean 'backbone/mlp'?"),
+    (["run", "nowhere.yaml"], "config: no file 'nowhere.yaml'; give a file, or a name from clframe list"),
     (["run", "quickstart.yaml"], "config: no file 'quickstart.yaml'; did you mean 'experiment/quickstart'?"),
     (["run", "backbone/mlp"], "config: has no benchmark; set benchmark=NAME, or put benchmark/NAME"),
     (["run", "benchmark/digits"], "config: has no backbone; set backbone=NAME, or put backbone/NAME"),
     (["run", "--resume", ""], "--resume: found ''; give the run folder that a run printed"),
     (["run", "--resume", "nowhere"], "resume: no folder nowhere; give the run folder that a run"),
-    (["run", "quickstart", "--resume", "x"], "--resume: found quickstart beside it; leave it out"),
-    (["run", "--resume", "x", "trainer.epochs=3"], "--resume: found trainer.epochs=3 beside it; leave it"),
-    (["run", "--resume", "x", "--seed", "3"], "--resume: found --seed beside it; leave it out"),
-    (["run", "--resume", "x", "--seeds", "0..1"], "--resume: found --seeds beside it; leave it out"),
-    (["run", "--resume", "x", "--output", "y"], "--resume: found --output beside it; leave it out"),
-    (["run", "--resume", "x", "--device", "cpu"], "--resume: found --device beside it; leave it out"),
+    (["run", "quickstart", "--resume", "x"], "--resume: found quickstart as well; leave it out"),
+    (["run", "--resume", "x", "trainer.epochs=3"], "--resume: found trainer.epochs=3 as well; leave it"),
+    (["run", "--resume", "x", "--seed", "3"], "--resume: found --seed as well; leave it out"),
+    (["run", "--resume", "x", "--seeds", "0..1"], "--resume: found --seeds as well; leave it out"),
+    (["run", "--resume", "x", "--output", "y"], "--resume: found --output as well; leave it out"),
+    (["run", "--resume", "x", "--device", "cpu"], "--resume: found --device as well; leave it out"),
 ]  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def test_a_session_that_cannot_begin_leaves_nothing(refused, here, monkeypatch):
     def refusing(*_):
         raise UnsupportedError("trainer: found something; choose others")
 
-    monkeypatch.setattr(clframe.build, "_session", refusing)
+    monkeypatch.setattr(clframe.api, "_session", refusing)
     refused(["run", "quickstart"], "trainer: found something; choose others")
     (here / "runs").mkdir()  # a folder that was there stays
     refused(["run", "quickstart"], "trainer: found something; choose others")

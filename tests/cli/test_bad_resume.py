@@ -1,7 +1,8 @@
-"""Run folders that cannot be gone on with: one line says why, and the folder stays as it is."""
+"""Run folders that cannot be resumed: one line with the reason, and the folder is unchanged."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -11,7 +12,7 @@ import torch
 
 @pytest.fixture
 def folder(finished, here):
-    """A copy of a run that ended."""
+    """A copy of a finished run."""
     return shutil.copytree(finished[0], here / "run")
 
 
@@ -28,14 +29,14 @@ def test_not_a_folder(refused, here):
 def test_no_config(refused, here, folder):
     (folder / "config.yaml").unlink()
     refused(["run", "--resume", "run"],
-            "resume: run holds no config.yaml; give the folder of a run, not one above it")  # fmt: skip
+            "resume: run has no config.yaml; give the folder of a run, not one above it")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("a: [", "run/config.yaml: is no valid YAML ("),
-        ("- a\n", "run/config.yaml: holds no mapping of keys to values; write lines like"),
+        ("a: [", "run/config.yaml: invalid YAML ("),
+        ("- a\n", "run/config.yaml: not a mapping of keys to values; write lines like"),
         ("a: b\n", "run/config.yaml: config: unknown key 'a'; keys are backbone"),
         ("trainer: 3\n", "run/config.yaml: trainer: found 3; give a mapping"),
         ("trainer: {epochs: x}\n", "run/config.yaml: trainer.epochs: found 'x' (text); give a whole number"),
@@ -48,25 +49,58 @@ def test_a_damaged_config(text, said, refused, here, folder):
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"no zip"])
-def test_a_damaged_checkpoint(damage, refused, here, checkpoint):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, call, caplog, folder, checkpoint):
+    matrix = json.loads((folder / "results.json").read_text())["accuracy_matrix"]
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
-    refused(["run", "--resume", "run"], f"run/checkpoints/{checkpoint.name}: is damaged or "
-            "no checkpoint of clframe; delete it to resume from the one before")  # fmt: skip
+    assert call("run", "--resume", "run").code == 0
+    assert f"run/checkpoints/{checkpoint.name}: is damaged or no checkpoint of clframe; the one before" in caplog.text
+    assert json.loads((folder / "results.json").read_text())["accuracy_matrix"] == matrix
 
 
-def test_a_checkpoint_that_would_run_code(refused, here, checkpoint):
+@pytest.fixture
+def only(folder, checkpoint):
+    """The newest checkpoint, with no earlier one to use instead."""
+    for other in folder.glob("checkpoints/*.ckpt"):
+        if other != checkpoint:
+            other.unlink()
+    return checkpoint
+
+
+def test_without_an_intact_checkpoint_it_is_refused(refused, here, only):
+    only.write_bytes(b"not a zip")
+    refused(["run", "--resume", "run"], f"run/checkpoints/{only.name}: is damaged or no checkpoint of clframe, and no "
+            "intact one is left; restore it from a copy, or delete it to start over")  # fmt: skip
+
+
+def test_a_checkpoint_that_would_run_code(refused, here, only):
     class Hack:
         def __reduce__(self):
             return os.mkdir, (str(here / "hacked"),)
 
-    torch.save({"format": 1, "finished": Hack()}, checkpoint)
-    refused(["run", "--resume", "run"], "is damaged or no checkpoint of clframe; delete it")
+    torch.save({"format": 1, "finished": Hack()}, only)
+    refused(["run", "--resume", "run"], "is damaged or no checkpoint of clframe, and no intact one is left")
 
 
 def test_a_checkpoint_of_another_format(refused, here, checkpoint):
     torch.save({"format": 99}, checkpoint)
     refused(["run", "--resume", "run"], f"run/checkpoints/{checkpoint.name}: has format 99, "
-            "this version reads", "; resume with the version that wrote it")  # fmt: skip
+            "this version reads", "; use the version that wrote it")  # fmt: skip
+
+
+def test_a_run_of_a_version_without_some_keys_resumes(call, folder):
+    """Keys that a newer version added have their defaults, in config.yaml as in the checkpoint."""
+
+    def older(text):
+        keys = ("betas", "step", "warmup", "drop_last")
+        return "".join(line for line in text.splitlines(True) if line.split(":")[0].strip() not in keys)
+
+    config = folder / "config.yaml"
+    assert len(older(config.read_text()).splitlines()) == len(config.read_text().splitlines()) - 4
+    config.write_text(older(config.read_text()))
+    for path in folder.glob("checkpoints/*.ckpt"):
+        content = torch.load(path, weights_only=True)
+        torch.save({**content, "config": older(content["config"])}, path)
+    assert call("run", "--resume", "run").code == 0
 
 
 def test_a_checkpoint_of_another_config(refused, here, folder):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-import clframe.build
+import clframe.api
 from clframe.cli.board import Board
 from clframe.config.load import load_config
 from clframe.errors import ConfigError, UnsupportedError
@@ -50,7 +50,7 @@ def closed(url):
 @pytest.fixture
 def asked(monkeypatch):
     """What a page that is open during a run gets to see: the tags that it asks for after the last experience."""
-    seen, original = {}, clframe.build._finish
+    seen, original = {}, clframe.api._finish
 
     def finishing(*arguments):
         result = original(*arguments)
@@ -68,7 +68,7 @@ def asked(monkeypatch):
         original_start(self, folder)
         seen["url"], seen["starts"] = self.url, seen.get("starts", 0) + 1
 
-    monkeypatch.setattr(clframe.build, "_finish", finishing)
+    monkeypatch.setattr(clframe.api, "_finish", finishing)
     monkeypatch.setattr(Board, "start", start)
     return seen
 
@@ -112,7 +112,7 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
     original = Board.start
     monkeypatch.setattr(Board, "start", lambda self, folder: (original(self, folder), urls.append(self.url)))
-    monkeypatch.setattr(clframe.build, "_finish", failing)
+    monkeypatch.setattr(clframe.api, "_finish", failing)
     code, _, err = call("run", *TINY, "--tensorboard")
     assert code == 2
     assert "here: found something wrong" in err
@@ -120,8 +120,8 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, here):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, code, here):
     command = [sys.executable, "-m", "clframe", "run", "quickstart", "backbone=mlp", "trainer.epochs=4000", "--tensorboard"]
     # Children of a shell's background job ignore the interrupt unless told not to.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -132,7 +132,7 @@ def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, here):
     assert not closed(url)
     os.kill(process.pid, number)
     process.stdout.close()
-    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
+    assert process.wait(timeout=60) == code
     assert eventually(lambda: closed(url))
 
 
@@ -140,7 +140,7 @@ def test_a_taken_port_is_left_alone(tmp_path):
     writer = SummaryWriter(str(tmp_path / "run" / "tensorboard"))
     writer.add_scalar("x", 1.0, 0)
     writer.close()
-    with Board(wanted=True, say=None) as first, Board(wanted=True, say=None) as second:
+    with Board(wanted=True, echo=None) as first, Board(wanted=True, say=None) as second:
         first.start(tmp_path)
         second.start(tmp_path)
         assert first.url != second.url
@@ -155,13 +155,13 @@ def test_it_says_why_it_cannot_start(tmp_path, monkeypatch):
     (tmp_path / "tensorboard.py").write_text("raise ImportError('no such wheel for this machine')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UnsupportedError, match=r"^--tensorboard: cannot start TensorBoard \(no such wheel.*\); leave"):
-        Board(wanted=True, say=None).start(tmp_path)
+        Board(wanted=True, echo=None).start(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UnsupportedError, match=r"\(the process ended\)"):
-        Board(wanted=True, say=None).start(tmp_path)
+        Board(wanted=True, echo=None).start(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
     with pytest.raises(UnsupportedError, match=r"No such file"):
-        Board(wanted=True, say=None).start(tmp_path)
+        Board(wanted=True, echo=None).start(tmp_path)
 
 
 def test_a_run_that_writes_no_event_files_has_nothing_to_show(refused):
@@ -169,7 +169,7 @@ def test_a_run_that_writes_no_event_files_has_nothing_to_show(refused):
 
 
 def test_not_asked_for_nothing_starts():
-    with Board(wanted=False, say=print) as board:
+    with Board(wanted=False, echo=print) as board:
         board.show(load_config("quickstart", []))
         assert board.url == ""
     board.stop()

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 import yaml
 
 import clframe
-import clframe.build
+import clframe.api
 from clframe.cli import main
 from clframe.config.typed import from_mapping
 from clframe.results import Result
+from clframe.training.session import Session
 
 TINY = ("trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone.width=4")
 
@@ -28,7 +30,7 @@ def test_a_run_prints_the_matrix_the_summary_and_the_folder(finished):
     folder, printed, cwd = finished
     result = Result.from_json(folder / "results.json")
     assert re.findall(r"^experience (\d/\d):", printed, re.M) == ["1/2", "2/2"]
-    assert "accuracy in %" in printed
+    assert "Accuracy in %" in printed
     (row,) = re.findall(r"^1 +\|(.*)\|", printed, re.M)
     assert row.split() == [f"{100 * a:.1f}" for a in result.accuracy_matrix[1]]
     assert re.search(rf"final average accuracy +{100 * result.final_average_accuracy:.1f} %", printed)
@@ -76,7 +78,7 @@ def test_seeds_give_mean_and_deviation(call, here):
     accuracies = [100 * result.final_average_accuracy for result in results]
     assert accuracies[0] != accuracies[1]
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert out.count("accuracy in %") == 2
+    assert out.count("Accuracy in %") == 2
     (row,) = re.findall(r"^er \+ lwf +2 (.*)$", out, re.M)
     assert f"{mean:.1f} ± {deviation:.1f}" in row
 
@@ -103,14 +105,14 @@ def test_python_gives_the_result_that_the_command_writes(finished, here):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What ``clframe.build.run`` is asked to do; it does nothing."""
+    """Calls of ``clframe.api.run``, which does nothing but stop like Ctrl-C."""
     calls = []
 
     def run(config="", overrides=(), *, output=None, resume=None, on_built=None, on_evaluated=None):
         calls.append((config, list(overrides), output, resume))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clframe.build, "run", run)
+    monkeypatch.setattr(clframe.api, "run", run)
     return calls
 
 
@@ -139,15 +141,15 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_config(call, here):
     assert "    lr: 1.0\n" in call("explain", "lr=1.yaml").out
 
 
-def test_an_interrupted_run_says_how_to_go_on(asked, call):
-    assert call("run", "quickstart").err == "\nclframe: interrupted; go on with clframe run --resume RUN\n"
+def test_an_interruption_before_training_is_one_line(asked, call):
+    assert call("run", "quickstart").err == "\nclframe: interrupted\n"
 
 
 def test_explain_tells_all_and_writes_nothing(call, here):
     code, out, err = call("explain", "quickstart", "seed=7")
     assert (code, err) == (0, "")
     titles = re.findall(r"^(\w.*)$", out, re.M)
-    assert titles == ["config", "stream (who learns what when)", "strategy", "timetable (who acts where)",
+    assert titles == ["config", "stream of experiences", "strategy", "hooks (which component acts where)",
                       "loss terms", "slots", "network with all classes"]  # fmt: skip
     assert "  seed: 7\n" in out
     assert "\n  er + lwf\n" in out
@@ -163,10 +165,10 @@ def test_explain_counts_what_the_layers_say(call):
     out = call("explain", "quickstart").out
     macs = 64 * 32 * 9 * 1 + 16 * 64 * 9 * 32 + 128 * 256 + 10 * 128
     parameters = 32 * (9 * 1 + 1) + 64 * (9 * 32 + 1) + 128 * (256 + 1) + 10 * (128 + 1)
-    assert re.search(rf"^  MACs a sample +{macs:,} ", out, re.M)
+    assert re.search(rf"^  MACs per sample +{macs:,} ", out, re.M)
     assert re.search(rf"^  parameters +{parameters:,}$", out, re.M)
     out = call("explain", "quickstart", "backbone=mlp", "backbone.width=7", "backbone.depth=1").out
-    assert re.search(rf"^  MACs a sample +{64 * 7 + 7 * 10:,} ", out, re.M)
+    assert re.search(rf"^  MACs per sample +{64 * 7 + 7 * 10:,} ", out, re.M)
     assert re.search(rf"^  parameters +{65 * 7 + 8 * 10:,}$", out, re.M)
 
 
@@ -201,7 +203,8 @@ def test_list_shows_options_with_defaults_and_filters(call):
     assert {line.split()[0] for line in call("list", "backbones", "shortcut=").out.splitlines()} == {
         "resnet20", "resnet32",
     }  # fmt: skip
-    assert call("list", "configs", "Split digits: ").out.startswith("benchmark/digits ")
+    assert call("list", "configs", "Split EMNIST, ").out.startswith("benchmark/emnist ")
+    assert call("list", "configs", "8x8 digits of").out.startswith("benchmark/digits ")
 
 
 def test_list_shows_your_own_configs_whatever_is_in_them(call, here):
@@ -230,6 +233,39 @@ def test_help_has_examples(verb, capsys):
     assert ended.value.code == 0
     assert len(re.findall(rf"^  clframe {verb[0] if verb else ''}", out, re.M)) >= 2
     assert "--debug" in out
+
+
+def test_the_former_spelling_of_analyze_works_and_is_not_listed(call, capsys):
+    for spelling in ("analyze", "analyse"):
+        with pytest.raises(SystemExit) as ended:
+            main([spelling, "--help"])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and "usage: clframe analyze sparsity TARGET" in out and "analyse" not in out
+        code, out, err = call(spelling, "sparsty")
+        assert code == 2 and "analyze: unknown analysis 'sparsty'; did you mean 'sparsity'?" in err
+    assert call("--debug", "analyse").code == 2
+    assert "analyse" not in call().out
+    assert "did you mean 'analyze'?" in call("analys").err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_signal_stops_a_run_and_names_the_folder_to_resume(name, call, here, monkeypatch):
+    number, run = getattr(signal, name), Session.run
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+
+    def stopped(session):
+        os.kill(os.getpid(), number)
+        return run(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "run", stopped)
+        code, _, err = call("run", "quickstart", *TINY)
+    (folder,) = here.glob("runs/quickstart/*")
+    assert code == 128 + number
+    assert err.splitlines()[-1] == f"clframe: interrupted; resume with clframe run --resume {folder.relative_to(here)}"
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+    assert call("run", "--resume", str(folder)).code == 0 and (folder / "results.json").is_file()
 
 
 def test_no_verb_shows_the_help(call):

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-import clframe.build
+import clframe.api
 from clframe.cli import main
 
 UNEVEN = "digits: 10 classes in 3 experiences = 4 + 3 + 3\n"
@@ -23,15 +23,15 @@ def mine(here):
     return ["benchmark=npz", "benchmark.path=mine.npz", "benchmark.experiences=2", "backbone.width=2"]
 
 
-KEPT = "mine: 0.000 GB of inputs, limit 4 GB: kept in memory\n"
-TWICE = "mine.npz: 2 of 8 test samples are also in the training data; accuracy will look better than it is\n"
+KEPT = "mine: 0.000 GB of inputs, limit 4 GB: stored in memory\n"
+TWICE = "mine.npz: 2 of 8 test samples are also in the training data; accuracy will be overestimated\n"
 
 
 def test_explain_says_it_beside_what_it_prints(call, mine):
     code, out, err = call("explain", "quickstart", "benchmark.experiences=3")
     assert (code, err) == (0, UNEVEN) and out.startswith("config\n")
     code, out, err = call("explain", "quickstart", *mine)
-    assert (code, err) == (0, KEPT + TWICE) and "kept in memory" not in out
+    assert (code, err) == (0, KEPT + TWICE) and "stored in memory" not in out
 
 
 def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsys):
@@ -42,7 +42,7 @@ def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsy
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(clframe.build, "_session", session)
+        patch.setattr(clframe.api, "_session", session)
         assert call("run", "quickstart", "benchmark.experiences=3").code == 130
     assert before == [UNEVEN]
     tiny = ("benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
@@ -70,6 +70,12 @@ def test_a_refused_call_leaves_its_error_only(refused, call, mine):
     assert err == TWICE + "clframe: error: benchmark.experiences: found 9 for 4 classes; give at most 4\n"
 
 
+def test_workers_for_data_in_memory_are_named(call):
+    code, _, err = call("explain", "quickstart", "benchmark.workers=2")
+    assert (code, err) == (0, "benchmark.workers: found 2, but digits is in memory and needs none\n")
+    assert call("explain", "quickstart", "benchmark.workers=0").err == ""
+
+
 @pytest.mark.parametrize("what", ["strategies", "benchmarks", "configs"])
 def test_lists_say_nothing(call, what):
     assert call("list", what).err == ""
@@ -83,7 +89,7 @@ def test_the_log_is_left_as_it_was(call, mine):
 
 
 def test_from_python_nothing_is_printed(mine, capsys):
-    clframe.build.explain("quickstart", ["benchmark.experiences=3"])
-    clframe.build.explain("quickstart", mine[:-1])
+    clframe.api.explain("quickstart", ["benchmark.experiences=3"])
+    clframe.api.explain("quickstart", mine[:-1])
     captured = capsys.readouterr()
     assert captured.out == "" and UNEVEN not in captured.err and KEPT not in captured.err

@@ -9,11 +9,21 @@ import pytest
 from omegaconf import OmegaConf
 
 from clframe.build import build
-from clframe.config.files import config_folders, find_config, known_configs, read_yaml, shipped_configs
+from clframe.config.files import (
+    REGISTRIES,
+    Registered,
+    config_folders,
+    find_config,
+    known_configs,
+    read_yaml,
+    shipped_configs,
+)
 from clframe.config.load import load_config
 from clframe.config.schema import Config
 from clframe.config.typed import as_tree, from_mapping, to_yaml
+from clframe.core import Component
 from clframe.errors import ConfigError, UnknownNameError
+from clframe.nn.backbones import mlp
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +145,8 @@ def test_your_folder_comes_first_and_hides_the_shipped_file():
     assert config_folders() == [Path("configs"), shipped_configs()]
     assert find_config("benchmark/digits") == Path("configs/benchmark/digits.yaml")
     assert known_configs()["benchmark/digits"] == Path("configs/benchmark/digits.yaml")
-    assert known_configs()["backbone/mlp"] == shipped_configs() / "backbone" / "mlp.yaml"
+    assert known_configs()["backbone/timm"] == shipped_configs() / "backbone" / "timm.yaml"
+    assert known_configs()["backbone/mlp"] == Registered("backbone", "mlp")
     assert load_config("quickstart").benchmark.experiences == 2  # also where the shipped experiment names it
 
 
@@ -220,7 +231,7 @@ def test_a_message_names_the_file_that_the_key_stands_in():
 
 def test_reading_yaml_executes_nothing(here):
     write("hack.yaml", f"name: !!python/object/apply:os.mkdir ['{here}/hacked']\n")
-    with pytest.raises(ConfigError, match=r"^hack\.yaml: is no valid YAML \(could not determine a constructor"):
+    with pytest.raises(ConfigError, match=r"^hack\.yaml: invalid YAML \(could not determine a constructor"):
         read_yaml(Path("hack.yaml"))
     assert not (here / "hacked").exists()
 
@@ -232,7 +243,7 @@ def test_a_file_without_rights_says_so(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(ConfigError, match=r"^mine\.yaml: cannot be read \(Permission denied\); check its rights$"):
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: cannot be read \(Permission denied\); check its permissions$"):
         load_config("mine.yaml")
 
 
@@ -241,6 +252,46 @@ def test_unknown_names_offer_the_nearest():
         find_config("quikstart")
     with pytest.raises(UnknownNameError, match=r"^x: unknown config 'backbone/mpl'; did you mean 'backbone/mlp'"):
         find_config("backbone/mpl", where="x")
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    """A backbone, a data set and a component of another package, registered without any YAML file."""
+    for group, name, entry in (
+        ("backbone", "lenet", lambda shape, *, width=8: mlp(shape, width=width)),
+        ("benchmark", "blobs", lambda *, seeds=2: None),
+        ("strategy", "anchor", type("Anchor", (Component,), {"name": "anchor"})),
+    ):
+        REGISTRIES[group].names()
+        monkeypatch.setitem(REGISTRIES[group]._entries, name, entry)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_registered_name_needs_no_file():
+    config = load_config("quickstart", ["backbone=lenet", "backbone.width=9", "benchmark=blobs", "strategy=anchor"])
+    assert (config.backbone.name, config.backbone.options) == ("lenet", {"width": 9})
+    assert (config.benchmark.name, config.benchmark.options) == ("blobs", {})
+    assert config.strategy == "anchor" and config.components == load_config("quickstart").components
+    named = load_config(write("mine.yaml", "defaults: [benchmark/blobs, backbone/lenet, strategy/anchor]\n"))
+    assert (named.benchmark.name, named.backbone.name, named.strategy) == ("blobs", "lenet", "anchor")
+    assert {"backbone/lenet", "benchmark/blobs", "strategy/anchor"} <= set(known_configs())
+    with pytest.raises(UnknownNameError, match=r"unknown backbone 'lenett'; did you mean 'lenet'\?"):
+        load_config("quickstart", ["backbone=lenett"])
+    with pytest.raises(UnknownNameError, match=r"'lenet' is not a benchmark; did you mean 'backbone/lenet'\?"):
+        load_config("quickstart", ["benchmark=lenet"])
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_file_comes_before_a_registered_name():
+    write("configs/backbone/lenet.yaml", "backbone: {name: lenet, width: 3}\n")
+    assert load_config("quickstart", ["backbone=lenet"]).backbone.options == {"width": 3}
+
+
+def test_files_only_where_they_set_more_than_the_name():
+    for group in ("backbone", "benchmark"):
+        for name, config in known_configs(group).items():
+            if isinstance(config, Path):
+                assert set(read_yaml(config)[group]) > {"name"}, name
 
 
 SHIPPED = sorted(key for key in known_configs() if key.split("/")[0] in ("experiment", "smoke"))

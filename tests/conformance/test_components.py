@@ -83,6 +83,15 @@ def test_it_is_a_documented_frozen_dataclass_with_keyword_options_and_defaults(n
         assert f"{field.name}:" in kind.__doc__, f"option {field.name} is not documented"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_its_hooks_take_and_return_what_the_engine_passes_and_stores(name):
+    kind = COMPONENTS.get(name)
+    for hook in kind().acts_at():
+        own, base = (inspect.signature(getattr(owner, hook)) for owner in (kind, Component))
+        assert list(own.parameters) == list(base.parameters), hook
+        assert own.return_annotation == base.return_annotation or hook == "resolve", hook
+
+
 @pytest.mark.parametrize("exits", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_with_finite_losses_that_move_every_weight(name, exits):

@@ -10,7 +10,7 @@ import pytest
 
 from clframe.core import SLOTS, Component, Composition, compose, parse
 from clframe.errors import ClframeError, ComposeError, ConfigError, UnknownNameError
-from strategies import ER, Cumulative, Joint, LwF, Naive
+from strategies import ER, Cumulative, Exits, Joint, LwF, Naive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def test_overriding_a_hook_takes_its_slot():
     class Thief(Component):
         name: ClassVar[str] = "thief"
 
-        def make_batch(self, batch, context, state):
+        def make_batch(self, batch, context, state, network):
             return batch
 
     with pytest.raises(ComposeError, match=r"'thief': overrides make_batch\(\) without owning the slot 'batch'"):
@@ -103,6 +103,10 @@ def test_owner_and_who_acts_where():
         ("(er + naive) + (lwf)", ER() + LwF()),
         ("naive", compose()),
         ("lwf(alpha=0) + er", compose(ER())),
+        # options are spelled as in a YAML config too
+        ("er(replay=concatenate, memory=7)", compose(ER(replay="concatenate", memory=7))),
+        ("exits(cascade=true, at=[layer1, layer2], count=null)", compose(Exits(cascade=True, at=("layer1", "layer2")))),
+        ("exits(cascade=False, cascade_norm=off, ensemble='mean')", compose(Exits(ensemble="mean"))),
     ],
 )
 def test_parse(text, expected):

@@ -9,7 +9,7 @@ from torchvision.transforms import functional as tv
 
 from clframe.data import EpochLoader, TensorSamples
 from clframe.data import augmentation as im
-from clframe.data.augmentation import AUGMENTATIONS, ColorJitter, Flip, PadCrop, augmented
+from clframe.data.augmentation import AUGMENTATIONS, ColorJitter, Flip, PadCrop, apply_augmentations
 from clframe.errors import ConfigError, DataError, UnknownNameError
 from clframe.seeding import generator_for
 
@@ -40,7 +40,7 @@ def test_cut_is_torchvisions_pad_and_crop_at_every_place(dtype, channels, height
     places = torch.cartesian_prod(torch.arange(2 * padding + 1), torch.arange(2 * padding + 1))
     x = pictures(len(places), channels, height, width, dtype)
     before = x.clone()
-    ours = im.cut(x, *places.T, padding=padding, fill=fill)
+    ours = im.crop(x, *places.T, padding=padding, fill=fill)
     assert ours.dtype == dtype and torch.equal(x, before)
     for image, cropped, (top, left) in zip(x, ours, places.tolist(), strict=True):
         padded = tv.pad(image, [padding] * 4, fill=fill)
@@ -116,7 +116,7 @@ def test_flips_come_at_their_rate(probability):
     ids=str,
 )
 def test_jitter_has_torchvisions_distribution(jitter):
-    """Two-sample Kolmogorov-Smirnov on each channel of one color beside a gray, at the 99.9 % quantile."""
+    """Two-sample Kolmogorov-Smirnov on each channel of one color and a gray, at the 99.9 % quantile."""
     draws = 600
     x = torch.tensor([[200, 90], [60, 90], [30, 90]], dtype=torch.uint8).reshape(3, 1, 2)
     generator = generator_for(0, "jitter")
@@ -144,11 +144,11 @@ def test_images_of_one_batch_are_augmented_each_in_its_own_way():
 def test_presets_keep_shape_and_dtype_and_depend_on_the_generator_alone(name, count, channels):
     x, presets = pictures(count, channels, 9, 11), AUGMENTATIONS.get(name)
     before = x.clone()
-    first = augmented(x, presets, generator_for(3))
+    first = apply_augmentations(x, presets, generator_for(3))
     torch.rand(7)  # the global generator has no say
-    assert torch.equal(first, augmented(x, presets, generator_for(3)))
+    assert torch.equal(first, apply_augmentations(x, presets, generator_for(3)))
     assert first.shape == x.shape and first.dtype == x.dtype and torch.equal(x, before)
-    others = [augmented(x, presets, generator_for(s)) for s in range(20)]
+    others = [apply_augmentations(x, presets, generator_for(s)) for s in range(20)]
     assert any(not torch.equal(first, other) for other in others)
 
 
@@ -161,7 +161,7 @@ def test_presets():
 
 def test_augmentations_act_in_order():
     x = pictures(3)
-    both = augmented(x, (PadCrop(2), Flip(1.0)), generator_for(0))
+    both = apply_augmentations(x, (PadCrop(2), Flip(1.0)), generator_for(0))
     assert torch.equal(both, PadCrop(2)(x, generator_for(0)).flip(-1))
 
 
@@ -169,17 +169,17 @@ def test_the_identity_draws_nothing_and_returns_its_argument():
     idle = (PadCrop(0), Flip(0.0), ColorJitter())
     generator, x = generator_for(0), pictures(2)
     before = generator.get_state()
-    assert augmented(x, idle, generator) is x and augmented(x, (), generator) is x
+    assert apply_augmentations(x, idle, generator) is x and apply_augmentations(x, (), generator) is x
     assert torch.equal(generator.get_state(), before)
     vectors = torch.zeros(2, 5)
-    assert augmented(vectors, idle, generator) is vectors
+    assert apply_augmentations(vectors, idle, generator) is vectors
 
 
 def test_what_is_no_image_is_refused():
-    with pytest.raises(DataError, match=r"augmentation: found inputs of shape \(5,\); augment images"):
-        augmented(torch.zeros(2, 5), (Flip(),), generator_for(0))
-    with pytest.raises(DataError, match="found images of 4 channels; jitter gray or RGB images"):
-        augmented(torch.zeros(2, 4, 3, 3), (ColorJitter(hue=0.1),), generator_for(0))
+    with pytest.raises(DataError, match=r"augmentation: found inputs of shape \(5,\); augment only images"):
+        apply_augmentations(torch.zeros(2, 5), (Flip(),), generator_for(0))
+    with pytest.raises(DataError, match="found images of 4 channels; use ColorJitter on gray or RGB images"):
+        apply_augmentations(torch.zeros(2, 4, 3, 3), (ColorJitter(hue=0.1),), generator_for(0))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_training_batches_are_augmented_then_normalized():
     loader.epoch = 3
     generator = generator_for(5, "augment", 2, 3)
     for x, y in loader:
-        changed = augmented(data.x[y], data.augment, generator)
+        changed = apply_augmentations(data.x[y], data.augment, generator)
         torch.testing.assert_close(x, (changed.float() - 100) / 50, rtol=0, atol=1e-6)
 
 

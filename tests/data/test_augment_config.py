@@ -166,7 +166,7 @@ def test_vectors_are_no_images(npz):
     assert built(*overrides, "benchmark.augment=none").train[0].augment == ()
     with pytest.raises(
         DataError,
-        match=r"^benchmark\.augment: found PadCrop for mine, whose inputs have shape \[5\]; augment images .* set none$",
+        match=r"^benchmark\.augment: found PadCrop for mine with inputs of shape \[5\]; augment only images .* set none$",
     ):
         built(*overrides, "benchmark.augment=cifar")
 
@@ -174,9 +174,9 @@ def test_vectors_are_no_images(npz):
 def test_colors_of_what_has_none(npz):
     rng, y = np.random.default_rng(0), np.arange(24) % 4
     overrides = npz(x=rng.normal(size=(24, 3, 4, 4)), y=y)
-    with pytest.raises(DataError, match=r"^benchmark\.augment: found ColorJitter for mine, whose values run from -"):
+    with pytest.raises(DataError, match=r"^benchmark\.augment: found ColorJitter for mine with values from -"):
         built(*overrides, "benchmark.augment=jitter")
     assert built(*npz(x=rng.random((24, 3, 4, 4)), y=y), "benchmark.augment=jitter").train[0].augment
     overrides = [*npz(x=rng.integers(0, 9, (24, 2, 5, 5)), y=y), "benchmark.layout=chw"]
-    with pytest.raises(DataError, match=r"^benchmark\.augment: found ColorJitter for mine, whose images have 2 channels"):
+    with pytest.raises(DataError, match=r"^benchmark\.augment: found ColorJitter for mine with images of 2 channels"):
         built(*overrides, "benchmark.augment=[crop,jitter]")

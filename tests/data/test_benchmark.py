@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clframe.data import EpochLoader, Source, TensorSamples, class_incremental, concatenate, digits
-from clframe.data.protocol import class_order, deal
+from clframe.data.protocol import class_order, classes_per_experience
 from clframe.errors import ConfigError, DataError
 
 
@@ -63,7 +63,7 @@ def test_no_class_is_dropped_and_labels_are_in_learning_order(source, experience
 
 def test_deal_and_orders():
     assert (
-        deal(10, 3) == (4, 3, 3) and deal(3, 3) == (1, 1, 1) and deal(100, 7) == (15, 15, 14, 14, 14, 14, 14)
+        classes_per_experience(10, 3) == (4, 3, 3) and classes_per_experience(3, 3) == (1, 1, 1) and classes_per_experience(100, 7) == (15, 15, 14, 14, 14, 14, 14)
     )
     assert class_order(4, order="sorted", seed=0) == (0, 1, 2, 3)
     assert class_order(4, order=[2, 0, 1, 3], seed=0) == (2, 0, 1, 3)
@@ -74,7 +74,7 @@ def test_deal_and_orders():
 @pytest.mark.parametrize("classes, experiences", [(10, 0), (10, -1), (10, 11)])
 def test_impossible_deals(classes, experiences):
     with pytest.raises(ConfigError, match=rf"benchmark.experiences: found {experiences}"):
-        deal(classes, experiences)
+        classes_per_experience(classes, experiences)
 
 
 @pytest.mark.parametrize("order", ["random", [0, 1], [0, 0, 1, 2], [1, 2, 3, 4]])
@@ -85,14 +85,14 @@ def test_impossible_orders(order):
 
 def test_bad_data():
     x, y = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
-    with pytest.raises(DataError, match="4 inputs but 3 labels"):
+    with pytest.raises(DataError, match="4 inputs and 3 labels"):
         TensorSamples(x, y[:3])
     with pytest.raises(DataError, match="NaN"):
         TensorSamples(torch.full((4, 2), float("nan")), y)
     good = TensorSamples(x, y)
-    with pytest.raises(DataError, match="labels run from 0 to 1 for 1 classes"):
+    with pytest.raises(DataError, match="found labels from 0 to 1 for 1 classes"):
         Source("s", good, good, classes=1)
-    with pytest.raises(DataError, match="no samples of class 2"):
+    with pytest.raises(DataError, match="found no samples of class 2"):
         Source("s", good, good, classes=3)
 
 

@@ -18,7 +18,7 @@ from clframe.core import Batch, Experience, StepContext
 from clframe.data import EpochLoader, TensorSamples, concatenate
 from clframe.data.augmentation import ColorJitter, Flip, PadCrop
 from clframe.data.lazy import DatasetSamples
-from clframe.data.reader import Reader, seeded
+from clframe.data.reader import Reader, temporary_seed
 from clframe.errors import ConfigError, DataError
 from clframe.nn import BACKBONES, Network
 from clframe.seeding import epoch_order, generator_for
@@ -39,7 +39,7 @@ def pictures(count=13, channels=3):
 
 
 class Pairs(Dataset):
-    """Images and labels as torch datasets give them; ``form`` is what an image comes as."""
+    """Images and labels like those of torch datasets; ``form`` converts an image to its type."""
 
     def __init__(self, x, form="tensor"):
         self.x, self.form = x, form
@@ -136,7 +136,7 @@ def replace_reader(of, samples):
 
 
 def test_parts_of_different_datasets_do_not_join():
-    with pytest.raises(DataError, match="parts of different datasets or domains"):
+    with pytest.raises(DataError, match="samples of different datasets or domains"):
         concatenate([lazy(), lazy()])
 
 
@@ -144,8 +144,8 @@ def test_parts_of_different_datasets_do_not_join():
 def test_memory_joins_the_data_as_in_memory(workers):
     raw, y = 255 - pictures(5), torch.tensor([9, 8, 7, 6, 5])
     more = torch.tensor([4])
-    grown = lazy(workers=workers).extended(raw, y).extended(raw[:1] // 2, more)
-    stored = in_memory().extended(raw, y).extended(raw[:1] // 2, more)
+    grown = lazy(workers=workers).with_stored(raw, y).with_stored(raw[:1] // 2, more)
+    stored = in_memory().with_stored(raw, y).with_stored(raw[:1] // 2, more)
     assert torch.equal(grown.y, stored.y) and grown.y[-6:].tolist() == [9, 8, 7, 6, 5, 4]
     assert_same(epochs(grown), epochs(stored))
     assert_same(epochs(grown, size=1, shuffle=False), epochs(stored, size=1, shuffle=False))
@@ -160,9 +160,9 @@ def test_a_view_is_seen_by_everything_but_a_memory():
 
     kept, y = pictures(2), torch.tensor([0, 1])
     a = DatasetSamples(Reader(Pairs(pictures()), num_workers=0), torch.arange(13), torch.arange(13) % 3, MEAN, STD,
-                       AUGMENT, view=inverted).extended(kept, y)  # fmt: skip
+                       AUGMENT, view=inverted).with_stored(kept, y)  # fmt: skip
     plain = in_memory()
-    b = TensorSamples(plain.x, plain.y, MEAN, STD, AUGMENT, view=inverted).extended(kept, y)
+    b = TensorSamples(plain.x, plain.y, MEAN, STD, AUGMENT, view=inverted).with_stored(kept, y)
     assert torch.equal(a.raw(torch.tensor([0, 13])), torch.stack([255 - plain.x[0], kept[0]]))
     assert_same(epochs(a), epochs(b))
     assert_same(epochs(a, shuffle=False, size=1), epochs(b, shuffle=False, size=1))
@@ -197,7 +197,7 @@ def test_reading_leaves_the_global_generators_alone(workers):
 
 def test_what_is_seeded_is_put_back_after_an_error():
     before = torch.get_rng_state()
-    with pytest.raises(KeyError), seeded(3):
+    with pytest.raises(KeyError), temporary_seed(3):
         torch.rand(3)
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
@@ -211,7 +211,7 @@ def processes(samples, **options):
 def test_workers_outlive_epochs_and_experiences():
     samples = lazy(ProcessOf(pictures()), workers=2, augment=(), mean=(0.0,), std=(1.0,))
     first = processes(samples.subset(torch.arange(8)), size=1)
-    next(iter(EpochLoader(samples, 1)))  # left at once
+    next(iter(EpochLoader(samples, 1)))  # stopped after the first batch
     gc.collect()
     second = processes(samples.subset(torch.arange(8, 13)), size=1, experience=2)
     assert first == second and len(first) == 2 and os.getpid() not in first
@@ -274,7 +274,7 @@ def test_gray_pictures_keep_one_channel():
 
 
 def test_bad_arguments():
-    with pytest.raises(DataError, match="13 inputs but 2 labels"):
+    with pytest.raises(DataError, match="13 inputs and 2 labels"):
         DatasetSamples.of(Pairs(pictures()), torch.zeros(2).long())
     with pytest.raises(ConfigError, match="data.num_workers: found -1"):
         lazy(workers=-1)
@@ -298,7 +298,7 @@ def test_a_memory_of_read_samples_is_that_of_samples_in_memory():
         context = StepContext(Experience(0, 2, (0, 1, 2), (), (), samples), 0, 1, generator_for(0))
         torch.manual_seed(0)
         states.append(er.after_experience(network, context, er.init_state(network)))
-        joined.append(er.make_batch(Batch(torch.zeros(2, 3, 6, 6), torch.zeros(2).long()), context, states[-1]))
+        joined.append(er.make_batch(Batch(torch.zeros(2, 3, 6, 6), torch.zeros(2).long()), context, states[-1], network))
     assert all(torch.equal(states[0][name], states[1][name]) for name in ("x", "y", "group"))
     assert torch.equal(joined[0].x, joined[1].x) and len(joined[0].y) == 4
 

@@ -1,4 +1,4 @@
-"""Who learns what when: nothing is lost, nothing comes twice, and Avalanche sees the same."""
+"""Splits into experiences: no sample is lost or repeated, and Avalanche's streams have the same samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from clframe.data.avalanche import describe, import_avalanche
 from clframe.data.benchmark import class_incremental
 from clframe.data.lazy import DatasetSamples
-from clframe.data.protocol import ICARL_ORDER, class_order, deal, hold_out
+from clframe.data.protocol import ICARL_ORDER, class_order, classes_per_experience, hold_out
 from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.source import Source
 from clframe.data.streams import (
     PixelOrder,
     Rotation,
-    blurry,
+    blurry_stream,
     domain_incremental,
     linear_decay,
-    mixture,
-    online,
-    permuted,
-    rotated,
+    mixture_weights,
+    online_stream,
+    permuted_stream,
+    rotated_stream,
     rotations,
 )
 from clframe.errors import ConfigError, DataError
@@ -72,29 +72,29 @@ def label_of(source):
     return {i: int(c) for part in (source.train, source.test) for i, c in zip(ids(part), part.y, strict=True)}
 
 
-# --- classes dealt out ----------------------------------------------------------------------------
+# --- classes per experience ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 10, 12])
 def test_deals_are_even_and_complete(classes):
     for experiences in range(1, classes + 1):
-        dealt = deal(classes, experiences)
+        dealt = classes_per_experience(classes, experiences)
         assert len(dealt) == experiences and sum(dealt) == classes
         assert max(dealt) - min(dealt) <= 1 and list(dealt) == sorted(dealt, reverse=True)
         for first in range(1, classes - experiences + 2):
             if experiences == 1 and first < classes:
                 continue
-            larger = deal(classes, experiences, first=first)
+            larger = classes_per_experience(classes, experiences, first=first)
             assert larger[0] == first and len(larger) == experiences and sum(larger) == classes
-            assert larger[1:] == (deal(classes - first, experiences - 1) if experiences > 1 else ())
+            assert larger[1:] == (classes_per_experience(classes - first, experiences - 1) if experiences > 1 else ())
 
 
 def test_the_usual_splits():
-    assert deal(10, 5) == (2,) * 5 and deal(100, 10) == (10,) * 10 and deal(10, 3) == (4, 3, 3)
-    assert deal(100, 11, first=50) == (50, *(5,) * 10) and deal(100, 6, first=50) == (50, *(10,) * 5)
-    assert deal(10, 4, first=2) == (2, 3, 3, 2)
-    assert deal(10, 5, counts=(1, 7, 2)) == (1, 7, 2)
-    assert deal(4, 1, first=4) == deal(4, 9, counts=[4]) == (4,)
+    assert classes_per_experience(10, 5) == (2,) * 5 and classes_per_experience(100, 10) == (10,) * 10 and classes_per_experience(10, 3) == (4, 3, 3)
+    assert classes_per_experience(100, 11, first=50) == (50, *(5,) * 10) and classes_per_experience(100, 6, first=50) == (50, *(10,) * 5)
+    assert classes_per_experience(10, 4, first=2) == (2, 3, 3, 2)
+    assert classes_per_experience(10, 5, counts=(1, 7, 2)) == (1, 7, 2)
+    assert classes_per_experience(4, 1, first=4) == classes_per_experience(4, 9, counts=[4]) == (4,)
 
 
 @pytest.mark.parametrize(
@@ -106,22 +106,22 @@ def test_the_usual_splits():
         ({"experiences": 5, "first": 7}, "benchmark.first: found 7 .* give 1 to 6"),
         ({"experiences": 1, "first": 7}, "benchmark.first: found 7 .* give 10$"),
         ({"experiences": 10, "first": 2}, "benchmark.first: found 2 .* give 1$"),
-        ({"experiences": 3, "counts": (4, 4)}, "benchmark.counts: found 2 counts that add up to 8 for 10 classes"),
+        ({"experiences": 3, "counts": (4, 4)}, "benchmark.counts: found 2 counts with sum 8 for 10 classes"),
         ({"experiences": 3, "counts": (10, 0)}, "benchmark.counts: found 0; give every experience at least 1"),
         ({"experiences": 3, "counts": (11, -1)}, "benchmark.counts: found -1; give every experience at least 1"),
-        ({"experiences": 2, "counts": (5, 5), "first": 5}, "benchmark.first: found 5 beside benchmark.counts"),
+        ({"experiences": 2, "counts": (5, 5), "first": 5}, "benchmark.first: found 5 together with benchmark.counts"),
     ],
 )
 def test_deals_that_do_not_add_up(options, message):
     with pytest.raises(ConfigError, match=message):
-        deal(10, **options)
+        classes_per_experience(10, **options)
 
 
 def test_the_order_of_icarl_is_numpys_permutation_of_seed_1993():
     assert tuple(np.random.RandomState(1993).permutation(100).tolist()) == ICARL_ORDER
     assert class_order(100, order="icarl", seed=7) == ICARL_ORDER
     assert ICARL_ORDER[:5] == (68, 56, 78, 8, 23) and ICARL_ORDER[-3:] == (49, 57, 33)
-    with pytest.raises(ConfigError, match="found 'icarl', an order of 100 classes, for 10; give 'seeded'"):
+    with pytest.raises(ConfigError, match="found 'icarl', which orders 100 classes, for 10 classes; use 'seeded'"):
         class_order(10, order="icarl", seed=0)
 
 
@@ -141,7 +141,7 @@ def test_the_order_of_icarl_is_numpys_permutation_of_seed_1993():
 def test_every_sample_has_one_place_and_its_own_label(options, lazy):
     source = toy(7, lazy=lazy)
     benchmark = class_incremental(source, seed=3, **options)
-    dealt = deal(7, options["experiences"], first=options.get("first"), counts=options.get("counts", ()))
+    dealt = classes_per_experience(7, options["experiences"], first=options.get("first"), counts=options.get("counts", ()))
     assert tuple(map(len, benchmark.classes)) == dealt and len(benchmark) == len(dealt)
     assert [c for classes in benchmark.classes for c in classes] == list(range(7))
     original = label_of(source)
@@ -212,7 +212,7 @@ def test_evaluating_on_validation_data():
     chosen = replace(benchmark, evaluate="validation")
     assert chosen.evaluation is benchmark.validation
     assert chosen.evaluation_stream is chosen.avalanche.streams["valid"]
-    with pytest.raises(ConfigError, match="benchmark.evaluate: found 'validation', but nothing held out"):
+    with pytest.raises(ConfigError, match="benchmark.evaluate: found 'validation' without validation data"):
         replace(class_incremental(toy(4), experiences=2), evaluate="validation")
 
 
@@ -222,7 +222,7 @@ def test_evaluating_on_validation_data():
 @pytest.mark.parametrize("lazy", [False, True])
 def test_permuted_pixels(lazy):
     source = toy(3, lazy=lazy)
-    benchmark = permuted(source, experiences=4, seed=2, validation=0.3)
+    benchmark = permuted_stream(source, experiences=4, seed=2, validation=0.3)
     assert benchmark.classes == ((0, 1, 2),) * 4 and benchmark.class_order == (0, 1, 2)
     assert benchmark.domains == ("as stored", *("permuted pixels",) * 3)
     orders = [None, *(part.view.order_P for part in benchmark.train[1:])]
@@ -238,9 +238,9 @@ def test_permuted_pixels(lazy):
         if i:
             assert sorted(order.tolist()) == list(range(9))
             assert torch.equal(every(benchmark.test[i]).flatten(1)[:, order.argsort()], every(source.test).flatten(1))
-    other = permuted(source, experiences=4, seed=3)
+    other = permuted_stream(source, experiences=4, seed=3)
     assert not torch.equal(other.train[1].view.order_P, orders[1])
-    longer = permuted(source, experiences=9, seed=2)
+    longer = permuted_stream(source, experiences=9, seed=2)
     assert torch.equal(longer.train[3].view.order_P, orders[3])
 
 
@@ -253,12 +253,12 @@ def test_pixels_of_all_channels_move_alike_and_features_move_too():
     features = torch.rand(1, 6)
     assert torch.equal(PixelOrder(order)(features), features[:, order])
     flat = Source("f", *[TensorSamples(torch.rand(4, 6), torch.zeros(4).long())] * 2, classes=1)
-    assert sorted(permuted(flat, experiences=2).train[1].view.order_P.tolist()) == list(range(6))
+    assert sorted(permuted_stream(flat, experiences=2).train[1].view.order_P.tolist()) == list(range(6))
 
 
 def test_domains_share_one_copy_wherever_they_are():
     source = toy(3)
-    for benchmark in (permuted(source, experiences=3), rotated(source, experiences=3)):
+    for benchmark in (permuted_stream(source, experiences=3), rotated_stream(source, experiences=3)):
         assert all(part.x is source.train.x for part in benchmark.train)
         moved = benchmark.to("meta")
         for before, after in ((benchmark.train, moved.train), (benchmark.test, moved.test)):
@@ -307,21 +307,21 @@ def test_other_angles_are_torchvisions(degrees, shape):
 def test_angles():
     assert [r and r.degrees for r in rotations(5)] == [None, 45.0, 90.0, 135.0, 180.0]
     assert rotations(1) == (None,)
-    benchmark = rotated(toy(3), experiences=9, angles=(10.0, 360.0, -90.0))
-    assert benchmark.domains == ("turned by 10 degrees", "as stored", "turned by -90 degrees")
+    benchmark = rotated_stream(toy(3), experiences=9, angles=(10.0, 360.0, -90.0))
+    assert benchmark.domains == ("rotated by 10 degrees", "as stored", "rotated by -90 degrees")
     assert torch.equal(every(benchmark.test[2]), every(benchmark.test[1]).rot90(-1, (-2, -1)))
     with pytest.raises(ConfigError, match=r"benchmark.angles: found \[nan\]"):
-        rotated(toy(3), experiences=1, angles=(float("nan"),))
+        rotated_stream(toy(3), experiences=1, angles=(float("nan"),))
     flat = Source("flat", *[TensorSamples(torch.rand(4, 6), torch.zeros(4).long())] * 2, classes=1)
-    with pytest.raises(DataError, match=r"flat: inputs of shape \[6\] are no pictures to rotate"):
-        rotated(flat, experiences=2)
-    for make in (permuted, rotated):
+    with pytest.raises(DataError, match=r"flat: found inputs of shape \[6\], which cannot be rotated"):
+        rotated_stream(flat, experiences=2)
+    for make in (permuted_stream, rotated_stream):
         with pytest.raises(ConfigError, match="benchmark.experiences: found 0"):
             make(toy(3), experiences=0)
 
 
 def test_all_domains_at_once():
-    benchmark = rotated(toy(3), experiences=3)
+    benchmark = rotated_stream(toy(3), experiences=3)
     joint = concatenate(benchmark.train)
     assert torch.equal(every(joint), torch.cat([every(part) for part in benchmark.train]))
     assert torch.equal(joint.y, benchmark.train[0].y.repeat(3)) and joint.view is None
@@ -348,12 +348,12 @@ def test_domains_of_ones_own():
 @pytest.mark.parametrize("size", [1, 4, 7, 1000])
 def test_small_experiences_are_the_experience_in_order(size, lazy):
     whole = class_incremental(toy(5, lazy=lazy), experiences=2, seed=1, validation=0.2)
-    benchmark = online(whole, size=size, seed=4)
+    benchmark = online_stream(whole, size=size, seed=4)
     assert benchmark.test is whole.test and benchmark.validation is whole.validation and len(benchmark) == 2
     at = 0
     for i, (before, after) in enumerate(zip(whole.train, benchmark.original, strict=True)):
         assert sorted(ids(after)) == sorted(ids(before))
-        own = benchmark.parts_of(i)
+        own = benchmark.sub_experiences(i)
         assert own.start == at and len(own) == -(-len(before) // size)
         parts = [benchmark.train[k] for k in own]
         assert [i for part in parts for i in ids(part)] == ids(after)
@@ -361,16 +361,16 @@ def test_small_experiences_are_the_experience_in_order(size, lazy):
         assert all(len(part) == size for part in parts[:-1]) and 1 <= len(parts[-1]) <= size
         at = own.stop
     assert at == len(benchmark.train)
-    same, other = online(whole, size=size, seed=4), online(whole, size=size, seed=5)
+    same, other = online_stream(whole, size=size, seed=4), online_stream(whole, size=size, seed=5)
     assert [ids(part) for part in same.original] == [ids(part) for part in benchmark.original]
     assert [ids(part) for part in other.original] != [ids(part) for part in benchmark.original]
 
 
 def test_small_experiences_cost_no_memory():
-    cut = online(class_incremental(toy(5), experiences=2), size=3)
+    cut = online_stream(class_incremental(toy(5), experiences=2), size=3)
     for benchmark in (cut, cut.to("meta"), cut.to("cpu")):
         for i, whole in enumerate(benchmark.original):
-            for k in benchmark.parts_of(i):
+            for k in benchmark.sub_experiences(i):
                 assert benchmark.train[k].x._base is whole.x and benchmark.train[k].y._base is whole.y
     assert len(cut.to("meta").train) == len(cut.train) and cut.to("meta").train[0].x.device.type == "meta"
 
@@ -378,35 +378,35 @@ def test_small_experiences_cost_no_memory():
 def test_a_stream_that_is_not_online_has_one_part_for_each_experience():
     benchmark = class_incremental(toy(5), experiences=2)
     assert not benchmark.original
-    assert [benchmark.parts_of(i) for i in range(2)] == [range(0, 1), range(1, 2)]
+    assert [benchmark.sub_experiences(i) for i in range(2)] == [range(0, 1), range(1, 2)]
 
 
 def test_impossible_online_streams():
     benchmark = class_incremental(toy(4), experiences=2)
-    for make in (online, blurry):
+    for make in (online_stream, blurry_stream):
         with pytest.raises(ConfigError, match="benchmark.online: found 0; give at least 1 sample"):
             make(benchmark, size=0)
-        with pytest.raises(ConfigError, match="online already"):
-            make(online(benchmark, size=2), size=2)
+        with pytest.raises(ConfigError, match="already online"):
+            make(online_stream(benchmark, size=2), size=2)
     for blur in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="benchmark.blurry: found"):
-            blurry(benchmark, size=2, blur=blur)
+            blurry_stream(benchmark, size=2, blur=blur)
     labeled = class_incremental(toy(4), experiences=2, task_labels=True)
-    assert online(labeled, size=2).task_labels
-    for hide in (lambda: online(labeled, size=2, boundaries=False), lambda: blurry(labeled, size=2)):
-        with pytest.raises(ConfigError, match="task labels tell the boundaries"):
+    assert online_stream(labeled, size=2).task_labels
+    for hide in (lambda: online_stream(labeled, size=2, boundaries=False), lambda: blurry_stream(labeled, size=2)):
+        with pytest.raises(ConfigError, match="found task labels on an online stream"):
             hide()
 
 
 def test_neighbors_mix_linearly_around_their_border():
-    probability_TE = mixture(3, steps=8, blur=0.5)  # borders at 8 and 16, each with 2 places before and after
+    probability_TE = mixture_weights(3, steps=8, blur=0.5)  # borders at 8 and 16, each with 2 places before and after
     rising = [0.0, 0.25, 0.5, 0.75]
     first = [1.0] * 6 + [1 - r for r in rising] + [0.0] * 14
     second = [0.0] * 6 + rising + [1.0] * 4 + [1 - r for r in rising] + [0.0] * 6
     third = [0.0] * 14 + rising + [1.0] * 6
     assert probability_TE.T.tolist() == [first, second, third]
     for experiences, steps, blur in ((1, 1, 1.0), (2, 1, 1.0), (5, 7, 0.3), (4, 3, 0.01), (10, 600, 0.5)):
-        probability_TE = mixture(experiences, steps=steps, blur=blur)
+        probability_TE = mixture_weights(experiences, steps=steps, blur=blur)
         assert probability_TE.shape == (experiences * steps, experiences)
         assert torch.allclose(probability_TE.sum(1), torch.ones(experiences * steps), atol=1e-6)
         assert bool((probability_TE >= 0).all())
@@ -439,8 +439,8 @@ def test_blurry_streams_draw_what_avalanche_draws():
 @pytest.mark.parametrize("kind", ["classes", "domains"])
 def test_blurry_streams_begin_and_end_pure_and_mix_between(kind):
     source = toy(6)
-    whole = class_incremental(source, experiences=3) if kind == "classes" else rotated(source, experiences=3)
-    benchmark = blurry(whole, size=2, blur=0.5, seed=1)
+    whole = class_incremental(source, experiences=3) if kind == "classes" else rotated_stream(source, experiences=3)
+    benchmark = blurry_stream(whole, size=2, blur=0.5, seed=1)
     steps = -(-sum(len(part) for part in whole.train) // 6)
     assert benchmark.test is whole.test and not benchmark.online.boundaries
     assert [len(part) for part in benchmark.original] == [2 * steps] * 3 and len(benchmark.train) == 3 * steps
@@ -449,8 +449,8 @@ def test_blurry_streams_begin_and_end_pure_and_mix_between(kind):
     assert all(set(part) == {0} for part in came[: steps * 3 // 4])
     assert all(set(part) == {2} for part in came[-(steps * 3 // 4) + 1 :])
     assert {0, 1} <= {e for part in came[steps * 3 // 4 : steps * 5 // 4 + 1] for e in part}
-    assert blurry(whole, size=2, seed=1).original[1].y.tolist() == benchmark.original[1].y.tolist()
-    assert blurry(whole, size=2, seed=2).original[1].y.tolist() != benchmark.original[1].y.tolist()
+    assert blurry_stream(whole, size=2, seed=1).original[1].y.tolist() == benchmark.original[1].y.tolist()
+    assert blurry_stream(whole, size=2, seed=2).original[1].y.tolist() != benchmark.original[1].y.tolist()
 
 
 # --- the bridge to Avalanche ----------------------------------------------------------------------
@@ -464,13 +464,13 @@ def streams_of_all_kinds():
         "classes": classes,
         "tasks": tasks,
         "first": class_incremental(source, experiences=2, first=4),
-        "permuted": permuted(source, experiences=3, validation=0.3),
-        "rotated": rotated(source, experiences=2, angles=(0.0, 30.0)),
-        "online": online(classes, size=4),
-        "online tasks": online(tasks, size=4),
-        "online domains": online(permuted(source, experiences=2), size=5),
-        "hidden": online(classes, size=4, boundaries=False),
-        "blurry": blurry(classes, size=4),
+        "permuted": permuted_stream(source, experiences=3, validation=0.3),
+        "rotated": rotated_stream(source, experiences=2, angles=(0.0, 30.0)),
+        "online": online_stream(classes, size=4),
+        "online tasks": online_stream(tasks, size=4),
+        "online domains": online_stream(permuted_stream(source, experiences=2), size=5),
+        "hidden": online_stream(classes, size=4, boundaries=False),
+        "blurry": blurry_stream(classes, size=4),
         "lazy": class_incremental(toy(5, lazy=True), experiences=3),
     }
 
@@ -523,7 +523,7 @@ def test_small_experiences_are_those_of_avalanches_splitter(boundaries, size):
     import_avalanche()
     from avalanche.benchmarks import OnlineCLExperience, split_online_stream
 
-    benchmark = online(class_incremental(toy(5), experiences=2), size=size, boundaries=boundaries)
+    benchmark = online_stream(class_incremental(toy(5), experiences=2), size=size, boundaries=boundaries)
     whole = replace(benchmark, train=benchmark.original, online=None)
     theirs = list(split_online_stream(whole.avalanche.streams["train"], size, shuffle=False))
     ours = benchmark.avalanche.streams["train"]
@@ -533,7 +533,7 @@ def test_small_experiences_are_those_of_avalanches_splitter(boundaries, size):
         assert mine.subexp_size == other.subexp_size and mine.sub_stream_length == other.sub_stream_length
         assert mine.is_first_subexp == other.is_first_subexp
         index = mine.origin_experience.current_experience
-        assert mine.is_last_subexp == (i == benchmark.parts_of(index)[-1])
+        assert mine.is_last_subexp == (i == benchmark.sub_experiences(index)[-1])
         assert list(mine.dataset.targets) == list(other.dataset.targets)
         assert all(torch.equal(mine.dataset[k][0], other.dataset[k][0]) for k in range(len(mine.dataset)))
 
@@ -557,7 +557,7 @@ def test_models_with_a_head_for_each_task_are_told_the_task(size):
             return self.linear(x.flatten(1))
 
     benchmark = class_incremental(toy(5), experiences=3, task_labels=True)
-    benchmark = benchmark if size is None else online(benchmark, size=size)
+    benchmark = benchmark if size is None else online_stream(benchmark, size=size)
     streams, model = benchmark.avalanche.streams, Heads()
     strategy = Naive(
         model=model,
@@ -568,7 +568,7 @@ def test_models_with_a_head_for_each_task_are_told_the_task(size):
         evaluator=_quiet_evaluator(),
     )
     for i in range(3):
-        own = [streams["train"][k] for k in benchmark.parts_of(i)]
+        own = [streams["train"][k] for k in benchmark.sub_experiences(i)]
         assert {(e.task_label, tuple(e.task_labels)) for e in own} == {(i, (i,))}
         model.asked.clear()
         strategy.train(own, eval_streams=[])

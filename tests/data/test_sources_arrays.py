@@ -1,4 +1,4 @@
-"""Your own arrays in an .npz file."""
+"""User arrays in an .npz file."""
 
 from __future__ import annotations
 
@@ -138,18 +138,18 @@ def test_duplicates_are_warned_of(tmp_path, four, caplog):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        ({"y_train": np.arange(7) % 2}, r"a\.npz: x_train holds 8 inputs, y_train 7 labels; give one for each"),
-        ({"y_test": np.array([0, 1, 2, 1])}, r"a\.npz: the test data has class '2'"),
+        ({"y_train": np.arange(7) % 2}, r"a\.npz: x_train has 8 inputs, y_train 7 labels; give one label per input"),
+        ({"y_test": np.array([0, 1, 2, 1])}, r"a\.npz: class '2' has test samples but no training samples"),
         ({"y_test": np.array([0, 1, 1, -1])}, r"a\.npz: y_test: label -1 of sample 3 is out of range"),
-        ({"y_train": np.arange(8) / 2}, r"a\.npz: y_train: label 0.5 of sample 1 is no whole number"),
-        ({"y_train": np.eye(8)}, r"a\.npz: y_train: labels of shape \(8, 8\)"),
-        ({"x_test": images(4, (4, 4))}, r"a\.npz: x_train and x_test hold inputs of shapes"),
+        ({"y_train": np.arange(8) / 2}, r"a\.npz: y_train: label 0.5 of sample 1 is not an integer"),
+        ({"y_train": np.eye(8)}, r"a\.npz: y_train: found labels of shape \(8, 8\)"),
+        ({"x_test": images(4, (4, 4))}, r"a\.npz: x_train and x_test have inputs of shapes"),
         ({"x_train": np.full((8, 5, 4), np.nan)}, r"a\.npz: x_train has NaN or infinite values, first in sample 0"),
         ({"x_train": np.zeros((0, 5, 4)), "y_train": []}, r"a\.npz: x_train has shape \(0, 5, 4\)"),
         ({"x_train": np.zeros(8)}, r"a\.npz: x_train has shape \(8,\)"),
-        ({"x_train": np.zeros((8, 2), complex)}, r"a\.npz: x_train is of type complex128"),
-        ({"x_train": np.full((8, 2), "a")}, r"a\.npz: x_train is of type <U1"),
-        ({"x_train": np.array([{}] * 8)}, r"a\.npz: x_train holds Python objects, which could run code"),
+        ({"x_train": np.zeros((8, 2), complex)}, r"a\.npz: x_train has type complex128"),
+        ({"x_train": np.full((8, 2), "a")}, r"a\.npz: x_train has type <U1"),
+        ({"x_train": np.array([{}] * 8)}, r"a\.npz: x_train has Python objects, which could run code"),
     ],
 )
 def test_bad_arrays_are_named(tmp_path, four, spoil, message):
@@ -167,11 +167,11 @@ def test_infinity_names_its_sample(tmp_path, four):
 
 def test_missing_arrays_are_named(tmp_path, four):
     del four["y_test"]
-    with pytest.raises(DataError, match=r"a\.npz: holds x_test, x_train, y_train; save x_train, y_train"):
+    with pytest.raises(DataError, match=r"a\.npz: found x_test, x_train, y_train; save x_train, y_train"):
         npz(path=save(tmp_path / "a.npz", **four))
     with zipfile.ZipFile(tmp_path / "empty.npz", "w"):
         pass
-    with pytest.raises(DataError, match=r"empty\.npz: holds no arrays"):
+    with pytest.raises(DataError, match=r"empty\.npz: found no arrays"):
         npz(path=str(tmp_path / "empty.npz"))
 
 
@@ -232,7 +232,7 @@ def test_paths_that_lead_nowhere(tmp_path, four):
         npz()
     with pytest.raises(DataError, match=r"flower\.npz: no such file; did you mean .*/flowers\.npz\?"):
         npz(path=str(tmp_path / "flower.npz"))
-    with pytest.raises(DataError, match=r"no such file; .* holds nothing of that name"):
+    with pytest.raises(DataError, match=r"no such file; .* has no entry of that name"):
         npz(path=str(tmp_path / "zzz" / "a.npz"))
     with pytest.raises(DataError, match="is a folder; give the path of a file"):
         npz(path=str(tmp_path))
@@ -245,3 +245,41 @@ def test_normalization_that_cannot_be(tmp_path, four):
             npz(path=path, mean=mean, std=std)
     with pytest.raises(ConfigError, match=r"benchmark.mean: found 2 values for inputs of shape \(1, 5, 4\)"):
         npz(path=path, mean=(1.0, 2.0), std=(1.0, 2.0))
+
+
+def test_medmnist_files_are_read_as_published(tmp_path):
+    """Labels of shape [N, 1], and validation arrays, which are not used."""
+    arrays = {}
+    for seed, (split, n) in enumerate((("train", 8), ("val", 4), ("test", 6))):
+        arrays |= {f"{split}_images": images(n, (28, 28, 3), seed), f"{split}_labels": np.arange(n)[:, None] % 2}
+    source = npz(path=save(tmp_path / "pathmnist.npz", **arrays))
+    assert (source.name, source.input_shape, source.classes) == ("pathmnist", (3, 28, 28), 2)
+    assert torch.equal(source.train.x, torch.from_numpy(arrays["train_images"].transpose(0, 3, 1, 2).copy()))
+    assert torch.equal(source.test.x, torch.from_numpy(arrays["test_images"].transpose(0, 3, 1, 2).copy()))
+    assert source.test.y.tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint16])
+def test_token_ids_are_not_normalized(tmp_path, dtype):
+    ids = images(8, (5,)).astype(dtype)
+    path = save(tmp_path / "a.npz", x_train=ids, y_train=[0, 1] * 4, x_test=ids[:2] + 1, y_test=[0, 1])
+    source = npz(path=path, kind="tokens")
+    prepared = source.train.prepare(source.train.raw(torch.arange(8)))
+    assert prepared.dtype == torch.int64 and torch.equal(prepared, torch.from_numpy(ids.astype(np.int64)))
+    assert source.are_token_ids() and not npz(path=path).are_token_ids()
+    with pytest.raises(ConfigError, match="^benchmark.mean: found values for token ids"):
+        npz(path=path, kind="tokens", mean=(1.0,), std=(1.0,))
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (np.ones((4, 3)), r"x is float64 of shape \(4, 3\); give integer token ids \[N, T\]$"),
+        (np.ones((4, 3, 3), int), r"x is int64 of shape \(4, 3, 3\); give integer token ids"),
+        (np.array([[1, -1]] * 4), "x has values from -1 to 1; give token ids from 0, padded with 0$"),
+        (np.array([[1, 2**40]] * 4), "x has values from 1 to 1099511627776; give token ids"),
+    ],
+)
+def test_other_arrays_are_no_token_ids(tmp_path, x, message):
+    with pytest.raises(DataError, match=message):
+        npz(path=save(tmp_path / "a.npz", x=x, y=[0, 0, 1, 1]), kind="tokens")

@@ -1,4 +1,4 @@
-"""Your own image folders and CSV files, and ImageNet's folders."""
+"""User image folders and CSV files, and ImageNet's folders."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_one_folder_is_split_by_class_and_the_split_does_not_depend_on_its_place
 def test_sizes_and_channels_by_option(halves):
     draw(halves / "train" / "cat" / "wide.png", (9, 7))
     draw(halves / "test" / "cat" / "grey.png", color=False)
-    with pytest.raises(DataError, match=r"wide\.png: 9x7 pixels, but .* has 6x6; set benchmark.size"):
+    with pytest.raises(DataError, match=r"wide\.png: has 9x7 pixels, but .* has 6x6; set benchmark.size"):
         image_folder(path=str(halves))
-    with pytest.raises(DataError, match=r"grey\.png: grey, but .* is color; set benchmark.channels"):
+    with pytest.raises(DataError, match=r"grey\.png: is gray, but .* is color; set benchmark.channels"):
         image_folder(path=str(halves), size=5)
     assert image_folder(path=str(halves), size=5, channels=3).input_shape == (3, 5, 5)
     assert image_folder(path=str(halves), size=5, channels=1).input_shape == (1, 5, 5)
@@ -117,20 +117,20 @@ def test_folders_that_cannot_be_used(halves, tmp_path):
     with pytest.raises(DataError, match="pets: class 'fox' has no test samples"):
         image_folder(path=str(halves))
     (halves / "train" / "fox").rename(halves / "test" / "fox")
-    with pytest.raises(DataError, match="pets: the test data has class 'fox', which no training sample has"):
+    with pytest.raises(DataError, match="pets: class 'fox' has test samples but no training samples"):
         image_folder(path=str(halves))
 
 
 def test_training_images_without_test_images(halves):
     (halves / "test").rename(halves / "tests")
-    with pytest.raises(DataError, match=r"pets: has train/ but no test/; add it, or give the path .*/train"):
+    with pytest.raises(DataError, match=r"pets: has train/ but no test/; add it, give the path .*/train to split"):
         image_folder(path=str(halves))
     assert len(image_folder(path=str(halves / "train"), test_fraction=0.4).test) == 2
 
 
 def test_one_image(tmp_path):
     draw(tmp_path / "one" / "cat" / "0.png")
-    with pytest.raises(DataError, match="one: class 'cat' has one sample, which cannot be trained on and tested"):
+    with pytest.raises(DataError, match="one: class 'cat' has one sample, too few to split"):
         image_folder(path=str(tmp_path / "one"))
 
 
@@ -192,19 +192,19 @@ def test_a_table_without_a_split_in_any_order_of_columns(table, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t[1:], r"pets\.csv: its first line is 'images/0.png,dog,train'; begin with a header: path,label"),
-        (lambda t: [], r"pets\.csv: its first line is ''; begin with a header"),
+        (lambda t: t[1:], r"pets\.csv: its first line is 'images/0.png,dog,train'; start with the header path,label"),
+        (lambda t: [], r"pets\.csv: its first line is ''; start with the header"),
         (lambda t: t[:1], r"pets\.csv: lists no images"),
-        (lambda t: [*t, "images/9.png,cat,test"], r"pets\.csv: line 8 names .*images/9\.png, which is no file"),
-        (lambda t: [*t, "images,cat,test"], r"pets\.csv: line 8 names .*images, which is no file"),
+        (lambda t: [*t, "images/9.png,cat,test"], r"pets\.csv: line 8 names .*images/9\.png, which is not a file"),
+        (lambda t: [*t, "images,cat,test"], r"pets\.csv: line 8 names .*images, which is not a file"),
         (lambda t: [*t, "images/1.png,,test"], r"pets\.csv: line 8 has no label"),
         (lambda t: [*t, ",cat,test"], r"pets\.csv: line 8 has no path"),
         (lambda t: [*t, "images/1.png"], r"pets\.csv: line 8 has no label"),
-        (lambda t: [*t, "images/1.png,cat,valid"], r"pets\.csv: line 8 has the split 'valid'; give train or test"),
-        (lambda t: [*t, "images/1.png,cat"], r"pets\.csv: line 8 has the split ''; give train or test"),
-        (lambda t: [*t, '"images/1.png,cat,test'], r"pets\.csv: no proper CSV \(unexpected end of data\)"),
+        (lambda t: [*t, "images/1.png,cat,valid"], r"pets\.csv: line 8 has the split 'valid'; use train or test"),
+        (lambda t: [*t, "images/1.png,cat"], r"pets\.csv: line 8 has the split ''; use train or test"),
+        (lambda t: [*t, '"images/1.png,cat,test'], r"pets\.csv: is not valid CSV \(unexpected end of data\)"),
         (lambda t: [x for x in t if "cat,test" not in x], r"pets\.csv: class 'cat' has no test samples"),
-        (lambda t: [x for x in t if "test" not in x], r"pets\.csv: no test samples"),
+        (lambda t: [x for x in t if "test" not in x], r"pets\.csv: found no test samples"),
     ],
 )
 def test_tables_that_cannot_be_used(table, change, message):
@@ -215,7 +215,7 @@ def test_tables_that_cannot_be_used(table, change, message):
 
 def test_a_table_that_is_no_text(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"path,label\n\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"a\.csv: byte 11 is no UTF-8 text"):
+    with pytest.raises(DataError, match=r"a\.csv: byte 11 is not UTF-8 text"):
         csv(path=str(tmp_path / "a.csv"))
     with pytest.raises(DataError, match=r"a\.cvs: no such file; did you mean .*a\.csv\?"):
         csv(path=str(tmp_path / "a.cvs"))
@@ -232,7 +232,7 @@ def test_a_table_with_a_broken_image_names_it(table, tmp_path):
 
 @pytest.fixture
 def wordnet(tmp_path):
-    """Twelve classes of ImageNet's shape; one image is grey, as some of the real ones are."""
+    """Twelve classes of ImageNet's shape; one image is gray, as some of the real ones are."""
     for c in range(12):
         for part, count in (("train", 2), ("val", 1)):
             for i in range(count):
@@ -261,12 +261,119 @@ def test_the_subset_is_the_one_that_hou_et_al_drew(wordnet):
 def test_imagenet_that_is_not_there(wordnet, tmp_path):
     with pytest.raises(DataError, match=r"nowhere: holds no ImageNet \(train/ is missing\); get it from image-net"):
         imagenet(data_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"benchmark.classes: found 100, but .*train has 12; give 1 to 12"):
+    with pytest.raises(ConfigError, match=r"benchmark.classes: found 100 for 12 folders in .*train; give 1 to 12"):
         imagenet_subset(data_dir=str(wordnet))
-    with pytest.raises(ConfigError, match=r"benchmark.class_names: no folder .*train/n5; name folders of it"):
+    with pytest.raises(ConfigError, match=r"benchmark.class_names: no folder .*train/n5; use names of its folders"):
         imagenet_subset(data_dir=str(wordnet), class_names=("n5",))
     for path in list((wordnet / "val").rglob("*.JPEG")):
         path.rename(wordnet / "val" / f"{path.parent.name}.JPEG")
         path.parent.rmdir()
     with pytest.raises(DataError, match="val: holds no folders; put the images of each class"):
         imagenet(data_dir=str(wordnet))
+
+
+# --- folders of other tools: case of names, junk files, named pipes, long names ---
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [("Train", "Test"), ("training", "testing"), ("TRAINING", "Val"), ("train", "Validation"), ("Training", "test")],
+)
+def test_folders_of_the_splits_in_any_case(halves, train, test):
+    (halves / "train").rename(halves / "t")
+    (halves / "t").rename(halves / train)
+    (halves / "test").rename(halves / "u")
+    (halves / "u").rename(halves / test)
+    source = image_folder(path=str(halves))
+    assert source.class_names == ("cat", "dog") and (len(source.train), len(source.test)) == (6, 4)
+
+
+def test_test_images_come_before_validation_images(halves):
+    for i in range(5):
+        draw(halves / "Val" / "cat" / f"{i}.png")
+    assert len(image_folder(path=str(halves)).test) == 4
+
+
+def test_two_folders_of_one_meaning_are_refused(halves):
+    draw(halves / "Testing" / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"pets: has both Testing/ and test/; merge them, or rename one$"):
+        image_folder(path=str(halves))
+
+
+def test_folders_that_all_hold_the_same_folders_are_refused(tmp_path):
+    for year in ("2019", "2020"):
+        for name in ("cat", "dog"):
+            for i in range(2):
+                draw(tmp_path / year / name / f"{i}.png")
+    with pytest.raises(DataError, match=r"2019/ and all other folders hold the same folders \(cat, dog\), so either"):
+        image_folder(path=str(tmp_path))
+    (tmp_path / "2020" / "Thumbs.db").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="hold the same folders"):
+        image_folder(path=str(tmp_path))
+    draw(tmp_path / "2020" / "cover.png")  # an image next to the subfolders makes 2020 a class
+    assert image_folder(path=str(tmp_path)).class_names == ("2019", "2020")
+
+
+def test_one_common_subfolder_is_a_layout_of_tools(tmp_path):
+    """Tiny ImageNet's CLASS/images: read as classes of one folder each, since a single class makes no sense."""
+    for name in ("n1", "n2"):
+        for i in range(2):
+            draw(tmp_path / name / "images" / f"{i}.JPEG")
+    assert image_folder(path=str(tmp_path)).class_names == ("n1", "n2")
+
+
+def test_what_archivers_and_systems_leave_behind_is_no_class_and_no_image(halves):
+    for junk in ("__MACOSX", "@eaDir", "lost+found", ".Trash"):
+        for part in ("train", "test"):
+            draw(halves / part / junk / "cat" / "0.png")
+            draw(halves / part / "cat" / junk / "0.png")
+    for part in ("train", "test"):
+        (halves / part / ".DS_Store").write_bytes(b"\0")
+        (halves / part / "cat" / "Thumbs.db").write_bytes(b"\0")
+    (halves / "__MACOSX").mkdir()
+    source = image_folder(path=str(halves))
+    assert source.class_names == ("cat", "dog") and (len(source.train), len(source.test)) == (6, 4)
+
+
+def test_jfif_is_an_image(halves):
+    image = Image.fromarray(np.zeros((6, 6, 3), np.uint8))
+    image.save(halves / "train" / "cat" / "saved.jfif", "JPEG")
+    assert len(image_folder(path=str(halves)).train) == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX systems")
+def test_named_pipes_are_passed_over_or_named(halves, tmp_path):
+    """Opening one would block until another process writes to it."""
+    os.mkfifo(halves / "train" / "cat" / "pipe.png")
+    assert len(image_folder(path=str(halves)).train) == 6
+    os.mkfifo(tmp_path / "data.npz")
+    for source in (csv, SOURCES.get("npz")):
+        with pytest.raises(DataError, match=r"data\.npz: is not a regular file; give the path of a file$"):
+            source(path=str(tmp_path / "data.npz"))
+    (tmp_path / "list.csv").write_text("path,label\npets/train/cat/pipe.png,cat\n")
+    with pytest.raises(DataError, match="line 2 names .*pipe.png, which is not a file"):
+        csv(path=str(tmp_path / "list.csv"))
+
+
+@pytest.mark.parametrize("length", [256, 5000])
+def test_names_longer_than_any_file_are_one_line(tmp_path, length):
+    name = "a" * length
+    (tmp_path / "list.csv").write_text(f"path,label\n{name}.png,cat\n")
+    with pytest.raises(DataError, match=r"list\.csv: line 2 names .*a\.\.\. \(\d+ characters\), which is not a file"):
+        csv(path=str(tmp_path / "list.csv"))
+    for source in (image_folder, csv):
+        with pytest.raises(DataError, match=rf"^a*\.\.\. \({length} characters\): no such") as error:
+            source(path=name)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_home_of_nobody_is_a_missing_folder():
+    with pytest.raises(DataError, match=r"^~nobody-of-this-name/data: no such folder"):
+        image_folder(path="~nobody-of-this-name/data")
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,path,label", "path,label,split,split"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\n0.png,x,y,z\n")
+    with pytest.raises(DataError, match=r"a\.csv: its header has the column \w+ more than once; remove or rename one$"):
+        csv(path=str(tmp_path / "a.csv"))

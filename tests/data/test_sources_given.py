@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from clframe.data import TensorSamples, class_incremental, digits, from_avalanche, from_datasets
 from clframe.data.avalanche import import_avalanche
 from clframe.data.lazy import DatasetSamples
+from clframe.data.sources import given
 from clframe.errors import DataError
 
 
@@ -84,24 +85,24 @@ def test_names_of_classes_set_the_range_of_labels():
     assert from_datasets(Pairs(items), Pairs(items), name="m", classes=["a", "b", "c"]).class_names == ("a", "b", "c")
     with pytest.raises(DataError, match="m/train: label 2 of sample 2 is out of range; give 0 to 1"):
         from_datasets(Pairs(items), Pairs(items[:2]), name="m", classes=["a", "b"])
-    with pytest.raises(DataError, match=r"m/train: no samples of class 3 \('d'\); remove or fill that class"):
+    with pytest.raises(DataError, match=r"m/train: found no samples of class 3 \('d'\); add some or remove the class"):
         from_datasets(Pairs(items), Pairs(items), name="m", classes=["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize(
     "items, message",
     [
-        ([], "m/train: holds no samples"),
+        ([], "m/train: found no samples"),
         ([torch.zeros(1, 2, 2)], "m/train: sample 0 is a Tensor; give pairs of input and label"),
         ([("text", 0)], "m/train: sample 0 is a str; give a tensor, an array or a PIL image"),
         ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 2, 3), 0)], r"m/train: sample 1 is .* of shape \(1, 2, 3\)"),
         ([(torch.zeros(2), 0), (torch.zeros(2, dtype=torch.uint8), 0)], "m/train: sample 1 is torch.uint8"),
         ([(torch.zeros(2), 0), (torch.full((2,), float("nan")), 0)], "m/train: sample 1 has NaN or infinite"),
-        ([(torch.zeros(2), 0.5)], "m/train: label 0.5 of sample 0 is no whole number"),
+        ([(torch.zeros(2), 0.5)], "m/train: label 0.5 of sample 0 is not an integer"),
         ([(torch.zeros(2), -1)], "m/train: label -1 of sample 0 is out of range"),
-        ([(torch.zeros(2), torch.tensor([0, 1]))], "m/train: labels of shape"),
-        ([(torch.zeros(2, dtype=torch.complex64), 0)], "m/train: sample 0 is of type torch.complex64"),
-        ([(Image.new("F", (2, 2)), 0)], "m/train: sample 0: pixels of mode F"),
+        ([(torch.zeros(2), torch.tensor([0, 1]))], "m/train: found labels of shape"),
+        ([(torch.zeros(2, dtype=torch.complex64), 0)], "m/train: sample 0 has type torch.complex64"),
+        ([(Image.new("F", (2, 2)), 0)], "m/train: sample 0: has pixels of mode F"),
     ],
 )  # fmt: skip
 def test_bad_items_are_named(items, message):
@@ -134,7 +135,7 @@ def test_random_transforms_are_not_frozen(caplog):
     x = pixels(40)
     items = [(image, i % 2) for i, image in enumerate(x)]
     source = from_datasets(Flipped(items), Pairs(items[:4]), name="mine")
-    assert "mine: training inputs have random transforms and are read anew in every epoch" in caplog.messages
+    assert "mine: training inputs have random transforms and are read again in every epoch" in caplog.messages
     assert isinstance(source.train, DatasetSamples) and isinstance(source.test, TensorSamples)
     assert source.train.mean == source.test.mean
     seen = [
@@ -246,8 +247,87 @@ def test_a_classic_benchmark_of_images(avalanche):
 
 
 def test_benchmarks_that_cannot_be_used(avalanche):
-    with pytest.raises(DataError, match="avalanche: streams are none; give a benchmark with train and test"):
+    with pytest.raises(DataError, match="avalanche: found streams none; give a benchmark with train and test"):
         from_avalanche(object())
     made = avalanche.benchmark_from_datasets(train=[wrapped([0, 1])], test=[wrapped([0, 2])])
-    with pytest.raises(DataError, match="mine/test: class 2 is never trained on"):
+    with pytest.raises(DataError, match="mine/test: class 2 has no training samples"):
+        from_avalanche(made, name="mine")
+
+
+# --- arrays whose layout is not clear, and labels of tasks ---
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_arrays_of_four_channels_are_images_with_alpha(kind, caplog):
+    given._log_alpha.cache_clear()
+    rgba = np.random.default_rng(0).integers(0, 256, (4, 7, 5, 4)).astype(kind)
+    items = [(x, i % 2) for i, x in enumerate(rgba)]
+    source = from_datasets(Pairs(items), Pairs(items[:2]), name="mine")
+    assert source.input_shape == (3, 7, 5)
+    assert torch.equal(source.train.x, torch.from_numpy(rgba[..., :3].transpose(0, 3, 1, 2).copy()))
+    assert sum("arrays of 4 channels are read as RGBA" in message for message in caplog.messages) == 1
+
+
+def test_arrays_whose_channels_may_be_anywhere_are_refused():
+    items = [(np.zeros((8, 6, 5), np.uint8), 0)]
+    with pytest.raises(DataError, match=r"^m/train: sample 0 is an array of shape \(8, 6, 5\), .* give arrays \[H, W, C\]"):
+        from_datasets(Pairs(items), Pairs(items), name="m")
+    tensors = [(torch.zeros(8, 6, 5), c) for c in (0, 1)]
+    assert from_datasets(Pairs(tensors), Pairs(tensors), name="m").input_shape == (8, 6, 5)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(3.0), np.array(3.0)])
+def test_single_numbers_are_no_inputs(number):
+    items = [(number, 0)]
+    with pytest.raises(DataError, match=r"^m/train: sample 0 is a single number; give a vector \[D\] or an image"):
+        from_datasets(Pairs(items), Pairs(items), name="m")
+
+
+def test_photographs_given_from_python_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        items = [(image.convert("RGB"), 0)]
+    assert from_datasets(Pairs(items), Pairs(items), name="m").input_shape == (3, 20, 10)
+    lazy = DatasetSamples.of(Pairs(items), torch.tensor([0]), num_workers=0)
+    assert lazy.input_shape == (3, 20, 10)
+
+
+def tasks(avalanche, *, task_labels, restart, experiences=3):
+    """Six classes, four samples of each, which differ in their first value."""
+    data = TensorDataset(torch.arange(24.0).reshape(24, 1, 1, 1) % 6, torch.arange(24) % 6)
+    data.targets = [c % 6 for c in range(24)]
+    return avalanche.nc_benchmark(
+        data, data, n_experiences=experiences, task_labels=task_labels, shuffle=False,
+        class_ids_from_zero_in_each_exp=restart,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_task_labels_are_read_and_ids_that_restart_are_other_classes(avalanche, restart):
+    benchmark = from_avalanche(tasks(avalanche, task_labels=True, restart=restart))
+    assert benchmark.task_labels and benchmark.classes == ((0, 1), (2, 3), (4, 5))
+    assert benchmark.class_order == tuple(range(6))
+    for part in (*benchmark.train, *benchmark.test):  # a class has the samples of one class of the data, and all
+        assert torch.equal(part.x.flatten().long(), part.y)
+    assert [e.task_label for e in benchmark.avalanche.train_stream] == [0, 1, 2]
+
+
+def test_ids_that_restart_without_task_labels_are_refused(avalanche):
+    made = tasks(avalanche, task_labels=False, restart=True)
+    with pytest.raises(DataError, match="^mine: class ids start at 0 in every experience.* task_labels=True"):
+        from_avalanche(made, name="mine")
+    assert not from_avalanche(tasks(avalanche, task_labels=False, restart=False)).task_labels
+    assert not from_avalanche(tasks(avalanche, task_labels=False, restart=True, experiences=1)).task_labels
+
+
+def test_task_labels_that_only_some_experiences_share_are_refused(avalanche):
+    from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
+
+    parts = [
+        _make_taskaware_classification_dataset(colored([0, 1], i), task_labels=label) for i, label in enumerate([0, 0, 1])
+    ]
+    made = avalanche.with_task_labels(avalanche.benchmark_from_datasets(train=parts, test=parts))
+    with pytest.raises(DataError, match=r"^mine/train: found task labels \[\[0\], \[0\], \[1\]\]; give every experience"):
         from_avalanche(made, name="mine")

@@ -1,4 +1,4 @@
-"""Labels and normalization: what every source does with them."""
+"""Labels and normalization, as every source uses them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from clframe.data import Source, TensorSamples
 from clframe.data.sources.labels import (
     PUBLISHED,
-    checked_labels,
+    check_labels,
     evenly_spaced,
-    measured,
+    measure_normalization,
     relabel,
     split_off_test,
     warn_of_duplicates,
@@ -33,24 +33,24 @@ from clframe.errors import ConfigError, DataError
     ],
 )
 def test_labels_are_whole_numbers_or_names(given, expected):
-    assert checked_labels(given, where="y").tolist() == expected
+    assert check_labels(given, where="y").tolist() == expected
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ([0, 1.5, 2], r"^y: label 1.5 of sample 1 is no whole number; give whole numbers from 0$"),
-        ([0.0, float("nan")], r"^y: label nan of sample 1 is no whole number"),
+        ([0, 1.5, 2], r"^y: label 1.5 of sample 1 is not an integer; give integers from 0$"),
+        ([0.0, float("nan")], r"^y: label nan of sample 1 is not an integer"),
         ([0.0, float("inf")], r"^y: label inf of sample 1"),
-        ([4, 2, -1], r"^y: label -1 of sample 2 is out of range; give whole numbers from 0$"),
-        ([[1, 0], [0, 1]], r"^y: labels of shape \(2, 2\)"),
-        (np.array([{}, {}]), r"^y: labels of type object"),
-        ([1j, 2j], r"^y: labels of type complex128"),
+        ([4, 2, -1], r"^y: label -1 of sample 2 is out of range; give integers from 0$"),
+        ([[1, 0], [0, 1]], r"^y: found labels of shape \(2, 2\)"),
+        (np.array([{}, {}]), r"^y: found labels of type object"),
+        ([1j, 2j], r"^y: found labels of type complex128"),
     ],
 )
 def test_other_labels_are_refused(given, message):
     with pytest.raises(DataError, match=message):
-        checked_labels(given, where="y")
+        check_labels(given, where="y")
 
 
 def test_labels_with_gaps_are_numbered_and_the_mapping_is_kept_and_said(caplog):
@@ -75,10 +75,10 @@ def test_names_that_are_numbers_are_ordered_as_numbers():
 @pytest.mark.parametrize(
     "train, test, message",
     [
-        ([0, 1], [0, 1, 2], "mine: the test data has class '2', which no training sample has"),
+        ([0, 1], [0, 1, 2], "mine: class '2' has test samples but no training samples"),
         ([0, 1, 3], [0, 1], "mine: class '3' has no test samples"),
-        ([], [0], "mine: no training samples"),
-        ([0], [], "mine: no test samples"),
+        ([], [0], "mine: found no training samples"),
+        ([0], [], "mine: found no test samples"),
     ],
 )
 def test_classes_that_one_part_lacks(train, test, message):
@@ -100,7 +100,7 @@ def test_split_takes_the_share_of_each_class_and_nothing_twice():
 
 
 def test_split_of_a_single_sample_and_fractions_that_are_none():
-    with pytest.raises(DataError, match="x.npz: class 'b' has one sample, which cannot be"):
+    with pytest.raises(DataError, match="x.npz: class 'b' has one sample, too few to split"):
         split_off_test(torch.tensor([0, 0, 1]), fraction=0.5, name="n", where="x.npz", class_names=("a", "b"))
     for fraction in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="benchmark.test_fraction"):
@@ -112,7 +112,7 @@ def test_duplicates_are_counted_and_said(caplog):
     test = torch.stack([train[2], train[0] + 100, train[2]])
     assert warn_of_duplicates(train, test, where="mine") == 2
     assert caplog.messages == [
-        "mine: 2 of 3 test samples are also in the training data; accuracy will look better than it is"
+        "mine: 2 of 3 test samples are also in the training data; accuracy will be overestimated"
     ]
     caplog.clear()
     assert warn_of_duplicates(train, test[1:2], where="mine") == 0 and not caplog.messages
@@ -121,7 +121,7 @@ def test_duplicates_are_counted_and_said(caplog):
 @pytest.mark.parametrize("shape", [(7, 3, 5, 4), (1, 1, 2, 2), (9, 1, 3, 3), (5, 6), (3, 2, 4)])
 def test_measured_is_mean_and_deviation_by_channel(shape):
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
-    mean, std = measured(x, chunk=30)
+    mean, std = measure_normalization(x, chunk=30)
     columns = x.double().movedim(1, 0).flatten(1) if len(shape) > 2 else x.double().flatten()[None]
     assert mean == pytest.approx(columns.mean(1).tolist())
     assert std == pytest.approx(columns.std(1, unbiased=False).tolist())
@@ -129,7 +129,7 @@ def test_measured_is_mean_and_deviation_by_channel(shape):
 
 def test_a_constant_channel_is_shifted_and_not_scaled():
     x = torch.full((4, 1, 2, 2), 200, dtype=torch.uint8)
-    assert measured(x) == ((200.0,), (1.0,))
+    assert measure_normalization(x) == ((200.0,), (1.0,))
 
 
 def test_evenly_spaced_covers_both_ends_without_repeats():
@@ -151,5 +151,5 @@ def test_published_constants_are_in_units_of_bytes():
 def test_class_names_name_every_class():
     samples = TensorSamples(torch.zeros(2, 1), torch.tensor([0, 1]))
     assert Source("s", samples, samples, classes=2, class_names=("a", "b")).class_names == ("a", "b")
-    with pytest.raises(DataError, match="s: 3 class names for 2 classes; name every class once"):
+    with pytest.raises(DataError, match="s: found 3 class names for 2 classes; give one per class"):
         Source("s", samples, samples, classes=2, class_names=("a", "b", "c"))

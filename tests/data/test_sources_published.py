@@ -1,4 +1,4 @@
-"""Published sets, fetched by torchvision's own code from a server on this machine, and what can go wrong with that."""
+"""Published sets, fetched by torchvision's own code from a server on this machine, and the errors of incomplete or damaged ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from PIL import Image
 
 from clframe.data import SOURCES
 from clframe.data.sources import published_folders, text
-from clframe.data.sources.labels import PUBLISHED, measured
-from clframe.data.sources.paths import Published
+from clframe.data.sources.labels import PUBLISHED, measure_normalization
+from clframe.data.sources.paths import PublishedFile
 from clframe.errors import ConfigError, DataError
 
 RANDOM = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def offer_tiny_imagenet(server, monkeypatch, change=None):
     files = {f"{root}/wnids.txt": b"n2\nn1\n"}
     for name in names:
         for i in range(3):
-            mode = "L" if i == 2 else "RGB"  # some of the real images are grey
+            mode = "L" if i == 2 else "RGB"  # some of the real images are gray
             files[f"{root}/train/{name}/images/{name}_{i}.JPEG"] = picture((64, 64), mode, "JPEG")
     for i in range(2):
         files[f"{root}/val/images/val_{i}.JPEG"] = picture((64, 64), kind="JPEG")
@@ -198,7 +198,7 @@ def offer_tiny_imagenet(server, monkeypatch, change=None):
     files[f"{root}/val/val_annotations.txt"] = "\n".join(lines).encode()
     files = change(files) if change else files
     data = archive(files)
-    published = Published("tiny-imagenet-200.zip", f"{server.url}/tiny.zip", server.offer("tiny.zip", data))
+    published = PublishedFile("tiny-imagenet-200.zip", f"{server.url}/tiny.zip", server.offer("tiny.zip", data))
     monkeypatch.setattr(published_folders, "TINY_IMAGENET", published)
     return data
 
@@ -214,7 +214,7 @@ def offer_cub200(server, monkeypatch):
             tables[name].append(f"{n} {value}")
     for name, lines in {**tables, "classes": ["1 001.Albatross", "2 002.Auklet"]}.items():
         files[f"{root}/{name}.txt"] = "\n".join(lines).encode()
-    published = Published("CUB_200_2011.tgz", f"{server.url}/cub.tgz", server.offer("cub.tgz", archive(files, "tar")))
+    published = PublishedFile("CUB_200_2011.tgz", f"{server.url}/cub.tgz", server.offer("cub.tgz", archive(files, "tar")))
     monkeypatch.setattr(published_folders, "CUB_200_2011", published)
 
 
@@ -222,7 +222,7 @@ def offer_core50(server, monkeypatch, side=32):
     root, drawn = f"core50_{side}x{side}", picture((32, 32))
     files = {f"{root}/s{s}/o{o}/C_{s:02d}_{o:02d}_000.png": drawn for s in (1, 2, 3, 10) for o in range(1, 51)}
     files[f"{root}/s10/o7/C_10_07_000.png"] = picture((32, 32))
-    published = Published(f"{root}.zip", f"{server.url}/{root}.zip", server.offer(f"{root}.zip", archive(files)))
+    published = PublishedFile(f"{root}.zip", f"{server.url}/{root}.zip", server.offer(f"{root}.zip", archive(files)))
     monkeypatch.setattr(published_folders, "CORE50", {side: published})
 
 
@@ -245,7 +245,7 @@ def offer_banking77(server, monkeypatch):
 
 def offer_texts(server, folder, files):
     return tuple(
-        Published(f"{folder}/{name}", f"{server.url}/{folder}/{name}", server.offer(f"{folder}/{name}", data.encode()))
+        PublishedFile(f"{folder}/{name}", f"{server.url}/{folder}/{name}", server.offer(f"{folder}/{name}", data.encode()))
         for name, data in files.items()
     )
 
@@ -399,7 +399,7 @@ def test_a_full_disk_is_said_to_be_one(server, monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(utils, "_urlretrieve", full)
-    with pytest.raises(DataError, match=r"data: cannot be written \(No space left on device\); see to its rights"):
+    with pytest.raises(DataError, match=r"data: cannot be written \(No space left on device\); check its permissions"):
         SOURCES.get("cifar100")(data_dir=str(tmp_path / "data"))
     assert listing(tmp_path) == []
 
@@ -423,7 +423,7 @@ def test_two_runs_that_download_at_once_both_get_there(server, monkeypatch, tmp_
         for where in (one, other):
             SOURCES.get(name)(data_dir=str(where))
         before = listing(one)
-        _move(other, one)  # what the slower of two does
+        _move(other, one)  # as the slower of two processes does
         assert listing(one) == before
         SOURCES.get(name)(data_dir=str(one), download=False)
 
@@ -437,7 +437,7 @@ def test_an_archive_that_points_outside_writes_nothing_there(server, monkeypatch
     ] == []
 
 
-# --- what is read ---
+# --- content of the sources ---
 
 
 def same(samples, part):
@@ -463,13 +463,13 @@ def test_idx_sets(server, monkeypatch, tmp_path, name, kind):
         with pytest.raises(DataError, match=rf"train-images-idx3-ubyte: {said}|{said}; delete it and run again"):
             SOURCES.get(name)(data_dir=str(tmp_path))
     (raw / "train-images-idx3-ubyte").write_bytes(idx(train[0][1:]))
-    with pytest.raises(DataError, match="train-images-idx3-ubyte: 19 images, but 20 labels beside it"):
+    with pytest.raises(DataError, match="train-images-idx3-ubyte: has 19 images for 20 labels"):
         SOURCES.get(name)(data_dir=str(tmp_path))
 
 
 def test_labels_out_of_range_in_a_published_file(server, monkeypatch, tmp_path):
     offer_mnist(server, monkeypatch, classes=12)
-    with pytest.raises(DataError, match="mnist/train: labels run from 0 to 11 for 10 classes"):
+    with pytest.raises(DataError, match="mnist/train: found labels from 0 to 11 for 10 classes"):
         SOURCES.get("mnist")(data_dir=str(tmp_path))
 
 
@@ -479,7 +479,7 @@ def test_emnist_is_upright_and_counts_from_zero(server, monkeypatch, tmp_path, s
     source = SOURCES.get("emnist")(data_dir=str(tmp_path), split=split)
     assert same(source.train, train) and same(source.test, test)
     assert source.name == f"emnist_{split}" and source.classes == classes
-    assert (source.train.mean, source.train.std) == measured(source.train.x)
+    assert (source.train.mean, source.train.std) == measure_normalization(source.train.x)
     assert source.class_names[0] == ("a" if split == "letters" else "0")
     with pytest.raises(DataError, match="emnist-mnist-train-images-idx3-ubyte is missing"):
         SOURCES.get("emnist")(data_dir=str(tmp_path), split="mnist", download=False)
@@ -516,7 +516,7 @@ def test_omniglot(server, monkeypatch, tmp_path):
         f"{alphabet}/character{c:02d}" for alphabet in ("Greek", "Latin", "Atlantean") for c in (1, 2)
     )
     assert torch.bincount(source.train.y).tolist() == [3] * 6 and torch.bincount(source.test.y).tolist() == [1] * 6
-    assert (source.train.mean, source.train.std) == measured(source.train.x)
+    assert (source.train.mean, source.train.std) == measure_normalization(source.train.x)
     whole = SOURCES.get("omniglot")(data_dir=str(tmp_path), size=105)
     drawn = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character01"
     ink = set()
@@ -546,7 +546,7 @@ def test_tiny_imagenet(server, monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"val_1\.JPEG: no such file"):
         SOURCES.get("tiny_imagenet")(data_dir=str(tmp_path))
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\nval_0.JPEG n1\n")
-    with pytest.raises(DataError, match=r"val_annotations\.txt: line 2 names no class; delete .*200 and run again"):
+    with pytest.raises(DataError, match=r"val_annotations\.txt: line 2 has no known class; delete .*200 and run again"):
         SOURCES.get("tiny_imagenet")(data_dir=str(tmp_path))
     for file in (root / "train" / "n1" / "images").iterdir():
         file.unlink()
@@ -562,7 +562,7 @@ def test_cub200(server, monkeypatch, tmp_path):
     source = SOURCES.get("cub200")(data_dir=str(tmp_path), size=16)
     assert source.class_names == ("Albatross", "Auklet") and source.input_shape == (3, 16, 16)
     assert source.train.y.tolist() == [0, 0, 1, 1] and source.test.y.tolist() == [0, 0, 1, 1]
-    assert (source.train.mean, source.train.std) == measured(source.train.x)
+    assert (source.train.mean, source.train.std) == measure_normalization(source.train.x)
     root = tmp_path / "CUB_200_2011"
     with (root / "image_class_labels.txt").open("a") as file:
         file.write("\n9 1")
@@ -572,7 +572,7 @@ def test_cub200(server, monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"image_class_labels\.txt: class 3 is not in classes\.txt"):
         SOURCES.get("cub200")(data_dir=str(tmp_path), size=16)
     (root / "train_test_split.txt").write_text("1 1\n2\n")
-    with pytest.raises(DataError, match=r"train_test_split\.txt: line 2 is no pair"):
+    with pytest.raises(DataError, match=r"train_test_split\.txt: line 2 is not a number and a value"):
         SOURCES.get("cub200")(data_dir=str(tmp_path), size=16)
 
 
@@ -590,7 +590,7 @@ def test_core50(server, monkeypatch, tmp_path):
     assert categories.classes == 10 and categories.input_shape == (3, 16, 16)
     assert torch.bincount(categories.train.y).tolist() == [10] * 10
     (tmp_path / "core50_32x32" / "s1" / "o51").mkdir()
-    with pytest.raises(DataError, match="s1/o51: is none of o1 to o50; remove it"):
+    with pytest.raises(DataError, match="s1/o51: is not one of o1 to o50; remove it"):
         core50(data_dir=str(tmp_path), size=32)
 
 
@@ -608,8 +608,8 @@ def test_clinc150(server, monkeypatch, tmp_path):
     file = tmp_path / "clinc150" / "data_full.json"
     whole = file.read_text()
     for spoilt, said in (
-        (whole[:50], "no whole JSON"),
-        ("[]", "not laid out as published"),
+        (whole[:50], "is not valid JSON"),
+        ("[]", "is not in the published format"),
         (whole.replace('"alarm"', '"alarms"'), "intent 'alarms' is not listed"),
     ):
         file.write_text(spoilt)
@@ -623,17 +623,17 @@ def test_banking77(server, monkeypatch, tmp_path):
     assert source.class_names == ("refund", "card") and source.train.y.tolist() == [1, 0]
     assert source.input_shape == (2048,)
     (tmp_path / "banking77" / "test.csv").write_text("text;category\na;b\n")
-    with pytest.raises(DataError, match=r"test\.csv: not laid out as published \(text,category\)"):
+    with pytest.raises(DataError, match=r"test\.csv: is not in the published format \(text,category\)"):
         SOURCES.get("banking77")(data_dir=str(tmp_path))
 
 
 def test_hashing_knows_words_and_their_neighbors_and_nothing_else():
-    one, same_words, other = text.hashed(["lost my card", "card, my LOST!", "lost my card"], n_features=4096)
+    one, same_words, other = text.hash_features(["lost my card", "card, my LOST!", "lost my card"], n_features=4096)
     assert torch.equal(one, other) and int((one != 0).sum()) == 5  # three words and two pairs
     assert not torch.equal(one, same_words) and float(one @ same_words) == pytest.approx(3 / 5)
-    alone = text.hashed(["lost my card"], n_features=4096)[0]
+    alone = text.hash_features(["lost my card"], n_features=4096)[0]
     assert torch.equal(alone, one)  # the other texts have no part in it
-    assert text.hashed(["", "?"], n_features=8).tolist() == [[0.0] * 8] * 2
+    assert text.hash_features(["", "?"], n_features=8).tolist() == [[0.0] * 8] * 2
 
 
 def test_a_set_as_arrays_does_for_the_published_files(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clframe.data import SOURCES, class_incremental
-from clframe.data.sources.labels import PUBLISHED, measured
+from clframe.data.sources.labels import PUBLISHED, measure_normalization
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPIES = Path(os.environ.get("CLFRAME_DATA") or REPOSITORY.parent / "shared" / "data")
@@ -67,7 +67,7 @@ def test_omniglot(unpacked):
     assert source.classes == 1623 and source.input_shape == (1, 28, 28)
     assert torch.bincount(source.train.y).tolist() == [15] * 1623
     assert torch.bincount(source.test.y).tolist() == [5] * 1623
-    assert (source.train.mean, source.train.std) == measured(source.train.x)
+    assert (source.train.mean, source.train.std) == measure_normalization(source.train.x)
     assert source.train.mean[0] < 40  # ink on black
 
 
@@ -90,7 +90,7 @@ def test_texts_can_be_told_apart(unpacked, name, train, test, classes):
 
 def assert_own_normalization(source, name):
     assert (source.train.mean, source.train.std) == PUBLISHED[name] == (source.test.mean, source.test.std)
-    mean, std = measured(source.train.x)
+    mean, std = measure_normalization(source.train.x)
     assert source.train.mean == pytest.approx(mean, abs=1e-4) and source.train.std == pytest.approx(std, abs=1e-4)
     prepared = source.train.prepare(source.train.x[:1000])
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):

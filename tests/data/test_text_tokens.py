@@ -10,7 +10,7 @@ import torch
 
 from clframe.data import SOURCES, class_incremental
 from clframe.data.samples import EpochLoader, TensorSamples
-from clframe.data.sources.text import padded
+from clframe.data.sources.text import pad_ids
 from clframe.errors import ConfigError, DataError, UnsupportedError
 
 pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def test_experiences_validation_and_memory_keep_ids(source):
     benchmark = class_incremental(source, experiences=2, order="sorted", validation=0.5)
     assert [len(part) for part in (*benchmark.train, *benchmark.validation, *benchmark.test)] == [1] * 6
     kept = benchmark.train[0].raw(torch.tensor([0]))
-    both = benchmark.train[1].extended(kept, torch.tensor([0]))
+    both = benchmark.train[1].with_stored(kept, torch.tensor([0]))
     (batch,) = both.batches(None, 4)
     assert kept.dtype == torch.int32 and both.x.dtype == torch.int32 and batch[0].dtype == torch.int64
     assert all(row in TRAIN for row in batch[0].tolist()) and batch[1].tolist() == [1, 0]
@@ -93,7 +93,7 @@ def test_a_float_sample_is_normalized_as_before():
 
 @pytest.mark.parametrize("pad, said", [("pay", "pads with id 4"), (None, "has no padding token")])
 def test_padding_must_be_zero(data, tmp_path, pad, said):
-    with pytest.raises(ConfigError, match=f"benchmark.tokens: .*{said}; take a tokenizer that pads with id 0"):
+    with pytest.raises(ConfigError, match=f"benchmark.tokens: .*{said}; use a tokenizer that pads with id 0"):
         SOURCES.get("clinc150")(data_dir=data, tokens=make_tokenizer(tmp_path / "other", pad=pad))
 
 
@@ -107,5 +107,5 @@ def test_no_tokenizer(data, tmp_path, monkeypatch):
 
 
 def test_padded():
-    assert padded([[5], []], length=2, padding=9).tolist() == [[5, 9], [9, 9]]
-    assert padded([]).shape == (0, 0)
+    assert pad_ids([[5], []], length=2, padding=9).tolist() == [[5, 9], [9, 9]]
+    assert pad_ids([]).shape == (0, 0)

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from clframe.sparsity import Curve
+from clframe.sparsity import SparsityCurve
 from clframe.sparsity.functional import baseline_sparsity
 from clframe.sparsity.study import RULES
 
@@ -21,6 +21,6 @@ def test_its_python_runs(capsys):
 
 def test_it_names_every_rule_and_number():
     named = set(re.findall(r"`(\w+)`", TEXT))
-    assert set(RULES) <= named and {field.name for field in fields(Curve)} - {"role", "kind"} <= named
+    assert set(RULES) <= named and {field.name for field in fields(SparsityCurve)} - {"role", "kind"} <= named
     found = [round(100 * baseline_sparsity(p, kind="top_p", neurons=512)) for p in (0.99, 0.95, 0.9, 0.8)]
     assert "{}, {}, {} and {} % for top-p at 0.99".format(*found) in TEXT

@@ -62,12 +62,12 @@ def test_who_is_in_no_family_stands_under_more():
 
 def test_a_card_in_full():
     text = card("ssil")
-    assert "*Declares:* owns `task_loss`; needs a memory; logs `loss/ssil/distill`." in text
+    assert "*Declares:* owns `task_loss`; needs a replay buffer; logs `loss/ssil/distill`." in text
     assert "| `lamb` | number | `0.25` | Weight of the distillation: 0.25 as tuned" in text
     assert "- `strategy=strategy/ssil` (`er + ssil`): SS-IL as first published" in text
     assert "- `strategy=ssil_paper` (`er + ssil`): SS-IL as tuned in" in text
     assert "- `strategy=ssil_paper`" not in card("lwf")
-    assert "keeps a memory; adds nothing at `scale=0`" in card("er")
+    assert "has a replay buffer; no effect at `scale=0`" in card("er")
 
 
 def test_bars_do_not_end_a_cell():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
 
 import pytest
 import torch
 
-from clframe.errors import ClframeError, ConfigError
-from clframe.exits import ExitAnswers
-from clframe.exits.budgets import quantile_thresholds, realize, shares_K, solve
-from clframe.exits.decisions import ALWAYS, NEVER, who_answers
+from clframe.errors import ConfigError
+from clframe.exits import ExitEvaluation
+from clframe.exits.budgets import quantile_thresholds, shares_K, solve
+from clframe.exits.decisions import ALWAYS, NEVER, evaluate_thresholds
 
 METHODS = ("shared", "quantiles", "coordinate")
 COSTS = (20, 35, 60, 80, 102)
@@ -28,7 +26,7 @@ def informed(exits, samples, *, seed=0, levels=None, costs=COSTS):
     right_KN = torch.rand(exits, samples, generator=generator) < confidence_KN
     if levels:
         confidence_KN = (confidence_KN * levels).floor()
-    return ExitAnswers(confidence_KN=confidence_KN, correct_KN=right_KN, cost_K=costs[:exits])
+    return ExitEvaluation(confidence_KN=confidence_KN, correct_KN=right_KN, cost_K=costs[:exits])
 
 
 def budgets_of(answers, count=4):
@@ -45,7 +43,7 @@ def test_a_budget_is_never_exceeded_on_the_validation_samples(exits, samples, le
     for budget in budgets_of(answers):
         solution = solve(answers, method=method, budget=budget, fallback=fallback)
         assert solution.validation.cost <= budget
-        assert solution.validation == who_answers(answers, solution.thresholds, fallback=fallback)
+        assert solution.validation == evaluate_thresholds(answers, solution.thresholds, fallback=fallback)
         assert (solution.method, solution.budget, solution.target_accuracy) == (method, budget, None)
 
 
@@ -62,12 +60,12 @@ def test_the_first_exits_own_cost_is_budget_enough(method):
     solution = solve(answers, method=method, budget=20)
     assert solution.thresholds[0] == ALWAYS
     assert solution.validation.share_K == (1, 0, 0, 0)
-    assert realize(solution, informed(4, 500, seed=9)).test.cost == 20  # also where confidence is lower
+    assert evaluate_thresholds(informed(4, 500, seed=9), solution.thresholds).cost == 20  # also where confidence is lower
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_less_than_the_first_exit_costs_is_refused_with_the_cheapest(method):
-    with pytest.raises(ConfigError, match=r"^budget: 19\.5 is less than the first exit costs; give at least 20$"):
+    with pytest.raises(ConfigError, match=r"^budget: found 19\.5, less than the first exit costs; give at least 20$"):
         solve(informed(4, 50), method=method, budget=19.5)
 
 
@@ -110,7 +108,7 @@ def test_a_target_is_reached_and_dearer_targets_cost_more(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_target_out_of_reach_is_refused_with_the_highest(method):
     answers = informed(4, 200)
-    with pytest.raises(ConfigError, match=rf"accuracy: method '{method}' does not reach 0.999.*ask for at most") as e:
+    with pytest.raises(ConfigError, match=rf"accuracy: method '{method}' does not reach 0.999.*use at most") as e:
         solve(answers, method=method, accuracy=0.999)
     highest = float(str(e.value).split()[-1])
     assert solve(answers, method=method, accuracy=highest - 1e-6).validation.accuracy >= highest - 1e-6
@@ -133,9 +131,9 @@ def test_one_threshold_per_exit_is_at_least_as_good_as_one_for_all(fallback, lev
 
 def test_thresholds_per_exit_reach_a_target_that_no_shared_one_does():
     # sample 0 is right only at the first exit, with 0.2; sample 1 only at the last, though the second is sure at 0.3
-    answers = ExitAnswers(confidence_KN=[[0.2, 0.1], [0.1, 0.3], [1.0, 1.0]],
+    answers = ExitEvaluation(confidence_KN=[[0.2, 0.1], [0.1, 0.3], [1.0, 1.0]],
                           correct_KN=[[1, 0], [0, 0], [0, 1]], cost_K=(1, 2, 3))  # fmt: skip
-    with pytest.raises(ConfigError, match="ask for at most 0.5"):
+    with pytest.raises(ConfigError, match="use at most 0.5"):
         solve(answers, accuracy=1.0)
     solution = solve(answers, method="coordinate", accuracy=1.0)
     assert (solution.validation.accuracy, solution.validation.cost) == (1.0, 2.0)
@@ -152,9 +150,9 @@ def test_shares_are_geometric():
 
 def test_quantiles_by_hand():
     confidence_KN = [[0.9, 0.1, 0.5, 0.8, 0.2, 0.3], [0.1, 0.2, 0.9, 0.8, 0.7, 0.3], [1.0] * 6]
-    answers = ExitAnswers(confidence_KN=confidence_KN, correct_KN=torch.ones(3, 6), cost_K=(1, 2, 3))
+    answers = ExitEvaluation(confidence_KN=confidence_KN, correct_KN=torch.ones(3, 6), cost_K=(1, 2, 3))
     assert quantile_thresholds(answers, 0.0) == (0.8, 0.7)  # a third each: 0.9 and 0.8, then of the rest 0.9 and 0.7
-    assert who_answers(answers, (0.8, 0.7)).share_K == (1 / 3, 1 / 3, 1 / 3)
+    assert evaluate_thresholds(answers, (0.8, 0.7)).share_K == (1 / 3, 1 / 3, 1 / 3)
     # shares 1/7, 2/7, 4/7 of six: rounded up to one, and three by the second exit
     assert quantile_thresholds(answers, math.log(2)) == (0.9, 0.8)
 
@@ -164,7 +162,7 @@ def test_quantiles_by_hand():
 @pytest.mark.parametrize("samples", [1, 10, 997])
 def test_quantiles_keep_the_shares_and_their_cost(samples, levels, log_q):
     answers = informed(5, samples, levels=levels)
-    outcome = who_answers(answers, quantile_thresholds(answers, log_q))
+    outcome = evaluate_thresholds(answers, quantile_thresholds(answers, log_q))
     shares = shares_K(log_q, exits=5)
     assert outcome.cost <= math.fsum(s * c for s, c in zip(shares, COSTS, strict=True)) + 1e-6
     if levels is None:
@@ -179,23 +177,31 @@ def test_the_quantiles_of_a_budget_have_the_q_of_the_equation():
     assert solution.validation.cost == pytest.approx(45, abs=0.05)
 
 
-def test_what_is_realized_stands_beside_what_was_asked():
-    solution = solve(informed(5, 200), budget=50)
-    test = informed(5, 700, seed=5)
-    found = realize(solution, test)
-    assert found.solution is solution
-    assert found.test == who_answers(test, solution.thresholds)
-    assert found.excess == found.test.cost / 50 - 1
-    assert 0 < abs(found.excess) < 0.1
-    assert math.isnan(realize(solve(test, accuracy=0.5), test).excess)
-    with pytest.raises(ClframeError, match="test: 3 exits, the solution has thresholds for 5"):
-        realize(solution, informed(3, 10))
-    assert json.loads(json.dumps(dataclasses.asdict(found)))["test"]["cost"] == found.test.cost
-
-
 def test_the_same_samples_give_the_same_solution():
     for method in METHODS:
         assert solve(informed(5, 99), method=method, budget=50) == solve(informed(5, 99), method=method, budget=50)
+
+
+def test_confidences_that_are_not_finite_keep_no_budget_and_say_so():
+    """A diverged network has NaN logits: its samples never stop early, so they cost the whole network."""
+    lost = ExitEvaluation(confidence_KN=torch.full((3, 8), math.nan), correct_KN=torch.zeros(3, 8), cost_K=(1, 2, 4))
+    for method in METHODS:
+        with pytest.raises(ConfigError, match=r"^budget: no thresholds keep 2 on the validation samples, whose confid"):
+            solve(lost, method=method, budget=2)
+
+
+def test_one_standard_error_is_for_a_shared_threshold_within_a_budget():
+    answers = informed(3, 400)
+    careful, best = (solve(answers, budget=50, rule=rule) for rule in ("one_standard_error", "best"))
+    assert careful.validation.cost <= 50
+    error = math.sqrt(best.validation.accuracy * (1 - best.validation.accuracy) / 400)
+    assert best.validation.accuracy - error <= careful.validation.accuracy <= best.validation.accuracy
+    assert careful.thresholds[0] >= best.thresholds[0]
+    for wrong in ({"method": "coordinate", "budget": 50}, {"accuracy": 0.3}):
+        with pytest.raises(ConfigError, match=r"^rule: found 'one_standard_error' with method"):
+            solve(answers, rule="one_standard_error", **wrong)
+    with pytest.raises(ConfigError, match=r"^rule: found 'two'; give 'best' or 'one_standard_error'"):
+        solve(answers, rule="two", budget=50)
 
 
 @pytest.mark.parametrize("asked", [{}, {"budget": 50, "accuracy": 0.5}, {"budget": math.nan}])
@@ -205,5 +211,5 @@ def test_one_of_budget_and_accuracy(asked):
 
 
 def test_an_unknown_method():
-    with pytest.raises(ConfigError, match="method: unknown 'best'; give one of shared, quantiles, coordinate"):
+    with pytest.raises(ConfigError, match="method: found 'best'; give one of shared, quantiles, coordinate"):
         solve(informed(2, 5), method="best", budget=30)

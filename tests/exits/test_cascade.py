@@ -108,7 +108,7 @@ def test_later_classes_are_ignored_and_missing_ones_an_error():
     cascade = learned([0, 1])
     previous_BC = torch.randn(3, 4)
     assert torch.equal(cascade(previous_BC), cascade(previous_BC[:, :2]))
-    message = r"^exits\.cascade: found 1 logits of the exit before, not 2; grow all heads for the same classes$"
+    message = r"^exits\.cascade: found 1 logits of the previous exit, expected 2; grow all heads for the same classes$"
     with pytest.raises(ConfigError, match=message):
         cascade(previous_BC[:, :1])
     with pytest.raises(DataError, match=r"^classes: found class -1"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clframe.errors import ConfigError
-from clframe.exits import ExitAnswers
-from clframe.exits.decisions import ALWAYS, NEVER, decide, mean_cost, who_answers
+from clframe.exits import ExitEvaluation
+from clframe.exits.decisions import ALWAYS, NEVER, decide, evaluate_thresholds, mean_cost
 
 NAN = math.nan
 
@@ -20,7 +20,7 @@ def random_answers(exits, samples, *, seed=0, levels=None):
     confidence_KN = torch.rand(exits, samples, generator=generator)
     if levels:
         confidence_KN = (confidence_KN * levels).floor()
-    return ExitAnswers(
+    return ExitEvaluation(
         confidence_KN=confidence_KN,
         correct_KN=torch.rand(exits, samples, generator=generator) < 0.5,
         cost_K=[7 * (k + 1) ** 2 for k in range(exits)],
@@ -45,9 +45,9 @@ def test_against_loops(exits, samples, levels, fallback):
     thresholds = [source.choice([source.random(), float(source.randrange(3))]) for _ in range(exits - 1)]
     stops, givers = by_loops(answers, thresholds, fallback)
     decision = decide(answers, thresholds, fallback=fallback)
-    assert (decision.stop_N.tolist(), decision.answer_N.tolist()) == (stops, givers)
+    assert (decision.stop_N.tolist(), decision.exit_N.tolist()) == (stops, givers)
 
-    outcome = who_answers(answers, thresholds, fallback=fallback)
+    outcome = evaluate_thresholds(answers, thresholds, fallback=fallback)
     right = [bool(answers.correct_KN[k, n]) for n, k in enumerate(givers)]
     assert outcome.accuracy == sum(right) / samples
     assert outcome.cost == sum(answers.cost_K[k] for k in stops) / samples
@@ -60,17 +60,17 @@ def test_against_loops(exits, samples, levels, fallback):
 
 def test_always_is_the_first_exit_and_never_the_last():
     answers = random_answers(4, 50)
-    first, last = who_answers(answers, [ALWAYS] * 3), who_answers(answers, [NEVER] * 3)
+    first, last = evaluate_thresholds(answers, [ALWAYS] * 3), evaluate_thresholds(answers, [NEVER] * 3)
     assert (first.share_K, first.cost) == ((1, 0, 0, 0), 7)
     assert (last.share_K, last.cost) == ((0, 0, 0, 1), 7 * 16)
-    assert who_answers(answers, [0.0] * 3).share_K == first.share_K  # as for any probability
-    assert who_answers(answers, [1.001] * 3).share_K == last.share_K
+    assert evaluate_thresholds(answers, [0.0] * 3).share_K == first.share_K  # as for any probability
+    assert evaluate_thresholds(answers, [1.001] * 3).share_K == last.share_K
 
 
 def test_the_most_confident_answers_at_full_cost():
-    answers = ExitAnswers(confidence_KN=[[0.5, 0.9], [0.2, 0.2], [0.4, 0.4]],
+    answers = ExitEvaluation(confidence_KN=[[0.5, 0.9], [0.2, 0.2], [0.4, 0.4]],
                           correct_KN=[[True, True], [False, False], [False, False]], cost_K=(1, 2, 4))  # fmt: skip
-    last, confident = (who_answers(answers, [0.8, 0.8], fallback=name) for name in ("last", "confident"))
+    last, confident = (evaluate_thresholds(answers, [0.8, 0.8], fallback=name) for name in ("last", "confident"))
     assert (last.accuracy, last.cost) == (0.5, 2.5)
     assert (confident.accuracy, confident.cost) == (1.0, 2.5)
     assert (confident.share_K, confident.stop_share_K) == ((1, 0, 0), (0.5, 0, 0.5))
@@ -78,14 +78,14 @@ def test_the_most_confident_answers_at_full_cost():
 
 def test_equal_to_the_threshold_is_enough_also_in_single_precision():
     single_KN = torch.tensor([[0.1, 0.3, 0.7]]).expand(2, 3)
-    answers = ExitAnswers(confidence_KN=single_KN, correct_KN=torch.ones(2, 3), cost_K=(1, 2))
+    answers = ExitEvaluation(confidence_KN=single_KN, correct_KN=torch.ones(2, 3), cost_K=(1, 2))
     threshold = float(answers.confidence_KN[0, 1])
     assert decide(answers, [threshold]).stop_N.tolist() == [1, 0, 0]
     assert (single_KN[0] >= threshold).tolist() == [False, True, True]  # the network's own comparison
 
 
 def test_without_a_confidence_nothing_leaves_early():
-    answers = ExitAnswers(confidence_KN=[[NAN, 0.0], [NAN, 0.5], [NAN, 0.1]],
+    answers = ExitEvaluation(confidence_KN=[[NAN, 0.0], [NAN, 0.5], [NAN, 0.1]],
                           correct_KN=torch.zeros(3, 2), cost_K=(1, 2, 3))  # fmt: skip
     assert decide(answers, [ALWAYS, ALWAYS]).stop_N.tolist() == [2, 0]
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from clframe.errors import ClframeError
-from clframe.exits import ExitAnswers
-from clframe.exits.diagnostics import diagnose, exit_accuracy_KE, forgetting_by_exit, static_accuracies
+from clframe.exits import ExitEvaluation
+from clframe.exits.diagnostics import (
+    EXIT_METRICS,
+    ExitMetric,
+    ExitRecord,
+    accuracy_K,
+    compute_exit_metrics,
+    exit_accuracy_KE,
+    forgetting_by_exit,
+    make_exit_record,
+    static_accuracies,
+)
 from clframe.metrics import forgetting
 
 # one column a sample: all right, only the first, first two, only the last, none, all but the first, middle alone
@@ -21,7 +32,13 @@ RIGHT = torch.tensor([[1, 1, 1, 0, 0, 0, 0],
 def answers(correct_KN, *, confidence_KN=None, **more):
     exits = len(correct_KN)
     confidence_KN = torch.rand(correct_KN.shape) if confidence_KN is None else confidence_KN
-    return ExitAnswers(confidence_KN=confidence_KN, correct_KN=correct_KN, cost_K=range(1, exits + 1), **more)
+    return ExitEvaluation(confidence_KN=confidence_KN, correct_KN=correct_KN, cost_K=range(1, exits + 1), **more)
+
+
+def record_of(evaluation):
+    return make_exit_record(
+        evaluation, None, backbone_macs=10, accuracy_KE=(), correct={}, similarity_K=(1.0,) * evaluation.exits
+    )
 
 
 def random_answers(exits, samples, seed):
@@ -30,54 +47,66 @@ def random_answers(exits, samples, seed):
 
 
 def test_seven_samples_by_hand():
-    found = diagnose(answers(RIGHT))
-    assert found.accuracy_K == (3 / 7, 4 / 7, 3 / 7)
-    assert found.oracle_accuracy == 6 / 7
-    assert found.overthinking == 3 / 7
-    assert found.overthinking_relative == 1.0
-    assert found.unique_accuracy_K == (1 / 7, 1 / 7, 1 / 7)
-    assert found.fixed_final_errors_K == (2 / 4, 2 / 4, 0.0)
-    assert math.isnan(found.hindsight_improvability_K[0])
+    found = compute_exit_metrics(answers(RIGHT))
+    assert found["accuracy"] == (3 / 7, 4 / 7, 3 / 7)
+    record = record_of(answers(RIGHT))
+    assert record.oracle_accuracy == 6 / 7
+    assert record.overthinking == pytest.approx(3 / 7)
+    assert record.overthinking_relative == pytest.approx(1.0)
+    assert found["unique_accuracy"] == (1 / 7, 1 / 7, 1 / 7)
+    assert found["fixed_final_errors"] == (2 / 4, 2 / 4, 0.0)
+    assert math.isnan(found["hindsight_improvability"][0])
     # exit 1 is wrong on samples 1, 3, 4: the first exit had 1; exit 2 on 1, 2, 4, 6: all but 4 were known
-    assert found.hindsight_improvability_K[1:] == (1 / 3, 3 / 4)
+    assert found["hindsight_improvability"][1:] == (1 / 3, 3 / 4)
 
 
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 9), (2, 1), (3, 17), (7, 301)])
 def test_against_loops_over_samples(exits, samples):
     given = random_answers(exits, samples, seed=exits * samples)
-    found, right = diagnose(given), given.correct_KN.tolist()
+    found, right = compute_exit_metrics(given), given.correct_KN.tolist()
     columns = [[right[k][n] for k in range(exits)] for n in range(samples)]
-    assert found.oracle_accuracy == sum(any(column) for column in columns) / samples
-    assert found.overthinking == pytest.approx(found.oracle_accuracy - found.accuracy_K[-1], abs=1e-15)
+    assert record_of(given).oracle_accuracy == sum(any(column) for column in columns) / samples
+    assert record_of(given).accuracy_K == found["accuracy"]
     for k in range(exits):
-        assert found.accuracy_K[k] == sum(column[k] for column in columns) / samples
+        assert found["accuracy"][k] == sum(column[k] for column in columns) / samples
         alone = [column for column in columns if column[k] and sum(column) == 1]
-        assert found.unique_accuracy_K[k] == len(alone) / samples
+        assert found["unique_accuracy"][k] == len(alone) / samples
         wrong = [column for column in columns if not column[k]]
         if k and wrong:
-            assert found.hindsight_improvability_K[k] == sum(any(column[:k]) for column in wrong) / len(wrong)
+            assert found["hindsight_improvability"][k] == sum(any(column[:k]) for column in wrong) / len(wrong)
         else:
-            assert math.isnan(found.hindsight_improvability_K[k])
+            assert math.isnan(found["hindsight_improvability"][k])
         missed = [column for column in columns if not column[-1]]
         if missed:
-            assert found.fixed_final_errors_K[k] == sum(column[k] for column in missed) / len(missed)
+            assert found["fixed_final_errors"][k] == sum(column[k] for column in missed) / len(missed)
         else:
-            assert math.isnan(found.fixed_final_errors_K[k])
+            assert math.isnan(found["fixed_final_errors"][k])
 
 
 def test_what_is_undefined_is_nan():
-    perfect = diagnose(answers(torch.ones(2, 3).bool()))
-    assert all(math.isnan(share) for share in perfect.fixed_final_errors_K + perfect.hindsight_improvability_K)
-    assert (perfect.overthinking, perfect.overthinking_relative) == (0.0, 0.0)
-    hopeless = diagnose(answers(torch.tensor([[True], [False]])))
+    perfect = compute_exit_metrics(answers(torch.ones(2, 3).bool()))
+    assert all(math.isnan(share) for share in perfect["fixed_final_errors"] + perfect["hindsight_improvability"])
+    flawless = record_of(answers(torch.ones(2, 3).bool()))
+    assert (flawless.overthinking, flawless.overthinking_relative) == (0.0, 0.0)
+    hopeless = record_of(answers(torch.tensor([[True], [False]])))
     assert hopeless.overthinking == 1.0
     assert math.isnan(hopeless.overthinking_relative)
 
 
 def test_one_exit_never_overthinks():
-    found = diagnose(answers(torch.tensor([[True, False, True]])))
-    assert found.overthinking == 0.0
-    assert found.unique_accuracy_K == found.accuracy_K == (2 / 3,)
+    found = compute_exit_metrics(answers(torch.tensor([[True, False, True]])))
+    assert record_of(answers(torch.tensor([[True, False, True]]))).overthinking == 0.0
+    assert found["unique_accuracy"] == found["accuracy"] == (2 / 3,)
+
+
+def test_one_entry_in_the_registry_reaches_the_record_and_an_older_record_is_read(monkeypatch):
+    entry = ExitMetric(label="errors", values=lambda e: [int((~right_N).sum()) for right_N in e.correct_KN])
+    monkeypatch.setitem(EXIT_METRICS._entries, "errors", entry)
+    content = dataclasses.asdict(record_of(answers(RIGHT)))
+    assert content["metrics"]["errors"] == (4.0, 3.0, 4.0)
+    metrics = content.pop("metrics")
+    older = {**content, "diagnostics": {"accuracy_K": metrics["accuracy"], "oracle_accuracy": 6 / 7}}
+    assert ExitRecord.of(older).accuracy_K == metrics["accuracy"]
 
 
 def test_static_decisions():
@@ -88,7 +117,7 @@ def test_static_decisions():
     assert static_accuracies(given, correct={"vote": vote_N}) == {
         "last": 1 / 3, "confident": 1.0, "oracle": 1.0, "vote": 1 / 3,
     }  # fmt: skip
-    with pytest.raises(ClframeError, match=r"correct\.mean: shape \(2,\); give 3 answers"):
+    with pytest.raises(ClframeError, match=r"correct\.mean: found shape \(2,\); give one flag for each of 3 samples"):
         static_accuracies(given, correct={"mean": vote_N[:2]})
 
 
@@ -103,10 +132,10 @@ def test_by_experience():
     assert [row[0] for row in accuracy_KE] == [2 / 4, 3 / 4, 2 / 4]
     assert [row[2] for row in accuracy_KE] == [1 / 3, 1 / 3, 1 / 3]
     assert all(math.isnan(row[1]) for row in accuracy_KE)
-    assert [row[0] for row in accuracy_KE] == list(diagnose(given.of(0)).accuracy_K)
+    assert [row[0] for row in accuracy_KE] == list(accuracy_K(given.of(0)))
     with pytest.raises(ClframeError, match=r"confidence_KN \(3, 0\)"):
         given.of(1)
-    with pytest.raises(ClframeError, match="experience_N was not given"):
+    with pytest.raises(ClframeError, match="found no experience_N"):
         answers(RIGHT).of(0)
 
 
@@ -131,4 +160,4 @@ def test_forgetting_of_each_exit_is_that_of_its_matrix():
 def test_arrays_that_do_not_fit(change, message):
     fitting = {"confidence_KN": torch.rand(3, 7), "correct_KN": RIGHT, "cost_K": (1, 2, 3)}
     with pytest.raises(ClframeError, match=message):
-        ExitAnswers(**(fitting | change))
+        ExitEvaluation(**(fitting | change))

@@ -12,14 +12,16 @@ from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.errors import ConfigError, UnknownNameError
-from clframe.exits.decisions import Answer, select
+from clframe.exits.decisions import Prediction, select
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts
-from clframe.exits.policies import MEASURES, ExitPolicy, Gate, max_probability
+from clframe.exits.policies import CONFIDENCE_MEASURES, ExitPolicy, LearnedConfidence, max_probability
 from clframe.nn import GrowingLinear, Head, Network
 from clframe.nn.backbones import Backbone, mlp, small_cnn
 from clframe.nn.backbones.base import tap_of
 from clframe.nn.network import Ensemble
+
+UNFITTED = ("max_probability", "entropy", "margin", "patience")
 
 CLASSES = (0, 1, 2, 4, 5)  # class 3 is not met: its column is -inf
 BATCHES = (1, 2, 7, 33)
@@ -98,7 +100,7 @@ def ensemble(variant: str) -> Ensemble | None:
 
 VARIANTS = ("plain", "cascade", "boosted", "product", "product to the end", "mean", "geometric")
 # A measure that carries nothing and one that does meet every variant; the others, the plain network.
-PAIRS = [("plain", name) for name in (*MEASURES, "gate")] + [
+PAIRS = [("plain", name) for name in (*UNFITTED, "gate")] + [
     (variant, name) for variant in VARIANTS[1:] for name in ("max_probability", "patience")
 ]
 
@@ -122,14 +124,14 @@ def scores(net: Network, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return net.ensemble(net(x).logits)
 
 
-def reference(net: Network, policy: ExitPolicy, x: torch.Tensor, exits=None) -> Answer:
+def reference(net: Network, policy: ExitPolicy, x: torch.Tensor, exits=None) -> Prediction:
     return select(scores(net, x), policy, exits=exits)
 
 
 def measure(name: str):
     if name != "gate":
-        return MEASURES[name]
-    gate = Gate(4)
+        return CONFIDENCE_MEASURES.get(name)
+    gate = LearnedConfidence(4)
     gate.weight_KD.normal_()
     gate.bias_K.normal_()
     return gate
@@ -147,7 +149,7 @@ def split(net: Network, name: str, x: torch.Tensor) -> tuple[object, tuple[float
     return confidence, tuple(thresholds)
 
 
-def assert_same(answer: Answer, expected: Answer) -> None:
+def assert_same(answer: Prediction, expected: Prediction) -> None:
     assert answer.exit_B.tolist() == expected.exit_B.tolist()
     torch.testing.assert_close(answer.scores_BC, expected.scores_BC)
 
@@ -166,9 +168,9 @@ def test_it_answers_as_if_everything_had_been_computed(kind, variant, name, fall
         dynamic = DynamicNetwork(net, policy, compact=compact)
         assert_same(dynamic(x), expected)
         parts = [dynamic(part) for part in x.split(BATCHES)]
-        assert_same(Answer(*(torch.cat(values) for values in zip(*parts, strict=True))), expected)
+        assert_same(Prediction(*(torch.cat(values) for values in zip(*parts, strict=True))), expected)
     order = torch.randperm(len(x))
-    assert_same(dynamic(x[order]), Answer(expected.scores_BC[order], expected.exit_B[order]))
+    assert_same(dynamic(x[order]), Prediction(expected.scores_BC[order], expected.exit_B[order]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -187,7 +189,7 @@ def test_one_threshold_serves_all_exits_and_some_may_be_disabled(variant, fallba
     assert {0, 2} <= set(by_name.exit_B.tolist())
 
 
-@pytest.mark.parametrize("name", [*MEASURES, "gate"])
+@pytest.mark.parametrize("name", [*UNFITTED, "gate"])
 @pytest.mark.parametrize("classes", [[0], [2], [0, 1]])
 def test_few_classes_are_no_special_case(name, classes):
     net = network("mlp", classes=classes)
@@ -200,7 +202,7 @@ def test_few_classes_are_no_special_case(name, classes):
         assert answer.exit_B.tolist() == [0] * 7
 
 
-@pytest.mark.parametrize("name", [*MEASURES, "gate"])
+@pytest.mark.parametrize("name", [*UNFITTED, "gate"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "masked"])
 def test_threshold_zero_is_the_first_exit(kind, name):
     net = network(kind)
@@ -225,23 +227,23 @@ def test_a_threshold_above_one_is_the_bare_backbone_bit_for_bit(kind, name, vari
         value = stage(value)
     assert torch.equal(answer.scores_BC, net.final(value))
     assert answer.exit_B.tolist() == [3] * 7
-    assert dynamic.computed == (3,)
+    assert dynamic.computed_exits == (3,)
     assert [head.calls for head in net.heads if isinstance(head, Pooled)] == [0, 0, 0]
 
 
 def test_heads_nobody_needs_are_not_computed():
     policy = ExitPolicy(thresholds=(2.0, 0.5, 2.0))
-    computed = {variant: DynamicNetwork(network(variant=variant), policy).computed for variant in VARIANTS}
+    computed = {variant: DynamicNetwork(network(variant=variant), policy).computed_exits for variant in VARIANTS}
     everything = (0, 1, 2, 3)
     assert computed == {
         "plain": (1, 3), "cascade": (0, 1, 3), "boosted": everything, "product": (0, 1, 3),
         "product to the end": everything, "mean": everything, "geometric": (0, 1, 3),
     }  # fmt: skip
-    assert DynamicNetwork(network(), policy).checked == (1,)
+    assert DynamicNetwork(network(), policy).stopping_exits == (1,)
     fallback = ExitPolicy(thresholds=(2.0, 0.5, 2.0), fallback="confident")
-    assert DynamicNetwork(network(), fallback, exits=[0, 1]).computed == (0, 1, 3)
-    assert DynamicNetwork(network(), fallback).computed == everything
-    assert DynamicNetwork(network(), fallback).checked == (1,)
+    assert DynamicNetwork(network(), fallback, exits=[0, 1]).computed_exits == (0, 1, 3)
+    assert DynamicNetwork(network(), fallback).computed_exits == everything
+    assert DynamicNetwork(network(), fallback).stopping_exits == (1,)
 
 
 class Counting(nn.Module):
@@ -260,7 +262,7 @@ def test_stages_process_just_the_samples_that_have_not_left(kind, batch):
     net = network(kind, "cascade")
     x = inputs(net, batch)
     _, thresholds = split(net, "margin", inputs(net, 33))
-    dynamic = DynamicNetwork(net, ExitPolicy(measure=MEASURES["margin"], thresholds=thresholds), compact=0.0)
+    dynamic = DynamicNetwork(net, ExitPolicy(measure=CONFIDENCE_MEASURES.get("margin"), thresholds=thresholds), compact=0.0)
     seen: list[int] = []
     net.backbone.stages = nn.ModuleList(Counting(stage, seen) for stage in net.backbone.stages)
     exit_B = dynamic(x).exit_B
@@ -343,7 +345,7 @@ def test_the_host_waits_once_at_each_checked_exit(name, compact, variant):
     confidence, thresholds = split(net, name, x)
     policy = ExitPolicy(measure=confidence, thresholds=(*thresholds[:2], 2.0), fallback="confident")
     dynamic = DynamicNetwork(net, policy, compact=compact)
-    assert dynamic.checked == (0, 1)
+    assert dynamic.stopping_exits == (0, 1)
     with Syncs() as syncs:
         exit_B = dynamic(x).exit_B
     assert {1, 3} & set(exit_B.tolist())
@@ -361,7 +363,7 @@ def test_channels_last_taps_stay_so_when_samples_leave():
             return self.stage(value)
 
     net.backbone.stages[1] = Watching(net.backbone.stages[1], seen)
-    policy = ExitPolicy(thresholds=split(net, "margin", x)[1], measure=MEASURES["margin"])
+    policy = ExitPolicy(thresholds=split(net, "margin", x)[1], measure=CONFIDENCE_MEASURES.get("margin"))
     expected = reference(net, policy, x)
     assert 0 < (expected.exit_B == 0).sum() < 33
     seen.clear()
@@ -459,7 +461,7 @@ def test_exits_may_differ_in_type(compact, fallback):
     net = network("mlp")
     net.ensemble = Finer()
     x = inputs(net, 33)
-    policy = ExitPolicy(measure=MEASURES["margin"], thresholds=split(net, "margin", x)[1], fallback=fallback)
+    policy = ExitPolicy(measure=CONFIDENCE_MEASURES.get("margin"), thresholds=split(net, "margin", x)[1], fallback=fallback)
     expected = reference(net, policy, x)
     assert {0, 1} <= set(expected.exit_B.tolist())
     assert_same(DynamicNetwork(net, policy, compact=compact)(x), expected)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError, DataError
-from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts, Running, make_ensemble
+from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts, RunningEnsemble, make_ensemble
 from clframe.nn import GrowingLinear, Network, freeze, restore
 from clframe.nn.backbones import mlp
 from clframe.nn.network import Single
@@ -79,7 +79,7 @@ def test_hand_computed_numbers():
     torch.testing.assert_close(ProductOfExperts(3)(logits)[1].exp(), torch.tensor([[0.32**0.5, 0.12**0.5]]))
 
 
-@pytest.mark.parametrize("final", ["alone", "member"])
+@pytest.mark.parametrize("final", ["separate", "member"])
 @pytest.mark.parametrize(("exits", "batch", "classes"), SIZES)
 def test_without_weights_and_biases_geometric_is_the_product_of_experts(exits, batch, classes, final):
     logits = drawn(exits, batch, classes, seed=1)
@@ -93,26 +93,26 @@ def test_without_weights_and_biases_geometric_is_the_product_of_experts(exits, b
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_exit_alone_answers_with_its_own_logits(kind):
     logits = drawn(4, 3, 5)
-    alone, member = made(kind, 4, 5, final="alone"), made(kind, 4, 5)
-    for found in (alone(logits), stepwise(alone, logits)):
+    separate, member = made(kind, 4, 5, final="separate"), made(kind, 4, 5)
+    for found in (separate(logits), stepwise(separate, logits)):
         assert found[-1] is logits[-1]
         assert not torch.equal(found[1], logits[1])
-    assert alone.members == 3
+    assert separate.members == 3
     assert member.members == 4
     assert not torch.allclose(member(logits)[-1].softmax(1), logits[-1].softmax(1))
     if kind != "geometric":  # whose weights are drawn for each size
-        assert all(torch.equal(a, b) for a, b in zip(alone(logits)[:3], member(logits)[:3], strict=True))
-    assert stepwise(alone, logits[:1])[0].shape == (3, 5)
+        assert all(torch.equal(a, b) for a, b in zip(separate(logits)[:3], member(logits)[:3], strict=True))
+    assert stepwise(separate, logits[:1])[0].shape == (3, 5)
 
 
-@pytest.mark.parametrize("final", ["alone", "member"])
+@pytest.mark.parametrize("final", ["separate", "member"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_exit_is_a_plain_network(kind, final):
     logits = drawn(1, 2, 3)
     ensemble = made(kind, 1, 3, final=final, spread=0.0)
     (scores_BC,) = ensemble(logits)
     torch.testing.assert_close(scores_BC.softmax(1), logits[0].softmax(1), rtol=1e-12, atol=0)
-    assert (scores_BC is logits[0]) == (final == "alone")
+    assert (scores_BC is logits[0]) == (final == "separate")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,16 +255,16 @@ def test_the_network_grows_and_restores_its_ensemble():
 
 def test_wrong_numbers_are_one_line():
     logits = drawn(3, 2, 4)
-    with pytest.raises(ConfigError, match=r"^ensemble: found 3 exits; make it for as many, not for 5$"):
+    with pytest.raises(ConfigError, match=r"^ensemble: found 3 exits, expected 5; make it for 3 exits$"):
         ProductOfExperts(5)(logits)
-    with pytest.raises(ConfigError, match=r"^ensemble: found 3 exits; make it for as many, not for 5$"):
+    with pytest.raises(ConfigError, match=r"^ensemble: found 3 exits, expected 5; make it for 3 exits$"):
         Geometric(5)(logits)
     with pytest.raises(ConfigError, match=r"^ensemble: found exit 2, counted from 0; make it for more than 2 exits$"):
         Mean(2).step(2, logits[0], ())
     with pytest.raises(ConfigError, match=r"^ensemble: found 0 exits; give at least 1$"):
         Mean(0)
     for run in (Geometric(3), lambda logits: stepwise(Geometric(3), logits)):
-        with pytest.raises(DataError, match=r"^ensemble: found logits of 4 classes; grow it from 0 to as many$"):
+        with pytest.raises(DataError, match=r"^ensemble: found logits of 4 classes; grow it from 0 to 4$"):
             run(logits)
     with pytest.raises(ConfigError, match=r"^ensemble: found 'sum'; give 'single', 'boosted', 'geometric', 'mean'"):
         make_ensemble("sum", exits=3)
@@ -275,5 +275,5 @@ def test_names_make_the_classes():
     assert isinstance(make_ensemble("boosted", exits=3), Single)
     found = [type(make_ensemble(kind, exits=3)) for kind in KINDS]
     assert found == [Geometric, ProductOfExperts, Mean]
-    assert all(issubclass(kind, Running) for kind in found)
+    assert all(issubclass(kind, RunningEnsemble) for kind in found)
     assert isinstance(make_ensemble("mean", exits=3), nn.Module)

@@ -27,7 +27,7 @@ def cached(exits: int, samples: int, classes: int) -> tuple[torch.Tensor, torch.
     return sure_K * (logits_KNC + 1.2 * hint_NC), y_N
 
 
-def geometric(exits: int, classes: int, *, deviation: float = 0.01, final: str = "alone", seed: int = 1) -> Geometric:
+def geometric(exits: int, classes: int, *, deviation: float = 0.01, final: str = "separate", seed: int = 1) -> Geometric:
     torch.manual_seed(seed)
     ensemble = Geometric(exits, deviation=deviation, final=final)
     ensemble.grow(range(classes))
@@ -43,7 +43,7 @@ def nll(ensemble, logits_KNC, y_N) -> torch.Tensor:
     return torch.stack([cross_entropy(scores_NC, y_N) for scores_NC in scores])
 
 
-@pytest.mark.parametrize("final", ["alone", "member"])
+@pytest.mark.parametrize("final", ["separate", "member"])
 def test_a_fitted_ensemble_is_better_on_its_data_than_the_product_of_experts(final):
     logits_KNC, y_N = cached(4, 500, 6)
     ensemble = geometric(4, 6, final=final)

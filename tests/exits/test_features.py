@@ -9,15 +9,15 @@ from clframe.data import TensorSamples
 from clframe.data.augmentation import Flip
 from clframe.exits import make_head
 from clframe.nn import BACKBONES, Network
-from clframe.nn.features import embedded, exit_features
+from clframe.nn.features import embed_tap, exit_features
 
 
 def test_embedded_by_the_shape_of_the_tap():
     image = torch.arange(24.0).reshape(2, 3, 2, 2)
-    assert torch.equal(embedded(image), image.flatten(2).mean(2))
+    assert torch.equal(embed_tap(image), image.flatten(2).mean(2))
     tokens = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(embedded(tokens), tokens[:, 0])
-    assert torch.equal(embedded(tokens[0]), tokens[0])
+    assert torch.equal(embed_tap(tokens), tokens[:, 0])
+    assert torch.equal(embed_tap(tokens[0]), tokens[0])
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
@@ -39,7 +39,7 @@ def test_features_of_every_exit_as_in_evaluation_whatever_the_batch(size):
         taps = network.eval()(data.x[order], taps=network.exit_taps).taps
     for exit, name in enumerate(network.exit_taps):
         found = torch.cat([features[exit] for features, _ in batches])
-        torch.testing.assert_close(found, embedded(taps[name]))
+        torch.testing.assert_close(found, embed_tap(taps[name]))
         assert not found.requires_grad
     assert sum(len(y) for _, y in exit_features(network, data)) == 7
     assert not network.training

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.exits.fusion import SlicedMaxAverage, folded
+from clframe.exits.fusion import SlicedMaxAverage, fuse_batch_norm
 from clframe.exits.head_kinds import make_head
-from clframe.exits.layers import MaxAverage
+from clframe.exits.layers import MaxAveragePool
 from clframe.nn import GrowingLinear, Head, Network
 from clframe.nn.backbones import Backbone, resnet20, small_cnn, vgg11, wrn16_2
 
@@ -69,7 +69,7 @@ def resnet(shortcut: str) -> Network:
 def test_a_folded_network_answers_the_same(make, left, memory_format):
     torch.manual_seed(0)
     network = lived(make())
-    fast = folded(network, memory_format=memory_format)
+    fast = fuse_batch_norm(network, memory_format=memory_format)
     x = torch.randn(7, *network.input_shape)
     with torch.no_grad():
         for a, b in zip(fast(x).logits, network(x).logits, strict=True):
@@ -81,7 +81,7 @@ def test_normalizations_before_a_convolution_stay():
     torch.manual_seed(0)
     network = lived(Network(wrn16_2((3, 8, 8))))
     before = norms(network)
-    fast = folded(network)
+    fast = fuse_batch_norm(network)
     assert 0 < norms(fast) < before
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(fast(x).last, network(x).last, rtol=1e-5, atol=1e-5)
@@ -92,7 +92,7 @@ def test_the_original_is_left_alone_and_the_copy_is_frozen():
     network.grow([0, 1])
     state = copy.deepcopy(network.state_dict())
     network.train()
-    fast = folded(network, memory_format="channels_last")
+    fast = fuse_batch_norm(network, memory_format="channels_last")
     assert network.training and all(p.requires_grad for p in network.parameters())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert not any(part.training for part in fast.modules())
@@ -159,7 +159,7 @@ def test_only_a_convolution_of_its_own_takes_a_normalization_in(stage, left):
     torch.manual_seed(0)
     stages = [("stage", stage(), (4, 2, 2)), ("flat", nn.Flatten(), (16,))]
     network = lived(Network(Backbone(stages, input_shape=(3, 2, 2))))
-    fast = folded(network)
+    fast = fuse_batch_norm(network)
     assert norms(fast) == left
     x = torch.randn(5, 3, 2, 2)
     torch.testing.assert_close(fast(x).last, network(x).last, rtol=1e-5, atol=1e-5)
@@ -169,7 +169,7 @@ def test_only_a_convolution_of_its_own_takes_a_normalization_in(stage, left):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_pooling_by_slices_is_pooling(shape, memory_format):
     x = torch.randn(shape).to(memory_format=memory_format)
-    (maximum, average), (expected, mean) = SlicedMaxAverage(least=0)(x), MaxAverage()(x)
+    (maximum, average), (expected, mean) = SlicedMaxAverage(least=0)(x), MaxAveragePool()(x)
     assert torch.equal(maximum, expected)
     torch.testing.assert_close(average, mean)
 
@@ -186,7 +186,7 @@ def test_pooling_heads_answer_the_same_channels_last(per_experience):
     network = lived(network)
     x = torch.randn(7, 3, 12, 10)
     for memory_format, sliced in (("contiguous", 0), ("channels_last", 3)):
-        fast = folded(network, memory_format=memory_format)
+        fast = fuse_batch_norm(network, memory_format=memory_format)
         for part in fast.modules():
             if isinstance(part, SlicedMaxAverage):
                 part.least = 0

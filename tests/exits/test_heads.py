@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clframe.errors import DataError
 from clframe.exits.head_kinds import make_head
-from clframe.exits.heads import ExitHead, PerExperience, linear_joined
+from clframe.exits.heads import ExitHead, PerExperienceHead, apply_batched_linear
 from clframe.nn.heads import GrowingLinear
 
 TAP = (3, 7, 5)
 
 
-def grown(*steps: list[int], kind: str = "pool", seed: int = 0, cascade: bool = False) -> PerExperience:
+def grown(*steps: list[int], kind: str = "pool", seed: int = 0, cascade: bool = False) -> PerExperienceHead:
     torch.manual_seed(seed)
     head = make_head(kind, TAP, per_experience=True, cascade=cascade)
     for classes in steps:
@@ -86,7 +86,7 @@ def test_the_products_of_all_heads_may_be_joined(sizes, batch):
     slow = torch.autograd.grad(plain.square().sum(), parameters)
     for features in (x, list(x)):
         with FlopCounterMode(display=False) as counter:
-            joined = torch.cat(linear_joined(classifiers, features), 1)
+            joined = torch.cat(apply_batched_linear(classifiers, features), 1)
         assert counter.get_total_flops() == 2 * batch * 6 * sum(sizes)
         torch.testing.assert_close(joined, plain)
         fast = torch.autograd.grad(joined.square().sum(), parameters)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clframe.accounting.macs import count_parameters, stage_macs
 from clframe.errors import ConfigError, UnknownNameError
-from clframe.exits.head_kinds import make_head, matched_head
+from clframe.exits.head_kinds import make_head, make_matched_head
 from clframe.nn import Network, restore
 from clframe.nn.backbones import Backbone, mlp, resnet32, small_cnn
 from clframe.nn.types import Output
@@ -143,7 +143,7 @@ def test_wrong_heads_are_one_line():
     with pytest.raises(ConfigError, match=r"^exits\.token: found 'last'; give 'first' or 'mean'$"):
         make_head("token", (4, 2), token="last")
     with pytest.raises(ConfigError, match=r"^exits\.matched: found 0; give 1 or more$"):
-        matched_head((4,), features=0)
+        make_matched_head((4,), features=0)
 
 
 TAPS = ("layer1.2", "layer1.4", "layer2.1", "layer2.3", "layer3.0", "layer3.2")
@@ -155,7 +155,7 @@ def with_exits(*, per_experience: bool, matched: bool = False) -> Network:
     heads = [make_head("pool", backbone.tap_shapes[tap], per_experience=per_experience) for tap in TAPS]
     if matched:
         shape = backbone.tap_shapes["pool"]
-        heads = [matched_head(shape, features=head.features, per_experience=per_experience) for head in heads]
+        heads = [make_matched_head(shape, features=head.features, per_experience=per_experience) for head in heads]
     network = Network(backbone, exits=[("pool" if matched else tap, h) for tap, h in zip(TAPS, heads, strict=True)])
     for classes in EXPERIENCES:
         network.grow(classes)
@@ -184,7 +184,7 @@ def test_resnet32_with_six_auxiliary_classifiers_has_the_published_parameters():
 def test_a_matched_head_is_repeated_or_averaged_features_and_a_linear_layer(per_experience):
     x = torch.randn(3, 6)
     for features, expected in [(12, x.repeat_interleave(2, 1)), (3, x.unflatten(1, (3, 2)).mean(2)), (6, x)]:
-        head = matched_head((6,), features=features, per_experience=per_experience)
+        head = make_matched_head((6,), features=features, per_experience=per_experience)
         head.grow([0, 1])
         inner = head.heads[0] if per_experience else head
         torch.testing.assert_close(head(x), linear(inner, expected))
@@ -276,3 +276,46 @@ def test_heads_on_a_perceptron_learn():
         sum(F.cross_entropy(logits_BC, y) for logits_BC in network(x).logits).backward()
         optimizer.step()
     assert all((logits_BC.argmax(1) == y).all() for logits_BC in network(x).logits)
+
+
+def test_published_heads_have_the_grids_of_the_authors_code():
+    """The convolution of conv_large has no padding, and adaptive pooling always returns the whole grid."""
+    torch.manual_seed(0)
+    head = make_head("conv_large", (4, 28, 28), as_published=True)
+    head.grow([0, 1])
+    conv, pool = head.layers[1], head.layers[2]
+    x = torch.randn(2, 4, 28, 28)
+    hidden = F.conv2d(x.relu(), conv.weight, conv.bias, stride=2)
+    assert tuple(hidden.shape[2:]) == (13, 13) and conv.padding == (0, 0)
+    pooled = pool.a * F.adaptive_max_pool2d(hidden, 4) + (1 - pool.a) * F.adaptive_avg_pool2d(hidden, 4)
+    torch.testing.assert_close(head(x), linear(head, pooled.flatten(1)))
+    small = make_head("conv", (4, 3, 3), as_published=True)
+    small.grow([0, 1])
+    conv, pool = small.layers[0], small.layers[2]
+    x = torch.randn(2, 4, 3, 3)
+    hidden = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+    pooled = pool.a * F.adaptive_max_pool2d(hidden, 4) + (1 - pool.a) * F.adaptive_avg_pool2d(hidden, 4)
+    assert small.features == 4 * 4 * 4 and make_head("conv", (4, 3, 3)).features == 4 * 3 * 3
+    torch.testing.assert_close(small(x), linear(small, pooled.flatten(1)))
+
+
+@pytest.mark.parametrize(("pooling", "shape", "grid"), [
+    ("2x2", (3, 7, 7), (3, 3)), ("2x2_ceil", (3, 7, 7), (4, 4)), ("2x2_ceil", (3, 8, 5), (4, 3)),
+    ("4x4", (3, 8, 8), (2, 2)), ("4x4", (3, 2, 2), (1, 1)), ("4x4", (3, 9, 4), (2, 1)),
+])  # fmt: skip
+@pytest.mark.parametrize("per_experience", [False, True])
+def test_windows_of_the_pooling_head(pooling, shape, grid, per_experience):
+    head = make_head("pool", shape, pooling=pooling, per_experience=per_experience)
+    assert head.features == 3 * grid[0] * grid[1]
+    head.grow([0, 1])
+    x = torch.randn(2, *shape)
+    if pooling == "2x2_ceil":
+        maximum, average = F.adaptive_max_pool2d(x, grid), F.adaptive_avg_pool2d(x, grid)
+    else:
+        kernel = [min(int(pooling[0]), side) for side in shape[1:]]
+        maximum, average = F.max_pool2d(x, kernel), F.avg_pool2d(x, kernel)
+    own = head.heads[0] if per_experience else head
+    a = next(part.a for part in own.modules() if hasattr(part, "a"))
+    torch.testing.assert_close(head(x), linear(own, (a * maximum + (1 - a) * average).flatten(1)))
+    with pytest.raises(ConfigError, match=r"^exits\.pooling: found '3x3'; give one of 2x2, 2x2_ceil, 4x4"):
+        make_head("pool", shape, pooling="3x3")

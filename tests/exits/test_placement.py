@@ -11,7 +11,16 @@ from torch import nn
 from clframe.accounting.macs import stage_macs
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.exits import placement
-from clframe.exits.placement import Placement, at_cost, at_latency, every, named, place, preset, stage_seconds
+from clframe.exits.placement import (
+    ExitPlacement,
+    at_cost,
+    at_latency,
+    at_taps,
+    every_nth_tap,
+    place_exits,
+    published_placement,
+    stage_seconds,
+)
 from clframe.nn import Backbone, GrowingLinear, Network
 from clframe.nn.backbones import mlp, resnet18, resnet20, resnet32, small_cnn, vgg16, vgg19, vit_tiny, wrn16_2
 
@@ -36,7 +45,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(("build", "exits", "weights"), PUBLISHED)
 def test_published_taps_exist_in_order_and_before_the_last(build, exits, weights):
     backbone = build()
-    found = preset(backbone.names, exits=exits)
+    found = published_placement(backbone.names, exits=exits)
     assert found.weights == weights
     assert len(found.taps) == len(weights)
     depth = [backbone.tap(tap) for tap in found.taps]
@@ -46,19 +55,17 @@ def test_published_taps_exist_in_order_and_before_the_last(build, exits, weights
 
 def test_resnet32_with_twelve_exits_has_one_after_every_block_but_the_first_two_and_the_last():
     backbone = resnet32(IMAGE, width=2)
-    found = preset(backbone.names, exits=12)
+    found = published_placement(backbone.names, exits=12)
     assert found.taps == backbone.names[3:15]
     assert (found.taps[0], found.taps[-1]) == ("layer1.2", "layer3.3")
-    assert (found.weights[0], found.weights[-1]) == (0.15, 0.95)
-    steps = [b - a for a, b in zip(found.weights, found.weights[1:], strict=False)]
-    assert steps == pytest.approx([0.8 / 11] * 11, abs=1.1e-3)
+    assert found.weights == (0.15, 0.225, 0.3, 0.375, 0.45, 0.525, 0.6, 0.675, 0.75, 0.825, 0.9, 0.95)
 
 
 def test_vgg_taps_are_those_of_torchvisions_features():
     outputs = [2, 6, 9, 13, 16, 19, 22, 26, 29, 32, 35, 39, 42, 45, 48, 52]  # of its 16 convolutional stages
     backbone = vgg19(IMAGE, width=4, hidden=8)
     wanted = [backbone.names[outputs.index(place)] for place in (6, 13, 19, 26, 32, 39, 45, 52)]
-    assert preset(backbone.names).taps == (*wanted, "fc1", "fc2")
+    assert published_placement(backbone.names).taps == (*wanted, "fc1", "fc2")
 
 
 @pytest.mark.parametrize(
@@ -66,46 +73,46 @@ def test_vgg_taps_are_those_of_torchvisions_features():
     [resnet20(IMAGE, width=2), vgg16(IMAGE, width=4, hidden=8), vit(11), small_cnn(IMAGE, width=2), mlp((1, 2, 2))],
 )
 def test_other_backbones_have_no_published_taps_although_some_names_are_the_same(backbone):
-    with pytest.raises(ConfigError, match=r"^exits: found no published taps for .*; name taps, or .*resnet32, resnet18"):
-        preset(backbone.names)
+    with pytest.raises(ConfigError, match=r"^exits: found no published taps for .*; give taps, or .*resnet32, resnet18"):
+        published_placement(backbone.names)
 
 
 def test_another_number_of_exits_names_the_published_ones():
     with pytest.raises(ConfigError, match=r"^exits: found 5 exits for resnet32; published are 6, 3, 12$"):
-        preset(resnet32(IMAGE, width=2).names, exits=5)
+        published_placement(resnet32(IMAGE, width=2).names, exits=5)
 
 
 def test_named_taps_weigh_by_their_place():
     backbone = small_cnn(IMAGE, width=2, depth=3)
-    found = named(backbone, ["block1", "block3", "block3"])
-    assert found == Placement(("block1", "block3", "block3"), (0.25, 0.5, 0.75))
+    found = at_taps(backbone, ["block1", "block3", "block3"])
+    assert found == ExitPlacement(("block1", "block3", "block3"), (0.25, 0.5, 0.75))
     with pytest.raises(UnknownNameError, match=r"unknown tap 'blok2'; did you mean 'block2'\?"):
-        named(backbone, ["blok2"])
+        at_taps(backbone, ["blok2"])
     with pytest.raises(ConfigError, match=r"^exits: found taps block2, block1; list them in order of depth$"):
-        named(backbone, ["block2", "block1"])
+        at_taps(backbone, ["block2", "block1"])
     with pytest.raises(ConfigError, match=r"^exits: found no taps; name at least one$"):
-        named(backbone, [])
+        at_taps(backbone, [])
 
 
 def test_every_nth_tap_leaves_the_last_one_out():
     backbone = mlp((1, 2, 2), width=3, depth=7)
-    assert every(backbone, 1).taps == tuple(f"layer{i}" for i in range(1, 7))
-    assert every(backbone, 2).taps == ("layer2", "layer4", "layer6")
-    assert every(backbone, 2).weights == (0.25, 0.5, 0.75)
-    assert every(backbone, 6).taps == ("layer6",)
-    assert every(mlp((1, 2, 2), depth=6), 3).taps == ("layer3",)
+    assert every_nth_tap(backbone, 1).taps == tuple(f"layer{i}" for i in range(1, 7))
+    assert every_nth_tap(backbone, 2).taps == ("layer2", "layer4", "layer6")
+    assert every_nth_tap(backbone, 2).weights == (0.25, 0.5, 0.75)
+    assert every_nth_tap(backbone, 6).taps == ("layer6",)
+    assert every_nth_tap(mlp((1, 2, 2), depth=6), 3).taps == ("layer3",)
     for n in (0, -1, 7):
         with pytest.raises(ConfigError, match=rf"^exits: found every {n} of 6 taps before the last; give a number"):
-            every(backbone, n)
+            every_nth_tap(backbone, n)
     with pytest.raises(ConfigError, match="found every 1 of 0 taps"):
-        every(mlp((1, 2, 2), depth=1), 1)
+        every_nth_tap(mlp((1, 2, 2), depth=1), 1)
 
 
 def test_shares_find_the_nearest_taps():
     costs = {"a": 10, "exit/a": 1000, "b": 20, "c": 30, "d": 40, "exit/final": 7}
-    assert at_cost(costs, [0.25, 0.5]) == Placement(("b", "c"), (0.3, 0.6))
-    assert at_cost(costs, [0.01]) == Placement(("a",), (0.1,))
-    assert at_cost(costs, [0.99]) == Placement(("c",), (0.6,))
+    assert at_cost(costs, [0.25, 0.5]) == ExitPlacement(("b", "c"), (0.3, 0.6))
+    assert at_cost(costs, [0.01]) == ExitPlacement(("a",), (0.1,))
+    assert at_cost(costs, [0.99]) == ExitPlacement(("c",), (0.6,))
     assert at_cost(costs, [0.1, 0.3, 0.6]).taps == ("a", "b", "c")
     # Both are nearest to b; together a and b are nearer than b and c.
     assert at_cost(costs, [0.25, 0.3]).taps == ("a", "b")
@@ -113,8 +120,8 @@ def test_shares_find_the_nearest_taps():
 
 
 def test_of_taps_of_equal_cost_the_first_is_taken_and_a_weight_is_never_zero():
-    assert at_cost({"a": 0, "b": 2, "flat": 0, "c": 2}, [0.5]) == Placement(("b",), (0.5,))
-    assert at_cost({"a": 0, "b": 2, "flat": 0, "c": 2}, [0.1]) == Placement(("a",), (0.01,))
+    assert at_cost({"a": 0, "b": 2, "flat": 0, "c": 2}, [0.5]) == ExitPlacement(("b",), (0.5,))
+    assert at_cost({"a": 0, "b": 2, "flat": 0, "c": 2}, [0.1]) == ExitPlacement(("a",), (0.01,))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -153,7 +160,7 @@ def test_shares_that_mean_nothing(shares):
 
 
 def test_more_shares_than_taps():
-    with pytest.raises(ConfigError, match=r"^exits: found 2 shares for 1 taps before the last; give no more than taps$"):
+    with pytest.raises(ConfigError, match=r"^exits: found 2 shares for 1 taps before the last; give at most one per tap$"):
         at_cost({"a": 1, "b": 1}, [0.2, 0.5])
     with pytest.raises(ConfigError, match=r"^exits: found 1 shares for 0 taps"):
         at_cost({"a": 0, "b": 0}, [0.2])
@@ -183,11 +190,11 @@ def test_time_is_the_median_of_the_passes_after_the_first(monkeypatch):
             ticks += [now, now + second]
             now += second + 0.5
     clock = iter(ticks * 2)
-    monkeypatch.setattr(placement, "_now", lambda x: next(clock))
+    monkeypatch.setattr(placement, "_synchronized_time", lambda x: next(clock))
     assert stage_seconds(backbone, batch=4, repetitions=3) == {"a": 1, "b": 3, "c": 6}
     assert calls == [(False, False, 4)] * 12
     assert backbone.training
-    assert at_latency(backbone, [0.15, 0.3], repetitions=3) == Placement(("a", "b"), (0.15, 0.3))
+    assert at_latency(backbone, [0.15, 0.3], repetitions=3) == ExitPlacement(("a", "b"), (0.15, 0.3))
 
 
 def test_real_time_is_measured():
@@ -199,24 +206,24 @@ def test_real_time_is_measured():
 def test_place_takes_the_option_given():
     network = Network(resnet32(IMAGE, width=2))
     names = network.backbone.names
-    assert place(network) == preset(names)
-    assert place(network, count=3) == preset(names, exits=3)
-    assert place(network, taps=["stem"]) == named(network.backbone, ["stem"])
-    assert place(network, nth=4) == every(network.backbone, 4)
-    assert place(network, cost_shares=[0.3]) == at_cost(stage_macs(network), [0.3])
-    assert len(place(network, latency_shares=[0.3, 0.6]).taps) == 2
-    assert place(network, count=3, values=[0.1, 0.2, 0.3]) == Placement(preset(names, exits=3).taps, (0.1, 0.2, 0.3))
+    assert place_exits(network) == published_placement(names)
+    assert place_exits(network, count=3) == published_placement(names, exits=3)
+    assert place_exits(network, taps=["stem"]) == at_taps(network.backbone, ["stem"])
+    assert place_exits(network, nth=4) == every_nth_tap(network.backbone, 4)
+    assert place_exits(network, cost_shares=[0.3]) == at_cost(stage_macs(network), [0.3])
+    assert len(place_exits(network, latency_shares=[0.3, 0.6]).taps) == 2
+    assert place_exits(network, count=3, values=[0.1, 0.2, 0.3]) == ExitPlacement(published_placement(names, exits=3).taps, (0.1, 0.2, 0.3))
     with pytest.raises(ConfigError, match=r"^exits: found 2 weights for 3 exits; give one for each$"):
-        place(network, count=3, values=[0.1, 0.2])
+        place_exits(network, count=3, values=[0.1, 0.2])
     plain = Network(mlp((1, 2, 2), depth=3))
-    assert place(plain).taps == ("layer1", "layer2")
+    assert place_exits(plain).taps == ("layer1", "layer2")
     with pytest.raises(ConfigError, match=r"^exits: found no published taps for layer1, layer2, layer3"):
-        place(plain, count=2)
+        place_exits(plain, count=2)
 
 
 def test_exits_that_are_there_do_not_move_the_next_ones():
     network = Network(mlp((1, 2, 2), width=4, depth=5))
-    before = place(network, cost_shares=[0.2, 0.7])
+    before = place_exits(network, cost_shares=[0.2, 0.7])
     network.attach([("layer1", GrowingLinear(4)), ("layer4", GrowingLinear(4))])
     network.grow(range(50))
-    assert place(network, cost_shares=[0.2, 0.7]) == before
+    assert place_exits(network, cost_shares=[0.2, 0.7]) == before

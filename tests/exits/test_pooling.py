@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clframe.exits.layers import Blend, FlattenTo, MaxAverage, SDNPool
+from clframe.exits.layers import Blend, FlattenTo, MaxAveragePool, SDNPool
 
 SIZES = [(8, 8), (7, 5), (1, 6), (3, 1), (1, 1), (32, 9), (14, 14), (4, 3)]
 
@@ -24,7 +24,7 @@ def pool_with(a: float, size: int | None = None) -> SDNPool:
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_a_of_zero_is_the_average_and_of_one_the_maximum(shape, size):
     x = torch.randn(2, 3, *shape)
-    maximum, average = MaxAverage(size=size)(x)
+    maximum, average = MaxAveragePool(size=size)(x)
     assert torch.equal(pool_with(0, size)(x), average)
     assert torch.equal(pool_with(1, size)(x), maximum)
     for a in (0.3, -0.5, 1.7):  # a is not held in [0, 1]
@@ -33,12 +33,12 @@ def test_a_of_zero_is_the_average_and_of_one_the_maximum(shape, size):
 
 def test_windows_of_two_drop_the_last_of_an_odd_side_and_leave_a_side_of_one():
     x = torch.arange(15.0).reshape(1, 1, 5, 3)
-    maximum, average = MaxAverage()(x)
+    maximum, average = MaxAveragePool()(x)
     assert maximum.tolist() == [[[[4.0], [10.0]]]]  # rows 0-1 and 2-3, columns 0-1
     assert average.tolist() == [[[[2.0], [8.0]]]]
     row = torch.arange(5.0).reshape(1, 1, 1, 5)
-    assert MaxAverage()(row)[0].tolist() == [[[[1.0, 3.0]]]]
-    assert MaxAverage()(row)[1].tolist() == [[[[0.5, 2.5]]]]
+    assert MaxAveragePool()(row)[0].tolist() == [[[[1.0, 3.0]]]]
+    assert MaxAveragePool()(row)[1].tolist() == [[[[0.5, 2.5]]]]
     one = torch.randn(2, 3, 1, 1)
     assert torch.equal(SDNPool()(one), one)
 
@@ -48,7 +48,7 @@ def test_windows_of_two_drop_the_last_of_an_odd_side_and_leave_a_side_of_one():
 def test_pooling_to_a_size_is_torchs_adaptive_pooling(shape, size):
     x = torch.randn(2, 3, *shape, dtype=torch.float64)
     target = (min(size, shape[0]), min(size, shape[1]))
-    maximum, average = MaxAverage(size=size)(x)
+    maximum, average = MaxAveragePool(size=size)(x)
     assert torch.equal(maximum, F.adaptive_max_pool2d(x, target))
     torch.testing.assert_close(average, F.adaptive_avg_pool2d(x, target))
     assert maximum.shape[2:] == average.shape[2:] == target
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_formula(size):
     torch.manual_seed(0)
     pool = SDNPool(size=size).double()
     x = torch.randn(2, 2, 7, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, a: torch.lerp(*MaxAverage(size=size)(x)[::-1], a), (x, pool.a))
+    assert torch.autograd.gradcheck(lambda x, a: torch.lerp(*MaxAveragePool(size=size)(x)[::-1], a), (x, pool.a))
     pool(x).sum().backward()
     maximum, average = pool.pools(x)
     torch.testing.assert_close(pool.a.grad, (maximum - average).sum())

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from clframe.exits.decisions import confident, last, mean, oracle, select, vote
-from clframe.exits.policies import MEASURES, ExitPolicy, max_probability
+from clframe.exits.policies import CONFIDENCE_MEASURES, ExitPolicy, max_probability
+
+UNFITTED = ("max_probability", "entropy", "margin", "patience")
 
 INF = float("inf")
 
@@ -42,9 +44,9 @@ def test_the_last_exit_answers_as_it_is():
 @pytest.mark.parametrize("name", ["max_probability", "entropy", "margin"])
 def test_the_most_confident_exit_answers(name):
     scores = drawn()
-    answer = confident(scores, measure=MEASURES[name])
+    answer = confident(scores, measure=CONFIDENCE_MEASURES.get(name))
     for sample, exit in enumerate(answer.exit_B.tolist()):
-        sure = [MEASURES[name](k, scores[k], ())[0][sample].item() for k in range(4)]
+        sure = [CONFIDENCE_MEASURES.get(name)(k, scores[k], ())[0][sample].item() for k in range(4)]
         assert exit == sure.index(max(sure))
         assert torch.equal(answer.scores_BC[sample], scores[exit][sample])
 
@@ -111,7 +113,7 @@ def test_select_takes_the_first_exit_that_fires_else_the_fallback(fallback, exit
 
 def test_the_extremes_are_the_first_exit_and_the_last():
     scores = drawn()
-    for measure in MEASURES.values():
+    for measure in map(CONFIDENCE_MEASURES.get, UNFITTED):
         assert select(scores, ExitPolicy(measure=measure, thresholds=0.0)).exit_B.tolist() == [0] * 33
         nobody = select(scores, ExitPolicy(measure=measure, thresholds=1.0001))
         assert torch.equal(nobody.scores_BC, scores[-1])
@@ -121,9 +123,9 @@ def test_the_extremes_are_the_first_exit_and_the_last():
 def test_patience_waits_for_exits_that_agree():
     named = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 2], [2, 2, 2, 2]])
     scores = list(torch.nn.functional.one_hot(named.T, 3).float())
-    once = select(scores, ExitPolicy(measure=MEASURES["patience"], thresholds=1 / 2))
+    once = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=1 / 2))
     assert once.exit_B.tolist() == [2, 1, 3, 1]
-    twice = select(scores, ExitPolicy(measure=MEASURES["patience"], thresholds=2 / 3))
+    twice = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=2 / 3))
     assert twice.exit_B.tolist() == [3, 3, 3, 2]
-    skipping = select(scores, ExitPolicy(measure=MEASURES["patience"], thresholds=1 / 2), exits=[0, 2])
+    skipping = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=1 / 2), exits=[0, 2])
     assert skipping.exit_B.tolist() == [3, 3, 2, 2]

@@ -10,13 +10,13 @@ from torch.autograd import gradcheck
 
 from clframe.functional.class_incremental import (
     among,
-    bias_corrected,
     binary_cross_entropy,
     binary_distillation,
     columns,
+    correct_bias,
     decoupled_cross_entropy,
     fit_bias,
-    mean_scores,
+    nearest_mean_scores,
     separated_cross_entropy,
 )
 from clframe.functional.losses import cross_entropy
@@ -138,15 +138,15 @@ def test_columns_of_classes_not_met_do_no_harm():
     )
     total.sum().backward()
     assert torch.isfinite(total).all() and torch.isfinite(z.grad).all() and (z.grad[:, 1] == 0).all()
-    corrected = bias_corrected([z], torch.ones(1, 5), torch.zeros(1, 5))[0]
+    corrected = correct_bias([z], torch.ones(1, 5), torch.zeros(1, 5))[0]
     assert torch.equal(corrected, z.detach())
 
 
 def test_bias_correction_is_by_column_and_exit():
     alpha_KC, beta_KC = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[0.0, -1.0], [0.5, 0.0]])
     z = [torch.tensor([[1.0, 1.0, 7.0]]), torch.tensor([[2.0, 2.0, 7.0]])]
-    assert [part.tolist() for part in bias_corrected(z, alpha_KC, beta_KC)] == [[[1, 1, 7]], [[6.5, 2, 7]]]
-    narrow = bias_corrected([part[:, :1] for part in z], alpha_KC, beta_KC)
+    assert [part.tolist() for part in correct_bias(z, alpha_KC, beta_KC)] == [[[1, 1, 7]], [[6.5, 2, 7]]]
+    narrow = correct_bias([part[:, :1] for part in z], alpha_KC, beta_KC)
     assert [part.tolist() for part in narrow] == [[[1]], [[6.5]]]
 
 
@@ -200,15 +200,15 @@ def test_samples_told_apart_perfectly_and_a_strong_pull():
 
 def test_nearest_mean_scores_longhand():
     features, means = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0], [5.0, 0.0], [1.0, 1.0]])
-    scores = mean_scores(features, means, torch.tensor([True, True, False]), classes=4)
+    scores = nearest_mean_scores(features, means, torch.tensor([True, True, False]), classes=4)
     expected = [-(0.6**2 + 0.2**2), -(0.4**2 + 0.8**2), -math.inf, -math.inf]
     assert scores[0].tolist() == pytest.approx(expected)
-    torch.testing.assert_close(scores, mean_scores(7 * features, 3 * means, torch.tensor([True, True, False]), classes=4))
+    torch.testing.assert_close(scores, nearest_mean_scores(7 * features, 3 * means, torch.tensor([True, True, False]), classes=4))
 
 
 def test_scores_of_half_precision_features_are_single_and_never_above_zero():
     unit = torch.nn.functional.normalize(torch.randn(50, 9), dim=1)
-    scores = mean_scores(unit.half(), unit, torch.ones(50, dtype=torch.bool), classes=50)
+    scores = nearest_mean_scores(unit.half(), unit, torch.ones(50, dtype=torch.bool), classes=50)
     assert scores.dtype == torch.float32 and (scores <= 0).all()
     assert scores.argmax(1).tolist() == list(range(50))
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from clframe.functional.prototypes import alignment, consolidated_rows
+from clframe.functional.prototypes import alignment, consolidate_rows
 
 
 def test_alignment_is_the_ratio_of_mean_lengths():
@@ -26,7 +26,7 @@ def test_alignment_without_rows_or_length_is_one():
 def test_consolidated_rows_class_by_class():
     kept, fresh = torch.randn(4, 3), torch.randn(4, 3)
     past, now = torch.tensor([9, 5, 0, 0]), torch.tensor([4, 0, 7, 0])
-    weight, count = consolidated_rows(kept, past, fresh, now)
+    weight, count = consolidate_rows(kept, past, fresh, now)
     mean = (fresh[0].sum() + fresh[2].sum()) / 6
     ratio = math.sqrt(9 / 4)
     assert torch.allclose(weight[0], (kept[0] * ratio + fresh[0] - mean) / (ratio + 1))

@@ -10,14 +10,14 @@ import torch
 from clframe.functional.prototypes import (
     cosines,
     discriminant,
-    exact,
-    for_met_classes,
     held_out_errors,
+    mask_unmet_classes,
+    pad_classes,
     random_features,
     ridge_regression,
-    scatter_of,
-    updated_means,
-    widened,
+    scatter_update,
+    to_double,
+    update_means,
 )
 
 FEATURES, CLASSES = 5, 4
@@ -35,8 +35,8 @@ def streamed(x, y, size, *, published=False):
     mean, count = torch.zeros(CLASSES, FEATURES, dtype=torch.float64), torch.zeros(CLASSES, dtype=torch.float64)
     scatter = torch.zeros(FEATURES, FEATURES, dtype=torch.float64)
     for x_B, y_B in zip(x.split(size), y.split(size), strict=True):
-        scatter += scatter_of(x_B, y_B, mean, count, total=count.sum() if published else None)
-        mean, count = updated_means(mean, count, x_B, y_B)
+        scatter += scatter_update(x_B, y_B, mean, count, total=count.sum() if published else None)
+        mean, count = update_means(mean, count, x_B, y_B)
     return mean, count, scatter
 
 
@@ -143,8 +143,8 @@ def test_cosines_and_random_features_longhand():
 
 
 def test_small_parts():
-    assert exact(torch.ones(2)).dtype == torch.float64
-    assert widened(torch.ones(2, 3), 1).shape == (2, 3) and widened(torch.ones(2, 3), 5)[2:].abs().sum() == 0
-    scores = for_met_classes(torch.ones(2, 3), torch.tensor([True, False, True]), classes=4)
+    assert to_double(torch.ones(2)).dtype == torch.float64
+    assert pad_classes(torch.ones(2, 3), 1).shape == (2, 3) and pad_classes(torch.ones(2, 3), 5)[2:].abs().sum() == 0
+    scores = mask_unmet_classes(torch.ones(2, 3), torch.tensor([True, False, True]), classes=4)
     assert scores.tolist() == [[1.0, -math.inf, 1.0, -math.inf]] * 2
-    assert for_met_classes(torch.ones(1, 1), torch.tensor([True]), classes=0).tolist() == [[1.0]]
+    assert mask_unmet_classes(torch.ones(1, 1), torch.tensor([True]), classes=0).tolist() == [[1.0]]

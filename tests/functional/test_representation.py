@@ -14,7 +14,7 @@ from clframe.functional.representation import (
     cosine_distance,
     nca,
     pod,
-    pooled,
+    pool_squares,
     relation,
     separation,
 )
@@ -83,9 +83,9 @@ def test_tokens_are_pooled_over_the_tokens():
     tokens = drawn(2, 5, 3)
     summed = tokens.square().sum(1)
     for pooling in ("spatial", "width", "height", "gap"):
-        torch.testing.assert_close(pooled(tokens, pooling), summed)
-    torch.testing.assert_close(pooled(tokens, "channels"), tokens.square().sum(2))
-    assert pooled(tokens, "pixels").shape == (2, 15)
+        torch.testing.assert_close(pool_squares(tokens, pooling), summed)
+    torch.testing.assert_close(pool_squares(tokens, "channels"), tokens.square().sum(2))
+    assert pool_squares(tokens, "pixels").shape == (2, 15)
 
 
 def test_nca_longhand_per_exit_with_scale_margin_and_weights():

@@ -166,5 +166,5 @@ def test_large_maps_are_averaged_down_to_the_grid_and_nothing_else_is():
 def test_taps_that_do_not_match():
     with pytest.raises(ClframeError, match="reference taps: unknown tap 'layer2'; did you mean 'layer1'"):
         tap_similarity({"layer1": normal(3, 2)}, {"layer2": normal(3, 2)})
-    with pytest.raises(ClframeError, match="tap 'layer1': 4 samples, 3 in the reference; give the same samples"):
+    with pytest.raises(ClframeError, match="tap 'layer1': 4 samples, 3 in the reference; use the same samples"):
         tap_similarity({"layer1": normal(3, 2)}, {"layer1": normal(4, 2)})

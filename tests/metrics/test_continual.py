@@ -95,7 +95,7 @@ def test_forgetting(accuracy_TE):
 
 
 def test_forgetting_starts_when_the_experience_is_learnt_and_may_be_negative():
-    # 0.9 on experience 1 was before it was learnt, by luck
+    # 0.9 on experience 1 was before it was learned, by chance
     accuracy_TE = [[0.5, 0.9, 0.0], [0.5, 0.2, 0.0], [0.75, 0.5, 1.0]]
     assert [score.value for score in forgetting_E(accuracy_TE)[:2]] == pytest.approx([-0.25, -0.3], abs=1e-15)
     assert forgetting(accuracy_TE).value == pytest.approx(-0.275, abs=1e-15)

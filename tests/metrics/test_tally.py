@@ -176,7 +176,7 @@ def test_an_update_never_reads_a_value_from_the_device():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# torch says so whenever the mode is set; what it does detect is what is tested
+# torch warns whenever the mode is set; tested is what it detects
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_an_update_never_waits_for_cuda_and_counts_the_same():
     count_without_waiting("cuda")  # allocations and libraries

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from clframe.moe import DynamicK, TopK, to_experts
-from clframe.moe.usage import LEAST, active, active_rates, overlaps
+from clframe.moe.usage import ACTIVE_FRACTION, active_mask, active_rates, overlaps
 from clframe.nn import BACKBONES
 from clframe.sparsity.functional import jaccard
 
 
 def test_active_is_not_zero_and_a_hundredth_of_the_largest():
     x = torch.tensor([[0.0, 1.0, -100.0, 0.999], [0.0, 0.0, 0.0, 0.0], [1e-9, 0.0, 0.0, -1e-9]])
-    assert active(x).int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
-    assert LEAST == 0.01
+    assert active_mask(x).int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert ACTIVE_FRACTION == 0.01
 
 
 def test_an_ffn_is_looked_at_where_its_last_layer_is_entered():
@@ -48,7 +48,7 @@ def test_positions_of_maps_are_tokens_and_a_shared_activation_is_a_layer_each_ti
     assert list(rates) == ["relu", "relu#2"]
     for found, maps in zip(rates.values(), (inner, outer), strict=True):
         tokens = maps.permute(0, 2, 3, 1).reshape(30, -1)
-        assert found.tolist() == active(tokens).double().mean(0).tolist()
+        assert found.tolist() == active_mask(tokens).double().mean(0).tolist()
 
 
 def test_layers_that_end_in_a_relu_count():
@@ -58,7 +58,7 @@ def test_layers_that_end_in_a_relu_count():
     rates = active_rates(net, [x], call=net)
     assert [len(rate) for rate in rates.values()] == [5, 5]
     first = net.stages[0](x)
-    assert next(iter(rates.values())).tolist() == active(first).double().mean(0).tolist()
+    assert next(iter(rates.values())).tolist() == active_mask(first).double().mean(0).tolist()
 
 
 @pytest.mark.parametrize("gate", [TopK(k=2), DynamicK(tau=1.0)])
@@ -76,7 +76,7 @@ def test_neurons_keep_their_places_when_a_network_becomes_experts(gate):
         kept = layer.keep(x).repeat_interleave(3, dim=1)[:, layer.experts.order_F.argsort()]
         hidden = hidden * kept
         assert not torch.equal(after["1"], before["1"])
-    assert after["1"].tolist() == active(hidden).double().mean(0).tolist()
+    assert after["1"].tolist() == active_mask(hidden).double().mean(0).tolist()
 
 
 def test_layers_come_in_order_of_depth_also_where_some_are_experts():

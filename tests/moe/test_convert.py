@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ConfigError, DivergenceError, UnsupportedError
 from clframe.moe import (
     CumulativeShare,
     DynamicK,
     RoutedExperts,
     TopK,
-    counting,
+    count_usage,
     layer_inputs,
+    regroup,
     routed_layers,
     set_gate,
     set_tau,
@@ -114,7 +115,7 @@ def test_the_same_answers_with_all_experts_and_others_with_fewer(name):
         set_gate(model, TopK(k=1000))
         torch.testing.assert_close(answer(model), before, rtol=1e-4, atol=1e-5)
         set_tau(model, 0.0)
-        with counting(model) as usage:
+        with count_usage(model) as usage:
             fewer = answer(model)
         assert all(u.experts_per_token == 1 and u.tokens > 0 for u in usage().values())
         assert not torch.allclose(fewer, before, atol=1e-4) and fewer.shape == before.shape
@@ -128,7 +129,7 @@ def test_usage_is_counted_by_arithmetic():
     layers = to_experts(model, experts=8, router_width=5)
     set_gate(model, TopK(k=3))
     x = torch.randn(4, 1, 8, 8)
-    with counting(model) as usage, torch.no_grad():
+    with count_usage(model) as usage, torch.no_grad():
         model(x)
         model(x[:1])
     tokens = 5 * 5  # four patches and the class token of five images
@@ -138,7 +139,7 @@ def test_usage_is_counted_by_arithmetic():
         assert used.total_macs == tokens * (3 * 2 * 16 * 8 + 5 * 24)
         assert used.share == used.total_macs / (tokens * 2048) and used.macs.router_share == 120 / 2048
     set_tau(model, 1.0)
-    with counting(model) as usage, torch.no_grad():
+    with count_usage(model) as usage, torch.no_grad():
         model(x)
     assert all(u.total_macs == 20 * 2048 and u.ran_E == (20,) * 8 for u in usage().values())  # no router is asked
     assert all(layer.ran is None for layer in layers.values())
@@ -150,7 +151,7 @@ def test_tau_is_a_curve():
     x, seen = torch.randn(5, 1, 8, 8), []
     for tau in (0.0, 0.2, 0.5, 0.9, 1.0):
         set_tau(model, tau)
-        with counting(model) as usage, torch.no_grad():
+        with count_usage(model) as usage, torch.no_grad():
             model(x)
         seen.append(next(iter(usage().values())).experts_per_token)
     assert seen == sorted(seen) and seen[0] == 1 and seen[-1] == 16 and 1 < seen[2] < 16
@@ -268,7 +269,7 @@ def test_bad_input_is_one_line_and_changes_nothing():
         assert "\n" not in str(caught.value) and not routed_layers(model)
     model = vit()
     to_experts(model, experts=4)
-    with pytest.raises(UnsupportedError, match="moe: found Network converted already"):
+    with pytest.raises(UnsupportedError, match="moe: found Network with experts"):
         to_experts(model, experts=4)
     for tau in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match="moe.tau: found .*; give a number from 0"):
@@ -284,12 +285,30 @@ def test_one_token_takes_a_shorter_way_to_the_same_answer(gate, dtype):
     set_gate(model, gate)
     for x in torch.randn(40, 1, 6, generator=torch.Generator().manual_seed(2)).to(dtype):
         scores = layer.router(x)
-        assert sorted(gate.best(scores[0])) == gate(scores)[0].nonzero().flatten().tolist()
+        assert sorted(gate.select(scores[0])) == gate(scores)[0].nonzero().flatten().tolist()
         with torch.no_grad():
-            assert layer.experts.takes_one(x)
+            assert layer.experts.can_run_one(x)
             expected = EXECUTORS["reference"](layer.experts.weights(), x, layer.keep(x), None)
             tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(model(x[None])[0], model(x))
-        assert not layer.experts.takes_one(x)
+        assert not layer.experts.can_run_one(x)
         torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("split", ["kmeans", "random", "coactivation"])
+def test_weights_of_a_diverged_training_name_the_layer(split):
+    """Before a conversion and, of a model converted earlier, when its experts are made."""
+    net, x = network(mlp, width=8, depth=4), torch.ones(2, 1, 8, 8)
+    broken = network(mlp, width=8, depth=4)
+    with torch.no_grad():
+        broken.backbone.stages[2].weight[0, 0] = torch.nan
+    with pytest.raises(DivergenceError, match=r"^moe: found weights that are not finite in backbone\.stages\.2\.weight, training diverged; lower"):
+        to_experts(broken, experts=4, split=split, batches=[x])
+    assert not routed_layers(broken)
+    layers = to_experts(net, experts=4, split=None)
+    with torch.no_grad():
+        layers["backbone.stages.3.0"].experts.up[0, 0, 0] = torch.inf
+    kind = "activations" if split == "coactivation" else "weights"
+    with pytest.raises(DivergenceError, match=rf"^moe: backbone\.stages\.3\.0: found {kind} that are not finite, training diverged; lower"):
+        regroup(net, split=split, generator=torch.Generator(), batches=[x])

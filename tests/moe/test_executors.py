@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from clframe.moe import dispatch as execute
-from clframe.moe.dispatch import EXECUTORS, Choice, Costs, Plan, choose, computed_pairs, run
-from clframe.moe.executors import Weights, grouped_mm_works, merged, reference
+from clframe.moe.dispatch import EXECUTORS, Choice, Costs, Plan, choose, count_computed_pairs, run
+from clframe.moe.executors import Weights, grouped_mm_works, merged_groups, reference
 
-FAST = ("dense", "views", "grouped", "grouped_mm")
+FAST = ("dense", "per_token", "grouped", "grouped_mm")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
@@ -68,7 +68,7 @@ def close(a, b, tolerance):
 
 
 def gradients(executor, weights, x, keep, weight, direction):
-    leaves = [x, weight, *weights.parts()]
+    leaves = [x, weight, *weights.tensors()]
     leaves = [leaf for leaf in leaves if leaf is not None]
     y = executor(weights, x, keep, weight)
     return y, torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, materialize_grads=True)
@@ -107,7 +107,7 @@ def test_agree_with_the_reference_and_its_gradients(name, gated, biased, kind, d
             **{
                 key: None if part is None else part.detach().double().requires_grad_()
                 for key, part in zip(
-                    ("up_EHD", "down_EHO", "up_bias_EH", "gate_EHD", "gate_bias_EH", "bias_O"), weights.parts(), strict=True
+                    ("up_EHD", "down_EHO", "up_bias_EH", "gate_EHD", "gate_bias_EH", "bias_O"), weights.tensors(), strict=True
                 )
             },
         )
@@ -138,7 +138,7 @@ def test_double_precision_gradients_by_finite_differences():
     weights = make(3, 2, 4, 3, gated=True)
     keep = torch.tensor([[True, False, True], [False, True, False]])
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    for name in ("dense", "views", "grouped"):
+    for name in ("dense", "per_token", "grouped"):
         assert torch.autograd.gradcheck(lambda x, name=name: EXECUTORS[name](weights, x, keep, None), (x,))
 
 
@@ -166,7 +166,7 @@ def test_the_cheapest_is_chosen(monkeypatch, grouped_product):
         plan = Plan(grouped=grouped, product=product, **{"read": 0.0, "read_all": 0.0, "merge": 0, "margin": 1.0, **options})
         return choose(weights, torch.randn(tokens, 16), keep, plan=plan).name
 
-    assert chosen(one, 1, token=8.0) == "views" and chosen(~one, 1, token=8.0) == "dense"  # 3 of 4 is above 8 / 16
+    assert chosen(one, 1, token=8.0) == "per_token" and chosen(~one, 1, token=8.0) == "dense"  # 3 of 4 is above 8 / 16
     # 9 tokens: 9 * 32 * 24 MACs dense, 9 * 8 * 24 of one expert; whatever is added must stay below the difference.
     for call, start, pair, name in (
         (0, 0, 0, "grouped"), (5183, 0, 0, "grouped"), (5185, 0, 0, "dense"), (0, 5183, 0, "grouped"), (0, 5185, 0, "dense"),
@@ -212,8 +212,8 @@ def test_small_neighbors_run_together_where_tokens_keep_them_together(monkeypatc
     assert choose(weights, x, blocks.roll(2, 1), plan=plan).merged == 2  # they lie across two blocks of four
     assert choose(weights, x, blocks, plan=Plan(**costs, merge=6)).merged == 2
     close(run(weights, x, blocks, plan=plan), reference(weights, x, blocks), 2e-5)
-    assert computed_pairs(Choice("grouped", 4), blocks.roll(2, 1)) == 9 * 8
-    assert computed_pairs(Choice("grouped"), blocks) == 36 and computed_pairs(Choice("dense"), blocks) == 9 * 12
+    assert count_computed_pairs(Choice("grouped", 4), blocks.roll(2, 1)) == 9 * 8
+    assert count_computed_pairs(Choice("grouped"), blocks) == 36 and count_computed_pairs(Choice("dense"), blocks) == 9 * 12
 
 
 @pytest.mark.parametrize(("gated", "biased", "scaled"), list(itertools.product((False, True), repeat=3)))
@@ -223,13 +223,13 @@ def test_merged_experts_agree_with_the_reference_and_its_gradients(gated, biased
     x, keep = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), routing(8, 6)
     scale = torch.rand(8, 6, dtype=torch.float64, requires_grad=True) if scaled else None
     direction = torch.randn(8, 7, dtype=torch.float64)
-    own = gradients(lambda *args: merged(*args, many=many), weights, x, keep, scale, direction)
+    own = gradients(lambda *args: merged_groups(*args, many=many), weights, x, keep, scale, direction)
     other = gradients(reference, weights, x, keep, scale, direction)
     close(own[0], other[0], 1e-12)
     for a, b in zip(own[1], other[1], strict=True):
         close(a, b, 1e-12)
     with torch.no_grad():
-        close(merged(weights, x, keep, scale, many=many), other[0].detach(), 1e-12)
+        close(merged_groups(weights, x, keep, scale, many=many), other[0].detach(), 1e-12)
 
 
 def test_under_vmap_everything_is_computed_and_masked():

@@ -41,7 +41,7 @@ def test_forward_and_gradients_longhand(gate, gated):
     torch.testing.assert_close(layer(x.view(1, 7, 6))[0], y)
 
 
-@pytest.mark.parametrize("executor", ["dense", "views", "grouped"])
+@pytest.mark.parametrize("executor", ["dense", "per_token", "grouped"])
 def test_every_executor(executor):
     layer = MixtureOfExperts(6, expert_size=5, experts=4, gate=TopK(k=2)).double()
     x = torch.randn(7, 6, dtype=torch.float64)

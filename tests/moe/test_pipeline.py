@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ConfigError, DivergenceError, UnsupportedError
 from clframe.moe import (
     ActivationRouter,
     CumulativeShare,
     DynamicK,
     NormRouter,
     TopK,
-    counting,
+    count_usage,
     fit_router,
     fit_routers,
     moefy,
@@ -21,6 +21,7 @@ from clframe.moe import (
     set_gate,
     to_experts,
 )
+from clframe.moe.pipeline import fit_experts
 
 
 def model_of(d=6, f=24, seed=0):
@@ -125,7 +126,7 @@ def test_a_trained_router_chooses_better_than_chance_at_the_same_cost():
                 model, batches(16, 64), experts=12, epochs=epochs, learning_rate=1e-5 if epochs == 1 else 1e-2,
                 gate=TopK(k=6), router_width=64,
             )  # fmt: skip
-            with counting(model) as usage:
+            with count_usage(model) as usage:
                 errors[epochs] = float((model(x) - expected).square().mean())
         assert all(u.experts_per_token == 6 for u in usage().values()) and len(layers) == 2
     assert errors[40] < 0.8 * errors[1]
@@ -191,3 +192,31 @@ def test_bad_input():
         TopK(k=0)
     with pytest.raises(ConfigError, match="moe.tau: found 1.5"):
         CumulativeShare(tau=1.5)
+
+
+def test_router_training_that_diverges_is_one_line():
+    model = model_of()
+    layer = next(iter(to_experts(model, experts=4).values()))
+    broken = [torch.full((3, 6), torch.nan)]
+    for call in (lambda: fit_routers(model, broken, epochs=2), lambda: fit_router(layer, broken[0], epochs=2)):
+        with pytest.raises(DivergenceError, match="^moe: found a loss of nan in epoch 1 of router training; lower its learning rate"):
+            call()
+
+
+def test_experts_of_a_model_that_is_trained_afterwards():
+    """Converted before training: regrouping, new routers and routing come together; nothing moves without a split."""
+    model, data = model_of(), batches(2)
+    layers = to_experts(model, experts=4, split=None)
+    for layer in layers.values():
+        layer.ready = False
+    dense = [model(x) for x in data]
+    before = {name: layer.router.score.clone() for name, layer in layers.items()}
+    losses = fit_experts(model, data, split="kmeans", generator=torch.Generator().manual_seed(2), epochs=2)
+    assert len(losses) == 2 and all(layer.ready for layer in layers.values())
+    for x, y in zip(data, dense, strict=True):
+        torch.testing.assert_close(model(x), y)
+    assert any(not torch.equal(layer.experts.order_F, torch.arange(24)) for layer in layers.values())
+    assert all(not torch.equal(layer.router.score, before[name]) for name, layer in layers.items())
+    order = [layer.experts.order_F.clone() for layer in layers.values()]
+    fit_experts(model, data, epochs=1)
+    assert all(torch.equal(layer.experts.order_F, old) for layer, old in zip(layers.values(), order, strict=True))

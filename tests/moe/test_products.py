@@ -10,8 +10,8 @@ from torch import nn
 
 from clframe.accounting import MacCounter
 from clframe.data.avalanche import import_avalanche
-from clframe.moe import DynamicK, TopK, counting, routed_layers, set_gate, to_experts
-from clframe.moe.products import products_of
+from clframe.moe import DynamicK, TopK, count_usage, routed_layers, set_gate, to_experts
+from clframe.moe.products import count_products
 from clframe.nn import Network
 from clframe.nn.backbones import Backbone, mlp, vit_tiny
 
@@ -25,7 +25,7 @@ def grown(backbone: Backbone, classes: int = 3) -> Network:
 
 
 def by_role(network: Network, x: torch.Tensor) -> dict[str, tuple[int, int]]:
-    return {row.role: (row.macs, row.effective_macs) for row in products_of(network, x).products}
+    return {row.role: (row.macs, row.effective_macs) for row in count_products(network, x).products}
 
 
 def test_a_perceptron_by_arithmetic() -> None:
@@ -99,9 +99,9 @@ def test_experts_cost_the_pairs_that_run_and_their_router(gate: DynamicK | TopK)
     dense = by_role(network, x)
     to_experts(network, experts=4, router_width=3)
     set_gate(network, gate)
-    looked = products_of(network, x)
+    looked = count_products(network, x)
     roles = {row.role: (row.macs, row.effective_macs) for row in looked.products}
-    with torch.no_grad(), counting(network) as usage:
+    with torch.no_grad(), count_usage(network) as usage:
         network.eval()(x)
         used = usage()
     pairs = sum(sum(layer.ran_E) for layer in used.values())
@@ -131,7 +131,7 @@ def test_nothing_of_the_model_changes() -> None:
     network = vit().train()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     generator = torch.get_rng_state()
-    products_of(network, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    count_products(network, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert network.training and torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     hooks = itertools.chain.from_iterable(part._forward_pre_hooks.values() for part in network.modules())

@@ -11,13 +11,13 @@ from clframe.errors import ConfigError, UnsupportedError
 from clframe.moe import TopK, routed_layers, set_gate, to_experts
 from clframe.moe.distill import replace_projections
 from clframe.moe.projections import (
-    OpenAttention,
-    Place,
+    ConcatenatedProjections,
     Projection,
-    SideBySide,
+    ProjectionSite,
+    UnpackedAttention,
     find_projections,
     hidden_width,
-    put_projections,
+    rebuild_projections,
 )
 from clframe.nn import Network
 from clframe.nn.backbones import mlp, vit_tiny
@@ -84,12 +84,12 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore::UserWarning")  # libraries' own, on tiny configurations
 @pytest.mark.parametrize("name", MODELS)
 def test_projections_are_found_by_what_they_do_and_become_experts(name):
-    make, inputs, networks, places = MODELS[name]
+    make, inputs, networks, sites = MODELS[name]
     model = make()
     found = replace_projections(model, [inputs], epochs=1)
-    assert len(found.places) == places and len(found.projections) == networks
+    assert len(found.sites) == sites and len(found.projections) == networks
     assert len(found.losses) == 1 and found.losses[0] > 0
-    width = found.places[0].inputs
+    width = found.sites[0].inputs
     assert all(part.up.out_features == hidden_width(width, width) for part in found.projections.values())
     with torch.no_grad():
         before = model(inputs)
@@ -116,7 +116,7 @@ def test_keys_of_another_width_stay():
     attention = model.model.layers[0].self_attn
     kept = attention.k_proj, attention.v_proj
     found = replace_projections(model, [IDS], epochs=0)
-    assert [place.name.rpartition(".")[2] for place in found.places] == ["q_proj", "o_proj"]
+    assert [place.name.rpartition(".")[2] for place in found.sites] == ["q_proj", "o_proj"]
     assert (attention.k_proj, attention.v_proj) == kept and isinstance(attention.q_proj, Projection)
 
 
@@ -125,7 +125,7 @@ def test_keys_of_another_width_stay():
 def test_opened_attention_is_torchs(batch_first, bias):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(15, 3, batch_first=batch_first, bias=bias).eval()
-    opened = OpenAttention(attention)
+    opened = UnpackedAttention(attention)
     q, kv = wave(2, 5, 15), wave(2, 4, 15).cos()
     padding = torch.tensor([[False, False, True, True], [False, False, False, True]])
     if not batch_first:
@@ -191,7 +191,7 @@ def test_zero_epochs_leave_networks_as_drawn():
     model, again, x = vit(), vit(), wave(2, 1, 8, 8)
     found = replace_projections(model, [x], epochs=0, seed=3)
     same = replace_projections(again, [x], epochs=0, seed=3)
-    assert found.losses == () and found.places == same.places
+    assert found.losses == () and found.sites == same.sites
     for name, part in found.projections.items():
         other = same.projections[name]
         assert torch.equal(part.up.weight, other.up.weight) and torch.equal(part.down.bias, other.down.bias)
@@ -236,20 +236,20 @@ def test_shapes_alone_take_saved_weights():
     model, x = vit(), wave(3, 1, 8, 8)
     found = replace_projections(model, [x], epochs=1)
     empty = vit()
-    put_projections(empty, found.places)
+    rebuild_projections(empty, found.sites)
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty(x).last, model(x).last)
     with pytest.raises(UnsupportedError, match="no projection"):
-        put_projections(vit(width=9), found.places)
+        rebuild_projections(vit(width=9), found.sites)
     with pytest.raises(UnsupportedError, match="no projection nowhere of 3 to 6"):
-        put_projections(vit(), [Place(name="nowhere", inputs=3, outputs=(3, 3))])
+        rebuild_projections(vit(), [ProjectionSite(name="nowhere", inputs=3, outputs=(3, 3))])
 
 
 def test_fused_layers_become_three():
     model = timm_vit()
     found = replace_projections(model, [wave(1, 3, 16, 16)], epochs=0)
     side = model.blocks[0].attn.qkv
-    assert isinstance(side, SideBySide) and len(side.parts) == 3 and found.places[0].outputs == (12, 12, 12)
+    assert isinstance(side, ConcatenatedProjections) and len(side.parts) == 3 and found.sites[0].outputs == (12, 12, 12)
     token = wave(4, 12)
     assert torch.equal(side(token)[:, 12:24], side.parts[1](token))
 
@@ -280,14 +280,14 @@ def test_refusals_change_nothing():
         with pytest.raises(UnsupportedError, match="half|float16"):
             replace_projections(vit().to(dtype), [x.to(dtype)])
     replace_projections(model, [x], epochs=0)
-    with pytest.raises(UnsupportedError, match="converted already"):
+    with pytest.raises(UnsupportedError, match="with experts; give the dense model"):
         replace_projections(model, [x])
     converted = vit()
     to_experts(converted, experts=2)
-    with pytest.raises(UnsupportedError, match="converted already"):
+    with pytest.raises(UnsupportedError, match="with experts; give the dense model"):
         replace_projections(converted, [x])
     with pytest.raises(UnsupportedError, match="another width"):
-        OpenAttention(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+        UnpackedAttention(nn.MultiheadAttention(8, 2, add_zero_attn=True))
 
 
 def test_found_once_where_layers_are_shared():

@@ -6,8 +6,8 @@ import torch
 from clframe.errors import ClframeError, ConfigError, RunFolderError
 from clframe.moe import CumulativeShare, DynamicK, TopK, routed_layers, set_gate, to_experts
 from clframe.moe.distill import replace_projections
-from clframe.moe.pipeline import Recipe, gate_of
-from clframe.moe.projections import Place
+from clframe.moe.pipeline import Recipe, make_gate
+from clframe.moe.projections import ProjectionSite
 from clframe.nn import Network
 from clframe.nn.backbones import vit_tiny
 from clframe.sparsity import swap_for_relu
@@ -26,10 +26,10 @@ def test_weights_find_their_places(split, projections):
     model, x = vit(), torch.arange(4 * 64.0).sin().view(4, 1, 8, 8)
     body = model.backbone
     call = lambda _, batch: model(batch)  # noqa: E731
-    places = replace_projections(body, [x], epochs=1, call=call).places if projections else ()
+    sites = replace_projections(body, [x], epochs=1, call=call).sites if projections else ()
     swap_for_relu(body)
     to_experts(body, most=5, split=split, router="activation", router_width=None, batches=[x], call=call, seed=3)
-    recipe = Recipe(body="backbone", relu=True, projections=places, most=5, router="activation", gate="top_k", k=2)
+    recipe = Recipe(body="backbone", relu=True, projections=sites, most=5, router="activation", gate="top_k", k=2)
     set_gate(model, TopK(k=2))
     other = vit(seed=9)
     layers = Recipe.from_tree(recipe.as_tree()).shape(other)
@@ -40,12 +40,12 @@ def test_weights_find_their_places(split, projections):
 
 
 def test_gates_by_name():
-    assert gate_of("dynamic_k", tau=0.25) == DynamicK(tau=0.25)
-    assert gate_of("cumulative", tau=0.25) == CumulativeShare(tau=0.25)
-    assert gate_of("top_k", k=2) == TopK(k=2)
+    assert make_gate("dynamic_k", tau=0.25) == DynamicK(tau=0.25)
+    assert make_gate("cumulative", tau=0.25) == CumulativeShare(tau=0.25)
+    assert make_gate("top_k", k=2) == TopK(k=2)
     for kind, options, found in (("best", {}, "'best'"), ("top_k", {}, "none"), ("dynamic_k", {"tau": 2.0}, "2.0")):
         with pytest.raises(ConfigError, match=found):
-            gate_of(kind, **options)
+            make_gate(kind, **options)
 
 
 def test_trees_that_are_no_recipe():
@@ -56,8 +56,8 @@ def test_trees_that_are_no_recipe():
 
 def test_another_model_is_refused():
     with pytest.raises(ClframeError, match="no projection"):
-        Recipe(body="backbone", experts=2, projections=(Place(name="q", inputs=3, outputs=(3,)),)).shape(vit())
-    with pytest.raises(ClframeError, match="converted already"):
+        Recipe(body="backbone", experts=2, projections=(ProjectionSite(name="q", inputs=3, outputs=(3,)),)).shape(vit())
+    with pytest.raises(ClframeError, match="with experts"):
         model = vit()
         to_experts(model, experts=2)
         Recipe(body="backbone", experts=2).shape(model)

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from clframe.moe.executors import reference
 from clframe.moe.triton_experts import run_triton
-from clframe.moe.executors import PARTS, Weights
+from clframe.moe.executors import TENSORS, Weights
 
 GELU_TANH = lambda z: F.gelu(z, approximate="tanh")
 CASES = [
@@ -39,7 +39,7 @@ for seed, (n, e, h, d, o, gated, biased, scaled, activation) in enumerate(CASES)
     x, keep = torch.randn(n, d, requires_grad=True), torch.rand(n, e) < 0.5
     keep[0], keep[-1, 0] = False, True
     scale = torch.rand(n, e, requires_grad=True) if scaled else None
-    leaves = [t for t in (x, scale, *weights.parts()) if t is not None]
+    leaves = [t for t in (x, scale, *weights.tensors()) if t is not None]
     direction = torch.randn(n, o)
     results = []
     for executor in (run_triton, reference):

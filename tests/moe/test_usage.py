@@ -11,7 +11,7 @@ from clframe.moe import (
     CumulativeShare,
     DynamicK,
     TopK,
-    counting,
+    count_usage,
     expert_usage,
     routed_layers,
     set_gate,
@@ -21,7 +21,7 @@ from clframe.moe import (
     executors as grouped_product,
 )
 from clframe.moe.dispatch import Costs, Plan
-from clframe.moe.usage import followed, neuron_orders
+from clframe.moe.usage import neuron_orders, reorder_values
 from clframe.nn import Network
 from clframe.nn.backbones import vit_tiny
 
@@ -47,7 +47,7 @@ def model_of(*, gated=False, experts=6):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("executor", ["dense", "views", "grouped", "grouped_mm", None])
+@pytest.mark.parametrize("executor", ["dense", "per_token", "grouped", "grouped_mm", None])
 @pytest.mark.parametrize("gate", [TopK(k=2), DynamicK(tau=0.5), CumulativeShare(tau=0.4), DynamicK(tau=1.0)])
 def test_executed_macs_are_what_a_counter_counts(gated, executor, gate):
     model, layer = model_of(gated=gated)
@@ -79,9 +79,9 @@ def test_backward_is_two_products_for_each_of_forward(executor):
 
 
 def test_trying_the_grouped_product_is_not_counted():
-    grouped_product._tried.cache_clear()
+    grouped_product._grouped_mm_is_correct.cache_clear()
     with MacCounter() as counter:
-        grouped_product._tried("cpu", torch.float32)
+        grouped_product._grouped_mm_is_correct("cpu", torch.float32)
     assert counter.macs == 0
 
 
@@ -129,7 +129,7 @@ def test_counting_inside_counting_and_twice_through_one_layer():
     twice = nn.Sequential(model[0], model[0])
     set_gate(twice, TopK(k=1))
     x = torch.randn(4, 16)
-    with counting(twice) as outer, torch.no_grad():
+    with count_usage(twice) as outer, torch.no_grad():
         twice(x)
         assert next(iter(expert_usage(twice, x).values())).experts_T.tolist() == [1] * 8
         twice(x)
@@ -162,5 +162,5 @@ def test_values_follow_their_neurons():
     layer.experts.regroup(torch.randperm(24, generator=torch.Generator().manual_seed(2)))
     now = torch.cat([model.get_parameter(name).detach().flatten() for name in names])
     assert not torch.equal(values, now)
-    assert torch.equal(followed(model, names, values, before), now)
-    assert torch.equal(followed(model, names, now, neuron_orders(model)), now)
+    assert torch.equal(reorder_values(model, names, values, before), now)
+    assert torch.equal(reorder_values(model, names, now, neuron_orders(model)), now)

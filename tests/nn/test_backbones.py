@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from clframe.errors import ConfigError, UnknownNameError
-from clframe.nn.backbones import BACKBONES, Backbone, _load, mlp, resnet20, resnet32, small_cnn
+from clframe.nn.backbones import BACKBONES, Backbone, mlp, resnet20, resnet32, small_cnn
+from clframe.nn.backbones.base import load_backbone
 from clframe.options import check_options
 
 SMALL_IMAGES = ("mlp", "resnet20", "resnet32", "small_cnn")
@@ -194,4 +195,4 @@ def test_options_are_checked_against_the_signature(name):
 
 def test_an_entry_point_names_a_backbone():
     point = EntryPoint("perceptron", "clframe.nn.backbones.plain:mlp", "clframe.backbones")
-    assert list(_load(point)) == [("perceptron", mlp)]
+    assert list(load_backbone(point)) == [("perceptron", mlp)]

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from clframe.errors import UnsupportedError
 from clframe.exits import make_head
-from clframe.exits.fusion import folded
-from clframe.exits.heads import PerExperience, linear_each, linear_joined
+from clframe.exits.fusion import fuse_batch_norm
+from clframe.exits.heads import PerExperienceHead, apply_batched_linear, apply_each_linear
 from clframe.nn import GrowingLinear, Network, freeze, restore
 from clframe.nn.backbones import small_cnn
 from clframe.nn.heads import CosineLinear
@@ -104,7 +104,7 @@ def test_fixed_rows_have_no_gradient_and_others_the_one_they_had(kind):
     head.grow([4])
     assert head.fixed.tolist() == [True, False, True, False, False]
     head.fix([])
-    assert head.weight is head.learning(head.weight)
+    assert head.weight is head.detach_fixed(head.weight)
     assert "fixed" not in head.state_dict()
 
 
@@ -118,14 +118,14 @@ def test_every_exit_of_a_network_has_them_with_one_scale_each(per_experience):
         assert (logits_BC.abs() <= 3.0).all()
     if per_experience:
         first = net.heads[0]
-        assert isinstance(first, PerExperience) and len(first.heads) == 3
+        assert isinstance(first, PerExperienceHead) and len(first.heads) == 3
         assert len({id(inner.classifier.eta) for inner in first.heads}) == 1
     assert sum(name.endswith("eta") for name, _ in net.named_parameters()) == 3
     twin = copy.deepcopy(net)
     with torch.no_grad():
         twin.heads[0].scale.mul_(2)
     torch.testing.assert_close(twin(x).logits[0], 2 * net(x).logits[0])
-    torch.testing.assert_close(folded(net)(x).logits, net.eval()(x).logits)
+    torch.testing.assert_close(fuse_batch_norm(net)(x).logits, net.eval()(x).logits)
 
 
 @pytest.mark.parametrize("per_experience", [True, False])
@@ -172,7 +172,7 @@ def test_exits_attached_later_have_them_too():
 
 def test_classes_that_are_learnt_keep_their_classifier():
     net = network([0, 1])
-    with pytest.raises(UnsupportedError, match=r"^classifiers: found 2 classes learnt; change the classifiers before"):
+    with pytest.raises(UnsupportedError, match=r"^classifiers: found a head with 2 classes; change classifiers before"):
         net.classify_with(GrowingLinear)
 
 
@@ -195,9 +195,9 @@ def test_products_that_are_joined_hold_fixed_rows_still_and_cosines_are_never_jo
     for head in linear:
         head.grow([0, 1])
     linear[0].fix([1])
-    torch.cat(linear_joined(linear, torch.randn(2, 3, 6))).sum().backward()
+    torch.cat(apply_batched_linear(linear, torch.randn(2, 3, 6))).sum().backward()
     assert linear[0].weight.grad[1].eq(0).all() and linear[0].bias.grad.tolist() == [3.0, 0.0]
     assert linear[1].weight.grad.ne(0).all()
     on_accelerator = [grown([0, 1]).to("meta"), grown([0]).to("meta")]
-    parts = linear_each(on_accelerator, torch.empty(2, 5, 6, device="meta"))
+    parts = apply_each_linear(on_accelerator, torch.empty(2, 5, 6, device="meta"))
     assert [tuple(part.shape) for part in parts] == [(5, 2), (5, 1)]

@@ -7,7 +7,7 @@ import torch
 
 from clframe.data import TensorSamples
 from clframe.nn import BACKBONES, Network
-from clframe.nn.frozen import forward_aside, logits_reader
+from clframe.nn.frozen import forward_preserving_buffers, logits_reader
 
 
 def network():
@@ -47,7 +47,7 @@ def test_no_samples_have_no_logits_but_their_shape():
 def test_a_pass_aside_is_a_training_pass_that_writes_no_buffer(size):
     net, x = network(), torch.rand(size, 1, 8, 8)
     before = state(net)
-    aside = forward_aside(net, x).last
+    aside = forward_preserving_buffers(net, x).last
     assert same(before, state(net)) and aside.requires_grad
     beside = net(x).last
     assert torch.equal(aside, beside) and not same(before, state(net))

@@ -142,7 +142,7 @@ def test_a_last_stage_that_averages_the_patches_reads_the_first_token_only():
 
     base = BACKBONES.get("vit_tiny")((1, 8, 8), width=16, depth=1, heads=2)
     stages = list(zip(base.names, [*base.stages[:-1], Mean()], base.tap_shapes.values(), strict=True))
-    with pytest.raises(UnsupportedError, match="does not read single tokens; set read=first"):
+    with pytest.raises(UnsupportedError, match="cannot read single tokens; set read=first"):
         vit(backbone=Backbone(stages, input_shape=(1, 8, 8)))
     assert vit(backbone=Backbone(stages, input_shape=(1, 8, 8)), read="first")(X).last.shape == (4, 3)
 

@@ -9,15 +9,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from clframe.regularization.importance import (
-    added,
-    flat,
+    add_quadratics,
+    find_spans,
+    flatten,
     gradient_sums,
-    one_by_one,
+    gradient_sums_by_loop,
+    move_to_layout,
     path_importance,
-    penalties,
+    penalty_values,
     quadratic,
-    relaid,
-    spans_of,
     squared_norm,
 )
 
@@ -41,7 +41,7 @@ def three_quadratics(size=7):
 
 def test_a_sum_of_quadratics_is_one_at_every_point():
     a, b, c = three_quadratics()
-    whole = added(added(a, b), c)
+    whole = add_quadratics(add_quadratics(a, b), c)
     for seed in range(5):
         weight_P = 3 * draws(7, seed=seed)
         expected = value(a, weight_P) + value(b, weight_P) + value(c, weight_P)
@@ -52,9 +52,9 @@ def test_a_sum_of_quadratics_is_one_at_every_point():
 def test_adding_a_quadratic_without_importance_changes_nothing():
     a, _, _ = three_quadratics()
     nothing = quadratic(torch.zeros(7, dtype=F64), draws(7, seed=5))
-    for whole in (added(a, nothing), added(nothing, a)):
+    for whole in (add_quadratics(a, nothing), add_quadratics(nothing, a)):
         assert torch.allclose(value(whole, draws(7)), value(a, draws(7)), rtol=1e-13)
-    assert not torch.isnan(added(nothing, nothing)["center"]).any()
+    assert not torch.isnan(add_quadratics(nothing, nothing)["center"]).any()
 
 
 def test_penalties_are_the_formula_and_so_is_their_gradient():
@@ -65,29 +65,29 @@ def test_penalties_are_the_formula_and_so_is_their_gradient():
     flat_P = torch.cat([first.flatten(), second])
     parts = [torch.cat([flat_P[:2], flat_P[6:]]), flat_P[1:6]]
     expected_K = torch.stack([value(t, part) for t, part in zip(terms, parts, strict=True)])
-    found_K = penalties([first, second], terms, spans)
+    found_K = penalty_values([first, second], terms, spans)
     assert torch.allclose(found_K, expected_K, rtol=1e-13)
     weight_K = torch.tensor([0.3, 2.0], dtype=F64)
     wanted = torch.autograd.grad(weight_K @ expected_K, [first, second])
     for a, b in zip(torch.autograd.grad(weight_K @ found_K, [first, second]), wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
-    assert torch.autograd.gradcheck(lambda *w: penalties(w, terms, spans), (first, second))
+    assert torch.autograd.gradcheck(lambda *w: penalty_values(w, terms, spans), (first, second))
 
 
 def test_weights_that_do_not_learn_get_no_gradient():
     still, moving = draws(3), draws(3, seed=1).requires_grad_()
     terms = [quadratic(torch.ones(6, dtype=F64), torch.zeros(6, dtype=F64))]
-    penalties([still, moving], terms, [((0, 6),)]).sum().backward()
+    penalty_values([still, moving], terms, [((0, 6),)]).sum().backward()
     assert still.grad is None and torch.allclose(moving.grad, 2 * moving)
 
 
 def test_growing_pads_with_zeros_in_every_direction():
     old = (("a", (2, 2)), ("gone", (3,)), ("b", ()))
     new = (("fresh", (2,)), ("a", (3, 3)), ("b", ()))
-    found = relaid(torch.arange(1.0, 9.0), old, new)
+    found = move_to_layout(torch.arange(1.0, 9.0), old, new)
     assert found.tolist() == [0, 0, 1, 2, 0, 3, 4, 0, 0, 0, 0, 8]
-    assert spans_of(new, ["fresh", "b"]) == ((0, 2), (11, 12))
-    assert spans_of(new, []) == ()
+    assert find_spans(new, ["fresh", "b"]) == ((0, 2), (11, 12))
+    assert find_spans(new, []) == ()
 
 
 def net():
@@ -122,7 +122,7 @@ def test_gradient_sums_are_those_of_one_sample_after_the_other(power, samples, c
             expected[name] += p.grad.abs() ** power
     for found in (
         gradient_sums(loss_of, parameters, x, y, power=power, chunk=chunk),
-        one_by_one(loss_of, parameters, x, y, power=power),
+        gradient_sums_by_loop(loss_of, parameters, x, y, power=power),
     ):
         assert all(torch.allclose(found[name], expected[name], rtol=1e-10) for name in expected)
 
@@ -155,4 +155,4 @@ def test_squared_norm_leaves_out_classes_not_met():
 
 
 def test_flat_of_nothing():
-    assert flat([]).shape == (0,)
+    assert flatten([]).shape == (0,)

@@ -186,7 +186,7 @@ def test_frozen_gradient_modes_are_those_of_training():
 @pytest.mark.parametrize("backbone", ["small_cnn", "resnet20", "vit_tiny"])
 def test_common_backbones_take_many_samples_at_once(backbone, monkeypatch):
     """No operation of theirs, or of their exits' heads, falls back to one sample after the other."""
-    monkeypatch.setattr("clframe.regularization.importance.one_by_one", None)
+    monkeypatch.setattr("clframe.regularization.importance.gradient_sums_by_loop", None)
     torch.manual_seed(0)
     net = Network(BACKBONES.get(backbone)((3, 32, 32)))
     tap = net.backbone.names[1]

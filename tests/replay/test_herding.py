@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from clframe.replay.selection import appended, herding, reservoir
+from clframe.replay.selection import append_rows, herding, reservoir
 from clframe.seeding import generator_for
 
 
 def longhand(features, count):
-    """Algorithm 4 of the iCaRL paper as it stands: the nearest running mean, sample by sample."""
+    """Algorithm 4 of the iCaRL paper, literally: the nearest running mean, sample by sample."""
     unit = [[float(v) / sum(float(w) ** 2 for w in f) ** 0.5 for v in f] for f in features]
     width = len(unit[0])
     mean = [sum(f[d] for f in unit) / len(unit) for d in range(width)]
@@ -96,9 +96,9 @@ def test_every_subset_is_equally_likely_in_whatever_portions_samples_come():
 
 def test_columns_grow_with_the_classes():
     old, new = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]]])
-    assert appended(old, new).tolist() == [[[1.0, 2.0, -torch.inf]], [[3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]]]
-    assert appended(new, old).tolist() == [[[3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]], [[1.0, 2.0, -torch.inf]]]
-    y = appended(torch.tensor([1]), torch.tensor([2, 3]))
+    assert append_rows(old, new).tolist() == [[[1.0, 2.0, -torch.inf]], [[3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]]]
+    assert append_rows(new, old).tolist() == [[[3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]], [[1.0, 2.0, -torch.inf]]]
+    y = append_rows(torch.tensor([1]), torch.tensor([2, 3]))
     assert y.tolist() == [1, 2, 3] and y.dtype == torch.int64
     images = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
-    assert appended(images, images[:1]).shape == (3, 1, 3, 3) and appended(images, images).dtype == torch.uint8
+    assert append_rows(images, images[:1]).shape == (3, 1, 3, 3) and append_rows(images, images).dtype == torch.uint8

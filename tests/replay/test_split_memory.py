@@ -1,4 +1,4 @@
-"""A memory with a part that is never trained on."""
+"""A replay buffer with a held-out part."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from clframe.core import Experience
 from clframe.data import TensorSamples
-from clframe.replay.buffers import Kept, SplitMemory
+from clframe.replay.buffers import BufferSamples, SplitMemory
 from clframe.seeding import generator_for
 
 
 def experience(index, sizes, past=()):
-    """Images whose first pixel is a number of their own."""
+    """Images with a unique first pixel."""
     y = torch.tensor([c for c, n in sizes.items() for _ in range(n)], dtype=torch.long)
     x = torch.rand(len(y), 1, 2, 2)
     x[:, 0, 0, 0] = 1000 * index + torch.arange(len(y))
@@ -34,13 +34,13 @@ def no_features(samples):
 
 
 def run(memory, stream, features=no_features):
-    """For each experience: what was trained on, and the memory after it."""
+    """The training samples of each experience, and the buffer after it."""
     state, past, steps = memory.empty(), (), []
     for index, sizes in enumerate(stream):
         now = experience(index, sizes, past)
-        pool = memory.pool(now.samples, state)
+        pool = memory.training_pool(now.samples, state)
         before = state
-        state = memory.renewed(state, now, generator=generator_for(0, index), features=features)
+        state = memory.update(state, now, generator=generator_for(0, index), features=features)
         steps.append((now, pool, before, state))
         past = (*past, *sizes)
     return steps
@@ -77,7 +77,7 @@ def test_sizes_of_both_parts():
 
 @pytest.mark.parametrize("room, held", [(1, 0), (2, 1), (10, 1), (11, 1), (12, 2), (20, 2), (200, 20)])
 def test_one_of_two_is_held_out_and_never_the_only_one(room, held):
-    assert SplitMemory(room, "per_class", "balanced", 0.1).rooms([0, 1]) == (room - held, held)
+    assert SplitMemory(room, "per_class", "balanced", 0.1).capacities([0, 1]) == (room - held, held)
 
 
 def test_a_class_with_one_sample_keeps_it_for_training():
@@ -113,7 +113,7 @@ def test_it_goes_on_from_a_checkpoint():
     file = io.BytesIO()
     torch.save(before, file)
     file.seek(0)
-    again = memory.renewed(
+    again = memory.update(
         torch.load(file, weights_only=True), now, generator=generator_for(0, 1), features=no_features
     )
     assert torch.equal(again["x"], after["x"]) and torch.equal(again["held"]["x"], after["held"]["x"])
@@ -122,7 +122,7 @@ def test_it_goes_on_from_a_checkpoint():
 
 def test_kept_samples_are_read_like_new_ones():
     now, _, _, state = run(SplitMemory(10, "total", "balanced", 0.2), STREAM[:1])[0]
-    kept = Kept(state["held"], now.samples)
+    kept = BufferSamples(state["held"], now.samples)
     index = torch.tensor([1, 0])
     assert len(kept) == 2 and kept.y.tolist() == [0, 1]
     assert torch.equal(kept.prepare(kept.raw(index)), (state["held"]["x"][index] - 1) / 2)

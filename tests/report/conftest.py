@@ -8,10 +8,10 @@ import pytest
 
 from clframe.config.load import load_config
 from clframe.config.typed import to_yaml
-from clframe.exits.curves import BudgetPoint, BudgetPoints, Curve
-from clframe.exits.diagnostics import ExitDiagnostics, ExitRecord
+from clframe.exits.curves import AccuracyCostCurve, BudgetPoint, BudgetPoints
+from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.tally import Tally
-from clframe.plotting.style import Drawn
+from clframe.plotting.style import RenderedPicture
 from clframe.report import content
 from clframe.report.latency import write_timings
 from clframe.results import summarize
@@ -20,7 +20,7 @@ SAMPLES = 20
 
 
 def _tally(first, second):
-    """Right answers of 20 on each of two experiences of one class."""
+    """Correct predictions of 20 on each of two experiences of one class."""
     total, right = ((SAMPLES, 0), (0, SAMPLES)), ((first, 0), (0, second))
     return Tally(total, correct_EC=right, correct_aware_EC=total)
 
@@ -29,18 +29,15 @@ def _exits(early, late, *, at_half=None):
     """Two exits of 100 and 400 MACs on a backbone of 400; ``at_half``: cost and accuracy at the budget 50 %."""
     points = BudgetPoints(points=None, undefined="no validation samples")
     if at_half is not None:
-        point = BudgetPoint(name="50%", asked_cost=0.5, threshold=0.5, cost=at_half[0], accuracy=at_half[1])
+        point = BudgetPoint(name="50%", budget_share=0.5, threshold=0.5, cost=at_half[0], accuracy=at_half[1])
         points = BudgetPoints(points=(point,))
     return ExitRecord(
         backbone_macs=400,
         macs_K=(100, 400),
         accuracy_KE=((early, early), (late, late)),
-        diagnostics=ExitDiagnostics(
-            accuracy_K=(early, late), oracle_accuracy=1.0, overthinking=1 - late, overthinking_relative=0.1,
-            unique_accuracy_K=(0.0, 0.25), fixed_final_errors_K=(0.0, 0.0), hindsight_improvability_K=(0.0, 0.0),
-        ),
-        static={"last": late},
-        curve=Curve(thresholds=(0.1, 0.9), costs=(0.25, 1.0), accuracies=(early, late), exit_costs=(0.25, 1.0),
+        metrics={"accuracy": (early, late), "unique_accuracy": (0.0, 0.25)},
+        static={"last": late, "oracle": 1.0},
+        curve=AccuracyCostCurve(thresholds=(0.1, 0.9), costs=(0.25, 1.0), accuracies=(early, late), exit_costs=(0.25, 1.0),
                     exit_accuracies=(early, late)),
         points=points,
         share_PK=((0.75, 0.25),) if at_half else (),
@@ -51,7 +48,7 @@ def _exits(early, late, *, at_half=None):
 
 @pytest.fixture
 def tally():
-    """Counts of right answers on both experiences."""
+    """Counts of correct predictions on both experiences."""
     return _tally
 
 
@@ -63,7 +60,7 @@ def exits():
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a finished run; ``final`` are the right answers of 20 on both experiences at the end."""
+    """Write a finished run; ``final`` are the correct predictions of 20 on both experiences at the end."""
 
     def making(
         name, final, *, seed=0, first=(20, 0), strategy="er", overrides=(), records=(), macs=1000, classes=(0, 1),
@@ -80,7 +77,9 @@ def make_run(tmp_path):
             exit_names=("early", "final") if records else (), exits=records, activity=activity,
         )  # fmt: skip
         content = json.loads(result.to_json())
-        content.update(change or {})
+        changed = dict(change or {})
+        content["metrics"].update(changed.pop("metrics", {}))
+        content.update(changed)
         (folder / "results.json").write_text(json.dumps(content))
         (folder / "environment.json").write_text(json.dumps({
             "command": ["clframe", "run", "quickstart", f"strategy={strategy}", "--seed", str(seed)],
@@ -108,7 +107,7 @@ def make_run(tmp_path):
 def without_figures(monkeypatch):
     """Leave the figures blank, which is most of the time that a report takes, where only words and numbers count."""
     blank = "<svg></svg>"
-    monkeypatch.setattr(content, "drawn", lambda picture: Drawn(picture.name, picture.caption, blank, blank, b""))
+    monkeypatch.setattr(content, "render_picture", lambda picture: RenderedPicture(picture.name, picture.caption, blank, blank, b""))
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_a_name_asks_for_one_and_its_options():
     assert first.startswith("lwf ") and first.endswith("the model of the last experience.")
     assert options == [
         "  alpha=1.0  (number) Weight of the term.",
-        "  temperature=2.0  (number) T; higher values listen more to the small probabilities.",
+        "  temperature=2.0  (number) T; higher values give more weight to small probabilities.",
     ]
 
 
@@ -57,7 +57,7 @@ def test_long_texts_of_options_are_folded_and_not_lost():
     lines = listing("strategies", filter="bic", width=50)[1:]
     assert max(map(len, lines)) <= 50
     text = " ".join(" ".join(lines).split())
-    assert "lamb=null (number or null) Weight of KD beside a cross-entropy of weight 1;" in text
+    assert "lamb=null (number or null) Weight of KD next to a cross-entropy of weight 1;" in text
 
 
 def test_other_words_are_looked_for_in_names_sentences_and_options():

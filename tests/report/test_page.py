@@ -12,6 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clframe
+from clframe.exits.diagnostics import all_exit_metrics
+from clframe.metrics import all_metrics
 from clframe.results import Result
 
 RUN = ["strategy=er(memory=40) + exits + early_exit(threshold=0.6) + sparsity", "backbone=mlp", "backbone.width=18",
@@ -99,3 +101,35 @@ def test_losses_are_those_of_metrics_csv_and_add_up(page, folder, result):
     assert set(page["1_progress/samples_per_second"]) == set(total)
     assert all(value > 0 and math.isfinite(value) for value in page["1_progress/samples_per_second"].values())
     assert max(total) == result.steps
+
+
+def test_every_metric_is_on_tensorboard_under_its_tag(page, result):
+    last = len(result.accuracy_matrix) - 1
+    for name, metric in all_metrics().items():
+        drawn = page.get(metric.tag or f"continual/{name}", {})
+        assert math.isnan(result.metrics[name]) == (last not in drawn), name
+        if last in drawn:
+            assert drawn[last] == close(result.metrics[name]), name
+    for name in all_exit_metrics():
+        for k, exit in enumerate(result.exit_names):
+            values = {i: record.metrics[name][k] for i, record in enumerate(result.exits)}
+            found = page.get(f"exit_{name}/0{k}_{exit}", {})
+            assert found == close({i: value for i, value in values.items() if not math.isnan(value)}), name
+
+
+def test_a_failure_to_draw_loses_neither_the_run_nor_its_results(tmp_path, monkeypatch, caplog):
+    def broken(*args, **options):
+        raise MemoryError("no room for pixels")
+
+    monkeypatch.setattr("clframe.training.tensorboard.matrix_image", broken)
+    monkeypatch.setattr("clframe.api.write_figures", broken)
+    quick = ["backbone=mlp", "backbone.width=6", "strategy=naive", "trainer.epochs=1", "trainer.progress=false",
+             "benchmark.experiences=2"]  # fmt: skip
+    result = clframe.run("quickstart", quick, output=tmp_path)
+    assert str(Result.from_json(f"{result.run_folder}/results.json")) == str(result)
+    assert len(result.accuracy_matrix) == 2
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("clframe")]
+    assert [line.split(": ", 1)[1].split(" (")[0] for line in lines] == [
+        "experience 0 could not be drawn", "experience 1 could not be drawn", "figures could not be drawn",
+    ]  # fmt: skip
+    assert all("MemoryError: no room for pixels" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Reports of runs whose numbers are known: one, several, those that must not be compared, and one that goes on."""
+"""Reports of runs whose numbers are known: one, several, incomparable ones, and one in progress."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import html.parser
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from clframe.cli import main
 from clframe.errors import ClframeError
-from clframe.plotting.style import Picture, drawn
+from clframe.plotting.style import Picture, annotate_apart, render_picture, styled
 from clframe.report import write_report
 from clframe.training.checkpoint import save_checkpoint
 
+DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -54,7 +56,7 @@ def test_one_run(make_run, exits, read_table):
     run = make_run("run", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75, at_half=(0.4, 0.7))])
     path = write_report([run])
     assert path == run / "report" / "report.html"
-    scalars = {row["what"]: row["value"] for row in read_table(path, "summary")}
+    scalars = {row["metric"]: row["value"] for row in read_table(path, "summary")}
     assert float(scalars["final average accuracy, %"]) == (12 / 20 + 18 / 20) / 2
     assert float(scalars["forgetting, %"]) == pytest.approx(1 - 12 / 20)
     assert float(scalars["average incremental accuracy, %"]) == (1 + 0.75) / 2
@@ -64,17 +66,22 @@ def test_one_run(make_run, exits, read_table):
     first, last = read_table(path, "exits")
     assert (first["exit"], float(first["MACs up to it"]), float(first["share of the backbone"])) == ("early", 100, 0.25)
     assert float(first["forgetting"]) == 0.5 - 0.25 and float(last["accuracy"]) == 0.75
-    (half,) = read_table(path, "budgets")
-    assert (half["budget"], float(half["cost it came to"]), float(half["accuracy"])) == ("50%", 0.4, 0.7)
-    assert float(half["answered by early"]) == 0.75 and float(half["answered by final"]) == 0.25
+    assert float(first["only this exit correct"]) == 0.0 and float(last["only this exit correct"]) == 0.25
+    assert float(last["CKA"]) == 1.0
+    half, whole = read_table(path, "budgets")
+    assert (half["budget"], float(half["realized cost"]), float(half["accuracy"])) == ("50 %", 0.4, 0.7)
+    assert float(half["usage of early"]) == 0.75 and float(half["usage of final"]) == 0.25
+    assert (whole["budget"], float(whole["realized cost"]), float(whole["accuracy"])) == ("never stops early", 1, 0.75)
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "last exit 75.0 %, oracle 100.0 %; overthinking (oracle minus last exit) 25.0 %" in text
     assert [float(row["share"]) for row in read_table(path, "cost")] == [0.75, 0.25, 1.0]
     assert [float(row["share"]) for row in read_table(path, "run_cost")] == [0.25, 0.75, 1.0]
     assert "Not counted in the costs: aten::odd." in Page(path.read_text(encoding="utf-8")).text
     figures = {file.name for file in (path.parent / "figures").iterdir()}
     assert figures == {
         f"{name}.{ending}" for ending in ("png", "svg")
-        for name in ("average_accuracy", "accuracy_matrix", "forgetting", "losses", "accuracy_cost", "who_exits",
-                     "exit_accuracy", "cost")
+        for name in ("average_accuracy", "accuracy_matrix", "forgetting", "losses", "accuracy_cost", "exit_usage",
+                     "exit_accuracy", "exit_decisions", "exit_similarity", "exit_metrics", "cost")
     }  # fmt: skip
 
 
@@ -83,7 +90,7 @@ def test_the_page_needs_nothing_and_runs_nothing(make_run, exits):
     text = write_report([run]).read_text(encoding="utf-8")
     page = Page(text)
     assert not {"script", "img", "iframe", "object", "embed"} & set(page.seen)
-    assert page.seen.count("svg") == 8
+    assert page.seen.count("svg") == 11
     assert "http" not in text and "@import" not in text and "//" not in text
     assert all(value in ("data:,", None) or value.startswith("#") for name, value in page.attributes if name == "href")
     assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
@@ -91,8 +98,8 @@ def test_the_page_needs_nothing_and_runs_nothing(make_run, exits):
     assert len(set(ids)) == len(ids)
     for target in re.findall(r"url\(#([^)]+)\)", text):
         assert target in ids
-    for said in ("clframe run quickstart strategy=er --seed 0", "prefers-color-scheme: dark", "strategy: er"):
-        assert said in text
+    for message in ("clframe run quickstart strategy=er --seed 0", "prefers-color-scheme: dark", "strategy: er"):
+        assert message in text
 
 
 def test_the_same_runs_give_the_same_page(make_run):
@@ -105,7 +112,7 @@ def test_names_cannot_inject(make_run, read_table):
     """From the config, the results, the environment, the ledger and the log; through the page and through its SVG."""
     evil = '<script>alert("1")</script>$\\frac{_'
     change = {"benchmark": evil, "versions": {"torch": evil}, "strategy": evil}
-    run = make_run("run", (12, 18), change={**change, "forgetting": None, "undefined": {"forgetting": evil}})
+    run = make_run("run", (12, 18), change={**change, "metrics": {"forgetting": None}, "undefined": {"forgetting": evil}})
     with open(run / "config.yaml", "a") as file:
         file.write(f"# {evil}\n")
     (run / "environment.json").write_text(json.dumps({"command": ["clframe", "run", evil], "git_revision": evil}))
@@ -128,7 +135,7 @@ def test_seeds_are_one_group(make_run, tmp_path, read_table):
         make_run(f"runs/{seed}", (right, 18), seed=seed)
     path = write_report([tmp_path / "runs"])
     assert path == tmp_path / "runs" / "report" / "report.html"
-    row = next(row for row in read_table(path, "summary") if row["what"].startswith("final average"))
+    row = next(row for row in read_table(path, "summary") if row["metric"].startswith("final average"))
     assert float(row["value"]) == pytest.approx((0.75 + 0.8 + 0.85) / 3)
     assert float(row["value: deviation"]) == pytest.approx(0.05)
     assert "80.0 ± 5.0" in Page(path.read_text()).text
@@ -158,18 +165,70 @@ def test_differences_are_paired_and_costs_are_at_equal_accuracy(make_run, tmp_pa
         make_run(f"other/{seed}", other, seed=seed, strategy="er + exits", records=records, macs=400)
     path = write_report([tmp_path / "base", tmp_path / "other"], output=tmp_path / "out")
     row = read_table(path, "differences")[0]
-    assert (row["group"], row["metric"], row["seeds"]) == ("er + exits", "final accuracy", "0, 1")
+    assert (row["group"], row["metric"], row["seeds"]) == ("er + exits", "final average accuracy", "0, 1")
     assert float(row["er"]) == pytest.approx(0.55)
     assert float(row["difference"]) == pytest.approx(0.15)
     # d = 0.1, 0.2: s = 0.1 / sqrt(2), half width t(0.975, 1) s / sqrt(2) = 12.7062 * 0.05
-    assert float(row["95 % from"]) == pytest.approx(0.15 - 12.7062 * 0.05, rel=1e-5)
+    assert float(row["95 % CI from"]) == pytest.approx(0.15 - 12.7062 * 0.05, rel=1e-5)
     assert float(row["to"]) == pytest.approx(0.15 + 12.7062 * 0.05, rel=1e-5)
-    assert (row["leaves out 0"], float(row["relative gain"])) == ("no", pytest.approx(0.15 / 0.55))
+    assert (row["excludes 0"], float(row["relative change"])) == ("no", pytest.approx(0.15 / 0.55))
     # points of the other: 200 MACs at 0.6 and 400 MACs at 0.7; 0.55 is reached at the first
     (equal,) = read_table(path, "equal_accuracy")
-    assert float(equal["accuracy to reach"]) == pytest.approx(0.55)
+    assert float(equal["target accuracy"]) == pytest.approx(0.55)
     assert (float(equal["MACs of er"]), float(equal["MACs needed"]), float(equal["share"])) == (1000, 200, 0.2)
     assert (path.parent / "figures" / "pareto.svg").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_one_table_has_every_strategy_within_every_budget(make_run, tmp_path, exits, read_table):
+    make_run("base", (12, 18), macs=1000)
+    records = [exits(0.5, 0.9), exits(0.2, 0.7, at_half=(0.5, 0.6))]
+    make_run("other", (16, 12), strategy="er + exits", records=records, macs=400)
+    base, other = read_table(write_report([tmp_path / "base", tmp_path / "other"]), "strategies")
+    assert (base["group"], base["exits"], base["budget 50 %"]) == ("er", "no", "undefined: no exits")
+    assert (float(base["parameters"]), float(base["never stops early"])) == (7, 0.75)
+    assert (other["group"], other["exits"]) == ("er + exits", "yes")
+    assert (float(other["never stops early"]), float(other["budget 50 %"])) == (0.7, 0.6)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_table_of_contents_links_every_section(make_run, tmp_path):
+    make_run("a", (12, 18))
+    make_run("b", (14, 18), strategy="naive")
+    page = Page(write_report([tmp_path / "a", tmp_path / "b"]).read_text())
+    links = [value for name, value in page.attributes if name == "href" and value.startswith("#section")]
+    ids = [f"#{value}" for name, value in page.attributes if name == "id" and value.startswith("section")]
+    assert links == ids and len(links) == 1 + 2 * 3
+
+
+def test_runs_of_schema_version_1_are_reported(tmp_path, read_table):
+    for run in ("version_1", "version_1_exits"):
+        shutil.copytree(DATA / run, tmp_path / run)
+    path = write_report([tmp_path / "version_1"], output=tmp_path / "one")
+    summary = {row["metric"]: row["value"] for row in read_table(path, "summary")}
+    results = json.loads((DATA / "version_1" / "results.json").read_text())
+    assert float(summary["final average accuracy, %"]) == results["final_average_accuracy"]
+    assert float(summary["forgetting, %"]) == results["forgetting"]
+    path = write_report([tmp_path / "version_1_exits"], output=tmp_path / "two")
+    last = json.loads((DATA / "version_1_exits" / "results.json").read_text())["exits"][-1]
+    exits, budgets = read_table(path, "exits"), read_table(path, "budgets")
+    assert [float(row["accuracy"]) for row in exits] == last["diagnostics"]["accuracy_K"]
+    assert [float(row["only this exit correct"]) for row in exits] == last["diagnostics"]["unique_accuracy_K"]
+    assert len(budgets) == 1 + len(last["points"]["points"] or [None])
+
+
+def test_labels_of_budgets_do_not_overlap():
+    """Two budgets with nearly equal cost and accuracy, as in runs whose thresholds are close to each other."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        figure = Figure(figsize=(4.7, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1])
+        annotate_apart(figure, axes, {(0.5, 0.5): "50 %", (0.51, 0.505): "75 %, 100 %, max"}, color="black")
+        figure.draw_without_rendering()
+        first, second = (text.get_window_extent() for text in axes.texts)
+    assert not first.overlaps(second)
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -178,7 +237,7 @@ def test_what_cannot_be_reached_says_so(make_run, tmp_path, read_table):
     make_run("other", (10, 12), strategy="naive")
     (equal,) = read_table(write_report([tmp_path / "base", tmp_path / "other"]), "equal_accuracy")
     assert equal["MACs needed"] == "undefined: it reaches 55.0 % at most"
-    assert float(equal["accuracy to reach"]) == 0.9
+    assert float(equal["target accuracy"]) == 0.9
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -209,7 +268,7 @@ def test_missing_seeds_are_flagged(make_run, tmp_path, read_table):
     path = write_report([tmp_path / "a", tmp_path / "b"])
     assert "'naive' has no seed 1: its means are over 1 of 2 seeds." in Page(path.read_text()).text
     row = read_table(path, "differences")[0]
-    assert (row["seeds"], row["95 % from"]) == ("0", "undefined: one seed in common")
+    assert (row["seeds"], row["95 % CI from"]) == ("0", "undefined: one seed in common")
     assert float(row["difference"]) == pytest.approx(0.05)
 
 
@@ -223,11 +282,11 @@ def test_no_common_seed_is_no_difference(make_run, tmp_path, read_table):
 
 @pytest.mark.usefixtures("without_figures")
 def test_an_undefined_metric_says_why(make_run, tmp_path, read_table):
-    change = {"forgetting": None, "undefined": {"forgetting": "experience 0 was not evaluated"}}
+    change = {"metrics": {"forgetting": None}, "undefined": {"forgetting": "experience 0 was not evaluated"}}
     make_run("runs/0", (12, 18), seed=0)
     make_run("runs/1", (12, 18), seed=1, change=change)
     path = write_report([tmp_path / "runs"])
-    row = next(row for row in read_table(path, "summary") if row["what"].startswith("forgetting"))
+    row = next(row for row in read_table(path, "summary") if row["metric"].startswith("forgetting"))
     assert row["value"] == "undefined: experience 0 was not evaluated (seed 1)"
 
 
@@ -236,13 +295,14 @@ def test_losses_that_are_no_numbers_are_flagged(make_run):
     run = make_run("run", (12, 18))
     log = run / "metrics.csv"
     log.write_text(log.read_text() + "1,60,loss/task/ce,nan\n1,80,loss/task/ce,inf\n")
-    assert "loss/task/ce is no finite number from step 60 on" in Page(write_report([run]).read_text()).text
+    assert "loss/task/ce is not finite from step 60 on" in Page(write_report([run]).read_text()).text
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_without_validation_samples_budgets_are_undefined(make_run, exits, read_table):
     run = make_run("run", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75)])
-    (row,) = read_table(write_report([run]), "budgets")
+    row, whole = read_table(write_report([run]), "budgets")
+    assert float(whole["accuracy"]) == 0.75
     assert row["accuracy"] == "undefined: no validation samples; set benchmark.validation=0.1"
 
 
@@ -251,7 +311,7 @@ def test_a_repeated_run_counts_once_and_a_contradiction_is_refused(make_run, tmp
     first = make_run("runs/a", (12, 18))
     shutil.copytree(first, tmp_path / "runs" / "b")
     path = write_report([tmp_path / "runs"])
-    assert "number for number; it is counted once" in Page(path.read_text()).text
+    assert "exactly; it is counted once" in Page(path.read_text()).text
     make_run("runs/c", (13, 18))
     with pytest.raises(ClframeError, match="one config and one seed, 0, but different numbers"):
         write_report([tmp_path / "runs"])
@@ -271,28 +331,28 @@ def _swap(name, old, new):
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage, message",
     [
         (_drop("results.json"), "not finished, results.json is missing"),
         (_drop("config.yaml"), "no config.yaml"),
-        (_swap("results.json", '"schema_version": 1', '"schema_version": 2'), "schema_version 2, this clframe reads 1"),
+        (_swap("results.json", '"schema_version": 2', '"schema_version": 3'), "schema_version 3, this clframe reads 1"),
         (_swap("results.json", "}", ""), "not JSON"),
         (_swap("results.json", '"seed": 0', '"seed": 5'), "seed 5, but config.yaml has 0"),
         (_swap("results.json", "[[1.0, 0.0]", "[[1.0]"), "do not fit test_samples"),
         (_swap("results.json", "[[1.0, 0.0]", "[[1.5, 0.0]"), "outside 0 to 1"),
-        (_swap("results.json", "[0.6, 0.9]", "[0.7, 0.9]"), "final_average_accuracy is 0.75, its matrix says 0.8"),
+        (_swap("results.json", "[0.6, 0.9]", "[0.7, 0.9]"), "final_average_accuracy is 0.75, but 0.8 by accuracy_matrix"),
         (_swap("config.yaml", "strategy: er", "strateg: er"), "unknown key 'strateg'"),
         (_swap("metrics.csv", "0.25", "much"), "metrics.csv: is damaged"),
         (_swap("ledger.json", "}", ""), "ledger.json: is damaged"),
     ],
 )
-def test_a_bad_run_is_one_line(damage, said, make_run, capsys):
+def test_a_bad_run_is_one_line(damage, message, make_run, capsys):
     run = make_run("run", (12, 18))
     damage(run)
     assert main(["report", str(run)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("clframe: error: ") and ";" in err
-    assert said in err
+    assert message in err
     assert not (run / "report").exists()
 
 
@@ -301,18 +361,18 @@ def test_bad_calls_are_one_line(make_run, tmp_path, capsys):
     run = make_run("run", (12, 18))
     other = make_run("other", (12, 18), overrides=["benchmark.name=mnist"])
     (tmp_path / "empty").mkdir()
-    for words, said in (
+    for words, message in (
         ([], "no run given"),
         ([tmp_path / "nowhere"], "no such folder"),
         ([tmp_path / "empty"], "not a run, and no run below it"),
         ([run / "results.json"], "is a file"),
         ([run, other], "different benchmarks, digits, mnist"),
-        ([run, "--output", run / "results.json"], "cannot be made"),
+        ([run, "--output", run / "results.json"], "cannot be created"),
         ([run, "--wach"], "did you mean '--watch'?"),
     ):
         assert main(["report", *map(str, words)]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and said in err
+        assert out == "" and err.count("\n") == 1 and message in err
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -328,7 +388,7 @@ def test_unfinished_runs_below_a_folder_are_left_out_and_named(make_run, tmp_pat
     half = make_run("runs/b", (12, 18), seed=1)
     (half / "results.json").unlink()
     page = Page(write_report([tmp_path / "runs"]).read_text())
-    assert f"{half} is not finished and left out." in page.text
+    assert f"{half} is not finished and was omitted." in page.text
     assert "1 run" in page.text
 
 
@@ -363,7 +423,7 @@ def test_a_figure_on_the_page_follows_the_scheme_and_its_file_does_not():
         axes.plot([0, 1], [0, 1], color="#0072b2")
         axes.set_title("http://x.org/<&>")
 
-    found = drawn(Picture("p", "", draw))
+    found = render_picture(Picture("p", "", draw))
     assert "var(--s0)" in found.inline and "#0072b2" not in found.inline
     assert "#0072b2" in found.svg and "var(" not in found.svg
     assert found.png.startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""What a report says of costs: every number from the ledger or a measurement, and none where there is neither."""
+"""Costs in reports: every number is from the ledger or a measurement, else undefined."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ def test_a_prediction_by_part_exit_and_role(make_run, read_table):
     parts = numbers(read_table(page, "cost"), "part", "MACs", "share", "MACs up to it")
     assert parts["policy/early"] == (3, 3 / 553, 123) and parts["total"] == (553, 1, 553)
     assert [row["component"] for row in read_table(page, "cost")] == ["-", "exits", "early_exit", "-", "-", "-"]
-    stops = {row["prediction"]: row for row in read_table(page, "stops")}
+    stops = {row["prediction"]: row for row in read_table(page, "exit_usage")}
     assert (float(stops["up to early"]["MACs"]), float(stops["up to early"]["share"])) == (123, 7 / 20)
     mean = (7 * 123 + 13 * 553) / 20
     assert float(stops["mean"]["MACs"]) == mean
-    assert (float(stops["half stay within"]["MACs"]), float(stops["95 % stay within"]["MACs"])) == (553, 553)
+    assert (float(stops["median"]["MACs"]), float(stops["95th percentile"]["MACs"])) == (553, 553)
     left = mean - 13 / 20 * (800 - (13 * 20 + 70)) / 2
-    assert float(stops["mean, of experts those that ran"]["MACs"]) == pytest.approx(left)
-    columns = ("dense MACs a sample", "effective MACs a sample", "effective")
+    assert float(stops["mean, executed experts only"]["MACs"]) == pytest.approx(left)
+    columns = ("dense MACs per sample", "effective MACs per sample", "effective")
     products = numbers(read_table(page, "products"), "role", *columns)
     assert products == {"convolution": (1000, 250, 0.25), "head": (50, 50, 1), "total": (1050, 300, 300 / 1050)}
     (experts,) = read_table(page, "experts")
-    assert float(experts["experts a token"]) == 1.3 and float(experts["MACs a sample"]) == (13 * 20 + 10 * 7) / 2
+    assert float(experts["experts per token"]) == 1.3 and float(experts["MACs per sample"]) == (13 * 20 + 10 * 7) / 2
     assert float(experts["share"]) == pytest.approx(330 / 800)
     assert f"{left:,.0f}" in page.read_text()  # among what a reader looks for first
 
@@ -88,27 +88,27 @@ def test_what_a_run_took_experience_by_experience(make_run, read_table):
     last = rows["1"]
     assert (float(last["router, MACs"]), float(last["replay, MACs"]), float(last["total, MACs"])) == (70, 300, 3370)
     assert (float(last["new samples"]), float(last["replayed samples"]), float(last["optimizer steps"])) == (10, 3, 2)
-    took = {row["what"]: row for row in read_table(page, "took")}
+    took = {row["quantity"]: row for row in read_table(page, "run_totals")}
     assert float(took["whole run, with evaluations"]["value"]) == 50 + 3000 + 3370
     assert (float(took["wall time of training"]["value"]), took["wall time of training"]["unit"]) == (3.0, "s")
     assert float(took["memory of samples"]["value"]) == 640 and float(took["teachers"]["value"]) == 0
-    assert (float(took["peak memory of the process"]["value"]), took["peak memory of the process"]["by"]) == (
+    assert (float(took["peak memory of the process"]["value"]), took["peak memory of the process"]["source"]) == (
         4096, "system",
     )  # fmt: skip
-    for said in ("energy of training", "peak memory on the device", "newest checkpoint", "latency of a prediction"):
-        assert (took[said]["value"], took[said]["by"]) == ("not measured", "-")
+    for message in ("energy of training", "peak memory on the device", "newest checkpoint", "latency of a prediction"):
+        assert (took[message]["value"], took[message]["source"]) == ("not measured", "-")
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_figures_over_seeds_need_every_seed(make_run, tmp_path, read_table):
     make_run("runs/0", (12, 18), seed=0, ledger=ledger(joules=2.0))
     make_run("runs/1", (12, 18), seed=1, ledger=ledger(joules=3.0))
-    took = {row["what"]: row for row in read_table(write_report([tmp_path / "runs"]), "took")}
+    took = {row["quantity"]: row for row in read_table(write_report([tmp_path / "runs"]), "run_totals")}
     energy = took["energy of training"]
-    assert (float(energy["value"]), energy["by"], energy["unit"]) == (5.0, "nvml", "J")
+    assert (float(energy["value"]), energy["source"], energy["unit"]) == (5.0, "nvml", "J")
     assert float(energy["value: deviation"]) == pytest.approx(2**0.5)
     make_run("runs/2", (12, 18), seed=2)  # has no entries
-    took = {row["what"]: row["value"] for row in read_table(write_report([tmp_path / "runs"]), "took")}
+    took = {row["quantity"]: row["value"] for row in read_table(write_report([tmp_path / "runs"]), "run_totals")}
     assert {value for what, value in took.items()} == {"not measured"}
 
 
@@ -121,7 +121,7 @@ def test_latency_stands_beside_macs(make_run, read_table):
     assert (first["prediction"], float(first["batch"]), float(first["p50, ms"]), float(first["p95, ms"])) == (
         "whole network", 1, 4.0, 8.0,
     )  # fmt: skip
-    assert (float(first["samples a second"]), float(first["MACs a sample"])) == (250, 553)
+    assert (float(first["samples per second"]), float(first["MACs per sample"])) == (250, 553)
     assert "not measured; clframe latency" not in page.read_text()
     without = make_run("other", (12, 18))
     assert f"Latency: not measured; clframe latency {without} measures it." in write_report([without]).read_text()
@@ -144,17 +144,17 @@ def test_neurons_and_experts_experience_by_experience(make_run, read_table):
     page = write_report([run])
     (layer,) = read_table(page, "activity")
     assert (float(layer["neurons"]), float(layer["inactive"])) == (8, 0.75)
-    assert (float(layer["still active since learnt"]), float(layer["shared with the newest"])) == (0.75, 0.25)
+    assert (float(layer["overlap with when learned"]), float(layer["overlap with the newest"])) == (0.75, 0.25)
     (use,) = read_table(page, "expert_use")
-    assert (float(use["experts"]), float(use["experts a token"]), float(use["never used"])) == (4, 1.5, 1)
+    assert (float(use["experts"]), float(use["experts per token"]), float(use["never used"])) == (4, 1.5, 1)
     found = {path.stem for path in (page.parent / "figures").iterdir()}
-    assert found >= {"products", "run_cost", "latency", "sparsity", "experts_a_token"}
-    assert read_table(page, "took")[-1]["value"] == "see its table"
+    assert found >= {"products", "run_cost", "latency", "sparsity", "experts_per_token"}
+    assert read_table(page, "run_totals")[-1]["value"] == "see its table"
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_groups_are_compared_at_what_their_own_decision_costs(make_run, tmp_path, exits, read_table):
-    """The base has one exit and reaches 0.75; the other answers 0.8 right by its own policy and 0.7 by its last exit."""
+    """The base has one exit and reaches 0.75; the other reaches 0.8 under its exit policy and 0.7 at its last exit."""
     make_run("base", (12, 18), macs=1000)
     records = [exits(0.5, 0.9), exits(0.2, 0.7)]
     other = ledger(experts=False)
@@ -187,7 +187,7 @@ def _put(*path, value):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_with("ledger.json", _put("ledger", "schema_version", value=2)), "ledger: has schema 2, this version reads 1"),
         (_with("ledger.json", _put("ledger", value=[])), "ledger: has schema None"),
@@ -201,12 +201,12 @@ def _put(*path, value):
         (lambda run: (run / "latency.json").write_text("["), "latency.json: is damaged"),
     ],
 )
-def test_damaged_costs_are_one_line(damage, said, make_run, capsys):
+def test_damaged_costs_are_one_line(damage, message, make_run, capsys):
     run = make_run("run", (12, 18), ledger=ledger(), timings=TIMINGS)
     damage(run)
     assert main(["report", str(run)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("clframe: error: ") and ";" in err and said in err
+    assert out == "" and err.count("\n") == 1 and err.startswith("clframe: error: ") and ";" in err and message in err
     assert not (run / "report").exists()
 
 
@@ -221,6 +221,6 @@ def test_what_is_no_number_is_not_shown_as_one(make_run, read_table):
         assert old in text
         (run / name).write_text(text.replace(old, new))
     page = write_report([run])
-    took = {row["what"]: row["value"] for row in read_table(page, "took")}
+    took = {row["quantity"]: row["value"] for row in read_table(page, "run_totals")}
     assert took["wall time of training"].startswith("undefined")
     assert read_table(page, "latency")[0]["p50, ms"].startswith("undefined")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from clframe.tables import Quantity, Table, over_seeds, to_csv, to_latex, to_markdown
+from clframe.tables import Quantity, Table, over_seeds, to_csv, to_latex, to_markdown, to_text
 
 NAN = float("nan")
 TABLE = Table(
@@ -42,6 +42,37 @@ def test_latex():
     assert r"\caption{A\_b \& $<$c$>$. 50 \%.}" in text
     assert r"\begin{tabular}{lrr}" in text
     assert r"er | lwf\_2 & 12.3 $\pm$ 1.0 & 1,234,567 \\" in text
+
+
+def test_text():
+    assert to_text(TABLE).splitlines() == [
+        "A_b & <c>",
+        "50 %",
+        "group       accuracy, %       MACs",
+        "----------------------------------",
+        "er | lwf_2   12.3 ± 1.0  1,234,567",
+        "x                     -          2",
+        "-: one, not two",
+    ]
+
+
+def test_text_wraps_headings_then_splits_columns_and_repeats_the_first():
+    columns = ("exit", *(f"a rather long heading {n}, %" for n in range(12)))
+    table = Table(name="t", title="T", columns=columns, rows=(("first", *(Quantity(n / 100) for n in range(12))),))
+    lines = to_text(table, width=60).splitlines()
+    assert max(map(len, lines)) <= 60
+    rows = [line.split() for line in lines if line.startswith("first")]
+    assert len(rows) > 1  # blocks
+    assert [float(cell) for row in rows for cell in row[1:]] == [float(n) for n in range(12)]
+    headings = " ".join(line for line in lines if not line.startswith("first"))
+    assert all(f" {n}, %" in headings or f"{n}," in headings for n in range(12))
+
+
+def test_text_wraps_a_long_first_column():
+    table = Table(name="t", title="T", columns=("", "x, %"), rows=(("word " * 30, Quantity(0.5)),))
+    first, *more = to_text(table, width=40).splitlines()[3:]
+    assert first.endswith("50.0") and len(first) <= 40
+    assert " ".join([first.removesuffix("50.0"), *more]).split() == ["word"] * 30
 
 
 def test_how_numbers_are_shown():

@@ -1,4 +1,4 @@
-"""Sweeps over masks by role: small models whose answers are known, and every family of models."""
+"""Sweeps over masks by role: small models with known results, and every family of models."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_half_precision_does_not_overflow(dtype):
 
 def test_displaced_penalty_pushes_down_until_it_lets_go():
     pre = torch.tensor([[-11.0, -9.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    value = S.l1(S.displaced(pre))
+    value = S.l1(S.displacement(pre))
     value.backward()
     assert value.item() == 0 + 1 + 11 and pre.grad.tolist() == [[0, 1, 1]]
 
@@ -122,7 +122,7 @@ def test_sparsity_counts_zeros_by_token():
 def test_critical_sparsity_interpolates_the_last_crossing():
     curve = [(0.0, 0.8), (0.4, 0.79), (0.2, 0.85), (0.6, 0.80), (0.8, 0.60)]
     s, score = zip(*curve, strict=True)
-    # 0.99 * 0.8 = 0.792 lies 0.008 of 0.2 below 0.80, between 0.6 and 0.8.
+    # 0.99 * 0.8 = 0.792 is 0.008 of 0.2 below 0.80, between 0.6 and 0.8.
     assert S.critical_sparsity(s, score, dense=0.8) == pytest.approx(0.6 + 0.2 * 0.008 / 0.2)
     assert S.critical_sparsity(s, score, dense=0.8, share=0.5) == 0.8
     assert S.critical_sparsity([0.5, 0.3], [0.0, 0.1], dense=0.8) == 0.3  # nothing keeps it: the least sparse

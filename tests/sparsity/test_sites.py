@@ -33,7 +33,7 @@ def timm_model(name, **options):
 
 
 class Written(nn.Module):
-    """A gated FFN as Llama's first code had it: no names that tell, no activation kept, up last."""
+    """A gated FFN as in Llama's first code: no telling names, no activation module, up last."""
 
     def __init__(self, d=6, f=10, act=F.silu):
         super().__init__()
@@ -101,7 +101,7 @@ def test_the_parts_compute_what_their_owner_does(make):
     try:
         ffns = find_ffns(model)
     except UnsupportedError:
-        assert model[0].w2.in_features == model[0].w2.out_features  # which layer is down, no shape tells
+        assert model[0].w2.in_features == model[0].w2.out_features  # shapes alone do not determine which layer is down
         return
     for ffn in ffns:
         x = torch.randn(3, 5, ffn.d_model)

@@ -13,7 +13,7 @@ from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError
 from clframe.nn import BACKBONES, GrowingLinear, Network
-from clframe.nn.frozen import fine_tuned
+from clframe.nn.frozen import fine_tune
 from clframe.seeding import generator_for
 from clframe.training.checkpoint import decode, encode
 from strategies import ANCL
@@ -103,8 +103,8 @@ def test_fine_tuning_is_sgd_and_leaves_everything_else_alone():
     net, now = network(1, classes=4), context(1, (2, 3), (0, 1), count=3)
     options = {"classes": (2, 3), "epochs": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 8}
     before, state = [p.detach().clone() for p in net.parameters()], torch.get_rng_state()
-    learnt, steps = fine_tuned(net, now.experience.samples, **options, generator=generator_for(3))
-    again, _ = fine_tuned(net, now.experience.samples, **options, generator=generator_for(3))
+    learnt, steps = fine_tune(net, now.experience.samples, **options, generator=generator_for(3))
+    again, _ = fine_tune(net, now.experience.samples, **options, generator=generator_for(3))
     assert steps == 2 and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(learnt.parameters(), again.parameters(), strict=True))
@@ -134,8 +134,34 @@ def test_presets_build(preset, tmp_path):
 @pytest.mark.parametrize(
     "option",
     [{"lamb": -1.0}, {"lamb_a": math.nan}, {"temperature": 0.0}, {"epochs": -1}, {"lr": 0.0}, {"momentum": 1.0},
-     {"weight_decay": -1.0}, {"batch_size": 0}],
+     {"weight_decay": -1.0}, {"batch_size": 0}, {"milestones": (0.5, 1.0)}, {"clip": 0.0}],
 )  # fmt: skip
 def test_impossible_options(option):
     with pytest.raises(ConfigError, match=f"components.ancl.{next(iter(option))}"):
         ANCL(**option)
+
+
+def test_the_auxiliary_networks_rate_falls_in_steps_and_its_gradients_are_clipped():
+    net, now = network(classes=4), context(1, (2, 3), (0, 1), count=3)
+    options = {"classes": (2, 3), "epochs": 5, "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 8}
+    learnt, _ = fine_tune(net, now.experience.samples, **options, milestones=(0.4, 0.8), clip=0.01, generator=generator_for(3))
+    plain = network(classes=4)
+    for lr in (0.5, 0.5, 0.05, 0.05, 0.005):  # longhand: after 2 and after 4 of 5 epochs
+        scores = plain(now.experience.samples.x).last[:, 2:]
+        loss = F.cross_entropy(scores, now.experience.samples.y - 2)
+        gradients = torch.autograd.grad(loss, list(plain.parameters()))
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        assert norm > 0.01
+        for p, g in zip(plain.parameters(), gradients, strict=True):
+            p.data -= lr * g * 0.01 / norm
+    for a, b in zip(learnt.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_paper_preset_reaches_the_auxiliary_network(monkeypatch):
+    from strategies import ancl as module
+
+    seen = {}
+    monkeypatch.setattr(module, "fine_tune", lambda network, samples, **options: (seen.update(options), (network, 1))[1])
+    begun(ANCL(milestones=(0.3, 0.6), clip=1.0, lr=0.1))
+    assert (seen["milestones"], seen["clip"], seen["lr"]) == ((0.3, 0.6), 1.0, 0.1)

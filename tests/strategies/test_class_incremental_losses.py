@@ -15,6 +15,7 @@ from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import TensorSamples, class_incremental
 from clframe.data.source import SOURCES
 from clframe.errors import ComposeError, ConfigError
+from clframe.exits import make_head
 from clframe.functional.losses import distillation
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.nn.types import Output
@@ -155,7 +156,7 @@ def test_each_exit_answers_by_the_means_of_the_memory_in_its_own_features(exits,
 def test_before_there_are_means_logits_answer(component):
     net, _ = second_experience(component, 0)
     output = net(torch.randn(2, 1, 2, 2), taps=component.taps(net))
-    assert component.adjust_logits(output, component.init_state(net)) is output
+    assert all(a is b for a, b in zip(component.adjust_logits(output, component.init_state(net)).logits, output.logits, strict=True))
 
 
 def test_without_a_memory_means_are_those_of_training_and_stay():
@@ -240,3 +241,34 @@ def test_a_run_that_was_stopped_goes_on_the_same(strategy, tmp_path):
     for name in ("results.json", "checkpoints/experience_005.ckpt"):
         (folder / name).unlink()
     assert clframe.run(resume=folder).accuracy_matrix == whole.accuracy_matrix
+
+
+@pytest.mark.parametrize("scores", ["squared", "fourth"])
+def test_icarl_with_max_pooled_maps_at_exits_and_distances_to_the_fourth(scores):
+    icarl = ICaRL(pooling="max", scores=scores)
+    torch.manual_seed(0)
+    backbone = BACKBONES.get("small_cnn")((1, 8, 8), width=3)
+    tap = backbone.names[0]
+    channels = backbone.tap_shapes[tap][0]
+    net = Network(backbone, exits=[(tap, make_head("pool", backbone.tap_shapes[tap]))])
+    net.grow([0, 1])
+    y = torch.tensor([0, 0, 0, 1, 1])
+    memory = {"x": torch.randn(5, 1, 8, 8) + y.reshape(-1, 1, 1, 1), "y": y}
+    samples = TensorSamples(memory["x"], y)
+    now = StepContext(Experience(0, 2, (0, 1), (), (), samples), 0, 1, generator_for(0), memory)
+    state = icarl.after_experience(net, now, icarl.init_state(net))
+    output = net.eval()(torch.randn(6, 1, 8, 8), taps=icarl.taps(net))
+    found = icarl.adjust_logits(output, state)
+    stored = net(memory["x"], taps=net.exit_taps).taps
+    for k, name in enumerate(net.exit_taps):
+        def features(tap, k=k):
+            if k == 1:  # the last exit averages, as the network's own classifier does
+                return normalize(tap.mean((2, 3)) if tap.ndim == 4 else tap, dim=1)
+            rows, columns = tap.shape[2] // 2, tap.shape[3] // 2
+            blocks = tap[:, :, : 2 * rows, : 2 * columns].reshape(len(tap), channels, rows, 2, columns, 2)
+            return normalize(blocks.amax((3, 5)).flatten(1), dim=1)
+
+        means = [normalize(features(stored[name])[y == c].mean(0), dim=0) for c in (0, 1)]
+        squared = torch.stack([(features(output.taps[name]) - mu).square().sum(1) for mu in means], 1)
+        expected = -squared if scores == "squared" else -(squared**2)
+        torch.testing.assert_close(found.logits[k], expected, rtol=1e-3, atol=1e-5)

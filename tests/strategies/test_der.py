@@ -53,7 +53,7 @@ def after_one(component, net):
 def joined(component, net, state, size, now=None):
     now = now or context(1, {2: 9}, (0, 1))
     x, y = now.experience.samples.batch(torch.arange(size))
-    batch = component.make_batch(Batch(x, y), now, state)
+    batch = component.make_batch(Batch(x, y), now, state, net)
     return batch, Step(batch, net(batch.x), now, net)
 
 

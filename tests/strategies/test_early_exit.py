@@ -82,6 +82,36 @@ def test_a_plain_network_has_nothing_to_leave_early_from():
     assert torch.equal(component.predict(Output(scores), state), scores[0])
 
 
+def test_one_standard_error_never_stops_earlier_than_the_best_threshold():
+    net, samples = network(), held_out()
+    policies = {}
+    for rule in ("best", "one_standard_error"):
+        component = EarlyExit(budget=1.2, budget_rule=rule)
+        state = component.after_experience(net, context(samples), component.init_state(net))
+        policies[rule] = component.policy(state)
+    assert policies["one_standard_error"].thresholds[0] >= policies["best"].thresholds[0]
+    with pytest.raises(ConfigError, match=r"^components\.early_exit\.budget_rule: found one_standard_error with solver co"):
+        EarlyExit(budget=0.5, budget_rule="one_standard_error", solver="coordinate")
+
+
+def test_a_network_of_nan_is_one_line_and_not_a_formatting_error():
+    net, samples = network(), held_out()
+    with torch.no_grad():
+        next(net.parameters()).fill_(float("nan"))
+    component = EarlyExit(budget=0.6)
+    with pytest.raises(ConfigError, match=r"^budget: no thresholds keep .* check that training has not diverged$"):
+        component.after_experience(net, context(samples), component.init_state(net))
+
+
+def test_a_state_saved_before_it_had_the_number_of_exits_is_read():
+    component = EarlyExit(measure="gate", threshold=0.4)
+    net = network()
+    state = component.after_experience(net, context(held_out()), component.init_state(net))
+    old = {key: value for key, value in state.items() if key != "exits"}
+    scores = tuple(torch.randn(5, 4) for _ in range(3))
+    assert torch.equal(component.predict(Output(scores), old), component.predict(Output(scores), state))
+
+
 def test_too_small_a_budget_buys_the_first_exit():
     net, samples = network(), held_out()
     component = EarlyExit(budget=0.01)
@@ -114,7 +144,7 @@ def test_a_run_its_loaded_model_and_dynamic_inference_give_the_same_answers(tmp_
     assert len(answer.exit_B.unique()) > 1
     first = model.dynamic(threshold=0.0)(model.prepare(test.x))
     right = (model.ids(first.scores_BC) == test.y).float().mean().item()
-    assert right == pytest.approx(result.exits[-1].diagnostics.accuracy_K[0], abs=1e-6)
+    assert right == pytest.approx(result.exits[-1].accuracy_K[0], abs=1e-6)
 
 
 def test_policies_and_ensembles_are_fitted_on_corrected_answers():
@@ -131,7 +161,7 @@ def test_policies_and_ensembles_are_fitted_on_corrected_answers():
     learner.before_epoch(0)
     learner.end()
     net.eval()
-    scores = learner.corrected(samples.prepare(samples.x)).logits
+    scores = learner.corrected_output(samples.prepare(samples.x)).logits
     assert not torch.equal(scores[0], net(samples.prepare(samples.x)).logits[0])
     policy = EarlyExit(budget=0.9).policy(learner.state["early_exit"])
     exit_N = select(scores, policy).exit_B

@@ -69,7 +69,7 @@ def test_replay_joins_the_batch_normalized(ratio, size, replayed):
     state = er.after_experience(net, context(0, (0, 1), ()), er.init_state(net))
     now = context(1, (2,), (0, 1))
     x, y = now.experience.samples.prepare(now.experience.samples.x[:size]), now.experience.samples.y[:size]
-    joined = er.make_batch(Batch(x, y), now, state)
+    joined = er.make_batch(Batch(x, y), now, state, net)
     assert torch.equal(joined.x[:size], x) and torch.equal(joined.y[:size], y)
     assert len(joined.y) == size + replayed and joined.weight_B is None
     assert set(joined.y[size:].tolist()) <= {0, 1}
@@ -79,13 +79,13 @@ def test_replay_joins_the_batch_normalized(ratio, size, replayed):
 def test_no_memory_no_replay():
     er, net = ER(), network()
     batch = Batch(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))
-    assert er.make_batch(batch, context(0, (0, 1), ()), er.init_state(net)) is batch
+    assert er.make_batch(batch, context(0, (0, 1), ()), er.init_state(net), net) is batch
 
 
 def test_scale_weighs_replayed_samples():
     er, net = ER(memory=4, scale=0.25), network()
     state = er.after_experience(net, context(0, (0, 1), ()), er.init_state(net))
-    joined = er.make_batch(Batch(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), context(1, (2,), (0, 1)), state)
+    joined = er.make_batch(Batch(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), context(1, (2,), (0, 1)), state, net)
     assert joined.weight_B.tolist() == [1.0] * 3 + [0.25] * 3
 
 

@@ -14,7 +14,7 @@ import clframe
 from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import SOURCES, TensorSamples
 from clframe.data.avalanche import import_avalanche
-from clframe.data.streams import permuted
+from clframe.data.streams import permuted_stream
 from clframe.errors import ConfigError
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.regularization.sensitivity import objectives, sensitivities
@@ -189,7 +189,7 @@ def test_importances_and_penalty_are_avalanches_on_batches_of_one():
 def run(strategy, *, experiences=2):
     """Accuracy on each domain after two of permuted digits."""
     source = SOURCES.get("digits")()
-    stream = permuted(source, experiences=experiences, seed=0)
+    stream = permuted_stream(source, experiences=experiences, seed=0)
     torch.manual_seed(0)
     net = Network(BACKBONES.get("mlp")(stream.input_shape, width=32))
     module = ContinualModule(net, strategy, optimizer=partial(torch.optim.Adam, lr=2e-3), seed=0)
@@ -234,3 +234,24 @@ def test_presets_build(preset, tmp_path):
 def test_impossible_options(option):
     with pytest.raises(ConfigError, match=f"components.ewc.{next(iter(option))}"):
         EWC(**option)
+
+
+@pytest.mark.parametrize("heads", ["covered", "free"])
+def test_with_block_an_early_exit_covers_the_stage_it_is_attached_to(heads):
+    """Two exits on ``layer2`` of three stages and the last one, which covers the whole backbone."""
+    torch.manual_seed(0)
+    net = Network(BACKBONES.get("mlp")((5,), width=4, depth=3), exits=[("layer2", GrowingLinear(4)) for _ in range(2)])
+    net.grow(range(2))
+    ewc, now = EWC(lamb=3.0, scope="block", heads=heads), context(0, (0, 1))
+    state = ewc.before_experience(net, now, ewc.init_state(net))
+    importance, anchor = [fisher(net, now, k) for k in range(3)], weights(net)
+    state = ewc.after_experience(net, now, state)
+    move(net)
+    later = context(1, (0, 1), (0, 1))
+    term_K = ewc.losses(step(net, later), ewc.before_experience(net, later, state))["penalty"]
+    for k in range(3):
+        covered = ("backbone.",) if k == 2 else ("backbone.stages.1.",)
+        covered += (f"heads.{k}.",) if heads == "covered" else ()
+        chosen = {name: value for name, value in anchor.items() if name.startswith(covered)}
+        assert len(chosen) == (6 if k == 2 else 2) + 2 * (heads == "covered")
+        torch.testing.assert_close(term_K[k], 1.5 * longhand(net, importance[k], chosen), rtol=1e-4, atol=1e-7)

@@ -9,7 +9,7 @@ from torch import nn
 import clframe
 from clframe.core import Experience, Step, StepContext, compose
 from clframe.data import TensorSamples
-from clframe.errors import ConfigError, UnknownNameError
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError
 from clframe.functional.losses import cross_entropy
 from clframe.nn import BACKBONES, Backbone, Network
 from clframe.nn.types import Output
@@ -91,6 +91,27 @@ def test_parameters_and_the_control_of_resnet32():
             assert set(net.exit_taps[:-1]) == {"layer3.4"}
     assert sizes["none"] == 1_907_016
     assert sizes["last"] == sizes["none"] - 60  # the scalars of SDN pooling
+
+
+@pytest.mark.parametrize(("name", "shape", "corrected", "published"), [
+    ("resnet18", (3, 224, 224), 24_233_272, 24_591_672),
+    ("wrn16_2", (3, 32, 32), 3_366_234, 1_369_434),
+    ("vgg19", (3, 32, 32), 41_632_722, 41_632_722),
+])  # fmt: skip
+def test_parameters_of_the_published_heads(name, shape, corrected, published):
+    """100 classes in 10 experiences, counted in the authors' networks."""
+    for as_published, expected in ((False, corrected), (True, published)):
+        net = Network(BACKBONES.get(name)(shape))
+        Exits(as_published=as_published).setup_network(net)
+        for t in range(10):
+            net.grow(range(10 * t, 10 * t + 10))
+        assert sum(p.numel() for p in net.parameters()) == expected
+
+
+def test_exits_are_never_put_on_a_trained_network():
+    net = edited(Exits())
+    with pytest.raises(UnsupportedError, match=r"^components\.exits: found a network that has learned 4 classes"):
+        Exits().setup_network(net)
 
 
 def test_places_by_time_become_names_that_a_config_keeps(tmp_path):
@@ -263,8 +284,8 @@ def test_a_geometric_ensemble_is_fitted_on_data_held_out(tmp_path):
 def test_the_other_ensembles_run(ensemble, tmp_path):
     result = run(tmp_path, f"exits(ensemble='{ensemble}')", "trainer.epochs=1")
     record = result.exits[-1]
-    assert len(record.diagnostics.accuracy_K) == 3
-    assert record.static["last"] == record.diagnostics.accuracy_K[-1]
+    assert len(record.accuracy_K) == 3
+    assert record.static["last"] == record.accuracy_K[-1]
     if ensemble != "boosted":  # the backbone's own classifier stays out of these
         plain = run(tmp_path, "exits", "trainer.epochs=1")
         assert result.accuracy_matrix == plain.accuracy_matrix
@@ -282,7 +303,7 @@ def test_heads_of_every_kind_train(options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"every": 1, "at_cost": (0.5,)}, r"components\.exits\.every: found beside at_cost; place the exits in one way"),
+        ({"every": 1, "at_cost": (0.5,)}, r"components\.exits\.every: found together with at_cost; use one of them"),
         ({"trunk_share": 1.0}, r"components\.exits\.trunk_share: found 1\.0; give a share between 0 and 1"),
         ({"values": (0.1, -1.0)}, r"components\.exits\.values: found"),
         ({"cascade_norm": True}, r"components\.exits\.cascade_norm: found true without a cascade"),

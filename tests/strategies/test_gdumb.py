@@ -10,7 +10,7 @@ import torch
 
 from clframe.core import Experience, StepContext, compose, parse
 from clframe.data import Source, TensorSamples, class_incremental
-from clframe.data.streams import rotated
+from clframe.data.streams import rotated_stream
 from clframe.errors import ConfigError
 from clframe.nn import BACKBONES, Network
 from clframe.seeding import generator_for
@@ -139,7 +139,7 @@ def test_what_is_kept_depends_on_the_seed_of_the_run():
 
 def test_views_of_a_domain_are_kept_as_seen():
     source = Source("toy", samples({0: 4, 1: 4}), samples({0: 1, 1: 1}), classes=2)
-    benchmark = rotated(source, experiences=2)
+    benchmark = rotated_stream(source, experiences=2)
     state = GDumb().init_state(build("mlp", (1, 2, 2), None))
     pooled, _ = GDumb(memory=100).training_set(benchmark.train[1], 8, state)
     seen = benchmark.train[1].raw(torch.arange(8))

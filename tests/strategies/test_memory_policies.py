@@ -156,7 +156,7 @@ def test_a_fixed_number_is_replayed_whatever_the_batch(size):
     state = run(er, [{0: 9, 1: 9}])[-1]
     now = context(1, {2: 9})
     x, y = now.experience.samples.batch(torch.arange(size))
-    joined = er.make_batch(Batch(x, y), now, state)
+    joined = er.make_batch(Batch(x, y), now, state, network())
     assert len(joined.y) == size + 7 and torch.equal(joined.x[:size], x) and set(joined.y[size:].tolist()) <= {0, 1}
     assert joined.weight_B.tolist() == [1.0] * size + [0.5] * 7
 
@@ -166,13 +166,13 @@ def test_replayed_samples_are_augmented_by_the_components_generator():
     state = run(er, [{0: 9, 1: 9}])[-1]
     plain, mirrored = context(1, {2: 9}), context(1, {2: 9}, augment=(Flip(1.0),))
     batch = Batch(torch.zeros(4, 1, 2, 3), torch.zeros(4).long())
-    a, b = er.make_batch(batch, plain, state), er.make_batch(batch, mirrored, state)
+    a, b = er.make_batch(batch, plain, state, network()), er.make_batch(batch, mirrored, state, network())
     assert torch.equal(a.y, b.y) and torch.equal(a.x[4:].flip(-1), b.x[4:]) and not torch.equal(a.x, b.x)
     assert torch.equal(b.x[:4], batch.x)  # the loader has augmented the new ones
     half = context(1, {2: 9}, augment=(Flip(0.5),))
     again = context(1, {2: 9}, augment=(Flip(0.5),))
-    first, second = er.make_batch(batch, half, state), er.make_batch(batch, half, state)
-    assert torch.equal(first.x, er.make_batch(batch, again, state).x) and not torch.equal(first.x, second.x)
+    first, second = er.make_batch(batch, half, state, network()), er.make_batch(batch, half, state, network())
+    assert torch.equal(first.x, er.make_batch(batch, again, state, network()).x) and not torch.equal(first.x, second.x)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -201,7 +201,7 @@ def test_other_targets_are_kept_beside_their_samples():
         def logits(fresh, part=part, width=width):
             return {"logits_MKC": part.x[fresh][:, :, 0, :1].expand(-1, 3, width)}
 
-        memory = policy.renewed(
+        memory = policy.update(
             memory, now.experience, generator=now.generator, features=lambda index: index, targets=logits
         )
     assert memory["logits_MKC"].shape == (4, 3, 4)

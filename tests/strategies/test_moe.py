@@ -16,7 +16,7 @@ from clframe.data import TensorSamples
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.exits import ExitPolicy, make_head, select
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.moe import CumulativeShare, DynamicK, TopK, counting, expert_usage, routed_layers, set_tau
+from clframe.moe import CumulativeShare, DynamicK, TopK, count_usage, expert_usage, routed_layers, set_tau
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.nn.frozen import freeze
 from clframe.seeding import generator_for
@@ -166,7 +166,7 @@ def test_the_gate_waits_for_the_first_experience_and_for_evaluation(on_digits):
         for stage in ("before", "after"):
             for mode in (True, False):
                 run.network.train(mode)
-                with counting(run.network) as usage:
+                with count_usage(run.network) as usage:
                     run.network(x)
                 ran = {u.experts_per_token for u in usage().values()}
                 (seen[training, stage, mode],) = ran
@@ -184,7 +184,7 @@ def test_gated_training_reaches_the_experts_that_run_and_no_router(on_digits):
     run.network.zero_grad()
     run.network.train()
     layers, x = routed_layers(run.network), digits(on_digits, 1)[:1]
-    with counting(run.network) as usage:
+    with count_usage(run.network) as usage:
         run.network(x).last.sum().backward()
     for name, layer in layers.items():
         ran = torch.tensor(usage()[name].ran_E) > 0
@@ -285,9 +285,9 @@ def test_exits_sparsity_and_experts_in_one_strategy(on_digits):
     policy = ExitPolicy(thresholds=float(confidence_B.median()))
     with torch.no_grad():
         expected = select(network(x).logits, policy)
-        with counting(network) as whole:
+        with count_usage(network) as whole:
             network(x)
-        with counting(network) as stopped:
+        with count_usage(network) as stopped:
             found = DynamicNetwork(network, policy, compact=0)(x)
     torch.testing.assert_close(found.scores_BC, expected.scores_BC, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.exit_B, expected.exit_B) and 0 < int((found.exit_B == 0).sum()) < len(x)
@@ -416,7 +416,7 @@ def test_costs_are_arithmetic(on_digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": 2, "expert_size": 4}, "experts: found beside expert_size; give one of them"),
+        ({"experts": 2, "expert_size": 4}, "experts: found together with expert_size; give one of them"),
         ({"experts": 0}, "experts: found 0; give at least 1"),
         ({"tau": 1.5}, r"tau: found 1.5; give a number from 0 \(one expert a token\) to 1 \(all of them\)"),
         ({"k": 0}, "k: found 0; give at least 1"),
@@ -431,9 +431,9 @@ def test_numbers_that_mean_nothing(options, message):
 
 
 def test_networks_without_a_place_for_experts():
-    with pytest.raises(UnsupportedError, match=r"^components\.moe: found no feed-forward network in Network, .*; choose"):
+    with pytest.raises(UnsupportedError, match=r"^components\.moe: found no feed-forward network in Network; choose"):
         learner(MoE(), backbone="small_cnn", width=4)
-    with pytest.raises(UnsupportedError, match=r"^components\.moe: found an exit on 'layer1', whose neurons .*; put it elsewhere"):
+    with pytest.raises(UnsupportedError, match=r"^components\.moe: found an exit on 'layer1', whose neurons .*; attach it to another stage"):
         learner(MoE(), Exits(at=("layer1",)), backbone="mlp", width=8, depth=2)
     with pytest.raises(ConfigError, match=r"^components\.moe: backbone.*experts: found 5; give a divisor of the 32 hidden"):
         learner(MoE(experts=5))

@@ -1,8 +1,9 @@
-"""Every preset is a strategy that stands, and what is published is there under its name."""
+"""Presets build, and published values are under their names."""
 
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
 from clframe.config.files import read_yaml, shipped_configs
 from clframe.core import Composition, parse
@@ -13,14 +14,15 @@ PUBLISHED = {
     "prd": {"attract": 2.0, "distill": 4.0, "temperature": 0.1, "distill_temperature": 1.0, "projection": 128, "hidden": 512},
     "lucir": {"less_forget": 5.0, "separate": 0.5, "margin": 0.5, "negatives": 2, "eta": 1.0},
     "podnet": {"spatial": 3.0, "flat": 1.0, "proxies": 10, "margin": 0.6, "eta": 1.0},
-    "sparsity": {"strength": 0.2, "regularizer": "hoyer", "relu": True},
+    "sparsity": {"strength": 0.2, "regularizer": "hoyer", "relu": True, "ramp": "step"},
     "si": {"c": 0.1, "damping": 0.1},
     "mas": {"lamb": 1.0, "merge": "sum"},
-    "der": {"alpha": 0.3, "memory": 500, "selection": "reservoir"},
-    "derpp": {"alpha": 0.5, "beta": 0.5},
+    "der": {"alpha": 0.3, "memory": 500, "selection": "reservoir", "update": "step"},
+    "derpp": {"alpha": 0.5, "beta": 0.5, "draws": "two", "batches": "apart"},
     "bic": {"lamb": 2.0, "temperature": 2.0, "held_out": 0.1},
-    "ancl": {"lamb": 1.0, "lamb_a": 2.0},
-    "ewc": {"lamb": 10000.0, "alpha": 0.5, "estimate": "published"},
+    "ancl": {"lamb": 4.0, "lamb_a": 2.0, "softmax": "per_experience", "milestones": (0.3, 0.6, 0.8), "clip": 1.0},
+    "icarl": {"loss": "softmax", "pooling": "max", "scores": "fourth"},
+    "ewc": {"lamb": 10000.0, "alpha": 0.5, "estimate": "published", "scope": "block"},
     "lode": {"c": 4.0, "rho": 0.5},
     "lwf": {"alpha": 1.0, "temperature": 2.0},
     "ssil": {"lamb": 0.25},
@@ -33,12 +35,12 @@ PUBLISHED = {
 
 
 def strategy_of(preset: str) -> Composition:
-    config = read_yaml(FOLDER / f"{preset}.yaml")
+    config = OmegaConf.to_container(read_yaml(FOLDER / f"{preset}.yaml"))
     return parse(config["strategy"], config.get("components", {}))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_stands_and_sets_options_of_its_own_components_only(preset):
+def test_a_preset_builds_and_sets_options_of_its_own_components_only(preset):
     composition = strategy_of(preset)
     composition.check_needs()
     config = read_yaml(FOLDER / f"{preset}.yaml")

@@ -116,7 +116,7 @@ def test_an_advance_leaves_the_state_it_was_given_as_it_was():
 def test_logits_until_there_is_a_regression_and_a_checkpoint_between():
     net, parts = network(exits=3), [data((0, 1), 5), data((2, 3), 5)]
     output = Output((torch.ones(2, 4),), {"layer2": torch.ones(2, 6)})
-    assert SMALL.adjust_logits(output, SMALL.init_state(net)) is output
+    assert all(a is b for a, b in zip(SMALL.adjust_logits(output, SMALL.init_state(net)).logits, output.logits, strict=True))
     half = learnt(SMALL, net, parts[:1])
     one, other = (learnt(SMALL, net, parts[1:], state) for state in (half, decode(encode(half), net)))
     for a, b in zip(one["exits"], other["exits"], strict=True):

@@ -13,7 +13,7 @@ import clframe
 from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import SOURCES, TensorSamples
 from clframe.data.avalanche import import_avalanche
-from clframe.data.streams import permuted
+from clframe.data.streams import permuted_stream
 from clframe.errors import ConfigError
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.seeding import generator_for
@@ -113,20 +113,26 @@ def test_importances_are_avalanches_before_cutting(uphill):
     import_avalanche()
     from avalanche.training.plugins.synaptic_intelligence import SynapticIntelligencePlugin as Plugin
 
-    from clframe.avalanche_bridge.repairs import repair
-
-    repair([Plugin(0.1)])
     si, net, now = SI(path="total", damping=1e-3), network(), context(0, (0, 1))
     module = ContinualModule(net, optimizer=partial(torch.optim.SGD, lr=0.1))
     names = ("old_theta", "new_theta", "grad", "trajectory", "cum_trajectory")
     ewc_data, syn_data, none = ({}, {}), {name: {} for name in names}, set()
     Plugin.create_syn_data(module, ewc_data, syn_data, none)
     Plugin.init_batch(module, ewc_data, syn_data, none)
+
+    def copied(data):
+        """On the CPU Avalanche stores views of the live weights; see clframe.avalanche_bridge.repairs."""
+        for value in data.values():
+            value.data = value.data.clone()
+
+    copied(ewc_data[0])
     Plugin.pre_update(module, syn_data, none)
+    copied(syn_data["old_theta"])
 
     def follow(_):
         Plugin.post_update(module, syn_data, none)
         Plugin.pre_update(module, syn_data, none)
+        copied(syn_data["old_theta"])
 
     state = si.before_experience(net, now, si.init_state(net))
     train(si, net, now, state, maximize=uphill, watch=follow)
@@ -142,7 +148,7 @@ def test_importances_are_avalanches_before_cutting(uphill):
 
 
 def run(strategy):
-    stream = permuted(SOURCES.get("digits")(), experiences=2, seed=0)
+    stream = permuted_stream(SOURCES.get("digits")(), experiences=2, seed=0)
     torch.manual_seed(0)
     net = Network(BACKBONES.get("mlp")(stream.input_shape, width=32))
     module = ContinualModule(net, strategy, optimizer=partial(torch.optim.Adam, lr=2e-3), seed=0)
@@ -188,3 +194,50 @@ def test_preset_builds(tmp_path):
 def test_impossible_options(option):
     with pytest.raises(ConfigError, match=f"components.si.{next(iter(option))}"):
         SI(**option)
+
+
+def test_a_step_that_the_loss_scaler_skips_adds_nothing():
+    si, net, now = SI(c=2.0), network(), context(0, (0, 1))
+    state = si.before_experience(net, now, si.init_state(net))
+    train(si, net, now, state, steps=2)
+    before = state["path"].clone()
+    for value in (math.inf, -math.inf, math.nan):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        samples = now.experience.samples
+        state = si.after_step(net, Step(Batch(samples.x, samples.y), net(samples.x), now, net), state)
+    assert torch.equal(state["path"], before)
+
+
+@pytest.mark.parametrize("strategy", ["si", "mas", "ewc(mode='online')", "agem(memory=20, sample=4)"])
+def test_half_precision_runs_whose_first_steps_are_skipped_end_finite(strategy):
+    """A scale of 2^40 overflows half precision for many steps; each of them must leave everything as it was."""
+    from lightning import Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    from clframe.data import Source, class_incremental
+
+    torch.manual_seed(0)
+    y = torch.arange(4).repeat(20)
+    data = TensorSamples(torch.randn(len(y), 5) + y[:, None], y)
+    benchmark = class_incremental(Source("blobs", data, data, classes=4), experiences=2, order="sorted")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    module = ContinualModule(network(classes=0), strategy, optimizer=partial(torch.optim.SGD, lr=0.05), seed=0)
+    start = [parameter.detach().clone() for parameter in module.network.backbone.parameters()]
+    scales, moved = [], []
+    loop = LightningStrategy(
+        model=module, benchmark=benchmark, train_mb_size=4, train_epochs=4, evaluator=None,
+        fabric=Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)]),
+    )  # fmt: skip
+
+    def note(strategy):
+        scales.append(scaler.get_scale())
+        now = list(module.network.backbone.parameters())
+        moved.append(any(not torch.equal(a, b) for a, b in zip(start, now, strict=True)))
+
+    loop.on_step = note
+    for experience in benchmark.avalanche.train_stream:
+        loop.train(experience)
+    assert scales[0] < 2.0**40 and not moved[0] and moved[-1]  # skipped at first, trained in the end
+    values = [*module.parameters(), *(v for t in module.learner.state.get("si", {}).get("terms", ()) for v in (t["importance"],))]
+    assert all(bool(torch.isfinite(value).all()) for value in values)

@@ -61,7 +61,7 @@ def test_every_exit_answers_by_cosines_with_its_own_class_means(exits):
 def test_logits_until_there_are_means_and_a_checkpoint_between():
     net, parts = network(), [data((0, 1), 5), data((2, 3), 5)]
     output = Output((torch.ones(2, 4),), {"layer2": torch.ones(2, 6)})
-    assert SimpleCIL().adjust_logits(output, SimpleCIL().init_state(net)) is output
+    assert all(a is b for a, b in zip(SimpleCIL().adjust_logits(output, SimpleCIL().init_state(net)).logits, output.logits, strict=True))
     half = learnt(SimpleCIL(), net, parts[:1])
     one, other = (learnt(SimpleCIL(), net, parts[1:], state) for state in (half, decode(encode(half), net)))
     assert torch.equal(one["mean"][0], other["mean"][0]) and one["count"].tolist() == [5, 5, 5, 5]

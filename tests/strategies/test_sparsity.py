@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 
 import clframe
 from clframe.core import compose
+from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.sparsity import experience_activity
-from clframe.sparsity.functional import displaced, hoyer, l1
+from clframe.sparsity.functional import displacement, hoyer, l1
 from clframe.training.learner import Learner
+from clframe.training.module import ContinualModule
+from clframe.training.strategy import LightningStrategy
 from strategies import ER, Sparsity
 
 
@@ -77,7 +81,7 @@ def test_a_transformer_that_keeps_gelu(on_digits, regularizer, measure):
     seen = []
     layer.mlp[0].register_forward_hook(lambda m, i, o: seen.append(o))
     layer(embed(step.batch.x))
-    expected = measure(displaced(seen[0], by=-0.5))
+    expected = measure(displacement(seen[0], by=-0.5))
     assert component.losses(step, {})["penalty"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -135,3 +139,46 @@ def test_options_out_of_range_are_refused(options, found):
 def test_displaced_needs_pre_activations(backbone):
     with pytest.raises(UnsupportedError, match="found displaced with 'stages.0.*which does not keep its pre-activations"):
         run_of(Sparsity(regularizer="displaced"), backbone)
+
+
+@pytest.mark.parametrize(
+    "schedule, shares", [("constant", [1, 1, 1, 1]), ("linear", [0, 0.25, 0.5, 0.75]), ("warmup", [0, 0.5, 1, 1])]
+)
+def test_a_ramp_per_step_starts_at_zero_and_rises_with_every_batch(on_digits, schedule, shares):
+    component = Sparsity(schedule=schedule, ramp="step")
+    step = on_digits.step(run_of(component), [2, 3])
+    whole = Sparsity().losses(step, {})["penalty"].item()
+    values = []
+    for epoch in range(2):
+        for number in range(2):
+            now = replace(step, number=number, context=replace(step.context, epoch=epoch, epochs=2, steps=2))
+            values.append(component.losses(now, {})["penalty"].item())
+    assert [value / whole for value in values] == pytest.approx(shares, rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+def test_the_engine_counts_the_batches_of_every_epoch(engine):
+    seen = []
+
+    class Spy(Sparsity):
+        def losses(self, step, state):
+            seen.append((step.context.epoch, step.number, step.context.steps))
+            return super().losses(step, state)
+
+    y = torch.arange(2).repeat(10)
+    data = TensorSamples(torch.randn(20, 1, 8, 8), y)
+    benchmark = class_incremental(Source("noise", data, data, classes=2), experiences=1, order="sorted")
+    torch.manual_seed(0)
+    network = Network(BACKBONES.get("mlp")((1, 8, 8), width=5))
+    module = ContinualModule(network, Spy(ramp="step"), optimizer=partial(torch.optim.SGD, lr=0.05), seed=0)
+    options = {"engine": "trainer", "trainer": {"accelerator": "cpu"}} if engine == "trainer" else {}
+    loop = LightningStrategy(model=module, benchmark=benchmark, train_mb_size=8, train_epochs=2, evaluator=None, **options)
+    loop.train(benchmark.avalanche.train_stream[0])
+    assert seen == [(epoch, number, 3) for epoch in range(2) for number in range(3)]
+
+
+def test_a_loader_without_a_length_is_refused_by_a_ramp_per_step(on_digits):
+    component = Sparsity(schedule="linear", ramp="step")
+    step = on_digits.step(run_of(component), [2, 3])
+    with pytest.raises(UnsupportedError, match=r"components\.sparsity\.ramp: found step, but the loader"):
+        component.losses(step, {})

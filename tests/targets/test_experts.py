@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,17 @@ from torch import nn
 import clframe
 from clframe.accounting.macs import count_macs
 from clframe.cli import moefy
-from clframe.data.target import Parts, SamplePart, Target
-from clframe.errors import ClframeError, ConfigError, DataError, RunFolderError, UnsupportedError
-from clframe.moe import CumulativeShare, DynamicK, TopK, counting, routed_layers, set_gate
+from clframe.data.target import DataSplits, SampleSplit, Target
+from clframe.errors import ClframeError, ConfigError, DataError, DivergenceError, RunFolderError, UnsupportedError
+from clframe.moe import CumulativeShare, DynamicK, TopK, count_usage, routed_layers, set_gate
 from clframe.moe.conversion.convert import convert
 from clframe.moe.conversion.options import Options, check_model
 from clframe.moe.conversion.output import summary
-from clframe.moe.conversion.study import moefy_target
-from clframe.moe.conversion.sweep import paired
-from clframe.moe.conversion.training import material
+from clframe.moe.conversion.study import moefy_target, record
+from clframe.moe.conversion.sweep import time_pair
+from clframe.moe.conversion.training import choose_data
 from clframe.targets import folders as experts_files
-from clframe.targets.folders import folder_for, restore_model, write_conversion
+from clframe.targets.folders import default_folder, folder_for, restore_model, write_conversion
 from clframe.targets.opening import open_target
 
 QUICK = {"sparsify": 1, "epochs": 1, "batch": 60, "limit": 60, "router_width": 2}
@@ -78,7 +79,7 @@ def test_the_curve_is_what_the_loaded_model_does(run, written):
     assert tree["router_share"] == pytest.approx(2 * 16 / (2 * 12 * 48))
     for row in (tree["curve"][0], tree["curve"][len(tree["curve"]) // 2], tree["curve"][-1]):
         set_gate(network, DynamicK(tau=row["tau"]))
-        with torch.no_grad(), counting(network) as usage:
+        with torch.no_grad(), count_usage(network) as usage:
             right = [
                 (model.learner.adjust_logits(network(batch.inputs)).last.argmax(1) == batch.targets).sum() for batch in parts
             ]
@@ -146,8 +147,8 @@ def test_timing_stops_after_a_while():
     """At least as many pairs as asked for, whatever they take; no more than the most."""
     net = nn.Linear(2, 2).eval()
     options = {"batch": 1, "call": lambda model, x: model(x), "warmup": 1}
-    assert paired(net, net, torch.ones(1, 2), seconds=0.0, least=3, **options).pairs == 3
-    assert paired(net, net, torch.ones(1, 2), seconds=60.0, pairs=4, **options).pairs == 4
+    assert time_pair(net, net, torch.ones(1, 2), seconds=0.0, least=3, **options).pairs == 3
+    assert time_pair(net, net, torch.ones(1, 2), seconds=60.0, pairs=4, **options).pairs == 4
 
 
 def test_exits_and_experts_together(written):
@@ -170,7 +171,7 @@ def test_a_loaded_model_answers_as_the_one_in_memory(run, tmp_path):
     folder = write_conversion(study, tmp_path / "m")
     model, again = clframe.load(folder), clframe.load(folder)
     assert {type(layer.gate) for layer in routed_layers(model.network).values()} == {TopK} and study.setting == 3
-    x = target.parts.test.samples[0].raw(torch.arange(20))
+    x = target.splits.test.samples[0].raw(torch.arange(20))
     prepared = model.prepare(x)
     with torch.no_grad():
         wanted = target.model(prepared).logits
@@ -183,7 +184,7 @@ def test_a_loaded_model_answers_as_the_one_in_memory(run, tmp_path):
     tree = json.loads((folder / "moefy.json").read_text())
     assert tree["options"]["router"] == "activation" and tree["options"]["strength"] == 0.0
     assert tree["setting"] == {"gate": "top_k", "k": 3.0} and tree["exits"]["curves"].keys() == {"both", "experts"}
-    with pytest.raises(UnsupportedError, match="experts already"):
+    with pytest.raises(UnsupportedError, match="with experts; give the dense"):
         moefy_target(open_target(str(folder)), Options(**QUICK))
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert {"moefy.json", "moefy.md", "curve.csv", "config.yaml", "figures/accuracy_cost.svg",
@@ -216,30 +217,30 @@ def test_same_seed_same_numbers(run, study):
 def test_data_of_a_run(run, bare):
     """Memory, last and all; what is held out where nothing was."""
     target = open_target(str(run))
-    kept = material(target, on=None, seed=0)
+    kept = choose_data(target, on=None, seed=0)
     assert kept.on == "memory" and len(kept.fit) == len(target.run.learner.state["er"]["y"]) and not kept.notes
     memory = torch.cat([batch.targets for batch in kept.fit.batches()])
     assert torch.equal(memory, target.run.learner.state["er"]["y"])
     x = target.run.prepare(target.run.learner.state["er"]["x"])
     assert torch.equal(torch.cat([batch.inputs for batch in kept.fit.batches()]), x)
-    last = material(target, on="last", seed=0)
+    last = choose_data(target, on="last", seed=0)
     assert {int(y) for batch in last.fit.batches() for y in batch.targets} == {2, 3}
-    whole = material(target, on="all", seed=0)
-    assert len(whole.fit) == len(target.parts.fit) and "no longer a continual setting" in whole.notes[0]
-    assert whole.validation is target.parts.validation
+    whole = choose_data(target, on="all", seed=0)
+    assert len(whole.fit) == len(target.splits.fit) and "no longer a continual setting" in whole.notes[0]
+    assert whole.validation is target.splits.validation
     plain = open_target(str(bare))
-    found = material(plain, on=None, seed=0)
-    assert found.on == "last" and "held out" in found.notes[0]
-    count = len(plain.parts.fit.samples[-1])
+    found = choose_data(plain, on=None, seed=0)
+    assert found.on == "last" and "excluded from this conversion" in found.notes[0]
+    count = len(plain.splits.fit.samples[-1])
     assert len(found.validation) == round(0.2 * count) and len(found.fit) + len(found.validation) == count
     rows = torch.cat([batch.inputs.flatten(1) for part in (found.fit, found.validation) for batch in part.batches()])
-    own = SamplePart(plain.parts.fit.samples[-1:], place=lambda x: x)
+    own = SampleSplit(plain.splits.fit.samples[-1:], place=lambda x: x)
     wanted = torch.cat([batch.inputs.flatten(1) for batch in own.batches()])
     assert torch.allclose(rows.sum(0), wanted.sum(0), atol=1e-2) and len(rows) == len(wanted)
-    with pytest.raises(ConfigError, match="keeps none"):
-        material(plain, on="memory", seed=0)
-    with pytest.raises(ConfigError, match="no run"):
-        material(replace(plain, run=None), on="all", seed=0)
+    with pytest.raises(ConfigError, match="no replay buffer"):
+        choose_data(plain, on="memory", seed=0)
+    with pytest.raises(ConfigError, match="not a run"):
+        choose_data(replace(plain, run=None), on="all", seed=0)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_data_of_a_run(run, bare):
     [
         ({"tau": 1.5}, "tau: found 1.5"), ({"tau": -0.1}, "tau: found -0.1"), ({"tau": float("nan")}, "tau: found nan"),
         ({"experts": 4, "expert_size": 4}, "both"), ({"method": "moe"}, "'moe'"), ({"gate": "best"}, "'best'"),
-        ({"split": "x"}, "'x'"), ({"router": "x"}, "'x'"), ({"regularizer": "x"}, "'x'"), ({"schedule": "x"}, "'x'"),
+        ({"split": "x"}, "'x'"), ({"router": "x"}, "'x'"), ({"regularizer": "x"}, "'x'"), ({"schedule": "x"}, "'x'"), ({"ramp": "x"}, "'x'"),
         ({"on": "x"}, "'x'"), ({"k": 2}, "give tau"), ({"gate": "top_k", "tau": 0.5}, "give k"),
         ({"gate": "top_k", "k": 0}, "k: found 0"), ({"epochs": 0}, "epochs: found 0"), ({"lr": 0.0}, "lr: found 0.0"),
         ({"sparsify": -1}, "sparsify: found -1"), ({"strength": -1.0}, "strength: found -1.0"),
@@ -268,7 +269,7 @@ def test_models_that_cannot_be_converted(run):
     def refused(kind, match, *, model=None, **options):
         other = target if model is None else replace(target, model=model, body_name="", run=None)
         with pytest.raises(kind, match=match):
-            convert(other, Options(**{**QUICK, **options}), tick=None)
+            convert(other, Options(**{**QUICK, **options}), progress=None)
 
     refused(ConfigError, "found 5, no divisor of the 48 hidden neurons .* give 4 or 6", experts=5)
     refused(ConfigError, "found 100, .* give 48", expert_size=100)
@@ -276,13 +277,17 @@ def test_models_that_cannot_be_converted(run):
     refused(UnsupportedError, "meta device", model=copy.deepcopy(target.model).to("meta"))
     for dtype in (torch.bfloat16, torch.float16):
         refused(UnsupportedError, str(dtype).removeprefix("torch."), model=copy.deepcopy(target.model).to(dtype))
+    diverged = copy.deepcopy(target.model)
+    name, weight = list(diverged.named_parameters())[3]
+    weight.view(-1)[1] = torch.nan
+    refused(DivergenceError, f"not finite in {re.escape(name)}, training diverged; lower the", model=diverged)
     refused(UnsupportedError, "no feed-forward network", model=nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.ReLU()))
     now = target.model.state_dict()
     assert set(now) == set(before) and all(torch.equal(now[name], value) for name, value in before.items())
     check_model(target)
-    nothing = SamplePart([target.parts.test.samples[0].subset(torch.arange(0))], place=lambda x: x)
-    with pytest.raises(DataError, match="found 0 samples to train on"):
-        material(replace(target, run=None, parts=Parts(nothing, None, nothing)), on=None, seed=0)
+    nothing = SampleSplit([target.splits.test.samples[0].subset(torch.arange(0))], place=lambda x: x)
+    with pytest.raises(DataError, match="found 0 training"):
+        choose_data(replace(target, run=None, splits=DataSplits(nothing, None, nothing)), on=None, seed=0)
 
 
 def test_nothing_half_written(study, tmp_path, monkeypatch):
@@ -315,8 +320,56 @@ def test_where_a_conversion_goes(run, tmp_path):
     assert folder_for(target, options, output=tmp_path / "x") == tmp_path / "x"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(RunFolderError, match="something else"):
+    with pytest.raises(RunFolderError, match="contains other files"):
         folder_for(target, options, output=tmp_path / "full")
+
+
+def test_models_and_data_have_folders_of_their_own(llama, encoder, texts, tmp_path, monkeypatch):
+    """Paths that end alike, other data, a changed file and a hub's revision: no conversion replaces another."""
+    monkeypatch.chdir(tmp_path)
+    for owner in ("a", "b"):
+        shutil.copytree(llama, tmp_path / owner / "model")
+    (tmp_path / "x.txt").write_text("pay my bill\nwake me up")
+    (tmp_path / "y.txt").write_text("where is my card")
+    here = [f"benchmark.data_dir={texts}"]
+    targets = [
+        open_target("a/model", data="x.txt"), open_target("b/model", data="x.txt"), open_target("a/model", data="y.txt"),
+        open_target("a/model", data="clinc150", overrides=here),
+        open_target("a/model", data="clinc150", overrides=[*here, "benchmark.classes=2"]),
+        open_target("a/model", data="x.txt", max_length=5),
+    ]  # fmt: skip
+    (tmp_path / "x.txt").write_text("lost my card")
+    targets.append(open_target("a/model", data="x.txt"))
+    targets.append(replace(targets[0], origin={**targets[0].origin, "revision": "0a1b"}))
+    for folders in ([folder_for(target, Options(), output=None) for target in targets], [*map(default_folder, targets)]):
+        assert len(set(folders)) == len(targets)
+        assert [re.match("model-[a-z]+", folder.parts[1])[0] for folder in folders] == [
+            f"model-{data}" for data in ("x", "x", "y", "clinc", "clinc", "x", "x", "x")
+        ]
+    again = open_target(str(tmp_path / "a" / "model"), data=str(tmp_path / "y.txt"))
+    assert folder_for(again, Options(), output=None) == folder_for(targets[2], Options(), output=None)
+    assert again.origin == targets[2].origin
+    assert again.origin["model"] == str(tmp_path / "a" / "model") and again.origin["data"]["path"] == str(tmp_path / "y.txt")
+    assert targets[3].origin["data"]["name"] == "clinc150" and targets[3].origin["data"]["options"]["data_dir"] == str(texts)
+
+
+def test_the_record_names_model_and_data(run, written):
+    tree = json.loads((written / "moefy.json").read_text())["target"]
+    assert tree["model"] == str(run.resolve()) and tree["data"]["name"] == "digits" and tree["data"]["seed"] == 0
+    assert tree["revision"] is None
+
+
+def test_a_dense_model_at_chance_is_noted(run, caplog):
+    target = open_target(str(run))
+    for value in target.model.heads[-1].parameters():
+        value.zero_()  # always the first class
+    study = moefy_target(target, Options(**QUICK))
+    (note,) = [note for note in record(study)["notes"] if "most frequent" in note]
+    assert note in caplog.text and "accuracy on 60 test targets" in note
+    with caplog.at_level("WARNING"):
+        caplog.clear()
+        moefy_target(open_target(str(run)), Options(**QUICK, sparsify_lr=1e-3))
+    assert "most frequent" not in caplog.text
 
 
 def test_folders_that_cannot_be_loaded(written, tmp_path):
@@ -349,9 +402,9 @@ class Encoder(nn.Module):
 def test_a_model_that_is_no_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(experts_files, "pictures", lambda _: [])
     torch.manual_seed(0)
-    model, parts = Encoder().eval().requires_grad_(False), open_target(str(run)).parts
+    model, parts = Encoder().eval().requires_grad_(False), open_target(str(run)).splits
     fresh = copy.deepcopy(model)
-    target = Target(name="a/model", kind="images", model=model, body_name="body", answer=lambda m, x: m(x), parts=parts)
+    target = Target(name="a/model", kind="images", model=model, body_name="body", predict=lambda m, x: m(x), splits=parts)
     study = moefy_target(target, Options(**QUICK))
     assert list(study.converted.layers) == ["body.2"] and study.experience_N is None
     tree = json.loads((write_conversion(study, tmp_path / "m") / "moefy.json").read_text())
@@ -361,7 +414,7 @@ def test_a_model_that_is_no_run(run, tmp_path, monkeypatch):
     x = parts.test.batches(size=9)[0].inputs
     with torch.no_grad():
         assert torch.equal(restored(x), model(x))
-    with pytest.raises(UnsupportedError, match="converted already"):
+    with pytest.raises(UnsupportedError, match="found Encoder with experts"):
         restore_model(tmp_path / "m", fresh)
     with pytest.raises(ClframeError):
         restore_model(tmp_path / "m", nn.Sequential(Encoder()))

@@ -11,7 +11,7 @@ from clframe.data.target import Batch, Batches
 from clframe.errors import DataError, UnsupportedError
 from clframe.exits import make_head
 from clframe.moe import DynamicK, TopK, routed_layers, set_tau, to_experts
-from clframe.moe.conversion.measure import Measure, joined
+from clframe.moe.conversion.measure import GateEvaluator, concatenate_passes
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp, vit_tiny
 
@@ -32,7 +32,7 @@ def known():
     return dense, model.eval(), layer
 
 
-def answers(model, inputs):
+def exit_logits(model, inputs):
     return (model(inputs),)
 
 
@@ -41,7 +41,7 @@ def test_one_layer_longhand():
     dense, model, _ = known()
     x = torch.tensor([[4.0, 1.0], [2.0, 1.0], [1.0, 1.0], [1.0, 3.0]])
     y = torch.tensor([0, 1, 1, 0])
-    measure = Measure(dense, model, answers=answers)
+    measure = GateEvaluator(dense, model, exit_logits=exit_logits)
     one = measure.run(batches(Batch(x[:3], y[:3], None), Batch(x[3:], y[3:], None)), DynamicK(tau=0.5))
     assert one.ran_NL.tolist() == [[1], [2], [2], [1]] and one.tokens_NL.tolist() == [[1]] * 4
     expert, router, whole = 2 * 2 + 2 * 2, 2 * 2 + 2 * 2, 2 * 4 + 4 * 2
@@ -54,7 +54,7 @@ def test_one_layer_longhand():
     with torch.no_grad():
         set_tau(model, 0.5)
         best = model(x).softmax(1).max(1)
-    assert one.right_KN[0].tolist() == (best.indices == y).double().tolist()
+    assert one.correct_KN[0].tolist() == (best.indices == y).double().tolist()
     torch.testing.assert_close(one.confidence_KN[0], best.values.double())
     assert one.accuracy == float((best.indices == y).double().mean())
 
@@ -62,7 +62,7 @@ def test_one_layer_longhand():
 def test_a_gate_that_keeps_all_costs_no_router_and_top_k_always_does():
     dense, model, layer = known()
     batch = batches(Batch(torch.ones(3, 2), torch.zeros(3, dtype=torch.long), None))
-    measure, before = Measure(dense, model, answers=answers), layer.gate
+    measure, before = GateEvaluator(dense, model, exit_logits=exit_logits), layer.gate
     assert measure.run(batch, DynamicK(tau=1.0)).share == 1.0
     assert measure.run(batch, TopK(k=2)).share == (16 + 8) / 16
     assert measure.run(batch, TopK(k=1)).share == (8 + 8) / 16
@@ -87,7 +87,7 @@ def test_transformer_with_and_without_exits(exits):
     model = vit(exits)
     dense = copy.deepcopy(model)
     layers = to_experts(model, experts=4, router_width=3)
-    measure = Measure(dense, model, answers=all_exits)
+    measure = GateEvaluator(dense, model, exit_logits=all_exits)
     x, y = torch.arange(3 * 64.0).sin().view(3, 1, 8, 8), torch.tensor([0, 1, 2])
     whole = torch.tensor(cumulative_macs(dense), dtype=torch.float64)
     everything = measure.run(batches(Batch(x, y, None)), DynamicK(tau=1.0))
@@ -107,7 +107,7 @@ def test_replaced_layers_are_compared_with_what_they_were():
     dense, model, _ = known()
     batch = batches(Batch(torch.ones(1, 2), torch.zeros(1, dtype=torch.long), None))
     (name,) = routed_layers(model)
-    one = Measure(dense, model, answers=answers, replaced={name: 4}).run(batch, DynamicK(tau=1.0))
+    one = GateEvaluator(dense, model, exit_logits=exit_logits, replaced={name: 4}).run(batch, DynamicK(tau=1.0))
     assert one.dense_ffn_N.tolist() == [4] and one.ffn_share == 16 / 4
 
 
@@ -127,12 +127,12 @@ def test_padding_costs_but_is_no_token():
     x = torch.tensor([[[4.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     mask = torch.tensor([[True, True, False]])
     batch = batches(Batch({"x": x}, torch.tensor([0]), mask))
-    one = Measure(dense, model, answers=answers).run(batch, DynamicK(tau=0.5))
+    one = GateEvaluator(dense, model, exit_logits=exit_logits).run(batch, DynamicK(tau=0.5))
     assert one.tokens_NL.tolist() == [[3]] and one.ran_NL.tolist() == [[5]]
     assert one.real_NL.tolist() == [[2]] and one.real_ran_NL.tolist() == [[3]]
     assert one.experts_per_token() == [1.5]
     assert one.ffn_N.tolist() == [5 * 8 + 3 * 8]
-    both = Measure(dense, model, answers=answers).run(
+    both = GateEvaluator(dense, model, exit_logits=exit_logits).run(
         batches(Batch({"x": x}, torch.tensor([0]), {"prompt": mask, "generated": ~mask})), DynamicK(tau=0.5)
     )
     assert both.real_NL.tolist() == [[3]]
@@ -155,8 +155,8 @@ def test_a_language_model_is_asked_for_some_tokens():
     y = best.clone()
     y[0, 0] = 1 - y[0, 0]  # one is wrong
     y[1, 1:] = -100
-    one = Measure(copy.deepcopy(model), model, answers=answers).run(batches(Batch(x, y, None)), DynamicK(tau=1.0))
-    assert one.right_KN.tolist() == [[2, 1]] and one.asked_N.tolist() == [3, 1]
+    one = GateEvaluator(copy.deepcopy(model), model, exit_logits=exit_logits).run(batches(Batch(x, y, None)), DynamicK(tau=1.0))
+    assert one.correct_KN.tolist() == [[2, 1]] and one.targets_N.tolist() == [3, 1]
     assert one.accuracy == 3 / 4 and one.y_N.tolist() == [-1, -1]
 
 
@@ -172,7 +172,7 @@ def test_tokens_first_and_those_that_cannot_be_told():
     model = First().eval()
     x = torch.tensor([[[4.0, 1.0]] * 3, [[1.0, 1.0]] * 3])  # two samples of three tokens
     batch = batches(Batch(x, torch.tensor([0, 1]), None))
-    one = Measure(First().eval(), model, answers=answers).run(batch, DynamicK(tau=0.5))
+    one = GateEvaluator(First().eval(), model, exit_logits=exit_logits).run(batch, DynamicK(tau=0.5))
     assert one.ran_NL.tolist() == [[3], [6]]
 
     class Odd(First):
@@ -180,23 +180,23 @@ def test_tokens_first_and_those_that_cannot_be_told():
             return self.body(x.flatten(0, 1)[:5]).sum(0, keepdim=True).expand(2, -1)
 
     with pytest.raises(UnsupportedError, match="5 tokens for 2 samples"):
-        Measure(Odd().eval(), Odd().eval(), answers=answers).run(batch, DynamicK(tau=0.5))
+        GateEvaluator(Odd().eval(), Odd().eval(), exit_logits=exit_logits).run(batch, DynamicK(tau=0.5))
 
 
 def test_nothing_to_measure():
     dense, model, _ = known()
     with pytest.raises(DataError, match="no samples"):
-        Measure(dense, model, answers=answers).run(batches(), DynamicK(tau=0.5))
+        GateEvaluator(dense, model, exit_logits=exit_logits).run(batches(), DynamicK(tau=0.5))
     with pytest.raises(DataError, match="without labels"):
-        Measure(dense, model, answers=answers).run(batches(Batch(torch.ones(1, 2), None, None)), DynamicK(tau=0.5))
+        GateEvaluator(dense, model, exit_logits=exit_logits).run(batches(Batch(torch.ones(1, 2), None, None)), DynamicK(tau=0.5))
 
 
 def test_joined_keeps_the_order():
     dense, model, _ = known()
-    measure = Measure(dense, model, answers=answers)
+    measure = GateEvaluator(dense, model, exit_logits=exit_logits)
     x, y = torch.tensor([[4.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 1])
     parts = [measure.run(batches(Batch(x[at : at + 1], y[at : at + 1], None)), DynamicK(tau=0.5)) for at in (1, 0)]
-    both = joined(parts)
+    both = concatenate_passes(parts)
     assert both.ran_NL.tolist() == [[2], [1]] and both.y_N.tolist() == [1, 0] and both.cost_KN.shape == (1, 2)
 
 
@@ -208,7 +208,7 @@ def test_mlp_of_stages_counts_from_the_right_exit():
     dense = copy.deepcopy(network.eval())
     to_experts(network, experts=3, router_width=2)
     batch = batches(Batch(torch.ones(2, 1, 2, 2), torch.tensor([0, 1]), None))
-    measure = Measure(dense, network, answers=all_exits)
+    measure = GateEvaluator(dense, network, exit_logits=all_exits)
     everything = measure.run(batch, DynamicK(tau=1.0))
     assert everything.cost_KN[:, 0].tolist() == list(cumulative_macs(dense))
     one = measure.run(batch, TopK(k=1))

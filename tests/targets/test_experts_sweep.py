@@ -5,25 +5,34 @@ import torch
 
 from clframe.moe import CumulativeShare, DynamicK, TopK
 from clframe.moe.conversion.measure import Pass
-from clframe.moe.conversion.sweep import TAUS, Sweep, best_within, combined, points, share_of, stopped, sweep
+from clframe.moe.conversion.sweep import (
+    TAUS,
+    Sweep,
+    best_within_budget,
+    cost_share,
+    evaluate_threshold,
+    pareto_front,
+    points,
+    sweep,
+)
 
 
 def made(share, right, *, confidence=None, costs=None, model=None):
     """A pass over samples that all cost the same: ``share`` of the networks', ``model`` of the model's cost."""
-    right_KN = torch.tensor(right, dtype=torch.float64)
-    right_KN = right_KN if right_KN.dim() == 2 else right_KN[None]
-    n = right_KN.shape[1]
+    correct_KN = torch.tensor(right, dtype=torch.float64)
+    correct_KN = correct_KN if correct_KN.dim() == 2 else correct_KN[None]
+    n = correct_KN.shape[1]
     model = share if model is None else model
     return Pass(
-        right_KN=right_KN,
-        confidence_KN=torch.ones_like(right_KN) if confidence is None else torch.tensor(confidence, dtype=torch.float64),
-        asked_N=torch.ones(n, dtype=torch.float64),
+        correct_KN=correct_KN,
+        confidence_KN=torch.ones_like(correct_KN) if confidence is None else torch.tensor(confidence, dtype=torch.float64),
+        targets_N=torch.ones(n, dtype=torch.float64),
         y_N=torch.zeros(n, dtype=torch.long),
         tokens_NL=torch.ones(n, 1),
         ran_NL=torch.ones(n, 1),
         real_NL=torch.ones(n, 1),
         real_ran_NL=torch.ones(n, 1),
-        cost_KN=torch.full_like(right_KN, 1000 * model) if costs is None else torch.tensor(costs, dtype=torch.float64),
+        cost_KN=torch.full_like(correct_KN, 1000 * model) if costs is None else torch.tensor(costs, dtype=torch.float64),
         ffn_N=torch.full((n,), 100.0 * share, dtype=torch.float64),
         dense_N=torch.full((n,), 1000.0, dtype=torch.float64),
         dense_ffn_N=torch.full((n,), 100.0, dtype=torch.float64),
@@ -52,10 +61,10 @@ def test_budgets_are_met_on_validation_data_and_read_off_on_test_data():
         if scope == "model" and budget == 0.25:
             assert point.at is None and point.cheapest == 0.5
             continue
-        share = share_of(swept.validation[point.at], scope)
+        share = cost_share(swept.validation[point.at], scope)
         gap = 0.2 / 2**6 * (0.5 if scope == "model" else 1.0)
         assert budget - gap <= share <= budget
-        assert share_of(swept.test[point.at], scope) == pytest.approx(share + (0.1 * swept.values[point.at]) * (
+        assert cost_share(swept.test[point.at], scope) == pytest.approx(share + (0.1 * swept.values[point.at]) * (
             0.5 if scope == "model" else 1.0))  # fmt: skip
     assert found["ffn", 0.25].at is not None and swept.test[found["ffn", 0.25].at].accuracy == 0.5
     assert swept.test[found["ffn", 0.75].at].accuracy == 1.0
@@ -94,11 +103,11 @@ COSTS = [[100.0] * 3, [400.0] * 3, [900.0] * 3]
 
 def test_stopping_longhand():
     one = made(1.0, RIGHT, confidence=CONFIDENCE, costs=COSTS)
-    accuracy, share, by_exit = stopped(one, 0.65)
+    accuracy, share, by_exit = evaluate_threshold(one, 0.65)
     assert (accuracy, share) == (1.0, (100 + 400 + 900) / 3000) and by_exit.tolist() == [1 / 3] * 3
-    assert stopped(one, 0.0)[:2] == (1 / 3, 0.1)
-    assert stopped(one, 2.0)[:2] == (1.0, 0.9)
-    accuracy, share, _ = stopped(one, 0.55)
+    assert evaluate_threshold(one, 0.0)[:2] == (1 / 3, 0.1)
+    assert evaluate_threshold(one, 2.0)[:2] == (1.0, 0.9)
+    accuracy, share, _ = evaluate_threshold(one, 0.55)
     assert accuracy == 2 / 3 and share == pytest.approx((100 + 100 + 900) / 3000)
 
 
@@ -112,14 +121,14 @@ def test_gate_and_exits_together():
         (made(0.5, RIGHT, confidence=CONFIDENCE, costs=half), made(1.0, worse, confidence=CONFIDENCE, costs=COSTS)),
     )  # fmt: skip
     thresholds = (0.0, 0.65, 2.0)
-    front = combined(swept, thresholds=thresholds)
+    front = pareto_front(swept, thresholds=thresholds)
     assert [(stop.at, stop.threshold) for stop in front] == [(0, 0.0), (0, 0.65), (1, 0.65)]
     shares = [0.05, 1400 / 6000, 1400 / 3000]
     assert [stop.share for stop in front] == pytest.approx(shares)
     assert [stop.accuracy for stop in front] == pytest.approx([1 / 3, 1.0, 2 / 3])  # of test data
-    assert [(stop.at, stop.threshold) for stop in combined(swept, gates=(1,), thresholds=(2.0,))] == [(1, 2.0)]
-    assert best_within(swept, 0.04, thresholds=thresholds) is None
-    assert best_within(swept, 0.3, thresholds=thresholds).threshold == 0.65
-    best = best_within(swept, 1.0, thresholds=thresholds)
+    assert [(stop.at, stop.threshold) for stop in pareto_front(swept, gates=(1,), thresholds=(2.0,))] == [(1, 2.0)]
+    assert best_within_budget(swept, 0.04, thresholds=thresholds) is None
+    assert best_within_budget(swept, 0.3, thresholds=thresholds).threshold == 0.65
+    best = best_within_budget(swept, 1.0, thresholds=thresholds)
     assert (best.at, best.threshold) == (1, 0.65)  # the cheapest of those that are all right on validation data
-    assert best_within(swept, 0.5, gates=(1,), thresholds=(2.0,)) is None
+    assert best_within_budget(swept, 0.5, gates=(1,), thresholds=(2.0,)) is None

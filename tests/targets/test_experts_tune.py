@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from clframe.data.samples import TensorSamples
-from clframe.data.target import Batch, Batches, SamplePart
-from clframe.errors import DataError, UnsupportedError
-from clframe.moe.conversion.training import shuffled, tune
+from clframe.data.target import Batch, Batches, SampleSplit
+from clframe.errors import DataError, DivergenceError, UnsupportedError
+from clframe.moe.conversion import training
+from clframe.moe.conversion.training import fine_tune, shuffle_batches
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
-from clframe.sparsity.functional import hoyer
+from clframe.sparsity.functional import hoyer, schedule_factor
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long()
-PART = SamplePart([TensorSamples(X, Y)], place=lambda x: x)
+PART = SampleSplit([TensorSamples(X, Y)], place=lambda x: x)
 
 
 def model():
@@ -25,7 +26,7 @@ def model():
 
 
 def tuned(net, *, part=PART, epochs=6, strength=0.0, **options):
-    return tune(
+    return fine_tune(
         net, net, part, logits=lambda m, x: (m(x),), epochs=epochs, batch=8, learning_rate=1e-2, strength=strength,
         **options,
     )  # fmt: skip
@@ -51,7 +52,7 @@ def test_first_step_longhand():
     with torch.no_grad():
         task = float(nn.functional.cross_entropy(net(X), Y))
     value = active(net)
-    found = tune(net, net, PART, logits=lambda m, x: (m(x),), epochs=1, batch=40, learning_rate=1e-2, strength=0.1)
+    found = fine_tune(net, net, PART, logits=lambda m, x: (m(x),), epochs=1, batch=40, learning_rate=1e-2, strength=0.1)
     assert found.task[0] == pytest.approx(task, rel=1e-5) and found.penalty[0] == pytest.approx(value, rel=1e-5)
 
 
@@ -59,7 +60,7 @@ def test_the_mean_over_exits():
     net = model()
     with torch.no_grad():
         one, two = nn.functional.cross_entropy(net(X), Y), nn.functional.cross_entropy(3 * net(X), Y)
-    found = tune(
+    found = fine_tune(
         net, net, PART, logits=lambda m, x: (m(x), 3 * m(x)), epochs=1, batch=40, learning_rate=1e-2, strength=0.0
     )
     assert found.task[0] == pytest.approx(float(one + two) / 2, rel=1e-5)
@@ -89,12 +90,36 @@ def test_every_penalty_is_a_number_that_falls(regularizer, schedule):
     assert found.penalty[-1] < found.penalty[0]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "ramp", "expected"),
+    [
+        ("linear", "step", [n / 10 for n in range(1, 11)]), ("linear", "epoch", [0.5] * 5 + [1.0] * 5),
+        ("warmup", "step", [0.2, 0.4, 0.6, 0.8] + [1.0] * 6), ("warmup", "epoch", [1.0] * 10), ("constant", "step", [1.0] * 10),
+    ],
+)  # fmt: skip
+def test_the_penalty_rises_by_step_or_by_epoch(schedule, ramp, expected, monkeypatch):
+    factors = []
+
+    def recorded(*args):
+        factors.append(schedule_factor(*args))
+        return factors[-1]
+
+    monkeypatch.setattr(training, "schedule_factor", recorded)
+    tuned(model(), epochs=2, strength=0.1, schedule=schedule, ramp=ramp)
+    assert factors == pytest.approx(expected)
+
+
+def test_a_diverged_loss_is_one_line():
+    with pytest.raises(DivergenceError, match="found a loss of (nan|inf) in epoch 2 of fine-tuning.*; lower its learning rate"):
+        fine_tune(model(), model(), PART, logits=lambda m, x: (m(x),), epochs=2, batch=40, learning_rate=1e30, strength=0.0)
+
+
 def test_language_models_are_asked_for_some_tokens():
     net = model()
     x, y = X.view(8, 5, 4), Y.view(8, 5).clone()
     y[:, 3:] = -100
 
-    class Part:
+    class DataSplit:
         def __len__(self):
             return 8
 
@@ -103,13 +128,13 @@ def test_language_models_are_asked_for_some_tokens():
 
     with torch.no_grad():
         wanted = float(nn.functional.cross_entropy(net(x)[:, :3].flatten(0, 1), y[:, :3].flatten()))
-    found = tune(net, net, Part(), logits=lambda m, x: (m(x),), epochs=1, batch=8, learning_rate=1e-3, strength=0.0)
+    found = fine_tune(net, net, DataSplit(), logits=lambda m, x: (m(x),), epochs=1, batch=8, learning_rate=1e-3, strength=0.0)
     assert found.task[0] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_ticks_and_refusals():
     seen = []
-    tuned(model(), epochs=2, tick=lambda *told: seen.append(told))
+    tuned(model(), epochs=2, progress=lambda *told: seen.append(told))
     assert seen == [("sparsify", n, 10) for n in range(1, 11)]
 
     class Bare:
@@ -128,7 +153,7 @@ def test_ticks_and_refusals():
 
 def test_order_is_a_function_of_seed_and_epoch():
     def targets(**place):
-        batches, order = shuffled(PART, size=8, **place)
+        batches, order = shuffle_batches(PART, size=8, **place)
         return torch.cat([batches[at].inputs for at in order])
 
     first = targets(seed=0, epoch=0)

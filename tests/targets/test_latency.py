@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clframe.build import load, run
+from clframe.api import load, run
 from clframe.errors import ConfigError, RunFolderError
 from clframe.report.latency import read_timings
 from clframe.targets.latency import time_run
@@ -69,7 +69,7 @@ def test_nothing_to_time_is_refused(wrong: dict[str, object], folder: Path) -> N
 
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"holds no config\.yaml; give the run folder"):
+    with pytest.raises(RunFolderError, match=r"contains no config\.yaml; give a run folder"):
         time_run(tmp_path)
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from clframe.data import TensorSamples
-from clframe.data.target import Batch, Batches, Parts, SamplePart, Target
+from clframe.data.target import Batch, Batches, DataSplits, SampleSplit, Target
 from clframe.errors import ConfigError, RunFolderError, UnknownNameError, UnsupportedError
 from clframe.metrics.continual import forgetting_E
 from clframe.sparsity import activity, analyze, overlap
 from clframe.sparsity.functional import baseline_sparsity, keep
 from clframe.sparsity.study import study_sparsity
 from clframe.targets import open_target
-from clframe.targets.folders import default_folder, require_writable, write_sparsity_study
+from clframe.targets.folders import analysis_root, default_folder, require_writable, write_sparsity_study
 
 
 class Mirror(nn.Module):
@@ -39,8 +40,8 @@ X = torch.tensor([[1.0, 8, 3, 2], [2, 1, 3, 9], [1, 2, 5, 3], [3, 7, 2, 1], [1, 
 
 
 def mirror(x=X, y=None, net=None):
-    part = SamplePart([TensorSamples(x, x.argmax(1) if y is None else y)], place=lambda x: x)
-    return Target(name="mirror", kind="images", model=net or Mirror(), body_name="", answer=lambda m, x: m(x), parts=Parts(part, None, part))
+    part = SampleSplit([TensorSamples(x, x.argmax(1) if y is None else y)], place=lambda x: x)
+    return Target(name="mirror", kind="images", model=net or Mirror(), body_name="", predict=lambda m, x: m(x), splits=DataSplits(part, None, part))
 
 
 def test_a_network_whose_critical_sparsity_is_known():
@@ -85,11 +86,11 @@ def test_without_labels_the_dense_model_is_the_measure():
     part = type("Bare", (), {"batches": lambda self, size, limit: bare, "__len__": lambda self: 5})()
     from dataclasses import replace
 
-    found = study_sparsity(replace(target, parts=Parts(part, None, part)), roles=["intermediate"])
+    found = study_sparsity(replace(target, splits=DataSplits(part, None, part)), roles=["intermediate"])
     labeled = study_sparsity(target, roles=["intermediate"])
     assert found.score == "agreement" and found.report.curves[0].scores == labeled.report.curves[0].scores
     with pytest.raises(ConfigError, match="--score: found accuracy for data without labels"):
-        study_sparsity(replace(target, parts=Parts(part, None, part)), score="accuracy")
+        study_sparsity(replace(target, splits=DataSplits(part, None, part)), score="accuracy")
 
 
 def test_prompt_and_generated_tokens_of_a_gated_model(llama, texts):
@@ -152,8 +153,9 @@ def test_what_is_refused():
     for options, kind, said in (
         (dict(rules=["top"]), UnknownNameError, "--rule: unknown rule 'top'; did you mean 'top_p'"),
         (dict(roles=["gates"]), UnknownNameError, "--roles: unknown roles 'gates'; did you mean 'gate'"),
-        (dict(roles=["gate"]), ConfigError, "--roles: found gate, which mirror has not; choose from input, intermediate, all"),
+        (dict(roles=["gate"]), ConfigError, "--roles: found gate, which mirror lacks; choose from input, intermediate, all"),
         (dict(tokens=["p"]), UnknownNameError, "--tokens: unknown tokens 'p'"),
+        (dict(tokens=["generated"]), ConfigError, "--tokens: found generated for .*, which is not a language model"),
         (dict(share=0.0), ConfigError, "--share: found 0.0"),
         (dict(limit=0), ConfigError, "limit: found 0"),
     ):
@@ -172,10 +174,13 @@ def test_what_is_refused():
 
 
 def test_folders(finished, tmp_path, monkeypatch):
-    assert default_folder(finished.run_folder).parts[-1] == "sparsity"
-    assert str(default_folder("org/model-1.5b")) == os.path.join("sparsity", "org-model-1.5b")
+    assert default_folder(open_target(str(finished.run_folder))) == Path(finished.run_folder) / "sparsity"
+    assert analysis_root(str(finished.run_folder)) == Path(finished.run_folder) / "sparsity"
+    hub = replace(mirror(), name="org/model-1.5b", origin={"model": "org/model-1.5b", "data": {"name": "clinc150"}})
+    assert re.fullmatch("org-model-1.5b-clinc150-[0-9a-f]{8}", default_folder(hub).name)
+    assert default_folder(hub).parent == analysis_root(hub.name) == Path("sparsity")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="file is no folder"):
+    with pytest.raises(RunFolderError, match="file is not a folder"):
         require_writable(tmp_path / "file" / "below")
     require_writable(tmp_path / "new" / "below")
     assert not (tmp_path / "new").exists()
@@ -185,7 +190,7 @@ def test_nothing_is_written_where_drawing_fails(finished, tmp_path, monkeypatch)
     import clframe.targets.folders as files
 
     study = study_sparsity(mirror(), roles=["input"])
-    monkeypatch.setattr(files, "drawn", lambda picture: 1 / 0)
+    monkeypatch.setattr(files, "render_picture", lambda picture: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_sparsity_study(study, tmp_path / "out", command=[])
     assert not (tmp_path / "out").exists()

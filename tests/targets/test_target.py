@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from clframe.data.target import IGNORED
 from clframe.errors import ClframeError, ConfigError, DataError, RunFolderError, UnsupportedError
 from clframe.targets import open_target
-from clframe.targets.texts import continued
+from clframe.targets.texts import generate_greedily
 
 
 def share_right(target, part):
     right = total = 0
     with torch.no_grad():
         for inputs, targets, _ in part.batches(size=50):
-            right += int((target.answer(target.model, inputs).argmax(1) == targets).sum())
+            right += int((target.predict(target.model, inputs).argmax(1) == targets).sum())
             total += len(targets)
     return right / total
 
@@ -29,8 +29,8 @@ def test_a_run_answers_as_it_was_evaluated(finished):
     assert (target.kind, target.body_name) == ("run", "backbone") and target.body is target.model.backbone
     for part, expected in zip(target.experiences, finished.accuracy_matrix[-1], strict=True):
         assert share_right(target, part) == pytest.approx(expected, abs=1e-12)
-    assert len(target.parts.test) == sum(finished.test_samples)
-    assert len(target.parts.fit) + len(target.parts.validation) + len(target.parts.test) == 1797
+    assert len(target.splits.test) == sum(finished.test_samples)
+    assert len(target.splits.fit) + len(target.splits.validation) + len(target.splits.test) == 1797
     some = target.batches("fit", size=7, limit=20)
     sizes = [len(batch.targets) for batch in some]
     assert sizes[0] == sizes[2] == 7 and sum(sizes) == 20 and sizes[1] + 7 in (10, 11)  # as many of each experience
@@ -44,7 +44,7 @@ def test_a_run_that_is_not_finished_is_asked_what_it_has_learnt(finished, tmp_pa
     *_, last = sorted((folder / "checkpoints").iterdir())
     last.unlink()
     target = open_target(str(folder))
-    assert len(target.experiences) == 1 and share_right(target, target.parts.test) == finished.accuracy_matrix[0][0]
+    assert len(target.experiences) == 1 and share_right(target, target.splits.test) == finished.accuracy_matrix[0][0]
     assert int(max(batch.targets.max() for batch in target.batches("fit"))) == 4
 
 
@@ -61,7 +61,7 @@ def test_a_run_of_token_ids_knows_its_padding(texts, encoder, tmp_path):
     assert batch.inputs.shape[1] == 7  # "set the alarm now please" and two of the tokenizer's own
     kept = target.run.learner.state["er"]
     assert kept["x"].dtype == torch.int32 and len(kept["x"]) == 6
-    assert target.model.place(batch.inputs).dtype == torch.int64
+    assert target.model.to_device(batch.inputs).dtype == torch.int64
 
 
 def test_an_encoder_answers_with_the_nearest_mean(texts, encoder):
@@ -81,7 +81,7 @@ def test_an_encoder_answers_with_the_nearest_mean(texts, encoder):
     (batch,) = target.batches("test")
     expected = 20 * torch.stack([embed(b) for _, b in pairs]) @ means.T
     with torch.no_grad():
-        scores = target.answer(target.model, batch.inputs)
+        scores = target.predict(target.model, batch.inputs)
     torch.testing.assert_close(scores[batch.targets.argsort()], expected, atol=1e-4, rtol=0)
     assert int(batch.tokens.sum()) == 6 + 6 + 7
 
@@ -97,14 +97,14 @@ def test_an_encoder_in_half_precision(texts, encoder, tmp_path):
         assert next(target.body.parameters()).dtype == dtype and target.model.means_CD.dtype == torch.float32
         (batch,) = target.batches("test")
         with torch.no_grad():
-            assert target.answer(target.model, batch.inputs).isfinite().all()
+            assert target.predict(target.model, batch.inputs).isfinite().all()
 
 
 def test_validation_texts_are_no_training_texts(texts, encoder):
     words = [f"benchmark.data_dir={texts}", "benchmark.validation=0.5", "benchmark.classes=2"]
     target = open_target(str(encoder), data="clinc150", overrides=words)
-    fit, held = ({tuple(row) for row in part.rows} for part in (target.parts.fit, target.parts.validation))
-    assert len(fit) == len(held) == 2 and not fit & held and len(target.parts.test) == 2
+    fit, held = ({tuple(row) for row in part.rows} for part in (target.splits.fit, target.splits.validation))
+    assert len(fit) == len(held) == 2 and not fit & held and len(target.splits.test) == 2
 
 
 def test_a_language_model_writes_on(llama, texts):
@@ -137,7 +137,7 @@ def test_nothing_counts_after_the_end_of_a_text():
         def forward(self, input_ids, attention_mask, use_cache):
             return type("Output", (), {"logits": F.one_hot((input_ids + 1) % 4, 4).float()})()
 
-    batch = continued(Ender(), torch.tensor([[1, 0], [3, 0]]), torch.tensor([[True, False], [True, True]]), tokens=3)
+    batch = generate_greedily(Ender(), torch.tensor([[1, 0], [3, 0]]), torch.tensor([[True, False], [True, True]]), tokens=3)
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 0, 0, 0], [3, 0, 1, 2, 0]]
     assert batch.tokens["generated"].int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]
     assert batch.targets.tolist() == [[2, IGNORED, IGNORED, IGNORED, IGNORED], [0, 1, 2, IGNORED, IGNORED]]
@@ -155,7 +155,7 @@ def test_a_model_of_timm_sees_images_as_it_wants_them(tmp_path, classes):
     batch = target.batches("test", size=5)[0]
     assert batch.inputs.shape == (5, 3, 32, 32)
     with torch.no_grad():
-        scores = target.answer(target.model, batch.inputs)
+        scores = target.predict(target.model, batch.inputs)
         if classes == 10:
             torch.testing.assert_close(scores, whole(batch.inputs), atol=1e-5, rtol=0)
         else:
@@ -171,18 +171,18 @@ def test_what_is_refused(finished, encoder, texts, tmp_path):
     (tmp_path / "none.txt").write_text(" \n\n")
     for options, kind, said in (
         (dict(name=""), ConfigError, "target: found nothing"),
-        (dict(name=str(tmp_path / "no")), RunFolderError, "no such folder, and no name"),
-        (dict(name=str(tmp_path / "empty")), RunFolderError, "holds neither a run's config.yaml nor"),
+        (dict(name=str(tmp_path / "no")), RunFolderError, "no such folder, and not the name"),
+        (dict(name=str(tmp_path / "empty")), RunFolderError, "found neither a run's config.yaml nor"),
         (dict(name=model), ConfigError, "--data: found none"),
         (dict(name=run, data="clinc150"), ConfigError, "--data: found clinc150 for a run"),
-        (dict(name=run, overrides=["benchmark.classes=2"]), ConfigError, "a run keeps its config"),
+        (dict(name=run, overrides=["benchmark.classes=2"]), ConfigError, "a run uses its own config"),
         (dict(name=run, device="cud"), UnsupportedError, "--device: found cud"),
-        (dict(name=run, device="meta"), UnsupportedError, "holds no numbers"),
-        (dict(name=model, data="digits"), ConfigError, "holds no texts; give one of banking77, clinc150"),
-        (dict(name=model, data="clinc150", overrides=["trainer.epochs=2"]), ConfigError, "changes no data"),
-        (dict(name=model, data="clinc150", overrides=[here], generate=2), ConfigError, "writes no texts"),
+        (dict(name=run, device="meta"), UnsupportedError, "has no values"),
+        (dict(name=model, data="digits"), ConfigError, "has no texts; give one of banking77, clinc150"),
+        (dict(name=model, data="clinc150", overrides=["trainer.epochs=2"]), ConfigError, "does not change data"),
+        (dict(name=model, data="clinc150", overrides=[here], generate=2), ConfigError, "not a language model"),
         (dict(name=model, data="clinc150", overrides=[here], max_length=2), ConfigError, "give at least 3"),
-        (dict(name=model, data=str(tmp_path / "none.txt")), DataError, "holds no text"),
+        (dict(name=model, data=str(tmp_path / "none.txt")), DataError, "contains no text"),
         (dict(name=model, data=str(tmp_path / "gone.txt")), DataError, "no file"),
     ):
         with pytest.raises(kind, match=said) as caught:

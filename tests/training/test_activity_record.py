@@ -16,11 +16,11 @@ import clframe
 from clframe.build import build
 from clframe.config.load import load_config
 from clframe.moe import RoutedExperts, TopK, set_gate, to_experts
-from clframe.moe.usage import active
+from clframe.moe.usage import active_mask
 from clframe.nn import Network
 from clframe.nn.backbones import Backbone
 from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
-from clframe.training.evaluation import ActivityWatch, probes
+from clframe.training.evaluation import ActivityRecorder, probe_indices
 
 NAN = float("nan")
 SMALL = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "trainer.progress=false", "benchmark.experiences=3",
@@ -43,11 +43,11 @@ def hidden(made, benchmark, experience):
     """active_TN of the first layer, longhand."""
     samples = benchmark.evaluation[experience]
     x = samples.prepare(samples.raw(torch.arange(len(samples))))
-    return active(made.backbone.stages[0](x)).double()
+    return active_mask(made.backbone.stages[0](x)).double()
 
 
 def test_record_against_longhand(benchmark):
-    watch = ActivityWatch(benchmark)
+    watch = ActivityRecorder(benchmark)
     before, after = network(benchmark, seed=1), network(benchmark, seed=2)
     first = watch.record(before, 0)
     second = watch.record(after, 1)
@@ -76,7 +76,7 @@ def test_nothing_moves(benchmark):
     modes = [part.training for part in made.modules()]
     weights = {name: value.clone() for name, value in made.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    ActivityWatch(benchmark).record(made, 2)
+    ActivityRecorder(benchmark).record(made, 2)
     assert [part.training for part in made.modules()] == modes
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()
@@ -91,7 +91,7 @@ def test_experts_are_counted_layer_by_layer(benchmark):
     made.grow(range(10))
     to_experts(made, experts=4, split="random")
     (name,) = [name for name, part in made.named_modules() if isinstance(part, RoutedExperts)]
-    watch = ActivityWatch(benchmark)
+    watch = ActivityRecorder(benchmark)
     set_gate(made, TopK(k=3))
     record = watch.record(made, 1)
     experts = record.experts[name]
@@ -105,7 +105,7 @@ def test_experts_are_counted_layer_by_layer(benchmark):
 def test_a_network_without_hidden_neurons_has_none(benchmark):
     made = Network(Backbone.of([("flat", nn.Flatten())], input_shape=(1, 8, 8)))
     made.grow(range(10))
-    record = ActivityWatch(benchmark).record(made, 0)
+    record = ActivityRecorder(benchmark).record(made, 0)
     assert (record.layers, record.experts) == ({}, {})
     assert math.isnan(record.sparsity)
     assert math.isnan(record.experts_per_token)
@@ -113,7 +113,7 @@ def test_a_network_without_hidden_neurons_has_none(benchmark):
 
 
 def test_a_layer_that_was_another_one_keeps_nothing_defined(benchmark):
-    watch = ActivityWatch(benchmark)
+    watch = ActivityRecorder(benchmark)
     watch.record(network(benchmark), 0)
     wide = build(load_config("quickstart", [*SMALL, "backbone.width=13"])).network
     record = watch.record(wide, 1)
@@ -126,7 +126,7 @@ def test_a_layer_that_was_another_one_keeps_nothing_defined(benchmark):
     (1, 1, 1), (255, 2, 255), (256, 2, 256), (10_000, 8, 256), (10_000, 9, 227), (10_000, 20, 102), (10_000, 5000, 1), (0, 3, 0),
 ])  # fmt: skip
 def test_probes_are_few_and_spread(samples, experiences, count):
-    at = probes(samples, experiences=experiences)
+    at = probe_indices(samples, experiences=experiences)
     assert len(at) == len(at.unique()) == count
     assert count * min(experiences, 2048) <= 2048 + 256
     if count > 1:
@@ -157,7 +157,7 @@ def test_means_leave_out_what_is_undefined():
 def test_a_run_is_the_same_with_and_without_the_watch(tmp_path, monkeypatch):
     overrides = [*SMALL, "strategy=er(memory=20)", "backbone.width=13"]
     with_watch = clframe.run("quickstart", overrides, output=tmp_path / "with")
-    monkeypatch.setattr(ActivityWatch, "record", lambda self, network, index: ActivityRecord())
+    monkeypatch.setattr(ActivityRecorder, "record", lambda self, network, index: ActivityRecord())
     without = clframe.run("quickstart", overrides, output=tmp_path / "without")
     assert with_watch.accuracy_matrix == without.accuracy_matrix
     assert with_watch.loss_terms == without.loss_terms

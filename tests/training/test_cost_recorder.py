@@ -19,16 +19,17 @@ from clframe.data.benchmark import Benchmark, class_incremental
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Source
 from clframe.errors import ConfigError
-from clframe.moe import counting
+from clframe.moe import count_usage
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
 
 import_avalanche()
 
 from avalanche.core import SupervisedPlugin
+from lightning import Fabric
 
-from clframe.training import cost_recorder as cost_watch
 from clframe.training.evaluation import Scores
+from clframe.training.learner import StepObserver
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
 from clframe.training.session import Session
@@ -123,6 +124,19 @@ def test_replay_is_split_from_new_samples(tmp_path: Path) -> None:
     assert ledger.bytes()["memory"] == made.state_bytes()["er"] >= 12 * (4 + 8)
 
 
+def test_a_gem_replays_a_batch_of_its_buffer_in_every_step(tmp_path: Path) -> None:
+    ledger = run("agem(memory=12, sample=3)", tmp_path).ledger
+    steps = EPOCHS * 5
+    assert ledger.samples("replay") == 2 * steps * 3  # the buffer is empty in the first experience
+    for index, classes in enumerate(CLASSES):
+        phases, replayed = ledger.by_phase(experience=index), steps * 3 if index else 0
+        assert phases["forward"] == EPOCHS * SAMPLES * forward(classes)
+        assert phases["backward"] == EPOCHS * SAMPLES * backward(classes)
+        assert ledger.samples("replay", experience=index) == replayed
+        assert phases.get("replay", 0) == replayed * (forward(classes) + backward(classes))
+    assert ledger.by_component()["agem"] >= ledger.by_phase()["replay"]
+
+
 def test_teachers_cost_their_own_forward_pass(tmp_path: Path) -> None:
     ledger = run("lwf", tmp_path).ledger
     for index, before in ((1, 2), (2, 4)):
@@ -154,8 +168,9 @@ class Works(Component):
     def modify_gradients(self, network: Any, step: Any, state: Any) -> None:
         torch.ones(1, 11) @ torch.ones(11, 1)
 
-    def after_step(self, network: Any, step: Any, state: Any) -> None:
+    def after_step(self, network: Any, step: Any, state: Any) -> Any:
         torch.ones(1, 13) @ torch.ones(13, 1)
+        return state
 
     def after_experience(self, network: Any, context: Any, state: Any) -> Any:
         torch.fft.rfft(torch.ones(4) @ torch.ones(4, 5))
@@ -206,18 +221,45 @@ def test_without_a_policy_a_prediction_runs_every_exit(tmp_path: Path) -> None:
     assert ledger.predictions.by_role() == {"linear": 4 * 5 + 5 * 5, "head": 2 * 5 * 6}
 
 
-def test_a_step_is_measured_once_an_experience_whatever_exits_weigh(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured, measure = [], cost_watch.step_charges
+class Spy(StepObserver):
+    """Notes sections, and which of them another observer runs under a counter."""
 
-    def counted(strategy: Any) -> Any:
-        measured.append(len(strategy.batch.y))
-        return measure(strategy)
+    def __init__(self, inner: StepObserver) -> None:
+        self.inner, self.sections, self.counted = inner, [], []
 
-    monkeypatch.setattr(cost_watch, "step_charges", counted)
-    run("exits(head='linear', heads='growing')", tmp_path)  # its weights rise from epoch to epoch
-    assert measured == [4, 2] * 3
+    @contextlib.contextmanager
+    def around(self, section: Any, component: str = "", samples: int = 0) -> Any:
+        self.sections.append((section, component, samples))
+        before = torch.utils._python_dispatch._len_torch_dispatch_stack()
+        with self.inner.around(section, component, samples):
+            if torch.utils._python_dispatch._len_torch_dispatch_stack() > before:
+                self.counted.append((section, component, samples))
+            yield
+
+
+def test_the_first_step_of_each_kind_is_counted_whatever_exits_weigh(tmp_path: Path) -> None:
+    made = session("exits(head='linear', heads='growing')", tmp_path)  # its weights rise from epoch to epoch
+    made.learner.observer = spy = Spy(made.learner.observer)
+    made.run()
+    made.close()
+    step = ("forward", "task_loss", "backward")
+    assert [entry for entry in spy.counted if entry[0] in step] == [(s, "", n) for n in (4, 2) for s in step] * 3
+    for section in step:
+        assert sum(entry[0] == section for entry in spy.sections) == 3 * EPOCHS * 5
+
+
+def test_a_run_publishes_its_hooks_in_order(tmp_path: Path) -> None:
+    made = session(compose(Works(), parse("er(memory=12) + lwf")), tmp_path)
+    made.learner.observer = spy = Spy(StepObserver())
+    made.run()
+    made.close()
+    names = [(section, component) for section, component, _ in spy.sections]
+    first = [("before_experience", "works"), ("make_batch", "er"), ("forward", ""),
+             ("task_loss", ""), ("losses", "lwf"), ("losses", "works"), ("backward", ""), ("modify_gradients", "works"),
+             ("after_step", "works"), ("make_batch", "er")]  # fmt: skip
+    assert names[: len(first)] == first
+    assert names[-3:] == [("after_experience", "er"), ("after_experience", "lwf"), ("after_experience", "works")]
+    assert spy.counted == [] and made.ledger.training_macs == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +295,8 @@ def test_an_evaluation_costs_the_experts_that_it_really_ran(tmp_path: Path) -> N
     made.run()
     made.close()
     network, ledger = made.learner.network, made.ledger
-    x = torch.cat([network.place(part.prepare(part.raw(torch.arange(len(part))))) for part in bench().test])
-    with torch.no_grad(), counting(network) as usage, MacCounter() as counter:
+    x = torch.cat([network.to_device(part.prepare(part.raw(torch.arange(len(part))))) for part in bench().test])
+    with torch.no_grad(), count_usage(network) as usage, MacCounter() as counter:
         for experience in x.split(2):  # as it was evaluated: batches of 5 of experiences of 2
             network.eval()(experience)
         used = usage()
@@ -276,7 +318,7 @@ class Boasts(Component):
 
 
 def test_a_cost_that_is_no_count_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"boasts: its cost\(\) found macs=-1; give"):
+    with pytest.raises(ConfigError, match=r"boasts: extra_cost\(\) returned macs=-1; return"):
         run(Boasts(), tmp_path)
     with torch.no_grad():
         torch.ones(2, 2) @ torch.ones(2, 2)  # no counter has stayed on
@@ -291,6 +333,10 @@ def test_an_experience_without_epochs_is_counted_too(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_are_one_optimizer_step(tmp_path: Path) -> None:
+    (tmp_path / "works").mkdir()
+    works = run(Works(), tmp_path / "works", accumulate=2).ledger  # batches of 4, 4 | 4, 4 | 2
+    hooks = EPOCHS * (5 * (7 + 11 + 100) + 3 * 13)
+    assert works.by_phase(experience=0)["auxiliary"] == 2 * 3 * 4 + hooks + 4 * 5
     ledger = run("naive", tmp_path, accumulate=2).ledger
     assert ledger.steps() == 3 * EPOCHS * 3
     assert ledger.samples() == 3 * EPOCHS * SAMPLES
@@ -338,21 +384,30 @@ EXPRESSIONS = [
 ]  # fmt: skip
 
 
+HALF: Any = {"precision": "bf16-mixed"}
+
+
 @pytest.mark.parametrize(
-    ("expression", "engine"),
-    [*((expression, "fabric") for expression in EXPRESSIONS), ("er(memory=12) + lwf", "trainer"), ("ewc", "trainer")],
+    ("expression", "options"),
+    [
+        *((expression, {}) for expression in EXPRESSIONS),
+        ("er(memory=12) + lwf", {"engine": "trainer"}),
+        ("ewc", {"engine": "trainer"}),
+        ("er(memory=12) + lwf", {"accumulate": 2}),
+        ("er(memory=12) + lwf", {"accumulate": 2, "fabric": HALF}),
+        ("exits + si", {"engine": "trainer", "trainer": HALF}),
+    ],
 )
-def test_a_run_is_the_same_with_and_without_accounts(expression: str, engine: str, tmp_path: Path) -> None:
+def test_a_run_is_the_same_with_and_without_accounts(expression: str, options: Any, tmp_path: Path) -> None:
     """Weights and states bit for bit, so no random state, statistic or memory has been touched."""
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
-    kept = run(expression, tmp_path / "with", engine=engine)
-    bare = session(expression, tmp_path / "without", engine=engine)
+    kept = run(expression, tmp_path / "with", **launched(options))
+    bare = session(expression, tmp_path / "without", **launched(options))
     costs = bare._costs
     bare.strategy.plugins.remove(costs)
-    bare.strategy.on_step = costs._on_step
-    costs.begin = costs.book = lambda *index: None  # type: ignore[method-assign]
-    bare.learner.around = lambda hook, component: contextlib.nullcontext()
+    costs.begin = costs.finish = lambda *index: None  # type: ignore[method-assign]
+    bare.learner.observer = StepObserver()
     bare.run()
     bare.close()
     one, other = (
@@ -362,6 +417,14 @@ def test_a_run_is_the_same_with_and_without_accounts(expression: str, engine: st
     assert kept.ledger.macs > 0 and bare.ledger.macs == 0
     for key in ("network", "components", "tallies", "loss_terms", "steps", "taps"):
         assert_equal(one[key], other[key])
+
+
+def launched(options: Any) -> Any:
+    if "fabric" not in options:
+        return options
+    fabric = Fabric(accelerator="cpu", devices=1, **options["fabric"])
+    fabric.launch()
+    return {**options, "fabric": fabric}
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -391,3 +454,26 @@ def test_a_resumed_run_keeps_its_books(tmp_path: Path) -> None:
     again.close()
     assert again.ledger.entries == whole.ledger.entries
     assert Ledger.from_json(again.ledger.to_json()).entries == whole.ledger.entries
+    assert comparable(again.ledger) == comparable(whole.ledger)
+    sizes, resumed_sizes = (
+        [row["bytes"] for row in ledger.as_tree()["bytes"] if row["kind"] == "checkpoint"]
+        for ledger in (whole.ledger, again.ledger)
+    )
+    assert sizes[:2] == resumed_sizes[:2] and len(sizes) == len(resumed_sizes) == 3
+    finished = session("er(memory=12) + lwf", tmp_path / "whole")
+    assert finished.resume() == 3
+    finished.run()
+    finished.close()
+    assert finished.ledger.to_json() == whole.ledger.to_json()
+
+
+def comparable(ledger: Ledger) -> Any:
+    """The ledger without wall times, energy and the peak of a process, which no two runs share."""
+    tree = ledger.as_tree()
+    tree["times"] = [{**row, "seconds": 0} for row in tree["times"]]
+    # The size of a checkpoint depends on these as well: the ledger in it is written with them.
+    tree["bytes"] = [
+        {**row, "bytes": row["bytes"] if row["kind"] not in ("process_peak", "checkpoint") else 0} for row in tree["bytes"]
+    ]
+    tree["energy"] = [{**row, "joules": 0} for row in tree["energy"]]
+    return tree

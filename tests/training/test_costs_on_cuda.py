@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from clframe.accounting import Ledger
-from clframe.build import run
+from clframe.api import run
+from clframe.training.learner import StepObserver
+from clframe.training.step_cost import StepProfiler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -37,3 +39,30 @@ def test_a_run_on_a_gpu_has_the_counts_of_one_on_the_cpu(tmp_path: Path) -> None
     assert on_gpu.bytes()["device_peak"] > on_gpu.bytes()["parameters"]
     assert "device_peak" not in on_cpu.bytes()
     assert on_gpu.energy().energy_source in ("nvml", "none") and on_cpu.energy().energy_source in ("rapl", "none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["strategy=er + lwf"],
+        ["strategy=er + exits", "trainer.precision=16-mixed"],
+        ["strategy=agem + si", "trainer.precision=bf16-mixed", "trainer.engine=trainer"],
+        ["strategy=lwf", "backbone=vit_tiny", "backbone.depth=2", "backbone.patch=2"],
+    ],
+)  # fmt: skip
+def test_counting_changes_no_bit(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = []
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(StepProfiler, "around", StepObserver.around)
+        result = run(
+            "quickstart",
+            ["trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false", "trainer.accelerator=cuda",
+             "trainer.loggers=[]", *options],
+            output=tmp_path / name,
+        )  # fmt: skip
+        checkpoint = sorted(Path(result.run_folder).glob("checkpoints/*.ckpt"))[-1]
+        found.append(torch.load(checkpoint, weights_only=True, map_location="cpu")["network"])
+    counted, plain = found
+    assert counted.keys() == plain.keys() and all(torch.equal(counted[key], plain[key]) for key in counted)

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import clframe
-from clframe.training.event_files import keep
+from clframe.training.event_files import merge_events
 from clframe.training.session import Session
 from clframe.training.tensorboard import THROUGHPUT, TensorBoard
 
@@ -54,7 +54,7 @@ class Killed(BaseException):
 def test_what_is_kept_is_as_it_was_and_the_rest_is_gone(tmp_path):
     write(tmp_path, [("loss/a", 1, 0.5), ("loss/a", 11, 0.25), ("x", 0, 1.0), ("x", 1, 2.0)])
     before = read(tmp_path).Scalars("loss/a")[0]
-    tags = keep(tmp_path, lambda tag, step: (tag == "loss/a" and step < 11) or tag == "x")
+    tags = merge_events(tmp_path, lambda tag, step: (tag == "loss/a" and step < 11) or tag == "x")
     assert tags == ("loss/a", "x")
     assert scalars(tmp_path) == {"loss/a": [(1, 0.5)], "x": [(0, 1.0), (1, 2.0)]}
     assert read(tmp_path).Scalars("loss/a")[0] == before  # time of day included
@@ -65,7 +65,7 @@ def test_points_written_twice_are_once_there_and_the_last_one_counts(tmp_path):
     write(tmp_path, [("x", 0, 1.0), ("x", 1, 2.0)])
     os.rename(next(tmp_path.iterdir()), tmp_path / "events.out.tfevents.0000000001.host.1.0")
     write(tmp_path, [("x", 1, 3.0)])
-    keep(tmp_path, lambda tag, step: True)
+    merge_events(tmp_path, lambda tag, step: True)
     assert scalars(tmp_path) == {"x": [(0, 1.0), (1, 3.0)]}
 
 
@@ -77,10 +77,10 @@ def test_a_kill_before_the_old_files_are_gone_changes_nothing(tmp_path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "unlink", killed)
-        keep(tmp_path, lambda tag, step: step < 1)
+        merge_events(tmp_path, lambda tag, step: step < 1)
     assert len(os.listdir(tmp_path)) == 2
     assert scalars(tmp_path) == {"x": [(0, 1.0)]}
-    keep(tmp_path, lambda tag, step: True)
+    merge_events(tmp_path, lambda tag, step: True)
     assert scalars(tmp_path) == {"x": [(0, 1.0)]}
 
 
@@ -88,12 +88,12 @@ def test_a_file_that_was_cut_short_is_read_up_to_there(tmp_path):
     write(tmp_path, [("x", step, float(step)) for step in range(5)])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-7])
-    keep(tmp_path, lambda tag, step: True)
+    merge_events(tmp_path, lambda tag, step: True)
     assert scalars(tmp_path) == {"x": [(step, float(step)) for step in range(4)]}
 
 
 def test_no_files_are_no_matter(tmp_path):
-    assert keep(tmp_path / "none", lambda tag, step: True) == ()
+    assert merge_events(tmp_path / "none", lambda tag, step: True) == ()
     assert not (tmp_path / "none").exists()
 
 

@@ -30,11 +30,11 @@ def test_every_exit_is_drawn_over_experiences(result):
     found = events(result)
     for k, name in enumerate(("layer1", "final")):
         accuracy = [event.value for event in found.Scalars(f"exit_accuracy/0{k}_{name}")]
-        assert accuracy == pytest.approx([record.diagnostics.accuracy_K[k] for record in result.exits])
+        assert accuracy == pytest.approx([record.accuracy_K[k] for record in result.exits])
         (forgetting,) = found.Scalars(f"exit_forgetting/0{k}_{name}")  # none before the second experience
         assert (forgetting.step, forgetting.value) == (1, pytest.approx(result.exit_forgetting[k]))
     overthinking = found.Scalars("exit_decision/overthinking")[-1].value
-    assert overthinking == pytest.approx(result.exits[-1].diagnostics.overthinking)
+    assert overthinking == pytest.approx(result.exits[-1].overthinking)
     point = next(p for p in result.exits[-1].points.points if p.name == "100%")
     assert found.Scalars("exit_accuracy_at_cost/100")[-1].value == pytest.approx(point.accuracy)
 
@@ -47,11 +47,11 @@ def test_the_layout_that_counts_has_charts_of_exits_and_they_find_their_tags(res
     (exits,) = (category for category in layout.category if category.title == "exits")
     for chart in exits.chart:
         assert any(re.match(pattern, tag) for tag in tags for pattern in chart.multiline.tag), chart.title
-    assert "who answers at half the cost" not in [chart.title for chart in exits.chart]  # the first exit is dearer here
+    assert "exit usage at a budget of 50 %" not in [chart.title for chart in exits.chart]  # the first exit is dearer here
 
 
 def test_figures_are_images_and_files(result):
-    found, names = events(result), {"curve", "accuracy", "similarity", "who_answers"}
+    found, names = events(result), {"curve", "accuracy", "similarity", "exit_usage"}
     for name in names:
         tag = "2_pictures/accuracy_and_cost" if name == "curve" else f"exits/{name}"
         assert [event.step for event in found.Images(tag)] == [0, 1]

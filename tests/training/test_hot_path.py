@@ -212,7 +212,7 @@ def test_absent_components_cost_no_call() -> None:
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 def test_a_step_logs_nothing_and_warns_of_nothing(engine: Any) -> None:
     calls = calls_in_a_step(strategy_for("er + lwf", engine=engine))
-    assert calls["clframe.training.loop", "iterate"] == 1
+    assert calls["clframe.training.loop", "run_step"] == 1
     logging = {f for m, f in calls if m == "logging" and f in ("_log", "makeRecord", "handle")}
     writing = {m for m, _ in calls if m.startswith(("tensorboard", "torch.utils.tensorboard", "tqdm", "csv"))}
     assert not logging and not writing

@@ -57,7 +57,7 @@ def trained(expression, *, lazy=False, **options):
         batches = []
         strategy.on_step = lambda s, to=batches: to.append((s.mbatch[0].clone(), s.mbatch[1].clone()))
         memory = strategy.learner.state.get("er")
-        seen.append((strategy.planned_steps(experience), batches, memory))
+        seen.append((strategy.count_steps(experience), batches, memory))
         strategy.train(experience, eval_streams=[])
     return strategy, benchmark, seen
 

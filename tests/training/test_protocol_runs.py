@@ -15,7 +15,7 @@ from clframe.data.avalanche import import_avalanche
 from clframe.data.benchmark import class_incremental
 from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.source import Source
-from clframe.data.streams import blurry, online, permuted
+from clframe.data.streams import blurry_stream, online_stream, permuted_stream
 from clframe.errors import ConfigError
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
@@ -47,7 +47,7 @@ def strategy_on(benchmark, expression="naive", **options):
 
 def train(strategy, benchmark, experience):
     stream = benchmark.avalanche.streams["train"]
-    strategy.train([stream[i] for i in benchmark.parts_of(experience)], eval_streams=[])
+    strategy.train([stream[i] for i in benchmark.sub_experiences(experience)], eval_streams=[])
 
 
 def record(monkeypatch, strategy):
@@ -60,14 +60,16 @@ def record(monkeypatch, strategy):
         begin(experience, classes=classes, epochs=epochs)
 
     monkeypatch.setattr(learner, "begin", on_begin)
-    monkeypatch.setattr(learner, "before_epoch", lambda epoch: (told.append(("epoch", epoch)), before_epoch(epoch)))
+    monkeypatch.setattr(
+        learner, "before_epoch", lambda epoch, **options: (told.append(("epoch", epoch)), before_epoch(epoch, **options))
+    )
     monkeypatch.setattr(learner, "end", lambda: (told.append(("end",)), end()))
     strategy.on_step = lambda s: steps.append((s.mb_x.clone(), s.mb_y.clone()))
     return told, steps
 
 
 def test_an_online_learner_that_is_told_the_boundaries_sees_whole_experiences(monkeypatch):
-    benchmark = online(class_incremental(source(), experiences=2, order="sorted"), size=8)
+    benchmark = online_stream(class_incremental(source(), experiences=2, order="sorted"), size=8)
     strategy = strategy_on(benchmark, train_epochs=2)
     told, steps = record(monkeypatch, strategy)
     for i in range(2):
@@ -85,7 +87,7 @@ def test_an_online_learner_that_is_told_the_boundaries_sees_whole_experiences(mo
 
 
 def test_one_that_is_not_told_learns_of_each_small_experience(monkeypatch):
-    benchmark = online(class_incremental(source(), experiences=2, order="sorted"), size=8, boundaries=False)
+    benchmark = online_stream(class_incremental(source(), experiences=2, order="sorted"), size=8, boundaries=False)
     strategy = strategy_on(benchmark)
     told, _ = record(monkeypatch, strategy)
     train(strategy, benchmark, 0)
@@ -96,7 +98,7 @@ def test_one_that_is_not_told_learns_of_each_small_experience(monkeypatch):
     assert len(told) == 3 * 8
 
 
-@pytest.mark.parametrize("make", [online, functools.partial(online, boundaries=False), blurry])
+@pytest.mark.parametrize("make", [online_stream, functools.partial(online_stream, boundaries=False), blurry_stream])
 def test_one_optimizer_goes_through_an_original_experience(make):
     benchmark = make(class_incremental(source(), experiences=2), size=8)
     strategy = strategy_on(benchmark, train_mb_size=100)
@@ -107,7 +109,7 @@ def test_one_optimizer_goes_through_an_original_experience(make):
         strategy.train(stream[i], eval_streams=[])
         momenta.append((strategy.optimizer.state[weight]["momentum_buffer"].clone(), weight.grad.clone()))
     for e in range(2):
-        first, *later = benchmark.parts_of(e)
+        first, *later = benchmark.sub_experiences(e)
         assert torch.equal(*momenta[first])
         for k in later:
             expected = 0.9 * momenta[k - 1][0] + momenta[k][1]
@@ -118,20 +120,20 @@ def test_one_optimizer_goes_through_an_original_experience(make):
 def test_told_online_is_one_epoch_in_stream_order():
     """With no momentum to carry and nothing random, small experiences are the batches of one epoch."""
     whole = class_incremental(source(), experiences=2, order="sorted")
-    cut = online(whole, size=4, seed=3)
+    cut = online_stream(whole, size=4, seed=3)
     strategies = []
     for benchmark in (cut, replace(cut, train=cut.original, original=(), online=None)):
         strategy = strategy_on(benchmark, "lwf(alpha=1.0)")
         for i in range(2):
             stream = benchmark.avalanche.streams["train"]
-            parts = [stream[k] for k in benchmark.parts_of(i)]
+            parts = [stream[k] for k in benchmark.sub_experiences(i)]
             strategy.train(parts, eval_streams=[], shuffle=False)
         strategies.append(strategy.module.network.state_dict())
     assert all(torch.equal(strategies[0][name], value) for name, value in strategies[1].items())
 
 
 def test_replayed_samples_differ_between_small_experiences(monkeypatch):
-    benchmark = online(class_incremental(source(), experiences=2, order="sorted"), size=4)
+    benchmark = online_stream(class_incremental(source(), experiences=2, order="sorted"), size=4)
     strategy = strategy_on(benchmark, "er(memory=27)")
     _, steps = record(monkeypatch, strategy)
     train(strategy, benchmark, 0)
@@ -142,7 +144,7 @@ def test_replayed_samples_differ_between_small_experiences(monkeypatch):
 
 
 def test_all_classes_in_every_domain():
-    benchmark = permuted(source(), experiences=3, seed=1)
+    benchmark = permuted_stream(source(), experiences=3, seed=1)
     scores = Scores(benchmark)
     strategy = strategy_on(benchmark, "er(memory=36) + lwf", plugins=[scores])
     for i in range(3):
@@ -160,7 +162,7 @@ def test_all_classes_in_every_domain():
 
 
 def test_joint_training_on_all_domains():
-    benchmark = permuted(source(), experiences=3)
+    benchmark = permuted_stream(source(), experiences=3)
     strategy = strategy_on(benchmark, "joint", train_mb_size=1000)
     seen = []
     strategy.on_step = lambda s: seen.append(s.mb_x.clone())
@@ -260,14 +262,14 @@ def test_an_online_run_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
          ["experience   0     243 train      27 validation      90 test   classes 4 7", "measured on validation data"]),
         (["benchmark.protocol=task_incremental"], ["every experience has its number as task label"]),
         (["benchmark.protocol=rotated", "benchmark.angles=[0,30]"],
-         ["experience   0   1,347 train     450 test   as stored", "turned by 30 degrees", "brings all 10 classes"]),
+         ["experience   0   1,347 train     450 test   as stored", "rotated by 30 degrees", "brings all 10 classes"]),
         (["benchmark.protocol=permuted", "benchmark.experiences=2"],
          ["experience   1   1,347 train     450 test   permuted pixels"]),
         (["benchmark.online=100"],
-         ["experience   0     270 train", "online: 3 + 3 + 3 + 3 + 3 small experiences of 100 samples, boundaries told",
+         ["experience   0     270 train", "online: 3 + 3 + 3 + 3 + 3 small experiences of 100 samples, boundaries known",
           "measured on test data"]),
         (["benchmark.online=100", "benchmark.blurry=0.5"],
-         ["experience   0     300 train", "small experiences of 100 samples, boundaries not told"]),
+         ["experience   0     300 train", "small experiences of 100 samples, boundaries unknown"]),
     ],
 )  # fmt: skip
 def test_explain_says_who_learns_what_when(overrides, lines):

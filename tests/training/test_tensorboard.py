@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -17,9 +18,14 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from clframe.metrics import Tally
 from clframe.plotting.images import matrix_image, matrix_markdown
+from clframe.plotting.style import PAPER
 from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
 NAN = float("nan")
+CONTINUAL = {
+    "continual/accuracy_task_aware", "continual/accuracy_over_all_samples", "continual/average_incremental_accuracy",
+    "continual/learning_accuracy", "continual/backward_transfer",
+}  # fmt: skip
 
 
 def tally(*right, size=8, aware=None):
@@ -51,7 +57,7 @@ def written(tmp_path):
     board.scalars({"loss/task": 0.5, "loss/lwf/distill": math.inf}, 11)
     for i in range(3):
         board.evaluation(TALLIES[: i + 1])
-        board.lay_out(i + 1)
+        board.write_layout(i + 1)
     board.close()
     return read(tmp_path)
 
@@ -70,11 +76,13 @@ def test_an_evaluation_has_accuracies_averages_and_transfer(written):
     assert points(written, "continual/accuracy_task_aware") == [(0, 1.0), (1, 1.0), (2, 1.0)]
     assert points(written, "1_progress/forgetting") == [(1, 0.5), (2, (0.75 + 0.5) / 2)]
     assert points(written, "continual/backward_transfer") == [(1, -0.5), (2, (-0.75 - 0.5) / 2)]
+    assert points(written, "continual/learning_accuracy") == [(0, 1.0), (1, 1.0), (2, pytest.approx((1 + 1 + 0.75) / 3))]
+    assert points(written, "continual/accuracy_over_all_samples") == [(0, 1.0), (1, 0.75), (2, 0.5)]
 
 
 def test_there_are_no_other_tags(written):
     assert set(written.Tags()["scalars"]) == {
-        "1_progress/accuracy", "continual/accuracy_task_aware", "1_progress/forgetting", "continual/backward_transfer",
+        "1_progress/accuracy", "1_progress/forgetting", *CONTINUAL,
         "experience_accuracy/00", "experience_accuracy/01", "experience_accuracy/02",
         "loss/task", "loss/lwf/distill", LEARNING_RATE,
     }  # fmt: skip
@@ -114,7 +122,7 @@ def test_every_chart_of_the_layout_finds_its_tags_and_the_last_layout_has_all(wr
         "forgetting": {"1_progress/forgetting"},
         "losses by term": {"loss/task", "loss/lwf/distill"},
         "accuracy per experience": {f"experience_accuracy/0{j}" for j in range(3)},
-        "task-aware accuracy and backward transfer": {"continual/accuracy_task_aware", "continual/backward_transfer"},
+        "further metrics": CONTINUAL,
         "learning rate": {LEARNING_RATE},
     }
 
@@ -130,7 +138,8 @@ def test_what_was_not_evaluated_is_no_point(tmp_path):
     board.evaluation([Tally(((4, 0), (0, 0)), ((3, 0), (0, 0)), ((4, 0), (0, 0)))])
     board.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {
-        "experience_accuracy/00", "1_progress/accuracy", "continual/accuracy_task_aware"}  # fmt: skip
+        "experience_accuracy/00", "1_progress/accuracy", *(CONTINUAL - {"continual/backward_transfer"}),
+    }  # fmt: skip
 
 
 def test_experience_numbers_sort_as_text(tmp_path):
@@ -188,13 +197,13 @@ def test_the_image_is_large_enough_to_read(rows, columns):
         assert image.shape[1] >= 50 * columns  # two digits of 11 points are about 20 pixels wide
 
 
-def test_the_image_tells_accuracies_apart_and_leaves_gaps_white():
-    def colors(accuracy):
+def test_the_image_tells_accuracies_apart_and_leaves_gaps_empty():
+    def color(accuracy):
         image = matrix_image([[accuracy]])
         return tuple(int(v) for v in np.median(image[100:150, 120:160].reshape(-1, 3), axis=0))
 
-    assert colors(NAN) == (255, 255, 255)
-    assert colors(0.0)[1] < colors(0.5)[1] < colors(1.0)[1] < 255  # viridis: more green, more right
+    assert color(NAN) == tuple(round(255 * part) for part in to_rgb(PAPER))
+    assert color(1.0)[0] < color(0.5)[0] < color(0.0)[0] < color(NAN)[0]  # more blue, more accurate
 
 
 def test_the_image_has_digits_drawn_in():

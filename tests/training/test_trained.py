@@ -1,12 +1,18 @@
-"""A model that comes back from a run's folder, and what stands in the way."""
+"""Models loaded from run folders: predictions, dynamic inference, inputs, and refusals."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
 import clframe
-from clframe.errors import RunFolderError, UnsupportedError
+from clframe.errors import DataError, RunFolderError, UnsupportedError
+from clframe.exits import DynamicNetwork, ExitPolicy, select
+from clframe.report.terminal import exits_text
+from clframe.training.prediction_cost import policy_of, prediction_cost
 
 FAST = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[]",
         "benchmark.experiences=2"]  # fmt: skip
@@ -26,7 +32,7 @@ def test_a_plain_model_predicts_as_it_was_evaluated(tmp_path):
 def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(RunFolderError, match=r"^load: no folder"):
         clframe.load(tmp_path / "nothing")
-    with pytest.raises(RunFolderError, match=r"^load: .* holds no config\.yaml"):
+    with pytest.raises(RunFolderError, match=r"^load: .* has no config\.yaml"):
         clframe.load(tmp_path)
     result = clframe.run("quickstart", FAST, output=tmp_path)
     for path in tmp_path.rglob("*.ckpt"):
@@ -44,9 +50,9 @@ def test_exits_are_recorded_after_every_experience(tmp_path):
         seen = [result.test_samples[e] for e in range(i + 1)]
         for k in range(2):
             mean = sum(a * n for a, n in zip(record.accuracy_KE[k], seen, strict=False)) / sum(seen)
-            assert record.diagnostics.accuracy_K[k] == pytest.approx(mean, abs=1e-9)
+            assert record.accuracy_K[k] == pytest.approx(mean, abs=1e-9)
         assert record.accuracy_KE[-1] == pytest.approx(result.accuracy_matrix[i])
-        assert record.static["oracle"] >= max(record.diagnostics.accuracy_K)
+        assert record.static["oracle"] >= max(record.accuracy_K)
         assert [point.name for point in record.points.points] == ["25%", "50%", "75%", "100%", "max"]
         assert record.curve.costs[-1] == pytest.approx(record.macs_K[-1] / record.backbone_macs)
     assert result.exits[0].similarity_K == pytest.approx((1.0, 1.0))
@@ -63,7 +69,7 @@ def test_a_plain_network_has_one_exit_and_no_validation_pass(tmp_path):
     assert record == 1 and result.exit_names == ("final",)
     last = result.exits[-1]
     assert last.points.points is None and "validation" in last.points.undefined
-    assert last.diagnostics.overthinking == 0 and last.macs_K == (last.backbone_macs,)
+    assert last.overthinking == 0 and last.macs_K == (last.backbone_macs,)
 
 
 def test_a_run_with_exits_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -94,3 +100,95 @@ def test_a_run_with_exits_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert str(resumed.exits) == str(whole.exits)  # NaN differs from itself
     ours, theirs = (clframe.load(r.run_folder).network.state_dict() for r in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+CORRECTING = {
+    "bic": "bic(memory=60)",
+    "icarl": "er(memory=60, selection=herding) + icarl",
+    "ncm": "ncm",
+    "wa": "er(memory=60) + wa",
+    "ranpac": "ranpac(projection=64)",
+    "simplecil": "simplecil",
+    "slda": "slda",
+}
+
+
+@pytest.mark.parametrize("name", CORRECTING)
+def test_corrections_are_applied_exit_by_exit_in_dynamic_inference(name, tmp_path):
+    strategy = f"{CORRECTING[name]} + exits + early_exit(threshold=0.5)"
+    more = [f"strategy={strategy}", "backbone.depth=3", "benchmark.validation=0.1"]
+    result = clframe.run("quickstart", [*FAST, *more], output=tmp_path)
+    model, test = clframe.load(result.run_folder), clframe.data.digits().test
+    scores = model.outputs(test.x).logits
+    uncorrected = model.network.ensemble(model.network(model.prepare(test.x)).logits)
+    assert (name == "wa") == all(torch.equal(a, b) for a, b in zip(scores, uncorrected, strict=True))  # wa scales rows
+    # thresholds at which all three exits are used, and the run's own policy
+    between = [scores_BC.softmax(1).amax(1).quantile(0.6).item() for scores_BC in scores[:-1]]
+    for policy in (model.dynamic().policy, ExitPolicy(thresholds=tuple(between))):
+        dynamic = DynamicNetwork(model.network, policy, adjust=model.learner.exit_corrector())
+        found, expected = dynamic(model.prepare(test.x)), select(scores, policy)
+        assert torch.equal(found.exit_B, expected.exit_B)
+        assert torch.equal(found.scores_BC.argmax(1), expected.scores_BC.argmax(1))
+        torch.testing.assert_close(found.scores_BC, expected.scores_BC, rtol=1e-4, atol=1e-4)
+    assert len(found.exit_B.unique()) == 3
+    assert torch.equal(model.ids(model.dynamic()(model.prepare(test.x)).scores_BC), model.classify(test.x))
+    assert policy_of(model.learner) is not None
+    cost = prediction_cost(model.learner, model.prepare(test.x[:1]))
+    assert cost.cost_K[0] < cost.cost_K[1] < cost.cost_K[2]
+    assert result.exits[-1].simulated == ""
+
+
+def test_a_correction_of_all_exits_together_is_marked_as_simulated(tmp_path):
+    from clframe.core import COMPONENTS, Component, register
+
+    @register
+    class Centered(Component):
+        """Subtracts the mean over exits: no exit can be corrected before the others are computed."""
+
+        name, slots = "centered", frozenset({"logits"})
+
+        def adjust_logits(self, output, state):
+            mean_BC = torch.stack(output.logits).mean(0)
+            return output._replace(logits=tuple(logits_BC - mean_BC for logits_BC in output.logits))
+
+    try:
+        strategy = "strategy=centered + exits + early_exit(threshold=0.5)"
+        result = clframe.run("quickstart", [*FAST, strategy], output=tmp_path)
+        assert result.exits[-1].simulated == "centered corrects the logits of all exits together"
+        with pytest.raises(UnsupportedError, match=r"^strategy: centered corrects the logits of all exits together, so "):
+            clframe.load(result.run_folder).dynamic()
+        assert "Simulated: centered" in exits_text(result)
+    finally:
+        COMPONENTS._entries.pop("centered")
+
+
+def test_arrays_single_samples_and_layouts_are_classified_alike(tmp_path):
+    result = clframe.run("quickstart", [*FAST, "strategy=naive"], output=tmp_path)
+    model, x = clframe.load(result.run_folder), clframe.data.digits().test.x[:5]
+    assert tuple(x.shape[1:]) == model.network.input_shape == (1, 8, 8)
+    expected = model.classify(x)
+    for same in (x.numpy(), x.double().numpy(), x.squeeze(1), x.movedim(1, -1).numpy(), x.tolist()):
+        assert torch.equal(model.classify(same), expected)
+    for one in (x[0], x[0].numpy(), x[0, 0], x[0].movedim(0, -1).numpy()):
+        assert torch.equal(model.classify(one), expected[:1])
+    for wrong in (torch.zeros(2, 3, 8, 8), np.zeros((4, 4)), torch.zeros(2, 1, 16, 16), torch.zeros(64)):
+        message = rf"^classify: found inputs of shape \({wrong.shape[0]}.*; give a batch \(N, 1, 8, 8\) or one sample \(1, 8, 8\)"
+        with pytest.raises(DataError, match=message):
+            model.classify(wrong)
+    with pytest.raises(DataError, match="NaN"):
+        model.classify(torch.full((1, 1, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize("strategy", ["naive", "er + exits"])
+def test_training_a_loaded_model_is_refused(strategy, tmp_path):
+    result = clframe.run("quickstart", [*FAST, "strategy=er(memory=40) + exits"], output=tmp_path)
+    network = clframe.load(result.run_folder).network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    with pytest.raises(UnsupportedError, match=r"^ContinualModule: found a network without trainable parameters"):
+        clframe.ContinualModule(network, strategy, optimizer=sgd)
+    network.requires_grad_(True)
+    if strategy == "er + exits":
+        with pytest.raises(UnsupportedError, match=r"^components\.exits: found a network that has learned 10 classes"):
+            clframe.ContinualModule(network, strategy, optimizer=sgd)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())

@@ -1,4 +1,4 @@
-"""Data sets by name: published ones, and readers of your own."""
+"""Published data sets, and readers of user data."""
 
 from clframe.data.sources.arrays import npz
 from clframe.data.sources.characters import omniglot

@@ -14,25 +14,27 @@ from torch import Tensor
 
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources.image_files import MEMORY_GB, fits
+from clframe.data.sources.image_files import MEMORY_GB, fits_in_memory
 from clframe.data.sources.labels import (
-    UNCHANGED,
+    IDENTITY,
     Normalization,
-    checked_labels,
-    measured,
+    check_labels,
+    measure_normalization,
     relabel,
     split_off_test,
     warn_of_duplicates,
 )
-from clframe.data.sources.paths import given_path
+from clframe.data.sources.paths import require_path
 from clframe.errors import ConfigError, DataError
 
 Array = npt.NDArray[Any]
 Layout = Literal["auto", "chw", "hwc"]
+Kind = Literal["values", "tokens"]
 
 _KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_x", "train_y", "test_x", "test_y"),
+    ("train_images", "train_labels", "test_images", "test_labels"),  # MedMNIST, which also has val_images
     ("x", "y"),
 )
 
@@ -41,36 +43,43 @@ _KEYS = (
 def npz(
     *,
     path: str = "",
+    kind: Kind = "values",
     test_fraction: float = 0.2,
     layout: Layout = "auto",
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     memory_gb: float = MEMORY_GB,
 ) -> Source:
-    """Your own arrays in an ``.npz`` file: ``x_train, y_train, x_test, y_test``, or ``x, y`` to be split.
+    """User arrays in an ``.npz`` file: ``x_train, y_train, x_test, y_test``, or ``x, y`` to be split.
 
-    Inputs are images [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, or vectors [N, D]. Whole
-    numbers are normalized by the training part's own mean and deviation; floating-point inputs are taken as
-    they are. Labels are whole numbers from 0 or names; an array ``classes`` may name classes 0..C-1.
+    Inputs are images [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, vectors [N, D], or token ids
+    [N, T]. Integers are normalized by mean and standard deviation of the training inputs, unless they are token ids;
+    floating-point inputs are unchanged. Labels are integers from 0 or names; an array ``classes`` may name classes
+    0..C-1. The array names of MedMNIST (``train_images``, ``train_labels``, ``test_images``, ``test_labels``) work
+    too; its validation arrays are not used.
 
     Args:
         path: The file.
-        test_fraction: Share of each class to test on, where the file has no test arrays.
-        layout: Where the channels are, should the shape leave it open.
-        mean: In units of the inputs, one value for all or one for each channel; goes with ``std``.
-        std: Likewise.
-        memory_gb: Limit in GB for the inputs, which arrays must keep: they are read as a whole.
+        kind: ``values``: images or vectors; ``tokens``: integer token ids from 0 for the backbones bert and hf_text,
+            padded with 0.
+        test_fraction: Fraction of each class to test on if the file has no test arrays.
+        layout: Position of the channels, for shapes that leave it open.
+        mean: In units of the inputs, one value for all channels or one per channel; requires ``std``.
+        std: As ``mean``.
+        memory_gb: Limit in GB for the inputs, which are read as a whole.
 
     Raises:
-        ConfigError: No path, or an option that cannot be.
+        ConfigError: No path, or an invalid option.
         DataError: A file, array or label that cannot be used; the message names it.
     """
     if len(mean) != len(std) or any(s <= 0 for s in std):
-        raise ConfigError("benchmark.std: give as many values as benchmark.mean has, each above 0")
-    file = given_path(path, option="path", kind="file")
-    given = (mean, std) if mean else None
+        raise ConfigError("benchmark.std: expected one value above 0 for each value of benchmark.mean; set both")
+    if kind == "tokens" and mean:
+        raise ConfigError("benchmark.mean: found values for token ids, which are not normalized; leave it out")
+    file = require_path(path, option="path", kind="file")
+    normalization = ((), ()) if kind == "tokens" else (mean, std) if mean else None
     return array_source(
-        file.stem, file, test_fraction=test_fraction, layout=layout, normalization=given, memory_gb=memory_gb
+        file.stem, file, test_fraction=test_fraction, layout=layout, normalization=normalization, memory_gb=memory_gb
     )
 
 
@@ -84,19 +93,35 @@ def array_source(
     memory_gb: float = MEMORY_GB,
     duplicates: bool = True,
 ) -> Source:
-    """The source that the arrays of ``file`` make, as :func:`npz`; with ``duplicates`` looked for."""
+    """Make the source of :func:`npz`.
+
+    Args:
+        name: Name of the source.
+        file: The file.
+        test_fraction: See :func:`npz`, as for ``layout`` and ``memory_gb``.
+        layout: Position of the channels.
+        normalization: Mean and standard deviation, both empty for token ids; None: measured if inputs are integers.
+        memory_gb: Limit for the inputs.
+        duplicates: Whether to look for test samples among the training samples.
+    """
     arrays = _read(file, memory_gb=memory_gb)
     keys = [key for key in arrays if key != "classes"]
-    inputs = {key: _inputs(arrays[key], layout=layout, where=f"{file}: {key}") for key in keys[::2]}
-    labels = [checked_labels(arrays[key], where=f"{file}: {key}") for key in keys[1::2]]
+    tokens = normalization == ((), ())
+    inputs = {
+        key: _token_ids(arrays[key], where=f"{file}: {key}")
+        if tokens
+        else _inputs(arrays[key], layout=layout, where=f"{file}: {key}")
+        for key in keys[::2]
+    }
+    labels = [check_labels(arrays[key], where=f"{file}: {key}") for key in keys[1::2]]
     for (key, x), (label_key, y) in zip(inputs.items(), zip(keys[1::2], labels, strict=True), strict=True):
         if len(x) != len(y):
-            raise DataError(f"{file}: {key} holds {len(x)} inputs, {label_key} {len(y)} labels; give one for each")
+            raise DataError(f"{file}: {key} has {len(x)} inputs, {label_key} {len(y)} labels; give one label per input")
     train_y, test_y, class_names = relabel(labels[0], labels[-1], where=str(file))
     parts = list(inputs.values())
     if parts[0].shape[1:] != parts[-1].shape[1:]:
         shapes = " and ".join(str(tuple(part.shape[1:])) for part in parts)
-        raise DataError(f"{file}: {keys[0]} and {keys[2]} hold inputs of shapes {shapes}; make them one")
+        raise DataError(f"{file}: {keys[0]} and {keys[2]} have inputs of shapes {shapes}; give all the same shape")
     if len(parts) == 1:
         train, test = split_off_test(
             train_y, fraction=test_fraction, name="npz", where=str(file), class_names=class_names
@@ -105,53 +130,53 @@ def array_source(
     if duplicates:
         warn_of_duplicates(parts[0], parts[1], where=str(file))
     measure = arrays[keys[0]].dtype.kind != "f"
-    mean, std = normalization or (measured(parts[0]) if measure else UNCHANGED)
+    mean, std = normalization or (measure_normalization(parts[0]) if measure else IDENTITY)
     if len(mean) > 1 and (parts[0].ndim < 3 or len(mean) != parts[0].shape[1]):
         raise ConfigError(
             f"benchmark.mean: found {len(mean)} values for inputs of shape {tuple(parts[0].shape[1:])}; "
-            f"give one, or one for each channel"
+            f"give one, or one per channel"
         )
     return Source(
         name,
         TensorSamples(parts[0], train_y, mean, std),
         TensorSamples(parts[1], test_y, mean, std),
         classes=len(class_names),
-        class_names=_names(arrays.get("classes"), class_names, where=f"{file}: classes"),
+        class_names=_name_classes(arrays.get("classes"), class_names, where=f"{file}: classes"),
     )
 
 
 def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:
-    """The arrays that matter, in the order of their keys; sizes are checked before any is read."""
+    """Read inputs, labels and class names, in the order of :data:`_KEYS`, after checking types and sizes."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
-            declared = {name.removesuffix(".npy"): _declared(archive, name) for name in members}
+            declared = {name.removesuffix(".npy"): _read_header(archive, name) for name in members}
         keys: tuple[str, ...] = next((keys for keys in _KEYS if set(keys) <= set(declared)), ())
         if not keys:
             found = ", ".join(sorted(declared)) or "no arrays"
-            raise DataError(f"{file}: holds {found}; save x_train, y_train, x_test and y_test, or x and y")
+            raise DataError(f"{file}: found {found}; save x_train, y_train, x_test and y_test, or x and y")
         keys += ("classes",) if "classes" in declared else ()
         for key in keys:
             if declared[key][1].hasobject:
                 raise DataError(
-                    f"{file}: {key} holds Python objects, which could run code when read; save plain arrays"
+                    f"{file}: {key} has Python objects, which could run code when read; save plain arrays"
                 )
-        nbytes = sum(_kept(*declared[key]) for key in keys[: len(keys) // 2 * 2 : 2])
-        if not fits(file.stem, nbytes=nbytes, memory_gb=memory_gb):
+        nbytes = sum(_stored_bytes(*declared[key]) for key in keys[: len(keys) // 2 * 2 : 2])
+        if not fits_in_memory(file.stem, nbytes=nbytes, memory_gb=memory_gb):
             raise DataError(
                 f"{file}: its inputs take {nbytes / 1e9:.3g} GB, above benchmark.memory_gb={memory_gb:g}; "
-                f"raise it, or save image files and take image_folder"
+                f"raise it, or save image files and use image_folder"
             )
         with np.load(file, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in keys}
     except DataError:
         raise
-    except Exception as error:  # a damaged archive raises anything from BadZipFile to UnicodeDecodeError
+    except Exception as error:  # damaged archives raise anything from BadZipFile to UnicodeDecodeError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file}: cannot be read as .npz ({reason}); write it again with numpy.savez") from None
 
 
-def _declared(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _read_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         layout = np.lib.format
@@ -160,17 +185,26 @@ def _declared(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], n
     return shape, dtype
 
 
-def _kept(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+def _stored_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     count = 1
     for side in shape:
         count *= side
     return count * (1 if dtype.itemsize == 1 else 4)
 
 
+def _token_ids(x: Array, *, where: str) -> Tensor:
+    """Token ids as int32 [N, T]."""
+    if x.dtype.kind not in "ui" or x.ndim != 2 or not x.size:
+        raise DataError(f"{where} is {x.dtype} of shape {x.shape}; give integer token ids [N, T]")
+    if x.min() < 0 or x.max() > np.iinfo(np.int32).max:
+        raise DataError(f"{where} has values from {x.min()} to {x.max()}; give token ids from 0, padded with 0")
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32))
+
+
 def _inputs(x: Array, *, layout: Layout, where: str) -> Tensor:
-    """Inputs as they are kept: uint8 where they are bytes, float32 otherwise, channels first."""
+    """Inputs as they are stored: uint8 if all values fit into bytes, float32 otherwise, channels first."""
     if x.dtype.kind not in "buif":
-        raise DataError(f"{where} is of type {x.dtype}; give numbers")
+        raise DataError(f"{where} has type {x.dtype}; give numbers")
     if x.ndim not in (2, 3, 4) or not x.size:
         raise DataError(f"{where} has shape {x.shape}; give images [N, H, W] or [N, C, H, W], or vectors [N, D]")
     if x.dtype.kind == "f":
@@ -191,16 +225,16 @@ def _channels_last(shape: Sequence[int], layout: Layout, where: str) -> bool:
     first, last = shape[1] in (1, 3), shape[3] in (1, 3)
     if first == last:
         raise DataError(
-            f"{where} has shape {tuple(shape)}, where either side or none may be channels; "
+            f"{where} has shape {tuple(shape)}, which does not show where the channels are; "
             f"set benchmark.layout to chw or hwc"
         )
     return last
 
 
-def _names(given: Array | None, found: tuple[str, ...], *, where: str) -> tuple[str, ...]:
-    """The names of an array ``classes``, where labels count its rows; the labels themselves otherwise."""
+def _name_classes(given: Array | None, found: tuple[str, ...], *, where: str) -> tuple[str, ...]:
+    """Class names: entries of the array ``classes`` if labels are indices into it, otherwise the labels."""
     if given is None or not all(name.isdecimal() for name in found):
         return found
     if given.ndim != 1 or given.dtype.kind != "U" or max(map(int, found)) >= len(given):
-        raise DataError(f"{where} has shape {given.shape} and type {given.dtype}; give one name for each label")
+        raise DataError(f"{where} has shape {given.shape} and type {given.dtype}; give one name per label")
     return tuple(str(given[int(name)]) for name in found)

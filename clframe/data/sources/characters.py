@@ -1,4 +1,4 @@
-"""Written characters: the digits bundled with scikit-learn, and Omniglot."""
+"""Handwritten characters: the digits bundled with scikit-learn, and Omniglot."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
-from clframe.data.sources.image_files import opened
-from clframe.data.sources.labels import measured, split_off_test
-from clframe.data.sources.paths import Published, class_folders, provide, subfolders
+from clframe.data.sources.image_files import open_image
+from clframe.data.sources.labels import measure_normalization, split_off_test
+from clframe.data.sources.paths import PublishedFile, class_folders, ensure_files, subfolders
 from clframe.errors import ConfigError, DataError
 
 
 @SOURCES.register("digits")
 def digits(*, test_fraction: float = 0.25) -> Source:
-    """1,797 grey 8x8 digits of scikit-learn, 10 classes; a fixed, class-balanced test split.
+    """1,797 gray 8x8 digits of scikit-learn, 10 classes; a fixed, class-balanced test split.
 
-    Values 0..16 are kept as bytes; mean 4.88 and deviation 6.02 are those of the whole set. The split is
+    Values 0..16 are stored as bytes; mean 4.88 and standard deviation 6.02 are those of the whole set. The split is
     the same for every seed. Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (1998).
 
     Args:
-        test_fraction: Share of each class kept for testing.
+        test_fraction: Fraction of each class to test on.
     """
     from sklearn.datasets import load_digits
 
@@ -50,16 +50,16 @@ _PARTS = ("images_background", "images_evaluation")
 
 @SOURCES.register("omniglot")
 def omniglot(*, test_fraction: float = 0.25, size: int = 28, data_dir: str = "data", download: bool = True) -> Source:
-    """Characters of 50 alphabets as ink on black, 1,623 classes of 20 grey images. Lake et al. (2015).
+    """Characters of 50 alphabets, white on black, 1,623 classes of 20 gray images. Lake et al. (2015).
 
-    Both parts of the set make one: background alphabets first, then the evaluation ones, each sorted.
-    Images of 105x105 are averaged down over boxes. Mean and deviation are measured on the training part.
+    The background and the evaluation set are concatenated, with sorted alphabets. Images of 105x105 are resized by
+    box averaging. Mean and standard deviation are measured on the training images.
 
     Args:
-        test_fraction: Share of each character to test on: 5 of the 20; the same for every seed.
+        test_fraction: Fraction of each character to test on, by default 5 of 20; the same for every seed.
         size: Side in pixels.
-        data_dir: Folder of ``omniglot-py``, or of ``omniglot.npz`` with the images as arrays ``x`` and ``y``.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``omniglot-py``, or of ``omniglot.npz`` with arrays ``x`` and ``y``.
+        download: Download missing files, by torchvision.
     """
     from torchvision.datasets import Omniglot
     from torchvision.datasets.utils import download_and_extract_archive
@@ -78,25 +78,25 @@ def omniglot(*, test_fraction: float = 0.25, size: int = 28, data_dir: str = "da
         )
         if source.input_shape != (1, size, size):
             raise DataError(
-                f"{root / 'omniglot.npz'}: images of {source.input_shape[1]} pixels; "
+                f"{root / 'omniglot.npz'}: has images of {source.input_shape[1]} pixels; "
                 f"set benchmark.size={source.input_shape[1]}"
             )
         return source
     published = [
-        Published(f"{name}.zip", f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part])
+        PublishedFile(f"{name}.zip", f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part])
         for name, part in zip(wanted, _PARTS, strict=True)
     ]
 
     def fetch(folder: str) -> None:
-        # Omniglot itself takes an archive that is there for one that is unpacked.
+        # torchvision's Omniglot would not unpack archives that are already there.
         for p in published:
             place, name = os.path.split(os.path.join(folder, p.file))
             download_and_extract_archive(p.url, place, filename=name, md5=p.md5)
 
-    provide("Omniglot", root, wanted=wanted, published=published, download=download, fetch=fetch)
-    x, y, class_names = _drawings([root / name for name in wanted], size)
+    ensure_files("Omniglot", root, wanted=wanted, published=published, download=download, fetch=fetch)
+    x, y, class_names = _read_drawings([root / name for name in wanted], size)
     train, test = split_off_test(y, fraction=test_fraction, name="npz", where=str(root), class_names=class_names)
-    mean, std = measured(x[train])
+    mean, std = measure_normalization(x[train])
     samples = TensorSamples(x, y, mean, std)
     return Source(
         "omniglot",
@@ -107,7 +107,7 @@ def omniglot(*, test_fraction: float = 0.25, size: int = 28, data_dir: str = "da
     )
 
 
-def _drawings(parts: list[Path], size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _read_drawings(parts: list[Path], size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     characters = {
         f"{alphabet}/{character}": paths
         for part in parts
@@ -116,10 +116,10 @@ def _drawings(parts: list[Path], size: int) -> tuple[Tensor, Tensor, tuple[str, 
     }
     paths = [path for drawings in characters.values() for path in drawings]
     y = torch.tensor([c for c, drawings in enumerate(characters.values()) for _ in drawings])
-    return torch.stack([_ink(path, size) for path in paths]), y, tuple(characters)
+    return torch.stack([_read_drawing(path, size) for path in paths]), y, tuple(characters)
 
 
-def _ink(path: str, size: int) -> Tensor:
-    with opened(path) as image:
+def _read_drawing(path: str, size: int) -> Tensor:
+    with open_image(path) as image:
         ink = ImageOps.invert(image.convert("L")).resize((size, size), Image.Resampling.BOX)
         return torch.from_numpy(np.array(ink)).unsqueeze(0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,20 @@ import numpy as np
 import torch
 
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources.image_files import MEMORY_GB, ImageFiles, image_source, joined_parts
+from clframe.data.sources.image_files import (
+    IMAGE_ENDINGS,
+    MEMORY_GB,
+    ImageFiles,
+    consecutive_indices,
+    image_source,
+)
 from clframe.data.sources.labels import PUBLISHED, relabel, split_off_test
-from clframe.data.sources.paths import class_folders, given_path, subfolders, text_of
+from clframe.data.sources.paths import class_folders, read_text, require_path, shorten_path, subfolders
 from clframe.errors import ConfigError, DataError
 
-_TEST_NAMES = ("test", "val", "valid", "validation")
+_TRAIN_NAMES = ("train", "training")
+_TEST_NAMES = ("test", "testing")
+_VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 @SOURCES.register("image_folder")
@@ -29,38 +38,73 @@ def image_folder(
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
 ) -> Source:
-    """Your own images, a folder for each class: ``path/train/CLASS``, ``path/test/CLASS``, or ``path/CLASS``.
+    """User images in one folder per class: ``path/train/CLASS`` and ``path/test/CLASS``, or ``path/CLASS``.
 
-    Classes are numbered in the order of their folders' names, as numbers where they all are. Mean and
-    deviation are those of the training images (of 8192 at even distances, where there are more).
+    Classes are numbered in the order of their folder names, numerically if all are numbers. Mean and standard
+    deviation are those of the training images (of 8192 at equal distances, if there are more).
 
     Args:
-        path: The folder. ``val/`` does for ``test/``.
-        test_fraction: Share of each class to test on, where there is no ``test/``; the same for every seed.
-        size: Side in pixels to resize to (shorter side, then center crop); null for images of one size.
-        channels: 1 or 3 converts all images; null takes them as they are.
-        memory_gb: Limit in GB up to which all images are kept in memory.
+        path: The folder. ``training/``, ``testing/`` and, without test images, ``val/`` or ``validation/`` work too, in
+            upper or lower case.
+        test_fraction: Fraction of each class to test on without ``test/``; the same images for every seed.
+        size: Side in pixels to resize to (shorter side, then center crop); null: all images have one size.
+        channels: 1 or 3 converts all images; null leaves them unchanged.
+        memory_gb: Limit in GB up to which all images are stored in memory.
 
     Raises:
-        ConfigError: No path, or a fraction, size or number of channels that cannot be.
+        ConfigError: No path, or an invalid fraction, size or number of channels.
         DataError: A folder or image that cannot be used; the message names it.
     """
-    root = given_path(path, option="path", kind="folder")
-    names = set(subfolders(root))
-    test = next((name for name in _TEST_NAMES if name in names), None)
-    if "train" not in names:
+    root = require_path(path, option="path", kind="folder")
+    names = subfolders(root)
+    train = _split_folder(root, names, _TRAIN_NAMES)
+    test = _split_folder(root, names, _TEST_NAMES) or _split_folder(root, names, _VALIDATION_NAMES)
+    if train is None:
+        _refuse_ambiguous(root, names)
         images = class_folders(root)
-        labels, _, class_names = _numbered(images, images, where=str(root))
-        files = ImageFiles(_flat(images), labels, size=size, channels=channels)
+        labels, _, class_names = _number_classes(images, images, where=str(root))
+        files = ImageFiles(_flatten(images), labels, size=size, channels=channels)
         parts = split_off_test(
             labels, fraction=test_fraction, name="image_folder", where=str(root), class_names=class_names
         )
     elif test is None:
-        raise DataError(f"{root}: has train/ but no test/; add it, or give the path {root / 'train'} to split that")
+        raise DataError(
+            f"{root}: has {train}/ but no test/; add it, give the path {root / train} to split that, or rename it if "
+            f"it is a class"
+        )
     else:
-        files, parts, class_names = _train_and_test(root, test, size=size, channels=channels)
+        files, parts, class_names = _train_and_test(root / train, root / test, size=size, channels=channels)
     return image_source(
         root.resolve().name, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True
+    )
+
+
+def _split_folder(root: Path, names: Iterable[str], meaning: Sequence[str]) -> str | None:
+    """The folder of a split, whose name is one of ``meaning`` in any case; None if there is none.
+
+    Raises:
+        DataError: Two folders of the same meaning, such as ``train`` and ``Training``.
+    """
+    found = [name for name in names if name.lower() in meaning]
+    if len(found) > 1:
+        raise DataError(f"{root}: has both {found[0]}/ and {found[1]}/; merge them, or rename one")
+    return found[0] if found else None
+
+
+def _refuse_ambiguous(root: Path, names: Sequence[str]) -> None:
+    """Raise DataError if every folder holds the same two or more folders, which may be the classes as well.
+
+    One common subfolder, such as ``CLASS/images``, leaves only one way to read the folders.
+    """
+    contents = [frozenset(subfolders(root / name)) for name in names]
+    if len(contents) < 2 or len(contents[0]) < 2 or len(set(contents)) > 1:
+        return
+    if any(entry.lower().endswith(IMAGE_ENDINGS) for name in names for entry in os.listdir(root / name)):
+        return  # images next to the subfolders belong to the folder itself: it is a class
+    inner = ", ".join(sorted(contents[0])[:3])
+    raise DataError(
+        f"{root}: {names[0]}/ and all other folders hold the same folders ({inner}), so either level may be the "
+        f"classes; use train/CLASS and test/CLASS, the path of one folder, or a CSV file"
     )
 
 
@@ -68,14 +112,14 @@ def image_folder(
 def imagenet(*, data_dir: str = "data/imagenet", size: int = 224, memory_gb: float = MEMORY_GB) -> Source:
     """ImageNet (ILSVRC 2012), 1,000 classes, from folders ``train/CLASS`` and ``val/CLASS`` in ``data_dir``.
 
-    Nobody may hand it out: get it from image-net.org, and sort the validation images into folders. Mean and
-    deviation are torchvision's. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge"
+    Its license forbids redistribution: get it from image-net.org, and sort the validation images into folders. Mean
+    and standard deviation are torchvision's. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge"
     (2015).
 
     Args:
         data_dir: The folder.
         size: Side in pixels to resize to: shorter side, then center crop.
-        memory_gb: Limit in GB up to which all images are kept in memory.
+        memory_gb: Limit in GB up to which all images are stored in memory.
     """
     return _imagenet("imagenet", Path(data_dir).expanduser(), None, size=size, memory_gb=memory_gb)
 
@@ -90,32 +134,33 @@ def imagenet_subset(
     size: int = 224,
     memory_gb: float = MEMORY_GB,
 ) -> Source:
-    """Some classes of ImageNet: by default the 100 that Hou et al. (2019) drew with numpy's seed 1993.
+    """Subset of the classes of ImageNet: by default the 100 that Hou et al. (2019) drew with numpy's seed 1993.
 
-    They are ``numpy.random.RandomState(1993).choice(names, 100, replace=False)`` of the sorted folder
-    names. A folder that holds just so many classes is taken whole. Hou et al., "Learning a Unified
-    Classifier Incrementally via Rebalancing" (CVPR 2019).
+    They are ``numpy.random.RandomState(1993).choice(names, 100, replace=False)`` of the sorted folder names. A folder
+    with exactly that many classes is used as a whole. Hou et al., "Learning a Unified Classifier Incrementally via
+    Rebalancing" (CVPR 2019).
 
     Args:
         data_dir: As for ``imagenet``.
-        classes: How many.
-        class_seed: Of the draw.
-        class_names: Folder names of the classes; takes the place of the draw.
+        classes: Number of classes.
+        class_seed: Seed of the draw.
+        class_names: Folder names of the classes; overrides the draw.
         size: Side in pixels to resize to: shorter side, then center crop.
-        memory_gb: Limit in GB up to which all images are kept in memory.
+        memory_gb: Limit in GB up to which all images are stored in memory.
 
     Raises:
-        ConfigError: More classes than there are, or a name that no folder has.
+        ConfigError: More classes than there are, or a name without a folder.
     """
     root = Path(data_dir).expanduser()
-    known = subfolders(_imagenet_part(root, "train"))
-    strange = set(class_names) - set(known)
-    if strange:
-        raise ConfigError(f"benchmark.class_names: no folder {root / 'train' / min(strange)}; name folders of it")
+    known = subfolders(_imagenet_split(root, "train"))
+    unknown = set(class_names) - set(known)
+    if unknown:
+        raise ConfigError(f"benchmark.class_names: no folder {root / 'train' / min(unknown)}; use names of its folders")
     if not class_names:
         if not 1 <= classes <= len(known):
             raise ConfigError(
-                f"benchmark.classes: found {classes}, but {root / 'train'} has {len(known)}; give 1 to {len(known)}"
+                f"benchmark.classes: found {classes} for {len(known)} folders in {root / 'train'}; "
+                f"give 1 to {len(known)}"
             )
         draw = np.random.RandomState(class_seed).choice(len(known), classes, replace=False)
         class_names = tuple(known[i] for i in draw)
@@ -123,45 +168,44 @@ def imagenet_subset(
 
 
 def _imagenet(name: str, root: Path, keep: set[str] | None, *, size: int, memory_gb: float) -> Source:
-    for part in ("train", "val"):
-        _imagenet_part(root, part)
-    files, parts, class_names = _train_and_test(root, "val", size=size, channels=3, keep=keep)
+    train, test = (_imagenet_split(root, name) for name in ("train", "val"))
+    files, parts, class_names = _train_and_test(train, test, size=size, channels=3, keep=keep)
     return image_source(
         name, files, parts, class_names=class_names, memory_gb=memory_gb, normalization=PUBLISHED["imagenet"]
     )
 
 
-def _imagenet_part(root: Path, part: str) -> Path:
-    if not (root / part).is_dir():
+def _imagenet_split(root: Path, split: str) -> Path:
+    if not os.path.isdir(root / split):
         raise DataError(
-            f"{root}: holds no ImageNet ({part}/ is missing); get it from image-net.org and put the images "
-            f"of each class into {root / part / 'CLASS'}, or set benchmark.data_dir"
+            f"{root}: holds no ImageNet ({split}/ is missing); get it from image-net.org and put the images "
+            f"of each class into {root / split / 'CLASS'}, or set benchmark.data_dir"
         )
-    return root / part
+    return root / split
 
 
 def _train_and_test(
-    root: Path, test: str, *, size: int | None, channels: int | None, keep: set[str] | None = None
+    train: Path, test: Path, *, size: int | None, channels: int | None, keep: set[str] | None = None
 ) -> tuple[ImageFiles, tuple[torch.Tensor, torch.Tensor], tuple[str, ...]]:
-    train_images, test_images = class_folders(root / "train"), class_folders(root / test)
+    train_images, test_images = class_folders(train), class_folders(test)
     if keep is not None:
         train_images, test_images = (
             {name: paths for name, paths in images.items() if name in keep} for images in (train_images, test_images)
         )
-    train_y, test_y, class_names = _numbered(train_images, test_images, where=str(root))
-    paths = _flat(train_images) + _flat(test_images)
+    train_y, test_y, class_names = _number_classes(train_images, test_images, where=str(train.parent))
+    paths = _flatten(train_images) + _flatten(test_images)
     files = ImageFiles(paths, torch.cat([train_y, test_y]), size=size, channels=channels)
-    return files, joined_parts(len(train_y), len(test_y)), class_names
+    return files, consecutive_indices(len(train_y), len(test_y)), class_names
 
 
-def _numbered(
+def _number_classes(
     train: Mapping[str, Sequence[str]], test: Mapping[str, Sequence[str]], *, where: str
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
     labels = (np.repeat(list(images), [len(paths) for paths in images.values()]) for images in (train, test))
     return relabel(*labels, where=where)
 
 
-def _flat(images: Mapping[str, Sequence[str]]) -> list[str]:
+def _flatten(images: Mapping[str, Sequence[str]]) -> list[str]:
     return [path for paths in images.values() for path in paths]
 
 
@@ -174,23 +218,23 @@ def csv_table(
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
 ) -> Source:
-    """Your own images, listed in a CSV file with columns ``path``, ``label`` and, if you like, ``split``.
+    """User images listed in a CSV file with columns ``path``, ``label`` and, optionally, ``split``.
 
-    Paths count from the file's folder. Labels are names or whole numbers. ``split`` is ``train`` or ``test``.
-    Mean and deviation are measured as for ``image_folder``.
+    Paths are relative to the folder of the file. Labels are names or integers. ``split`` is ``train`` or ``test``.
+    Mean and standard deviation are measured as for ``image_folder``.
 
     Args:
         path: The CSV file.
-        test_fraction: Share of each class to test on, where there is no column ``split``.
-        size: Side in pixels to resize to (shorter side, then center crop); null for images of one size.
-        channels: 1 or 3 converts all images; null takes them as they are.
-        memory_gb: Limit in GB up to which all images are kept in memory.
+        test_fraction: Fraction of each class to test on without a column ``split``.
+        size: Side in pixels to resize to (shorter side, then center crop); null: all images have one size.
+        channels: 1 or 3 converts all images; null leaves them unchanged.
+        memory_gb: Limit in GB up to which all images are stored in memory.
 
     Raises:
-        ConfigError: No path, or a fraction, size or number of channels that cannot be.
+        ConfigError: No path, or an invalid fraction, size or number of channels.
         DataError: A row or image that cannot be used; the message names it.
     """
-    file = given_path(path, option="path", kind="file")
+    file = require_path(path, option="path", kind="file")
     rows = _rows(file)
     names = np.array([row.label for row in rows])
     if rows[0].split:
@@ -214,17 +258,20 @@ class _Row(NamedTuple):
 
 def _rows(file: Path) -> list[_Row]:
     try:
-        reader = csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True, skipinitialspace=True)
+        reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True, skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or ()]
         if not {"path", "label"} <= set(header):
             raise DataError(
                 f"{file}: its first line is {','.join(header)[:80]!r}; "
-                f"begin with a header: path,label or path,label,split"
+                f"start with the header path,label or path,label,split"
             )
+        twice = next((name for name in ("path", "label", "split") if header.count(name) > 1), None)
+        if twice:
+            raise DataError(f"{file}: its header has the column {twice} more than once; remove or rename one")
         reader.fieldnames = header
         rows = [_row(file, reader.line_num, values, "split" in header) for values in reader]
     except csv.Error as error:
-        raise DataError(f"{file}: no proper CSV ({error}); save it again as comma-separated values") from None
+        raise DataError(f"{file}: is not valid CSV ({error}); save it again as comma-separated values") from None
     if not rows:
         raise DataError(f"{file}: lists no images; add rows below the header")
     return rows
@@ -235,8 +282,11 @@ def _row(file: Path, line: int, values: dict[str, str | None], has_split: bool) 
     if not path or not label:
         raise DataError(f"{file}: line {line} has no {'label' if path else 'path'}; fill it in or remove the line")
     if has_split and split not in ("train", "test"):
-        raise DataError(f"{file}: line {line} has the split {split!r}; give train or test")
+        raise DataError(f"{file}: line {line} has the split {split!r}; use train or test")
     image = file.parent / path
-    if not image.is_file():
-        raise DataError(f"{file}: line {line} names {image}, which is no file; paths count from the CSV's folder")
+    if not os.path.isfile(image):  # unlike Path.is_file, False for names longer than the file system allows
+        raise DataError(
+            f"{file}: line {line} names {shorten_path(image)}, which is not a file; give paths relative to the folder "
+            f"of the CSV file"
+        )
     return _Row(str(image), label, split)

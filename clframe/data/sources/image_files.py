@@ -1,10 +1,14 @@
-"""Image files as a data set: checked, resized, and read one by one or all into memory."""
+"""Image files as a data set: checked, resized, and read one by one or all into memory.
+
+Images are read upright (EXIF orientation applied), with transparency dropped.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,38 +19,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from clframe.data.lazy import DatasetSamples
+from clframe.data.reader import upright
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
-from clframe.data.sources.labels import Normalization, evenly_spaced, measured, warn_of_duplicates
+from clframe.data.sources.labels import Normalization, evenly_spaced, measure_normalization, warn_of_duplicates
 from clframe.errors import ConfigError, DataError
+from clframe.progress import progress_bar
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
-"""What counts as an image in a folder, in either case."""
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Endings of image files in a folder, in upper or lower case."""
 
-_GREY = ("1", "L", "LA", "La")
+# Pillow also decodes rare formats, some by external programs (EPS by Ghostscript). Untrusted files must not reach these
+# decoders, whatever their ending.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
+_GRAY = ("1", "L", "LA", "La")
 _COLOR = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-_KIND = {1: "grey", 3: "color"}
-_CHUNK = 128  # images that one thread reads before it reports
+_KIND = {1: "gray", 3: "color"}
+_CHUNK = 128  # images that one thread reads between two updates of the progress bar
 
 
 class ImageFiles(Dataset[Tensor]):
-    """Images by path, as a map-style torch data set: ``files[i]`` is uint8 (channels, height, width).
+    """Image files as a map-style torch data set: ``files[i]`` is uint8 (channels, height, width).
 
     Args:
-        paths: One file for each image.
+        paths: One file per image.
         labels: labels_N.
-        size: Side in pixels to resize to: the shorter side, then a center crop, as torchvision's ``Resize``
-            and ``CenterCrop`` do; None takes images as they are, which must all be of the size of the
-            first.
-        channels: 1 or 3, converting whatever differs; None takes them as the first image has them.
+        size: Side in pixels to resize to: the shorter side, then a center crop, as torchvision's ``Resize`` and
+            ``CenterCrop``. None: no resizing; all images must have the size of the first.
+        channels: 1 or 3 converts all images; None: all images must have the channels of the first.
 
     Raises:
-        ConfigError: A size or number of channels that no image can have.
-        DataError: No images, or a first one that cannot be read; later, an image that cannot be read, is too
-            large to be read safely or differs from the first.
+        ConfigError: An invalid size or number of channels.
+        DataError: No images, or a first one that cannot be read; on access, an image that cannot be read, is too
+            large to be read safely, or differs from the first.
     """
 
     def __init__(
@@ -55,53 +65,53 @@ class ImageFiles(Dataset[Tensor]):
         if size is not None and size < 1:
             raise ConfigError(f"benchmark.size: found {size}; give at least 1 pixel")
         if channels not in (None, 1, 3):
-            raise ConfigError(f"benchmark.channels: found {channels}; give 1 (grey) or 3 (color)")
+            raise ConfigError(f"benchmark.channels: found {channels}; give 1 (gray) or 3 (color)")
         if not paths:
-            raise DataError("images: there are none; give at least one file")
+            raise DataError("images: found no files; give at least one")
         if len(paths) != len(labels):
-            raise DataError(f"images: {len(paths)} files but {len(labels)} labels; give one label for each file")
+            raise DataError(f"images: found {len(paths)} files and {len(labels)} labels; give one label per file")
         self.paths, self.labels, self.size, self._convert = tuple(paths), labels, size, channels is not None
         self._first = self.paths[0]
-        with opened(self._first) as image:
-            kind = channels_of(image, self._first)
-            width, height = image.size
-        self.shape = (channels or kind, *((height, width) if size is None else (size, size)))
-        """Of every image: channels, height, width."""
+        with open_image(self._first) as image:
+            kind = count_channels(image, self._first)
+            width, height = (size, size) if size is not None else upright(image).size
+        self.shape = (channels or kind, height, width)
+        """Channels, height and width of every image."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
         path = self.paths[index]
-        with opened(path) as image:
-            kind = channels_of(image, path)
+        with open_image(path) as image:
+            kind = count_channels(image, path)
             if kind != self.shape[0] and not self._convert:
                 raise DataError(
-                    f"{path}: {_KIND[kind]}, but {self._first} is {_KIND[self.shape[0]]}; "
-                    f"set benchmark.channels to 1 or 3 and all are converted"
+                    f"{path}: is {_KIND[kind]}, but {self._first} is {_KIND[self.shape[0]]}; "
+                    f"set benchmark.channels to 1 or 3 to convert all"
                 )
-            pixels = as_pixels(image, channels=self.shape[0], size=self.size)
+            pixels = to_pixels(image, channels=self.shape[0], size=self.size)
         if pixels.shape != self.shape:
             found, first = (f"{s[2]}x{s[1]}" for s in (pixels.shape, self.shape))
             raise DataError(
-                f"{path}: {found} pixels, but {self._first} has {first}; set benchmark.size and all are resized"
+                f"{path}: has {found} pixels, but {self._first} has {first}; set benchmark.size to resize all"
             )
         return pixels
 
     def subset(self, index: Tensor) -> ImageFiles:
-        """The images at ``index``, in that order, held to the same first image."""
-        part = object.__new__(ImageFiles)
+        """Return the images at ``index``, in that order, with the shape of the same first image."""
+        part = object.__new__(ImageFiles)  # __init__ would open the first image again
         part.__dict__.update(self.__dict__)
         part.paths, part.labels = tuple(self.paths[i] for i in index.tolist()), self.labels[index]
         return part
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all images take in memory, known before any but the first is opened."""
+        """Bytes of all images in memory; computed from the shape of the first."""
         return len(self) * int(np.prod(self.shape))
 
-    def stacked(self, *, title: str) -> Tensor:
-        """All images in one uint8 tensor [N, C, H, W], read by several threads, with a bar on a terminal."""
+    def read_all(self, *, title: str) -> Tensor:
+        """Read all images into one uint8 tensor [N, C, H, W], by several threads, with a progress bar."""
         images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
 
         def read(start: int) -> int:
@@ -110,9 +120,9 @@ class ImageFiles(Dataset[Tensor]):
                 images[i] = self[i]
             return stop - start
 
-        bar = tqdm(total=len(self), desc=f"reading {title}", unit="image", disable=None, leave=False)
+        bar = progress_bar(f"reading {title}", total=len(self), unit="image")
         with warnings.catch_warnings(), bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            # Pillow warns about sizes that become an error here; one line is enough.
+            # Pillow warns about large images before open_image raises for them: raise instead of warning twice.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for count in threads.map(read, range(0, len(self), _CHUNK)):
                 bar.update(count)
@@ -120,15 +130,18 @@ class ImageFiles(Dataset[Tensor]):
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """An image to be decoded inside the block; whatever its decoder says becomes one line.
+def open_image(path: str) -> Iterator[Image.Image]:
+    """Open an image for decoding inside the block; errors of the decoder become one line.
 
     Raises:
-        DataError: The file is missing, unreadable, damaged, no image, or of more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        DataError: The file is missing, not a regular file, unreadable, damaged, not an image of a supported format, or
+            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would block forever
+            raise DataError(f"{path}: is not a regular file; replace or remove it")
+        # From a path, Pillow (13.0) maps uncompressed TIFF files into memory and then rotates them twice.
+        with open(path, "rb") as stream, Image.open(stream, formats=_FORMATS) as image:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise Image.DecompressionBombError
@@ -137,42 +150,43 @@ def opened(path: str) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
-            f"{path}: declares more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be read safely; shrink it"
+            f"{path}: declares more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be read safely; resize it"
         ) from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; restore it or remove it from the data") from None
     except PermissionError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = " ".join(str(error).replace(repr(path), "").split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except Exception as error:  # decoders raise nearly anything for damaged files
+        reason = " ".join(str(error).replace(f"<_io.BufferedReader name={path!r}>", "").split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from None
 
 
-def channels_of(image: Image.Image, path: str) -> int:
-    """1 for grey images, 3 for color; transparency is dropped.
+def count_channels(image: Image.Image, path: str) -> int:
+    """Number of channels without transparency: 1 for gray images, 3 for color.
 
     Raises:
-        DataError: Samples of more than 8 bits, which would be cut off.
+        DataError: More than 8 bits per channel, which conversion would truncate.
     """
-    if image.mode in _GREY:
+    if image.mode in _GRAY:
         return 1
     if image.mode in _COLOR:
         return 3
-    raise DataError(f"{path}: pixels of mode {image.mode}, not of 8 bits; convert the images to 8 bits a channel")
+    raise DataError(f"{path}: has pixels of mode {image.mode}; convert the images to 8 bits per channel")
 
 
-def as_pixels(image: Image.Image, *, channels: int, size: int | None = None) -> Tensor:
-    """An opened image as a uint8 tensor (channels, height, width), resized and center-cropped where asked."""
+def to_pixels(image: Image.Image, *, channels: int, size: int | None = None) -> Tensor:
+    """Convert an image to a uint8 tensor (channels, height, width): upright, resized and center-cropped to ``size``."""
+    image = upright(image)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns where it is dropped in one step
+        image = image.convert("RGBA")  # converting to RGB in one step makes Pillow warn
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
-        image = _resized(image, size)
+        image = _resize(image, size)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def _resize(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     if min(width, height) != size:
         if width <= height:
@@ -185,22 +199,22 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
 
 
 MEMORY_GB = 4.0
-"""Images that take more than this many GB (10^9 bytes) are read batch by batch."""
+"""Images of more than this many GB (10^9 bytes) are read batch by batch."""
 
 logger = logging.getLogger("clframe.data")
 
 
-def fits(title: str, *, nbytes: int, memory_gb: float) -> bool:
-    """Whether ``nbytes`` stay within the limit; both are said in the log.
+def fits_in_memory(title: str, *, nbytes: int, memory_gb: float) -> bool:
+    """Whether ``nbytes`` are within the limit; logs both.
 
     Raises:
         ConfigError: A negative limit.
     """
     if memory_gb < 0:
-        raise ConfigError(f"benchmark.memory_gb: found {memory_gb}; give at least 0, which keeps nothing in memory")
+        raise ConfigError(f"benchmark.memory_gb: found {memory_gb}; give at least 0, which stores nothing in memory")
     within = nbytes <= memory_gb * 1e9
     limit = "" if math.isinf(memory_gb) else f", limit {memory_gb:g} GB"
-    decision = "kept in memory" if within else "read batch by batch"
+    decision = "stored in memory" if within else "read batch by batch"
     logger.info("%s: %.3f GB of inputs%s: %s", title, nbytes / 1e9, limit, decision)
     return within
 
@@ -215,22 +229,22 @@ def image_source(
     normalization: Normalization | None = None,
     check_duplicates: bool = False,
 ) -> Source:
-    """A source of image files: in memory where they fit, read batch by batch otherwise.
+    """Make a source of image files: in memory if they fit, read batch by batch otherwise.
 
     Args:
-        name: Of the source.
+        name: Name of the source.
         files: All images with labels 0..C-1.
         parts: Indices of the training and of the test images.
-        class_names: What each class is called.
+        class_names: Name of each class.
         memory_gb: Limit for all images together.
-        normalization: Of published sets; None measures up to 8192 evenly spaced training images.
-        check_duplicates: Warn of test images that are also trained on, where the images are in memory.
+        normalization: Mean and standard deviation; None: measured on up to 8192 equally spaced training images.
+        check_duplicates: Warn of test images that are also training images, if the images are in memory.
     """
     train, test = (files.subset(index) for index in parts)
     samples: list[Data]
-    if fits(name, nbytes=files.nbytes, memory_gb=memory_gb):
-        train_x, test_x = train.stacked(title=name), test.stacked(title=name)
-        mean, std = normalization or measured(train_x[evenly_spaced(len(train_x))])
+    if fits_in_memory(name, nbytes=files.nbytes, memory_gb=memory_gb):
+        train_x, test_x = train.read_all(title=name), test.read_all(title=name)
+        mean, std = normalization or measure_normalization(train_x[evenly_spaced(len(train_x))])
         samples = [
             TensorSamples(train_x, train.labels, mean, std),
             TensorSamples(test_x, test.labels, mean, std),
@@ -240,13 +254,13 @@ def image_source(
     else:
         if normalization is None:
             sample = train.subset(evenly_spaced(len(train)))
-            normalization = measured(sample.stacked(title=f"{name}, a sample"))
+            normalization = measure_normalization(sample.read_all(title=f"{name}, a sample"))
         mean, std = normalization
         everything = DatasetSamples.of(files, files.labels, mean=mean, std=std)
         samples = [everything.subset(index) for index in parts]
     return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names)
 
 
-def joined_parts(train: int, test: int) -> tuple[Tensor, Tensor]:
-    """Indices of ``train`` first samples and ``test`` that follow them."""
+def consecutive_indices(train: int, test: int) -> tuple[Tensor, Tensor]:
+    """Indices of the first ``train`` samples and of the ``test`` samples after them."""
     return torch.arange(train), torch.arange(train, train + test)

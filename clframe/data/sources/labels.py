@@ -1,4 +1,4 @@
-"""Labels checked and numbered, splits into training and test data, and means of inputs."""
+"""Class labels, the split into training and test data, and mean and standard deviation of inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clframe.errors import ConfigError, DataError
 from clframe.seeding import generator_for
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation, one value for each channel or one for all."""
+"""Mean and standard deviation, per channel or one value for all channels."""
 
 PUBLISHED: dict[str, Normalization] = {
     "mnist": ((33.3184,), (78.5675,)),
@@ -29,17 +29,17 @@ PUBLISHED: dict[str, Normalization] = {
     "imagenet": ((123.675, 116.280, 103.530), (58.395, 57.120, 57.375)),
 }
 
-UNCHANGED: Normalization = ((0.0,), (1.0,))
-"""Of inputs that are taken as they are."""
+IDENTITY: Normalization = ((0.0,), (1.0,))
+"""Normalization that changes nothing."""
 
 
-def measured(x: Tensor, *, chunk: int = 2**20) -> Normalization:
-    """Mean and deviation of every channel of [N, C, ...], or of all values of [N, D].
+def measure_normalization(x: Tensor, *, chunk: int = 2**20) -> Normalization:
+    """Mean and standard deviation of each channel of [N, C, ...], or of all values of [N, D].
 
-    Sums of bytes are exact; a constant channel gets the deviation 1, so that it is shifted to zero. About
-    ``chunk`` values are held as doubles at a time.
+    Sums of bytes are exact. A constant channel gets the standard deviation 1, which normalizes it to zero. About
+    ``chunk`` values are converted to double at a time.
 
-    >>> measured(torch.tensor([[[[0, 2]], [[5, 5]]]], dtype=torch.uint8))
+    >>> measure_normalization(torch.tensor([[[[0, 2]], [[5, 5]]]], dtype=torch.uint8))
     ((1.0, 5.0), (1.0, 1.0))
     """
     kept = [d for d in range(x.ndim) if d != 1 or x.ndim < 3]
@@ -57,7 +57,7 @@ def measured(x: Tensor, *, chunk: int = 2**20) -> Normalization:
 
 
 def evenly_spaced(size: int, *, limit: int = 8192) -> Tensor:
-    """Up to ``limit`` of ``size`` indices at even distances: enough to measure a large image set.
+    """Up to ``limit`` of ``size`` indices at equal distances: enough to measure a large image set.
 
     >>> evenly_spaced(10, limit=4).tolist()
     [0, 3, 6, 9]
@@ -70,64 +70,66 @@ def evenly_spaced(size: int, *, limit: int = 8192) -> Tensor:
 logger = logging.getLogger("clframe.data")
 
 Labels = npt.NDArray[Any]
-"""Whole numbers or names, one for each sample."""
+"""Integers or names, one per sample."""
 
 
-def checked_labels(labels: npt.ArrayLike, *, where: str) -> Labels:
-    """Labels as int64 from 0, or as text.
+def check_labels(labels: npt.ArrayLike, *, where: str) -> Labels:
+    """Convert labels to int64 from 0, or to text.
 
     Raises:
-        DataError: Not one label a sample, negative, not whole, not finite, or no label at all.
+        DataError: More than one label per sample, or labels that are negative, not integers, or not finite.
 
-    >>> checked_labels([2.0, 0.0], where="y")
+    >>> check_labels([2.0, 0.0], where="y")
     array([2, 0])
     """
     y = np.asarray(labels)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
-        raise DataError(f"{where}: labels of shape {y.shape}; give one whole number or name for each sample")
+        raise DataError(f"{where}: found labels of shape {y.shape}; give one integer or name per sample")
     if y.dtype.kind in "US":
         return y.astype(str)
     if y.dtype.kind not in "iubf":
-        raise DataError(f"{where}: labels of type {y.dtype}; give whole numbers from 0 or names")
+        raise DataError(f"{where}: found labels of type {y.dtype}; give integers from 0 or names")
     if y.dtype.kind == "f" and len(y):
         bad = ~np.isfinite(y) | (y != np.floor(y))
         if bad.any():
             at = int(bad.argmax())
-            raise DataError(f"{where}: label {y[at]} of sample {at} is no whole number; give whole numbers from 0")
+            raise DataError(f"{where}: label {y[at]} of sample {at} is not an integer; give integers from 0")
     if len(y) and y.min() < 0:
         at = int(y.argmin())
-        raise DataError(f"{where}: label {y[at]} of sample {at} is out of range; give whole numbers from 0")
+        raise DataError(f"{where}: label {y[at]} of sample {at} is out of range; give integers from 0")
     return y.astype(np.int64)
 
 
 def relabel(train: Labels, test: Labels, *, where: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Both parts numbered 0..C-1 in ascending order of the labels, and the labels themselves as class names.
+    """Number the classes of both splits 0..C-1 in ascending order of the labels, which become the class names.
 
-    Names that are all whole numbers are ordered as numbers. A renumbering is said in the log.
+    Names that are all integers are ordered as numbers. A renumbering is logged.
 
     Raises:
-        DataError: A part without samples, or a class that only one of the parts has.
+        DataError: A split without samples, or a class that occurs in only one of them.
 
     >>> relabel(np.array([7, 3, 7]), np.array([3, 7]), where="mine")
     (tensor([1, 0, 1]), tensor([0, 1]), ('3', '7'))
     """
-    for part, labels in (("training", train), ("test", test)):
+    for split, labels in (("training", train), ("test", test)):
         if not len(labels):
-            raise DataError(f"{where}: no {part} samples; add some")
-    names = _ascending(set(train.tolist()))
-    strange = set(test.tolist()) - set(names)
-    if strange:
+            raise DataError(f"{where}: found no {split} samples; add some")
+    names = _sort_labels(set(train.tolist()))
+    untrained = set(test.tolist()) - set(names)
+    if untrained:
         raise DataError(
-            f"{where}: the test data has class '{_ascending(strange)[0]}', which no training sample has; "
-            f"remove it or add training samples"
+            f"{where}: class '{_sort_labels(untrained)[0]}' has test samples but no training samples; add some or "
+            f"remove the class"
         )
     untested = set(names) - set(test.tolist())
     if untested:
-        raise DataError(f"{where}: class '{_ascending(untested)[0]}' has no test samples; add some or remove the class")
+        raise DataError(
+            f"{where}: class '{_sort_labels(untested)[0]}' has no test samples; add some or remove the class"
+        )
     if names != list(range(len(names))):
-        logger.info("%s: %s", where, _mapping(names))
+        logger.info("%s: %s", where, _numbering(names))
     number = {name: i for i, name in enumerate(names)}
     train_y, test_y = (
         torch.tensor([number[label] for label in labels.tolist()], dtype=torch.long) for labels in (train, test)
@@ -138,17 +140,17 @@ def relabel(train: Labels, test: Labels, *, where: str) -> tuple[Tensor, Tensor,
 def split_off_test(
     y_N: Tensor, *, fraction: float, name: str, where: str = "", class_names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Indices of a training and a test part, drawn class by class; the same for every seed of a run.
+    """Split samples class by class into training and test data: ascending indices, the same for every seed of a run.
 
     Args:
         y_N: Labels 0..C-1.
-        fraction: Share of each class to test on; at least one sample, and never all of them.
-        name: What the draw depends on, beside the size of each class.
-        where: The data, for messages; ``name`` where none is given.
-        class_names: Of the classes, for messages.
+        fraction: Fraction of each class to test on; at least one sample, and never all of them.
+        name: Seed of the draw, together with the class.
+        where: The data, for messages; default: ``name``.
+        class_names: Names of the classes, for messages.
 
     Raises:
-        ConfigError: A fraction that is none.
+        ConfigError: A fraction outside (0, 1).
         DataError: A class with a single sample.
     """
     if not 0 < fraction < 1:
@@ -158,8 +160,8 @@ def split_off_test(
         members = (y_N == c).nonzero().flatten()
         if len(members) == 1:
             raise DataError(
-                f"{where or name}: class '{class_names[c] if class_names else c}' has one sample, which "
-                f"cannot be trained on and tested on; add samples or give test data of its own"
+                f"{where or name}: class '{class_names[c] if class_names else c}' has one sample, too few to split "
+                f"into training and test data; add samples or give separate test data"
             )
         members = members[torch.randperm(len(members), generator=generator_for(0, name, c))]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -169,12 +171,12 @@ def split_off_test(
 
 
 def warn_of_duplicates(train: Tensor, test: Tensor, *, where: str) -> int:
-    """How many test inputs are also trained on, byte for byte; said in a warning where there are any."""
+    """Count the test inputs that are also training inputs, byte for byte, and log a warning if there are any."""
     known = {_digest(x) for x in train}
     count = sum(_digest(x) in known for x in test)
     if count:
         logger.warning(
-            "%s: %d of %d test samples are also in the training data; accuracy will look better than it is",
+            "%s: %d of %d test samples are also in the training data; accuracy will be overestimated",
             where, count, len(test),
         )  # fmt: skip
     return count
@@ -184,13 +186,13 @@ def _digest(x: Tensor) -> bytes:
     return hashlib.blake2b(x.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
-def _ascending(labels: set[Any]) -> list[Any]:
+def _sort_labels(labels: set[Any]) -> list[Any]:
     if all(isinstance(label, str) and label.isdecimal() for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
 
-def _mapping(names: Sequence[Any], limit: int = 10) -> str:
+def _numbering(names: Sequence[Any], limit: int = 10) -> str:
     shown = ", ".join(f"{name} -> {i}" for i, name in enumerate(names[:limit]))
     rest = f", ... {len(names)} in all" if len(names) > limit else ""
     return f"classes are numbered {shown}{rest}"

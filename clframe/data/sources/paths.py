@@ -1,4 +1,4 @@
-"""Folders and files of data sets: found where the user says, or downloaded."""
+"""Files and folders of data sets: checked paths of the user, class folders, and downloads."""
 
 from __future__ import annotations
 
@@ -16,33 +16,53 @@ from urllib.error import HTTPError
 from clframe.data.sources.image_files import IMAGE_ENDINGS
 from clframe.errors import ConfigError, DataError, nearest
 
+_JUNK_FOLDERS = frozenset({"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"})
+"""Folders that archivers and file systems add, in lower case: never classes."""
 
-def given_path(path: str, *, option: str, kind: str) -> Path:
-    """The path as the user meant it, ``~`` expanded.
+_SHOWN_PATH = 120  # characters of a path in a message, so that it stays one readable line
+
+
+def require_path(path: str, *, option: str, kind: str) -> Path:
+    """Check a path given by the user and expand ``~``.
 
     Raises:
-        ConfigError: None was given.
-        DataError: Nothing is there, or not a ``kind`` ("file" or "folder").
+        ConfigError: No path.
+        DataError: The path does not exist, or is not a ``kind`` ("file", which is a regular file, or "folder").
     """
     if not path:
         raise ConfigError(f"benchmark.{option}: found nothing; give the path of a {kind}")
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise DataError(f"{found}: no such {kind}; {_advice(found)}")
-    if found.is_dir() != (kind == "folder"):
-        raise DataError(f"{found}: is a {'folder' if found.is_dir() else 'file'}; give the path of a {kind}")
+    # os.path.expanduser leaves an unknown ~user alone, and os.path.exists is False for names that no file system
+    # takes: the methods of Path raise in both cases.
+    found = Path(os.path.expanduser(path))
+    if not os.path.exists(found):
+        raise DataError(f"{shorten_path(found)}: no such {kind}; {_suggest(found)}")
+    is_folder = os.path.isdir(found)
+    if is_folder != (kind == "folder"):
+        raise DataError(f"{found}: is a {'folder' if is_folder else 'file'}; give the path of a {kind}")
+    if kind == "file" and not os.path.isfile(found):  # opening a named pipe would block forever
+        raise DataError(f"{found}: is not a regular file; give the path of a {kind}")
     return found
 
 
+def shorten_path(path: str | Path) -> str:
+    """A path for a message: the start of one that is longer than file systems accept.
+
+    >>> shorten_path("data/" + 300 * "a")[-23:]
+    'aaa... (305 characters)'
+    """
+    text = str(path)
+    return text if len(text) <= 2 * _SHOWN_PATH else f"{text[:_SHOWN_PATH]}... ({len(text)} characters)"
+
+
 def class_folders(root: Path) -> dict[str, list[str]]:
-    """Paths of the images in each class's folder, at any depth, sorted; other files are passed over.
+    """Paths of the images of each class, sorted: the images at any depth in each folder of ``root``.
 
     Raises:
         DataError: No folders, a folder without images, or one that cannot be read.
     """
     images = {name: images_below(root / name) for name in subfolders(root)}
     if not images:
-        raise DataError(f"{root}: holds no folders; put the images of each class into a folder of its own")
+        raise DataError(f"{root}: holds no folders; put the images of each class into a folder named after it")
     for name, paths in images.items():
         if not paths:
             raise DataError(f"{root / name}: holds no images; add some or remove the folder")
@@ -50,102 +70,111 @@ def class_folders(root: Path) -> dict[str, list[str]]:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Names of the folders in ``root``, hidden ones left out, sorted."""
+    """Names of the folders in ``root``, sorted, without hidden ones and those of archivers and file systems."""
     try:
-        return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if not _is_junk(entry.name) and entry.is_dir())
     except OSError as error:
-        raise unreadable(root, error) from None
+        raise read_error(root, error) from None
 
 
 def images_below(folder: Path) -> list[str]:
-    """Paths of all images below ``folder``, sorted; hidden files are left out."""
-
-    def stop(error: OSError) -> None:
-        raise unreadable(Path(error.filename or folder), error)
-
+    """Paths of all images below ``folder``, sorted: regular files that are not hidden, by their ending."""
     found: list[str] = []
-    for place, _, names in os.walk(folder, onerror=stop):
-        found += [
-            os.path.join(place, name)
-            for name in names
-            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
-        ]
+    pending = [str(folder)]
+    while pending:
+        current = pending.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if _is_junk(entry.name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif entry.name.lower().endswith(IMAGE_ENDINGS) and entry.is_file():
+                        found.append(entry.path)
+        except OSError as error:
+            raise read_error(Path(error.filename or current), error) from None
     return sorted(found)
 
 
-def text_of(path: Path) -> str:
-    """A text file's content, without a byte order mark.
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK_FOLDERS
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file, without its byte order mark.
 
     Raises:
-        DataError: The file is missing, unreadable or no UTF-8 text.
+        DataError: The file is missing, unreadable or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is no UTF-8 text; save the file as UTF-8") from None
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """The error for a file or folder that the system would not open."""
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); check that it is there and its rights")
+def read_error(path: Path, error: OSError) -> DataError:
+    """Error for a file or folder that cannot be opened."""
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); check that it exists and its permissions")
 
 
-def _advice(missing: Path) -> str:
-    """The nearest sibling of the first part of a path that is not there."""
-    while not missing.parent.exists():
+def _suggest(missing: Path) -> str:
+    """The existing name nearest to the first component of a path that does not exist."""
+    while not os.path.exists(missing.parent):
         missing = missing.parent
     try:
         close = nearest(missing.name, os.listdir(missing.parent))
     except OSError:
         close = None
-    return f"did you mean {missing.parent / close}?" if close else f"{missing.parent} holds nothing of that name"
+    return f"did you mean {missing.parent / close}?" if close else f"{missing.parent} has no entry of that name"
 
 
-_SILENCE_SECONDS = 60.0  # torchvision waits forever for a server that says nothing
+_TIMEOUT_SECONDS = 60.0  # torchvision sets no timeout and would wait forever for a server that does not respond
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFile:
     """A file as its authors publish it."""
 
     file: str
-    """Its place under ``data_dir``."""
+    """Path below ``data_dir``."""
     url: str
     md5: str
 
 
-def provide(
+def ensure_files(
     title: str,
     data_dir: Path,
     *,
     wanted: Sequence[str],
-    published: Sequence[Published],
+    published: Sequence[PublishedFile],
     fetch: Callable[[str], object],
     download: bool,
 ) -> None:
-    """See to it that every path of ``wanted`` is in ``data_dir``.
+    """Make sure that every path of ``wanted`` exists in ``data_dir``; download what is missing.
 
-    Published files that lie there already are checked and unpacked without a network.
+    Published files that are already there are verified and unpacked without a network.
 
     Args:
-        title: The data, as messages call it.
-        data_dir: Where it is or goes.
-        wanted: Files and folders that make it complete.
-        published: What is downloaded.
-        fetch: Downloads and unpacks into the folder it is given; finds published files there already.
+        title: Name of the data in messages.
+        data_dir: Folder of the data.
+        wanted: Files and folders of the complete data.
+        published: The files to download.
+        fetch: Downloads and unpacks into the folder it is given, in which existing published files are linked.
         download: Whether to use the network.
 
     Raises:
-        DataError: Missing and not to be had, damaged, or no room for it; one line.
+        DataError: Data that is missing and cannot be downloaded, is damaged, or does not fit on the disk.
     """
-    missing = [name for name in wanted if not (data_dir / name).exists()]
+    missing = [name for name in wanted if not os.path.exists(data_dir / name)]
     if not missing:
         return
-    there = [p for p in published if (data_dir / p.file).is_file()]
+    there = [p for p in published if os.path.isfile(data_dir / p.file)]
     for p in there:
         _check_md5(data_dir / p.file, p.md5)
     absent = [p for p in published if p not in there]
@@ -154,19 +183,19 @@ def provide(
             f"{data_dir}: holds no {title} ({missing[0]} is missing) and download is off; set "
             f"benchmark.download=true, or put {absent[0].url} at {data_dir / absent[0].file}"
         )
-    with _moved_when_whole(data_dir) as folder:
+    with _staging_folder(data_dir) as folder:
         for p in there:
             target = folder / p.file
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(data_dir / p.file, target)
-            except OSError:  # a file system without hard links
+            except OSError:  # the file system has no hard links
                 shutil.copy2(data_dir / p.file, target)
-        with _one_line_errors(title, data_dir, missing[0], absent or published), _patience():
+        with _one_line_errors(title, data_dir, missing[0], absent or published), _socket_timeout():
             fetch(str(folder))
         for name in missing:
             if not (folder / name).exists():
-                raise DataError(f"{title}: what was downloaded has no {name}; see {published[0].url}")
+                raise DataError(f"{title}: found no {name} in the download; see {published[0].url}")
 
 
 def _check_md5(file: Path, md5: str) -> None:
@@ -174,21 +203,24 @@ def _check_md5(file: Path, md5: str) -> None:
 
     if not check_md5(file, md5):
         raise DataError(
-            f"{file}: its md5 is not {md5}, so it is damaged or was not downloaded to the end; delete it and run again"
+            f"{file}: its md5 is not {md5}, so it is damaged or incomplete; delete it and run again"
         )
 
 
 @contextmanager
-def _moved_when_whole(data_dir: Path) -> Iterator[Path]:
-    """A new folder in ``data_dir``; its content moves up when the block ends well, and vanishes otherwise."""
-    made = [p for p in (data_dir, *data_dir.parents) if not p.exists()]
+def _staging_folder(data_dir: Path) -> Iterator[Path]:
+    """A temporary folder in ``data_dir``, whose content moves to ``data_dir`` if the block succeeds.
+
+    So an interrupted download leaves no incomplete data, and no empty folders either.
+    """
+    made = [p for p in (data_dir, *data_dir.parents) if not os.path.exists(p)]
     done = False
     try:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=".download-", dir=data_dir))
         except OSError as error:
-            raise _unwritable(data_dir, error) from None
+            raise _write_error(data_dir, error) from None
         try:
             yield folder
             _move(folder, data_dir)
@@ -198,24 +230,24 @@ def _moved_when_whole(data_dir: Path) -> Iterator[Path]:
     finally:
         if not done:
             with suppress(OSError):
-                for place in made:
-                    place.rmdir()
+                for created in made:
+                    created.rmdir()
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename what is in ``source`` into ``target``: whole folders where there is none of the name."""
+    """Move the content of ``source`` to ``target``, merging folders that exist in both."""
     for entry in sorted(source.iterdir()):
-        place = target / entry.name
-        if entry.is_dir() and place.is_dir():
-            _move(entry, place)
+        destination = target / entry.name
+        if entry.is_dir() and destination.is_dir():
+            _move(entry, destination)
         else:
-            os.replace(entry, place)
+            os.replace(entry, destination)
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def _socket_timeout() -> Iterator[None]:
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SILENCE_SECONDS)
+    socket.setdefaulttimeout(_TIMEOUT_SECONDS)
     try:
         yield
     finally:
@@ -223,7 +255,7 @@ def _patience() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors(title: str, data_dir: Path, missing: str, sources: Sequence[Published]) -> Iterator[None]:
+def _one_line_errors(title: str, data_dir: Path, missing: str, sources: Sequence[PublishedFile]) -> Iterator[None]:
     urls = sources[0].url + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
     try:
         yield
@@ -231,31 +263,31 @@ def _one_line_errors(title: str, data_dir: Path, missing: str, sources: Sequence
         if isinstance(error, HTTPError):
             error.close()
         if error.errno in _DISK_ERRORS:
-            raise _unwritable(data_dir, error) from None
-        raise _unreachable(title, data_dir, missing, urls, error) from None
-    except Exception as error:  # torchvision, urllib and the archive readers share no class of errors
+            raise _write_error(data_dir, error) from None
+        raise _download_error(title, data_dir, missing, urls, error) from None
+    except Exception as error:  # torchvision, urllib and the archive readers share no base class of errors
         if "corrupted" in str(error) or not isinstance(error, RuntimeError):
             raise DataError(
-                f"{title}: {urls} did not arrive as published ({_reason(error)}); try again later, "
+                f"{title}: the download of {urls} is not the published file ({_error_text(error)}); try again later, "
                 f"or put the files into {data_dir}"
             ) from None
-        raise _unreachable(title, data_dir, missing, urls, error) from None
+        raise _download_error(title, data_dir, missing, urls, error) from None
 
 
-def _unreachable(title: str, data_dir: Path, missing: str, urls: str, error: Exception) -> DataError:
+def _download_error(title: str, data_dir: Path, missing: str, urls: str, error: Exception) -> DataError:
     return DataError(
         f"{data_dir}: holds no {title} ({missing} is missing) and {urls} cannot be reached "
-        f"({_reason(error)}); go online, or put the files there"
+        f"({_error_text(error)}); go online, or put the files there"
     )
 
 
-def _unwritable(folder: Path, error: OSError) -> DataError:
+def _write_error(folder: Path, error: OSError) -> DataError:
     return DataError(
-        f"{folder}: cannot be written ({error.strerror or error}); see to its rights and free space, "
+        f"{folder}: cannot be written ({error.strerror or error}); check its permissions and free space, "
         f"or set benchmark.data_dir"
     )
 
 
-def _reason(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1].strip().removeprefix("<urlopen error ").removesuffix(">")

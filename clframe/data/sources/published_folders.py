@@ -8,34 +8,34 @@ from typing import Literal
 import torch
 
 from clframe.data.source import SOURCES, Source
-from clframe.data.sources.image_files import MEMORY_GB, ImageFiles, image_source, joined_parts
+from clframe.data.sources.image_files import MEMORY_GB, ImageFiles, consecutive_indices, image_source
 from clframe.data.sources.labels import PUBLISHED
-from clframe.data.sources.paths import Published, images_below, provide, subfolders, text_of
+from clframe.data.sources.paths import PublishedFile, ensure_files, images_below, read_text, subfolders
 from clframe.errors import DataError
 
-TINY_IMAGENET = Published(
+TINY_IMAGENET = PublishedFile(
     "tiny-imagenet-200.zip",
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
-CUB_200_2011 = Published(
+CUB_200_2011 = PublishedFile(
     "CUB_200_2011.tgz",
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
     "97eceeb196236b17998738112f37df78",
 )
 CORE50 = {
-    128: Published(
+    128: PublishedFile(
         "core50_128x128.zip",
         "http://bias.csr.unibo.it/maltoni/download/core50/core50_128x128.zip",
         "745f3373fed08d69343f1058ee559e13",
     ),
-    32: Published(
+    32: PublishedFile(
         "core50_32x32.zip",
         "http://vps.continualai.org/data/core50_32x32.zip",
         "d89d34cdc0281fa84074430e9a22b728",
     ),
 }
-"""Addresses and checksums as Avalanche has them."""
+"""URLs and checksums as in Avalanche."""
 
 _CORE50_TEST_SESSIONS = ("s3", "s7", "s10")
 _CORE50_CATEGORIES = (
@@ -50,17 +50,17 @@ def tiny_imagenet(
 ) -> Source:
     """Tiny ImageNet, 100,000 + 10,000 color images of 64x64, 200 classes in the order of ``wnids.txt``.
 
-    The published validation images are the test data: labels of the real test images were never published.
-    Mean and deviation are this set's own, not those of CIFAR-10 that Avalanche takes. Le and Yang (2015).
+    The published validation images are the test data, since the labels of the test images are not published. Mean and
+    standard deviation are those of this data set; Avalanche uses those of CIFAR-10. Le and Yang (2015).
 
     Args:
         size: Side in pixels to resize to.
         data_dir: Folder of ``tiny-imagenet-200``.
-        download: Fetch what is missing, 248 MB.
-        memory_gb: Limit in GB up to which all images are kept in memory; they take 1.4.
+        download: Download missing files, 248 MB.
+        memory_gb: Limit in GB up to which all images are stored in memory; they take 1.4.
     """
-    root = _downloaded("Tiny ImageNet", data_dir, "tiny-imagenet-200", TINY_IMAGENET, download=download)
-    names = text_of(root / "wnids.txt").split()
+    root = _download("Tiny ImageNet", data_dir, "tiny-imagenet-200", TINY_IMAGENET, download=download)
+    names = read_text(root / "wnids.txt").split()
     number = {name: c for c, name in enumerate(names)}
     paths: list[str] = []
     labels: list[int] = []
@@ -72,15 +72,15 @@ def tiny_imagenet(
         labels += [c] * len(found)
     count = len(paths)
     annotations = root / "val" / "val_annotations.txt"
-    for line_number, line in enumerate(text_of(annotations).splitlines(), 1):
+    for line_number, line in enumerate(read_text(annotations).splitlines(), 1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in number:
-            raise DataError(f"{annotations}: line {line_number} names no class; delete {root} and run again")
+            raise DataError(f"{annotations}: line {line_number} has no known class; delete {root} and run again")
         paths.append(str(root / "val" / "images" / fields[0]))
         labels.append(number[fields[1]])
     files = ImageFiles(paths, torch.tensor(labels), size=size, channels=3)
     return image_source(
-        "tiny_imagenet", files, joined_parts(count, len(paths) - count), class_names=tuple(names),
+        "tiny_imagenet", files, consecutive_indices(count, len(paths) - count), class_names=tuple(names),
         memory_gb=memory_gb, normalization=PUBLISHED["tiny_imagenet"],
     )  # fmt: skip
 
@@ -89,15 +89,15 @@ def tiny_imagenet(
 def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, memory_gb: float = MEMORY_GB) -> Source:
     """Birds (CUB-200-2011), 5,994 + 5,794 color images of many sizes, 200 classes. Wah et al. (2011).
 
-    Mean and deviation are measured on the training images after they are resized.
+    Mean and standard deviation are measured on the resized training images.
 
     Args:
         size: Side in pixels to resize to: shorter side, then center crop.
         data_dir: Folder of ``CUB_200_2011``.
-        download: Fetch what is missing, 1.1 GB.
-        memory_gb: Limit in GB up to which all images are kept in memory; at 224 pixels they take 1.8.
+        download: Download missing files, 1.1 GB.
+        memory_gb: Limit in GB up to which all images are stored in memory; at 224 pixels they take 1.8.
     """
-    root = _downloaded("CUB-200-2011", data_dir, "CUB_200_2011", CUB_200_2011, download=download)
+    root = _download("CUB-200-2011", data_dir, "CUB_200_2011", CUB_200_2011, download=download)
     image, label, is_train = (
         _table(root / name) for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
     )
@@ -109,9 +109,9 @@ def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, me
             )
     numbers = {number: c for c, number in enumerate(names)}
     if not set(label.values()) <= set(numbers):
-        strange = min(set(label.values()) - set(numbers))
+        unknown = min(set(label.values()) - set(numbers))
         raise DataError(
-            f"{root / 'image_class_labels.txt'}: class {strange} is not in classes.txt; delete {root} and run again"
+            f"{root / 'image_class_labels.txt'}: class {unknown} is not in classes.txt; delete {root} and run again"
         )
     files = ImageFiles(
         [str(root / "images" / path) for path in image.values()],
@@ -134,60 +134,59 @@ def core50(
     download: bool = True,
     memory_gb: float = MEMORY_GB,
 ) -> Source:
-    """Hand-held objects in 11 filmed sessions, 164,866 color images of 128x128, 50 objects in 10 categories.
+    """Hand-held objects (CORe50) in 11 video sessions, 164,866 color images of 128x128, 50 objects in 10 categories.
 
-    Sessions 3, 7 and 10 are the test data, as the authors have it. Mean and deviation are measured on 8192
-    training images at even distances. Lomonaco and Maltoni, "CORe50" (CoRL 2017).
+    Sessions 3, 7 and 10 are the test data, as published. Mean and standard deviation are measured on 8192 training
+    images at equal distances. Lomonaco and Maltoni, "CORe50" (CoRL 2017).
 
     Args:
-        labels: 50 classes of objects or 10 of categories.
-        size: Side in pixels; up to 32 takes the authors' small images.
+        labels: 50 objects or 10 categories as classes.
+        size: Side in pixels; up to 32, the published small images are used.
         data_dir: Folder of ``core50_128x128`` or ``core50_32x32``.
-        download: Fetch what is missing.
-        memory_gb: Limit in GB up to which all images are kept in memory; at 128 pixels they take 8.1, at 32
-            0.5.
+        download: Download missing files.
+        memory_gb: Limit in GB up to which all images are stored in memory; at 128 pixels they take 8.1, at 32 0.5.
     """
     side = 32 if size <= 32 else 128
-    root = _downloaded("CORe50", data_dir, f"core50_{side}x{side}", CORE50[side], download=download)
+    root = _download("CORe50", data_dir, f"core50_{side}x{side}", CORE50[side], download=download)
     paths: tuple[list[str], list[str]] = ([], [])
     targets: tuple[list[int], list[int]] = ([], [])
     for session in subfolders(root):
-        part = int(session in _CORE50_TEST_SESSIONS)
+        split = int(session in _CORE50_TEST_SESSIONS)
         for folder in subfolders(root / session):
             if not (folder[0] == "o" and folder[1:].isdecimal() and 1 <= int(folder[1:]) <= 50):
-                raise DataError(f"{root / session / folder}: is none of o1 to o50; remove it")
+                raise DataError(f"{root / session / folder}: is not one of o1 to o50; remove it")
             found = images_below(root / session / folder)
-            paths[part].extend(found)
+            paths[split].extend(found)
             target = int(folder[1:]) - 1
-            targets[part].extend([target if labels == "object" else target // 5] * len(found))
-    for part, which in enumerate(("training", "test")):
-        if not paths[part]:
-            raise DataError(f"{root}: holds no {which} images; delete it and run again")
+            targets[split].extend([target if labels == "object" else target // 5] * len(found))
+    for split, title in enumerate(("training", "test")):
+        if not paths[split]:
+            raise DataError(f"{root}: holds no {title} images; delete it and run again")
     files = ImageFiles(paths[0] + paths[1], torch.tensor(targets[0] + targets[1]), size=size, channels=3)
     objects = tuple(f"{_CORE50_CATEGORIES[o // 5]}_{o % 5 + 1}" for o in range(50))
     return image_source(
-        "core50", files, joined_parts(len(paths[0]), len(paths[1])),
+        "core50", files, consecutive_indices(len(paths[0]), len(paths[1])),
         class_names=objects if labels == "object" else _CORE50_CATEGORIES, memory_gb=memory_gb,
     )  # fmt: skip
 
 
-def _downloaded(title: str, data_dir: str, folder: str, published: Published, *, download: bool) -> Path:
+def _download(title: str, data_dir: str, folder: str, published: PublishedFile, *, download: bool) -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = Path(data_dir).expanduser()
-    provide(
+    ensure_files(
         title, root, wanted=[folder], published=[published], download=download,
-        fetch=lambda place: download_and_extract_archive(
-            published.url, place, filename=published.file, md5=published.md5, remove_finished=True
+        fetch=lambda staging: download_and_extract_archive(
+            published.url, staging, filename=published.file, md5=published.md5, remove_finished=True
         ),
     )  # fmt: skip
     return root / folder
 
 
 def _table(file: Path) -> dict[str, str]:
-    """The lines ``key value`` of a file."""
-    pairs = [line.split(maxsplit=1) for line in text_of(file).splitlines() if line.strip()]
+    """Read a file of lines ``key value``."""
+    pairs = [line.split(maxsplit=1) for line in read_text(file).splitlines() if line.strip()]
     for line, pair in enumerate(pairs, 1):
         if len(pair) != 2:
-            raise DataError(f"{file}: line {line} is no pair of number and value; delete {file.parent} and run again")
+            raise DataError(f"{file}: line {line} is not a number and a value; delete {file.parent} and run again")
     return {key: value.strip() for key, value in pairs}

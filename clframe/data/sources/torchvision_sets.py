@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads and reads: MNIST and its kin, SVHN, CIFAR."""
+"""Data sets that torchvision downloads and reads: MNIST and its variants, SVHN, CIFAR."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
-from clframe.data.sources.labels import PUBLISHED, measured
-from clframe.data.sources.paths import Published, provide
+from clframe.data.sources.labels import PUBLISHED, measure_normalization
+from clframe.data.sources.paths import PublishedFile, ensure_files
 from clframe.errors import DataError
 
 _DIGITS = tuple("0123456789")
@@ -26,33 +26,33 @@ _DIGITS = tuple("0123456789")
 
 @SOURCES.register("mnist")
 def mnist(*, data_dir: str = "data", download: bool = True) -> Source:
-    """Handwritten digits, 60,000 + 10,000 grey images of 28x28, 10 classes. LeCun et al. (1998).
+    """Handwritten digits, 60,000 + 10,000 gray images of 28x28, 10 classes. LeCun et al. (1998).
 
     Args:
-        data_dir: Folder of ``MNIST/raw``, or of ``mnist.npz`` with the same as arrays.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``MNIST/raw``, or of ``mnist.npz`` with the same data as arrays.
+        download: Download missing files, 12 MB, by torchvision.
     """
     return _idx_files("mnist", "MNIST", data_dir, download=download, class_names=_DIGITS)
 
 
 @SOURCES.register("fashion_mnist")
 def fashion_mnist(*, data_dir: str = "data", download: bool = True) -> Source:
-    """Clothes, 60,000 + 10,000 grey images of 28x28, 10 classes. Xiao et al. (2017).
+    """Clothes, 60,000 + 10,000 gray images of 28x28, 10 classes. Xiao et al. (2017).
 
     Args:
-        data_dir: Folder of ``FashionMNIST/raw``, or of ``fashion_mnist.npz`` with the same as arrays.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``FashionMNIST/raw``, or of ``fashion_mnist.npz`` with the same data as arrays.
+        download: Download missing files, 31 MB, by torchvision.
     """
     return _idx_files("fashion_mnist", "FashionMNIST", data_dir, download=download)
 
 
 @SOURCES.register("kmnist")
 def kmnist(*, data_dir: str = "data", download: bool = True) -> Source:
-    """Cursive Japanese characters, 60,000 + 10,000 grey images of 28x28, 10 classes. Clanuwat et al. (2018).
+    """Cursive Japanese characters, 60,000 + 10,000 gray images of 28x28, 10 classes. Clanuwat et al. (2018).
 
     Args:
-        data_dir: Folder of ``KMNIST/raw``, or of ``kmnist.npz`` with the same as arrays.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``KMNIST/raw``, or of ``kmnist.npz`` with the same data as arrays.
+        download: Download missing files, 21 MB, by torchvision.
     """
     return _idx_files("kmnist", "KMNIST", data_dir, download=download)
 
@@ -64,15 +64,15 @@ def emnist(
     data_dir: str = "data",
     download: bool = True,
 ) -> Source:
-    """Handwritten letters and digits, 112,800 + 18,800 grey images of 28x28, 47 classes. Cohen et al. (2017).
+    """Handwritten letters and digits, 112,800 + 18,800 gray images of 28x28, 47 classes. Cohen et al. (2017).
 
-    The files hold every image with rows and columns exchanged; here they are upright, as MNIST's are. Mean
-    and deviation are measured on the training part of the split.
+    The files store every image transposed; here images are upright as in MNIST. Mean and standard deviation are
+    measured on the training images of the split.
 
     Args:
-        split: Which of the six ways to pick and merge classes.
+        split: One of the six published selections of classes.
         data_dir: Folder of ``EMNIST/raw``.
-        download: Fetch what is missing, through torchvision: all splits in one archive of 560 MB.
+        download: Download missing files, by torchvision: one archive of 560 MB for all splits.
     """
     from torchvision.datasets import EMNIST
 
@@ -80,8 +80,8 @@ def emnist(
     stem = f"EMNIST/raw/emnist-{split}"
     kinds = ("images-idx3", "labels-idx1")
     wanted = [f"{stem}-{part}-{kind}-ubyte" for part in ("train", "test") for kind in kinds]
-    archive = Published("EMNIST/raw/" + os.path.basename(EMNIST.url), EMNIST.url, EMNIST.md5)
-    provide(
+    archive = PublishedFile("EMNIST/raw/" + os.path.basename(EMNIST.url), EMNIST.url, EMNIST.md5)
+    ensure_files(
         "EMNIST", root, wanted=wanted, published=[archive], download=download,
         fetch=lambda folder: EMNIST(folder, split=split, download=True),
     )  # fmt: skip
@@ -91,7 +91,7 @@ def emnist(
     first = 1 if split == "letters" else 0  # letters count from 1
     x = [part.data.transpose(1, 2).unsqueeze(1).contiguous() for part in parts]
     y = [part.targets - first for part in parts]
-    return _source(f"emnist_{split}", x, y, class_names=names[first:], normalization=measured(x[0]))
+    return _source(f"emnist_{split}", x, y, class_names=names[first:], normalization=measure_normalization(x[0]))
 
 
 @SOURCES.register("svhn")
@@ -99,19 +99,19 @@ def svhn(*, data_dir: str = "data", download: bool = True) -> Source:
     """House numbers, 73,257 + 26,032 color images of 32x32, 10 classes of unequal size. Netzer et al. (2011).
 
     Args:
-        data_dir: Folder of ``train_32x32.mat`` and ``test_32x32.mat``, or of ``svhn.npz`` with them as
+        data_dir: Folder of ``train_32x32.mat`` and ``test_32x32.mat``, or of ``svhn.npz`` with the same data as
             arrays.
-        download: Fetch what is missing, through torchvision.
+        download: Download missing files, 246 MB, by torchvision.
     """
     from torchvision.datasets import SVHN
 
     root = Path(data_dir).expanduser()
     listed = [SVHN.split_list[part] for part in ("train", "test")]
-    published = [Published(file, url, md5) for url, file, md5 in listed]
+    published = [PublishedFile(file, url, md5) for url, file, md5 in listed]
     wanted = [p.file for p in published]
-    if (arrays := _as_arrays("svhn", root, wanted)) is not None:
+    if (arrays := _from_npz("svhn", root, wanted)) is not None:
         return arrays
-    provide(
+    ensure_files(
         "SVHN", root, wanted=wanted, published=published, download=download,
         fetch=lambda folder: [SVHN(folder, split=part, download=True) for part in ("train", "test")],
     )  # fmt: skip
@@ -127,8 +127,8 @@ def cifar10(*, data_dir: str = "data", download: bool = True) -> Source:
     """Small photographs, 50,000 + 10,000 color images of 32x32, 10 classes. Krizhevsky (2009).
 
     Args:
-        data_dir: Folder of ``cifar-10-batches-py``, or of ``cifar10.npz`` with the same as arrays.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``cifar-10-batches-py``, or of ``cifar10.npz`` with the same data as arrays.
+        download: Download missing files, 170 MB, by torchvision.
     """
     return _cifar("cifar10", "CIFAR10", data_dir, download=download)
 
@@ -138,8 +138,8 @@ def cifar100(*, data_dir: str = "data", download: bool = True) -> Source:
     """Small photographs, 50,000 + 10,000 color images of 32x32, 100 classes. Krizhevsky (2009).
 
     Args:
-        data_dir: Folder of ``cifar-100-python``, or of ``cifar100.npz`` with the same as arrays.
-        download: Fetch what is missing, through torchvision.
+        data_dir: Folder of ``cifar-100-python``, or of ``cifar100.npz`` with the same data as arrays.
+        download: Download missing files, 169 MB, by torchvision.
     """
     return _cifar("cifar100", "CIFAR100", data_dir, download=download)
 
@@ -148,11 +148,11 @@ def _idx_files(name: str, kind_name: str, data_dir: str, *, download: bool, clas
     from torchvision import datasets
 
     kind, root = getattr(datasets, kind_name), Path(data_dir).expanduser()
-    published = [Published(f"{kind_name}/raw/{file}", kind.mirrors[0] + file, md5) for file, md5 in kind.resources]
+    published = [PublishedFile(f"{kind_name}/raw/{file}", kind.mirrors[0] + file, md5) for file, md5 in kind.resources]
     wanted = [os.path.splitext(p.file)[0] for p in published]
-    if (arrays := _as_arrays(name, root, wanted)) is not None:
+    if (arrays := _from_npz(name, root, wanted)) is not None:
         return arrays
-    provide(
+    ensure_files(
         kind_name, root, wanted=wanted, published=published, download=download,
         fetch=lambda folder: kind(folder, download=True),
     )  # fmt: skip
@@ -171,10 +171,10 @@ def _cifar(name: str, kind_name: str, data_dir: str, *, download: bool) -> Sourc
         for file, md5 in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     ]
     wanted = [file for file, _ in files]
-    if (arrays := _as_arrays(name, root, wanted)) is not None:
+    if (arrays := _from_npz(name, root, wanted)) is not None:
         return arrays
-    archive = Published(kind.filename, kind.url, kind.tgz_md5)
-    provide(
+    archive = PublishedFile(kind.filename, kind.url, kind.tgz_md5)
+    ensure_files(
         kind_name, root, wanted=wanted, published=[archive], download=download,
         fetch=lambda folder: kind(folder, download=True),
     )  # fmt: skip
@@ -197,8 +197,8 @@ def _source(
     return Source(name, train, test, classes=len(class_names), class_names=class_names)
 
 
-def _as_arrays(name: str, root: Path, wanted: Sequence[str]) -> Source | None:
-    """The set from ``<name>.npz``, where that is what the folder holds."""
+def _from_npz(name: str, root: Path, wanted: Sequence[str]) -> Source | None:
+    """Read the set from ``<name>.npz`` if the folder has that file and not all published ones."""
     file = root / f"{name}.npz"
     if not file.is_file() or all((root / path).exists() for path in wanted):
         return None
@@ -206,10 +206,14 @@ def _as_arrays(name: str, root: Path, wanted: Sequence[str]) -> Source | None:
 
 
 def _read(read: Callable[[], Any], root: Path, files: Sequence[tuple[str, str]] = ()) -> Any:
-    """What torchvision reads; where it refuses, the file that is to blame."""
+    """Read data by torchvision.
+
+    Raises:
+        DataError: Torchvision fails; names the damaged file if one of ``files`` has another md5.
+    """
     try:
         with warnings.catch_warnings():
-            # NumPy 2.4 finds fault with the dtype flags in the pickles of 2009, which nobody can change.
+            # NumPy 2.4 warns about the dtype flags in the published pickles of 2009.
             warnings.simplefilter("ignore")
             return read()
     except Exception as error:
@@ -223,7 +227,11 @@ def _read(read: Callable[[], Any], root: Path, files: Sequence[tuple[str, str]] 
 
 
 def _check_idx(root: Path, wanted: Sequence[str]) -> None:
-    """Hold the size of each idx file against its header: torchvision looks at neither."""
+    """Compare the size of each idx file with its header, which torchvision does not.
+
+    Raises:
+        DataError: An incomplete file, or files of different numbers of images and labels.
+    """
     counts = []
     for name in wanted:
         file = root / name
@@ -239,6 +247,6 @@ def _check_idx(root: Path, wanted: Sequence[str]) -> None:
     for images in range(0, len(wanted), 2):
         if counts[images] != counts[images + 1]:
             raise DataError(
-                f"{root / wanted[images]}: {counts[images]} images, but {counts[images + 1]} labels beside "
-                f"it; delete both files and run again"
+                f"{root / wanted[images]}: has {counts[images]} images for {counts[images + 1]} labels; "
+                f"delete both files and run again"
             )

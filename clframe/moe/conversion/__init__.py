@@ -1,1 +1,1 @@
-"""Conversion of a trained dense model to experts: the steps of ``clframe moefy``."""
+"""Conversion of a trained dense model to experts with ``clframe moefy``."""

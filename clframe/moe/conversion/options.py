@@ -1,4 +1,4 @@
-"""What may be asked of a conversion, and whether it fits a model: told before anything is trained or changed."""
+"""Options of a conversion, and checks of options against a model before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,56 +7,54 @@ from dataclasses import asdict, dataclass
 from math import gcd
 from typing import Any, Literal, get_args
 
-import torch
-
 from clframe.data.target import Target
-from clframe.errors import ConfigError, UnsupportedError
-from clframe.moe.conversion.training import On, Regularizer, Schedule
+from clframe.errors import ConfigError
+from clframe.moe.conversion.training import On, Ramp, Regularizer
 from clframe.moe.convert import SPLITS, Split
-from clframe.moe.dense import dense_networks
+from clframe.moe.dense import find_dense_ffns
 from clframe.moe.pipeline import GATES, GateKind
-from clframe.moe.projections import Projection
-from clframe.moe.routed import routed_layers
+from clframe.moe.projections import check_dense
 from clframe.moe.router import ROUTERS, RouterKind
 from clframe.nn.network import Network
+from clframe.sparsity.functional import Schedule
 
 Method = Literal["d2dmoe", "moefication"]
 
-MOST = 24
-"""Experts of a network at most, where nothing else is asked for."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a conversion; those that the component ``moe`` has too are named as there.
+    """Options of a conversion; those shared with the component ``moe`` have the same names.
 
     Args:
-        method: ``d2dmoe``: routers foresee output norms, a token runs as many experts as it needs. ``moefication``:
-            routers foresee summed activations, every token runs the k best.
-        on: Training data of a run: what its ``memory`` keeps, those of the ``last`` experience, or ``all``.
-        projections: Whether attention projections become networks first.
-        projection_epochs: Of their distillation.
-        projection_lr: Of Adam in it.
-        sparsify: Epochs of fine-tuning; 0 leaves the model as it is.
-        sparsify_lr: Of Adam at their start.
-        strength: Weight of the penalty; None: 0.01, and 0 for moefication.
-        regularizer: Of fine-tuning.
-        schedule: Of its strength.
-        relu: Whether activations become ReLU; None: where there is fine-tuning, but for the displaced regularizers.
-        experts: Experts of a network, or
-        expert_size: neurons of an expert; neither: as many experts as divide a network's neurons evenly, 24 at most.
-        split: How neurons are grouped.
-        router: What routers foresee; None: what the method says.
-        router_width: Units of a router's hidden layer; None: a twenty-fourth of the network's, at least 8.
-        epochs: Of router training.
-        lr: Of router training at its start.
-        samples: Most samples that projections and routers are trained on, spread evenly over the data; 0: all.
-        gate: Who runs; None: what the method says.
-        tau: Setting of the converted model; None: the one nearest to half of the networks' cost on validation data.
-        k: Likewise, for top_k.
-        batch: Samples of a batch.
-        limit: Most samples of validation and of test data each; None: all.
-        seed: Of everything that is drawn.
+        method: ``d2dmoe``: routers predict output norms, and the number of experts varies with the token.
+            ``moefication``: routers predict summed activations, and each token runs the k best experts.
+        on: Training data of a run: its replay buffer (``memory``), the ``last`` experience, or ``all``.
+        projections: Whether attention projections are replaced by networks first.
+        projection_epochs: Epochs of their distillation.
+        projection_lr: Adam learning rate of the distillation.
+        sparsify: Epochs of fine-tuning; 0 skips it.
+        sparsify_lr: Initial Adam learning rate of fine-tuning.
+        strength: Weight of the sparsity penalty; None: 0.01, and 0 for moefication.
+        regularizer: Sparsity penalty of fine-tuning.
+        schedule: Change of its weight during fine-tuning: ``constant``; ``linear``, rising to ``strength`` at the end;
+            ``warmup``, rising linearly to ``strength`` at half of the training.
+        ramp: Whether the weight changes with every optimizer ``step``, as published, or with every ``epoch``, like that
+            of the component ``sparsity``.
+        relu: Whether activations are replaced by ReLU; None: with fine-tuning, except for the displaced regularizers.
+        experts: Experts of each network. Give at most one of this and ``expert_size``; with neither, the largest number
+            up to 24 that divides a network's neurons.
+        expert_size: Neurons of an expert.
+        split: Grouping of neurons.
+        router: Quantity that routers predict; None: by method.
+        router_width: Width of a router's hidden layer; None: a twenty-fourth of the network's, at least 16.
+        epochs: Epochs of router training.
+        lr: Initial learning rate of router training.
+        samples: Maximum number of samples for distillation and router training, evenly spaced; 0: all.
+        gate: Kind of gate; None: by method.
+        tau: Setting of the converted model; None: the one closest to half of the networks' cost on validation data.
+        k: The same for top_k.
+        batch: Batch size.
+        limit: Maximum number of validation samples and of test samples; None: all.
+        seed: Seed of all random choices.
     """
 
     method: Method = "d2dmoe"
@@ -69,6 +67,7 @@ class Options:
     strength: float | None = None
     regularizer: Regularizer = "hoyer"
     schedule: Schedule = "warmup"
+    ramp: Ramp = "step"
     relu: bool | None = None
     experts: int | None = None
     expert_size: int | None = None
@@ -86,9 +85,10 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         for name, known in (
             ("method", get_args(Method)), ("regularizer", get_args(Regularizer)), ("schedule", get_args(Schedule)),
+            ("ramp", get_args(Ramp)),
             ("split", SPLITS), ("router", (None, *ROUTERS)), ("gate", (None, *GATES)), ("on", (None, *get_args(On))),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -117,37 +117,37 @@ class Options:
 
     @property
     def gate_kind(self) -> GateKind:
-        """The gate, by the method where none is asked for."""
+        """The gate, by default that of the method."""
         return self.gate or ("dynamic_k" if self.method == "d2dmoe" else "top_k")
 
     @property
     def router_kind(self) -> RouterKind:
-        """The router, by the method where none is asked for."""
+        """The router, by default that of the method."""
         return self.router or ("norm" if self.method == "d2dmoe" else "activation")
 
     @property
     def penalty(self) -> float:
-        """The weight of the penalty, by the method where none is asked for."""
+        """Weight of the penalty, by default that of the method."""
         if self.strength is not None:
             return self.strength
         return 0.01 if self.method == "d2dmoe" else 0.0
 
     @property
     def swaps(self) -> bool:
-        """Whether activations become ReLU."""
+        """Whether activations are replaced by ReLU."""
         if self.relu is not None:
             return self.relu
         return self.sparsify > 0 and not self.regularizer.startswith("displaced")
 
     @property
     def asked(self) -> float | None:
-        """The setting asked for, if any."""
+        """The requested setting of the gate, or None."""
         if self.gate_kind == "top_k":
             return None if self.k is None else float(self.k)
         return self.tau
 
     def as_tree(self) -> dict[str, Any]:
-        """As given, with what the method says in place of None."""
+        """All options with defaults of the method filled in."""
         return {
             **asdict(self), "router": self.router_kind, "gate": self.gate_kind, "strength": self.penalty,
             "relu": self.swaps,
@@ -158,30 +158,20 @@ def check_model(target: Target) -> None:
     """Refuse a model that cannot be converted.
 
     Raises:
-        UnsupportedError: Converted already, in half precision, without weights, or without a feed-forward network; an
-            exit on neurons that would become experts.
+        DivergenceError: Weights that are not finite.
+        UnsupportedError: A converted model, half precision, no weights, no feed-forward network, or an exit on neurons
+            that would become experts.
     """
-    model, name = target.model, target.name
-    if routed_layers(model) or any(isinstance(part, Projection) for part in model.modules()):
-        raise UnsupportedError(f"{name}: holds experts already; give the dense model it was made of")
-    parameters = list(model.parameters())
-    if any(p.is_meta for p in parameters):
-        raise UnsupportedError(f"{name}: is on the meta device, without weights; load them first")
-    half = next((p.dtype for p in parameters if p.dtype in (torch.float16, torch.bfloat16)), None)
-    if half is not None:
-        raise UnsupportedError(
-            f"{name}: holds weights in {str(half).removeprefix('torch.')}, in which nothing can be trained; convert it "
-            f"in float32, then cast the result"
-        )
-    if isinstance(model, Network):
-        dense_networks(model)  # knows of the exits, which the body does not
+    check_dense(target.model, where=target.name)
+    if isinstance(target.model, Network):
+        find_dense_ffns(target.model)  # refuses exits on converted stages, which the body alone does not contain
 
 
 def check_numbers(widths: Mapping[str, int], *, experts: int | None, expert_size: int | None) -> None:
     """Refuse a number or size of experts that does not divide the hidden widths of all networks.
 
     Raises:
-        ConfigError: The nearest that do are named.
+        ConfigError: Names the nearest valid values.
 
     >>> check_numbers({"a": 256, "b": 192}, experts=24, expert_size=None)
     Traceback (most recent call last):

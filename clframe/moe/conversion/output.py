@@ -9,20 +9,20 @@ from functools import partial
 from math import nan
 from typing import Any
 
-from clframe.plotting.style import INK, MUTED, Picture, label, legend, look, percent
+from clframe.plotting.style import INK, MUTED, Picture, label, legend, percent, series_style
 
 WIDTH = 100
 
 
 def summary(tree: Mapping[str, Any]) -> str:
-    """What the terminal shows: layers, steps, points, time. ``tree`` is the content of moefy.json."""
-    parts = [_heading(tree), _steps(tree), _layers(tree), _aligned(*points_table(tree)), *_exits(tree)]
+    """Terminal output: layers, steps, budgets and latency. ``tree`` is the content of moefy.json."""
+    parts = [_heading(tree), _steps(tree), _layers(tree), _align(*points_table(tree)), *_exits(tree)]
     parts += [f"note: {note}" for note in tree["notes"]]
     return "\n\n".join(part for part in parts if part)
 
 
 def markdown(tree: Mapping[str, Any]) -> str:
-    """The same tables in Markdown, and the whole curve."""
+    """The tables in Markdown, with the whole curve."""
     blocks = [f"# {_heading(tree)}", _steps(tree)]
     for title, (heading, rows) in (
         ("Accuracy within a budget, the setting chosen on validation data", points_table(tree)),
@@ -38,7 +38,7 @@ def markdown(tree: Mapping[str, Any]) -> str:
 
 
 def curve_csv(tree: Mapping[str, Any]) -> str:
-    """Every setting on validation and test data, with the experts per token of each layer."""
+    """Every setting on validation and test data as CSV, with the experts per token of each layer."""
     file, name = io.StringIO(), setting_name(tree)
     columns = ["accuracy", "ffn_share", "share"]
     writer = csv.writer(file, lineterminator="\n")
@@ -59,7 +59,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def points_table(tree: Mapping[str, Any]) -> Table:
-    """Budgets, what they came to on test data, and the time of the same setting."""
+    """Budgets with their test results, and the speedup at the same setting."""
     name = setting_name(tree)
     dense = tree["accuracy"]["dense"]
     heading = ["cost of", "budget", name, "accuracy", "to dense", "FFNs", "model", "batch 1", "batch"]
@@ -92,7 +92,7 @@ def curve_table(tree: Mapping[str, Any]) -> Table:
 
 
 def layers_table(tree: Mapping[str, Any]) -> Table:
-    """Sizes, and the router's part of the cost."""
+    """Sizes of layers and relative cost of routers."""
     used = tree["experts_per_token"]["by_layer"]
     rows = [
         [layer["name"], f"{layer['inputs']} -> {layer['neurons']} -> {layer['outputs']}",
@@ -104,7 +104,7 @@ def layers_table(tree: Mapping[str, Any]) -> Table:
 
 
 def exits_table(tree: Mapping[str, Any]) -> Table:
-    """Within each budget of the model's cost: experts alone, exits alone, both."""
+    """For each budget of the model's cost: experts only, exits only, and both."""
     if tree["exits"] is None:
         return [], []
     ways = list(tree["exits"]["curves"])
@@ -139,15 +139,15 @@ def _layers(tree: Mapping[str, Any]) -> str:
     heading, rows = layers_table(tree)
     if len(rows) > 12:
         rows = [*rows[:6], ["..."] * len(heading), *rows[-5:]]
-    return _aligned(heading, rows)
+    return _align(heading, rows)
 
 
 def _exits(tree: Mapping[str, Any]) -> list[str]:
     heading, rows = exits_table(tree)
-    return [_aligned(heading, rows)] if rows else []
+    return [_align(heading, rows)] if rows else []
 
 
-def _aligned(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _align(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = [heading, *rows]
     widths = [max(len(row[at]) for row in table) for at in range(len(heading))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
@@ -162,47 +162,47 @@ SHARE = "cost in % of the dense model's"
 
 
 def pictures(tree: Mapping[str, Any]) -> Iterator[Picture]:
-    """Accuracy against cost, experts per token by layer, class and experience, and the routers' cost."""
+    """Figures: accuracy against cost, experts per token by layer, class and experience, and the cost of routers."""
     text = "Accuracy against cost as the gate's setting moves, on test data."
-    yield Picture("accuracy_cost", text, partial(_curve, tree))
-    yield Picture("experts_by_layer", "Experts a token runs, by layer, at each setting.", partial(_by_layer, tree))
+    yield Picture("accuracy_cost", text, partial(_draw_curve, tree))
+    yield Picture("experts_by_layer", "Experts a token runs, by layer, at each setting.", partial(_draw_by_layer, tree))
     text = "The router's cost in % of its dense network's."
-    yield Picture("router_share", text, partial(_routers, tree), _tall(tree))
+    yield Picture("router_share", text, partial(_draw_routers, tree), _figure_height(tree))
     used = tree["experts_per_token"]
-    layers = [_short(name) for name in used["layers"]]
+    layers = [_short_name(name) for name in used["layers"]]
     if used["by_class"]:
-        draw = partial(_heat, used["by_class"], [str(c) for c in used["classes"]], layers, "class")
+        draw = partial(_draw_heatmap, used["by_class"], [str(c) for c in used["classes"]], layers, "class")
         yield Picture("experts_by_class", "Experts a token runs, by class and layer.", draw, 3.6)
     if used["by_experience"]:
         names = [str(e) for e in range(len(used["by_experience"]))]
-        draw = partial(_heat, used["by_experience"], names, layers, "experience")
+        draw = partial(_draw_heatmap, used["by_experience"], names, layers, "experience")
         yield Picture("experts_by_experience", "Experts a token runs, by experience and layer.", draw)
     if tree["exits"] is not None:
         yield Picture("experts_and_exits", "Experts, early exits, and both: test data, chosen on validation.",
                       partial(_draw_exits, tree))  # fmt: skip
 
 
-def _curve(tree: Mapping[str, Any], figure: Any) -> None:
+def _draw_curve(tree: Mapping[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     for n, (key, name) in enumerate((("ffn_share", "of the networks"), ("share", "of the model"))):
         costs = [row["test"][key] for row in tree["curve"]]
         scores = [row["test"]["accuracy"] for row in tree["curve"]]
-        axes.plot(costs, scores, label=f"cost {name}", **look(n))
+        axes.plot(costs, scores, label=f"cost {name}", **series_style(n))
     axes.axhline(tree["accuracy"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
-    _costs(axes)
+    _label_cost_axes(axes)
     legend(figure, axes)
 
 
 def _draw_exits(tree: Mapping[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     for n, (way, stops) in enumerate(tree["exits"]["curves"].items()):
-        axes.plot([stop["share"] for stop in stops], [stop["accuracy"] for stop in stops], label=way, **look(n))
+        axes.plot([stop["share"] for stop in stops], [stop["accuracy"] for stop in stops], label=way, **series_style(n))
     axes.axhline(tree["accuracy"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
-    _costs(axes)
+    _label_cost_axes(axes)
     legend(figure, axes)
 
 
-def _by_layer(tree: Mapping[str, Any], figure: Any) -> None:
+def _draw_by_layer(tree: Mapping[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     name = "k" if "k" in tree["setting"] else "tau"
     curve = tree["curve"]
@@ -210,7 +210,7 @@ def _by_layer(tree: Mapping[str, Any], figure: Any) -> None:
     numbers = range(1, len(tree["layers"]) + 1)
     for n, row in enumerate(few):
         experts = [nan if each is None else each for each in row["test"]["experts"]]
-        axes.plot(numbers, experts, label=f"{name} {row[name]:.3g}", **look(n))
+        axes.plot(numbers, experts, label=f"{name} {row[name]:.3g}", **series_style(n))
     axes.set_xlabel("layer")
     axes.set_ylabel("experts per token")
     axes.set_ylim(bottom=0)
@@ -218,18 +218,18 @@ def _by_layer(tree: Mapping[str, Any], figure: Any) -> None:
     legend(figure, axes)
 
 
-def _routers(tree: Mapping[str, Any], figure: Any) -> None:
+def _draw_routers(tree: Mapping[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     layers = tree["layers"]
     shares = [layer["router_share"] for layer in layers]
-    axes.barh(range(len(layers)), shares, color=look(0)["color"])
-    axes.set_yticks(range(len(layers)), [_short(layer["name"]) for layer in layers], fontsize=7)
+    axes.barh(range(len(layers)), shares, color=series_style(0)["color"])
+    axes.set_yticks(range(len(layers)), [_short_name(layer["name"]) for layer in layers], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("router's MACs in % of the dense network's")
     percent(axes.xaxis)
 
 
-def _heat(
+def _draw_heatmap(
     values: Sequence[Sequence[float | None]], names: Sequence[str], layers: Sequence[str], what: str, figure: Any
 ) -> None:
     axes = figure.subplots()
@@ -245,7 +245,7 @@ def _heat(
     bar.set_label("experts per token", color=INK)
 
 
-def _costs(axes: Any) -> None:
+def _label_cost_axes(axes: Any) -> None:
     axes.set_xlabel(SHARE)
     axes.set_ylabel("accuracy in %")
     axes.set_xlim(left=0)
@@ -253,11 +253,11 @@ def _costs(axes: Any) -> None:
     percent(axes.yaxis)
 
 
-def _tall(tree: Mapping[str, Any]) -> float:
+def _figure_height(tree: Mapping[str, Any]) -> float:
     return max(2.4, 0.9 + 0.16 * len(tree["layers"]))
 
 
-def _short(name: str) -> str:
-    """The end of a layer's name."""
+def _short_name(name: str) -> str:
+    """Last components of a layer's name."""
     parts = [part for part in name.split(".") if part not in ("backbone", "stages", "embed", "encoder", "layer")]
     return label(".".join(parts[-3:]), most=24)

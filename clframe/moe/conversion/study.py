@@ -1,9 +1,9 @@
-"""From a trained dense model to one of experts, and what came of it: what ``clframe moefy`` does.
+"""Conversion of a trained dense model to experts and its evaluation, as done by ``clframe moefy``.
 
-The steps: attention projections become networks (optional), sparsity fine-tuning (optional), the split into experts,
-the training of routers, and a sweep of the gate's setting, chosen on validation and measured on test data. Szatkowski
-et al., "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024); the baseline is
-Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (2022).
+Steps: attention projections become networks (optional), sparsity fine-tuning (optional), split into experts, router
+training, and a sweep of the gate's setting, selected on validation data and evaluated on test data. Szatkowski et al.,
+"Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024); the baseline is Zhang et
+al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts" (2022).
 """
 
 from __future__ import annotations
@@ -18,77 +18,89 @@ from torch import Tensor
 
 from clframe.data.target import Batches, Target
 from clframe.environment import environment, versions
-from clframe.moe.conversion.convert import Converted, convert, targets_of, tests_of
-from clframe.moe.conversion.measure import Measure, Pass, joined
+from clframe.moe.conversion.convert import Conversion, convert, require_targets, test_batches
+from clframe.moe.conversion.measure import GateEvaluator, Pass, concatenate_passes
 from clframe.moe.conversion.options import Options
-from clframe.moe.conversion.sweep import BUDGETS, Paired, Point, Sweep, best_within, combined, paired, points, sweep
-from clframe.moe.conversion.training import Tick
-from clframe.moe.pipeline import gate_of
+from clframe.moe.conversion.sweep import (
+    BUDGETS,
+    BudgetPoint,
+    PairedTiming,
+    Sweep,
+    best_within_budget,
+    gate_at,
+    pareto_front,
+    points,
+    sweep,
+    time_pair,
+)
+from clframe.moe.conversion.training import Progress
 from clframe.moe.routed import set_gate
 from clframe.moe.router import Gate
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Study:
-    """A conversion and what it came to.
+    """A conversion with its evaluation.
 
     Attributes:
-        converted: The model.
-        swept: All settings, on validation and test data.
-        points: What budgets came to.
-        setting: The one that the model is left with.
-        times: By setting, for one sample and for a batch.
-        experience_N: Of each test sample; None for a model without experiences.
+        converted: The conversion.
+        swept: All settings on validation and test data.
+        points: The setting selected for each budget.
+        setting: Setting of the final model.
+        times: Latency by setting, for one sample and for a batch.
+        experience_N: Experience of each test sample; None for a model without experiences.
     """
 
-    converted: Converted
+    converted: Conversion
     swept: Sweep
-    points: tuple[Point, ...]
+    points: tuple[BudgetPoint, ...]
     setting: float
-    times: Mapping[float, tuple[Paired, ...]]
+    times: Mapping[float, tuple[PairedTiming, ...]]
     experience_N: Tensor | None
 
-    def passed(self, setting: float) -> Pass:
-        """The pass over test data."""
+    def test_pass(self, setting: float) -> Pass:
+        """The pass over test data at a setting."""
         return self.swept.test[self.swept.values.index(setting)]
 
 
-def moefy_target(target: Target, options: Options | None = None, *, tick: Tick | None = None) -> Study:
-    """Convert a target's model, in place, and measure it.
+def moefy_target(target: Target, options: Options | None = None, *, progress: Progress | None = None) -> Study:
+    """Convert a target's model in place and evaluate it.
 
     Args:
-        target: Its model is dense.
-        options: What to do.
-        tick: Told of progress.
+        target: Target with a dense model.
+        options: Options of the conversion.
+        progress: Called with the progress of each step.
 
     Raises:
-        ClframeError: A model, data or options that do not fit; nothing has been trained then.
+        ClframeError: An unsupported model, data or options, before any training.
     """
-    return measured(convert(target, options or Options(), tick=tick), tick=tick)
+    return measure_conversion(convert(target, options or Options(), progress=progress), progress=progress)
 
 
-def measured(converted: Converted, *, tick: Tick | None = None) -> Study:
-    """Sweep the gate, choose by validation data, time what was chosen; the model is left with the setting asked for.
+def measure_conversion(converted: Conversion, *, progress: Progress | None = None) -> Study:
+    """Sweep the gate, select settings on validation data, time them, and set the model's gate.
 
-    Without one: the largest within half of the networks' cost on validation data, or the cheapest there is.
+    Default setting: the largest within half of the networks' cost on validation data, else the cheapest.
     """
     target, options = converted.target, converted.options
-    measure = Measure(converted.dense, target.model, answers=converted.answers, replaced=converted.replaced)
-    validation = converted.material.validation.batches(size=options.batch, limit=options.limit)
-    tests = tests_of(target, options)
+    evaluator = GateEvaluator(
+        converted.dense, target.model, exit_logits=converted.exit_logits, replaced=converted.replaced
+    )
+    validation = converted.data.validation.batches(size=options.batch, limit=options.limit)
+    tests = test_batches(target, options)
     most = max(layer.experts.experts for layer in converted.layers.values())
     done = 0
 
-    def passed(gate: Gate, parts: Sequence[Batches]) -> Pass:
+    def run_pass(gate: Gate, parts: Sequence[Batches]) -> Pass:
         nonlocal done
         done += 1
-        if tick is not None:
-            tick("sweep", done, done)
-        return joined([measure.run(part, gate) for part in parts])
+        if progress is not None:
+            progress("sweep", done, done)
+        return concatenate_passes([evaluator.run(part, gate) for part in parts])
 
     swept = sweep(
-        options.gate_kind, most=most, validation=lambda gate: passed(gate, [validation]),
-        test=lambda gate: passed(gate, tests), also=() if options.asked is None else (options.asked,),
+        options.gate_kind, most=most, validation=lambda gate: run_pass(gate, [validation]),
+        test=lambda gate: run_pass(gate, tests), also=() if options.asked is None else (options.asked,),
     )  # fmt: skip
     found = points(swept)
     setting = options.asked
@@ -96,15 +108,18 @@ def measured(converted: Converted, *, tick: Tick | None = None) -> Study:
         half = next(point for point in found if point.scope == "ffn" and point.budget == 0.5)
         setting = swept.values[half.at or 0]
     chosen = sorted({swept.values[point.at] for point in found if point.at is not None} | {setting})
-    times = {value: _times(converted, value, tick=tick, of=(at + 1, len(chosen))) for at, value in enumerate(chosen)}
+    times = {
+        value: _time_setting(converted, value, progress=progress, of=(number, len(chosen)))
+        for number, value in enumerate(chosen, start=1)
+    }
     recipe = replace(
         converted.recipe,
         **({"k": int(setting)} if options.gate_kind == "top_k" else {"tau": setting}),
     )
-    set_gate(target.model, _gate(options, setting))
+    set_gate(target.model, gate_at(options.gate_kind, setting))
     experience_N = None
     if target.experiences:
-        sizes = [sum(len(targets_of(batch)) for batch in part) for part in tests]
+        sizes = [sum(len(require_targets(batch)) for batch in part) for part in tests]
         experience_N = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     return Study(
         converted=replace(converted, recipe=recipe), swept=swept, points=found, setting=setting, times=times,
@@ -112,46 +127,44 @@ def measured(converted: Converted, *, tick: Tick | None = None) -> Study:
     )  # fmt: skip
 
 
-def _gate(options: Options, setting: float) -> Gate:
-    return gate_of(options.gate_kind, tau=setting if options.gate_kind != "top_k" else 1.0, k=int(setting) or None)
-
-
-def _times(
-    converted: Converted, setting: float, *, tick: Tick | None, of: tuple[int, int], sizes: Sequence[int] = (1, 32)
-) -> tuple[Paired, ...]:
+def _time_setting(
+    converted: Conversion,
+    setting: float,
+    *,
+    progress: Progress | None,
+    of: tuple[int, int],
+    sizes: Sequence[int] = (1, 32),
+) -> tuple[PairedTiming, ...]:
     target = converted.target
-    set_gate(target.model, _gate(converted.options, setting))
+    set_gate(target.model, gate_at(converted.options.gate_kind, setting))
     found = []
     for size in sizes:
         inputs = target.batches("test", size=size, limit=size)[0].inputs
-        found.append(
-            paired(
-                converted.dense, target.model, inputs, batch=min(size, len(target.parts.test)), call=converted.answers
-            )
-        )
-    if tick is not None:
-        tick("time", *of)
+        batch = min(size, len(target.splits.test))
+        found.append(time_pair(converted.dense, target.model, inputs, batch=batch, call=converted.exit_logits))
+    if progress is not None:
+        progress("time", *of)
     return tuple(found)
 
 
 FORMAT = 1
-"""Of moefy.json."""
+"""Version of the schema of moefy.json."""
 
 
 def record(study: Study) -> dict[str, Any]:
-    """All of a study but the weights; NaN is null."""
+    """Content of moefy.json; NaN becomes null."""
     converted, target = study.converted, study.converted.target
-    options, found = converted.options, converted.material
+    options, found = converted.options, converted.data
     tree: dict[str, Any] = {
         "format": FORMAT,
         "clframe": versions()["clframe"],
-        "target": {"name": target.name, "kind": target.kind},
+        "target": {"name": target.name, "kind": target.kind, **target.origin},
         "options": {**options.as_tree(), "on": found.on},
         "recipe": converted.recipe.as_tree(),
         "convention": "macs: one multiply-add counts 1; shares of the dense model's; padding is computed and counted",
         "notes": list(found.notes),
         "samples": {
-            "fit": len(found.fit), "validation": _limited(len(found.validation), options.limit),
+            "fit": len(found.fit), "validation": _capped(len(found.validation), options.limit),
             "test": len(study.swept.test[0].y_N),
         },
         "layers": layers_of(study),
@@ -174,16 +187,16 @@ def record(study: Study) -> dict[str, Any]:
         "exits": exits(study),
         "environment": environment(),
     }  # fmt: skip
-    return {key: _plain(value) for key, value in tree.items()}
+    return {key: _to_json(value) for key, value in tree.items()}
 
 
 def setting_name(study: Study) -> str:
-    """``k``, or ``tau``."""
+    """``k`` or ``tau``."""
     return "k" if study.swept.kind == "top_k" else "tau"
 
 
 def layers_of(study: Study) -> list[dict[str, Any]]:
-    """Sizes of each layer, and its router's part of the cost."""
+    """Sizes of each layer, and its router's relative cost."""
     rows = []
     for name, layer in study.converted.layers.items():
         macs = layer.macs()
@@ -199,14 +212,14 @@ def layers_of(study: Study) -> list[dict[str, Any]]:
 
 
 def router_share(study: Study) -> float:
-    """The routers' MACs over those of the dense networks that became experts, over the tokens of the test data."""
+    """Router MACs as a fraction of those of the converted networks in the dense model, over the test data."""
     one = study.swept.test[0]
     router_L = torch.tensor([layer.macs().router for layer in study.converted.layers.values()], dtype=torch.float64)
     return float((one.tokens_NL.double() @ router_L).sum() / one.dense_ffn_N.sum())
 
 
 def curve(study: Study) -> list[dict[str, Any]]:
-    """Every setting, on validation and on test data."""
+    """Every setting on validation and test data."""
     name = setting_name(study)
     return [
         {
@@ -220,8 +233,8 @@ def curve(study: Study) -> list[dict[str, Any]]:
 
 
 def experts_per_token(study: Study) -> dict[str, Any]:
-    """Of the chosen setting, on test data: by layer, by class and layer, by experience and layer."""
-    one = study.passed(study.setting)
+    """Mean active experts at the chosen setting on test data: by layer, by class and layer, by experience and layer."""
+    one = study.test_pass(study.setting)
     classes = sorted({int(c) for c in one.y_N.unique() if c >= 0})
     run = study.converted.target.run
     by_experience = []
@@ -239,7 +252,7 @@ def experts_per_token(study: Study) -> dict[str, Any]:
 
 
 def exits(study: Study) -> dict[str, Any] | None:
-    """Experts and early exits together, chosen on validation data, read off on test data; None without exits."""
+    """Experts and early exits combined, selected on validation data and evaluated on test data; None without exits."""
     run = study.converted.target.run
     if run is None or len(run.network.heads) < 2:
         return None
@@ -259,9 +272,10 @@ def exits(study: Study) -> dict[str, Any] | None:
         ways["exits"] = {"gates": whole}
     return {
         "names": list(run.network.exit_names),
-        "curves": {way: [shown(stop) for stop in combined(swept, **chosen)] for way, chosen in ways.items()},
+        "curves": {way: [shown(stop) for stop in pareto_front(swept, **chosen)] for way, chosen in ways.items()},
         "points": [
-            {"budget": budget, **{way: shown(best_within(swept, budget, **chosen)) for way, chosen in ways.items()}}
+            {"budget": budget}
+            | {way: shown(best_within_budget(swept, budget, **chosen)) for way, chosen in ways.items()}
             for budget in BUDGETS
         ],
     }
@@ -271,7 +285,7 @@ def _numbers(one: Pass) -> dict[str, float]:
     return {"accuracy": one.accuracy, "ffn_share": one.ffn_share, "share": one.share}
 
 
-def _point(study: Study, point: Point) -> dict[str, Any]:
+def _point(study: Study, point: BudgetPoint) -> dict[str, Any]:
     row = {"scope": point.scope, "budget": point.budget, "cheapest": point.cheapest}
     if point.at is None:
         return {**row, setting_name(study): None, "test": None}
@@ -285,16 +299,16 @@ def _keeps_all(study: Study) -> bool:
     return study.swept.kind != "top_k" and study.setting == 1.0
 
 
-def _limited(count: int, limit: int | None) -> int:
+def _capped(count: int, limit: int | None) -> int:
     return count if limit is None else min(count, limit)
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor tuples."""
+def _to_json(value: Any) -> Any:
+    """Replace NaN, infinity and tuples by JSON values."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     return value

@@ -1,4 +1,7 @@
-"""Accuracy against cost as the gate's setting moves, and measured time next to the dense model."""
+"""Accuracy against cost over settings of the gate, and latency compared with the dense model.
+
+Shape suffixes: K exits, N samples.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,29 @@ from torch import Tensor, nn
 
 from clframe.accounting.measurement import synchronize
 from clframe.moe.conversion.measure import Pass
-from clframe.moe.pipeline import GateKind, gate_of
+from clframe.moe.pipeline import GateKind, make_gate
 from clframe.moe.router import Gate
-from clframe.moe.usage import counting
-from clframe.nn.frozen import answering
+from clframe.moe.usage import count_usage
+from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 
 Call = Callable[[nn.Module, Inputs], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired:
-    """Seconds of calls, medians.
+class PairedTiming:
+    """Median latency of both models.
 
     Attributes:
-        batch: Samples of a call.
-        dense: Of the dense model.
-        converted: Of the converted one.
-        speedup: Median over pairs of dense over converted.
-        pairs: How many there were.
-        computed: Share of the networks' MACs that is computed, routers included: more than what the gate chose where
-            computing all and masking is faster, or where small experts run together.
-        threads: That torch computes with.
-        device: Where.
+        batch: Batch size.
+        dense: Seconds per call of the dense model.
+        converted: Seconds per call of the converted model.
+        speedup: Median over pairs of the ratio dense / converted.
+        pairs: Number of pairs.
+        computed: Fraction of the networks' MACs that is computed, including routers. Larger than the fraction chosen by
+            the gate where dense execution with masking is faster, or where small experts are executed in groups.
+        threads: Number of threads of PyTorch.
+        device: Device of the measurement.
     """
 
     batch: int
@@ -48,7 +51,7 @@ class Paired:
     device: str
 
 
-def paired(
+def time_pair(
     dense: nn.Module,
     converted: nn.Module,
     inputs: Inputs,
@@ -59,30 +62,30 @@ def paired(
     least: int = 5,
     seconds: float = 5.0,
     warmup: int = 2,
-) -> Paired:
-    """Time both models on the same inputs, one call of each in turn, so that a slow moment meets both.
+) -> PairedTiming:
+    """Time both models on the same inputs, in alternation, so that fluctuations of the machine affect both.
 
     Args:
-        dense: The model as it was.
-        converted: With the gate that is to be measured.
-        inputs: Of one batch.
-        batch: How many samples they hold.
+        dense: The dense model.
+        converted: The converted model with the gate to measure.
+        inputs: Inputs of one batch.
+        batch: Its number of samples.
         call: Runs a model.
-        pairs: Of calls that count, at most.
-        least: Pairs that count, at least.
-        seconds: After which no more pairs begin, once there are the least.
-        warmup: Pairs that do not.
+        pairs: Maximum number of timed pairs of calls.
+        least: Minimum number of timed pairs.
+        seconds: Time budget after which no further pair starts, if the minimum is reached.
+        warmup: Pairs that are not timed.
     """
     device = next(converted.parameters()).device
     took: list[tuple[float, float]] = []
-    with answering(dense), answering(converted):
+    with evaluating(dense), evaluating(converted):
         end = time.perf_counter() + seconds
         while len(took) < warmup + pairs and (time.perf_counter() < end or len(took) < warmup + least):
             took.append((_once(dense, inputs, call, device), _once(converted, inputs, call, device)))
-        with counting(converted) as usage:
+        with count_usage(converted) as usage:
             call(converted, inputs)
     took, used = took[warmup:], usage().values()
-    return Paired(
+    return PairedTiming(
         batch=batch, dense=median(one for one, _ in took), converted=median(other for _, other in took),
         speedup=median(one / other for one, other in took), pairs=len(took),
         computed=sum(each.executed_macs for each in used) / max(1, sum(each.dense_macs for each in used)),
@@ -101,9 +104,9 @@ def _once(model: nn.Module, inputs: Inputs, call: Call, device: torch.device) ->
 BUDGETS = (0.25, 0.5, 0.75)
 TAUS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 THRESHOLDS = (*(step / 20 for step in range(20)), 0.975, 0.99, 0.999, 2.0)
-"""Of an exit's largest probability; 2 stops nowhere."""
+"""Confidence thresholds of an exit; 2 disables early exits."""
 STEPS = 6
-"""Halvings between two settings of the grid."""
+"""Bisection steps between two settings of the grid."""
 
 Scope = Literal["ffn", "model"]
 Run = Callable[[Gate], Pass]
@@ -111,13 +114,13 @@ Run = Callable[[Gate], Pass]
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """All settings that were tried, in order.
+    """Passes of all evaluated settings, in increasing order.
 
     Attributes:
-        kind: Of gate.
-        values: tau, or k.
-        validation: A pass of each.
-        test: Likewise.
+        kind: Kind of gate.
+        values: tau or k.
+        validation: The pass of each setting over validation data.
+        test: The pass of each setting over test data.
     """
 
     kind: GateKind
@@ -127,14 +130,14 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """What a budget came to.
+class BudgetPoint:
+    """Setting selected for a budget.
 
     Attributes:
-        scope: Whose cost is bounded: that of the feed-forward networks or the model's.
-        budget: Share of the dense cost.
-        at: Number of the setting, chosen on validation data; None where none is cheap enough.
-        cheapest: Share of the cheapest setting on validation data.
+        scope: Bounded cost: of the feed-forward networks or of the model.
+        budget: Fraction of the dense cost.
+        at: Index of the setting, selected on validation data; None if no setting is within the budget.
+        cheapest: Relative cost of the cheapest setting on validation data.
     """
 
     scope: Scope
@@ -143,8 +146,8 @@ class Point:
     cheapest: float
 
 
-def share_of(one: Pass, scope: Scope) -> float:
-    """Of the dense cost."""
+def cost_share(one: Pass, scope: Scope) -> float:
+    """Cost as a fraction of the dense cost."""
     return one.ffn_share if scope == "ffn" else one.share
 
 
@@ -157,52 +160,52 @@ def sweep(
     budgets: Sequence[float] = BUDGETS,
     also: Sequence[float] = (),
 ) -> Sweep:
-    """Try a grid of settings, and the ones between that come nearest to the budgets on validation data.
+    """Evaluate a grid of settings, refined by bisection towards the budgets on validation data.
 
     Args:
-        kind: Of gate.
-        most: Most experts of a layer.
-        validation: A pass over validation data.
-        test: A pass over test data.
-        budgets: Shares of the networks' and of the model's dense cost.
-        also: Settings besides.
+        kind: Kind of gate.
+        most: Maximum number of experts of a layer.
+        validation: Evaluates a gate on validation data.
+        test: Evaluates a gate on test data.
+        budgets: Fractions of the networks' and of the model's dense cost.
+        also: Additional settings.
     """
     found: dict[float, Pass] = {}
 
-    def look(value: float) -> Pass:
+    def evaluate(value: float) -> Pass:
         if value not in found:
-            found[value] = validation(_gate(kind, value))
+            found[value] = validation(gate_at(kind, value))
         return found[value]
 
     grid = _grid(kind, most) | set(also)
     for value in sorted(grid):
-        look(value)
+        evaluate(value)
     scopes: tuple[Scope, ...] = ("ffn", "model")
     for scope in scopes:
         for budget in budgets:
-            _approach(found, look, scope, budget, whole=kind == "top_k")
+            _approach(found, evaluate, scope, budget, whole=kind == "top_k")
     values = tuple(sorted(found))
     return Sweep(
-        kind, values, tuple(found[value] for value in values), tuple(test(_gate(kind, value)) for value in values)
+        kind, values, tuple(found[value] for value in values), tuple(test(gate_at(kind, value)) for value in values)
     )
 
 
-def points(swept: Sweep, *, budgets: Sequence[float] = BUDGETS) -> tuple[Point, ...]:
+def points(swept: Sweep, *, budgets: Sequence[float] = BUDGETS) -> tuple[BudgetPoint, ...]:
     """For each budget the setting with the largest cost within it, on validation data."""
     scopes: tuple[Scope, ...] = ("ffn", "model")
     return tuple(_point(swept, scope, budget) for scope in scopes for budget in budgets)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stop:
-    """A setting of gate and exits.
+class ExitSetting:
+    """A setting of gate and exit threshold.
 
     Attributes:
-        at: Number of the gate's setting.
+        at: Index of the gate's setting.
         threshold: Of the largest probability.
         accuracy: On test data.
-        share: Of the dense model's cost, on test data.
-        by_exit: Share of samples that each exit answers.
+        share: Fraction of the dense model's cost on test data.
+        by_exit: Fraction of samples predicted by each exit.
     """
 
     at: int
@@ -212,78 +215,81 @@ class Stop:
     by_exit: tuple[float, ...]
 
 
-def stopped(one: Pass, threshold: float) -> tuple[float, float, Tensor]:
-    """(accuracy, share of the dense cost, share of samples by exit) with the first exit that is sure enough."""
+def evaluate_threshold(one: Pass, threshold: float) -> tuple[float, float, Tensor]:
+    """(accuracy, fraction of the dense cost, fraction of samples by exit) if the first confident exit predicts."""
     sure_KN = one.confidence_KN >= threshold
-    sure_KN = torch.cat([sure_KN[:-1], torch.ones_like(sure_KN[-1:])])
-    exit_N = sure_KN.int().argmax(0)  # the first of the largest
-    right_N = one.right_KN.gather(0, exit_N[None])[0]
+    sure_KN = torch.cat([sure_KN[:-1], torch.ones_like(sure_KN[-1:])])  # the last exit always predicts
+    exit_N = sure_KN.int().argmax(0)  # argmax returns the first of equal values
+    right_N = one.correct_KN.gather(0, exit_N[None])[0]
     cost_N = one.cost_KN.gather(0, exit_N[None])[0]
     by_exit = torch.bincount(exit_N, minlength=len(sure_KN)).double() / max(1, len(exit_N))
-    return float(right_N.sum() / one.asked_N.sum()), float(cost_N.sum() / one.dense_N.sum()), by_exit
+    return float(right_N.sum() / one.targets_N.sum()), float(cost_N.sum() / one.dense_N.sum()), by_exit
 
 
-def combined(
+def pareto_front(
     swept: Sweep, *, gates: Sequence[int] | None = None, thresholds: Sequence[float] = THRESHOLDS
-) -> list[Stop]:
-    """The settings of gate and exits together that nothing cheaper beats on validation data, cheapest first.
+) -> list[ExitSetting]:
+    """Settings of gate and exits on the Pareto front of validation data, cheapest first.
 
     Args:
-        swept: Of a model with exits.
-        gates: Numbers of gate settings; None for all.
-        thresholds: Of the exits.
+        swept: Sweep of a model with exits.
+        gates: Indices of gate settings; None for all.
+        thresholds: Thresholds of the exits.
     """
-    tried = _tried(swept, gates, thresholds)
+    tried = _all_settings(swept, gates, thresholds)
     best, front = -1.0, []
     for accuracy, _, at, threshold in sorted(tried, key=lambda one: (one[1], -one[0])):
         if accuracy > best:
             best = accuracy
-            test_accuracy, share, by_exit = stopped(swept.test[at], threshold)
-            front.append(
-                Stop(at=at, threshold=threshold, accuracy=test_accuracy, share=share, by_exit=tuple(by_exit.tolist()))
-            )
+            front.append(_on_test(swept, at, threshold))
     return front
 
 
-def best_within(
+def best_within_budget(
     swept: Sweep, budget: float, *, gates: Sequence[int] | None = None, thresholds: Sequence[float] = THRESHOLDS
-) -> Stop | None:
-    """The setting of gate and exits that is the most accurate within a budget, on validation data; None: none is.
+) -> ExitSetting | None:
+    """Most accurate setting of gate and exits within a budget on validation data, or None.
 
-    Of equals the cheapest. Accuracy and cost are those on test data.
+    Ties go to the cheapest. Accuracy and cost are those on test data.
     """
-    tried = _tried(swept, gates, thresholds)
+    tried = _all_settings(swept, gates, thresholds)
     within = [one for one in tried if one[1] <= budget]
     if not within:
         return None
     _, _, at, threshold = max(within, key=lambda one: (one[0], -one[1]))
-    accuracy, share, by_exit = stopped(swept.test[at], threshold)
-    return Stop(at=at, threshold=threshold, accuracy=accuracy, share=share, by_exit=tuple(by_exit.tolist()))
+    return _on_test(swept, at, threshold)
 
 
-def _tried(
+def _on_test(swept: Sweep, at: int, threshold: float) -> ExitSetting:
+    accuracy, share, by_exit = evaluate_threshold(swept.test[at], threshold)
+    return ExitSetting(at=at, threshold=threshold, accuracy=accuracy, share=share, by_exit=tuple(by_exit.tolist()))
+
+
+def _all_settings(
     swept: Sweep, gates: Sequence[int] | None, thresholds: Sequence[float]
 ) -> list[tuple[float, float, int, float]]:
-    """(accuracy, share, number of the gate's setting, threshold) on validation data."""
+    """(accuracy, relative cost, index of the gate's setting, threshold) on validation data."""
     numbers = range(len(swept.values)) if gates is None else gates
     return [
-        (*stopped(swept.validation[at], threshold)[:2], at, threshold) for at in numbers for threshold in thresholds
+        (*evaluate_threshold(swept.validation[at], threshold)[:2], at, threshold)
+        for at in numbers
+        for threshold in thresholds
     ]
 
 
-def _point(swept: Sweep, scope: Scope, budget: float) -> Point:
-    shares = [share_of(one, scope) for one in swept.validation]
+def _point(swept: Sweep, scope: Scope, budget: float) -> BudgetPoint:
+    shares = [cost_share(one, scope) for one in swept.validation]
     within = [at for at, share in enumerate(shares) if share <= budget]
     at = max(within, key=lambda at: (shares[at], swept.values[at])) if within else None
-    return Point(scope=scope, budget=budget, at=at, cheapest=min(shares))
+    return BudgetPoint(scope=scope, budget=budget, at=at, cheapest=min(shares))
 
 
 def _approach(
-    found: dict[float, Pass], look: Callable[[float], Pass], scope: Scope, budget: float, *, whole: bool
+    found: dict[float, Pass], evaluate: Callable[[float], Pass], scope: Scope, budget: float, *, whole: bool
 ) -> None:
-    """Halve the gap between the settings on either side of a budget."""
+    """Bisect between the settings on either side of a budget."""
     for _ in range(STEPS):
-        below = [value for value in found if share_of(found[value], scope) <= budget]
+        below = [value for value in found if cost_share(found[value], scope) <= budget]
         if not below:
             return
         low = max(below)
@@ -295,7 +301,7 @@ def _approach(
             middle = float(int(middle))
         if middle in found:
             return
-        look(middle)
+        evaluate(middle)
 
 
 def _grid(kind: GateKind, most: int) -> set[float]:
@@ -305,5 +311,6 @@ def _grid(kind: GateKind, most: int) -> set[float]:
     return {float(k) for k in (1, *range(step, most + 1, step), most)}
 
 
-def _gate(kind: GateKind, value: float) -> Gate:
-    return gate_of(kind, k=int(value)) if kind == "top_k" else gate_of(kind, tau=value)
+def gate_at(kind: GateKind, value: float) -> Gate:
+    """The gate at a setting: k, or tau."""
+    return make_gate(kind, k=int(value)) if kind == "top_k" else make_gate(kind, tau=value)

@@ -1,6 +1,6 @@
 """Data of a conversion, and sparsity fine-tuning.
 
-Shape suffixes: N samples.
+Shape suffixes: N samples, B batch, T tokens, C classes.
 """
 
 from __future__ import annotations
@@ -17,48 +17,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.data.samples import concatenate
-from clframe.data.target import Batches, Part, SamplePart, Target, TextPart
+from clframe.data.target import Batches, DataSplit, SampleSplit, Target, TextSplit
 from clframe.errors import ConfigError, DataError, UnsupportedError
+from clframe.moe.pipeline import require_finite
 from clframe.nn.types import Inputs
 from clframe.seeding import derive_seed, generator_for
 from clframe.sparsity import Site, find_sites
-from clframe.sparsity.functional import displaced, hoyer, l1
-from clframe.sparsity.penalties import fired, hooked
+from clframe.sparsity.functional import Schedule, displacement, hoyer, l1, schedule_factor
+from clframe.sparsity.penalties import hooked_module, site_activations
 
 On = Literal["memory", "all", "last"]
-"""What the run's memory keeps; all training data; those of the last experience."""
+"""Training data: the run's replay buffer, all training data, or the last experience's."""
 
 HELD_OUT = 0.2
-"""Share of the training data that is held out where the target holds none."""
+"""Fraction of the training data held out for validation if the target has no validation data."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Material:
+class ConversionData:
     """Data of a conversion.
 
     Attributes:
-        on: Which training data, for a run.
-        fit: To train on.
-        validation: To choose by.
-        notes: What a reader of the results has to know of them.
+        on: Training data of a run.
+        fit: Training data.
+        validation: Validation data.
+        notes: Remarks for readers of the results.
     """
 
     on: On | None
-    fit: Part
-    validation: Part
+    fit: DataSplit
+    validation: DataSplit
     notes: tuple[str, ...]
 
 
-def material(target: Target, *, on: On | None, seed: int) -> Material:
-    """The data for a target.
+def choose_data(target: Target, *, on: On | None, seed: int) -> ConversionData:
+    """Select the data of a conversion.
 
     Args:
         target: A run, or another model.
-        on: Which training data of a run; None takes its memory, and the last experience where it keeps none.
-        seed: Draws what is held out, where that has to be done.
+        on: Training data of a run; None selects its replay buffer, or the last experience if there is none.
+        seed: Seed of the split into training and validation data, if necessary.
 
     Raises:
-        ConfigError: A choice that the target does not have.
+        ConfigError: Data that the target does not have.
         DataError: Too few samples.
     """
     if on is not None and on not in get_args(On):
@@ -66,100 +67,100 @@ def material(target: Target, *, on: On | None, seed: int) -> Material:
     notes: list[str] = []
     if target.run is None:
         if on is not None:
-            raise ConfigError(f"--on: found '{on}' for {target.name}, which is no run; leave it out")
-        fit: Part = target.parts.fit
+            raise ConfigError(f"--on: found '{on}' for {target.name}, which is not a run; leave it out")
+        fit: DataSplit = target.splits.fit
     else:
-        on = on or ("last" if _memory(target) is None else "memory")
-        fit = _of_run(target, on)
+        on = on or ("last" if _replay_memory(target) is None else "memory")
+        fit = _run_data(target, on)
         if on == "all" and len(target.experiences) > 1:
             notes.append("trained on all data of all experiences: no longer a continual setting")
-    validation = target.parts.validation
+    validation = target.splits.validation
     if validation is None:
-        fit, validation = _held_out(fit, seed=seed)
+        fit, validation = _hold_out(fit, seed=seed)
         notes.append(
-            f"settings were chosen on {len(validation)} training samples, held out of this conversion but not of the "
-            f"training before it: the target has no validation data"
+            f"settings were chosen on {len(validation)} training samples, excluded from this conversion but not from "
+            f"the model's training: the target has no validation data"
         )
     if not len(fit) or not len(validation):
         raise DataError(
-            f"{target.name}: found {len(fit)} samples to train on and {len(validation)} to choose by; give more"
+            f"{target.name}: found {len(fit)} training and {len(validation)} validation samples; give more"
         )
-    return Material(on=on, fit=fit, validation=validation, notes=tuple(notes))
+    return ConversionData(on=on, fit=fit, validation=validation, notes=tuple(notes))
 
 
-def shuffled(part: Part, *, size: int, seed: int, epoch: int) -> tuple[Batches, list[int]]:
-    """Batches of a part and the order to take them in, functions of seed and epoch.
+def shuffle_batches(part: DataSplit, *, size: int, seed: int, epoch: int) -> tuple[Batches, list[int]]:
+    """Batches of a data split and their order, both functions of seed and epoch.
 
-    Samples of a benchmark are mixed anew; texts stay with others of their length.
+    Samples of a benchmark are reshuffled; texts stay grouped by length.
     """
     generator = generator_for(seed, "moefy", "order", epoch)
-    if isinstance(part, SamplePart):
-        part = _chosen(part, torch.randperm(len(part), generator=generator))
+    if isinstance(part, SampleSplit):  # texts are batched by length, which a permutation would undo
+        part = _subset(part, torch.randperm(len(part), generator=generator))
     batches = part.batches(size=size)
     return batches, torch.randperm(len(batches), generator=generator).tolist()
 
 
-def _of_run(target: Target, on: On) -> Part:
-    fit = target.parts.fit
-    assert isinstance(fit, SamplePart)
+def _run_data(target: Target, on: On) -> DataSplit:
+    fit = target.splits.fit
+    assert isinstance(fit, SampleSplit)
     if on == "all":
         return fit
     if on == "last":
-        return SamplePart(fit.samples[-1:], place=fit.place, tokens=fit.tokens)
-    memory = _memory(target)
+        return SampleSplit(fit.samples[-1:], place=fit.place, tokens=fit.tokens)
+    memory = _replay_memory(target)
     if memory is None:
-        raise ConfigError(f"--on: found 'memory', but {target.name} keeps none; give last or all")
+        raise ConfigError(f"--on: found 'memory', but {target.name} has no replay buffer; give last or all")
     like = fit.samples[-1]
-    kept = like.subset(torch.arange(0)).extended(memory["x"].cpu(), memory["y"].cpu())
-    return SamplePart([kept], place=fit.place, tokens=fit.tokens)
+    kept = like.subset(torch.arange(0)).with_stored(memory["x"].cpu(), memory["y"].cpu())
+    return SampleSplit([kept], place=fit.place, tokens=fit.tokens)
 
 
-def _memory(target: Target) -> Any:
-    """The state of the component that keeps samples, if it has some."""
+def _replay_memory(target: Target) -> Any:
+    """State of the component with a replay buffer, if there is one."""
     assert target.run is not None
     learner = target.run.learner
     states = [learner.state[component.name] for component in learner.composition if component.keeps_memory]
     return next((state for state in states if state["x"] is not None and len(state["y"])), None)
 
 
-def _held_out(part: Part, *, seed: int) -> tuple[Part, Part]:
+def _hold_out(part: DataSplit, *, seed: int) -> tuple[DataSplit, DataSplit]:
     order_N = torch.randperm(len(part), generator=generator_for(seed, "moefy", "held out"))
     count = max(1, round(HELD_OUT * len(part))) if len(part) > 1 else 0
-    return _chosen(part, order_N[count:].sort().values), _chosen(part, order_N[:count].sort().values)
+    return _subset(part, order_N[count:].sort().values), _subset(part, order_N[:count].sort().values)
 
 
-def _chosen(part: Part, index_N: Tensor) -> Part:
-    if isinstance(part, SamplePart):
+def _subset(part: DataSplit, index_N: Tensor) -> DataSplit:
+    if isinstance(part, SampleSplit):
         whole: Any = concatenate(part.samples)
-        return SamplePart([whole.subset(index_N)], place=part.place, tokens=part.tokens)
-    if isinstance(part, TextPart):
+        return SampleSplit([whole.subset(index_N)], place=part.place, tokens=part.tokens)
+    if isinstance(part, TextSplit):
         y_N = None if part.y is None else part.y[index_N]
         rows = [part.rows[at] for at in index_N.tolist()]
-        return TextPart(rows, y_N, padding=part.padding, device=part.device, make=part.make)
-    raise DataError(f"moefy: can hold nothing out of a {type(part).__name__}; set benchmark.validation=0.1")
+        return TextSplit(rows, y_N, padding=part.padding, device=part.device, make=part.make)
+    raise DataError(f"moefy: cannot hold validation data out of a {type(part).__name__}; set benchmark.validation=0.1")
 
 
 Regularizer = Literal["hoyer", "l1", "displaced", "displaced_l1"]
-Schedule = Literal["constant", "linear", "warmup"]
-Tick = Callable[[str, int, int], None]
-"""Called with a step's name, how much of it is done and how much there is."""
+Ramp = Literal["step", "epoch"]
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a step, the amount done and the total."""
 
 DISPLACED_BY = -10.0
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Means over the batches of each epoch."""
+class FineTuning:
+    """Losses of fine-tuning, averaged over each epoch."""
 
     task: tuple[float, ...]
     penalty: tuple[float, ...]
     """Without its weight."""
 
 
-def tune(
+def fine_tune(
     model: nn.Module,
     body: nn.Module,
-    part: Part,
+    part: DataSplit,
     *,
     logits: Callable[[nn.Module, Inputs], Sequence[Tensor]],
     epochs: int,
@@ -168,32 +169,34 @@ def tune(
     strength: float,
     regularizer: Regularizer = "hoyer",
     schedule: Schedule = "warmup",
+    ramp: Ramp = "step",
     seed: int = 0,
-    tick: Tick | None = None,
-) -> Tuned:
-    """Train all of ``model`` on its task with ``strength`` times the mean penalty over the hidden layers of ``body``.
+    progress: Progress | None = None,
+) -> FineTuning:
+    """Train ``model`` on its task plus ``strength`` times the mean sparsity penalty over the hidden layers of ``body``.
 
-    The task's loss is the mean over exits of the cross-entropy. Adam, its rate falling along a cosine to a thousandth.
-    Afterwards the model is in evaluation mode and holds no gradients.
+    The task loss is the cross-entropy averaged over exits. Adam with cosine decay to a thousandth of the initial rate.
+    Leaves the model in evaluation mode without gradients.
 
     Args:
         model: Changed in place.
-        body: The part of it whose hidden layers are watched.
-        part: Labeled data, in another order in each epoch.
-        logits: Of each exit, from the model and inputs; with gradients.
-        epochs: Passes.
-        batch: Samples of a batch.
-        learning_rate: At the start.
+        body: Submodule whose hidden layers are penalized.
+        part: Labeled data, reshuffled in each epoch.
+        logits: Differentiable scores of each exit, from model and inputs.
+        epochs: Passes over the data.
+        batch: Batch size.
+        learning_rate: Initial rate.
         strength: Weight of the penalty.
-        regularizer: ``hoyer``, ``l1``, or either of pre-activations' distance above -10.
-        schedule: Of the strength over the steps: ``constant``; ``linear``, up to its value at the end; ``warmup``,
-            linear up to it at half of them.
-        seed: Of order and dropout.
-        tick: Told of progress.
+        regularizer: ``hoyer``, ``l1``, or either of the pre-activations' distance above -10 (``displaced``).
+        schedule: Schedule of the weight, see :func:`~clframe.sparsity.functional.schedule_factor`.
+        ramp: Whether the weight changes with every step or with every epoch.
+        seed: Seed of order and dropout.
+        progress: Called with the progress.
 
     Raises:
         DataError: Data without labels.
-        UnsupportedError: A displaced penalty on layers that do not keep their pre-activations.
+        DivergenceError: A loss that is not finite.
+        UnsupportedError: A displaced penalty on layers that do not expose their pre-activations.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
@@ -201,45 +204,46 @@ def tune(
     lost = [site.name for site in sites if site.fused or getattr(site.module, "inplace", False)]
     if lost and regularizer.startswith("displaced"):
         raise UnsupportedError(
-            f"--regularizer: found {regularizer} with '{lost[0]}', which does not keep its pre-activations; give hoyer "
+            f"--regularizer: found {regularizer} with '{lost[0]}', which does not keep its pre-activations; use hoyer "
             f"or l1"
         )
     task, penalty = [], []
+    # Dropout draws from the global generators, whose state the caller gets back.
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), _learning(model):
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), _training_mode(model):
         torch.manual_seed(derive_seed(seed, "moefy", "dropout"))
         done = 0
         for epoch in range(epochs):
-            batches, order = shuffled(part, size=batch, seed=seed, epoch=epoch)
+            batches, order = shuffle_batches(part, size=batch, seed=seed, epoch=epoch)
+            steps = epochs * len(order)
             total_2 = torch.zeros(2)
             for at in order:
-                share = done / (epochs * len(order))
-                _set_rate(optimizer, learning_rate * (0.001 + 0.999 * (1 + cos(pi * share)) / 2))
+                _set_rate(optimizer, learning_rate * (0.001 + 0.999 * (1 + cos(pi * (done / steps))) / 2))
                 inputs, y, _ = batches[at]
                 if y is None:
                     raise DataError("moefy: found data without labels to fine-tune on; set --sparsify 0")
-                with _measuring(sites, regularizer) as values:
+                with _collect_penalties(sites, regularizer) as values:
                     exits = logits(model, inputs)
                 loss = torch.stack([_cross_entropy(scores, y) for scores in exits]).mean()
                 extra = torch.stack(values).mean() if values else loss.new_zeros(())
                 optimizer.zero_grad()
-                (loss + strength * _ramp(schedule, (done + 1) / (epochs * len(order))) * extra).backward()
+                # Counts the present step, so that the last one has the full weight; the authors' code starts at 0.
+                fraction = (done + 1) / steps if ramp == "step" else (epoch + 1) / epochs
+                (loss + strength * schedule_factor(schedule, fraction) * extra).backward()
                 optimizer.step()
                 total_2 += torch.stack([loss.detach(), extra.detach()]).float().cpu()
                 done += 1
-                if tick is not None:
-                    tick("sparsify", done, epochs * len(order))
+                if progress is not None:
+                    progress("sparsify", done, steps)
             task.append(float(total_2[0]) / len(order))
             penalty.append(float(total_2[1]) / len(order))
-    return Tuned(tuple(task), tuple(penalty))
-
-
-def _ramp(schedule: Schedule, share: float) -> float:
-    return {"constant": 1.0, "linear": share, "warmup": min(1.0, 2 * share)}[schedule]
+            require_finite(task, of="fine-tuning")
+            require_finite(penalty, of="fine-tuning (penalty)")
+    return FineTuning(tuple(task), tuple(penalty))
 
 
 def _cross_entropy(scores: Tensor, y: Tensor) -> Tensor:
-    """Of scores_BC and y_B, or of scores_BTC and y_BT with -100 where nothing is asked."""
+    """Cross-entropy of scores_BC and y_B, or of scores_BTC and y_BT with targets -100 ignored."""
     return F.cross_entropy(scores.flatten(0, -2), y.flatten())
 
 
@@ -249,7 +253,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @contextmanager
-def _learning(model: nn.Module) -> Iterator[None]:
+def _training_mode(model: nn.Module) -> Iterator[None]:
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.train()
     try:
@@ -264,16 +268,16 @@ def _learning(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _measuring(sites: Sequence[Site], regularizer: Regularizer) -> Iterator[list[Tensor]]:
-    """The penalty of each site as a pass goes by."""
+def _collect_penalties(sites: Sequence[Site], regularizer: Regularizer) -> Iterator[list[Tensor]]:
+    """Context that collects the penalty of each site during a forward pass."""
     values: list[Tensor] = []
 
-    def see(site: Site, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pre_TN, fired_TN = fired(site, inputs[0], output)
-        x_TN = displaced(pre_TN, by=DISPLACED_BY) if regularizer.startswith("displaced") else fired_TN
+    def add(site: Site, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre_TN, fired_TN = site_activations(site, inputs[0], output)
+        x_TN = displacement(pre_TN, by=DISPLACED_BY) if regularizer.startswith("displaced") else fired_TN
         values.append(l1(x_TN) if regularizer.endswith("l1") else hoyer(x_TN))
 
-    hooks = [hooked(site).register_forward_hook(partial(see, site)) for site in sites]
+    hooks = [hooked_module(site).register_forward_hook(partial(add, site)) for site in sites]
     try:
         yield values
     finally:

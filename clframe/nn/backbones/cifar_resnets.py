@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, he_initialized, require_at_least, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone, he_initialize, require_at_least, require_depth, require_image
 
 Shortcut = Literal["conv", "pad"]
 
 
+@BACKBONES.register("resnet20")
 def resnet20(
     input_shape: tuple[int, int, int], *, width: int = 16, shortcut: Literal["conv", "pad"] = "conv"
 ) -> Backbone:
@@ -32,6 +33,7 @@ def resnet20(
     return _cifar_resnet(input_shape, blocks=3, width=width, shortcut=shortcut, where="resnet20")
 
 
+@BACKBONES.register("resnet32")
 def resnet32(
     input_shape: tuple[int, int, int], *, width: int = 16, shortcut: Literal["conv", "pad"] = "conv"
 ) -> Backbone:
@@ -70,7 +72,7 @@ def _cifar_resnet(
             channels, stride = wider, 1
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     stages.append(("pool", pool, (channels,)))
-    return he_initialized(Backbone(stages, input_shape=input_shape), fan="fan_out")
+    return he_initialize(Backbone(stages, input_shape=input_shape), fan="fan_out")
 
 
 class BasicBlock(nn.Module):
@@ -130,6 +132,7 @@ def _conv3x3(channels: int, wider: int, *, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, wider, 3, stride=stride, padding=1, bias=False)
 
 
+@BACKBONES.register("wrn16_2")
 def wrn16_2(input_shape: tuple[int, int, int], *, dropout: float = 0.0) -> Backbone:
     """WideResNet-16-2 for CIFAR, two blocks a group.
 
@@ -146,6 +149,7 @@ def wrn16_2(input_shape: tuple[int, int, int], *, dropout: float = 0.0) -> Backb
     return _wide_resnet(input_shape, depth=16, widen=2, dropout=dropout, where="wrn16_2")
 
 
+@BACKBONES.register("wide_resnet")
 def wide_resnet(
     input_shape: tuple[int, int, int], *, depth: int = 28, widen: int = 10, dropout: float = 0.0
 ) -> Backbone:
@@ -169,6 +173,7 @@ def wide_resnet(
 def _wide_resnet(
     input_shape: tuple[int, int, int], *, depth: int, widen: int, dropout: float, where: str
 ) -> Backbone:
+    require_depth(depth, where=f"{where}.depth")
     if depth < 10 or (depth - 4) % 6:
         raise ConfigError(f"{where}.depth: found {depth}; give 6n + 4 for n blocks a group, such as 16 or 28")
     require_at_least(widen, 1, where=f"{where}.widen")
@@ -190,7 +195,7 @@ def _wide_resnet(
         nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     stages.append(("pool", pool, (channels,)))
-    return he_initialized(Backbone(stages, input_shape=input_shape), fan="fan_out")
+    return he_initialize(Backbone(stages, input_shape=input_shape), fan="fan_out")
 
 
 class PreactivationBlock(nn.Module):

@@ -1,6 +1,6 @@
 """Any timm model that can be cut into stages (extra ``timm``).
 
-Convolutional and hierarchical models are cut where timm's ``feature_info`` says, and the stages bear its module
+Convolutional and hierarchical models are cut at the modules of timm's ``feature_info``, and stages have their
 names (``layer1``, ``blocks.2``, ``stages.0``); vision transformers are cut into ``embed`` and their blocks
 (``blocks.0``, ...). What follows, up to the classifier, is the last stage, ``head``. Whether the stages compute
 what the whole model does is checked on random images when the backbone is built: a model whose forward does more
@@ -17,44 +17,45 @@ from typing import Any
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, nearest
-from clframe.nn.backbones.base import Backbone, require_image, same_function, shaped
-from clframe.nn.backbones.pretrained import ChannelsFirst, needed
+from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, is_equivalent, require_image
+from clframe.nn.backbones.pretrained import ChannelsFirst, require_package
 
 
+@BACKBONES.register("timm")
 def timm(input_shape: tuple[int, int, int], *, model: str, pretrained: bool = False) -> Backbone:
     """Any timm model that can be cut into stages (needs the extra timm).
 
     Args:
         input_shape: (channels, height, width) of one image. timm adapts the first layer to the channels, and
             models of a fixed size to the image's.
-        model: timm's name of it, such as ``resnet10t`` or ``vit_tiny_patch16_224``.
-        pretrained: Whether to download timm's weights for it; else they are random. Files are read as
-            tensors only.
+        model: Name in timm, such as ``resnet10t`` or ``vit_tiny_patch16_224``.
+        pretrained: Whether to download timm's weights; otherwise they are random. Files are read as tensors
+            only.
 
     Raises:
         UnsupportedError: timm is not installed, or the model cannot be cut into stages.
         UnknownNameError: timm has no model of this name.
         DataError: Weights that could not be downloaded.
-        ConfigError: Images that the model does not take.
+        ConfigError: Images that the model does not accept.
     """
     channels, _, _ = require_image(input_shape, 1, where="timm")
     whole = _created(model, pretrained=pretrained, input_shape=input_shape, channels=channels)
-    shaped([(model, whole)], input_shape, where="timm")  # an image that it does not take is no matter of cutting
+    infer_shapes([(model, whole)], input_shape, where="timm")  # raises for unsupported images
     for cut in (_by_feature_info, _by_blocks):
         try:
-            taps = shaped(cut(whole), input_shape, where="timm")
-        except ConfigError:  # parts that do not take each other's outputs
+            taps = infer_shapes(cut(whole), input_shape, where="timm")
+        except ConfigError:  # the modules do not accept each other's outputs
             continue
-        if taps and same_function(whole, [stage for _, stage, _ in taps], input_shape):
+        if taps and is_equivalent(whole, [stage for _, stage, _ in taps], input_shape):
             return Backbone(taps, input_shape=input_shape)
     raise UnsupportedError(
-        f"timm.model: {model} does more than run its parts in order, there are no stages to cut it into; "
-        f"take another model, or give its stages to Backbone.of"
+        f"timm.model: {model} does more than run its modules in order and cannot be cut into stages; "
+        f"use another model, or pass its stages to Backbone.of"
     )
 
 
 def _created(name: str, *, pretrained: bool, input_shape: tuple[int, ...], channels: int) -> Any:
-    library = needed("timm", where="timm")
+    library = require_package("timm", where="timm")
     if "/" not in name and not library.is_model(name):
         close = nearest(name, library.list_models())
         advice = f"did you mean '{close}'?" if close else "see timm.list_models()"
@@ -69,7 +70,7 @@ def _created(name: str, *, pretrained: bool, input_shape: tuple[int, ...], chann
 
 
 def _by_feature_info(model: Any) -> list[tuple[str, nn.Module]]:
-    """Children in order, ``nn.Sequential`` ones opened once, each stage ending in a module that timm names."""
+    """Children in order, ``nn.Sequential`` ones expanded once, cut after the modules named by timm."""
     info = getattr(model, "feature_info", None)
     if not info:
         return []
@@ -105,10 +106,10 @@ def _by_blocks(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 class TimmEmbed(nn.Module):
-    """What a timm vision transformer does before its blocks.
+    """The part of a timm vision transformer before its blocks.
 
     Args:
-        model: Lends its parts; it is not changed.
+        model: The model whose modules are used; it is not changed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -123,16 +124,16 @@ class TimmEmbed(nn.Module):
 
 
 class TimmHead(nn.Module):
-    """What a timm vision transformer does between its blocks and its classifier.
+    """The part of a timm vision transformer between its blocks and its classifier.
 
     Args:
-        model: Lends its parts; it is not changed.
+        model: The model whose modules are used; it is not changed.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = _shell(model, without=("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks"))
-        self.model._parameters = {}  # class token and positions belong to the embedding
+        self.model._parameters = {}  # class token and positions belong to TimmEmbed
 
     def forward(self, x: Tensor) -> Tensor:
         """features_BD of tokens_BTD."""
@@ -141,7 +142,7 @@ class TimmHead(nn.Module):
 
 
 def _shell(model: nn.Module, *, without: tuple[str, ...]) -> Any:
-    """The model with its methods, sharing all but the named parts: no weight stands in two stages."""
+    """A shallow copy of the model without the named modules, so that no weight is registered in two stages."""
     shell = copy.copy(model)
     shell._modules = {name: part for name, part in model._modules.items() if name not in without}
     shell._parameters = dict(model._parameters)

@@ -1,4 +1,4 @@
-"""Stages of transformers' encoders: the library's own modules, called with what the stage before returns.
+"""Encoders of the transformers library as backbones: its own modules, run as stages.
 
 Shape suffixes: B batch, T tokens, D width.
 """
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnsupportedError
-from clframe.nn.backbones.base import Backbone, require_at_least, require_image, shaped
-from clframe.nn.backbones.pretrained import needed
+from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_at_least, require_depth, require_image
+from clframe.nn.backbones.pretrained import require_package
 from clframe.nn.backbones.vit import ClassToken
 
 Pooling = Literal["pooler", "cls", "mean"]
-"""How one vector comes of the tokens."""
+"""Reduction of tokens to one vector, see :func:`bert`."""
 Masked = tuple[Tensor, Tensor]
-"""tokens_BTD and the mask keep_B11T, true where a token may be attended to."""
+"""tokens_BTD and the mask keep_B11T, true for tokens that may be attended to."""
 
 
 class TextEmbed(nn.Module):
-    """Token ids to embedded tokens and their mask.
+    """Embeds token ids and computes their mask.
 
     Args:
-        embeddings: The model's own.
+        embeddings: The embedding module of the model.
     """
 
     def __init__(self, embeddings: nn.Module) -> None:
@@ -35,7 +35,7 @@ class TextEmbed(nn.Module):
         self.embeddings = embeddings
 
     def forward(self, x: Tensor) -> Masked:
-        """Tokens and mask of ids_BT."""
+        """Compute tokens and mask of ids_BT."""
         ids_BT = x.long()
         keep_BT = ids_BT != 0
         keep_BT[:, 0] = True
@@ -43,10 +43,10 @@ class TextEmbed(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """One encoder layer that hands the mask on.
+    """One encoder layer that passes the mask on.
 
     Args:
-        layer: The model's own.
+        layer: The layer of the model.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -54,17 +54,17 @@ class TextLayer(nn.Module):
         self.layer = layer
 
     def forward(self, value: Masked) -> Masked:
-        """The layer's tokens and the same mask."""
+        """Compute the tokens; the mask is unchanged."""
         tokens_BTD, keep_B11T = value
         return _tensor(self.layer(tokens_BTD, keep_B11T)), keep_B11T
 
 
 class TextPool(nn.Module):
-    """One vector a text.
+    """Reduces the tokens of a text to one vector.
 
     Args:
         pooling: As in :func:`~clframe.nn.backbones.from_transformers.bert`.
-        pooler: The model's own pooler, for ``pooler``.
+        pooler: The pooler of the model, for ``pooler``.
     """
 
     def __init__(self, *, pooling: Pooling, pooler: nn.Module | None) -> None:
@@ -73,7 +73,7 @@ class TextPool(nn.Module):
         self.pooler = pooler
 
     def forward(self, value: Masked) -> Tensor:
-        """features_BD of tokens_BTD and their mask."""
+        """Compute features_BD of tokens_BTD and their mask."""
         tokens_BTD, keep_B11T = value
         if self.pooler is not None:
             pooled: Tensor = self.pooler(tokens_BTD)
@@ -85,10 +85,10 @@ class TextPool(nn.Module):
 
 
 class ImageEmbed(nn.Module):
-    """Images to tokens, positions interpolated where the size is not the model's.
+    """Embeds images, with positions interpolated for other image sizes.
 
     Args:
-        embeddings: The model's own.
+        embeddings: The embedding module of the model.
     """
 
     def __init__(self, embeddings: nn.Module) -> None:
@@ -96,7 +96,7 @@ class ImageEmbed(nn.Module):
         self.embeddings = embeddings
 
     def forward(self, x: Tensor) -> Tensor:
-        """tokens_BTD of images_BCHW."""
+        """Compute tokens_BTD of images_BCHW."""
         out: Tensor = self.embeddings(x, interpolate_pos_encoding=True)
         return out
 
@@ -105,7 +105,7 @@ class ImageLayer(nn.Module):
     """One encoder layer.
 
     Args:
-        layer: The model's own.
+        layer: The layer of the model.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -113,16 +113,17 @@ class ImageLayer(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """tokens_BTD of tokens_BTD."""
+        """Compute tokens_BTD of tokens_BTD."""
         return _tensor(self.layer(x))
 
 
 def _tensor(out: Any) -> Tensor:
-    """What a layer returns: before transformers 5 a tuple of one."""
+    """The output of a layer, which is a tuple of one before transformers 5."""
     tensor: Tensor = out if isinstance(out, Tensor) else out[0]
     return tensor
 
 
+@BACKBONES.register("bert")
 def bert(
     input_shape: tuple[int],
     *,
@@ -133,7 +134,7 @@ def bert(
     dropout: float = 0.1,
     pooling: Literal["pooler", "cls", "mean"] = "pooler",
 ) -> Backbone:
-    """BERT with random weights, of the size of BERT-tiny as it stands (needs the extra transformers).
+    """BERT with random weights; the defaults are the size of BERT-tiny (needs the extra transformers).
 
     Devlin et al., "BERT: pre-training of deep bidirectional transformers", 2019.
 
@@ -144,21 +145,22 @@ def bert(
         depth: Encoder layers.
         heads: Attention heads; they must divide the width.
         dropout: Probability of dropout.
-        pooling: What the classifier sees: ``pooler``, BERT's own tanh layer on the first token; ``cls``, the
-            first token; ``mean``, the average over the tokens that are no padding.
+        pooling: Input of the classifier: ``pooler``, BERT's tanh layer on the first token; ``cls``, the first token;
+            ``mean``, the average over all tokens except padding.
 
     Raises:
-        ConfigError: An option out of range or inputs that are no texts.
+        ConfigError: An option out of range or inputs that are not texts.
         UnsupportedError: transformers is not installed.
     """
     length = _length(input_shape, where="bert")
-    for option, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth), ("heads", heads)):
+    for option, value in (("vocabulary", vocabulary), ("width", width), ("heads", heads)):
         require_at_least(value, 1, where=f"bert.{option}")
+    require_depth(depth, where="bert.depth")
     if width % heads:
         raise ConfigError(f"bert.heads: found {heads} with width {width}; give a number that divides it")
     if not 0 <= dropout < 1:
         raise ConfigError(f"bert.dropout: found {dropout}; give 0 or more and less than 1")
-    library = needed("transformers", where="bert")
+    library = require_package("transformers", where="bert")
     config = library.BertConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -174,6 +176,7 @@ def bert(
     return _text_backbone(model, input_shape, pooling=pooling, where="bert")
 
 
+@BACKBONES.register("hf_text")
 def hf_text(
     input_shape: tuple[int], *, pretrained: str, pooling: Literal["pooler", "cls", "mean"] = "pooler"
 ) -> Backbone:
@@ -187,7 +190,7 @@ def hf_text(
     Raises:
         ConfigError: Texts that are too long, or a padding id other than 0.
         DataError: A model that could not be loaded, or that is not in safetensors files.
-        UnsupportedError: transformers is not installed, or the model is no BERT.
+        UnsupportedError: transformers is not installed, or the model is not a BERT.
     """
     length = _length(input_shape, where="hf_text")
     options = {"add_pooling_layer": pooling == "pooler"}
@@ -201,6 +204,7 @@ def hf_text(
     return _text_backbone(model, input_shape, pooling=pooling, where="hf_text")
 
 
+@BACKBONES.register("hf_vit")
 def hf_vit(input_shape: tuple[int, int, int], *, pretrained: str) -> Backbone:
     """Pre-trained vision transformer from the Hugging Face hub or a folder (needs the extra transformers).
 
@@ -213,7 +217,7 @@ def hf_vit(input_shape: tuple[int, int, int], *, pretrained: str) -> Backbone:
     Raises:
         ConfigError: Images of other channels than the model's, or smaller than a patch.
         DataError: A model that could not be loaded, or that is not in safetensors files.
-        UnsupportedError: transformers is not installed, or the model is no ViT.
+        UnsupportedError: transformers is not installed, or the model is not a ViT.
     """
     options = {"add_pooling_layer": False}
     model = _pretrained(pretrained, kind="vit", loader="ViTModel", options=options, where="hf_vit")
@@ -224,7 +228,7 @@ def hf_vit(input_shape: tuple[int, int, int], *, pretrained: str) -> Backbone:
         )
     stages: list[tuple[str, nn.Module]] = [("embed", ImageEmbed(model.embeddings)), *_layers(model, ImageLayer)]
     stages.append(("pool", ClassToken(model.layernorm)))
-    return Backbone(shaped(stages, input_shape, where="hf_vit"), input_shape=input_shape)
+    return Backbone(infer_shapes(stages, input_shape, where="hf_vit"), input_shape=input_shape)
 
 
 def _text_backbone(model: Any, input_shape: tuple[int], *, pooling: Pooling, where: str) -> Backbone:
@@ -232,11 +236,11 @@ def _text_backbone(model: Any, input_shape: tuple[int], *, pooling: Pooling, whe
         raise ConfigError(f"{where}.pooling: found {pooling!r}; give 'pooler', 'cls' or 'mean'")
     stages: list[tuple[str, nn.Module]] = [("embed", TextEmbed(model.embeddings)), *_layers(model, TextLayer)]
     stages.append(("pool", TextPool(pooling=pooling, pooler=model.pooler)))
-    return Backbone(shaped(stages, input_shape, where=where), input_shape=input_shape)
+    return Backbone(infer_shapes(stages, input_shape, where=where), input_shape=input_shape)
 
 
 def _layers(model: nn.Module, kind: type[TextLayer] | type[ImageLayer]) -> list[tuple[str, nn.Module]]:
-    # The model's only list of modules: where it hangs differs between versions of transformers.
+    # Found as the only ModuleList, because its attribute name differs between versions of transformers.
     layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
     return [(f"encoder.{index}", kind(layer)) for index, layer in enumerate(layers)]
 
@@ -248,8 +252,8 @@ def _length(input_shape: tuple[int, ...], *, where: str) -> int:
 
 
 def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], where: str) -> Any:
-    """A model of the hub or a folder, from safetensors files and with the attention that takes our masks."""
-    library = needed("transformers", where=where)
+    """Load a model of the hub or a folder from safetensors files, with the attention that supports our masks."""
+    library = require_package("transformers", where=where)
     try:
         config = library.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != kind:
@@ -261,7 +265,7 @@ def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], 
             )  # fmt: skip
     except UnsupportedError:
         raise
-    except (OSError, ValueError) as error:  # not there, no connection, no safetensors, code of its own
+    except (OSError, ValueError) as error:  # missing, no connection, no safetensors, or custom code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{where}.pretrained: {name} could not be loaded ({reason}); connect, or give a folder with safetensors"
@@ -276,7 +280,7 @@ def _pretrained(name: str, *, kind: str, loader: str, options: dict[str, bool], 
 
 @contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Neither a bar nor a report of weights that nobody asked for; both settings are put back."""
+    """Silence progress bars and reports of unused weights; both settings are restored at the end."""
     logging = library.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:

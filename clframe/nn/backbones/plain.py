@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, he_initialized, require_at_least, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone, he_initialize, require_at_least, require_depth, require_image
 
 
+@BACKBONES.register("small_cnn")
 def small_cnn(input_shape: tuple[int, int, int], *, width: int = 32, depth: int = 2) -> Backbone:
     """Small plain CNN for images of 8x8 to 32x32 pixels.
 
@@ -29,7 +30,7 @@ def small_cnn(input_shape: tuple[int, int, int], *, width: int = 32, depth: int 
     {'block1': (16, 4, 4), 'block2': (32, 2, 2), 'hidden': (64,)}
     """
     require_at_least(width, 1, where="small_cnn.width")
-    require_at_least(depth, 1, where="small_cnn.depth")
+    require_depth(depth, where="small_cnn.depth")
     channels, rows, columns = require_image(input_shape, 2**depth, where="small_cnn")
     stages: list[tuple[str, nn.Module, tuple[int, ...]]] = []
     for block in range(depth):
@@ -41,9 +42,10 @@ def small_cnn(input_shape: tuple[int, int, int], *, width: int = 32, depth: int 
         stages.append((f"block{block + 1}", layers, (wider, rows, columns)))
         channels = wider
     stages.append(("hidden", DenseReLU(channels * rows * columns, 4 * width), (4 * width,)))
-    return he_initialized(Backbone(stages, input_shape=input_shape), fan="fan_in")
+    return he_initialize(Backbone(stages, input_shape=input_shape), fan="fan_in")
 
 
+@BACKBONES.register("mlp")
 def mlp(input_shape: tuple[int, int, int], *, width: int = 256, depth: int = 2) -> Backbone:
     """Multi-layer perceptron on flattened images.
 
@@ -61,20 +63,20 @@ def mlp(input_shape: tuple[int, int, int], *, width: int = 256, depth: int = 2) 
     {'layer1': (100,)}
     """
     require_at_least(width, 1, where="mlp.width")
-    require_at_least(depth, 1, where="mlp.depth")
+    require_depth(depth, where="mlp.depth")
     require_at_least(min(input_shape, default=0), 1, where="mlp: smallest side of the input")
     stages: list[tuple[str, nn.Module, tuple[int, ...]]] = [
         (f"layer{layer + 1}", DenseReLU(width if layer else prod(input_shape), width), (width,))
         for layer in range(depth)
     ]
-    return he_initialized(Backbone(stages, input_shape=input_shape), fan="fan_in")
+    return he_initialize(Backbone(stages, input_shape=input_shape), fan="fan_in")
 
 
 class DenseReLU(nn.Linear):
-    """Flatten, linear layer, ReLU: one module, since a small net's time goes into calling modules."""
+    """Flatten, linear layer and ReLU in one module, because module calls dominate the time of small networks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(W x + b) of x flattened to (B, inputs)."""
+        """Compute relu(W x + b) of x flattened to (B, inputs)."""
         return F.linear(x.flatten(1), self.weight, self.bias).relu_()
 
 
@@ -84,9 +86,10 @@ _CONVOLUTIONS = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-"""Convolutions in each of the five groups."""
+"""Number of convolutions in each of the five groups."""
 
 
+@BACKBONES.register("vgg11")
 def vgg11(
     input_shape: tuple[int, int, int], *, width: int = 64, hidden: int = 4096, dropout: float = 0.5
 ) -> Backbone:
@@ -97,6 +100,7 @@ def vgg11(
     return _vgg("vgg11", input_shape, width=width, hidden=hidden, dropout=dropout)
 
 
+@BACKBONES.register("vgg13")
 def vgg13(
     input_shape: tuple[int, int, int], *, width: int = 64, hidden: int = 4096, dropout: float = 0.5
 ) -> Backbone:
@@ -107,6 +111,7 @@ def vgg13(
     return _vgg("vgg13", input_shape, width=width, hidden=hidden, dropout=dropout)
 
 
+@BACKBONES.register("vgg16")
 def vgg16(
     input_shape: tuple[int, int, int], *, width: int = 64, hidden: int = 4096, dropout: float = 0.5
 ) -> Backbone:
@@ -117,6 +122,7 @@ def vgg16(
     return _vgg("vgg16", input_shape, width=width, hidden=hidden, dropout=dropout)
 
 
+@BACKBONES.register("vgg19")
 def vgg19(
     input_shape: tuple[int, int, int], *, width: int = 64, hidden: int = 4096, dropout: float = 0.5
 ) -> Backbone:
@@ -160,4 +166,4 @@ def _vgg(
     fc1 = nn.Sequential(nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(inplace=True))
     fc2 = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
     stages += [("fc1", fc1, (hidden,)), ("fc2", fc2, (hidden,)), ("dropout", nn.Dropout(dropout), (hidden,))]
-    return he_initialized(Backbone(stages, input_shape=input_shape), fan="fan_in")
+    return he_initialize(Backbone(stages, input_shape=input_shape), fan="fan_in")

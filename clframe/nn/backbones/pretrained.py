@@ -1,4 +1,4 @@
-"""Packages that only some backbones need, imported when one of those is built."""
+"""Optional packages and published weights, loaded when a backbone that needs them is built."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, unknown_name
 
 
-def needed(package: str, *, where: str) -> Any:
-    """The module ``package``, which the extra of the same name installs.
+def require_package(package: str, *, where: str) -> Any:
+    """Import ``package``, which the extra of the same name installs.
 
     Raises:
-        UnsupportedError: It is not installed, or something that it needs itself is missing.
+        UnsupportedError: The package or one of its dependencies is missing.
 
-    >>> needed("no_such_package", where="mine")
+    >>> require_package("no_such_package", where="mine")
     Traceback (most recent call last):
     clframe.errors.UnsupportedError: mine: found no package no_such_package; pip install clframe[no_such_package]
     """
@@ -29,14 +29,14 @@ def needed(package: str, *, where: str) -> Any:
 
 
 def torchvision_model(name: str, *, weights: str | None, channels: int) -> Any:
-    """The torchvision model ``name``, classifier and all, randomly initialized or with published weights.
+    """Build the torchvision model ``name`` including its classifier, with random or published weights.
 
-    Random weights are drawn as torchvision does: the same seed gives the same model as calling it directly.
+    Random weights are drawn by torchvision: the same seed gives the same model as calling torchvision.
 
     Args:
-        name: Name of its builder, such as ``resnet18``; messages name it too.
+        name: Name of its builder, such as ``resnet18``; also used in messages.
         weights: Name of an entry of the model's weights enumeration, such as ``IMAGENET1K_V1``, downloaded
-            once through torchvision; None for random weights.
+            once through torchvision; None is random.
         channels: Channels of the images; published weights need 3.
 
     Raises:
@@ -48,14 +48,14 @@ def torchvision_model(name: str, *, weights: str | None, channels: int) -> Any:
 
     model = get_model(name)
     if weights is not None:
-        model.load_state_dict(published_state(name, weights, channels=channels)[0])
+        model.load_state_dict(load_published_state(name, weights, channels=channels)[0])
     return model
 
 
-def published_state(name: str, weights: str, *, channels: int) -> tuple[dict[str, Tensor], int]:
-    """The published weights of a torchvision model, and the smallest side of image they are for.
+def load_published_state(name: str, weights: str, *, channels: int) -> tuple[dict[str, Tensor], int]:
+    """Load the published weights of a torchvision model; return them and their minimum image side.
 
-    The file's hash is checked, and it is read as tensors only.
+    The hash of the file is checked, and it is read as tensors only.
 
     Raises:
         UnknownNameError: Weights that torchvision does not have for this model.
@@ -72,7 +72,7 @@ def published_state(name: str, weights: str, *, channels: int) -> tuple[dict[str
     entry = known[weights]
     try:
         state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no connection, or what arrived has another hash
+    except (OSError, RuntimeError) as error:  # no connection, or the download has another hash
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{name}.weights: {entry.url} could not be loaded ({reason}); "
@@ -81,13 +81,13 @@ def published_state(name: str, weights: str, *, channels: int) -> tuple[dict[str
     return state, min(entry.meta["min_size"])
 
 
-def for_channels(convolution: nn.Conv2d, channels: int, *, draw: Callable[[Tensor], object]) -> nn.Conv2d:
-    """The first convolution of a model for images of ``channels`` channels.
+def adapt_channels(convolution: nn.Conv2d, channels: int, *, draw: Callable[[Tensor], object]) -> nn.Conv2d:
+    """Adapt the first convolution of a model to images of ``channels`` channels.
 
     Args:
-        convolution: As the model has it; returned itself where it takes ``channels`` already.
+        convolution: The first convolution; returned unchanged if it already takes ``channels``.
         channels: Channels of the images.
-        draw: Fills the new weights in place, as the model's own initialization does; the bias is zero.
+        draw: Initializes the new weights in place like the model does; the bias is zero.
     """
     if convolution.in_channels == channels:
         return convolution
@@ -103,13 +103,13 @@ def for_channels(convolution: nn.Conv2d, channels: int, *, draw: Callable[[Tenso
 
 
 class ChannelsFirst(nn.Module):
-    """A module that works on channels-last maps, made to take and return (B, channels, height, width).
+    """Wraps a module on channels-last maps so that it takes and returns (B, channels, height, width).
 
     Both permutations are views: nothing is copied.
 
     Args:
         body: Module on (B, height, width, channels).
-        from_image: The module itself takes channels first, and only its output is turned.
+        from_image: Whether the module takes channels first, so that only its output is permuted.
     """
 
     def __init__(self, body: nn.Module, *, from_image: bool = False) -> None:
@@ -118,6 +118,6 @@ class ChannelsFirst(nn.Module):
         self.from_image = from_image
 
     def forward(self, x: Tensor) -> Tensor:
-        """maps_BCHW to maps_BCHW, or whatever else the module ends in."""
+        """Permute maps_BCHW, run the module, and permute its output back if it is a map."""
         out: Tensor = self.body(x if self.from_image else x.permute(0, 2, 3, 1))
         return out.permute(0, 3, 1, 2) if out.ndim == 4 else out

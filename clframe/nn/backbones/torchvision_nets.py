@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, require_image, shaped
-from clframe.nn.backbones.pretrained import ChannelsFirst, for_channels, torchvision_model
+from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_image
+from clframe.nn.backbones.pretrained import ChannelsFirst, adapt_channels, torchvision_model
 
 Stem = Literal["imagenet", "cifar"]
 
 
+@BACKBONES.register("resnet18")
 def resnet18(
     input_shape: tuple[int, int, int],
     *,
@@ -28,7 +29,7 @@ def resnet18(
         weights: Published weights, such as ``IMAGENET1K_V1``; None for random ones. They expect colors
             normalized with ImageNet's mean and standard deviation.
         stem: ``imagenet``, a 7x7 convolution and pooling that divide the image by 4, or ``cifar``, a 3x3
-            convolution that keeps it, as continual-learning code has it for small images.
+            convolution that does not, as is usual in continual learning on small images.
 
     Raises:
         ConfigError: An option out of range, images too small, or weights for another stem or other channels.
@@ -41,6 +42,7 @@ def resnet18(
     return _resnet("resnet18", input_shape, weights=weights, stem=stem)
 
 
+@BACKBONES.register("resnet34")
 def resnet34(
     input_shape: tuple[int, int, int],
     *,
@@ -54,6 +56,7 @@ def resnet34(
     return _resnet("resnet34", input_shape, weights=weights, stem=stem)
 
 
+@BACKBONES.register("resnet50")
 def resnet50(
     input_shape: tuple[int, int, int],
     *,
@@ -68,7 +71,7 @@ def resnet50(
 
 
 def resnet_stages(model: Any) -> list[tuple[str, nn.Module]]:
-    """Stages of a ``torchvision.models.ResNet``, which lends its parts; only ``fc`` is left out."""
+    """Stages of a ``torchvision.models.ResNet``, built from its modules; only ``fc`` is left out."""
     stages = [("stem", nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool))]
     for layer in ("layer1", "layer2", "layer3", "layer4"):
         stages += [(f"{layer}.{index}", block) for index, block in enumerate(getattr(model, layer))]
@@ -90,10 +93,11 @@ def _resnet(
         draw(model.conv1.weight)
         model.maxpool = nn.Identity()
     else:
-        model.conv1 = for_channels(model.conv1, channels, draw=draw)
-    return Backbone(shaped(resnet_stages(model), input_shape, where=name), input_shape=input_shape)
+        model.conv1 = adapt_channels(model.conv1, channels, draw=draw)
+    return Backbone(infer_shapes(resnet_stages(model), input_shape, where=name), input_shape=input_shape)
 
 
+@BACKBONES.register("convnext_tiny")
 def convnext_tiny(input_shape: tuple[int, int, int], *, weights: str | None = None) -> Backbone:
     """ConvNeXt-T of torchvision, 3, 3, 9 and 3 blocks in its stages.
 
@@ -109,24 +113,25 @@ def convnext_tiny(input_shape: tuple[int, int, int], *, weights: str | None = No
     channels, _, _ = require_image(input_shape, 32, where="convnext_tiny")
     model = torchvision_model("convnext_tiny", weights=weights, channels=channels)
     draw = partial(nn.init.trunc_normal_, std=0.02)
-    model.features[0][0] = for_channels(model.features[0][0], channels, draw=draw)
-    stages = shaped(convnext_stages(model), input_shape, where="convnext_tiny")
+    model.features[0][0] = adapt_channels(model.features[0][0], channels, draw=draw)
+    stages = infer_shapes(convnext_stages(model), input_shape, where="convnext_tiny")
     return Backbone(stages, input_shape=input_shape)
 
 
 def convnext_stages(model: Any) -> list[tuple[str, nn.Module]]:
-    """Stages of a ``torchvision.models.ConvNeXt``, which lends its parts; the last linear layer is left out."""
+    """Stages of a ``torchvision.models.ConvNeXt``, built from its modules; the last linear layer is left out."""
     stem, *parts = model.features
     stages = [("stem", stem)]
     for number, blocks in enumerate(parts[::2], start=1):
         first, *others = blocks
         if number > 1:
-            first = nn.Sequential(parts[2 * number - 3], first)  # the downsampling stands between the stages
+            first = nn.Sequential(parts[2 * number - 3], first)  # the downsampling layer between the stages
         stages += [(f"stage{number}.{index}", block) for index, block in enumerate((first, *others))]
     norm, flatten, _ = model.classifier
     return [*stages, ("pool", nn.Sequential(model.avgpool, norm, flatten))]
 
 
+@BACKBONES.register("efficientnet_b0")
 def efficientnet_b0(input_shape: tuple[int, int, int], *, weights: str | None = None) -> Backbone:
     """EfficientNet-B0 of torchvision, 16 blocks in 7 stages.
 
@@ -142,6 +147,7 @@ def efficientnet_b0(input_shape: tuple[int, int, int], *, weights: str | None = 
     return _efficientnet("efficientnet_b0", input_shape, weights=weights)
 
 
+@BACKBONES.register("efficientnet_v2_s")
 def efficientnet_v2_s(input_shape: tuple[int, int, int], *, weights: str | None = None) -> Backbone:
     """EfficientNetV2-S of torchvision, 40 blocks in 6 stages.
 
@@ -151,7 +157,7 @@ def efficientnet_v2_s(input_shape: tuple[int, int, int], *, weights: str | None 
 
 
 def efficientnet_stages(model: Any) -> list[tuple[str, nn.Module]]:
-    """Stages of a ``torchvision.models.EfficientNet``, which lends its parts; ``classifier`` is left out."""
+    """Stages of a ``torchvision.models.EfficientNet``, built from its modules; ``classifier`` is left out."""
     stem, *groups, last = model.features
     stages = [("stem", stem)]
     for number, group in enumerate(groups, start=1):
@@ -163,10 +169,11 @@ def _efficientnet(name: str, input_shape: tuple[int, int, int], *, weights: str 
     channels, _, _ = require_image(input_shape, 8, where=name)
     model = torchvision_model(name, weights=weights, channels=channels)
     draw = partial(nn.init.kaiming_normal_, mode="fan_out")
-    model.features[0][0] = for_channels(model.features[0][0], channels, draw=draw)
-    return Backbone(shaped(efficientnet_stages(model), input_shape, where=name), input_shape=input_shape)
+    model.features[0][0] = adapt_channels(model.features[0][0], channels, draw=draw)
+    return Backbone(infer_shapes(efficientnet_stages(model), input_shape, where=name), input_shape=input_shape)
 
 
+@BACKBONES.register("swin_t")
 def swin_t(input_shape: tuple[int, int, int], *, weights: str | None = None) -> Backbone:
     """Swin-T of torchvision, 2, 2, 6 and 2 blocks in its stages, windows of 7x7 patches.
 
@@ -182,6 +189,7 @@ def swin_t(input_shape: tuple[int, int, int], *, weights: str | None = None) -> 
     return _swin("swin_t", input_shape, weights=weights)
 
 
+@BACKBONES.register("swin_v2_s")
 def swin_v2_s(input_shape: tuple[int, int, int], *, weights: str | None = None) -> Backbone:
     """SwinV2-S of torchvision, 2, 2, 18 and 2 blocks, windows of 8x8 patches.
 
@@ -191,13 +199,13 @@ def swin_v2_s(input_shape: tuple[int, int, int], *, weights: str | None = None) 
 
 
 def swin_stages(model: Any) -> list[tuple[str, nn.Module]]:
-    """Stages of a ``torchvision.models.SwinTransformer``, which lends its parts; only ``head`` is left out."""
+    """Stages of a ``torchvision.models.SwinTransformer``, built from its modules; only ``head`` is left out."""
     stem, *parts = model.features
     stages: list[tuple[str, nn.Module]] = [("stem", ChannelsFirst(stem, from_image=True))]
     for number, blocks in enumerate(parts[::2], start=1):
         first, *others = blocks
         if number > 1:
-            first = nn.Sequential(parts[2 * number - 3], first)  # the patch merging stands between the stages
+            first = nn.Sequential(parts[2 * number - 3], first)  # the patch merging between the stages
         bodies = (first, *others)
         stages += [(f"stage{number}.{index}", ChannelsFirst(body)) for index, body in enumerate(bodies)]
     norm = ChannelsFirst(model.norm)
@@ -207,6 +215,6 @@ def swin_stages(model: Any) -> list[tuple[str, nn.Module]]:
 def _swin(name: str, input_shape: tuple[int, int, int], *, weights: str | None) -> Backbone:
     channels, _, _ = require_image(input_shape, 4, where=name)
     model = torchvision_model(name, weights=weights, channels=channels)
-    draw = partial(nn.init.kaiming_uniform_, a=sqrt(5))  # torch's default, which torchvision leaves here
-    model.features[0][0] = for_channels(model.features[0][0], channels, draw=draw)
-    return Backbone(shaped(swin_stages(model), input_shape, where=name), input_shape=input_shape)
+    draw = partial(nn.init.kaiming_uniform_, a=sqrt(5))  # torch's default, which torchvision does not change here
+    model.features[0][0] = adapt_channels(model.features[0][0], channels, draw=draw)
+    return Backbone(infer_shapes(swin_stages(model), input_shape, where=name), input_shape=input_shape)

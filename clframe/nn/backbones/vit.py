@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, require_at_least, require_image, shaped
-from clframe.nn.backbones.pretrained import for_channels, published_state
+from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_at_least, require_depth, require_image
+from clframe.nn.backbones.pretrained import adapt_channels, load_published_state
 
 
+@BACKBONES.register("vit_tiny")
 def vit_tiny(
     input_shape: tuple[int, int, int],
     *,
@@ -26,7 +27,7 @@ def vit_tiny(
     heads: int = 4,
     dropout: float = 0.0,
 ) -> Backbone:
-    """Small vision transformer for images of 28x28 or 32x32 pixels, 0.3 M parameters as it stands.
+    """Small vision transformer for images of 28x28 or 32x32 pixels; 0.3 M parameters by default.
 
     Args:
         input_shape: (channels, height, width) of one square image.
@@ -43,8 +44,9 @@ def vit_tiny(
     >>> net.names, net.tap_shapes["encoder.0"]
     (('embed', 'encoder.0', 'encoder.1', 'cls'), (50, 64))
     """
-    for option, value in (("patch", patch), ("width", width), ("depth", depth), ("heads", heads)):
+    for option, value in (("patch", patch), ("width", width), ("heads", heads)):
         require_at_least(value, 1, where=f"vit_tiny.{option}")
+    require_depth(depth, where="vit_tiny.depth")
     if width % heads:
         raise ConfigError(f"vit_tiny.heads: found {heads} with width {width}; give a number that divides it")
     if not 0 <= dropout < 1:
@@ -52,9 +54,10 @@ def vit_tiny(
     model = _vision_transformer(
         input_shape, patch=patch, width=width, depth=depth, heads=heads, dropout=dropout, where="vit_tiny"
     )
-    return Backbone(shaped(vit_stages(model), input_shape, where="vit_tiny"), input_shape=input_shape)
+    return Backbone(infer_shapes(vit_stages(model), input_shape, where="vit_tiny"), input_shape=input_shape)
 
 
+@BACKBONES.register("vit_b_16")
 def vit_b_16(
     input_shape: tuple[int, int, int], *, weights: str | None = None, dropout: float = 0.0
 ) -> Backbone:
@@ -78,13 +81,13 @@ def vit_b_16(
         input_shape, patch=16, width=768, depth=12, heads=12, dropout=dropout, where="vit_b_16"
     )
     if weights is not None:
-        state, side = published_state("vit_b_16", weights, channels=input_shape[0])
+        state, side = load_published_state("vit_b_16", weights, channels=input_shape[0])
         model.load_state_dict(_at_size(state, input_shape[1], trained=side))
-    return Backbone(shaped(vit_stages(model), input_shape, where="vit_b_16"), input_shape=input_shape)
+    return Backbone(infer_shapes(vit_stages(model), input_shape, where="vit_b_16"), input_shape=input_shape)
 
 
 def vit_stages(model: Any) -> list[tuple[str, nn.Module]]:
-    """Stages of a ``torchvision.models.VisionTransformer``, which lends its parts; ``heads`` is left out."""
+    """Stages of a ``torchvision.models.VisionTransformer``, built from its modules; ``heads`` is left out."""
     encoder = model.encoder
     embed = PatchTokens(
         model.conv_proj, class_token=model.class_token, positions=encoder.pos_embedding, dropout=encoder.dropout
@@ -94,13 +97,13 @@ def vit_stages(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 class PatchTokens(nn.Module):
-    """Patches as tokens, the class token in front of them, positions added.
+    """Embeds patches as tokens after a class token and adds positions.
 
     Args:
-        patches: Strided convolution from image to one vector a patch.
+        patches: Strided convolution from an image to one vector per patch.
         class_token: (1, 1, width).
         positions: (1, tokens, width).
-        dropout: What follows the sum.
+        dropout: Dropout after the sum.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class PatchTokens(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """tokens_BTD of images_BCHW."""
+        """Compute tokens_BTD of images_BCHW."""
         patches_BTD = self.patches(x).flatten(2).transpose(1, 2)
         tokens_BTD = torch.cat([self.class_token.expand(len(x), -1, -1), patches_BTD], dim=1)
         out: Tensor = self.dropout(tokens_BTD + self.positions)
@@ -121,10 +124,10 @@ class PatchTokens(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """The first token, normalized.
+    """Normalizes the first token.
 
     Args:
-        norm: Normalization of each token by itself, so that only the first one has to be computed.
+        norm: Per-token normalization, which is why the other tokens need not be computed.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -132,7 +135,7 @@ class ClassToken(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """features_BD of tokens_BTD."""
+        """Compute features_BD of tokens_BTD."""
         out: Tensor = self.norm(x[:, 0])
         return out
 
@@ -177,12 +180,12 @@ def _vision_transformer(
     def draw(weight: Tensor) -> Tensor:
         return nn.init.trunc_normal_(weight, std=sqrt(1 / (channels * patch * patch)))
 
-    model.conv_proj = for_channels(model.conv_proj, channels, draw=draw)
+    model.conv_proj = adapt_channels(model.conv_proj, channels, draw=draw)
     return model
 
 
 def _at_size(state: dict[str, Tensor], side: int, *, trained: int) -> dict[str, Tensor]:
-    """Published weights with their positions interpolated from images of ``trained`` pixels to ``side``."""
+    """Interpolate the positions of published weights from images of ``trained`` pixels to ``side``."""
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     if side == trained:

@@ -1,4 +1,7 @@
-"""A component in a package of its own: after ``pip install`` it is known as ``anchor`` everywhere."""
+"""A component of another package: after ``pip install``, ``strategy=anchor`` works everywhere.
+
+The module ``others`` adds a backbone, a data set, a metric and an exit policy.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from clframe.nn import Network
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor(Component):
-    """Anchor: hold the backbone near the weights it had after the last experience.
+    """Anchor: penalize the distance of the backbone's weights to those after the last experience.
 
     Adds ``strength / 2 * ||w - w_old||^2`` over the backbone, the L2 baseline of Kirkpatrick et al. (2017).
 
@@ -32,22 +35,20 @@ class Anchor(Component):
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
-            raise ConfigError(
-                f"components.anchor.strength: found {self.strength}; give a number of at least 0"
-            )
+            raise ConfigError(f"components.anchor.strength: found {self.strength}; give a number of at least 0")
 
     def init_state(self, network: Network) -> State:
-        """Nothing holds the first experience."""
+        """Return a state without weights: the first experience has no penalty."""
         return {"old": None}
 
     def losses(self, step: Step, state: State) -> Mapping[str, Tensor]:
-        """The distance, from the second experience on."""
+        """Return the penalty, from the second experience on."""
         if state["old"] is None:
             return {}
-        live = step.network.backbone.parameters()
-        squares = [(p - old).square().sum() for p, old in zip(live, state["old"], strict=True)]
+        weights = step.network.backbone.parameters()
+        squares = [(p - old).square().sum() for p, old in zip(weights, state["old"], strict=True)]
         return {"distance": self.strength / 2 * torch.stack(squares).sum()}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Remember the weights as they are now."""
+        """Store the current weights."""
         return {"old": [p.detach().clone() for p in network.backbone.parameters()]}

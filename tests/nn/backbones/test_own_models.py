@@ -11,7 +11,7 @@ from torch import nn
 
 from clframe.errors import ConfigError
 from clframe.nn import Backbone, Network
-from clframe.nn.backbones.base import shaped, tap_of
+from clframe.nn.backbones.base import infer_shapes, tap_of
 
 
 def layers():
@@ -165,7 +165,7 @@ def test_a_stage_that_fails_is_named(stages, message):
 @pytest.mark.parametrize("compute", [True, False])
 def test_both_dry_runs_agree(compute):
     stages = list(layers().named_children())
-    found = shaped(stages, (2, 9, 8), where="test", compute=compute)
+    found = infer_shapes(stages, (2, 9, 8), where="test", compute=compute)
     assert [(name, shape) for name, _, shape in found] == [("stem", (4, 7, 6)), ("body", (6, 3, 2)), ("pool", (6, 2, 1))]
     assert all(p.device.type == "cpu" for _, stage, _ in found for p in stage.parameters())
 

@@ -47,7 +47,7 @@ def test_channels_last_maps_are_turned():
 
 
 def test_a_model_whose_forward_is_no_sequence_is_refused():
-    with pytest.raises(UnsupportedError, match=r"^timm.model: hrnet_w18_small does more than run its parts in"):
+    with pytest.raises(UnsupportedError, match=r"^timm.model: hrnet_w18_small does more than run its modules in"):
         timm((3, 32, 32), model="hrnet_w18_small")
 
 

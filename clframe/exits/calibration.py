@@ -1,0 +1,257 @@
+"""Calibration of exits: temperature, vector scaling and isotonic regression, fitted on validation data.
+
+A calibration is the last step of an exit's scores, after its ensemble, so evaluation and dynamic inference apply the
+same one. No calibration changes the prediction of an exit, except vector scaling, which may.
+
+Dividing logits by a temperature never changes the order of the classes of one sample, but with three or more classes
+it does change the order of samples by their largest probability: (0.6, 0.399, 0.001) and (0.6, 0.2, 0.2) are equally
+confident at T = 1, and not at T = 2. Isotonic regression maps the largest probability by a monotone function, which
+keeps the order of samples at an exit up to ties.
+
+Sources: Guo et al., "On Calibration of Modern Neural Networks" (2017), temperature and vector scaling; Zadrozny and
+Elkan, "Transforming Classifier Scores into Accurate Multiclass Probability Estimates" (2002), isotonic regression.
+
+Shape suffixes: B batch, C classes, K exits, N samples, M knots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clframe.errors import ConfigError, DataError
+from clframe.nn.network import Carried, Ensemble
+
+Calibration = Literal["none", "temperature", "vector", "isotonic"]
+"""Calibrations by name."""
+
+HOTTEST, COLDEST = 100.0, 0.01
+"""Limits of a temperature: with every validation sample predicted correctly the best one would be 0."""
+
+RIDGE = 1e-3
+"""Penalty on the squared distance of vector scaling from the identity: classes without samples keep scale 1, bias 0."""
+
+
+MARGIN = 1e-4
+"""By how much isotonic regression keeps the first class above the second."""
+
+
+def fit_temperature(logits_NC: Tensor, y_N: Tensor) -> float:
+    """Temperature T that minimizes the negative log-likelihood of ``softmax(logits / T)``.
+
+    The likelihood is convex in 1 / T; its derivative, mean(E_p[z] - z_y), is solved by bisection in double precision.
+
+    Args:
+        logits_NC: Of one exit on held-out samples; columns of ``-inf`` are classes not met.
+        y_N: Classes.
+
+    Returns:
+        T between :data:`COLDEST` and :data:`HOTTEST`.
+
+    Raises:
+        DataError: No samples, or logits that are NaN.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> round(2 / fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # log-odds of 3 in 4: ln 3
+    1.0986
+    """
+    logits_NC = _checked(logits_NC, y_N)
+    finite_NC = logits_NC.masked_fill(logits_NC.isinf(), 0.0)
+    target_N = logits_NC.gather(1, y_N[:, None])[:, 0]
+    low, high = 1 / HOTTEST, 1 / COLDEST
+    for _ in range(60):
+        beta = (low * high) ** 0.5
+        slope = ((F.softmax(beta * logits_NC, 1) * finite_NC).sum(1) - target_N).mean()
+        low, high = (beta, high) if slope <= 0 else (low, beta)
+    return float(1 / (low * high) ** 0.5)
+
+
+def fit_vector_scaling(logits_NC: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and bias of each class that minimize the negative log-likelihood of ``softmax(scale * logits + bias)``.
+
+    A ridge of :data:`RIDGE` pulls towards scale 1 and bias 0. L-BFGS in double precision.
+
+    Args:
+        logits_NC: As for :func:`fit_temperature`.
+        y_N: Classes.
+
+    Returns:
+        scale_C and bias_C.
+    """
+    logits_NC = _checked(logits_NC, y_N)
+    finite_NC = logits_NC.masked_fill(logits_NC.isinf(), 0.0)
+    unmet_C = logits_NC.isinf().all(0)
+    scale_C = torch.ones(logits_NC.shape[1], dtype=torch.float64, requires_grad=True)
+    bias_C = torch.zeros(logits_NC.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale_C, bias_C], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        scores_NC = (finite_NC * scale_C + bias_C).masked_fill(unmet_C, -torch.inf)
+        loss = F.cross_entropy(scores_NC, y_N) + RIDGE * ((scale_C - 1).square() + bias_C.square()).sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return scale_C.detach(), bias_C.detach()
+
+
+def fit_isotonic(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Knots of the monotone function from largest probability to accuracy with the least squared error.
+
+    Args:
+        confidence_N: Largest probabilities of one exit on held-out samples.
+        correct_N: Whether each prediction is correct.
+
+    Returns:
+        x_M, ascending, and y_M; the function is linear between knots and constant outside.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    if not len(confidence_N):
+        raise DataError("calibration: found no held-out samples; set benchmark.validation=0.1")
+    fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
+    fitted.fit(confidence_N.double().numpy(), correct_N.double().numpy())
+    return torch.as_tensor(fitted.X_thresholds_), torch.as_tensor(fitted.y_thresholds_)
+
+
+def interpolate(x_B: Tensor, knots_M: Tensor, values_M: Tensor) -> Tensor:
+    """Piecewise linear function through the knots, constant outside of them.
+
+    >>> interpolate(torch.tensor([0.0, 0.5, 2.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0])).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    if len(knots_M) == 1:
+        return values_M.expand_as(x_B).clone()
+    right_B = torch.searchsorted(knots_M, x_B.contiguous()).clamp(1, len(knots_M) - 1)
+    left_B = right_B - 1
+    width_B = knots_M[right_B] - knots_M[left_B]
+    share_B = ((x_B - knots_M[left_B]) / width_B.clamp_min(torch.finfo(x_B.dtype).tiny)).clamp(0, 1)
+    return values_M[left_B] + share_B * (values_M[right_B] - values_M[left_B])
+
+
+class Calibrated(Ensemble):
+    """Scores of an ensemble, calibrated exit by exit; the identity before it is fitted.
+
+    Args:
+        ensemble: The scores to calibrate.
+        kind: ``temperature``, ``vector`` or ``isotonic``.
+        exits: Number K of exits.
+
+    Raises:
+        ConfigError: An unknown kind.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, ensemble: Ensemble, kind: Calibration, *, exits: int) -> None:
+        super().__init__()
+        if kind not in get_args(Calibration) or kind == "none":
+            raise ConfigError(f"calibration: found '{kind}'; give temperature, vector or isotonic")
+        self.ensemble, self.kind, self.exits = ensemble, kind, exits
+        # Parameters without gradients: nothing trains them, and every checkpoint contains them.
+        self.first = nn.ParameterList([nn.Parameter(torch.ones(1), requires_grad=False) for _ in range(exits)])
+        self.second = nn.ParameterList([nn.Parameter(torch.zeros(1), requires_grad=False) for _ in range(exits)])
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        # The same on the host: reading the buffer at every step would synchronize with the device.
+        self._is_fitted = False
+
+    def grow(self, classes: Iterable[int]) -> bool:
+        """Grow the ensemble; a class that vector scaling was not fitted on has scale 1 and bias 0."""
+        return self.ensemble.grow(classes)
+
+    def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+        """Calibrated scores of one exit."""
+        scores_BC, carried = self.ensemble.step(exit, logits_BC, carried)
+        return self.calibrate(exit, scores_BC), carried
+
+    def forward(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Calibrated scores of every exit."""
+        return tuple(self.calibrate(exit, scores_BC) for exit, scores_BC in enumerate(self.ensemble(logits)))
+
+    def calibrate(self, exit: int, scores_BC: Tensor) -> Tensor:
+        """Apply the calibration of one exit to its scores."""
+        if not scores_BC.shape[1] or not self._is_fitted:
+            return scores_BC
+        first, second = self.first[exit], self.second[exit]
+        if self.kind == "temperature":
+            temperature_1: Tensor = first.to(scores_BC.dtype)
+            return scores_BC / temperature_1
+        if self.kind == "vector":
+            known = min(len(first), scores_BC.shape[1])
+            scale_C, bias_C = scores_BC.new_ones(scores_BC.shape[1]), scores_BC.new_zeros(scores_BC.shape[1])
+            scale_C[:known], bias_C[:known] = first[:known].to(scale_C.dtype), second[:known].to(bias_C.dtype)
+            # A class not met stays -inf whatever the sign of its scale.
+            return torch.where(scores_BC.isinf(), scores_BC, scores_BC * scale_C + bias_C)
+        return _with_confidence(scores_BC, first, second)
+
+    def fit(self, logits: Sequence[Tensor], y_N: Tensor) -> None:
+        """Fit every exit on held-out logits.
+
+        Args:
+            logits: logits_NC of every exit, in order of depth, before the ensemble.
+            y_N: Classes.
+
+        Raises:
+            DataError: No samples, or logits that are NaN.
+        """
+        with torch.no_grad():
+            scores = [scores_NC.cpu() for scores_NC in self.ensemble([each.to(self.fitted.device) for each in logits])]
+        y_N = y_N.cpu()
+        for exit, scores_NC in enumerate(scores):
+            if self.kind == "temperature":
+                found = torch.tensor([fit_temperature(scores_NC, y_N)]), torch.zeros(1)
+            elif self.kind == "vector":
+                found = fit_vector_scaling(scores_NC, y_N)
+            else:
+                top_N, class_N = _checked(scores_NC, y_N).softmax(1).max(1)
+                found = fit_isotonic(top_N, class_N == y_N)
+            self._set(exit, *found)
+        self.fitted.fill_(True)
+        self._is_fitted = True
+
+    def _set(self, exit: int, first: Tensor, second: Tensor) -> None:
+        place: Any = {"device": self.fitted.device, "dtype": torch.float32}
+        self.first[exit] = nn.Parameter(first.to(**place), requires_grad=False)
+        self.second[exit] = nn.Parameter(second.to(**place), requires_grad=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Sizes depend on the data a calibration was fitted on: take those of the checkpoint.
+        for exit in range(self.exits):
+            first, second = (state_dict.get(f"{prefix}{name}.{exit}") for name in ("first", "second"))
+            if isinstance(first, Tensor) and isinstance(second, Tensor):
+                self._set(exit, first, second)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._is_fitted = bool(self.fitted)
+
+
+def _with_confidence(scores_BC: Tensor, knots_M: Tensor, values_M: Tensor) -> Tensor:
+    """Log-probabilities whose largest one is the calibrated confidence; the others keep their proportions.
+
+    A confidence below that of the second class is raised just above it: a calibration must not change the prediction.
+    """
+    p_BC = scores_BC.float().softmax(1)
+    if p_BC.shape[1] == 1:
+        return scores_BC
+    top_B2, class_B2 = p_BC.topk(2, dim=1)
+    rest_B = (1 - top_B2[:, 0]).clamp_min(torch.finfo(torch.float32).tiny)
+    share_B = (top_B2[:, 1] / rest_B).clamp(0, 1)  # of the second class among the others
+    wanted_B = interpolate(top_B2[:, 0], knots_M, values_M)
+    lowest_B = (share_B + MARGIN) / (1 + share_B)
+    confidence_B = torch.maximum(wanted_B, lowest_B).clamp(max=1 - 1e-7)
+    calibrated_BC = p_BC * ((1 - confidence_B) / rest_B)[:, None]
+    calibrated_BC = calibrated_BC.scatter(1, class_B2[:, :1], confidence_B[:, None])
+    return calibrated_BC.log().to(scores_BC.dtype)
+
+
+def _checked(logits_NC: Tensor, y_N: Tensor) -> Tensor:
+    if not len(y_N):
+        raise DataError("calibration: found no held-out samples; set benchmark.validation=0.1")
+    if logits_NC.isnan().any():
+        raise DataError("calibration: found NaN logits; lower optimizer.lr, training has diverged")
+    return logits_NC.double().cpu()

@@ -1,0 +1,99 @@
+"""Frozen dataclasses as JSON values and back, readable across versions.
+
+A field that a file has and the class does not is ignored; a field that the class has and the file does not takes its
+default. So adding a field with a default keeps old files readable. A class whose fields were renamed or moved defines
+``upgrade``, which turns the content of an older file into today's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from clframe.errors import RunFolderError
+
+R = TypeVar("R")
+
+
+def to_json(record: Any) -> str:
+    """Return a dataclass as JSON text, one field a line."""
+    lines = (f"  {json.dumps(e.name)}: {json.dumps(to_plain(getattr(record, e.name)))}" for e in fields(record))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def to_plain(value: Any) -> Any:
+    """Return numbers, texts, lists and mappings of strict JSON: NaN becomes ``null``, infinity ``"Infinity"``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if is_dataclass(value):
+        return {e.name: to_plain(getattr(value, e.name)) for e in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(entry) for entry in value]
+    return value
+
+
+def read_record(kind: type[R], content: Mapping[str, Any], *, prefix: str = "") -> R:
+    """Build a dataclass from the content of a JSON file, or from what ``dataclasses.asdict`` returned.
+
+    Args:
+        kind: The class; its annotations decide how each field is read.
+        content: Values by field name.
+        prefix: Start of error messages, such as ``"runs/a/results.json: "``.
+
+    Raises:
+        RunFolderError: A field without a default is missing, or a value has the wrong type.
+    """
+    upgrade = getattr(kind, "upgrade", None)
+    content = content if upgrade is None else upgrade(content)
+    hashable: Any = kind  # mypy: a type variable is not known to be hashable
+    hints, values = _hints(hashable), dict[str, Any]()
+    for entry in fields(kind):  # type: ignore[arg-type]
+        if entry.name in content:
+            values[entry.name] = _decode(hints[entry.name], content[entry.name], prefix + entry.name)
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise RunFolderError(f"{prefix}{entry.name}: is missing; restore the file or run again")
+    return kind(**values)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as the annotation ``hint`` requires; raises :class:`RunFolderError`."""
+    outer, inner = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+        return read_record(hint, value, prefix=f"{where}.")
+    if outer is types.UnionType:  # X | None
+        return None if value is None else _decode(inner[0], value, where)
+    if outer is tuple and isinstance(value, list | tuple):
+        return tuple(_decode(inner[0], entry, where) for entry in value)
+    if outer is Mapping and isinstance(value, Mapping):
+        return {_key(inner[0], key, where): _decode(inner[1], entry, where) for key, entry in value.items()}
+    if outer is Literal and value in inner:
+        return value
+    if hint is float and (value is None or value in ("Infinity", "-Infinity")):
+        return float("nan") if value is None else float(value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise RunFolderError(f"{where}: found {json.dumps(value, default=str)[:40]}; restore the file or run again")
+
+
+def _key(hint: Any, key: Any, where: str) -> Any:
+    if hint is str:
+        return str(key)
+    try:
+        return int(key)
+    except ValueError:
+        raise RunFolderError(f"{where}: found the key {key!r}, not a number; restore the file") from None

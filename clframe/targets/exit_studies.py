@@ -1,0 +1,216 @@
+"""Studies of the exits of runs: opened, measured, written to folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from clframe.accounting import backbone_macs, cumulative_macs
+from clframe.environment import versions
+from clframe.errors import ClframeError, DataError, RunFolderError
+from clframe.exits import output
+from clframe.exits.proxy import (
+    GAINS,
+    METRICS,
+    Correlation,
+    Variant,
+    correlations,
+    difference,
+    variants_of_records,
+    variants_of_scores,
+)
+from clframe.exits.study import ExitStudy, Progress, collect_scores, fingerprint, study_exits
+from clframe.files import write_atomically
+from clframe.plotting.style import MUTED, Picture, percent, render_picture, series_style
+from clframe.records import read_record, to_plain
+from clframe.results import Result
+from clframe.tables import Table, to_csv, to_latex, to_markdown
+from clframe.targets.opening import open_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS: Final = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
+
+
+def write_exit_study(study: ExitStudy, folder: Path, *, command: Sequence[str]) -> Path:
+    """Write ``exits.json``, tables (CSV, Markdown, LaTeX) and figures (SVG, PNG); returns the path of the JSON file.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    content = output.to_json(study, command=command, versions=versions())
+    return _write(folder, "exits.json", content, output.tables(study), output.pictures(study))
+
+
+def study_run(
+    run: str, *, overrides: Sequence[str] = (), device: str = "cpu", limit: int | None = None, seed: int = 0,
+    progress: Progress | None = None,
+) -> ExitStudy:  # fmt: skip
+    """Open a run and study its exits; see :func:`~clframe.exits.study.study_exits`."""
+    return study_exits(open_target(run, overrides=overrides, device=device), limit=limit, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProxyStudy:
+    """Variants, their correlations, and what could not be used.
+
+    Attributes:
+        variants: All variants of all runs.
+        correlations: Of every metric with every gain.
+        differences: |rho| of failure prediction minus |rho| of calibration, with each gain.
+        skipped: Reason for each run that gave no variants.
+    """
+
+    variants: tuple[Variant, ...]
+    correlations: tuple[Correlation, ...]
+    differences: tuple[Correlation, ...]
+    skipped: Mapping[str, str]
+
+
+PAIRS: Final = (("eefp", "ece"), ("auroc", "ece"), ("aurc", "ece"), ("eefp", "accuracy"))
+"""Metrics whose correlations are compared."""
+
+
+def study_proxies(
+    runs: Sequence[str], *, overrides: Sequence[str] = (), device: str = "cpu", seed: int = 0,
+    progress: Progress | None = None,
+) -> ProxyStudy:  # fmt: skip
+    """Collect the variants of runs and correlate metrics with gains.
+
+    The variants of a run are stored in its folder, so a study that is repeated or was interrupted computes only new
+    ones. A run without exits, without validation data or without a checkpoint is skipped with its reason.
+
+    Raises:
+        DataError: Fewer than three variants.
+    """
+    variants: list[Variant] = []
+    skipped: dict[str, str] = {}
+    for done, run in enumerate(runs, start=1):
+        try:
+            variants += _variants_of(run, overrides=overrides, device=device)
+        except ClframeError as error:
+            skipped[run] = str(error)
+        if progress is not None:
+            progress("runs", done, len(runs))
+    if len(variants) < 3:
+        reasons = f"; {next(iter(skipped.values()))}" if skipped else ""
+        raise DataError(f"proxy: found {len(variants)} variants in {len(runs)} runs; give runs with exits{reasons}")
+    compared = tuple(
+        difference(variants, first, second, gain=gain, seed=seed) for first, second in PAIRS for gain in GAINS
+    )
+    return ProxyStudy(
+        variants=tuple(variants), correlations=tuple(correlations(variants, seed=seed)), differences=compared,
+        skipped=skipped,
+    )  # fmt: skip
+
+
+def write_proxy_study(study: ProxyStudy, folder: Path, *, command: Sequence[str]) -> Path:
+    """Write ``proxy.json``, tables and scatter plots; returns the path of the JSON file."""
+    content = {
+        "schema_version": 1, "command": list(command), "versions": versions(), "skipped": dict(study.skipped),
+        "correlations": study.correlations, "differences": study.differences, "variants": study.variants,
+    }  # fmt: skip
+    plain: dict[str, Any] = to_plain(content)
+    return _write(folder, "proxy.json", plain, proxy_tables(study), proxy_pictures(study))
+
+
+def proxy_tables(study: ProxyStudy) -> list[Table]:
+    """Correlations of all metrics, and the comparison of correlations."""
+    runs = len({variant.run for variant in study.variants})
+    note = f"{len(study.variants)} variants of {runs} runs; in brackets 95 % intervals over resampled runs."
+    cells = {(one.metric, one.gain): _shown(one) for one in study.correlations}
+    rows = tuple((metric, *(cells[metric, gain] for gain in GAINS)) for metric in METRICS)
+    compared = {(one.metric, one.gain): _shown(one) for one in study.differences}
+    names = dict.fromkeys(one.metric for one in study.differences)
+    headings = tuple(gain.replace("_", " ") for gain in GAINS)
+    return [
+        Table(name="proxy_correlations", title="Spearman correlation of metrics with realized gains", note=note,
+              columns=("metric", *headings), rows=rows),
+        Table(name="proxy_differences", title="Difference of absolute correlations", note=note,
+              columns=("comparison", *headings),
+              rows=tuple((name, *(compared[name, gain] for gain in GAINS)) for name in names)),
+    ]  # fmt: skip
+
+
+def proxy_pictures(study: ProxyStudy, *, gain: str = "accuracy_50") -> list[Picture]:
+    """Scatter plots of the main metrics against accuracy at the 50 % budget."""
+    return [
+        Picture(f"proxy_{metric}", f"{metric} against {gain.replace('_', ' ')}, one point per variant.",
+                partial(draw_scatter, study, metric, gain))
+        for metric in ("eefp", "ece", "auroc", "aurc")
+    ]  # fmt: skip
+
+
+def draw_scatter(study: ProxyStudy, metric: str, gain: str, figure: Figure) -> None:
+    """One point per variant, colored by run where there are few."""
+    axes: Any = figure.add_subplot()
+    runs = list(dict.fromkeys(variant.run for variant in study.variants))
+    for variant in study.variants:
+        x, y = variant.metrics.get(metric, float("nan")), variant.gains.get(gain, float("nan"))
+        color = series_style(runs.index(variant.run))["color"] if len(runs) <= 8 else MUTED
+        axes.plot([x], [y], "o", color=color, markersize=3.5, alpha=0.7)
+    rho = next(one for one in study.correlations if (one.metric, one.gain) == (metric, gain))
+    axes.set(xlabel=f"{metric}, %", ylabel=f"{gain.replace('_', ' ')}, %", title=f"Spearman {_shown(rho)}")
+    percent(axes.xaxis)
+    percent(axes.yaxis)
+
+
+def _variants_of(run: str, *, overrides: Sequence[str], device: str) -> list[Variant]:
+    target = open_target(run, overrides=overrides, device=device)
+    if target.run is None or len(target.run.network.heads) < 2:
+        raise DataError(f"{run}: has one exit only; train with strategy='... + exits'")
+    if target.splits.validation is None:
+        raise DataError(f"{run}: has no validation data; train with benchmark.validation=0.1")
+    file, key = target.folder / "exits" / "proxy.json", fingerprint(target, None)
+    stored = _stored(file, key)
+    if stored is not None:
+        return stored
+    network = target.run.network
+    validation, test = collect_scores(target, "validation"), collect_scores(target, "test")
+    found = variants_of_scores(
+        run, validation, test, cost_K=cumulative_macs(network), backbone_cost=backbone_macs(network)
+    )
+    results = target.folder / "results.json"
+    if results.is_file():
+        # The last experience is the run at its end, which the scores above describe.
+        found += variants_of_records(run, Result.from_json(results).exits[:-1])
+    write_atomically(file, json.dumps({"key": key, "variants": to_plain([asdict(v) for v in found])}) + "\n")
+    return found
+
+
+def _stored(file: Path, key: str) -> list[Variant] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["key"] != key:
+            return None
+        return [read_record(Variant, each) for each in content["variants"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(folder: Path, name: str, content: Any, tables: Sequence[Table], pictures: Sequence[Picture]) -> Path:
+    """Render everything, then write; the JSON file last."""
+    files: dict[str, str | bytes] = {}
+    for table in tables:
+        files |= {f"{table.name}.{ending}": render(table) for ending, render in FORMATS}
+    for picture in map(render_picture, pictures):
+        files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
+    files[name] = json.dumps(content, indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--output: {folder} cannot be created ({error.strerror}); choose another") from None
+    for file, each in files.items():
+        write_atomically(folder / file, each)
+    return folder / name
+
+
+def _shown(one: Correlation) -> str:
+    return "-" if isnan(one.rho) else f"{one.rho:+.2f} ({one.low:+.2f} to {one.high:+.2f})"
+

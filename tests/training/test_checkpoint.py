@@ -1,0 +1,83 @@
+"""Checkpoints: verified before they are read, ordered by number."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+
+import clframe
+from clframe.errors import RunFolderError
+from clframe.training.checkpoint import checkpoint_files, load_latest, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def content(value: float) -> dict:
+    return {"network": {"weight": torch.full((64, 64), value)}, "steps": 3}
+
+
+def test_the_thousandth_comes_after_the_nine_hundred_and_ninety_ninth(tmp_path):
+    for finished in (998, 999, 1000, 1001):
+        save_checkpoint(tmp_path, content(float(finished)), finished=finished)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["experience_1000.ckpt", "experience_1001.ckpt"]
+    assert load_latest(tmp_path, device=CPU)["finished"] == 1001
+
+
+def test_no_flipped_bit_loads_as_other_weights(tmp_path):
+    save_checkpoint(tmp_path, content(0.5), finished=1)
+    path = save_checkpoint(tmp_path, content(0.25), finished=2)
+    original, draw = path.read_bytes(), random.Random(0)
+    fell_back = 0
+    for _ in range(200):
+        damaged = bytearray(original)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        weight = load_latest(tmp_path, device=CPU)["network"]["weight"]
+        assert (weight == weight[0, 0]).all() and weight[0, 0] in (0.25, 0.5)
+        fell_back += weight[0, 0] == 0.5
+    assert fell_back > 150  # the rest hit bytes that no reader uses
+
+
+def test_the_damaged_file_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    save_checkpoint(tmp_path, content(0.5), finished=1)
+    path = save_checkpoint(tmp_path, content(0.25), finished=2)
+    path.write_bytes(path.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING, logger="clframe"):
+        assert load_latest(tmp_path, device=CPU)["finished"] == 1
+    assert [record.message for record in caplog.records] == [
+        f"{path}: is damaged or no checkpoint of clframe; the one before it is used"
+    ]
+    (tmp_path / "experience_001.ckpt").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"experience_002\.ckpt: is damaged .* no intact one is left"):
+        load_latest(tmp_path, device=CPU)
+
+
+def test_a_file_that_contradicts_its_name_is_refused(tmp_path):
+    save_checkpoint(tmp_path, content(0.5), finished=1).rename(tmp_path / "experience_007.ckpt")
+    with pytest.raises(RunFolderError, match=r"experience_007\.ckpt: finished=1 contradicts the file's name"):
+        load_latest(tmp_path, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "x"}, "steps='x'"),
+        ({"steps": -1}, "steps=-1"),
+        ({"tallies": []}, "tallies has 0 entries after 2 experiences"),
+        ({"train_seconds": None}, "train_seconds=None"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(tmp_path, change, message):
+    small = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false"]
+    result = clframe.run("quickstart", small, output=tmp_path)
+    (folder,) = tmp_path.glob("quickstart/*")
+    path = folder / "checkpoints" / "experience_002.ckpt"
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    with pytest.raises(RunFolderError, match=message):
+        clframe.run(resume=result.run_folder)
+    torch.save({**torch.load(path, weights_only=True), "finished": 77}, path.with_name("experience_077.ckpt"))
+    with pytest.raises(RunFolderError, match="finished=77 of 2 experiences"):
+        clframe.run(resume=result.run_folder)

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.avalanche_bridge.fabric import on_fabric
     from clframe.api import explain, load, run
+    from clframe.avalanche_bridge.fabric import on_fabric
     from clframe.config.load import load_config
     from clframe.config.schema import Config
     from clframe.core import compose

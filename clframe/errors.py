@@ -36,7 +36,7 @@ class RunFolderError(ClframeError):
 
 
 class DivergenceError(ClframeError):
-    """Training whose losses or weights are no longer finite."""
+    """Training with losses or weights that became NaN or infinite."""
 
 
 class UnsupportedError(ClframeError):

@@ -32,7 +32,8 @@ class AGEM(BufferComponent):
     gradient weight by weight. Measured on held-out digits in 5 experiences (``small_cnn``, 3 epochs, 3 seeds) with Adam
     at 0.002: 85.7 % with task labels against 73.5 % for fine-tuning, 20.0 % against 20.1 % without. By SGD at 0.1,
     without task labels: 28.7 % with the defaults, 29.1 % with a memory of 1000 and a sample of 256, 22.6 % with
-    selection ``balanced``. Cost: a forward and a backward pass of ``sample`` per step and a gradient in memory.
+    selection ``balanced``. More epochs help, unevenly: with Adam and 10 epochs 41.3 %, but 20.8 to 68.0 % between
+    seeds. Cost: a forward and a backward pass of ``sample`` per step and a gradient in memory.
 
     Args:
         memory: Buffer size in samples: total, or per class.

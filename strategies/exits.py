@@ -12,6 +12,8 @@ from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ClframeError, ConfigError, UnsupportedError
 from clframe.exits import (
+    Calibrated,
+    Calibration,
     EnsembleKind,
     ExitPlacement,
     fit_on_samples,
@@ -22,6 +24,7 @@ from clframe.exits import (
 )
 from clframe.exits.losses import Ramp, exit_weights, self_distillation
 from clframe.nn.backbones import Backbone
+from clframe.nn.features import exit_logits
 from clframe.nn.heads import Head
 from clframe.nn.network import Gradient, Network
 
@@ -61,6 +64,8 @@ class Exits(Component):
         fit_on: Data for fitting a geometric ensemble: held-out data of all experiences so far (``validation``), or
             the training data of the experience, as published.
         fit_epochs: Passes over these data.
+        calibration: Calibration of each exit's scores, fitted on held-out data after each experience: ``none``,
+            ``temperature``, ``vector`` (scaling), ``isotonic`` (on the largest probability).
         weights: Schedule of the exits' loss weights over the epochs of an experience: ``ramp`` from 0.01, ``linear``
             from 0, ``constant``.
         values: Final loss weights, one for each exit; if empty, those of the placement.
@@ -94,6 +99,7 @@ class Exits(Component):
     ensemble: EnsembleKind = "single"
     fit_on: Literal["validation", "training"] = "validation"
     fit_epochs: int = 50
+    calibration: Calibration = "none"
     weights: Ramp = "ramp"
     values: tuple[float, ...] = ()
     gradient: Gradient = "through"
@@ -128,8 +134,10 @@ class Exits(Component):
 
     @property
     def needs_held_out(self) -> str:
-        """The option ``fit_on`` where a geometric ensemble is fitted on held-out data."""
-        return "fit_on" if self.ensemble == "geometric" and self.fit_on == "validation" else ""
+        """The option that is fitted on held-out data: ``fit_on`` of a geometric ensemble, or ``calibration``."""
+        if self.ensemble == "geometric" and self.fit_on == "validation":
+            return "fit_on"
+        return "calibration" if self.calibration != "none" else ""
 
     def resolve(self, network: Network) -> Exits:
         """Replace ``at_latency`` by the taps it selects, since timings vary between machines and measurements."""
@@ -173,6 +181,8 @@ class Exits(Component):
         network.gradient = self.gradient
         network.boosted = self.ensemble == "boosted"
         network.ensemble = make_ensemble(self.ensemble, exits=len(network.heads))
+        if self.calibration != "none":
+            network.ensemble = Calibrated(network.ensemble, self.calibration, exits=len(network.heads))
 
     def init_state(self, network: Network) -> State:
         """The exits' loss weights at the end of a ramp."""
@@ -208,12 +218,15 @@ class Exits(Component):
         return {"distill": self.distill * self_distillation(step.output.logits, temperature=self.temperature)}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
-        """Fit a geometric ensemble on the exits' logits, corrected by the owner of slot ``logits``."""
+        """Fit a geometric ensemble, then the calibration, on the exits' logits, corrected by the slot ``logits``."""
         if self.ensemble == "geometric":
             samples = context.experience.held_out if self.fit_on == "validation" else (context.experience.samples,)
             fit_on_samples(
                 network, samples, epochs=self.fit_epochs, generator=context.generator, forward=context.corrected_output
             )
+        if isinstance(network.ensemble, Calibrated):
+            logits, y_N = exit_logits(network, context.experience.held_out, answer=context.corrected_output)
+            network.ensemble.fit(logits, y_N)
         return state
 
     def _placement(self, network: Network) -> ExitPlacement:

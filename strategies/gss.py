@@ -140,7 +140,7 @@ def sample_gradients(network: Network, x: Tensor, y_N: Tensor) -> Tensor:
         except RuntimeError:  # an operation without a batching rule
             rows = [one(weights, x_1, y) for x_1, y in zip(x, y_N, strict=True)]
             found = {name: torch.stack([row[name] for row in rows]) for name in weights}
-    return torch.cat([gradient.flatten(1) for gradient in found.values()], dim=1)
+    return torch.cat([gradient.reshape(len(x), -1) for gradient in found.values()], dim=1)
 
 
 def _store(state: State, raw: Tensor, y_N: Tensor, slot_N: Tensor, score_M: Tensor) -> State:

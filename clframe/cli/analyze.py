@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,13 +13,21 @@ from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.progress import progress_bars
 
 NAME = "analyze"
-HELP = "measure the activation sparsity of a run or of a model of a hub"
-WORDS = "sparsity TARGET [benchmark.KEY=VALUE ...]"
+HELP = "measure activation sparsity, or exits: calibration, failure prediction, budgets"
+WORDS = "{sparsity TARGET | exits RUN ... | proxy RUN ...} [benchmark.KEY=VALUE ...]"
 DESCRIPTION = """\
-Measures which share of the inputs and outputs of the hidden layers of a trained model's feed-forward networks can be
-set to zero before its score falls below 99 %. Nothing is trained and the model is not changed. A rule keeps the largest
-entries of each token, with one value for all layers, swept over 26 values. Each sparsity is compared with that of a
-dense Gaussian vector under the same rule: only the excess is a property of the model.
+exits: calibration (ECE, Brier, NLL) and failure prediction (AUROC, AURC, AUGRC, EEFP) of every exit of runs with
+exits, with intervals, and accuracy on test data at budgets solved on validation data; writes tables, figures and
+exits.json to RUN/exits. proxy: correlation of each metric with the accuracy that early exit reaches, over the
+calibrations, confidence measures and experiences of many runs. Scores are cached in each run's folder.
+
+  clframe analyze exits runs/quickstart/20260101-120000-seed0
+  clframe analyze proxy runs/quickstart --output proxy
+
+sparsity: measures which share of the inputs and outputs of the hidden layers of a trained model's feed-forward
+networks can be set to zero before its score falls below 99 %. Nothing is trained and the model is not changed. A rule
+keeps the largest entries of each token, with one value for all layers, swept over 26 values. Each sparsity is
+compared with that of a dense Gaussian vector under the same rule: only the excess is a property of the model.
 
 TARGET is a run folder, scored on its validation data if it has some, else on test data; for several experiences,
 active neurons, their overlap and forgetting are compared. Or TARGET is the folder or hub name of a model of
@@ -39,7 +48,8 @@ Writes sparsity.json, tables (CSV, Markdown) and figures (SVG, PNG) to RUN/spars
 docs/analysis.md.
 """
 
-_KINDS = ("sparsity",)
+_KINDS = ("sparsity", "exits", "proxy")
+_ONLY_SPARSITY = ("rule", "roles", "data", "tokens", "generate", "length", "score", "share", "batch")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +75,12 @@ def act(options: argparse.Namespace) -> int:
     what, *rest = options.words or [""]
     if what not in _KINDS:
         if not what:
-            raise ConfigError("analyze: found nothing to analyze; begin with clframe analyze sparsity TARGET")
+            raise ConfigError("analyze: found nothing to analyze; give sparsity TARGET, exits RUN or proxy RUN")
         raise UnknownNameError(unknown_name("analysis", what, _KINDS, where="analyze"))
     if not rest:
         raise ConfigError("analyze: found no target; give a run folder, or a model's folder or hub name")
+    if what != "sparsity":
+        return _analyze_exits(options, what, rest)
     numbers = {name: _number(options, name) for name in ("limit", "generate", "length", "batch")}
     share = _share(options.share)
     from pathlib import Path
@@ -99,6 +111,52 @@ def act(options: argparse.Namespace) -> int:
     shown = [table for table in tables(study) if table.name in ("critical", "parts", "experiences")]
     print("\n\n".join(to_text(replace(table, note="")) for table in shown))
     print(f"\n{written}")
+    return 0
+
+
+def _analyze_exits(options: argparse.Namespace, what: str, words: Sequence[str]) -> int:
+    """Study the exits of runs, or metrics as proxies over runs."""
+    for name in _ONLY_SPARSITY:
+        if getattr(options, name) != options.parser.get_default(name):
+            raise ConfigError(f"--{name}: has no effect on analyze {what}; leave it out")
+    limit = _number(options, "limit")
+    if what == "proxy" and limit is not None:
+        raise ConfigError("--limit: has no effect on analyze proxy; leave it out")
+    from pathlib import Path
+
+    from clframe.exits import output
+    from clframe.report.loading import find_runs
+    from clframe.tables import to_text
+    from clframe.targets import exit_studies
+    from clframe.targets.folders import require_writable
+
+    overrides = [word for word in words if word.startswith("benchmark.") and "=" in word]
+    found_runs = find_runs([Path(word) for word in words if word not in overrides])
+    runs = [str(run) for group in found_runs for run in group]
+    given = None if options.output is None else Path(options.output).expanduser()
+    if given is not None:
+        require_writable(given)
+        if what == "exits" and len(runs) > 1:
+            raise ConfigError(f"--output: found one folder for {len(runs)} runs; leave it out, or give one run")
+    if what == "proxy":
+        with progress_bars(unit="run") as show:
+            found = exit_studies.study_proxies(runs, overrides=overrides, device=options.device, progress=show)
+        folder = given or Path("proxy")
+        written = exit_studies.write_proxy_study(found, folder, command=_command(options))
+        for run, reason in found.skipped.items():
+            print(f"clframe: left out {run} ({reason})", file=sys.stderr)
+        print("\n\n".join(to_text(table) for table in exit_studies.proxy_tables(found)))
+        print(f"\n{written}")
+        return 0
+    for run in runs:
+        with progress_bars(unit="batch") as show:
+            study = exit_studies.study_run(
+                run, overrides=overrides, device=options.device, limit=limit, progress=show
+            )
+        folder = given or Path(run) / "exits"
+        written = exit_studies.write_exit_study(study, folder, command=_command(options))
+        shown = [table for table in output.tables(study) if table.name in ("exit_metrics", "exit_budgets")]
+        print(f"{run}\n\n" + "\n\n".join(to_text(table) for table in shown) + f"\n\n{written}")
     return 0
 
 

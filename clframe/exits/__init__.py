@@ -1,6 +1,7 @@
 """Early exits: heads on taps, ensembles, confidence measures, exit policies, dynamic inference, evaluation."""
 
 from clframe.exits.budgets import Method, Solution, solve
+from clframe.exits.calibration import Calibrated, Calibration
 from clframe.exits.curves import AccuracyCostCurve, BudgetPoints, BudgetRule, accuracy_cost_curve, budget_points
 from clframe.exits.decisions import (
     ALWAYS,
@@ -18,6 +19,7 @@ from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.ensembles import EnsembleKind, fit_ensemble, fit_on_samples, make_ensemble
 from clframe.exits.fusion import fuse_batch_norm
 from clframe.exits.head_kinds import HeadKind, make_head, make_matched_head
+from clframe.exits.learned import FailureConfidence
 from clframe.exits.placement import ExitPlacement, place_exits
 from clframe.exits.policies import (
     CONFIDENCE_MEASURES,
@@ -32,10 +34,11 @@ from clframe.exits.policies import (
 from clframe.nn.network import Carried, Ensemble
 
 __all__ = [
-    "ALWAYS", "CONFIDENCE_MEASURES", "NEVER", "STATIC", "AccuracyCostCurve", "BudgetPoints", "BudgetRule", "Carried",
-    "ConfidenceMeasure", "Decision", "DynamicNetwork", "Ensemble", "EnsembleKind", "ExitEvaluation", "ExitPlacement",
-    "ExitPolicy", "FittedConfidence", "HeadKind", "LearnedConfidence", "Method", "Outcome", "Prediction", "Solution",
-    "accuracy_cost_curve", "budget_points", "decide", "evaluate_thresholds", "fit_ensemble", "fit_learned_confidence",
-    "fit_on_samples", "fuse_batch_norm", "make_ensemble", "make_head", "make_matched_head", "patience_threshold",
-    "place_exits", "register_confidence", "select", "solve",
+    "ALWAYS", "CONFIDENCE_MEASURES", "NEVER", "STATIC", "AccuracyCostCurve", "BudgetPoints", "BudgetRule",
+    "Calibrated", "Calibration", "Carried", "ConfidenceMeasure", "Decision", "DynamicNetwork", "Ensemble",
+    "EnsembleKind", "ExitEvaluation", "ExitPlacement", "ExitPolicy", "FailureConfidence", "FittedConfidence",
+    "HeadKind", "LearnedConfidence", "Method", "Outcome", "Prediction", "Solution", "accuracy_cost_curve",
+    "budget_points", "decide", "evaluate_thresholds", "fit_ensemble", "fit_learned_confidence", "fit_on_samples",
+    "fuse_batch_norm", "make_ensemble", "make_head", "make_matched_head", "patience_threshold", "place_exits",
+    "register_confidence", "select", "solve",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ def measure_break_even(network: Network, *, batch: int = 256, repetitions: int =
         repetitions: Number of passes after one warm-up pass; medians are used.
 
     Returns:
-        A share of at most 1; 0 where there are no exits before the last.
+        A share of at most 1; 0 for a network with one exit.
 
     >>> from clframe.nn import GrowingLinear
     >>> from clframe.nn.backbones import mlp

@@ -161,6 +161,11 @@ class Calibrated(Ensemble):
         # The same on the host: reading the buffer at every step would synchronize with the device.
         self._is_fitted = False
 
+    @property
+    def inner(self) -> Ensemble:
+        """The ensemble that is calibrated."""
+        return self.ensemble.inner
+
     def grow(self, classes: Iterable[int]) -> bool:
         """Grow the ensemble; a class that vector scaling was not fitted on has scale 1 and bias 0."""
         return self.ensemble.grow(classes)

@@ -42,6 +42,10 @@ class ExitEvaluation:
     """MACs of one sample up to and including exit k, with the heads passed on the way."""
     experience_N: Tensor | None = None
     """Test experience of each sample."""
+    nll_KN: Tensor | None = None
+    """Negative log-likelihood of each sample at each exit, in nats; None where it was not recorded."""
+    brier_KN: Tensor | None = None
+    """Brier score of each sample at each exit; None where it was not recorded."""
 
     def __post_init__(self) -> None:
         confidence_KN = torch.as_tensor(self.confidence_KN, dtype=torch.float64, device="cpu").detach()
@@ -70,6 +74,8 @@ class ExitEvaluation:
         return ExitEvaluation(
             confidence_KN=self.confidence_KN[:, of_N], correct_KN=self.correct_KN[:, of_N], cost_K=self.cost_K,
             experience_N=self.experience_N[of_N],
+            nll_KN=None if self.nll_KN is None else self.nll_KN[:, of_N],
+            brier_KN=None if self.brier_KN is None else self.brier_KN[:, of_N],
         )  # fmt: skip
 
     def most_confident_N(self) -> Tensor:

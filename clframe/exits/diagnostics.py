@@ -24,6 +24,7 @@ from clframe.exits.curves import (
     shared,
 )
 from clframe.exits.decisions import ExitEvaluation, counts, evaluate_thresholds, ratio
+from clframe.exits.failure import LABELS, LOWER_IS_BETTER, RANKING_METRICS, Ranking, eefp_K, rank
 from clframe.metrics.continual import Matrix, Score, forgetting
 from clframe.metrics.registry import Kind
 from clframe.records import read_record
@@ -96,14 +97,55 @@ _OWN: Final[Mapping[str, ExitMetric]] = {
     ),
 }
 
-for _name, _metric in _OWN.items():
+def _at_every_exit(metric: Callable[[Ranking], Any]) -> Callable[[ExitEvaluation], tuple[float, ...]]:
+    """A ranking metric of confidence and correctness at every exit; NaN where a confidence is not finite."""
+
+    def values(evaluation: ExitEvaluation) -> tuple[float, ...]:
+        pairs = zip(evaluation.confidence_KN, evaluation.correct_KN, strict=True)
+        return tuple(
+            float(metric(rank(confidence_N.numpy(), right_N.numpy()))[0]) if confidence_N.isfinite().all() else math.nan
+            for confidence_N, right_N in pairs
+        )
+
+    return values
+
+
+def _mean_at_every_exit(value_KN: Tensor | None, exits: int) -> tuple[float, ...]:
+    return (math.nan,) * exits if value_KN is None else tuple(value_KN.double().mean(dim=1).tolist())
+
+
+def _eefp(evaluation: ExitEvaluation) -> tuple[float, ...]:
+    if not evaluation.confidence_KN.isfinite().all():
+        return (math.nan,) * evaluation.exits
+    return eefp_K(evaluation.confidence_KN.numpy(), evaluation.correct_KN.numpy())
+
+
+_FAILURE: Final[Mapping[str, ExitMetric]] = {
+    **{
+        name: ExitMetric(
+            label=LABELS[name], values=_at_every_exit(metric), better="lower" if name in LOWER_IS_BETTER else "higher"
+        )
+        for name, metric in RANKING_METRICS.items()
+    },
+    "brier": ExitMetric(
+        label=LABELS["brier"], values=lambda found: _mean_at_every_exit(found.brier_KN, found.exits), kind="fine",
+        better="lower",
+    ),
+    "nll": ExitMetric(
+        label=LABELS["nll"], values=lambda found: _mean_at_every_exit(found.nll_KN, found.exits), kind="fine",
+        better="lower",
+    ),
+    "eefp": ExitMetric(label=LABELS["eefp"], values=_eefp),
+}  # fmt: skip
+
+for _name, _metric in {**_OWN, **_FAILURE}.items():
     EXIT_METRICS.add(_name, _metric)
 
 
 def all_exit_metrics() -> dict[str, ExitMetric]:
     """Return every metric per exit by name: clframe's in the order of this file, then others in alphabetical order."""
     found = dict(EXIT_METRICS.items())
-    return {**{name: found[name] for name in _OWN}, **found}
+    return {**{name: found[name] for name in (*_OWN, *_FAILURE)}, **found}
 
 
 def compute_exit_metrics(evaluation: ExitEvaluation) -> dict[str, tuple[float, ...]]:

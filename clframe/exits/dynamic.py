@@ -203,7 +203,8 @@ class DynamicNetwork(nn.Module):
         network, last = self.network, len(self.network.heads) - 1
         needed: set[int] = set()
         for exit in sorted({*self.confidence_exits, last}):
-            needed.update(range(exit + 1) if network.boosted or _uses_earlier(network.ensemble, exit) else (exit,))
+            earlier = network.boosted or _uses_earlier(network.ensemble.inner, exit)
+            needed.update(range(exit + 1) if earlier else (exit,))
         for exit in range(last, 0, -1):
             if exit in needed and network.heads[exit].cascades:
                 needed.add(exit - 1)

@@ -328,8 +328,10 @@ def fit_on_samples(
         raise DataError("ensemble: found no samples to fit it on; hold some out, or fit it on the training data")
     logits, y_N = exit_logits(network, parts, answer=forward, batch_size=batch_size)
     logits_KNC = torch.stack(logits)
+    # A calibration wraps the ensemble and is fitted afterwards.
+    ensemble = network.ensemble.inner
     return fit_ensemble(
-        network.ensemble, logits_KNC, y_N, epochs=epochs, lr=lr, batch_size=batch_size, generator=generator
+        ensemble, logits_KNC, y_N, epochs=epochs, lr=lr, batch_size=batch_size, generator=generator
     )
 
 

@@ -30,6 +30,7 @@ from math import ceil, nan
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -199,14 +200,17 @@ def ece_equal_mass(ranking: Ranking, *, bins: int = BINS) -> Floats:
 
 
 def nll_N(scores_NC: Tensor, y_N: Tensor) -> Tensor:
-    """Negative log-likelihood of each sample, in nats: ``-log softmax(scores)[y]``."""
-    return -scores_NC.double().log_softmax(1).gather(1, y_N[:, None])[:, 0]
+    """Negative log-likelihood of each sample in nats, ``-log softmax(scores)[y]``; infinite for a class without one."""
+    known_N = y_N < scores_NC.shape[1]
+    found_N = -scores_NC.double().log_softmax(1).gather(1, y_N.where(known_N, 0)[:, None])[:, 0]
+    return found_N.where(known_N, torch.inf)
 
 
 def brier_N(scores_NC: Tensor, y_N: Tensor) -> Tensor:
     """Brier score of each sample: sum over classes of (p_c - 1[c = y])^2, from 0 to 2."""
-    p_NC = scores_NC.double().softmax(1)
-    return p_NC.square().sum(1) + 1 - 2 * p_NC.gather(1, y_N[:, None])[:, 0]
+    p_NC, known_N = scores_NC.double().softmax(1), y_N < scores_NC.shape[1]
+    target_N = p_NC.gather(1, y_N.where(known_N, 0)[:, None])[:, 0].where(known_N, 0.0)
+    return p_NC.square().sum(1) + 1 - 2 * target_N
 
 
 # --- failure prediction for early exits -----------------------------------------------------------
@@ -258,6 +262,23 @@ LOWER_IS_BETTER: Final = frozenset(
     {"ece", "ece_equal_mass", "brier", "nll", "fpr95", "aurc", "e_aurc", "augrc", "e_augrc", "risk_at_80_cov"}
 )
 """Metrics that a better exit has less of."""
+
+LABELS: Final[Mapping[str, str]] = {
+    "ece": "ECE",
+    "ece_equal_mass": "ECE, equal mass",
+    "brier": "Brier score",
+    "nll": "NLL, nats",
+    "auroc": "AUROC",
+    "fpr95": "FPR95",
+    "aurc": "AURC",
+    "e_aurc": "E-AURC",
+    "augrc": "AUGRC",
+    "e_augrc": "E-AUGRC",
+    "cov_at_5_risk": "Cov@5Risk",
+    "risk_at_80_cov": "Risk@80Cov",
+    "eefp": "EEFP",
+}
+"""Names in tables and figures."""
 
 UNDEFINED: Final[Mapping[str, str]] = {
     "auroc": "all predictions are correct, or all are wrong",

@@ -105,8 +105,8 @@ class PerExperienceHead(Head):
         make: Creates a head.
         features: Width of the heads' linear layers.
         cascades: Whether the heads use the logits of the previous exit.
-        layers: Computes features_TBF of all heads from the output of ``common``, equal to the outputs of their own
-            layers; None calls these one after the other.
+        layers: Computes features_TBF of all heads from the output of ``common``, equal to the outputs of each
+            head's layers; None calls these one after the other.
 
     Attributes:
         heads: The heads in the order of their creation.

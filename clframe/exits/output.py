@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from clframe.exits.failure import BINS
+from clframe.exits.failure import BINS, LABELS
 from clframe.exits.study import ExitStudy, reason_of
 from clframe.plotting.style import HEIGHT, MUTED, Picture, legend, percent, series_style
 from clframe.records import to_plain
@@ -18,25 +18,13 @@ from clframe.tables import Cell, Quantity, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELS: Final[Mapping[str, str]] = {
+DECIMALS: Final = frozenset({"brier", "nll"})
+HEADINGS: Final[Mapping[str, str]] = {
     "accuracy": "accuracy, %",
-    "ece": "ECE, %",
-    "ece_equal_mass": "ECE equal mass, %",
-    "brier": "Brier",
-    "nll": "NLL, nats",
-    "auroc": "AUROC, %",
-    "fpr95": "FPR95, %",
-    "aurc": "AURC, %",
-    "e_aurc": "E-AURC, %",
-    "augrc": "AUGRC, %",
-    "e_augrc": "E-AUGRC, %",
-    "cov_at_5_risk": "Cov@5Risk, %",
-    "risk_at_80_cov": "Risk@80Cov, %",
-    "eefp": "EEFP, %",
+    **{name: label if name in DECIMALS else f"{label}, %" for name, label in LABELS.items()},
 }
 """Column headings by metric; definitions in :mod:`clframe.exits.failure`."""
 
-DECIMALS: Final = frozenset({"brier", "nll"})
 MOST_EXITS: Final = 8
 """Exits drawn in one figure, spread over the depth."""
 
@@ -61,7 +49,7 @@ def metrics_table(study: ExitStudy) -> Table:
     note = f"{study.samples} test samples; confidence is the largest probability. Mean over the exits that define it."
     return Table(
         name="exit_metrics", title="Calibration and failure prediction by exit", note=note,
-        columns=("exit", *(LABELS[metric] for metric in study.metrics)), rows=(*rows, ("mean", *means)),
+        columns=("exit", *(HEADINGS[metric] for metric in study.metrics)), rows=(*rows, ("mean", *means)),
     )  # fmt: skip
 
 
@@ -74,7 +62,7 @@ def intervals_table(study: ExitStudy) -> Table:
     note = "Percentile bootstrap, 1,000 resamples. ECE is biased upwards in resamples."
     return Table(
         name="exit_intervals", title="95 % intervals by exit", note=note,
-        columns=("exit", *(LABELS[metric] for metric in study.intervals)), rows=tuple(rows),
+        columns=("exit", *(HEADINGS[metric] for metric in study.intervals)), rows=tuple(rows),
     )  # fmt: skip
 
 
@@ -90,7 +78,7 @@ def undecided_table(study: ExitStudy) -> Table:
     note = "Samples that no earlier exit stops at the threshold of the 50 % budget; all where there is no threshold."
     return Table(
         name="exit_metrics_undecided", title="The same on undecided samples", note=note,
-        columns=("exit", "samples", *(LABELS[metric] for metric in study.undecided)), rows=tuple(rows),
+        columns=("exit", "samples", *(HEADINGS[metric] for metric in study.undecided)), rows=tuple(rows),
     )  # fmt: skip
 
 
@@ -122,7 +110,7 @@ def experiences_table(study: ExitStudy) -> Table:
     ]
     return Table(
         name="exit_metrics_by_experience", title="Failure prediction by experience",
-        columns=("experience", "exit", *(LABELS[metric] for metric in shown)), rows=tuple(rows),
+        columns=("experience", "exit", *(HEADINGS[metric] for metric in shown)), rows=tuple(rows),
     )  # fmt: skip
 
 

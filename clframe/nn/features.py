@@ -75,7 +75,12 @@ def embed_tap(tap: Tensor, *, pooling: TapPooling = "mean") -> Tensor:
 
 @torch.no_grad()
 def exit_features(
-    network: Network, samples: Samples, *, order: Tensor | None = None, batch_size: int = 256, pooling: TapPooling = "mean"
+    network: Network,
+    samples: Samples,
+    *,
+    order: Tensor | None = None,
+    batch_size: int = 256,
+    pooling: TapPooling = "mean",
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """Iterate over batches of K embedded taps features_BF, one per exit, and targets_B.
 

@@ -32,6 +32,11 @@ class Ensemble(nn.Module, ABC):
         """Add outputs for ``classes``; True if parameters were replaced."""
         return False
 
+    @property
+    def inner(self) -> Ensemble:
+        """The ensemble itself, without a calibration around it."""
+        return self
+
     @abstractmethod
     def step(self, exit: int, logits_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
         """Compute scores_BC of one exit, whose softmax is its probability, and the values for the next exit.

@@ -263,6 +263,8 @@ def budgets_table(results: Sequence[Result]) -> Table:
     counts = sorted({record.points.validation_samples for record in last} - {0})
     if counts:
         note += f" Validation samples: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
+    if any(record.points.rule == "one_standard_error" for record in last):
+        note += " Thresholds: the highest within one standard error of the best validation accuracy."
     simulated = next((record.simulated for record in last if record.simulated), "")
     if simulated:
         note += f" Simulated: {simulated}, so dynamic inference cannot skip computation."

@@ -17,6 +17,7 @@ from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.data.benchmark import Benchmark
 from clframe.exits import STATIC, ExitEvaluation
 from clframe.exits.diagnostics import ExitRecord, make_exit_record
+from clframe.exits.failure import brier_N, nll_N
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics import Tally, TallyCounter
 from clframe.moe import Usage, count_usage
@@ -40,6 +41,10 @@ class ExitPredictions:
     """Test experience of each sample."""
     static: Mapping[str, Tensor]
     """For each decision of :data:`~clframe.exits.STATIC`, whether it is correct on each sample."""
+    nll_KN: Tensor
+    """Negative log-likelihood of each exit, infinite for classes that it has no score for."""
+    brier_KN: Tensor
+    """Brier score of each exit."""
 
 
 class Scores(SupervisedPlugin):
@@ -56,7 +61,7 @@ class Scores(SupervisedPlugin):
         self._benchmark = benchmark
         self._counter: TallyCounter | None = None
         self._exits: list[TallyCounter] = []
-        self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor]]] = []
+        self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor], Tensor, Tensor]] = []
         self.tally: Tally | None = None
         self.exits: tuple[Tally, ...] = ()
         self.predictions: ExitPredictions | None = None
@@ -80,7 +85,10 @@ class Scores(SupervisedPlugin):
             best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
             correct_KB = torch.stack([class_B == y_B for _, class_B in best])
             static = {name: decide(scores).scores_BC.argmax(1) == y_B for name, decide in STATIC.items()}
-            self._batches.append((torch.stack([p_B for p_B, _ in best]), correct_KB, index, static))
+            nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
+            brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
+            confidence_KB = torch.stack([p_B for p_B, _ in best])
+            self._batches.append((confidence_KB, correct_KB, index, static, nll_KB, brier_KB))
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Read the counts from the device, once."""
@@ -102,6 +110,8 @@ class Scores(SupervisedPlugin):
             torch.cat([torch.zeros(exits, 0, dtype=torch.bool), *(p[1].cpu() for p in parts)], dim=1),
             torch.cat([torch.zeros(0, dtype=torch.long), *(torch.full((p[0].shape[1],), p[2]) for p in parts)]),
             {name: torch.cat([nothing_N, *(p[3][name].cpu() for p in parts)]) for name in STATIC},
+            torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[4].cpu() for p in parts)], dim=1),
+            torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[5].cpu() for p in parts)], dim=1),
         )
 
 
@@ -169,6 +179,8 @@ def _exit_evaluation(predictions: ExitPredictions, cost_K: tuple[int, ...], of_N
         correct_KN=predictions.correct_KN[:, of_N],
         cost_K=cost_K,
         experience_N=predictions.experience_N[of_N],
+        nll_KN=predictions.nll_KN[:, of_N],
+        brier_KN=predictions.brier_KN[:, of_N],
     )
 
 

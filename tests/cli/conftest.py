@@ -46,14 +46,14 @@ def call(here, capsys):
 def refused(call, here, contents):
     """Call, and see that it is refused: one line, exit code 2, nothing written or changed."""
 
-    def refusing(arguments, *said):
+    def refusing(arguments, *messages):
         before = contents(here)
         code, out, err = call(*arguments)
         assert code == 2
         assert out == ""
         assert err.count("\n") == 1 and err.endswith("\n")
         assert err.startswith("clframe: error: ") and "Traceback" not in err
-        for text in said:
+        for text in messages:
             assert text in err
         _, found_and_advice = err.removeprefix("clframe: error: ").split(": ", 1)
         assert ";" in found_and_advice

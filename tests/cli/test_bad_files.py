@@ -1,4 +1,4 @@
-"""Config files that cannot be: one line that names the file, says what was found and what to do.
+"""Invalid config files: one line with the file, what was found and what to do.
 
 Nothing here reaches training: whatever can be checked is checked before a run folder is made.
 """
@@ -49,10 +49,10 @@ FILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, said", [(text, said) for text, *said in FILES], ids=lambda v: repr(v)[:60])
-def test_file(text, said, refused, here):
+@pytest.mark.parametrize("text, messages", [(text, messages) for text, *messages in FILES], ids=lambda v: repr(v)[:60])
+def test_file(text, messages, refused, here):
     (here / "my.yaml").write_text(text)
-    refused(["run", "my.yaml"], *said)
+    refused(["run", "my.yaml"], *messages)
 
 
 def test_a_circle_over_two_files_is_shown(refused, here):

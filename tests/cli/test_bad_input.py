@@ -1,4 +1,4 @@
-"""Calls that cannot be: one line that names the option, says what was found and what to do.
+"""Invalid calls: one line with the option, what was found and what to do.
 
 Nothing here reaches training: whatever can be checked is checked before a run folder is made.
 """
@@ -78,9 +78,9 @@ COMMAND_LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments, said", [(a, said) for a, *said in COMMAND_LINES], ids=lambda v: " ".join(v)[:60])
-def test_command_line(arguments, said, refused, here):
-    refused(arguments, *said)
+@pytest.mark.parametrize("arguments, messages", [(a, messages) for a, *messages in COMMAND_LINES], ids=lambda v: " ".join(v)[:60])
+def test_command_line(arguments, messages, refused, here):
+    refused(arguments, *messages)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -142,7 +142,7 @@ def test_debug_shows_where_it_came_from(call):
 
 
 def test_every_verb_survives_nonsense(here, capsys):
-    """Whatever stands there: exit code 0 or 2, never a traceback."""
+    """Any words: exit code 0 or 2, never a traceback."""
     for verb in ("run", "explain", "list"):
         for word in ("", " ", "-", "--", "=", "a=b", "\n", "é", "../..", "/", "~", "x" * 5000):
             assert main([verb, word]) == 2

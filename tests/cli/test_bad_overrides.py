@@ -1,4 +1,4 @@
-"""Overrides that cannot be: one line that names the key, says what was found and what to do.
+"""Invalid overrides: one line with the key, what was found and what to do.
 
 Nothing here reaches training: whatever can be checked is checked before a run folder is made.
 """
@@ -153,7 +153,7 @@ OVERRIDES = [
     ("strategy=er(memory=__import__('os').getpid())", 'strategy: "__import__(\'os\').getpid()" is no'),
     ("strategy=er(memory={[]:3})", "strategy: '{[]:3}' is not a plain value for memory; use a number"),
     ("strategy=er(100)", "strategy: 'er(100)' has an option without a name; write it as"),
-    ("strategy=er(memory=20, memory=30)", "strategy: 'er(memory=20, memory=30)' gives 'memory' twice;"),
+    ("strategy=er(memory=20, memory=30)", "strategy: 'er(memory=20, memory=30)' has 'memory' twice;"),
     ("strategy=er + er", "strategy: component 'er' appears twice; give its options once"),
     ("strategy=er + cumulative", "strategy: 'cumulative' and 'er' both own the slot 'batch'; keep one of"),
     ("strategy=" + " + ".join(["er"] * 2000), "strategy: found 9,997 characters; give at most 2,000"),
@@ -185,9 +185,9 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("override, said", [(o, said) for o, *said in OVERRIDES], ids=lambda v: str(v)[:60])
-def test_override(override, said, refused, here):
-    refused(["run", "quickstart", override], *said)
+@pytest.mark.parametrize("override, messages", [(o, messages) for o, *messages in OVERRIDES], ids=lambda v: str(v)[:60])
+def test_override(override, messages, refused, here):
+    refused(["run", "quickstart", override], *messages)
 
 
 TRAINER = [
@@ -202,6 +202,6 @@ TRAINER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("override, said", [(o, said) for o, *said in TRAINER], ids=lambda v: str(v)[:60])
-def test_lightning_classes(override, said, refused, here):
-    refused(["run", "quickstart", "trainer.engine=trainer", override], *said)
+@pytest.mark.parametrize("override, messages", [(o, messages) for o, *messages in TRAINER], ids=lambda v: str(v)[:60])
+def test_lightning_classes(override, messages, refused, here):
+    refused(["run", "quickstart", "trainer.engine=trainer", override], *messages)

@@ -33,7 +33,7 @@ def test_no_config(refused, here, folder):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("a: [", "run/config.yaml: invalid YAML ("),
         ("- a\n", "run/config.yaml: not a mapping of keys to values; write lines like"),
@@ -43,9 +43,9 @@ def test_no_config(refused, here, folder):
         ("seed: 3\n", "run/config.yaml: config: has no benchmark; set benchmark=NAME"),
     ],
 )
-def test_a_damaged_config(text, said, refused, here, folder):
+def test_a_damaged_config(text, message, refused, here, folder):
     (folder / "config.yaml").write_text(text)
-    refused(["run", "--resume", "run"], said)
+    refused(["run", "--resume", "run"], message)
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"no zip"])

@@ -33,7 +33,7 @@ def get(url, path=""):
 
 
 def eventually(ask, *, within=60.0):
-    """What ``ask`` returns once that is something: TensorBoard reads files in its own time."""
+    """The first true value of ``ask``: TensorBoard reads files asynchronously."""
     end = time.monotonic() + within
     while not (found := ask()):
         assert time.monotonic() < end
@@ -49,7 +49,7 @@ def closed(url):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a page that is open during a run gets to see: the tags that it asks for after the last experience."""
+    """Tags that a page open during the run can read after the last experience."""
     seen, original = {}, clframe.api._finish
 
     def finishing(*arguments):
@@ -108,7 +108,7 @@ def test_an_error_stops_it_too(call, monkeypatch):
     urls = []
 
     def failing(parts, folder, session, progress):
-        raise ConfigError("here: found something wrong; mend it")
+        raise ConfigError("here: found something wrong; fix it")
 
     original = Board.start
     monkeypatch.setattr(Board, "start", lambda self, folder: (original(self, folder), urls.append(self.url)))
@@ -123,7 +123,7 @@ def test_an_error_stops_it_too(call, monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, code, here):
     command = [sys.executable, "-m", "clframe", "run", "quickstart", "backbone=mlp", "trainer.epochs=4000", "--tensorboard"]
-    # Children of a shell's background job ignore the interrupt unless told not to.
+    # Children of a background job of a shell ignore SIGINT by default.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=here, preexec_fn=heed
@@ -140,7 +140,7 @@ def test_a_taken_port_is_left_alone(tmp_path):
     writer = SummaryWriter(str(tmp_path / "run" / "tensorboard"))
     writer.add_scalar("x", 1.0, 0)
     writer.close()
-    with Board(wanted=True, echo=None) as first, Board(wanted=True, say=None) as second:
+    with Board(wanted=True, echo=None) as first, Board(wanted=True, echo=None) as second:
         first.start(tmp_path)
         second.start(tmp_path)
         assert first.url != second.url

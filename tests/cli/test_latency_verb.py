@@ -45,10 +45,10 @@ def test_it_asks_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [((), "found no run"), (("a", "--batches", "1,x"), "--batches: found '1,x'"), (("a", "--threads", "0"), "--threads: found 0; give a number from 1 to 1024"),
      (("a", "--threads", "1000000000"), "--threads: found 1000000000; give a number from 1 to 1024")],
 )
-def test_what_cannot_be_is_one_line(words: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be_is_one_line(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         called(*words)

@@ -1,4 +1,4 @@
-"""What is said of the data reaches the terminal: plain lines on stderr, before training."""
+"""Notices about the data reach the terminal: plain lines on stderr, before training."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_a_yaml_path_may_be_absolute(here):
     write("deep/base.yml", BASE + "seed: 6\n")
     assert load_config(str(here / "deep" / "base.yml")).seed == 6
     assert load_config(write("top.yaml", f"defaults: ['{here}/deep/base.yml']\n")).seed == 6
-    assert load_config(write("deep/side.yaml", "defaults: [base.yml]\n")).seed == 6  # beside the file naming it
+    assert load_config(write("deep/side.yaml", "defaults: [base.yml]\n")).seed == 6  # relative to the file that lists it
 
 
 def test_a_path_that_comes_back_to_itself_is_a_circle_however_it_is_written():
@@ -305,7 +305,7 @@ def test_every_shipped_experiment_builds_and_round_trips(name):
     Path("again.yaml").write_text(to_yaml(config))
     assert load_config("again.yaml") == config
     assert from_mapping(as_tree(config)) == config
-    if config.benchmark.name == "digits":  # the others are built in tests/packaging, on small files of their own
+    if config.benchmark.name == "digits":  # tests/packaging builds the others on small files
         parts = build(config)
         assert parts.config is config
         assert len(parts.benchmark) == config.benchmark.experiences

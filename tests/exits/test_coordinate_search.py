@@ -13,7 +13,7 @@ from clframe.exits.curves import Goal
 from clframe.exits.decisions import ALWAYS, NEVER, evaluate_thresholds
 
 
-def random_answers(exits, samples, *, seed=0, levels=None):
+def random_evaluation(exits, samples, *, seed=0, levels=None):
     generator = torch.Generator().manual_seed(seed)
     confidence_KN = torch.rand(exits, samples, generator=generator)
     if levels:
@@ -26,7 +26,7 @@ def random_answers(exits, samples, *, seed=0, levels=None):
 @pytest.mark.parametrize("levels", [None, 3])
 @pytest.mark.parametrize(("exits", "samples"), [(2, 1), (3, 17), (4, 40)])
 def test_every_choice_is_the_plain_rule(exits, samples, levels, fallback):
-    answers = random_answers(exits, samples, levels=levels)
+    answers = random_evaluation(exits, samples, levels=levels)
     thresholds = [0.5] * (exits - 1)
     for k in range(exits - 1):
         choices = [found.tolist() for found in choices_at(answers, thresholds, k, fallback=fallback)]
@@ -38,7 +38,7 @@ def test_every_choice_is_the_plain_rule(exits, samples, levels, fallback):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_single_threshold_can_be_improved(seed):
-    answers = random_answers(4, 60, seed=seed)
+    answers = random_evaluation(4, 60, seed=seed)
     goal = Goal(budget=25)
     found = coordinate_thresholds(answers, goal, [ALWAYS] * 3)
     reached = evaluate_thresholds(answers, found)
@@ -52,7 +52,7 @@ def test_no_single_threshold_can_be_improved(seed):
 def test_never_better_than_an_exhaustive_search_and_mostly_as_good():
     gaps = []
     for seed in range(10):
-        answers = random_answers(3, 12, seed=seed, levels=6)
+        answers = random_evaluation(3, 12, seed=seed, levels=6)
         grid = [ALWAYS, *range(1, 6), NEVER]
         within = [evaluate_thresholds(answers, pair) for pair in itertools.product(grid, grid)]
         best = max(outcome.accuracy for outcome in within if outcome.cost <= 15)
@@ -63,11 +63,11 @@ def test_never_better_than_an_exhaustive_search_and_mostly_as_good():
 
 
 def test_it_is_bounded():
-    answers = random_answers(4, 60)
+    answers = random_evaluation(4, 60)
     assert coordinate_thresholds(answers, Goal(budget=25), [ALWAYS] * 3, rounds=0) == (ALWAYS,) * 3
 
 
-def test_who_cannot_leave_stays():
+def test_samples_that_cannot_stop_reach_the_last_exit():
     answers = ExitEvaluation(confidence_KN=[[float("nan"), 0.5], [1.0, 1.0]], correct_KN=[[1, 1], [0, 0]], cost_K=(1, 5))
     thresholds_P, cost_P, accuracy_P = choices_at(answers, [NEVER], 0)
     assert (thresholds_P.tolist(), cost_P.tolist(), accuracy_P.tolist()) == ([NEVER, 0.5], [5, 3], [0, 0.5])

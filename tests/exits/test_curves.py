@@ -29,7 +29,7 @@ from clframe.records import read_record
 COSTS = (20, 35, 60, 80, 102)
 
 
-def random_answers(exits, samples, *, seed=0, levels=None):
+def random_evaluation(exits, samples, *, seed=0, levels=None):
     """Deeper exits are better, and confidence is the chance of being right."""
     generator = torch.Generator().manual_seed(seed)
     hardness_N = torch.rand(samples, generator=generator)
@@ -45,7 +45,7 @@ def random_answers(exits, samples, *, seed=0, levels=None):
 @pytest.mark.parametrize("levels", [None, 1, 4])
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 7), (2, 1), (2, 9), (3, 31), (5, 60)])
 def test_the_sweep_is_the_plain_rule_at_every_threshold(exits, samples, levels, fallback):
-    answers = random_answers(exits, samples, levels=levels)
+    answers = random_evaluation(exits, samples, levels=levels)
     values = answers.confidence_KN.flatten()
     thresholds_P = torch.cat((torch.tensor([ALWAYS, NEVER, -1.0, 0.5]), values, values.nextafter(torch.tensor(9.0))))
     cost_P, accuracy_P = sweep(answers, thresholds_P, fallback=fallback)
@@ -77,7 +77,7 @@ def test_candidates_are_the_values_that_change_something():
 
 
 def test_cost_falls_with_the_threshold_and_informed_accuracy_rises_with_cost():
-    curve = accuracy_cost_curve(random_answers(5, 4000), backbone_cost=100, most=None)
+    curve = accuracy_cost_curve(random_evaluation(5, 4000), backbone_cost=100, most=None)
     assert list(curve.thresholds) == sorted(curve.thresholds)
     assert list(curve.costs) == sorted(curve.costs)
     assert (curve.costs[0], curve.costs[-1]) == (0.20, 1.02)
@@ -88,7 +88,7 @@ def test_cost_falls_with_the_threshold_and_informed_accuracy_rises_with_cost():
         assert accuracy > highest - 0.01
         highest = max(highest, accuracy)
     guessing = ExitEvaluation(confidence_KN=torch.rand(5, 4000, generator=torch.Generator().manual_seed(1)),
-                           correct_KN=random_answers(5, 4000).correct_KN, cost_K=COSTS)  # fmt: skip
+                           correct_KN=random_evaluation(5, 4000).correct_KN, cost_K=COSTS)  # fmt: skip
     guessed = accuracy_cost_curve(guessing, backbone_cost=100, most=None)
     for share in (0.5, 0.7, 0.8, 0.9):
         informed, uninformed = (max(a for a, c in zip(each.accuracies, each.costs, strict=True) if c <= share)
@@ -99,7 +99,7 @@ def test_cost_falls_with_the_threshold_and_informed_accuracy_rises_with_cost():
 
 
 def test_fewer_points_are_some_of_all():
-    answers = random_answers(3, 200)
+    answers = random_evaluation(3, 200)
     whole = accuracy_cost_curve(answers, backbone_cost=100, most=None)
     some = accuracy_cost_curve(answers, backbone_cost=100, most=11)
     assert len(some.thresholds) == 11 < len(whole.thresholds)
@@ -111,7 +111,7 @@ def test_fewer_points_are_some_of_all():
 
 
 def test_the_shared_threshold_is_the_best_of_all_tried():
-    answers = random_answers(4, 80, seed=3)
+    answers = random_evaluation(4, 80, seed=3)
     tried = [evaluate_thresholds(answers, shared(t, exits=4)) for t in candidate_thresholds_P(answers).tolist()]
     for budget in (20, 33.5, 50, 79.9, 80):
         threshold = shared_threshold(answers, Goal(budget=budget))
@@ -126,8 +126,8 @@ def test_the_shared_threshold_is_the_best_of_all_tried():
     assert shared_threshold(answers, Goal(accuracy=0.999)) is None
 
 
-def test_points_are_chosen_on_validation_and_realized_on_test():
-    validation, test = random_answers(5, 300, seed=1), random_answers(5, 500, seed=2)
+def test_points_are_chosen_on_validation_and_evaluated_on_test():
+    validation, test = random_evaluation(5, 300, seed=1), random_evaluation(5, 500, seed=2)
     found = budget_points(validation, test, backbone_cost=100, budgets=(0.10, 0.25, 0.5, 1.0))
     assert found.undefined == ""
     below, *others = found.points
@@ -145,12 +145,12 @@ def test_points_are_chosen_on_validation_and_realized_on_test():
         assert point.cost != point.validation_cost
     assert others[-1].validation_accuracy == max(accuracy_cost_curve(validation, backbone_cost=1, most=None).accuracies)
     # other test samples change what is realized, never what is chosen
-    again = budget_points(validation, random_answers(5, 99, seed=7), backbone_cost=100, budgets=(0.25,)).points[0]
+    again = budget_points(validation, random_evaluation(5, 99, seed=7), backbone_cost=100, budgets=(0.25,)).points[0]
     assert (again.threshold, again.validation_cost) == (others[0].threshold, others[0].validation_cost)
 
 
 def test_without_validation_there_are_no_points():
-    found = budget_points(None, random_answers(2, 9), backbone_cost=30)
+    found = budget_points(None, random_evaluation(2, 9), backbone_cost=30)
     assert (found.points, found.undefined) == (None, NO_VALIDATION)
 
 
@@ -164,7 +164,7 @@ def test_one_exit_has_one_point_at_its_own_cost():
 
 
 def test_points_have_intervals_and_the_number_of_validation_samples():
-    validation, test = random_answers(4, 120, seed=4), random_answers(4, 500, seed=5)
+    validation, test = random_evaluation(4, 120, seed=4), random_evaluation(4, 500, seed=5)
     found = budget_points(validation, test, backbone_cost=100)
     assert (found.validation_samples, found.rule) == (120, "best")
     for point in found.points:
@@ -210,11 +210,11 @@ def test_points_of_older_results_are_read():
 
 def test_networks_of_different_costs_are_not_mixed():
     with pytest.raises(ClframeError, match="evaluate one network"):
-        budget_points(random_answers(2, 9), random_answers(3, 9), backbone_cost=30)
+        budget_points(random_evaluation(2, 9), random_evaluation(3, 9), backbone_cost=30)
 
 
 def test_results_are_plain_numbers():
-    answers = random_answers(3, 20)
+    answers = random_evaluation(3, 20)
     for result in (accuracy_cost_curve(answers, backbone_cost=60), budget_points(answers, answers, backbone_cost=60)):
         assert json.loads(json.dumps(dataclasses.asdict(result))).keys() == dataclasses.asdict(result).keys()
 

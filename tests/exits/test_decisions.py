@@ -15,7 +15,7 @@ from clframe.exits.decisions import ALWAYS, NEVER, decide, evaluate_thresholds, 
 NAN = math.nan
 
 
-def random_answers(exits, samples, *, seed=0, levels=None):
+def random_evaluation(exits, samples, *, seed=0, levels=None):
     generator = torch.Generator().manual_seed(1000 * exits + samples + seed)
     confidence_KN = torch.rand(exits, samples, generator=generator)
     if levels:
@@ -40,7 +40,7 @@ def by_loops(answers, thresholds, fallback):
 @pytest.mark.parametrize("levels", [None, 3])
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 5), (2, 1), (3, 33), (6, 101)])
 def test_against_loops(exits, samples, levels, fallback):
-    answers = random_answers(exits, samples, levels=levels)
+    answers = random_evaluation(exits, samples, levels=levels)
     source = random.Random(samples)
     thresholds = [source.choice([source.random(), float(source.randrange(3))]) for _ in range(exits - 1)]
     stops, givers = by_loops(answers, thresholds, fallback)
@@ -59,7 +59,7 @@ def test_against_loops(exits, samples, levels, fallback):
 
 
 def test_always_is_the_first_exit_and_never_the_last():
-    answers = random_answers(4, 50)
+    answers = random_evaluation(4, 50)
     first, last = evaluate_thresholds(answers, [ALWAYS] * 3), evaluate_thresholds(answers, [NEVER] * 3)
     assert (first.share_K, first.cost) == ((1, 0, 0, 0), 7)
     assert (last.share_K, last.cost) == ((0, 0, 0, 1), 7 * 16)
@@ -67,7 +67,7 @@ def test_always_is_the_first_exit_and_never_the_last():
     assert evaluate_thresholds(answers, [1.001] * 3).share_K == last.share_K
 
 
-def test_the_most_confident_answers_at_full_cost():
+def test_the_fallback_confident_has_the_cost_of_the_last_exit():
     answers = ExitEvaluation(confidence_KN=[[0.5, 0.9], [0.2, 0.2], [0.4, 0.4]],
                           correct_KN=[[True, True], [False, False], [False, False]], cost_K=(1, 2, 4))  # fmt: skip
     last, confident = (evaluate_thresholds(answers, [0.8, 0.8], fallback=name) for name in ("last", "confident"))
@@ -84,7 +84,7 @@ def test_equal_to_the_threshold_is_enough_also_in_single_precision():
     assert (single_KN[0] >= threshold).tolist() == [False, True, True]  # the network's own comparison
 
 
-def test_without_a_confidence_nothing_leaves_early():
+def test_samples_without_a_confidence_never_stop_early():
     answers = ExitEvaluation(confidence_KN=[[NAN, 0.0], [NAN, 0.5], [NAN, 0.1]],
                           correct_KN=torch.zeros(3, 2), cost_K=(1, 2, 3))  # fmt: skip
     assert decide(answers, [ALWAYS, ALWAYS]).stop_N.tolist() == [2, 0]
@@ -93,7 +93,7 @@ def test_without_a_confidence_nothing_leaves_early():
 @pytest.mark.parametrize("thresholds", [[], [0.5], [0.5, NAN], [0.5] * 3])
 def test_one_threshold_for_each_exit_but_the_last(thresholds):
     with pytest.raises(ConfigError, match="for 3 exits; give a number for each but the last"):
-        decide(random_answers(3, 2), thresholds)
+        decide(random_evaluation(3, 2), thresholds)
 
 
 def test_a_mean_of_whole_costs_is_exact():

@@ -41,7 +41,7 @@ def record_of(evaluation):
     )
 
 
-def random_answers(exits, samples, seed):
+def random_evaluation(exits, samples, seed):
     generator = torch.Generator().manual_seed(seed)
     return answers(torch.rand(exits, samples, generator=generator) < 0.6)
 
@@ -62,7 +62,7 @@ def test_seven_samples_by_hand():
 
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 9), (2, 1), (3, 17), (7, 301)])
 def test_against_loops_over_samples(exits, samples):
-    given = random_answers(exits, samples, seed=exits * samples)
+    given = random_evaluation(exits, samples, seed=exits * samples)
     found, right = compute_exit_metrics(given), given.correct_KN.tolist()
     columns = [[right[k][n] for k in range(exits)] for n in range(samples)]
     assert record_of(given).oracle_accuracy == sum(any(column) for column in columns) / samples

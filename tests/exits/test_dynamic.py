@@ -1,4 +1,4 @@
-"""Dynamic inference answers as if everything had been computed, and computes no more than it must."""
+"""Dynamic inference: predictions equal those with all exits computed, and no unneeded exit is computed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Pooled(Head):
         assert previous_BC is None or (self.cascades and len(previous_BC) == len(features))
         pooled = features.flatten(2).mean(2) if features.dim() == 4 else features
         pooled = pooled[:, 0] if pooled.dim() == 3 else pooled
-        # Normalized and drawn wide, for answers that differ from sample to sample in a net that never learned.
+        # Normalized, with a large deviation, so that predictions of the untrained network differ between samples.
         logits_BC = 4 * self.linear(layer_norm(pooled, pooled.shape[1:]))
         if previous_BC is None:
             return logits_BC
@@ -157,7 +157,7 @@ def assert_same(answer: Prediction, expected: Prediction) -> None:
 @pytest.mark.parametrize("fallback", ["last", "confident"])
 @pytest.mark.parametrize(("variant", "name"), PAIRS)
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "masked"])
-def test_it_answers_as_if_everything_had_been_computed(kind, variant, name, fallback):
+def test_predictions_equal_those_with_all_exits_computed(kind, variant, name, fallback):
     net = network(kind, variant)
     x = inputs(net, sum(BATCHES))
     confidence, thresholds = split(net, name, x)
@@ -231,7 +231,7 @@ def test_a_threshold_above_one_is_the_bare_backbone_bit_for_bit(kind, name, vari
     assert [head.calls for head in net.heads if isinstance(head, Pooled)] == [0, 0, 0]
 
 
-def test_heads_nobody_needs_are_not_computed():
+def test_unused_heads_are_not_computed():
     policy = ExitPolicy(thresholds=(2.0, 0.5, 2.0))
     computed = {variant: DynamicNetwork(network(variant=variant), policy).computed_exits for variant in VARIANTS}
     everything = (0, 1, 2, 3)
@@ -298,7 +298,7 @@ def test_samples_are_carried_along_until_leaving_pays():
 @pytest.mark.parametrize("fallback", ["last", "confident"])
 @pytest.mark.parametrize("compact", [0.0, 2.0])
 @pytest.mark.parametrize("leaving", [0, 1, 6, 7])
-def test_all_none_or_all_but_one_may_leave_together(leaving, compact, fallback):
+def test_all_none_or_all_but_one_may_stop_together(leaving, compact, fallback):
     net = network("masked", "cascade")
     x = inputs(net, 7)
 
@@ -315,7 +315,7 @@ def test_all_none_or_all_but_one_may_leave_together(leaving, compact, fallback):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("fallback", ["last", "confident"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
-def test_an_empty_batch_has_an_empty_answer(variant, fallback, threshold):
+def test_an_empty_batch_gives_an_empty_prediction(variant, fallback, threshold):
     net = network("cnn", variant)
     answer = DynamicNetwork(net, ExitPolicy(thresholds=threshold, fallback=fallback))(inputs(net, 0))
     assert answer.scores_BC.shape == (0, 6)
@@ -324,7 +324,7 @@ def test_an_empty_batch_has_an_empty_answer(variant, fallback, threshold):
 
 
 class Syncs(TorchDispatchMode):
-    """Counts the operators whose result the host has to wait for."""
+    """Counts the operators that synchronize the host with the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ class Syncs(TorchDispatchMode):
 
 @pytest.mark.parametrize(("variant", "name"), PAIRS)
 @pytest.mark.parametrize("compact", [0.0, 0.5])
-def test_the_host_waits_once_at_each_checked_exit(name, compact, variant):
+def test_the_host_synchronizes_once_at_each_stopping_exit(name, compact, variant):
     net = network("cnn", variant)
     x = inputs(net, 33)
     confidence, thresholds = split(net, name, x)
@@ -352,7 +352,7 @@ def test_the_host_waits_once_at_each_checked_exit(name, compact, variant):
     assert syncs.calls == {"nonzero": 2}
 
 
-def test_channels_last_taps_stay_so_when_samples_leave():
+def test_taps_keep_channels_last_when_samples_are_removed():
     net = network("cnn").to(memory_format=torch.channels_last)
     x = inputs(net, 33).to(memory_format=torch.channels_last)
     seen: list[bool] = []
@@ -371,7 +371,7 @@ def test_channels_last_taps_stay_so_when_samples_leave():
     assert seen == [True]
 
 
-def test_it_evaluates_whatever_the_mode_and_leaves_the_mode_alone():
+def test_it_runs_in_evaluation_mode_and_restores_the_mode():
     torch.manual_seed(0)
     stages = [("one", nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)), (6,)), ("two", nn.Linear(6, 6), (6,))]
     net = Network(Backbone(stages, input_shape=(4,)), exits=[("one", GrowingLinear(6))])
@@ -406,7 +406,7 @@ def test_neither_input_nor_network_is_written_to():
     assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
 
 
-def test_an_answer_is_written_beside_the_input_even_if_the_exit_returns_it_as_it_is():
+def test_predictions_never_overwrite_the_input():
     class AsItIs(Head):
         def grow(self, classes):
             return False

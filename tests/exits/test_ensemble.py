@@ -1,4 +1,4 @@
-"""Ensembles against longhand formulas; -inf stays -inf; exit by exit and all at once agree."""
+"""Ensembles against longhand formulas; -inf stays -inf; results exit by exit equal those of all exits together."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_without_weights_and_biases_geometric_is_the_product_of_experts(exits, b
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_last_exit_alone_answers_with_its_own_logits(kind):
+def test_a_separate_last_exit_outputs_its_own_logits(kind):
     logits = drawn(4, 3, 5)
     separate, member = made(kind, 4, 5, final="separate"), made(kind, 4, 5)
     for found in (separate(logits), stepwise(separate, logits)):

@@ -20,7 +20,7 @@ def built(*, boosted: bool = True, gaps: bool = False) -> Network:
 
 
 def own(network: Network, x: torch.Tensor) -> list[torch.Tensor]:
-    """What each head says by itself."""
+    """Logits of each head without the others."""
     logits, value = [], x
     for stage, exits in zip(network.backbone.stages, network.exits_at, strict=True):
         value = stage(value)
@@ -29,7 +29,7 @@ def own(network: Network, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_an_exit_answers_with_the_sum_of_the_exits_up_to_it(batch):
+def test_the_scores_of_an_exit_are_the_sum_up_to_it(batch):
     network, x = built(), torch.randn(batch, 1, 3, 3)
     each = torch.stack(own(network, x))
     found = torch.stack(network(x).logits)

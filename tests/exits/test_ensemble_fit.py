@@ -194,7 +194,7 @@ def network() -> Network:
     return found
 
 
-def test_samples_are_run_once_in_eval_mode_and_the_rest_stands_still():
+def test_samples_are_run_once_in_evaluation_mode_and_nothing_else_changes():
     net, parts = network(), (Stored(11, seed=0), Stored(6, seed=1))
     net.backbone.stages[2].eval()
     flags = [module.training for module in net.modules()]
@@ -214,7 +214,7 @@ def test_samples_are_run_once_in_eval_mode_and_the_rest_stands_still():
 
 
 @pytest.mark.parametrize("parts", [(), (Stored(0, seed=0),)])
-def test_no_held_out_samples_are_an_error_and_leave_no_trace(parts):
+def test_no_held_out_samples_are_an_error_and_change_nothing(parts):
     net = network()
     with pytest.raises(DataError, match=r"^ensemble: found no samples to fit it on"):
         fit_on_samples(net, parts, epochs=1, generator=at(0))

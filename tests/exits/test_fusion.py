@@ -1,4 +1,4 @@
-"""Folding batch normalization changes how a network answers, not what."""
+"""Fusing batch normalization changes no output."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def resnet(shortcut: str) -> Network:
         (lambda: Network(small_cnn((3, 8, 8), width=4)), 0),
     ],
 )
-def test_a_folded_network_answers_the_same(make, left, memory_format):
+def test_a_fused_network_has_the_same_outputs(make, left, memory_format):
     torch.manual_seed(0)
     network = lived(make())
     fast = fuse_batch_norm(network, memory_format=memory_format)
@@ -103,7 +103,7 @@ def test_the_original_is_left_alone_and_the_copy_is_frozen():
 
 
 class TwoUses(nn.Module):
-    """What a convolution returns is used twice: its normalization must not become part of it."""
+    """The output of a convolution is used twice, so its normalization must not be fused."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ class CalledTwice(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Looks at its input to decide what to do; within it is a sequence that does not."""
+    """Depends on the values of its input, so it cannot be traced; its child can."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def test_pooling_by_slices_is_pooling(shape, memory_format):
 
 
 @pytest.mark.parametrize("per_experience", ["one", "each"])
-def test_pooling_heads_answer_the_same_channels_last(per_experience):
+def test_pooling_heads_have_the_same_outputs_in_channels_last(per_experience):
     torch.manual_seed(0)
     backbone = resnet20((3, 12, 10), width=4)
     taps = ("layer1.1", "layer2.0", "layer3.2")

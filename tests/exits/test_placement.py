@@ -1,4 +1,4 @@
-"""Where exits go: published taps exist, shares find the nearest taps, errors name what is near."""
+"""Placement of exits: published taps exist, shares select the nearest taps, errors have the nearest names."""
 
 from __future__ import annotations
 

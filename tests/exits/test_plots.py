@@ -30,7 +30,7 @@ POINTS = BudgetPoints(points=(
 
 
 def pixels(picture, color):
-    """How many pixels have exactly this color."""
+    """Number of pixels of exactly this color."""
     return int((picture == np.round(255 * np.array(to_rgb(color))).astype(np.uint8)).all(axis=2).sum())
 
 
@@ -79,7 +79,7 @@ def test_accuracy_of_each_exit_has_a_line_each_and_gaps():
     assert 0 < pixels(gap, PALETTE[1]) < pixels(full, PALETTE[1]) / 2
 
 
-def test_bars_cover_what_each_exit_answers():
+def test_bars_cover_the_share_of_each_exit():
     picture = exit_usage_image([[0.25, 0.75]], names=["first", "final"])
     first, last = (on_paper(shades()(share)) for share in (0.5, 1.0))
     areas = [int((np.abs(picture.astype(int) - color).max(axis=2) <= 2).sum()) for color in (first, last)]

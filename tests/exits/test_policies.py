@@ -87,7 +87,7 @@ def test_half_precision_scores_are_judged_in_single_precision():
     assert max_probability(0, scores_BC, ())[0].item() == pytest.approx(1 / (1 + math.exp(-7)), abs=1e-7)
 
 
-def test_patience_counts_the_run_of_equal_answers():
+def test_patience_counts_consecutive_equal_predictions():
     answers = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 0, 1], [2, 2, 1, 1]])
     runs = [[1, 2, 3, 4], [1, 1, 2, 3], [1, 1, 1, 1], [1, 2, 1, 2]]
     carried = ()
@@ -104,7 +104,7 @@ def test_a_patience_threshold_fires_at_just_that_many_agreements():
         assert not (confidence_B >= patience_threshold(agreements + 1)).item()
 
 
-def test_policies_say_who_is_asked():
+def test_exits_whose_confidence_is_needed():
     policy = ExitPolicy(thresholds=(0.5, 1.5, 1.0))
     assert policy.confidence_exits(4) == (0, 2)
     assert policy.confidence_exits(4, among=[1, 2, 3]) == (2,)
@@ -125,7 +125,7 @@ def test_wrong_policies_are_one_line():
 
 
 def noisy_exits(samples: int = 600) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Scores of two exits that are right the more often the surer they are; the second is better."""
+    """Scores of two exits whose accuracy grows with their confidence; the second is more accurate."""
     targets_N = torch.randint(5, (samples,))
     strength_N1 = 4 * torch.rand(samples, 1)
     right_NC = torch.nn.functional.one_hot(targets_N, 5) * strength_N1
@@ -145,7 +145,7 @@ def test_a_fitted_gate_has_no_gradient_left():
         assert abs(error_N.mean() + 0.01 * bias) < 1e-5
 
 
-def test_a_gate_is_calibrated_and_ranks_right_answers_higher():
+def test_a_gate_is_calibrated_and_ranks_correct_predictions_higher():
     scores, targets_N = noisy_exits()
     gate = fit_learned_confidence(scores, targets_N)
     held_out, answers_N = noisy_exits(2000)
@@ -183,7 +183,7 @@ def test_a_gate_is_fitted_the_same_twice_and_its_state_brings_its_size():
     assert torch.equal(loaded(1, scores[1], ())[0], fit_learned_confidence(scores, targets_N)(1, scores[1], ())[0])
 
 
-def test_an_unknown_measure_is_answered_with_the_nearest_name():
+def test_an_unknown_measure_names_the_nearest_one():
     from strategies import EarlyExit
 
     with pytest.raises(UnknownNameError, match=r"^components\.early_exit\.measure: .*'margn'.*margin"):

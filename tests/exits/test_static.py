@@ -1,4 +1,4 @@
-"""Answers from all exits' scores, each against a loop over samples in plain Python."""
+"""Rules over the scores of all exits, each against a loop over samples in plain Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def drawn(exits: int = 4, samples: int = 33, classes: int = 5) -> list[torch.Ten
 
 @pytest.mark.parametrize("exits", [1, 2, 5])
 @pytest.mark.parametrize("samples", [0, 1, 7])
-def test_every_answer_has_a_row_and_an_exit_for_each_sample(exits, samples):
+def test_every_rule_gives_scores_and_an_exit_for_each_sample(exits, samples):
     scores = drawn(exits, samples)
     targets_B = torch.zeros(samples, dtype=torch.long)
     policy = ExitPolicy(thresholds=0.5)
@@ -35,14 +35,14 @@ def test_every_answer_has_a_row_and_an_exit_for_each_sample(exits, samples):
         assert ((answer.exit_B >= 0) & (answer.exit_B < exits)).all()
 
 
-def test_the_last_exit_answers_as_it_is():
+def test_the_rule_last_returns_the_last_exit():
     scores = drawn()
     assert torch.equal(last(scores).scores_BC, scores[-1])
     assert last(scores).exit_B.tolist() == [3] * 33
 
 
 @pytest.mark.parametrize("name", ["max_probability", "entropy", "margin"])
-def test_the_most_confident_exit_answers(name):
+def test_the_rule_confident_returns_the_most_confident_exit(name):
     scores = drawn()
     answer = confident(scores, measure=CONFIDENCE_MEASURES.get(name))
     for sample, exit in enumerate(answer.exit_B.tolist()):
@@ -51,7 +51,7 @@ def test_the_most_confident_exit_answers(name):
         assert torch.equal(answer.scores_BC[sample], scores[exit][sample])
 
 
-def test_of_equally_confident_exits_the_first_answers():
+def test_of_equally_confident_exits_the_first_is_used():
     row = torch.tensor([[1.0, 0.0]])
     assert confident([row - 5, row.flip(1), row]).exit_B.tolist() == [0]
 
@@ -63,7 +63,7 @@ def test_the_mean_is_of_probabilities():
     torch.testing.assert_close(mean(scores).scores_BC.exp(), p_BC)
 
 
-def test_the_vote_goes_to_the_majority_then_to_the_surest():
+def test_the_vote_is_the_majority_then_the_highest_probability():
     scores = drawn(exits=5, samples=200)
     answer_B = vote(scores).scores_BC.argmax(1)
     ties = 0
@@ -120,7 +120,7 @@ def test_the_extremes_are_the_first_exit_and_the_last():
         assert nobody.exit_B.tolist() == [3] * 33
 
 
-def test_patience_waits_for_exits_that_agree():
+def test_patience_requires_exits_that_agree():
     named = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 2], [2, 2, 2, 2]])
     scores = list(torch.nn.functional.one_hot(named.T, 3).float())
     once = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=1 / 2))

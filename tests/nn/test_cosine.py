@@ -1,4 +1,4 @@
-"""Cosine classifiers: the formula, growth, states, fixed rows, one scale at an exit, in place of any exit's."""
+"""Cosine classifiers: formula, growth, states, fixed rows, one scale per exit, replacing the classifier of any exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes beside training: what they return, and that they leave no trace."""
+"""Forward passes without side effects: values, and that nothing changes."""
 
 from __future__ import annotations
 

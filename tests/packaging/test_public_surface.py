@@ -46,7 +46,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_help_names_the_verbs(tmp_path: Path) -> None:
-    """What a first reader is shown."""
+    """The verbs are in the help."""
     done = subprocess.run(
         [sys.executable, "-c", HELP], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -24,7 +24,7 @@ def test_this_checkout_or_wheel_has_the_quickstart() -> None:
 
 
 def test_a_checkout_has_them_beside_the_package(site: Path) -> None:
-    """A folder named ``configs`` counts with a pyproject.toml beside it."""
+    """A folder ``configs`` counts with a pyproject.toml next to it."""
     (site / "configs").mkdir()
     (site / "pyproject.toml").touch()
     assert paths.shipped_configs() == site / "configs"
@@ -39,7 +39,7 @@ def test_the_package_own_folder_wins(site: Path) -> None:
 
 
 def test_a_foreign_configs_folder_is_not_taken(site: Path) -> None:
-    """``site-packages/configs`` of another package is no checkout."""
+    """``site-packages/configs`` of another package is not a checkout."""
     (site / "configs").mkdir()
     with pytest.raises(ConfigError, match=r"^configs: neither .*_configs nor .*; install clframe again$"):
         paths.shipped_configs()

@@ -73,7 +73,7 @@ def test_a_gate_without_a_budget_is_fitted_and_keeps_its_threshold():
     assert state["thresholds"] == 0.4 and state["gate"]["weight_KD"].abs().sum() > 0
 
 
-def test_a_plain_network_has_nothing_to_leave_early_from():
+def test_a_network_with_one_exit_predicts_with_it():
     net = Network(BACKBONES.get("mlp")((5,), width=9))
     net.grow(range(4))
     component = EarlyExit(budget=0.5)
@@ -132,7 +132,7 @@ def test_bad_options_and_missing_data_are_one_line(tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
-def test_a_run_its_loaded_model_and_dynamic_inference_give_the_same_answers(tmp_path):
+def test_a_run_its_loaded_model_and_dynamic_inference_predict_alike(tmp_path):
     strategy = "er(memory=60) + exits(ensemble='geometric', fit_epochs=2) + early_exit(budget=0.8)"
     result = clframe.run("quickstart", [*FAST, f"strategy={strategy}", "backbone.width=32", "benchmark.validation=0.2"], output=tmp_path)
     model = clframe.load(result.run_folder)
@@ -147,7 +147,7 @@ def test_a_run_its_loaded_model_and_dynamic_inference_give_the_same_answers(tmp_
     assert right == pytest.approx(result.exits[-1].accuracy_K[0], abs=1e-6)
 
 
-def test_policies_and_ensembles_are_fitted_on_corrected_answers():
+def test_policies_and_ensembles_are_fitted_on_corrected_logits():
     from clframe.core import compose
     from clframe.training.learner import Learner
     from strategies import NCM
@@ -168,7 +168,7 @@ def test_policies_and_ensembles_are_fitted_on_corrected_answers():
     cost = torch.tensor(cumulative_macs(net), dtype=torch.float64)
     within = 0.9 * backbone_macs(net)
     assert cost[exit_N].mean() <= within
-    # a confidence that held-out samples really have, under the scores that answer
+    # each finite threshold is the confidence of a held-out sample under the corrected scores
     confidences = torch.cat([s.softmax(1).amax(1).double() for s in scores[:-1]])
     finite = [t for t in policy.thresholds if 0 < t <= 1]
     assert finite and all(bool(torch.isclose(confidences, torch.tensor(t, dtype=torch.float64)).any()) for t in finite)

@@ -177,7 +177,7 @@ def test_distillation_from_the_last_exit_reaches_the_others_only():
 
 
 def pulls(gradient, exits=3):
-    """What each exit's loss, alone, pulls on a trunk of identities: (shallowest tap, deepest tap) by exit."""
+    """Gradient of each exit's loss at the input of a trunk of identities."""
     stages = [(f"s{i}", nn.Identity(), (4,)) for i in range(exits)]
     net = Network(Backbone(stages, input_shape=(4,)))
     Exits(at=tuple(f"s{i}" for i in range(exits - 1)), head="linear", heads="growing", gradient=gradient).setup_network(net)
@@ -212,7 +212,7 @@ def test_linear_probes_leave_the_run_as_it_is_without_exits_bit_for_bit(tmp_path
         final_weights(run(tmp_path, "er + exits")).values(), theirs.values(), strict=True))  # fmt: skip
 
 
-def test_scale_zero_is_no_exits():
+def test_scale_zero_removes_the_exits():
     assert str(ER() + Exits(scale=0)) == "er"
 
 
@@ -323,3 +323,31 @@ def test_taps_and_heads_that_do_not_fit_are_named():
         edited(Exits(head="pool"))
     with pytest.raises(ConfigError, match=r"found 3 weights for 2 exits"):
         edited(Exits(values=(0.1, 0.2, 0.3)))
+
+
+@pytest.mark.parametrize("calibration", ["temperature", "vector", "isotonic"])
+def test_a_calibrated_run_loads_and_stops_early_with_the_same_scores(tmp_path, calibration):
+    """Evaluation, the loaded model and dynamic inference apply one calibration."""
+    import clframe
+
+    options = ["backbone=mlp", "trainer.epochs=1", "benchmark.experiences=2", "benchmark.validation=0.2", "trainer.progress=false"]
+    strategy = f"strategy=er + exits(calibration='{calibration}', ensemble='mean') + early_exit(threshold=0.6)"
+    result = clframe.run("quickstart", [*options, strategy], output=tmp_path)
+    model = clframe.load(result.run_folder)
+    ensemble = model.network.ensemble
+    assert bool(ensemble.fitted) and ensemble.kind == calibration
+    x = clframe.data.digits().test.x[:60]
+    whole, early = model.outputs(x), model.dynamic()(model.prepare(x))
+    picked = torch.stack(whole.logits)[early.exit_B, torch.arange(60)]
+    torch.testing.assert_close(early.scores_BC, picked, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.ids(early.scores_BC), model.classify(x))
+    again = clframe.load(result.run_folder).outputs(x)
+    assert all(torch.equal(a, b) for a, b in zip(whole.logits, again.logits, strict=True))
+
+
+def test_calibration_needs_held_out_data(tmp_path):
+    import clframe
+    from clframe.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"benchmark\.validation"):
+        clframe.run("quickstart", ["backbone=mlp", "strategy=er + exits(calibration='temperature')"], output=tmp_path)

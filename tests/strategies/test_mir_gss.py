@@ -12,6 +12,7 @@ from clframe.core import Batch, Experience, Step, StepContext
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import BACKBONES, GrowingLinear, Network
+from clframe.nn.heads import CosineLinear
 from clframe.seeding import generator_for
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -104,9 +105,12 @@ def test_while_the_buffer_is_small_all_of_it_is_replayed_and_nothing_while_it_is
 # --- GSS ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exits", [0, 2])
-def test_sample_gradients_are_those_of_every_sample_by_itself(exits):
-    net, samples = network(exits), data(4)
+@pytest.mark.parametrize("exits, cosine", [(0, False), (2, False), (1, True)])
+def test_sample_gradients_are_those_of_every_sample_by_itself(exits, cosine):
+    net, samples = network(exits, classes=0 if cosine else 3), data(4)
+    if cosine:  # whose scale is a weight without dimensions
+        net.classify_with(partial(CosineLinear, scale=3.0))
+        net.grow(range(3))
     found = sample_gradients(net, samples.x, samples.y)
     for row, x, y in zip(found, samples.x, samples.y, strict=True):
         loss = sum(cross_entropy(logits, y[None]) for logits in net(x[None]).logits)

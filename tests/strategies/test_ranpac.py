@@ -91,11 +91,11 @@ def test_the_ridge_is_the_one_with_the_least_error_on_samples_held_out():
     component = RanPAC(projection=40, ridges=(1e-6, 1.0, 1e6))
     y = torch.randint(2, (60,), generator=generator)
     noise = torch.randn(60, 40, generator=generator, dtype=torch.float64)
-    assert component._ridge(noise, y, 2, before=1.0) == 1e6
+    assert component._select_ridge(noise, y, 2, before=1.0) == 1e6
     linear = 0.01 * noise.clone()
     linear[:, 0], linear[:, 1] = y, 1 - y
-    assert component._ridge(linear[:, :2], y, 2, before=1.0) == 1e-6
-    assert component._ridge(noise[:1], y[:1], 2, before=7.0) == 7.0
+    assert component._select_ridge(linear[:, :2], y, 2, before=1.0) == 1e-6
+    assert component._select_ridge(noise[:1], y[:1], 2, before=7.0) == 7.0
 
 
 def test_choosing_leaves_the_sums_alone():

@@ -29,6 +29,9 @@ class Killed(BaseException):
         "der(memory=40, selection='herding')",
         "er(memory=40, replay='concatenate') + er_ace",
         f"agem(memory=40, sample=8) + {EXITS}",
+        f"der(memory=40, update='step') + {EXITS}",
+        "mir(memory=40)",
+        "gss(memory=40)",
     ],
 )
 def test_a_broken_run_ends_as_a_whole_one(strategy, tmp_path, monkeypatch):
@@ -65,7 +68,7 @@ def test_a_broken_run_ends_as_a_whole_one(strategy, tmp_path, monkeypatch):
         ("gdumb_paper", "gdumb", {"memory": 2000, "restart": "never"}),
         ("der", "der", {"alpha": 0.3, "columns": "padded", "selection": "reservoir"}),
         ("derpp", "derpp", {"alpha": 0.2, "beta": 0.5, "draws": "two", "selection": "reservoir"}),
-        ("derpp_paper", "derpp", {"alpha": 0.5, "beta": 0.5, "draws": "one", "memory": 2000, "selection": "random"}),
+        ("derpp_paper", "derpp", {"alpha": 0.5, "beta": 0.5, "draws": "two", "memory": 2000, "selection": "random"}),
         ("er_ace", "er_ace", {"over": "batch", "rehearse": "all"}),
         ("agem", "agem", {"memory": 2000, "sample": 256}),
     ],

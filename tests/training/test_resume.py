@@ -172,7 +172,11 @@ def test_resume_after_a_real_kill(tmp_path):
 def test_a_signal_names_the_folder_to_resume(tmp_path, number, engine):
     arguments = [*overrides("naive"), "trainer.epochs=200", f"trainer.engine={engine}"]
     command = [sys.executable, "-m", "clframe", "run", "quickstart", *arguments, "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        # A test that runs in the background of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/quickstart/*/checkpoints/experience_001.ckpt")):
         assert process.poll() is None and time.monotonic() < deadline

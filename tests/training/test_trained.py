@@ -29,7 +29,7 @@ def test_a_plain_model_predicts_as_it_was_evaluated(tmp_path):
         model.dynamic()
 
 
-def test_what_is_no_run_is_one_line(tmp_path):
+def test_a_folder_without_a_run_is_one_line(tmp_path):
     with pytest.raises(RunFolderError, match=r"^load: no folder"):
         clframe.load(tmp_path / "nothing")
     with pytest.raises(RunFolderError, match=r"^load: .* has no config\.yaml"):

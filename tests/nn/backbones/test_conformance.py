@@ -1,4 +1,4 @@
-"""What every registered backbone promises; registering one enrols it."""
+"""Conformance suite of backbones; registering a backbone enrolls it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_input_size_declares_its_own_shapes(name):
         assert backbone.input_shape == shape
         declared.append(backbone.tap_shapes)
         stages = [{id(p) for p in stage.parameters()} for stage in backbone.stages]
-        assert sum(map(len, stages)) == len(set().union(*stages))  # no weight stands in two stages
+        assert sum(map(len, stages)) == len(set().union(*stages))  # no weight is registered in two stages
     assert declared[0] != declared[1] or name == "mlp"
 
 

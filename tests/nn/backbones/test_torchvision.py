@@ -195,7 +195,7 @@ def test_the_last_tap_is_the_normalized_class_token():
 
 
 class Published:
-    """Stands where torchvision downloads from."""
+    """Replaces the server of torchvision."""
 
     def __init__(self, monkeypatch, state):
         self.asked: list[dict] = []

@@ -24,7 +24,7 @@ from clframe.exits.calibration import Calibrated, Calibration
 from clframe.exits.curves import AccuracyCostCurve, BudgetPoints, accuracy_cost_curve, budget_points
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.diagnostics import ExitRecord
-from clframe.exits.policies import ConfidenceMeasure, restore_confidence
+from clframe.exits.policies import ConfidenceMeasure, fitted_class, restore_confidence
 from clframe.exits.study import ExitScores, metrics_of
 from clframe.nn.network import Carried, Single
 
@@ -81,7 +81,7 @@ def variants_of_scores(
     for kind in calibrations:
         pair = _calibrate(kind, validation, test)
         for name in measures:
-            measure = restore_confidence(name, None, exits=len(cost_K))
+            measure = _measure(name, pair[0])
             fitted, measured = (_evaluation(scores, measure, cost_K) for scores in pair)
             everything = np.ones(len(pair[1]), dtype=bool)
             metrics = metrics_of(pair[1], measured, everything)
@@ -160,6 +160,15 @@ def _calibrate(kind: Calibration, validation: ExitScores, test: ExitScores) -> t
         return ExitScores(np.stack(mapped), scores.y_N, scores.experience_N)
 
     return apply(validation), apply(test)
+
+
+def _measure(name: str, validation: ExitScores) -> ConfidenceMeasure:
+    """The measure of a name, fitted on validation data where it has parameters."""
+    kind = fitted_class(name)
+    if kind is None:
+        return restore_confidence(name, None, exits=len(validation.scores_KNC))
+    scores = [torch.from_numpy(np.array(scores_NC)) for scores_NC in validation.scores_KNC]
+    return kind.fit(scores, torch.from_numpy(validation.y_N))
 
 
 def _evaluation(scores: ExitScores, measure: ConfidenceMeasure, cost_K: Sequence[int]) -> ExitEvaluation:

@@ -163,7 +163,7 @@ def test_cwr_star_consolidates_the_classifier_and_not_a_hidden_layer() -> None:
         ("[EWCPlugin]", ConfigError, r"EWCPlugin.ewc_lambda: is missing and has no default; give a number"),
         ("[{EWCPlugin: {ewc_lambda: much}}]", ConfigError, r"ewc_lambda: found 'much' \(text\); give a number"),
         ("[{EWCPlugin: {ewc_lambda: 1, mode: onlin}}]", ConfigError, r"mode: found 'onlin' \(text\); did you mean 'online'\?"),
-        ("[{EWCPlugin: {ewc_lambda: 1, mode: online}}]", ConfigError, r"Avalanche refuses its options \(.*decay_factor.*\); mend"),
+        ("[{EWCPlugin: {ewc_lambda: 1, mode: online}}]", ConfigError, r"Avalanche refuses its options \(.*decay_factor.*\); change"),
         ("[{MIRPlugin: {batch_size_mem: '1'}}]", ConfigError, r"batch_size_mem: found '1' \(text\); give a whole number"),
         ("[{BiCPlugin: {storage_policy: x}}]", ConfigError, r"BiCPlugin.storage_policy: unknown option; "),
         ("[{RARPlugin: {batch_size_mem: 1}}]", ConfigError, r"RARPlugin.name_ext_layer: is missing"),
@@ -171,7 +171,7 @@ def test_cwr_star_consolidates_the_classifier_and_not_a_hidden_layer() -> None:
         ("[LFLPlugin]", UnsupportedError, r"LFLPlugin: needs .*get_features.*; from Python use it on a plain module"),
         ("[LRSchedulerPlugin]", UnsupportedError, r"LRSchedulerPlugin: needs .*; set optimizer.schedule"),
         ("[EarlyStoppingPlugin]", UnsupportedError, r"EarlyStoppingPlugin: needs .*; from Python pass"),
-        ("[{A: {}, B: {}}]", ConfigError, r"plugins\[0\]: found \{.*\}.*; give a name, or one with its options"),
+        ("[{A: {}, B: {}}]", ConfigError, r"plugins\[0\]: found \{.*\}.*; give a name, or one with options as in"),
         ("[3]", ConfigError, r"plugins\[0\]: found 3; give a name"),
         ("[{LwFPlugin: 2}]", ConfigError, r"plugins\[0\].LwFPlugin: found 2; give a mapping"),
         ("LwFPlugin", ConfigError, r"plugins: found 'LwFPlugin' \(text\); give a list"),
@@ -209,7 +209,7 @@ def test_a_memory_that_pools_is_refused_beside_a_plugin_that_brings_a_loader(tmp
 def test_a_run_with_plugins_is_not_resumed(tmp_path: Any) -> None:
     result = clframe.run("quickstart", overrides("LwFPlugin"), output=tmp_path)
     with pytest.raises(
-        UnsupportedError, match=r"has plugins of Avalanche's \(LwFPlugin\), whose state is in no checkpoint; run"
+        UnsupportedError, match=r"has Avalanche plugins \(LwFPlugin\), whose state is not in checkpoints; start a new run"
     ):
         clframe.run(resume=result.run_folder)
     model = clframe.load(result.run_folder)  # the network is there all the same

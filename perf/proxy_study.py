@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from clframe.exits.study import collect_scores
 from clframe.metrics.statistics import paired
 from clframe.results import Result
 from clframe.tables import to_text
-from clframe.targets.exit_studies import proxy_tables, study_proxies, write_proxy_study
+from clframe.targets.exit_studies import proxy_tables, study_proxies, variants_of_run, write_proxy_study
 from clframe.targets.opening import open_target
 
 SETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "digits": ("quickstart", ("backbone=small_cnn", "trainer.epochs=4")),
-    "mnist": ("split_mnist", ("backbone=mlp", "backbone.depth=4", "trainer.epochs=1")),
+    "mnist": ("split_mnist", ("backbone=mlp", "backbone.depth=4", "trainer.epochs=2")),
     "cifar": (
         "quickstart",
         ("benchmark=npz", "backbone=resnet20", "optimizer.name=sgd", "optimizer.lr=0.05", "optimizer.momentum=0.9",
@@ -76,6 +78,21 @@ def policies(run: Path) -> list[Variant]:
         str(run), collect_scores(target, "validation"), collect_scores(target, "test"), cost_K=cumulative_macs(network),
         backbone_cost=backbone_macs(network), calibrations=("none",), measures=MEASURES,
     )  # fmt: skip
+
+
+def prepare(run: Path) -> list[Variant]:
+    """Store the variants of one run in its folder; returns those of the confidence measures."""
+    import torch
+
+    torch.set_num_threads(1)
+    variants_of_run(str(run))
+    return policies(run)
+
+
+def prepare_all(runs: Sequence[Path], workers: int) -> list[tuple[Path, list[Variant]]]:
+    """The same for many runs, in processes."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(zip(runs, pool.map(prepare, runs), strict=True))
 
 
 def policy_table(found: dict[tuple[str, int], list[Variant]], *, stream: str) -> str:
@@ -149,6 +166,7 @@ def main() -> None:
         for cell, _ in run_cells(wanted[size : size + 4 * options.workers], options.out, workers=options.workers):
             print(f"{time.perf_counter() - start:7.0f} s  {cell.label}, seed {cell.seed}", flush=True)
     done: list[tuple[Cell, Path]] = [(c, p.parent) for c in wanted if (p := finished(c, options.out)) is not None]
+    prepared = dict(prepare_all([run for _, run in done], options.workers))
     study = study_proxies([str(run) for _, run in done])
     write_proxy_study(study, options.out / "proxy", command=["perf/proxy_study.py"])
     print("\n\n".join(to_text(table, width=170) for table in proxy_tables(study)))
@@ -156,7 +174,7 @@ def main() -> None:
         runs = {str(run) for cell, run in done if cell.label.endswith(stream)}
         part = [variant for variant in study.variants if variant.run in runs]
         report(stream, part)
-    found = {(cell.label, cell.seed): policies(run) for cell, run in done}
+    found = {(cell.label, cell.seed): prepared[run] for cell, run in done}
     print("\n" + "\n\n".join(policy_table(found, stream=stream) for stream in ("iid", "continual")))
     print("\n" + early_warning([run for cell, run in done if cell.label.endswith("continual")]))
     compact: dict[str, Any] = {f"{label} seed {seed}": [v.gains for v in each] for (label, seed), each in found.items()}

@@ -40,7 +40,7 @@ class EarlyExit(Component):
     budget. Reported accuracies are those of the policy; ``clframe.load(run).dynamic()`` executes it and skips
     computation. Kaya et al., "Shallow-Deep Networks" (2019); Szatkowski et al., "Auxiliary Classifiers" (2025).
 
-    Combine it with ``exits`` to make predictions cheaper than the whole network. Costs nothing in training; with a
+    Use it with ``exits`` to make predictions cheaper than the whole network. Costs nothing in training; with a
     budget or a fitted measure, one forward pass over the held-out data after each experience
     (``benchmark.validation``).
 
@@ -49,7 +49,8 @@ class EarlyExit(Component):
             most ``confident``, the ``mean`` of all probabilities, the ``vote`` of all.
         measure: Confidence measure: ``max_probability``, ``entropy`` (1 is certain), ``margin`` between the two
             likeliest classes, ``patience`` (p consecutive exits that agree: threshold p / (p + 1)), ``gate`` (a
-            logistic regression on the first three, fitted on held-out data), or one registered by a package.
+            logistic regression on the first three, fitted on held-out data), ``failure`` (a small network per exit,
+            fitted there to predict that stopping is right or continuing futile), or one registered by a package.
         threshold: Confidence from which an exit predicts: one number, or one for each exit before the last.
         budget: Alternative to ``threshold``: mean cost of a prediction as a share of the bare backbone's MACs. A
             budget below the cost of the first exit is raised to it.

@@ -38,7 +38,7 @@ class Exits(Component):
     Continual Learning Performance and Efficiency with Auxiliary Classifiers" (2025); Wojcik et al., "Zero Time Waste in
     Pre-trained Early Exit Neural Networks" (2023).
 
-    Combine it with any strategy to reduce the cost of predictions or to raise accuracy at the same cost. Costs the
+    Use it with any strategy to reduce the cost of predictions or to raise accuracy at the same cost. Costs the
     parameters of the heads and their MACs, in each step and in each prediction that reaches them; ``clframe explain``
     counts both.
 

@@ -28,7 +28,7 @@ NAMES: Final = {
     "split split_with_sizes chunk pixel_shuffle pixel_unshuffle unsafe_view unsafe_split alias "
     "reshape_alias mkldnn_reshape to_mkldnn to_dense one_hot assert_async assert_scalar "
     "linalg_check_errors assert_tensor_metadata pin_memory pack_padded_sequence pad_packed_sequence "
-    "native_channel_shuffle channel_shuffle reshape view lift is_pinned",
+    "native_channel_shuffle channel_shuffle reshape view lift is_pinned as_strided",
     "creation": "empty empty_strided new_empty new_empty_strided zeros ones full arange linspace logspace eye "
     "rand randn randint randperm normal uniform bernoulli multinomial exponential scalar_tensor zero "
     "fill zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "

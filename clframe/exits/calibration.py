@@ -257,6 +257,6 @@ def _with_confidence(scores_BC: Tensor, knots_M: Tensor, values_M: Tensor) -> Te
 def _checked(logits_NC: Tensor, y_N: Tensor) -> Tensor:
     if not len(y_N):
         raise DataError("calibration: found no held-out samples; set benchmark.validation=0.1")
-    if logits_NC.isnan().any():
-        raise DataError("calibration: found NaN logits; lower optimizer.lr, training has diverged")
+    if (logits_NC.isnan() | logits_NC.isposinf()).any():  # -inf is the logit of a class that is not learned yet
+        raise DataError("calibration: found NaN or infinite logits; lower optimizer.lr, training has diverged")
     return logits_NC.double().cpu()

@@ -97,6 +97,7 @@ _OWN: Final[Mapping[str, ExitMetric]] = {
     ),
 }
 
+
 def _at_every_exit(metric: Callable[[Ranking], Any]) -> Callable[[ExitEvaluation], tuple[float, ...]]:
     """A ranking metric of confidence and correctness at every exit; NaN where a confidence is not finite."""
 
@@ -115,8 +116,6 @@ def _mean_at_every_exit(value_KN: Tensor | None, exits: int) -> tuple[float, ...
 
 
 def _eefp(evaluation: ExitEvaluation) -> tuple[float, ...]:
-    if not evaluation.confidence_KN.isfinite().all():
-        return (math.nan,) * evaluation.exits
     return eefp_K(evaluation.confidence_KN.numpy(), evaluation.correct_KN.numpy())
 
 

@@ -2,7 +2,8 @@
 
 Every metric is a function of a *ranking*: samples grouped by equal confidence, in descending order of confidence.
 Inside a group the order is undefined, so a metric that depends on it takes the expectation over random orders; no
-result depends on the order in which samples arrive. A metric that is undefined (one class of outcomes only) is NaN.
+result depends on the order in which samples arrive. A metric that is undefined (one class of outcomes only,
+confidences that are not finite) is NaN; :func:`undefined_reason` has the reason.
 
 Conventions that differ between libraries:
 
@@ -24,9 +25,9 @@ Shape suffixes: N samples, G groups of equal confidence, K exits, R resamples, M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, nan
+from math import ceil, isnan, nan
 from typing import Any, Final
 
 import numpy as np
@@ -63,7 +64,7 @@ class Ranking:
 
     @property
     def errors_RG(self) -> Floats:
-        """How many samples of each group are wrong."""
+        """Number of wrong samples of each group."""
         return self.count_RG - self.correct_RG
 
 
@@ -234,10 +235,13 @@ def failure_targets(correct_KN: ArrayLike) -> NDArray[np.bool_]:
 
 
 def eefp_K(confidence_KN: ArrayLike, correct_KN: ArrayLike) -> tuple[float, ...]:
-    """EEFP of each exit: AUROC of its confidence against :func:`failure_targets`; NaN at the last exit."""
+    """EEFP of each exit: AUROC of its confidence against :func:`failure_targets`.
+
+    NaN at the last exit, and at exits with a confidence that is not finite.
+    """
     targets_KN = failure_targets(correct_KN)
     return tuple(
-        float(auroc(rank(confidence_N, target_N))[0])
+        float(auroc(rank(confidence_N, target_N))[0]) if np.isfinite(confidence_N).all() else nan
         for confidence_N, target_N in zip(np.asarray(confidence_KN), targets_KN, strict=True)
     )
 
@@ -283,18 +287,41 @@ LABELS: Final[Mapping[str, str]] = {
 UNDEFINED: Final[Mapping[str, str]] = {
     "auroc": "all predictions are correct, or all are wrong",
     "fpr95": "all predictions are correct, or all are wrong",
-    "eefp": "the target has one value only, as at the last exit",
+    "eefp": "no sample can gain from a later exit, or every sample can",
 }
-"""Reasons for NaN, by metric."""
+"""Reasons for NaN on finite confidences, by metric."""
+
+
+def undefined_reason(metric: str, values: Mapping[str, Sequence[float]], *, exit: int) -> str:
+    """Reason why a metric is NaN at an exit, given the values of all metrics, one per exit."""
+    exits = len(values[metric])
+    if metric == "eefp" and exit == exits - 1:
+        return "there is no later exit"
+    # AURC is defined for any samples with finite confidences.
+    if isnan(values.get("aurc", (nan,) * exits)[exit]):
+        return "no samples" if isnan(values["accuracy"][exit]) else "confidences are not finite"
+    return UNDEFINED.get(metric, "not recorded")
+
+
+def mean_over_exits(values: Sequence[float]) -> float:
+    """Mean over the exits that define a metric; NaN where none does.
+
+    >>> mean_over_exits([0.5, 0.75, float("nan")])
+    0.625
+    """
+    defined = [value for value in values if not isnan(value)]
+    return sum(defined) / len(defined) if defined else nan
 
 
 def failure_metrics(confidence_N: ArrayLike, correct_N: ArrayLike) -> dict[str, float]:
-    """All metrics of :data:`RANKING_METRICS` for one exit.
+    """All metrics of :data:`RANKING_METRICS` for one exit; NaN where a confidence is not finite.
 
     >>> found = failure_metrics([0.9, 0.8, 0.6, 0.55], [1, 1, 0, 1])
     >>> round(found["auroc"], 4), round(found["aurc"], 4), found["cov_at_5_risk"]
     (0.6667, 0.1458, 0.5)
     """
+    if not np.isfinite(np.asarray(confidence_N, dtype=np.float64)).all():
+        return dict.fromkeys(RANKING_METRICS, nan)
     ranking = rank(confidence_N, correct_N)
     return {name: float(metric(ranking)[0]) for name, metric in RANKING_METRICS.items()}
 
@@ -321,8 +348,10 @@ def bootstrap(
         seed: Of the resamples: the same seed gives the same interval.
 
     Returns:
-        Lower and upper limit; NaN where no resample defines the metric.
+        Lower and upper limit; NaN where no resample defines the metric or a confidence is not finite.
     """
+    if not np.isfinite(np.asarray(confidence_N, dtype=np.float64)).all():
+        return nan, nan
     function = RANKING_METRICS[metric]
     count = len(np.asarray(confidence_N))
     generator = np.random.default_rng(seed)

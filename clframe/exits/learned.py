@@ -65,12 +65,15 @@ class FailureConfidence(FittedConfidence):
             targets_N: Their classes.
 
         Raises:
-            DataError: No samples, or scores that are NaN.
+            DataError: No samples, or scores that are NaN or +inf.
         """
         if not len(targets_N):
             raise DataError("early_exit.measure: found no held-out samples; set benchmark.validation=0.1")
-        if any(bool(scores_NC.isnan().any()) for scores_NC in scores):
-            raise DataError("early_exit.measure: found NaN scores; lower optimizer.lr, training has diverged")
+        # -inf is the score of a class that is not learned yet.
+        if any(bool((scores_NC.isnan() | scores_NC.isposinf()).any()) for scores_NC in scores):
+            raise DataError(
+                "early_exit.measure: found NaN or infinite scores; lower optimizer.lr, training has diverged"
+            )
         confidence = cls(len(scores)).to(targets_N.device)
         correct_KN = torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores])
         stop_KN = torch.as_tensor(failure_targets(correct_KN.cpu().numpy()), device=targets_N.device)

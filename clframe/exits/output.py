@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import isnan, nan
+from math import isnan
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from clframe.exits.failure import BINS, LABELS
-from clframe.exits.study import ExitStudy, reason_of
+from clframe.exits.failure import BINS, LABELS, mean_over_exits, undefined_reason
+from clframe.exits.study import ExitStudy
 from clframe.plotting.style import HEIGHT, MUTED, Picture, legend, percent, series_style
 from clframe.records import to_plain
 from clframe.tables import Cell, Quantity, Table
@@ -38,14 +38,12 @@ def tables(study: ExitStudy) -> list[Table]:
 def metrics_table(study: ExitStudy) -> Table:
     """One row per exit, and the mean over exits where it is defined."""
     rows: list[tuple[Cell, ...]] = [
-        (name, *(_quantity(study, metric, values[k], k) for metric, values in study.metrics.items()))
+        (name, *(_quantity(metric, study.metrics, k) for metric in study.metrics))
         for k, name in enumerate(study.exit_names)
     ]
-    means: list[Cell] = []
-    for metric, values in study.metrics.items():
-        defined = [value for value in values if not isnan(value)]
-        mean = sum(defined) / len(defined) if defined else nan
-        means.append(_number(metric, mean, "undefined at every exit"))
+    means = [
+        _number(metric, mean_over_exits(values), "undefined at every exit") for metric, values in study.metrics.items()
+    ]
     note = f"{study.samples} test samples; confidence is the largest probability. Mean over the exits that define it."
     return Table(
         name="exit_metrics", title="Calibration and failure prediction by exit", note=note,
@@ -71,11 +69,11 @@ def undecided_table(study: ExitStudy) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             name, Quantity(float(study.undecided_samples[k]), kind="whole"),
-            *(_quantity(study, metric, values[k], k) for metric, values in study.undecided.items()),
+            *(_quantity(metric, study.undecided, k) for metric in study.undecided),
         )
         for k, name in enumerate(study.exit_names)
     ]  # fmt: skip
-    note = "Samples that no earlier exit stops at the threshold of the 50 % budget; all where there is no threshold."
+    note = "Samples that no earlier exit stops at the threshold of the 50 % budget; all without a threshold."
     return Table(
         name="exit_metrics_undecided", title="The same on undecided samples", note=note,
         columns=("exit", "samples", *(HEADINGS[metric] for metric in study.undecided)), rows=tuple(rows),
@@ -86,11 +84,11 @@ def budgets_table(study: ExitStudy) -> Table:
     """Accuracy realized on test data at budgets solved on validation data."""
     points = study.points
     last = Quantity(study.metrics["accuracy"][-1])
-    rows: list[tuple[Cell, ...]] = [("never stop early", Quantity(study.cost_K[-1]), last, "-")]
+    rows: list[tuple[Cell, ...]] = [("never stops early", Quantity(study.cost_K[-1]), last, "-")]
     for point in points.points or ():
         accuracy = Quantity(point.accuracy, undefined=point.undefined)
         rows.append((
-            point.name, Quantity(point.cost, undefined=point.undefined), accuracy,
+            point.name.replace("%", " %"), Quantity(point.cost, undefined=point.undefined), accuracy,
             _interval(point.accuracy_low, point.accuracy_high),
         ))  # fmt: skip
     note = points.undefined or f"Thresholds chosen on {points.validation_samples} validation samples ({points.rule})."
@@ -103,9 +101,12 @@ def budgets_table(study: ExitStudy) -> Table:
 def experiences_table(study: ExitStudy) -> Table:
     """Accuracy, AURC and EEFP of each exit on the test data of each experience."""
     shown = ("accuracy", "aurc", "eefp")
+    by_experience = [
+        {metric: study.by_experience[metric][e] for metric in shown} for e in range(len(study.by_experience["aurc"]))
+    ]
     rows: list[tuple[Cell, ...]] = [
-        (f"{e}", name, *(_quantity(study, metric, study.by_experience[metric][e][k], k) for metric in shown))
-        for e in range(len(study.by_experience["accuracy"]))
+        (f"{e}", name, *(_quantity(metric, values, k) for metric in shown))
+        for e, values in enumerate(by_experience)
         for k, name in enumerate(study.exit_names)
     ]
     return Table(
@@ -145,9 +146,10 @@ def draw_reliability(study: ExitStudy, figure: Figure) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     for n, k in enumerate(_exits(study)):
         confidence_N, correct_N = _of_exit(study, k)
-        bin_N = np.clip(np.ceil(confidence_N * BINS) - 1, 0, BINS - 1).astype(int)
-        points = [(confidence_N[bin_N == m].mean(), correct_N[bin_N == m].mean()) for m in np.unique(bin_N)]
-        axes.plot(*zip(*points, strict=True), label=study.exit_names[k], **series_style(n))
+        bin_N = np.clip(np.ceil(confidence_N * BINS - 1e-12) - 1, 0, BINS - 1).astype(int)  # as in ece
+        used = np.unique(bin_N)
+        mean_M, accuracy_M = ([values_N[bin_N == m].mean() for m in used] for values_N in (confidence_N, correct_N))
+        axes.plot(mean_M, accuracy_M, label=study.exit_names[k], **series_style(n))
     axes.set(xlabel="mean confidence, %", ylabel="accuracy, %", xlim=(0, 1.02), ylim=(0, 1.02))
     percent(axes.xaxis)
     percent(axes.yaxis)
@@ -162,7 +164,8 @@ def draw_risk_coverage(study: ExitStudy, figure: Figure) -> None:
         order_N = np.argsort(-confidence_N, kind="stable")
         count_N = np.arange(1, len(order_N) + 1)
         risk_N = np.cumsum(~correct_N[order_N]) / count_N
-        shown = np.unique(np.linspace(0, len(order_N) - 1, 400).round().astype(int))  # a curve needs no more points
+        # A curve needs no more points.
+        shown = np.unique(np.linspace(0, len(order_N) - 1, min(len(order_N), 400)).round().astype(int))
         style = {**series_style(n), "marker": ""}
         axes.plot(count_N[shown] / len(order_N), risk_N[shown], label=study.exit_names[k], **style)
     axes.set(xlabel="coverage, %", ylabel="risk (error rate), %", xlim=(0, 1.02))
@@ -182,13 +185,13 @@ def draw_confidences(study: ExitStudy, figure: Figure) -> None:
         right, _ = np.histogram(confidence_N[correct_N], edges)
         wrong, _ = np.histogram(confidence_N[~correct_N], edges)
         middle, width = (edges[:-1] + edges[1:]) / 2, 0.9 / BINS
-        axes.bar(middle, right / len(correct_N), width, color=series_style(0)["color"], label="correct")
-        axes.bar(middle, -wrong / len(correct_N), width, color=series_style(1)["color"], label="wrong")
+        axes.bar(middle, right / study.samples, width, color=series_style(0)["color"], label="correct")
+        axes.bar(middle, -wrong / study.samples, width, color=series_style(1)["color"], label="wrong")
         axes.set(title=study.exit_names[k], xlabel="confidence, %", xlim=(0, 1))
         percent(axes.xaxis)
         if n == 0:
             axes.set_ylabel("samples, %")
-            percent(axes.yaxis)
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * abs(share):g}")  # both directions are shares
     legend(figure, all_axes[0][-1])
 
 
@@ -199,11 +202,14 @@ def _exits(study: ExitStudy) -> list[int]:
 
 
 def _of_exit(study: ExitStudy, exit: int) -> tuple[Any, Any]:
-    return study.evaluation.confidence_KN[exit].numpy(), study.evaluation.correct_KN[exit].numpy()
+    """confidence_N and correct_N of the samples whose confidence is finite; a diverged network may have none."""
+    confidence_N, correct_N = study.evaluation.confidence_KN[exit].numpy(), study.evaluation.correct_KN[exit].numpy()
+    finite_N = np.isfinite(confidence_N)
+    return confidence_N[finite_N], correct_N[finite_N]
 
 
-def _quantity(study: ExitStudy, metric: str, value: float, exit: int) -> Quantity:
-    return _number(metric, value, reason_of(metric, exit=exit, exits=len(study.exit_names)))
+def _quantity(metric: str, values: Mapping[str, Sequence[float]], exit: int) -> Quantity:
+    return _number(metric, values[metric][exit], undefined_reason(metric, values, exit=exit))
 
 
 def _number(metric: str, value: float, reason: str) -> Quantity:
@@ -211,4 +217,4 @@ def _number(metric: str, value: float, reason: str) -> Quantity:
 
 
 def _interval(low: float, high: float) -> str:
-    return "-" if isnan(low) else f"{100 * low:.1f} - {100 * high:.1f}"
+    return "-" if isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"

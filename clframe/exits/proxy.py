@@ -24,6 +24,7 @@ from clframe.exits.calibration import Calibrated, Calibration
 from clframe.exits.curves import AccuracyCostCurve, BudgetPoints, accuracy_cost_curve, budget_points
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.diagnostics import ExitRecord
+from clframe.exits.failure import mean_over_exits
 from clframe.exits.policies import ConfidenceMeasure, fitted_class, restore_confidence
 from clframe.exits.study import ExitScores, metrics_of
 from clframe.nn.network import Carried, Single
@@ -34,8 +35,17 @@ METRICS: Final = (
 )  # fmt: skip
 """Metrics compared; ``accuracy`` of the exits is the obvious rival."""
 
-GAINS: Final = ("accuracy_25", "accuracy_50", "accuracy_75", "area", "gain_50")
-"""Accuracy at budgets, area under the accuracy-cost curve, and accuracy at 50 % minus that of the last exit."""
+GAIN_LABELS: Final[Mapping[str, str]] = {
+    "accuracy_25": "accuracy at 25 %",
+    "accuracy_50": "accuracy at 50 %",
+    "accuracy_75": "accuracy at 75 %",
+    "area": "area under accuracy-cost curve",
+    "gain_50": "accuracy at 50 % minus last exit's",
+}
+"""Realized gains by name, with their labels in tables and figures."""
+
+GAINS: Final = tuple(GAIN_LABELS)
+"""Names of the realized gains."""
 
 CALIBRATIONS: Final[tuple[Calibration, ...]] = ("none", "temperature", "vector", "isotonic")
 MEASURES: Final = ("max_probability", "entropy", "margin")
@@ -55,14 +65,15 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlation:
-    """Spearman correlation of a metric with a gain over variants."""
+    """Spearman correlation of a metric with a gain over variants, or the difference of two absolute correlations."""
 
     metric: str
+    """A metric, or ``first - second`` for a difference."""
     gain: str
     rho: float
     low: float
     high: float
-    """Ends of the 95 % interval over resampled runs."""
+    """Ends of the 95 % interval over resampled runs; NaN for one run."""
     variants: int
 
 
@@ -104,9 +115,7 @@ def variants_of_records(run: str, records: Sequence[ExitRecord]) -> list[Variant
     ]  # fmt: skip
 
 
-def correlations(
-    variants: Sequence[Variant], *, resamples: int = 2000, seed: int = 0
-) -> list[Correlation]:
+def correlations(variants: Sequence[Variant], *, resamples: int = 500, seed: int = 0) -> list[Correlation]:
     """Spearman correlation of every metric with every gain.
 
     Raises:
@@ -129,7 +138,7 @@ def correlations(
 
 
 def difference(
-    variants: Sequence[Variant], first: str, second: str, *, gain: str, resamples: int = 2000, seed: int = 0
+    variants: Sequence[Variant], first: str, second: str, *, gain: str, resamples: int = 500, seed: int = 0
 ) -> Correlation:
     """|rho| of one metric minus |rho| of another with the same gain, with an interval from the same resamples."""
     one, other = _column(variants, first, gain), _column(variants, second, gain)
@@ -140,7 +149,7 @@ def difference(
     values = [value(index) for index in _draws(variants, resamples=resamples, seed=seed)]
     low, high = _limits(values)
     return Correlation(
-        metric=f"|{first}| - |{second}|", gain=gain, rho=value(slice(None)), low=low, high=high, variants=len(variants)
+        metric=f"{first} - {second}", gain=gain, rho=value(slice(None)), low=low, high=high, variants=len(variants)
     )
 
 
@@ -178,18 +187,15 @@ def _evaluation(scores: ExitScores, measure: ConfidenceMeasure, cost_K: Sequence
         tensor_NC = torch.from_numpy(np.array(scores_NC))
         confidence_N, carried = measure(exit, tensor_NC, carried)
         confidences.append(confidence_N)
-        correct.append(tensor_NC.argmax(1) == torch.from_numpy(scores.y_N))
+        finite_N = tensor_NC.softmax(1).amax(1).isfinite()  # NaN scores predict nothing
+        correct.append((tensor_NC.argmax(1) == torch.from_numpy(scores.y_N)) & finite_N)
     return ExitEvaluation(
         confidence_KN=torch.stack(confidences).double(), correct_KN=torch.stack(correct), cost_K=tuple(cost_K)
     )
 
 
 def _means(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    means = {}
-    for name, values in metrics.items():
-        defined = [value for value in values if not isnan(value)]
-        means[name] = sum(defined) / len(defined) if defined else nan
-    return means
+    return {name: mean_over_exits(values) for name, values in metrics.items()}
 
 
 def _gains(points: BudgetPoints, curve: AccuracyCostCurve, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -217,8 +223,10 @@ def _column(variants: Sequence[Variant], metric: str, gain: str) -> tuple[NDArra
 
 
 def _draws(variants: Sequence[Variant], *, resamples: int, seed: int) -> list[NDArray[np.int64]]:
-    """Indices of variants in each resample: whole runs are drawn with replacement."""
+    """Indices of variants in each resample: whole runs are drawn with replacement. None of one run: all are equal."""
     runs = sorted({variant.run for variant in variants})
+    if len(runs) < 2:
+        return []
     members = {run: np.array([v for v, variant in enumerate(variants) if variant.run == run]) for run in runs}
     generator = np.random.default_rng(seed)
     chosen_RU = generator.integers(len(runs), size=(resamples, len(runs)))

@@ -28,7 +28,6 @@ from clframe.exits.curves import BudgetPoints, budget_points
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.failure import (
     RANKING_METRICS,
-    UNDEFINED,
     bootstrap,
     brier_N,
     eefp_K,
@@ -106,39 +105,68 @@ def study_exits(
         progress: Called with a step's name, what is done and how much there is.
 
     Raises:
-        UnsupportedError: A target that is not a run, or a run with one exit only.
+        UnsupportedError: A target that is not a run, a run with one exit only, or one without test samples.
     """
     if target.run is None:
         raise UnsupportedError(f"{target.name}: not a run; give the folder of a run with exits")
     network = target.run.network
     if len(network.heads) < 2:
         raise UnsupportedError(f"{target.name}: has one exit only; train with strategy='... + exits'")
+    if not len(target.splits.test):
+        raise UnsupportedError(f"{target.name}: has no test samples; use a benchmark with a test set")
     test = collect_scores(target, "test", limit=limit, progress=progress)
     validation = None
-    if target.splits.validation is not None:
+    if target.splits.validation is not None and len(target.splits.validation):
         validation = collect_scores(target, "validation", limit=limit, progress=progress)
-    base, cost_K = backbone_macs(network), cumulative_macs(network)
+    return study_scores(
+        target.name, validation, test, exit_names=network.exit_names, cost_K=cumulative_macs(network),
+        backbone_cost=backbone_macs(network), seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def study_scores(
+    name: str,
+    validation: ExitScores | None,
+    test: ExitScores,
+    *,
+    exit_names: Sequence[str],
+    cost_K: Sequence[int],
+    backbone_cost: float,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ExitStudy:
+    """Measure exits from their scores.
+
+    Args:
+        name: Name of the run.
+        validation: Scores that thresholds are chosen on; None leaves the budgets undefined.
+        test: Scores that everything is measured on.
+        exit_names: Names of the exits, in order of depth.
+        cost_K: MACs of a sample up to each exit.
+        backbone_cost: MACs of a sample in the bare backbone.
+        seed: Of the bootstrap.
+        progress: Called with a step's name, what is done and how much there is.
+    """
     evaluation = evaluate(test, cost_K)
     points = budget_points(
-        None if validation is None else evaluate(validation, cost_K), evaluation, backbone_cost=base, budgets=BUDGETS
-    )
+        None if validation is None else evaluate(validation, cost_K), evaluation, backbone_cost=backbone_cost,
+        budgets=BUDGETS,
+    )  # fmt: skip
     alive_KN = _undecided(evaluation, points)
     experiences = sorted({int(e) for e in test.experience_N if e >= 0})
     per_experience = [metrics_of(test, evaluation, test.experience_N == e) for e in experiences]
-    everything = np.ones(len(test), dtype=bool)
+    by_experience = {metric: tuple(found[metric] for found in per_experience) for metric in (per_experience or [{}])[0]}
     return ExitStudy(
-        name=target.name,
-        exit_names=tuple(network.exit_names),
-        cost_K=tuple(cost / base for cost in cost_K),
+        name=name,
+        exit_names=tuple(exit_names),
+        cost_K=tuple(cost / backbone_cost for cost in cost_K),
         samples=len(test),
         validation_samples=0 if validation is None else len(validation),
-        metrics=metrics_of(test, evaluation, everything),
+        metrics=metrics_of(test, evaluation, np.ones(len(test), dtype=bool)),
         intervals=_intervals(evaluation, seed=seed, progress=progress),
         undecided=_metrics_undecided(test, evaluation, alive_KN),
         undecided_samples=tuple(int(n) for n in alive_KN.sum(1)),
-        by_experience={name: tuple(found[name] for found in per_experience) for name in per_experience[0]}
-        if per_experience
-        else {},
+        by_experience=by_experience,
         points=points,
         evaluation=evaluation,
     )
@@ -151,7 +179,8 @@ def evaluate(scores: ExitScores, cost_K: Sequence[int]) -> ExitEvaluation:
         p_NC = torch.from_numpy(np.array(scores_NC)).double().softmax(1)
         top_N, class_N = p_NC.max(1)
         confidences.append(top_N)
-        correct.append(class_N == torch.from_numpy(scores.y_N))
+        # The arg-max of NaN scores is class 0, which would be right by chance: they predict nothing.
+        correct.append((class_N == torch.from_numpy(scores.y_N)) & top_N.isfinite())
     experience_N = torch.from_numpy(scores.experience_N) if (scores.experience_N >= 0).all() else None
     return ExitEvaluation(
         confidence_KN=torch.stack(confidences), correct_KN=torch.stack(correct), cost_K=tuple(cost_K),
@@ -162,7 +191,10 @@ def evaluate(scores: ExitScores, cost_K: Sequence[int]) -> ExitEvaluation:
 def metrics_of(
     scores: ExitScores, evaluation: ExitEvaluation, of_N: NDArray[np.bool_]
 ) -> dict[str, tuple[float, ...]]:
-    """Every metric of calibration and failure prediction, one value per exit, on the chosen samples."""
+    """Every metric of calibration and failure prediction, one value per exit, on the chosen samples.
+
+    NaN without samples, and at exits with a confidence that is not finite.
+    """
     confidence_KN, correct_KN = evaluation.confidence_KN.numpy()[:, of_N], evaluation.correct_KN.numpy()[:, of_N]
     if not of_N.any():
         names = ("accuracy", *RANKING_METRICS, "brier", "nll", "eefp")
@@ -213,7 +245,7 @@ def collect_scores(
 
 
 def _undecided(evaluation: ExitEvaluation, points: BudgetPoints) -> NDArray[np.bool_]:
-    """alive_KN: samples that reach each exit at the threshold of the 50 % budget; all where there is no threshold."""
+    """alive_KN: samples that reach each exit at the threshold of the 50 % budget; all without a threshold."""
     threshold = next((p.threshold for p in points.points or () if p.name == "50%"), nan)
     confidence_KN = evaluation.confidence_KN.numpy()
     alive_KN = np.ones(confidence_KN.shape, dtype=bool)
@@ -276,11 +308,3 @@ def _write_cache(folder: Path, split: str, key: str, scores: ExitScores) -> None
         (folder / f"{split}.key").write_text(key, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); make the run folder writable") from None
-
-
-def reason_of(metric: str, *, exit: int, exits: int) -> str:
-    """Why a metric is undefined, for tables."""
-    if metric == "eefp" and exit == exits - 1:
-        return "there is no later exit"
-    return UNDEFINED.get(metric, "no samples")
-

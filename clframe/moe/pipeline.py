@@ -256,7 +256,7 @@ def make_gate(kind: GateKind, *, tau: float = 1.0, k: int | None = None) -> Gate
     Raises:
         ConfigError: An unknown name, or a value out of range or missing.
 
-    >>> gate_of("top_k", k=3)
+    >>> make_gate("top_k", k=3)
     TopK(k=3)
     """
     if kind not in GATES:
@@ -344,7 +344,7 @@ class Recipe:
         Raises:
             RunFolderError: Values that do not describe a recipe.
 
-        >>> recipe = Recipe(experts=4, projections=(Place(name="q", inputs=3, outputs=(3,)),))
+        >>> recipe = Recipe(experts=4, projections=(ProjectionSite(name="q", inputs=3, outputs=(3,)),))
         >>> Recipe.from_tree(recipe.as_tree()) == recipe
         True
         """

@@ -173,7 +173,7 @@ def active_mask(x_TN: Tensor) -> Tensor:
 
     For ReLU these are nearly all firing neurons; for GELU, whose tail is never exactly zero, those that contribute.
 
-    >>> active(torch.tensor([[4.0, -0.5, 0.03, 0.0], [0.0, 0.0, 0.0, 0.0]])).int().tolist()
+    >>> active_mask(torch.tensor([[4.0, -0.5, 0.03, 0.0], [0.0, 0.0, 0.0, 0.0]])).int().tolist()
     [[1, 1, 0, 0], [0, 0, 0, 0]]
     """
     size_TN = x_TN.abs()

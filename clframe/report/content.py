@@ -35,6 +35,7 @@ from clframe.report.tables import (
     differences_table,
     equal_accuracy_table,
     exits_table,
+    failure_table,
     groups_table,
     macs_over_seeds,
     matrix_table,
@@ -183,6 +184,8 @@ def _group(group: Group, files: Files, *, prefix: str) -> list[Section]:
     has_exits = len(results[0].exit_names) > 1 and bool(results[0].exits)
     pictures = [render_picture(picture) for picture in run_pictures(group.runs, prefix=prefix)]
     shown = [exits_table(results), budgets_table(results)] if has_exits else []
+    failure = failure_table(results) if has_exits else None
+    shown += [failure] if failure is not None else []
     folded = [summary_table(group), matrix_table(group.runs)]
     files.add(pictures, [*shown, *folded], prefix=prefix)
     seeds = f"Seed{'s' if len(group.seeds) > 1 else ''} {seeds_text(group.seeds)}"

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clframe.exits.diagnostics import all_exit_metrics
+from clframe.exits.failure import LABELS
 from clframe.metrics.continual import Matrix, average_seen_accuracy, forgetting
 from clframe.metrics.statistics import NAN, deviation, mean, pareto_front
 from clframe.plotting.images import draw_heat_map
@@ -119,9 +120,15 @@ def _exit_pictures(runs: Sequence[Run]) -> list[Picture]:
         pictures.append(Picture("exit_similarity", f"{caption} {_band(runs)}".strip(),
                                 partial(draw_curves, similar, ylabel="CKA, %")))  # fmt: skip
     panels = [name for name in all_exit_metrics() if all(name in run.exits[-1].metrics for run in runs)]
-    caption = "Every metric per exit after the last experience, exits in order of depth. " + _band(runs)
-    pictures.append(Picture("exit_metrics", caption, partial(draw_exit_metrics, runs, panels),
-                            0.4 + 1.5 * math.ceil(len(panels) / 2)))  # fmt: skip
+    failure = [name for name in panels if name in LABELS]
+    for picture, what, shown in (
+        ("exit_metrics", "Metrics per exit", [name for name in panels if name not in LABELS]),
+        ("exit_failure_prediction", "Calibration and failure prediction per exit", failure),
+    ):
+        if shown:
+            caption = f"{what} after the last experience, exits in order of depth. {_band(runs)}"
+            pictures.append(Picture(picture, caption.strip(), partial(draw_exit_metrics, runs, shown),
+                                    0.4 + 1.5 * math.ceil(len(shown) / 2)))  # fmt: skip
     return pictures
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from clframe.exits.curves import wilson_interval
-from clframe.exits.diagnostics import ExitRecord, all_exit_metrics
+from clframe.exits.diagnostics import ExitMetric, ExitRecord, all_exit_metrics
+from clframe.exits.failure import LABELS, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import Kind, all_metrics
 from clframe.metrics.statistics import NAN, Difference, Point, cost_at, deviation, mean, paired
@@ -192,9 +193,12 @@ def matrix_table(runs: Sequence[Run]) -> Table:
 
 
 def exits_table(results: Sequence[Result]) -> Table:
-    """Make one row per exit: its cost, every metric per exit, forgetting and similarity after the last experience."""
+    """Make one row per exit: its cost, metrics, forgetting and similarity after the last experience.
+
+    Metrics of calibration and failure prediction are in :func:`failure_table`.
+    """
     last, names = [result.exits[-1] for result in results], results[0].exit_names
-    metrics = {name: m for name, m in all_exit_metrics().items() if any(name in record.metrics for record in last)}
+    metrics = {name: m for name, m in _recorded(last).items() if name not in LABELS}
     rows: list[tuple[Cell, ...]] = []
     for k, exit in enumerate(names):
         lost = {r.seed: r.exit_forgetting[k] if r.exit_forgetting else NAN for r in results}
@@ -207,14 +211,50 @@ def exits_table(results: Sequence[Result]) -> Table:
             _seed_mean([record.similarity_K[k] if record.similarity_K else NAN for record in last],
                        "not measured", "fine"),
         ))  # fmt: skip
-    headings = [f"{m.label}, %" if m.kind == "percent" else m.label for m in metrics.values()]
-    columns = ("exit", "MACs up to it", "share of the backbone, %", *headings, "forgetting, %", "CKA")
+    columns = ("exit", "MACs up to it", "share of the backbone, %", *_headings(metrics), "forgetting, %", "CKA")
     note = (
         f"{_static_note(last)} CKA: similarity of the exit's tap to itself after the first experience. "
         f"{_over(len(results))}"
     ).strip()
     return Table(name="exits", title="Each exit after the last experience", note=note, columns=columns,
                  rows=tuple(rows))  # fmt: skip
+
+
+def failure_table(results: Sequence[Result]) -> Table | None:
+    """Make one row per exit: calibration and failure prediction after the last experience.
+
+    None for runs of older versions, which did not record any.
+    """
+    last, names = [result.exits[-1] for result in results], results[0].exit_names
+    metrics = {name: m for name, m in _recorded(last).items() if name in LABELS}
+    if not metrics:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for k, exit in enumerate(names):
+        cells = []
+        for name, metric in metrics.items():
+            values = [_value(record, name, k) for record in last]
+            without = next((record for record, value in zip(last, values, strict=True) if math.isnan(value)), None)
+            recorded = without is not None and name in without.metrics
+            reason = undefined_reason(name, without.metrics, exit=k) if without and recorded else "not recorded"
+            cells.append(_seed_mean(values, reason, metric.kind))
+        rows.append((exit, *cells))
+    higher = [metric.label for metric in metrics.values() if metric.better == "higher"]
+    note = (
+        f"Confidence is the largest probability; docs/analysis.md defines the metrics. Higher is better for "
+        f"{', '.join(higher)}, lower for the others. {_over(len(results))}"
+    ).strip()
+    return Table(name="exit_failure_prediction", title="Calibration and failure prediction by exit", note=note,
+                 columns=("exit", *_headings(metrics)), rows=tuple(rows))  # fmt: skip
+
+
+def _recorded(last: Sequence[ExitRecord]) -> dict[str, ExitMetric]:
+    """Return the metrics per exit that any of the records has."""
+    return {name: m for name, m in all_exit_metrics().items() if any(name in record.metrics for record in last)}
+
+
+def _headings(metrics: Mapping[str, ExitMetric]) -> list[str]:
+    return [f"{metric.label}, %" if metric.kind == "percent" else metric.label for metric in metrics.values()]
 
 
 def _value(record: ExitRecord, name: str, k: int) -> float:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from clframe.errors import ClframeError
+from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import all_metrics
 from clframe.report.tables import budgets_table, exits_table, metric_over_seeds
@@ -47,7 +48,11 @@ def accuracy_text(result: Result, *, task_aware: bool = False) -> str:
 
 
 def exits_text(result: Result) -> str:
-    """Render every exit and every budget after the last experience; empty for a network with one exit."""
+    """Render every exit and every budget after the last experience; empty for a network with one exit.
+
+    Calibration and failure prediction by exit are left to the report and ``clframe analyze exits``: their columns
+    are too many for a terminal.
+    """
     if len(result.exit_names) < 2:
         return ""
     return "\n\n".join(to_text(table) for table in (exits_table([result]), budgets_table([result])))
@@ -60,6 +65,7 @@ def summary_text(result: Result) -> str:
         ("strategy", f"{result.strategy} on {result.benchmark}, {result.backbone}"),
         *(("diverged", line) for line in result.diverged),
         *((metric.label, _metric(result, name)) for name, metric in all_metrics().items()),
+        *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
         ("MACs per prediction", "not counted" if result.macs is None else f"{result.macs:,}"),
         ("training", f"{result.train_seconds:.1f} s, {result.steps:,} steps"),
@@ -112,6 +118,19 @@ def _percent(share: float, *, decimal: bool) -> Quantity:
 def _metric(result: Result, name: str) -> str:
     found = metric_over_seeds([result], name)
     return f"{found} %" if found.kind == "percent" and not math.isnan(found.value) else str(found)
+
+
+def _exit_means(result: Result) -> list[str]:
+    """Return the metrics per exit whose mean is part of the summary: none for one exit or for an older run."""
+    recorded = result.exits[-1].metrics if result.exits and len(result.exit_names) > 1 else {}
+    return [name for name in ("eefp", "aurc") if name in recorded]
+
+
+def _mean_over_exits(result: Result, name: str) -> str:
+    metrics = result.exits[-1].metrics
+    found = mean_over_exits(metrics[name])  # EEFP is undefined at the last exit: its mean is over the others
+    text = str(Quantity(found, undefined=undefined_reason(name, metrics, exit=0)))
+    return text if math.isnan(found) else f"{text} %"
 
 
 def _labels(groups: Sequence[tuple[str, str, str]]) -> list[str]:

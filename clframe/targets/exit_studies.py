@@ -14,7 +14,9 @@ from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.environment import versions
 from clframe.errors import ClframeError, DataError, RunFolderError
 from clframe.exits import output
+from clframe.exits.failure import LABELS
 from clframe.exits.proxy import (
+    GAIN_LABELS,
     GAINS,
     METRICS,
     Correlation,
@@ -78,7 +80,7 @@ PAIRS: Final = (("eefp", "ece"), ("auroc", "ece"), ("aurc", "ece"), ("eefp", "ac
 
 
 def study_proxies(
-    runs: Sequence[str], *, overrides: Sequence[str] = (), device: str = "cpu", seed: int = 0,
+    runs: Sequence[str], *, overrides: Sequence[str] = (), device: str = "cpu", resamples: int = 2000, seed: int = 0,
     progress: Progress | None = None,
 ) -> ProxyStudy:  # fmt: skip
     """Collect the variants of runs and correlate metrics with gains.
@@ -93,20 +95,23 @@ def study_proxies(
     skipped: dict[str, str] = {}
     for done, run in enumerate(runs, start=1):
         try:
-            variants += _variants_of(run, overrides=overrides, device=device)
+            variants += variants_of_run(run, overrides=overrides, device=device)
         except ClframeError as error:
             skipped[run] = str(error)
         if progress is not None:
             progress("runs", done, len(runs))
     if len(variants) < 3:
-        reasons = f"; {next(iter(skipped.values()))}" if skipped else ""
-        raise DataError(f"proxy: found {len(variants)} variants in {len(runs)} runs; give runs with exits{reasons}")
+        why = f" ({next(iter(skipped.values()))})" if skipped else ""
+        count = f"{len(variants)} variants in {len(runs)} run{'s' if len(runs) != 1 else ''}"
+        raise DataError(f"proxy: found {count}{why}; give runs with exits and validation data")
     compared = tuple(
-        difference(variants, first, second, gain=gain, seed=seed) for first, second in PAIRS for gain in GAINS
+        difference(variants, first, second, gain=gain, resamples=resamples, seed=seed)
+        for first, second in PAIRS
+        for gain in GAINS
     )
     return ProxyStudy(
-        variants=tuple(variants), correlations=tuple(correlations(variants, seed=seed)), differences=compared,
-        skipped=skipped,
+        variants=tuple(variants), correlations=tuple(correlations(variants, resamples=resamples, seed=seed)),
+        differences=compared, skipped=skipped,
     )  # fmt: skip
 
 
@@ -123,25 +128,29 @@ def write_proxy_study(study: ProxyStudy, folder: Path, *, command: Sequence[str]
 def proxy_tables(study: ProxyStudy) -> list[Table]:
     """Correlations of all metrics, and the comparison of correlations."""
     runs = len({variant.run for variant in study.variants})
-    note = f"{len(study.variants)} variants of {runs} runs; in brackets 95 % intervals over resampled runs."
+    note = f"{len(study.variants)} variants of {runs} run{'s' if runs > 1 else ''}; " + (
+        "in brackets 95 % intervals over resampled runs." if runs > 1 else "intervals need at least two runs."
+    )
     cells = {(one.metric, one.gain): _shown(one) for one in study.correlations}
-    rows = tuple((metric, *(cells[metric, gain] for gain in GAINS)) for metric in METRICS)
+    rows = tuple((_label(metric), *(cells[metric, gain] for gain in GAINS)) for metric in METRICS)
     compared = {(one.metric, one.gain): _shown(one) for one in study.differences}
     names = dict.fromkeys(one.metric for one in study.differences)
-    headings = tuple(gain.replace("_", " ") for gain in GAINS)
+    headings = tuple(GAIN_LABELS.values())
     return [
         Table(name="proxy_correlations", title="Spearman correlation of metrics with realized gains", note=note,
               columns=("metric", *headings), rows=rows),
         Table(name="proxy_differences", title="Difference of absolute correlations", note=note,
               columns=("comparison", *headings),
-              rows=tuple((name, *(compared[name, gain] for gain in GAINS)) for name in names)),
+              rows=tuple((_difference_label(name), *(compared[name, gain] for gain in GAINS)) for name in names)),
     ]  # fmt: skip
 
 
-def proxy_pictures(study: ProxyStudy, *, gain: str = "accuracy_50") -> list[Picture]:
-    """Scatter plots of the main metrics against accuracy at the 50 % budget."""
+def proxy_pictures(study: ProxyStudy) -> list[Picture]:
+    """Scatter plots of the main metrics against accuracy at the 50 % budget, or the area where none has that budget."""
+    half = any(not isnan(variant.gains["accuracy_50"]) for variant in study.variants)
+    gain = "accuracy_50" if half else "area"
     return [
-        Picture(f"proxy_{metric}", f"{metric} against {gain.replace('_', ' ')}, one point per variant.",
+        Picture(f"proxy_{metric}", f"{_label(metric)} against {GAIN_LABELS[gain]}, one point per variant.",
                 partial(draw_scatter, study, metric, gain))
         for metric in ("eefp", "ece", "auroc", "aurc")
     ]  # fmt: skip
@@ -156,16 +165,24 @@ def draw_scatter(study: ProxyStudy, metric: str, gain: str, figure: Figure) -> N
         color = series_style(runs.index(variant.run))["color"] if len(runs) <= 8 else MUTED
         axes.plot([x], [y], "o", color=color, markersize=3.5, alpha=0.7)
     rho = next(one for one in study.correlations if (one.metric, one.gain) == (metric, gain))
-    axes.set(xlabel=f"{metric}, %", ylabel=f"{gain.replace('_', ' ')}, %", title=f"Spearman {_shown(rho)}")
+    axes.set(
+        xlabel=f"mean {_label(metric)} of the exits, %", ylabel=f"{GAIN_LABELS[gain]}, %",
+        title=f"Spearman {_shown(rho)}",
+    )  # fmt: skip
     percent(axes.xaxis)
     percent(axes.yaxis)
 
 
-def _variants_of(run: str, *, overrides: Sequence[str], device: str) -> list[Variant]:
+def variants_of_run(run: str, *, overrides: Sequence[str] = (), device: str = "cpu") -> list[Variant]:
+    """Variants of one run, computed once and stored in its folder.
+
+    Raises:
+        DataError: One exit only, or no validation data.
+    """
     target = open_target(run, overrides=overrides, device=device)
     if target.run is None or len(target.run.network.heads) < 2:
         raise DataError(f"{run}: has one exit only; train with strategy='... + exits'")
-    if target.splits.validation is None:
+    if target.splits.validation is None or not len(target.splits.validation):
         raise DataError(f"{run}: has no validation data; train with benchmark.validation=0.1")
     file, key = target.folder / "exits" / "proxy.json", fingerprint(target, None)
     stored = _stored(file, key)
@@ -212,5 +229,15 @@ def _write(folder: Path, name: str, content: Any, tables: Sequence[Table], pictu
 
 
 def _shown(one: Correlation) -> str:
-    return "-" if isnan(one.rho) else f"{one.rho:+.2f} ({one.low:+.2f} to {one.high:+.2f})"
+    if isnan(one.rho):
+        return "-"
+    return f"{one.rho:+.2f}" + ("" if isnan(one.low) else f" ({one.low:+.2f} to {one.high:+.2f})")
 
+
+def _label(metric: str) -> str:
+    return LABELS.get(metric, metric)
+
+
+def _difference_label(name: str) -> str:
+    first, second = name.split(" - ")
+    return f"|{_label(first)}| - |{_label(second)}|"

@@ -1,4 +1,4 @@
-"""Output folders of conversions and sparsity analyses; a conversion is written completely or not at all."""
+"""Output folders of conversions and sparsity studies; a conversion is written completely or not at all."""
 
 from __future__ import annotations
 

@@ -83,8 +83,12 @@ class Scores(SupervisedPlugin):
             counter.update(index, scores_BC, y_B, classes)
         if scores[0].shape[1]:
             best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
-            correct_KB = torch.stack([class_B == y_B for _, class_B in best])
-            static = {name: decide(scores).scores_BC.argmax(1) == y_B for name, decide in STATIC.items()}
+            # The arg-max of NaN scores is class 0, which would be right by chance: they predict nothing.
+            correct_KB = torch.stack([(class_B == y_B) & p_B.isfinite() for p_B, class_B in best])
+            decided = {name: decide(scores).scores_BC for name, decide in STATIC.items()}
+            static = {
+                name: (found_BC.argmax(1) == y_B) & ~found_BC.isnan().any(dim=1) for name, found_BC in decided.items()
+            }
             nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
             brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
             confidence_KB = torch.stack([p_B for p_B, _ in best])
@@ -257,8 +261,8 @@ class ActivityRecorder:
 def probe_indices(samples: int, *, experiences: int) -> Tensor:
     """Indices of an experience's samples to record: evenly spaced, since samples are often sorted by class.
 
-    >>> probes(10, experiences=2048).tolist(), probes(3, experiences=5).tolist(), len(probes(10_000, experiences=5))
-    ([0], [0, 1, 2], 256)
+    >>> probe_indices(10, experiences=2048).tolist(), probe_indices(3, experiences=5).tolist()
+    ([0], [0, 1, 2])
     """
     count = min(samples, NEURON_PROBES, max(1, MOST_PROBES // experiences))
     return torch.arange(count) * samples // max(count, 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.accounting import Predictions
 from clframe.exits.diagnostics import ExitRecord, all_exit_metrics, forgetting_by_exit
+from clframe.exits.failure import LABELS
 from clframe.exits.plots import exit_images, exit_usage_image
 from clframe.metrics import Tally, all_metrics, scores
 from clframe.plotting.images import matrix_image, matrix_markdown
@@ -31,6 +32,9 @@ THROUGHPUT = f"{PROGRESS}/samples_per_second"
 """Tag of the samples trained on a second."""
 LEARNING_RATE = "train/learning_rate"
 """Tag of the learning rate."""
+
+FAILURE = "calibration and failure prediction of exits"
+"""Category of the metrics of :data:`~clframe.exits.failure.LABELS`, one chart each."""
 
 CHARTS: Mapping[str, Mapping[str, str]] = {
     "progress": {
@@ -56,6 +60,7 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
         "exit usage at a budget of 50 %": r"exit_share_50/.+",
         "similarity of taps": r"exit_similarity/.+",
     },
+    FAILURE: {},
     "training": {
         "learning rate": rf"{LEARNING_RATE}.*",
     },
@@ -71,8 +76,10 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
     """
     written = tuple(tags)
     found: dict[str, dict[str, list[object]]] = {}
-    per_exit = {f"{metric.label} per exit": rf"exit_{name}/.+" for name, metric in all_exit_metrics().items()}
-    for category, charts in {**CHARTS, "exits": {**per_exit, **CHARTS["exits"]}}.items():
+    per_exit: dict[str, dict[str, str]] = {"exits": {}, FAILURE: {}}
+    for name, metric in all_exit_metrics().items():
+        per_exit[FAILURE if name in LABELS else "exits"][f"{metric.label} per exit"] = rf"exit_{name}/.+"
+    for category, charts in {name: {**per_exit.get(name, {}), **own} for name, own in CHARTS.items()}.items():
         for title, pattern in charts.items():
             if any(re.match(pattern, tag) for tag in written):
                 found.setdefault(category, {})[title] = ["Multiline", [pattern]]

@@ -218,10 +218,10 @@ def test_a_run_with_plugins_is_not_resumed(tmp_path: Any) -> None:
 
 def test_explain_shows_plugins_with_their_options_and_only_where_there_are_some() -> None:
     text = clframe.explain("quickstart", overrides("{EWCPlugin: {ewc_lambda: 0.1}}", "LwFPlugin"))
-    _, _, part = text.partition("\nplugins of Avalanche's, beside the components\n")
+    _, _, part = text.partition("\nAvalanche plugins, in addition to the components\n")
     assert part.splitlines()[:2] == ["  EWCPlugin(ewc_lambda=0.1)", "  LwFPlugin()"]
     assert "cannot be resumed" in part
-    assert "plugins of Avalanche's" not in clframe.explain("quickstart", overrides())
+    assert "Avalanche plugins" not in clframe.explain("quickstart", overrides())
     assert "avalanche" not in clframe.parse("er + lwf").__str__()
 
 

@@ -240,7 +240,7 @@ def test_the_former_spelling_of_analyze_works_and_is_not_listed(call, capsys):
         with pytest.raises(SystemExit) as ended:
             main([spelling, "--help"])
         out = capsys.readouterr().out
-        assert ended.value.code == 0 and "usage: clframe analyze sparsity TARGET" in out and "analyse" not in out
+        assert ended.value.code == 0 and "usage: clframe analyze {sparsity TARGET" in out and "analyse" not in out
         code, out, err = call(spelling, "sparsty")
         assert code == 2 and "analyze: unknown analysis 'sparsty'; did you mean 'sparsity'?" in err
     assert call("--debug", "analyse").code == 2

@@ -169,8 +169,10 @@ def test_bad_input_is_one_line(kind):
     calibrated = Calibrated(Single(), kind, exits=1)
     with pytest.raises(DataError, match=r"no held-out samples; set benchmark\.validation"):
         calibrated.fit([torch.zeros(0, 3)], torch.zeros(0, dtype=torch.long))
-    with pytest.raises(DataError, match="NaN logits"):
+    with pytest.raises(DataError, match="NaN or infinite logits"):
         calibrated.fit([torch.full((2, 3), nan)], torch.zeros(2, dtype=torch.long))
+    with pytest.raises(DataError, match="NaN or infinite logits"):
+        calibrated.fit([torch.tensor([[0.0, inf], [1.0, 0.0]])], torch.zeros(2, dtype=torch.long))
 
 
 def test_an_unknown_kind_is_refused():

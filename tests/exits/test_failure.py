@@ -14,6 +14,7 @@ from clframe.errors import DataError
 from clframe.exits.failure import (
     LOWER_IS_BETTER,
     RANKING_METRICS,
+    UNDEFINED,
     bootstrap,
     brier_N,
     coverage_at_risk,
@@ -26,6 +27,7 @@ from clframe.exits.failure import (
     nll_N,
     rank,
     risk_at_coverage,
+    undefined_reason,
 )
 
 
@@ -230,6 +232,31 @@ def test_an_undefined_metric_has_no_interval():
 def test_bad_input_is_one_line(confidence, correct, found):
     with pytest.raises(DataError, match=found):
         rank(confidence, correct)
+
+
+def test_confidences_that_are_not_finite_are_undefined():
+    for bad in (nan, np.inf, -np.inf):
+        assert all(isnan(value) for value in failure_metrics([bad, 0.2, 0.4], [1, 0, 1]).values())
+        assert bootstrap([bad, 0.2, 0.4], [1, 0, 1], metric="aurc") == pytest.approx((nan, nan), nan_ok=True)
+    correct_KN = [[0, 0, 1], [1, 0, 1], [1, 0, 1]]
+    found = eefp_K([[0.1, 0.5, 0.9], [nan, 0.5, 0.9], [0.1, 0.5, 0.9]], correct_KN)
+    # Only the exit itself is undefined: the target of the first exit depends on correctness alone.
+    assert found == pytest.approx((1.0, nan, nan), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "exit", "reason"),
+    [
+        ("eefp", {"eefp": (0.5, nan), "aurc": (0.1, 0.1)}, 1, "there is no later exit"),
+        ("eefp", {"eefp": (nan, nan), "aurc": (0.1, 0.1)}, 0, UNDEFINED["eefp"]),
+        ("auroc", {"auroc": (nan, 0.5), "aurc": (0.0, 0.1)}, 0, UNDEFINED["auroc"]),
+        ("auroc", {"auroc": (nan, 0.5), "aurc": (nan, 0.1), "accuracy": (0.1, 0.2)}, 0, "confidences are not finite"),
+        ("auroc", {"auroc": (nan, 0.5), "aurc": (nan, 0.1), "accuracy": (nan, 0.2)}, 0, "no samples"),
+        ("brier", {"brier": (nan, nan), "aurc": (0.1, 0.1)}, 0, "not recorded"),
+    ],
+)
+def test_reasons_of_undefined_metrics(metric, values, exit, reason):
+    assert undefined_reason(metric, values, exit=exit) == reason
 
 
 def test_calibration_needs_probabilities():

@@ -97,5 +97,13 @@ def test_two_classes_one_class_gaps_and_constant_targets():
 def test_bad_input_is_one_line():
     with pytest.raises(DataError, match="no held-out samples"):
         FailureConfidence.fit([torch.zeros(0, 2)] * 2, torch.zeros(0, dtype=torch.long))
-    with pytest.raises(DataError, match="NaN scores"):
+    with pytest.raises(DataError, match="NaN or infinite scores"):
         FailureConfidence.fit([torch.full((2, 2), nan)] * 2, torch.tensor([0, 1]))
+    with pytest.raises(DataError, match="NaN or infinite scores"):
+        FailureConfidence.fit([torch.full((2, 2), inf)] * 2, torch.tensor([0, 1]))
+
+
+def test_one_exit_only_is_always_asked_last():
+    """The target of the last exit is 1 for every sample."""
+    one = FailureConfidence.fit([torch.randn(20, 3)], torch.randint(3, (20,)))
+    assert (one(0, torch.randn(20, 3), ())[0] > 0.9).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -53,10 +55,15 @@ def test_the_difference_has_the_sign_of_the_better_proxy_and_is_seeded():
 
 
 def test_intervals_resample_runs_not_variants():
-    """Copies of one variant are no further evidence: with one run every resample is the same."""
+    """Copies of a run are no further evidence: every resample of two equal runs has the same correlation."""
     variants = made(12, runs=1)
-    one = next(c for c in correlations(variants, resamples=20) if (c.metric, c.gain) == ("eefp", "accuracy_50"))
-    assert one.low == one.high == one.rho
+    copies = [dataclasses.replace(variant, run="copy") for variant in variants]
+    one, two = (
+        next(c for c in correlations(found, resamples=20) if (c.metric, c.gain) == ("eefp", "accuracy_50"))
+        for found in (variants, [*variants, *copies])
+    )
+    assert two.low == pytest.approx(two.rho) == pytest.approx(two.high) == pytest.approx(one.rho)
+    assert np.isnan([one.low, one.high]).all()  # one run has no spread over runs
 
 
 def test_area_by_arithmetic():

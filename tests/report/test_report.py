@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -83,6 +84,30 @@ def test_one_run(make_run, exits, read_table):
         for name in ("average_accuracy", "accuracy_matrix", "forgetting", "losses", "accuracy_cost", "exit_usage",
                      "exit_accuracy", "exit_decisions", "exit_similarity", "exit_metrics", "cost")
     }  # fmt: skip
+
+
+def test_calibration_and_failure_prediction_have_a_table_and_a_figure_of_their_own(make_run, exits, read_table):
+    def record(first, last):
+        found = {"ece": (first, last), "aurc": (0.25, last), "auroc": (0.5, math.nan), "nll": (1.5, 2.0), "eefp": (first, math.nan)}
+        plain = exits(0.25, 0.75)
+        return dataclasses.replace(plain, metrics={**plain.metrics, **found})
+
+    runs = [make_run(f"run{seed}", (12, 18), seed=seed, records=[exits(0.5, 0.9), record(value, 0.5)])
+            for seed, value in enumerate((0.125, 0.375))]  # fmt: skip
+    path = write_report(runs)
+    first, last = read_table(path, "exit_failure_prediction")
+    assert (first["exit"], float(first["ECE"]), float(first["EEFP"]), float(first["NLL, nats"])) == ("early", 0.25, 0.25, 1.5)
+    assert float(first["ECE: deviation"]) == pytest.approx(0.25 / 2**0.5)
+    assert last["EEFP"] == "undefined: there is no later exit"
+    assert last["AUROC"] == "undefined: all predictions are correct, or all are wrong"
+    assert not {"ECE", "AURC", "EEFP"} & set(read_table(path, "exits")[0])
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "Calibration and failure prediction by exit" in text
+    assert "Higher is better for AUROC, EEFP, lower for the others." in text
+    figures = {file.stem for file in (path.parent / "figures").iterdir()}
+    assert {"exit_metrics", "exit_failure_prediction"} <= figures
+    older = write_report([make_run("older", (12, 18), records=[exits(0.5, 0.9), exits(0.25, 0.75)])])
+    assert not (older.parent / "tables" / "exit_failure_prediction.csv").exists()
 
 
 def test_the_page_needs_nothing_and_runs_nothing(make_run, exits):

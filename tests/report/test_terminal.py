@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clframe.errors import ClframeError
+from clframe.exits.failure import LABELS
 from clframe.metrics import Tally
 from clframe.report.terminal import accuracy_text, exits_text, seeds_table, summary_text
 from clframe.results import Result, summarize
@@ -158,6 +159,40 @@ def test_exits_have_every_metric_and_every_budget():
     assert ["never", "stops", "early"] in [row[:3] for row in budgets]
     overthinking = 100 * (record.static["oracle"] - record.accuracy_K[-1])
     assert f"overthinking (oracle minus last exit) {overthinking:.1f} %" in " ".join(text.split())
+
+
+def with_failure(metrics):
+    """The result of an older run with two exits, with the given metrics per exit in its last record."""
+    result = Result.from_json(EXITS)
+    last = dataclasses.replace(result.exits[-1], metrics={**result.exits[-1].metrics, **metrics})
+    return dataclasses.replace(result, exits=(*result.exits[:-1], last))
+
+
+def test_the_summary_has_mean_eefp_and_aurc_of_a_run_with_exits():
+    exits = len(Result.from_json(EXITS).exit_names)
+    eefp, aurc = [0.5 + 0.125 * k for k in range(exits - 1)], [0.25 * (k + 1) for k in range(exits)]
+    text = summary_text(with_failure({"eefp": (*eefp, NAN), "aurc": tuple(aurc)}))
+    lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines())
+    # EEFP is undefined at the last exit, which is left out of the mean.
+    assert lines["mean EEFP of the exits"] == f"{100 * sum(eefp) / len(eefp):.1f} %"
+    assert lines["mean AURC of the exits"] == f"{100 * sum(aurc) / len(aurc):.1f} %"
+
+
+def test_means_over_exits_are_undefined_with_a_reason_and_absent_where_not_recorded():
+    exits = len(Result.from_json(EXITS).exit_names)
+    text = " ".join(summary_text(with_failure({"eefp": (NAN,) * exits, "aurc": (NAN,) * exits})).split())
+    assert "mean EEFP of the exits undefined: confidences are not finite" in text
+    assert "mean AURC of the exits undefined: confidences are not finite" in text
+    text = " ".join(summary_text(with_failure({"eefp": (NAN,) * exits, "aurc": (0.0,) * exits})).split())
+    assert "mean EEFP of the exits undefined: no sample can gain from a later exit, or every sample can" in text
+    for older in (Result.from_json(EXITS), make()):
+        assert "EEFP" not in summary_text(older) and "AURC" not in summary_text(older)
+
+
+def test_exits_of_the_terminal_leave_failure_prediction_to_the_report():
+    exits = len(Result.from_json(EXITS).exit_names)
+    text = exits_text(with_failure({name: (0.5,) * exits for name in LABELS}))
+    assert text == exits_text(Result.from_json(EXITS))
 
 
 def test_a_network_with_one_exit_has_no_table_of_exits():

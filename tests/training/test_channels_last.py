@@ -10,6 +10,7 @@ import torch
 
 import clframe
 from clframe.data.avalanche import import_avalanche
+from clframe.errors import UnsupportedError
 
 import_avalanche()
 
@@ -24,7 +25,7 @@ def arguments(tmp_path):
     np.savez(tmp_path / "mine.npz", x=x, y=y)
     return [
         "benchmark=npz", f"benchmark.path={tmp_path / 'mine.npz'}", "benchmark.experiences=2", "backbone=resnet20",
-        "backbone.width=4", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=2", "trainer.batch_size=7",
+        "backbone.width=8", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=2", "trainer.batch_size=7",
         "trainer.loggers=[csv]", "trainer.progress=false",
     ]  # fmt: skip
 
@@ -90,3 +91,10 @@ def test_vectors_have_no_channels_to_put_last(tmp_path):
     last = clframe.run("quickstart", [*options, "trainer.channels_last=true"], output=tmp_path / "b")
     for name, value in weights(plain.run_folder).items():
         assert torch.equal(value, weights(last.run_folder)[name])
+
+
+def test_a_convolution_that_crashes_on_a_cpu_is_refused(arguments, tmp_path):
+    """oneDNN corrupts memory in the gradient of a strided 1x1 convolution with fewer than 8 input channels."""
+    options = [*arguments, "backbone.width=4", "trainer.channels_last=true"]
+    with pytest.raises(UnsupportedError, match=r"channels_last: found the strided 1x1 convolution .* 4 input channels"):
+        clframe.run("quickstart", options, output=tmp_path)

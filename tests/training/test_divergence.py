@@ -59,6 +59,16 @@ def test_a_run_that_only_warns_is_marked_in_its_results(tmp_path, caplog):
     assert read.diverged == result.diverged
 
 
+def test_nan_scores_are_wrong_at_every_exit_and_have_no_failure_metrics(tmp_path):
+    """Their arg-max is class 0, which must not count as right: the accuracy matrix counts them as wrong too."""
+    overrides = [*SMALL, *HUGE, "optimizer.lr=1e20", "strategy=er + exits", "trainer.on_divergence=warn"]
+    record = clframe.run("quickstart", overrides, output=tmp_path).exits[-1]
+    assert set(record.metrics["accuracy"]) == {0.0} == {v for row in record.accuracy_KE for v in row}
+    assert {record.static[name] for name in ("last", "confident", "mean", "vote", "oracle")} == {0.0}
+    for name in ("ece", "aurc", "auroc", "nll", "eefp"):
+        assert all(math.isnan(value) for value in record.metrics[name]), name
+
+
 def test_a_healthy_run_is_not_marked(tmp_path):
     assert clframe.run("quickstart", [*SMALL, "strategy=er"], output=tmp_path).diverged == ()
 

@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import clframe
+from clframe.exits.failure import LABELS
+from clframe.training.tensorboard import FAILURE
 
 FAST = ["backbone=mlp", "backbone.width=10", "trainer.epochs=1", "trainer.progress=false", "benchmark.experiences=2",
         "benchmark.validation=0.2", "trainer.loggers=[tensorboard]"]  # fmt: skip
@@ -42,11 +44,16 @@ def test_every_exit_is_drawn_over_experiences(result):
 def test_the_layout_that_counts_has_charts_of_exits_and_they_find_their_tags(result):
     found = events(result)
     layout = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["progress", "experiences", "exits", "training"]
+    assert [category.title for category in layout.category] == [
+        "progress", "experiences", "exits", FAILURE, "training"
+    ]
     tags = found.Tags()["scalars"]
     (exits,) = (category for category in layout.category if category.title == "exits")
-    for chart in exits.chart:
+    (failure,) = (category for category in layout.category if category.title == FAILURE)
+    for chart in (*exits.chart, *failure.chart):
         assert any(re.match(pattern, tag) for tag in tags for pattern in chart.multiline.tag), chart.title
+    assert {chart.title for chart in failure.chart} == {f"{label} per exit" for label in LABELS.values()}
+    assert "exit_eefp/00_layer1" in tags and "exit_eefp/01_final" not in tags  # undefined at the last exit
     assert "exit usage at a budget of 50 %" not in [chart.title for chart in exits.chart]  # the first exit is dearer here
 
 

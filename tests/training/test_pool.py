@@ -145,7 +145,7 @@ def test_data_that_a_plugin_has_changed_cannot_be_joined():
 
 def test_a_plain_trainer_serves_what_it_is_given():
     module = strategy_on(class_incremental(source(), experiences=3), "er(replay='half')").module
-    with pytest.raises(UnsupportedError, match="^ContinualModule: 'er' changes what the loader serves"):
+    with pytest.raises(UnsupportedError, match="^ContinualModule: 'er' changes the samples of an epoch"):
         module.configure_optimizers()
 
 

@@ -23,7 +23,7 @@ PHRASES = re.compile(
 OPENING = re.compile(r"(What|Who|Whose|Where|How|When|Why)\b")
 """A docstring begins with what the object is or does."""
 
-BRITISH = re.compile(r"\b(distil|distils|analys(e|es|ed|ing)|regularis\w+|optimis\w+|normalis\w+|behaviour|colours?)\b")
+BRITISH = re.compile(r"\b(distil|distils|analys(e|ed|ing)|regularis\w+|optimis\w+|normalis\w+|behaviour|colours?)\b")
 
 SOURCES = sorted(path for package in ("clframe", "strategies") for path in (ROOT / package).rglob("*.py"))
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

@@ -66,7 +66,7 @@ def row(results: Sequence[dict]) -> dict[str, list[float]]:
         values = {
             "last": record["static"]["last"],
             "confident": record["static"]["confident"],
-            "forgetting": result["forgetting"],
+            "forgetting": result.get("metrics", result)["forgetting"],  # files of schema version 1 have no mapping
             "parameters": result["parameters"] / 100,
             "minutes": result["train_seconds"] / 6000,
         }

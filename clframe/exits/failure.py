@@ -203,13 +203,13 @@ def ece_equal_mass(ranking: Ranking, *, bins: int = BINS) -> Floats:
 def nll_N(scores_NC: Tensor, y_N: Tensor) -> Tensor:
     """Negative log-likelihood of each sample in nats, ``-log softmax(scores)[y]``; infinite for a class without one."""
     known_N = y_N < scores_NC.shape[1]
-    found_N = -scores_NC.double().log_softmax(1).gather(1, y_N.where(known_N, 0)[:, None])[:, 0]
+    found_N = -_precise(scores_NC).log_softmax(1).gather(1, y_N.where(known_N, 0)[:, None])[:, 0]
     return found_N.where(known_N, torch.inf)
 
 
 def brier_N(scores_NC: Tensor, y_N: Tensor) -> Tensor:
     """Brier score of each sample: sum over classes of (p_c - 1[c = y])^2, from 0 to 2."""
-    p_NC, known_N = scores_NC.double().softmax(1), y_N < scores_NC.shape[1]
+    p_NC, known_N = _precise(scores_NC).softmax(1), y_N < scores_NC.shape[1]
     target_N = p_NC.gather(1, y_N.where(known_N, 0)[:, None])[:, 0].where(known_N, 0.0)
     return p_NC.square().sum(1) + 1 - 2 * target_N
 
@@ -370,6 +370,11 @@ def bootstrap(
         return nan, nan
     low, high = np.quantile(found_R, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _precise(scores_NC: Tensor) -> Tensor:
+    """Double precision, or single where the device (MPS) has no double."""
+    return scores_NC.float() if scores_NC.device.type == "mps" else scores_NC.double()
 
 
 def _ratio(above_R: Floats, below_R: Floats) -> Floats:

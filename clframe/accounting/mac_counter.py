@@ -34,6 +34,8 @@ NAMES: Final = {
     "fill zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
     "new_ones new_full random poisson log_normal geometric cauchy efficientzerotensor "
     "cudnn_init_dropout_state",
+    # Element-wise, but not tagged as such by torch 2.6 to 2.11 when in place.
+    "activation": "hardtanh hardsigmoid elu celu selu",
     "loss": "nll_loss nll_loss2d mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy",
 }
 """Operators by family, by the stem of their names."""

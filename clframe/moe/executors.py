@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from clframe.errors import UnsupportedError
 from clframe.moe.routing import pairs_by_expert
 
 Activation = Callable[[Tensor], Tensor]
@@ -159,7 +160,7 @@ def dense(
     hidden_NF = compute_hidden(weights, x_ND, *(_flat(part) for part in input_tensors(weights)))
     if dropout:
         hidden_NF = F.dropout(hidden_NF, dropout)
-    hidden_NEH = hidden_NF.view(len(x_ND), experts, neurons)
+    hidden_NEH = hidden_NF.view(x_ND.shape[0], experts, neurons)
     if weight_NE is not None:
         hidden_NEH = hidden_NEH * weight_NE[..., None]
     if keep_NE is not None:
@@ -261,9 +262,13 @@ def grouped_mm(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tenso
     """Gather all pairs sorted by expert, and multiply with PyTorch's grouped matrix product.
 
     See :func:`grouped_mm_works` for the supported types and sizes.
+
+    Raises:
+        UnsupportedError: A version of torch without the product.
     """
     product = _grouped_product()
-    assert product is not None
+    if product is None:
+        raise UnsupportedError(f"grouped_mm: torch {torch.__version__} has no grouped product; use 'grouped'")
     expert_P, token_P = pairs_by_expert(keep_NE)
     if not len(token_P):
         return reference(weights, x_ND, keep_NE, weight_NE)

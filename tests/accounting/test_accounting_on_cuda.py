@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clframe.accounting import DevicePeak, EnergyMeter, MacCounter, latency, measure_cost
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 MIB = 2**20
 

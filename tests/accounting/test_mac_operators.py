@@ -293,6 +293,13 @@ def test_counting_changes_no_number():
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.SiLU, nn.Mish])  # fmt: skip
+def test_activations_in_place_count_nothing(activation):
+    with MacCounter() as counter:
+        nn.Sequential(nn.Linear(3, 5), activation(inplace=True))(torch.randn(2, 3)).sum().backward()
+    assert counter.macs == 2 * 30 and not counter.uncounted()
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no collectives")
 def test_gradients_that_processes_exchange_are_no_gap():
     assert family_of(torch.ops.c10d.allreduce_.default) == "communication"

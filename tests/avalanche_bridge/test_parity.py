@@ -36,9 +36,9 @@ PLUGINS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "LwF and Replay": lambda m, o: [P.LwFPlugin(1.0, 2.0), P.ReplayPlugin(20)],
     "EWC separate": lambda m, o: [P.EWCPlugin(50.0)],
     "EWC online": lambda m, o: [P.EWCPlugin(50.0, mode="online", decay_factor=0.9)],
-    "SynapticIntelligence": lambda m, o: [P.SynapticIntelligencePlugin(1.0)],
+    "SynapticIntelligence": lambda m, o: [P.SynapticIntelligencePlugin(0.01)],
     "MAS": lambda m, o: [P.MASPlugin(0.1, 0.5)],
-    "RWalk": lambda m, o: [P.RWalkPlugin()],
+    "RWalk": lambda m, o: [P.RWalkPlugin(delta_t=2)],
     "GEM": lambda m, o: [P.GEMPlugin(10, 0.5)],
     "AGEM": lambda m, o: [P.AGEMPlugin(10, 10)],
     "LFL": lambda m, o: [P.LFLPlugin(1.0)],
@@ -128,7 +128,7 @@ STRATEGIES: dict[str, tuple[type[Any], Maker]] = {
     "LwF": (supervised.LwF, trains(alpha=1.0, temperature=2.0)),
     "EWC separate": (supervised.EWC, trains(ewc_lambda=50.0)),
     "EWC online": (supervised.EWC, trains(ewc_lambda=50.0, mode="online", decay_factor=0.9)),
-    "SynapticIntelligence": (supervised.SynapticIntelligence, trains(si_lambda=1.0)),
+    "SynapticIntelligence": (supervised.SynapticIntelligence, trains(si_lambda=0.01)),
     "MAS": (supervised.MAS, trains(lambda_reg=0.1)),
     "GEM": (supervised.GEM, trains(patterns_per_exp=10)),
     "AGEM": (supervised.AGEM, trains(patterns_per_exp=10, sample_size=10)),
@@ -205,7 +205,8 @@ def finish(toy: SimpleNamespace, build: Callable[[], Any], kind: str, *, at_once
 
 
 def assert_equal(toy: SimpleNamespace, ours: Ended, theirs: Ended) -> None:
-    assert all(value.isfinite().all() for value in theirs.weights.values())
+    # Runs that diverge end the same only where the kernels round the same; this also excludes NaN.
+    assert all((value.double().abs() < 1e3).all() for value in theirs.weights.values())
     assert toy.same(ours.weights, theirs.weights)
     assert ours[1:] == theirs[1:]
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from clframe.errors import UnsupportedError
 from clframe.moe import dispatch as execute
+from clframe.moe import executors
 from clframe.moe.dispatch import EXECUTORS, Choice, Costs, Plan, choose, count_computed_pairs, run
 from clframe.moe.executors import Weights, grouped_mm_works, merged_groups, reference
 
@@ -132,6 +134,12 @@ def test_grouped_mm_takes_the_sizes_it_can_and_no_others():
     if not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped product on the CPU")
     assert grouped_mm_works(float32, x)
+
+
+def test_a_torch_without_the_grouped_product_is_one_line(monkeypatch):
+    monkeypatch.setattr(executors, "_grouped_product", lambda: None)
+    with pytest.raises(UnsupportedError, match=r"^grouped_mm: torch .* has no grouped product; use 'grouped'$"):
+        executors.grouped_mm(make(2, 8, 16, 12, dtype=torch.float32), torch.randn(2, 16), torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_double_precision_gradients_by_finite_differences():

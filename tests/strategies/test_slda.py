@@ -67,7 +67,8 @@ def test_every_exit_answers_by_the_closed_form_on_all_data_of_its_own_tap(exits)
         expected = features(net, test, exit) @ precision @ mu.T - 0.5 * (mu @ precision * mu).sum(1)
         found = answers.logits[exit].double()
         torch.testing.assert_close(found - found[:, :1], expected - expected[:, :1], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(state["mean"][exit], mu, rtol=1e-10, atol=1e-10)
+        # The features are float32 and their last bits depend on the batch size; the sums are doubles.
+        torch.testing.assert_close(state["mean"][exit], mu, rtol=1e-6, atol=1e-6)
 
 
 def test_the_order_of_experiences_changes_nothing():

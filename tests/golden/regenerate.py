@@ -1,15 +1,17 @@
-"""Golden curves: the loss of ten training steps and the answers after them, for every component, in float64.
+"""Golden curves: loss and gradient norm of ten training steps and the logits after them, for every component, in float64.
 
-    python tests/golden/regenerate.py               # make the missing files, leave the others as they are
-    python tests/golden/regenerate.py er lwf        # make these anew, because their numbers were meant to change
-    python tests/golden/regenerate.py --all         # make all of them anew
+    python tests/golden/regenerate.py               # write the missing files, leave the others unchanged
+    python tests/golden/regenerate.py er lwf        # rewrite these, because their numbers were meant to change
+    python tests/golden/regenerate.py --all         # rewrite all of them
 
-A refactor changes no file; whoever changes numbers on purpose commits the new files and says why. They are the
-same on every machine to within rounding, because nothing here is drawn or computed in less than float64.
+A refactor changes no file; a change of numbers that is meant comes with the new files and a reason. The numbers agree to
+rounding on every machine and every release of torch that clframe supports: everything is drawn and computed in float64,
+and nothing is drawn by functions whose algorithm differs between releases (``trunc_normal_``, ``dropout``,
+``multinomial`` without replacement, ``randint`` over 2**28 values or more).
 
-A file holds, for one exit and for three: ``losses``, the total loss of each step, five in each of two experiences
-(ten in the first where the second trains nothing); ``answers``, what each exit answers to one test sample in the
-end, one score a class; and ``scores``, those by which the strategy decides.
+A file contains, for one exit and for three: ``losses``, the total loss of each step, five in each of two experiences (ten
+in the first where the second trains nothing); ``gradients``, the norm of the gradient that each of these steps applies;
+``answers``, the logits of each exit for one test sample at the end; and ``scores``, those that the prediction uses.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from avalanche.core import SupervisedPlugin
 from lightning import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 import strategies
 from clframe.core import COMPONENTS, Composition, compose
@@ -45,7 +48,7 @@ TOKENS = {"l2p", "moe"}
 """Components that take a vision transformer only, or no exit on the first layer of two."""
 
 MEMORY = 8
-"""Samples that whoever keeps a memory keeps of the first experience's ten, so that it has to choose."""
+"""Buffer size: less than the ten samples of the first experience, so that samples have to be selected."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "early_exit": {"rule": "mean"},
@@ -54,11 +57,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "simplecil": {"train_first": True},
     "slda": {"shrinkage": 0.1, "train_first": True},
 }
-"""Where defaults would train nothing, change nothing here, or make numbers that rounding decides."""
+"""Options other than the defaults, which would train nothing, change nothing here, or amplify rounding."""
 
 
 def golden(name: str) -> dict[str, Any]:
-    """What the file of a component holds, as the code is now: by number of exits, losses and answers."""
+    """Compute the contents of a component's file with the current code."""
     return {str(exits): _curve(name, exits=exits) for exits in EXITS}
 
 
@@ -87,14 +90,22 @@ def _curve(name: str, *, exits: int) -> dict[str, Any]:
             x = stream.test[0].prepare(stream.test[0].raw(torch.tensor([0])))
             answers = module.learner.adjust_logits(module.network(x, taps=module.learner.taps))
             scores = module.learner.predict(answers)[0].tolist()
-    first, second = recorder.losses
-    second = second[:STEPS]
-    losses = first[: 2 * STEPS - len(second)] + second
-    return {"losses": losses, "answers": [logits_BC[0].tolist() for logits_BC in answers.logits], "scores": scores}
+    return {
+        "losses": _ten_steps(recorder.losses),
+        "gradients": _ten_steps(recorder.gradients),
+        "answers": [logits_BC[0].tolist() for logits_BC in answers.logits],
+        "scores": scores,
+    }
+
+
+def _ten_steps(experiences: list[list[float]]) -> list[float]:
+    """Return the first five values of both experiences, or ten of the first if the second has none."""
+    first, second = experiences[0], experiences[1][:STEPS]
+    return first[: 2 * STEPS - len(second)] + second
 
 
 def _stream() -> Benchmark:
-    """Two experiences of two classes, made by arithmetic: five samples a class, of 4x4 pixels."""
+    """Two experiences of two classes, made by arithmetic: five samples per class, of 4x4 pixels."""
     y = torch.arange(4).repeat(5)
     pixel = torch.arange(len(y) * 16).reshape(len(y), 1, 4, 4)
     x = ((pixel * 37) % 101).float() / 64 + y.reshape(-1, 1, 1, 1)
@@ -105,6 +116,7 @@ def _stream() -> Benchmark:
 def _network(name: str, stream: Benchmark, *, exits: int) -> Network:
     if name in TOKENS:
         backbone = BACKBONES.get("vit_tiny")(stream.input_shape, patch=2, width=12, depth=2, heads=2)
+        _draw_with_numpy(backbone)
         heads = [("encoder.0", make_head("token", backbone.tap_shapes["encoder.0"])) for _ in range(exits - 1)]
     else:
         backbone = BACKBONES.get("mlp")(stream.input_shape, width=12)
@@ -112,8 +124,21 @@ def _network(name: str, stream: Benchmark, *, exits: int) -> Network:
     return Network(backbone, exits=heads)
 
 
+def _draw_with_numpy(module: nn.Module) -> None:
+    """Replace the initial weights by draws of numpy's frozen generator, in the range of torch's defaults.
+
+    ``trunc_normal_``, which initializes the patch embedding, draws other numbers in other releases of torch.
+    """
+    generator = np.random.RandomState(1)
+    with torch.no_grad():
+        for _, value in sorted(module.named_parameters()):
+            if value.ndim > 1:
+                bound = value[0].numel() ** -0.5
+                value.copy_(torch.from_numpy(generator.uniform(-bound, bound, size=tuple(value.shape))))
+
+
 def _strategy(name: str) -> Composition:
-    """The component, with a memory beside it where it needs one."""
+    """Compose the component, with a buffer if it needs another component's."""
     kind = COMPONENTS.get(name)
     options = {"memory": MEMORY} if kind.keeps_memory else {}
     memory = COMPONENTS.get("er")(memory=MEMORY)
@@ -122,27 +147,34 @@ def _strategy(name: str) -> Composition:
 
 
 class _Float64Samples(TensorSamples):
-    """Samples as a network of float64 takes them."""
+    """Samples whose inputs are float64."""
 
     def prepare(self, raw: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The same numbers in float64, which hold them exactly."""
+        """Convert to float64, which is exact."""
         return super().prepare(raw, generator=generator).double()
 
 
 class _Recorder(SupervisedPlugin):
-    """Keeps the loss of every step, experience by experience."""
+    """Records the loss and the norm of the gradient of every step, by experience."""
 
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[list[float]] = []
+        self.gradients: list[list[float]] = []
 
     def begin(self) -> None:
-        """A new experience."""
+        """Start a new experience."""
         self.losses.append([])
+        self.gradients.append([])
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Avalanche's callback."""
         self.losses[-1].append(float(strategy.loss.detach()))
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Avalanche's callback, after components have modified the gradient."""
+        squares = [value.grad.square().sum() for value in strategy.model.parameters() if value.grad is not None]
+        self.gradients[-1].append(float(torch.stack(squares).sum().sqrt()))
 
 
 @contextmanager
@@ -158,8 +190,8 @@ def _float64() -> Iterator[None]:
 def main() -> None:
     """Write the files that are missing or asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="components to make anew")
-    parser.add_argument("--all", action="store_true", help="make every file anew")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="components whose files are rewritten")
+    parser.add_argument("--all", action="store_true", help="rewrite every file")
     options = parser.parse_args()
     for name in options.names or NAMES:
         if options.names or options.all or not path_of(name).exists():

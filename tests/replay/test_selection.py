@@ -19,6 +19,7 @@ def test_choice_is_a_random_subset_per_class():
     chosen = balanced_choice(y, {0: 2, 1: 5, 2: 0}, generator=generator_for(0))
     assert y[chosen].tolist() == [0, 0, 1, 1]
     assert len(set(chosen.tolist())) == 4
+    assert balanced_choice(y, {}, generator=generator_for(0)).tolist() == []
     draws = {
         tuple(sorted(balanced_choice(y, {0: 2}, generator=generator_for(s)).tolist())) for s in range(200)
     }

@@ -11,7 +11,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 STATED := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-kernels lint check clean
+.PHONY: help install install-dev quickstart test test-kernels test-gpu test-mutations lint check clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -31,6 +31,13 @@ test-kernels: $(INSTALLED_DEV) ## the suite under other CPU kernels and with two
 	  $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	TEST_THREADS=2 $(BIN)/python -m pytest -n 1 --dist loadfile $(ARGS)
+
+test-gpu: $(INSTALLED_DEV) ## the tests that need a CUDA device
+	TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+# One change of a sign, a term or an index at a time in strategies and functional modules: at least 95 % must fail a test.
+test-mutations: $(INSTALLED_DEV) ## the tests of the tests: 100 small errors, most of which must be found (an hour)
+	$(BIN)/python tests/mutation/mutate.py $(ARGS)
 
 lint: $(INSTALLED_DEV) ## formatting rules, types, and the arrows between packages
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.api import explain, load, run
+    from clframe.api import explain, run
     from clframe.avalanche_bridge.fabric import on_fabric
     from clframe.config.load import load_config
     from clframe.config.schema import Config
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clframe.core.expression import parse, register
     from clframe.data.benchmark import Benchmark, class_incremental
     from clframe.errors import ClframeError
+    from clframe.model import load
     from clframe.nn.network import Network
     from clframe.nn.types import Output
     from clframe.results import Result
@@ -41,7 +42,7 @@ _HOMES = {
     "class_incremental": "clframe.data",
     "compose": "clframe.core",
     "explain": "clframe.api",
-    "load": "clframe.api",
+    "load": "clframe.model",
     "load_config": "clframe.config.load",
     "on_fabric": "clframe.avalanche_bridge.fabric",
     "parse": "clframe.core",

@@ -1,4 +1,4 @@
-"""Public functions that take a config: train, load a trained model, explain a run."""
+"""Public functions that take a config: train, extend and explain a run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import OmegaConf
-
 from clframe.accounting import count_macs, count_parameters
-from clframe.build import (
-    Setup,
-    build,
-    build_backbone,
-    build_optimizer,
-    build_scheduler,
-    build_strategy,
-    lightning_options,
-)
-from clframe.config.files import read_yaml
+from clframe.build import Setup, build, build_optimizer, build_scheduler, lightning_options
 from clframe.config.load import load_config
 from clframe.config.schema import Config, named_plugins
-from clframe.config.typed import as_tree, from_mapping, to_yaml
-from clframe.errors import ConfigError, Interrupted, RunFolderError, UnsupportedError
-from clframe.nn import Network
+from clframe.config.typed import as_tree, to_yaml
+from clframe.data.benchmark import Benchmark
+from clframe.data.source import Source
+from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, UnsupportedError
+from clframe.metrics.confusion import MOST_SHOWN
+from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
 from clframe.report.writing import write_figures
 from clframe.results import Result, summarize
@@ -34,8 +25,8 @@ from clframe.run_folder import RunFolder
 from clframe.seeding import torch_settings
 
 if TYPE_CHECKING:
+    from clframe.targets.extension import Extension
     from clframe.training.session import Progress, Session
-    from clframe.training.trained import TrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +60,10 @@ def run(
     if resume is not None:
         if overrides:
             raise ConfigError("resume: takes no overrides; a resumed run uses the config it started with")
+        from clframe.targets.loading import read_config
+
         folder = RunFolder.open(Path(resume))
-        config = _read_config(folder)
+        config = read_config(folder)
         _refuse_plugins(config, folder)
     elif isinstance(config, str):
         config = load_config(config, overrides)
@@ -83,51 +76,84 @@ def run(
         on_built(setup)
     if resume is None:
         folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
+    return _execute(setup, folder, resumes=resume is not None, on_evaluated=on_evaluated)
+
+
+def extend(
+    run: str | Path,
+    data: Source | Benchmark | Sequence[str] | str,
+    overrides: Sequence[str] = (),
+    *,
+    earlier: Sequence[str] = (),
+    output: str | Path | None = None,
+    on_planned: Callable[[Extension], None] | None = None,
+    on_evaluated: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Learn new experiences on top of a finished run, in a new run folder; what ``clframe extend`` does.
+
+    The strategy, with its buffers, teachers, importances, exits, calibration and experts, continues as it is. Classes
+    are matched by name: a known name adds samples to its class. Inputs are normalized as those of the first data. A
+    chain of extensions equals one run over the same stream.
+
+    Args:
+        run: Folder of the finished run, which is not changed.
+        data: The new data: overrides such as ``["benchmark=image_folder", "benchmark.path=photos"]``, or a source or
+            benchmark in memory.
+        overrides: Further overrides: of the trainer, the optimizer and the benchmark.
+        earlier: Other locations of earlier data that are not where the config says: ``benchmark.path=DIR``.
+        output: Folder for run folders; None takes that of the run's config.
+        on_planned: Called with what will be learned, before anything is written.
+        on_evaluated: Called with the progress after every experience.
+
+    Returns:
+        The result over old and new experiences, as written to ``results.json``.
+
+    Raises:
+        ClframeError: Anything a user can fix, in one line.
+        Interrupted: A KeyboardInterrupt during training; its ``folder`` can be resumed.
+    """
+    from clframe.targets.extension import plan_extension
+
+    listed: list[str] = []
+    source: Source | Benchmark | None = None
+    if isinstance(data, (Source, Benchmark)):
+        source = data
+    else:
+        listed = [data] if isinstance(data, str) else list(data)
+    planned = plan_extension(run, [*listed, *overrides], data=source, earlier=earlier, output=output)
+    if on_planned is not None:
+        on_planned(planned)
+    return _execute(planned.setup, planned.create(), resumes=True, on_evaluated=on_evaluated)
+
+
+def _execute(
+    setup: Setup, folder: RunFolder, *, resumes: bool, on_evaluated: Callable[[Progress], None] | None
+) -> Result:
+    """Train in a run folder; one that was created for it is removed if training cannot begin."""
+    config = setup.config
     with folder.lock(), torch_settings(threads=config.trainer.threads, deterministic=config.trainer.deterministic):
         try:
-            if resume is None:
-                folder.write_config(to_yaml(setup.config))
-            else:
+            if resumes:
                 folder.prepare_resume()
+            else:
+                folder.write_config(to_yaml(config))
             session = _session(setup, folder, on_evaluated)
         except BaseException:
             folder.discard()
             raise
+        started = 0
         try:
-            if resume is not None:
-                session.resume()
+            if resumes:
+                started = session.resume()
             return _finish(setup, folder, session, session.run())
+        except ClframeError as error:
+            if resumes and session.progress.finished == started and not isinstance(error, DivergenceError):
+                folder.discard()  # of an extension that learned nothing; a run that existed before is kept
+            raise
         except KeyboardInterrupt as stop:
-            raise Interrupted(folder.path) from stop
+            raise Interrupted(folder.path, plugins=_plugin_names(config)) from stop
         finally:
             session.close()
-
-
-def load(run: str | Path, *, device: str = "cpu") -> TrainedModel:
-    """Load the trained model of a run for prediction; no data and no code are read.
-
-    Args:
-        run: A run folder, finished or not, or the folder of a model converted by ``clframe moefy``.
-        device: Device of the model.
-
-    Raises:
-        RunFolderError: No run folder, or no readable checkpoint in it.
-    """
-    from clframe.training.trained import CONVERTED, load_newest, read_recipe, restore_model
-
-    folder = RunFolder.open(Path(run), where="load")
-    recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
-    config = _read_config(folder)
-    content = load_newest(folder.path, device=torch.device(device))
-    network = Network(build_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
-    try:
-        strategy = build_strategy(config.strategy, config.components)
-        trained = restore_model(network, strategy, content, recipe=recipe)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
-    network.to(device)
-    return trained
 
 
 def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
@@ -146,16 +172,6 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         network=network,
         plugins=named_plugins(setup.config.components),
     )
-
-
-def run_config(run: str | Path, *, where: str = "load") -> Config:
-    """Read the resolved config of a run folder.
-
-    Raises:
-        RunFolderError: No run folder.
-        ConfigError: A config that cannot be read.
-    """
-    return _read_config(RunFolder.open(Path(run), where=where))
 
 
 def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None) -> Session:
@@ -193,6 +209,7 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         csv="csv" in trainer.loggers,
         folder=folder.path,
         config_text=to_yaml(config),
+        checkpoint_period=trainer.checkpoint.period,
         plugins=named_plugins(config.components),
         on_evaluated=on_evaluated,
     )
@@ -200,6 +217,7 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
 
 def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progress) -> Result:
     config, benchmark, network = setup.config, setup.benchmark, setup.network
+    confusion = [] if progress.confusion_CC is None else progress.confusion_CC.tolist()
     result = summarize(
         progress.tallies,
         name=config.name,
@@ -222,7 +240,11 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         exit_names=network.exit_names,
         exits=progress.exits,
         activity=progress.activity,
+        confusion=confusion,
+        class_names=benchmark.class_names,
     )
+    if len(confusion) > MOST_SHOWN:
+        write_confusion(confusion, benchmark.class_order, folder.path)
     folder.write_ledger(network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger)
     result.write(folder.path / "results.json")
     # After the results: a failure to draw must not lose a run that took hours.
@@ -235,19 +257,14 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     return result
 
 
+def _plugin_names(config: Config) -> str:
+    return ", ".join(name for name, _ in named_plugins(config.components))
+
+
 def _refuse_plugins(config: Config, folder: RunFolder) -> None:
     """Refuse to resume a run with Avalanche plugins: checkpoints do not contain their state."""
-    names = ", ".join(name for name, _ in named_plugins(config.components))
+    names = _plugin_names(config)
     if names:
         raise UnsupportedError(
             f"{folder.path}: has Avalanche plugins ({names}), whose state is not in checkpoints; start a new run"
         )
-
-
-def _read_config(folder: RunFolder) -> Config:
-    tree = OmegaConf.to_container(read_yaml(folder.config_path), resolve=False)
-    assert isinstance(tree, dict)
-    try:
-        return from_mapping({str(key): value for key, value in tree.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{folder.config_path}: {error}") from None

@@ -1,12 +1,12 @@
 """Build objects from a config: data, backbone, strategy, optimizer.
 
-This is the only module that passes a config to constructors: no class below it depends on the config.
+This module and :mod:`clframe.stream` are the only ones that pass a config to constructors: no class below them
+depends on the config.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from clframe.config.schema import (
     BLOCK,
     DEFAULT_GAMMA,
     BackboneConfig,
-    BenchmarkConfig,
     Config,
     OptimizerConfig,
     TrainerConfig,
@@ -27,18 +26,15 @@ from clframe.config.schema import (
 )
 from clframe.config.typed import block_keys
 from clframe.core import COMPONENTS, Composition, parse
-from clframe.data import SOURCES, Benchmark, Source, class_incremental
-from clframe.data.augmentation import AUGMENTATIONS, Augmentation
+from clframe.data import Benchmark, Source
 from clframe.data.samples import TensorSamples
-from clframe.data.streams import blurry_stream, online_stream, permuted_stream, rotated_stream
 from clframe.errors import ClframeError, ConfigError, UnsupportedError
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.options import check_options, format_value, missing_options, rename_options
 from clframe.seeding import derive_seed
-
-_log = logging.getLogger("clframe.data")
+from clframe.stream import build_stream
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,19 @@ class Setup:
     network: Network
 
 
-def build(config: Config) -> Setup:
-    """Build everything a config names and check all that can be checked before training."""
+def build(config: Config, *, source: Source | None = None) -> Setup:
+    """Build everything a config names and check all that can be checked before training.
+
+    Args:
+        config: The config.
+        source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
+    """
     composition = build_strategy(config.strategy, config.components)
     backbone = build_backbone(config.backbone)
-    source, benchmark = build_data(config.benchmark, seed=config.seed)
+    source, benchmark = build_stream(config, source=source)
     composition.check_needs()
     for component in composition:
-        component.check(classes=source.classes)
+        component.check(classes=len(benchmark.class_order))
         option = component.needs_held_out
         if option and not config.benchmark.validation:
             found = format_value(getattr(component, option))
@@ -85,22 +86,15 @@ def build(config: Config) -> Setup:
     network = Network(backbone(benchmark.input_shape))
     _check_token_ids(source, network)
     resolved = composition.replace(lambda component: component.resolve(network))
-    if resolved != composition:
-        options = {component.name: asdict(component) for component in resolved}
-        config = replace(config, strategy=str(resolved), components={**config.components, **options})
-    return Setup(config, resolved, benchmark, network)
+    return Setup(_resolved_config(config, resolved), resolved, benchmark, network)
 
 
-def build_data(config: BenchmarkConfig, *, seed: int) -> tuple[Source, Benchmark]:
-    """Load the data of a benchmark block and split it into experiences."""
-    augment = build_augmentations(config.augment)
-    source_of = SOURCES.get(config.name, where="benchmark.name")
-    options = check_options(source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"))
-    source = source_of(**options)
-    if config.workers and isinstance(source.train, TensorSamples) and isinstance(source.test, TensorSamples):
-        _log.warning("benchmark.workers: found %d, but %s is in memory and needs none", config.workers, source.name)
-    source = source.first_classes(config.classes).with_augmentations(augment).with_workers(config.workers)
-    return source, build_benchmark(source, config, seed=seed)
+def _resolved_config(config: Config, composition: Composition) -> Config:
+    """Return the config with every option of the components in use, and without those of others."""
+    components: dict[str, dict[str, Any]] = {component.name: asdict(component) for component in composition}
+    if BLOCK in config.components:
+        components[BLOCK] = dict(config.components[BLOCK])
+    return replace(config, strategy=str(composition), components=components)
 
 
 def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
@@ -118,46 +112,6 @@ def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbo
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
 
     return make
-
-
-def build_augmentations(names: str | Sequence[str] | None) -> tuple[Augmentation, ...]:
-    """The augmentations that a config names, in order.
-
-    >>> build_augmentations("cifar") == build_augmentations(["crop", "flip"])
-    True
-    """
-    listed = [names] if isinstance(names, str) else names or ()
-    return tuple(part for name in listed for part in AUGMENTATIONS.get(name, where="benchmark.augment"))
-
-
-def build_benchmark(source: Source, config: BenchmarkConfig, *, seed: int) -> Benchmark:
-    """Split ``source`` into experiences by the protocol of ``config``."""
-    if config.protocol == "permuted":
-        found = permuted_stream(source, experiences=config.experiences, seed=seed, validation=config.validation)
-    elif config.protocol == "rotated":
-        found = rotated_stream(
-            source,
-            experiences=config.experiences,
-            angles=config.angles,
-            seed=seed,
-            validation=config.validation,
-        )
-    else:
-        found = class_incremental(
-            source,
-            experiences=config.experiences,
-            first=config.first,
-            counts=config.counts,
-            order=config.class_order,
-            seed=seed,
-            validation=config.validation,
-            task_labels=config.protocol == "task_incremental",
-        )
-    if config.online is not None and config.blurry:
-        found = blurry_stream(found, size=config.online, blur=config.blurry, seed=seed)
-    elif config.online is not None:
-        found = online_stream(found, size=config.online, seed=seed, boundaries=config.boundaries)
-    return replace(found, evaluate=config.evaluate)
 
 
 def _check_token_ids(source: Source, network: Network) -> None:

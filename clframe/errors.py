@@ -7,6 +7,7 @@ from Python, errors are ordinary :class:`ValueError` subclasses.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,13 +47,24 @@ class UnsupportedError(ClframeError):
 class Interrupted(KeyboardInterrupt):
     """A run stopped by the user or by a signal.
 
+    Args:
+        folder: The run folder.
+        plugins: Names of its Avalanche plugins, whose state checkpoints do not contain.
+
     Attributes:
-        folder: The run folder, which ``clframe run --resume`` continues.
+        folder: The run folder.
+        advice: How to go on: ``clframe run --resume``, or a new run where plugins prevent that.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; resume with clframe run --resume {folder}")
+    def __init__(self, folder: Path, *, plugins: str = "") -> None:
         self.folder = folder
+        self.advice = f"resume with clframe run --resume {shlex.quote(str(folder))}"
+        if plugins:
+            self.advice = (
+                f"it cannot be resumed, as checkpoints lack the state of its Avalanche plugins ({plugins}); start over "
+                f"with clframe run {shlex.quote(str(folder / 'config.yaml'))}"
+            )
+        super().__init__(f"interrupted; {self.advice}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

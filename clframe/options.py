@@ -12,6 +12,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,16 +29,22 @@ def option_types(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     >>> option_types(make)
     {'width': (<class 'int'>, 8)}
     """
-    hints = get_type_hints(constructor)
     if isinstance(constructor, type) and dataclasses.is_dataclass(constructor):
-        return {
-            field.name: (hints[field.name], _default(field)) for field in dataclasses.fields(constructor) if field.init
-        }
+        return dict(_field_types(constructor))
+    hints = get_type_hints(constructor)
     return {
         name: (hints.get(name, Any), parameter.default)
         for name, parameter in inspect.signature(constructor).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+@cache
+def _field_types(constructor: type) -> dict[str, tuple[Any, Any]]:
+    """Compute :func:`option_types` of a dataclass; cached, because resolving annotations takes milliseconds."""
+    hints = get_type_hints(constructor)
+    fields = dataclasses.fields(constructor)
+    return {field.name: (hints[field.name], _default(field)) for field in fields if field.init}
 
 
 def check_options(

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_hidden = 0  # depth of hide_progress, which may be nested
 
-def progress_bar(label: str, *, total: int | None = None, unit: str = "it") -> Any:
-    """Return a tqdm bar; it disappears when it is closed."""
+
+@contextmanager
+def hide_progress(hidden: bool = True) -> Iterator[None]:
+    """Show no bars while active, as ``--quiet`` asks for; ``hidden=False`` changes nothing.
+
+    >>> with hide_progress():
+    ...     progress_bar("epoch").disable, is_shown()
+    (True, False)
+    """
+    global _hidden
+    _hidden += hidden
+    try:
+        yield
+    finally:
+        _hidden -= hidden
+
+
+def is_shown() -> bool:
+    """Whether a bar can be seen; stderr is None in a process without a console."""
+    return not _hidden and sys.stderr is not None and sys.stderr.isatty()
+
+
+def progress_bar(label: str, *, total: int | None = None, unit: str = "it", **options: Any) -> Any:
+    """Return a tqdm bar; it disappears when it is closed. ``options`` are further ones of tqdm."""
     from tqdm import tqdm
 
-    return tqdm(desc=label, total=total, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+    # None: hidden where the output is not a terminal.
+    hidden = True if _hidden else None
+    return tqdm(desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, **options)
 
 
 @contextmanager

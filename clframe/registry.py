@@ -6,11 +6,12 @@ do; scripts call :meth:`Registry.add`. A second entry of the same name is an err
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from clframe.errors import ClframeError, UnknownNameError, unknown_name
+from clframe.errors import ClframeError, ConfigError, UnknownNameError, unknown_name
 
 T = TypeVar("T")
 
@@ -22,6 +23,8 @@ class Registry(Generic[T]):
         kind: Kind of entry in error messages, such as "component".
         group: Entry-point group searched on first use; None for a closed registry.
         load: Turns a loaded entry point into ``(name, entry)`` pairs.
+        problem: Returns what is wrong with an entry and what is expected, or an empty text. A script that registers
+            such an entry gets a :class:`ConfigError`; a package that provides one is listed as not loaded.
 
     >>> shapes: Registry[type] = Registry("shape")
     >>> shapes.add("circle", int)
@@ -35,16 +38,29 @@ class Registry(Generic[T]):
         *,
         group: str | None = None,
         load: Callable[[EntryPoint], Iterator[tuple[str, T]]] | None = None,
+        problem: Callable[[T], str] | None = None,
     ) -> None:
         self.kind = kind
         self._group = group
         self._load = load
+        self._problem = problem
         self._entries: dict[str, T] = {}
         self._broken: list[str] = []
         self._searched = group is None
 
     def add(self, name: str, entry: T) -> None:
-        """Register ``entry``; raises :class:`ClframeError` if the name is taken by another."""
+        """Register ``entry``.
+
+        Raises:
+            ConfigError: It cannot be used as an entry of this kind.
+            ClframeError: The name is taken by another.
+        """
+        wrong = self._problem(entry) if self._problem is not None else ""
+        if wrong:
+            raise ConfigError(f"{self.kind} '{name}': {wrong}")
+        self._add(name, entry)
+
+    def _add(self, name: str, entry: T) -> None:
         known = self._entries.get(name)
         if known is not None and known is not entry:
             raise ClframeError(
@@ -100,7 +116,10 @@ class Registry(Generic[T]):
         for point in sorted(entry_points(group=self._group), key=lambda p: (p.name, p.value)):
             try:
                 for name, entry in self._load(point):
-                    self.add(name, entry)
+                    wrong = self._problem(entry) if self._problem is not None else ""
+                    if wrong:
+                        raise TypeError(wrong)
+                    self._add(name, entry)
             except ClframeError:
                 self._searched = False
                 raise
@@ -112,6 +131,53 @@ class Registry(Generic[T]):
                 if isinstance(error, SystemExit):
                     reason = f"exits with {error.code} when it is imported"
                 self._broken.append(f"entry point {point.name} = {point.value} ({reason})")
+
+
+def call_problem(entry: Callable[..., Any], arguments: tuple[str, ...], *, expected: str, options: bool = True) -> str:
+    """Return why ``entry`` cannot be called with positional arguments and keyword options, or an empty text.
+
+    Options are keyword-only parameters with annotations: config values are checked against these. A parameter without
+    one would accept any value, and a positional one could not be set.
+
+    Args:
+        entry: A function or class.
+        arguments: Names of the positional arguments that it is called with.
+        expected: How it is to be written, for the message.
+        options: Whether it may have options.
+
+    >>> def net(input_shape, *, width): ...
+    >>> call_problem(net, ("input_shape",), expected="(input_shape, *, options)")
+    "option 'width' has no annotation; write its type, such as width: int = 8"
+    """
+    if not callable(entry):
+        return f"found {entry!r}, which is not a function; expected {expected}"
+    try:
+        signature = inspect.signature(entry)
+    except (TypeError, ValueError):  # of a built-in
+        return ""
+    kinds = inspect.Parameter
+    by_keyword = [p for p in signature.parameters.values() if p.kind is kinds.KEYWORD_ONLY]
+    try:
+        signature.bind(*arguments, **{p.name: None for p in by_keyword if options})
+        fits = len(_positional(signature)) <= len(arguments)
+    except TypeError:
+        fits = False
+    if not fits:
+        return f"found the signature {_named(entry)}{signature}; expected {expected}"
+    for parameter in by_keyword:
+        if options and parameter.annotation is kinds.empty:
+            name = parameter.name
+            return f"option '{name}' has no annotation; write its type, such as {name}: int = 8"
+    return ""
+
+
+def _positional(signature: inspect.Signature) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter for parameter in signature.parameters.values() if parameter.kind in kinds]
+
+
+def _named(entry: Any) -> str:
+    return str(getattr(entry, "__name__", type(entry).__name__))
 
 
 def _origin(entry: Any) -> str:

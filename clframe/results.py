@@ -15,6 +15,7 @@ from typing import Any, Final
 from clframe.errors import ClframeError, RunFolderError, nearest
 from clframe.exits.diagnostics import ExitRecord, forgetting_by_exit
 from clframe.files import write_atomically
+from clframe.metrics.confusion import MOST_SHOWN
 from clframe.metrics.continual import NAN, Score
 from clframe.metrics.registry import scores
 from clframe.metrics.statistics import deviation, mean
@@ -68,6 +69,11 @@ class Result:
     exit_forgetting: tuple[float, ...] = field(default=())
     exits: tuple[ExitRecord, ...] = field(default=())
     activity: tuple[ActivityRecord, ...] = field(default=())
+    confusion: tuple[tuple[int, ...], ...] = field(default=())
+    """Test samples by true class (rows) and predicted class (columns), both in ``class_order``, at the end; empty
+    beyond :data:`~clframe.metrics.confusion.MOST_SHOWN` classes, where the file would take megabytes."""
+    class_names: tuple[str, ...] = field(default=())
+    """Name of each class, by the data set's own id; empty where it has none."""
 
     def __getattr__(self, name: str) -> float:
         """Return the metric called ``name``."""
@@ -78,6 +84,10 @@ class Result:
         close = nearest(name, metrics)
         advice = f"; did you mean '{close}'?" if close else ""
         raise AttributeError(f"Result has no field or metric '{name}'{advice}")
+
+    def class_label(self, class_id: int) -> str:
+        """Return the name of a class, or its id where it has none."""
+        return self.class_names[class_id] if class_id < len(self.class_names) else str(class_id)
 
     def score(self, name: str) -> Score:
         """Return a metric with the reason where it is undefined, also of one that this run has not computed."""
@@ -161,6 +171,8 @@ def summarize(
     exit_names: Sequence[str] = (),
     exits: Sequence[ExitRecord] = (),
     activity: Sequence[ActivityRecord] = (),
+    confusion: Sequence[Sequence[int]] = (),
+    class_names: Sequence[str] = (),
 ) -> Result:
     """Compute the results of a run from the evaluations after each training experience.
 
@@ -186,6 +198,9 @@ def summarize(
         exit_names: In order of depth.
         exits: One record per training experience.
         activity: One record per training experience.
+        confusion: Test samples by true and predicted class after the last experience, in learning order; left out
+            beyond :data:`~clframe.metrics.confusion.MOST_SHOWN` classes.
+        class_names: Name of each class, by its id in the data set; empty if unknown.
 
     Raises:
         ClframeError: No tallies, tallies of different shapes, or a class order that does not fit them.
@@ -212,6 +227,8 @@ def summarize(
         diverged=tuple(diverged),
         exit_names=tuple(exit_names), exits=tuple(exits), exit_forgetting=_exit_forgetting(exits),
         activity=tuple(activity),
+        confusion=tuple(tuple(row) for row in confusion) if len(confusion) <= MOST_SHOWN else (),
+        class_names=tuple(class_names),
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
 
     runs/<experiment>/<id>/
       config.yaml  environment.json     resolved config; versions, git revision, machine
-      checkpoints/                      the last two experiences
+      checkpoints/                      the last two experiences, and the last two steps saved inside one
+      log.txt                           one line per experience
       metrics.csv  results.json  ledger.json
       tensorboard/  figures/
       lock                              only while a process writes to it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +16,6 @@ from clframe.exits import (
     CONFIDENCE_MEASURES,
     STATIC,
     BudgetRule,
-    Carried,
     ConfidenceMeasure,
     ExitEvaluation,
     ExitPolicy,
@@ -26,6 +24,7 @@ from clframe.exits import (
     select,
     solve,
 )
+from clframe.exits.learned import held_out_confidences
 from clframe.exits.policies import fitted_class, restore_confidence
 from clframe.nn.features import exit_logits
 from clframe.nn.network import Network
@@ -110,7 +109,7 @@ class EarlyExit(Component):
             return state
         cost_K = cumulative_macs(network)
         validation = ExitEvaluation(
-            confidence_KN=self._confidences(scores, state),
+            confidence_KN=held_out_confidences(self._confidence_measure(state), scores, targets_N),
             correct_KN=torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores]),
             cost_K=cost_K,
         )
@@ -138,12 +137,3 @@ class EarlyExit(Component):
 
     def _confidence_measure(self, state: State) -> ConfidenceMeasure:
         return restore_confidence(self.measure, state["gate"], exits=state.get("exits", 1))
-
-    def _confidences(self, scores: Sequence[Tensor], state: State) -> Tensor:
-        """confidence_KN of all exits, in order of depth because a measure carries values from exit to exit."""
-        measure, confidences = self._confidence_measure(state), []
-        carried: Carried = ()
-        for exit, scores_NC in enumerate(scores):
-            confidence_N, carried = measure(exit, scores_NC, carried)
-            confidences.append(confidence_N)
-        return torch.stack(confidences)

@@ -142,7 +142,7 @@ class PODNet(Component):
         if self.at == "auto":
             return _select_maps(backbone, network.exit_taps)
         for tap in self.at:
-            backbone.tap(tap)
+            backbone.tap(tap, where="components.podnet.at")
             if len(backbone.tap_shapes[tap]) < 2:
                 raise ConfigError(
                     f"components.podnet.at: found '{tap}' of shape {backbone.tap_shapes[tap]}, with nothing to pool; "

@@ -1,19 +1,95 @@
-"""Settings of every test: one thread per worker, and seeds that do not depend on the order of tests."""
+"""Settings of every test: one thread per worker, no GPU unless asked for, fixed seeds, and no needless figures."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
 
 # Before torch is imported: two workers with a thread pool each are slower than two with one thread.
 THREADS = int(os.environ.get("TEST_THREADS", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+if not os.environ.get("TEST_GPU"):
+    # The suite compares numbers bit for bit, which a GPU does not promise: `make test-gpu` runs the tests that need one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(THREADS)
+
+# Under nohup, or in the background of a script, these are ignored, and a run that a test interrupts would ignore them.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _handler)
+
+DRAWN = {
+    "clframe.api": ("write_figures",),
+    "clframe.training.tensorboard": (
+        "activity_image", "confusion_image", "exit_images", "exit_usage_image", "matrix_image",
+    ),
+}  # fmt: skip
+"""Functions that draw during a run, by module: four fifths of the time of a run as small as those of the tests."""
+_drawing = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "figures: runs draw their figures, which other tests leave out to save time")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests unless -m or the id of a test asks for them."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Decide about figures before the fixtures of a module, which may run clframe, are made."""
+    global _drawing
+    _drawing = item.get_closest_marker("figures") is not None
+    for name, functions in DRAWN.items():
+        module = sys.modules.get(name)  # not imported here: most tests need neither
+        for function in functions if module is not None else ():
+            original = getattr(module, function)
+            if not hasattr(original, "drawn_on_request"):
+                setattr(module, function, _on_request(original))
+
+
+def _on_request(draw: Callable[..., object]) -> Callable[..., object]:
+    blank = np.zeros((1, 1, 3), dtype=np.uint8)
+
+    def drawn(*args: object, **options: object) -> object:
+        if _drawing:
+            return draw(*args, **options)
+        return {"exit_images": {}, "activity_image": None}.get(draw.__name__, blank)
+
+    drawn.drawn_on_request = True
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which runs draw their figures, for fixtures that tests with and without the marker share."""
+
+    @contextlib.contextmanager
+    def on() -> Iterator[None]:
+        global _drawing
+        before, _drawing = _drawing, True
+        try:
+            yield
+        finally:
+            _drawing = before
+
+    return on
 
 
 @pytest.fixture(autouse=True)

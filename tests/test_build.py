@@ -1,14 +1,20 @@
-"""Optimizers and schedules from configs, by arithmetic."""
+"""Optimizers and schedules from configs, by arithmetic, and the resolved config."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 
-from clframe.build import build_optimizer, build_scheduler
+from clframe.build import build, build_optimizer, build_scheduler, build_strategy
+from clframe.config.load import load_config
 from clframe.config.schema import OptimizerConfig
+from clframe.config.typed import from_mapping, same_config, to_yaml
+from clframe.core import COMPONENTS, compose
+from clframe.options import missing_options
 
 
 def rates(config, epochs):
@@ -57,3 +63,40 @@ def test_optimizers(config, kind, options):
     optimizer = build_optimizer(config)([torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == config.lr
     assert {key: optimizer.param_groups[0][key] for key in options} == options
+
+
+TINY = ["backbone=mlp", "backbone.width=4"]
+
+
+def test_the_resolved_config_has_every_option_of_the_components_in_use_and_no_others():
+    config = build(load_config("quickstart", [*TINY, "strategy=er(memory=17) + lwf(alpha=0)"])).config
+    er = COMPONENTS.get("er")(memory=17)
+    assert (config.strategy, config.components) == ("er", {"er": asdict(er)})
+    plugins = ["components.avalanche.plugins=[{LwFPlugin: {alpha: 2.0}}]"]
+    config = build(load_config("quickstart", [*TINY, "strategy=naive", *plugins])).config
+    assert (config.strategy, config.components) == ("naive", {"avalanche": {"plugins": [{"LwFPlugin": {"alpha": 2.0}}]}})
+
+
+def test_the_resolved_config_is_resolved_to_itself():
+    config = build(load_config("quickstart", TINY)).config
+    assert build(from_mapping(yaml.safe_load(to_yaml(config)))).config == config
+
+
+@pytest.mark.parametrize("name", [name for name, kind in COMPONENTS.items() if not missing_options(kind, {})])
+def test_options_of_every_component_are_read_back_as_they_were_written(name):
+    component = COMPONENTS.get(name)()
+    config = load_config("quickstart", [*TINY, "strategy=naive", "components={}"])
+    config = replace(config, strategy=name, components={name: asdict(component)})
+    again = from_mapping(yaml.safe_load(to_yaml(config)))
+    assert build_strategy(again.strategy, again.components) == compose(component)
+
+
+def test_configs_of_earlier_versions_mean_the_same():
+    """Those had the expression as it was given, and blocks of components that it does not use."""
+    former = load_config("quickstart", [*TINY, "strategy=lwf + er(memory=17)", "components.ewc={}"])
+    assert former.components["er"] == {"memory": 200}  # which the expression overrides
+    now = build(former).config
+    assert to_yaml(now) != to_yaml(former) and same_config(to_yaml(former), to_yaml(now))
+    for change in ("strategy=er(memory=18) + lwf", "strategy=er(memory=17)", "components.lwf.alpha=2", "seed=1"):
+        other = load_config("quickstart", [*TINY, "strategy=lwf + er(memory=17)", change])
+        assert not same_config(to_yaml(former), to_yaml(other))

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from clframe import registry as registry_module
-from clframe.errors import UnknownNameError
-from clframe.registry import Registry
+from clframe.errors import ConfigError, UnknownNameError
+from clframe.registry import Registry, call_problem
 
 
 def exits():
@@ -46,3 +46,37 @@ def test_an_interruption_while_loading_is_not_swallowed(monkeypatch):
     found: Registry[int] = Registry("shape", group="shapes", load=lambda point: iter([(point.name, point.load())]))
     with pytest.raises(KeyboardInterrupt):
         found.names()
+
+
+def net(input_shape, *, width: int = 8, mode: str):
+    """A function as a backbone is one."""
+
+
+@pytest.mark.parametrize(
+    "entry, problem",
+    [
+        (net, ""),
+        (lambda input_shape, *, width: 0, "option 'width' has no annotation; write its type, such as width: int = 8"),
+        (lambda input_shape, width=8: 0, "found the signature <lambda>(input_shape, width=8); expected (input_shape)"),
+        (lambda: 0, "found the signature <lambda>(); expected (input_shape)"),
+        (lambda one, two: 0, "found the signature <lambda>(one, two); expected (input_shape)"),
+        (7, "found 7, which is not a function; expected (input_shape)"),
+        (dict, ""),  # a built-in without a signature that Python knows
+    ],
+)
+def test_what_cannot_be_called_from_a_config(entry, problem):
+    assert call_problem(entry, ("input_shape",), expected="(input_shape)") == problem
+
+
+def test_an_unusable_entry_is_refused_from_a_script_and_reported_of_a_package(monkeypatch):
+    points = [SimpleNamespace(name="odd", value="package:odd", load=lambda: 7)]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points)
+    found: Registry[int] = Registry(
+        "shape", group="shapes", load=lambda point: iter([(point.name, point.load())]),
+        problem=lambda entry: f"found {entry}; expected an even number" if entry % 2 else "",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^shape 'three': found 3; expected an even number$"):
+        found.add("three", 3)
+    found.add("four", 4)
+    assert found.names() == ("four",)
+    assert found.not_loaded == ("entry point odd = package:odd (found 7; expected an even number)",)

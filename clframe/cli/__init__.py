@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from clframe import __version__
 from clframe.cli import analyze as analyze
-from clframe.cli import explain, latency, listing, moefy, report, run
+from clframe.cli import card, check, evaluate, explain, export, extend, latency, listing, moefy, predict, report, run
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
+from clframe.progress import hide_progress
 
 _DESCRIPTION = """\
 Continual learning with accounting: train on a stream of experiences, compose strategies in one line, and report
@@ -27,15 +28,21 @@ accuracy, forgetting and the cost of every prediction.
   clframe run quickstart strategy='er + lwf(alpha=2)'  use another strategy
   clframe run quickstart components.er.memory=50       change an option
   clframe run quickstart --seeds 0..4                  five seeds, mean and standard deviation
+  clframe extend RUN benchmark.path=new_photos         learn new classes on top of a finished run
+  clframe predict RUN photos                           classify files, folders or texts
+  clframe export RUN --format onnx                     write the model as ONNX, torch.export or safetensors
+  clframe card RUN                                     write a model card with weights and config
+  clframe evaluate RUN                                 measure again, or on other data
   clframe report runs/quickstart                       HTML page, tables and figures of finished runs
   clframe latency RUN                                  time predictions up to each exit
   clframe analyze sparsity RUN                         measure activation sparsity
   clframe moefy RUN                                    convert dense layers to experts
   clframe explain quickstart                           show what a run would do, without training
   clframe list strategies                              list what can be used
+  clframe check                                        check the installation
 """
 
-_VERBS = (run, report, latency, analyze, moefy, explain, listing)
+_VERBS = (run, extend, predict, evaluate, export, card, report, latency, analyze, moefy, explain, listing, check)
 _ALIASES = {"analyse": analyze.NAME}
 """Former or British spellings of verbs: accepted, but not listed."""
 
@@ -88,7 +95,8 @@ def _act(given: list[str]) -> int:
     options.words += rest
     if getattr(options, "output", None) == "":
         raise ConfigError("--output: found ''; give a folder")
-    return int(options.act(options))
+    with hide_progress(getattr(options, "quiet", False)):
+        return int(options.act(options))
 
 
 def _unknown_option(word: str, parser: argparse.ArgumentParser) -> NoReturn:

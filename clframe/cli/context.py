@@ -18,6 +18,8 @@ replace the whole block; NAME is a registered name (`clframe list backbones`) or
 """
 
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
+_NOTICED = ("clframe.data", "clframe.training.saver")
+"""Loggers whose lines concern users of the command line."""
 MOST_SEEDS = 10_000
 """Bound on the number of seeds in one call."""
 
@@ -35,7 +37,7 @@ def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
         found = f"found '{name}' instead of a config" if name else "found no config"
         raise ConfigError(f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart")
     if options.device is not None:
-        overrides += _parse_device(options.device)
+        overrides += device_overrides(options.device)
     if options.seed is not None:
         overrides.append(f"seed={parse_seed(options.seed)}")
     return name, overrides
@@ -78,7 +80,7 @@ def _is_seed(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20
 
 
-def _parse_device(name: str) -> list[str]:
+def device_overrides(name: str) -> list[str]:
     """Overrides that select the device ``name``."""
     kind, colon, index = name.partition(":")
     indexed = kind in ("cuda", "gpu") and re.fullmatch("[0-9]{1,4}", index)
@@ -127,14 +129,16 @@ class Notices(logging.Handler):
 
 @contextmanager
 def notices(*, quiet: bool) -> Iterator[Notices]:
-    """Print the log of ``clframe.data`` on stderr while active; ``quiet`` prints warnings only."""
-    logger, handler = logging.getLogger("clframe.data"), Notices()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    """Print the log about data and checkpoints on stderr while active; ``quiet`` prints warnings only."""
+    loggers, handler = [logging.getLogger(name) for name in _NOTICED], Notices()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield handler
     finally:
         handler.show(least=logging.WARNING)
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ NAME = "run"
 HELP = "train and evaluate on every experience of a benchmark"
 WORDS = "CONFIG [KEY=VALUE ...]"
 DESCRIPTION = f"""\
-{CONFIG}Results, checkpoints, metrics.csv and TensorBoard files are written to a new folder under ./runs.
+{CONFIG}Results, checkpoints, log.txt, metrics.csv and TensorBoard files are written to a new folder under ./runs.
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
@@ -39,25 +38,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or of a list such as 0,3,7")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
     parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
+    parser.add_argument("--deterministic", action="store_true", help="short for trainer.deterministic=true (default)")
     parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard while it trains")
     parser.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
 
 
 def act(options: argparse.Namespace) -> int:
     """Train; print tables."""
-    with _StopSignals() as signals:
+    with StopSignals() as signals:
         try:
             return _train(options)
         except Interrupted as stop:
-            print(f"\nclframe: interrupted; resume with clframe run --resume {shlex.quote(str(stop.folder))}",
-                  file=sys.stderr)  # fmt: skip
+            print(f"\nclframe: interrupted; {stop.advice}", file=sys.stderr)
         except KeyboardInterrupt:  # before a run folder was made
             print("\nclframe: interrupted", file=sys.stderr)
         return 128 + signals.received
 
 
-class _StopSignals:
-    """Turns SIGTERM and SIGHUP into a KeyboardInterrupt, so that they stop a run as cleanly as Ctrl-C.
+class StopSignals:
+    """Turns SIGTERM, SIGHUP and SIGUSR1 into a KeyboardInterrupt, so that they stop a run as cleanly as Ctrl-C.
+
+    While it trains, a run handles them itself and saves first; see :mod:`clframe.training.stopping`.
 
     Signals that are ignored, as under nohup, stay ignored.
     """
@@ -66,10 +67,10 @@ class _StopSignals:
         self.received: int = signal.SIGINT
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python sets handlers in the main thread only
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has only the first
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 self._previous[number] = signal.signal(number, self._stop)
@@ -94,6 +95,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
     config, overrides = parse_config(options)
+    if options.deterministic:
+        overrides.append("trainer.deterministic=true")
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
     with notices(quiet=options.quiet) as data_notices, _board(options) as board:
         results = [
@@ -107,6 +110,7 @@ def _train(options: argparse.Namespace) -> int:
 def _refuse_with_resume(options: argparse.Namespace) -> None:
     found = [*options.words]
     found += [f"--{o}" for o in ("seed", "seeds", "output", "device") if getattr(options, o) is not None]
+    found += ["--deterministic"] if options.deterministic else []
     if found:
         raise ConfigError(f"--resume: found {found[0]} as well; leave it out, a resumed run uses its own config")
     if not options.resume:
@@ -124,21 +128,28 @@ def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arg
         data_notices.show()
         board.show(setup.config, resume=options.resume)
 
-    result = run(**arguments, on_built=begin, on_evaluated=None if options.quiet else _print_progress)
+    result = run(**arguments, on_built=begin, on_evaluated=None if options.quiet else print_progress)
     if not options.quiet:
-        from clframe.report.terminal import accuracy_text, exits_text, summary_text
-
-        print("\n" + "\n\n".join(filter(None, (accuracy_text(result), exits_text(result), summary_text(result)))))
+        print_tables(result)
     return result
 
 
-def _print_progress(progress: Any) -> None:
+def print_tables(result: Result) -> None:
+    """Print accuracies, exits and metrics of a finished run."""
+    from clframe.report.terminal import accuracy_text, exits_text, summary_text
+
+    print("\n" + "\n\n".join(filter(None, (accuracy_text(result), exits_text(result), summary_text(result)))))
+
+
+def print_progress(progress: Any) -> None:
+    """Print the accuracies after an experience; those that were not evaluated are left out of the mean."""
     tally, index = progress.tallies[-1], progress.finished - 1
-    seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index]
+    seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index and a == a]
     count = len(tally.accuracy_E)
+    gone = index + 1 - len(seen)
     print(
         f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences "
-        f"so far, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
+        f"so far{f' ({gone} not evaluated)' if gone else ''}, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
         f"({progress.train_seconds:.1f} s training)",
         flush=True,
     )

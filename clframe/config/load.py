@@ -8,7 +8,7 @@ other keys (``${trainer.epochs}``) and to nothing else: no OmegaConf resolver is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clframe.config.files import REGISTRIES, YAML, Registered, find_config, known_configs, parser_reason, read_yaml
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.config.typed import check_keys, from_mapping
+from clframe.config.typed import as_tree, check_keys, from_mapping
 from clframe.errors import ConfigError
 from clframe.options import format_value
 
@@ -45,6 +45,29 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         return from_mapping(_resolve(merged))
     except RecursionError:
         raise ConfigError("config: is nested too deeply to be read; make it flatter") from None
+
+
+def change_config(config: Config, overrides: Sequence[str], *, benchmark: Mapping[str, Any]) -> Config:
+    """Apply overrides to a typed config, as :func:`load_config` does.
+
+    Args:
+        config: The config.
+        overrides: ``key.sub=value``.
+        benchmark: Values of the keys that the block ``benchmark`` lacks after the overrides.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
+    """
+    merged = OmegaConf.create(as_tree(config))
+    assert isinstance(merged, DictConfig)
+    for key in benchmark:
+        merged["benchmark"].pop(key, None)
+    changes = [_Override(text) for text in overrides]
+    for change in sorted(changes, key=lambda change: not change.replaces_block):
+        merged = change.replace_block(merged) if change.replaces_block else change.merge_into(merged)
+    tree = _resolve(merged)
+    tree["benchmark"] = {**benchmark, **tree["benchmark"]}
+    return from_mapping(tree)
 
 
 def data_config(data: str, overrides: Sequence[str]) -> Config:
@@ -91,7 +114,7 @@ def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
     check_keys(contents, where=where)
     try:
         merged = OmegaConf.merge(base, layer)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping on a list, or a list on a mapping
         raise ConfigError(f"{where}: {parser_reason(error)}; fix the value") from None
     assert isinstance(merged, DictConfig)
     return merged

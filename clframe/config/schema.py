@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from clframe.config.periods import Period, parse_period
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from clframe.options import format_value
 
@@ -238,6 +239,27 @@ PRECISIONS = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints inside an experience, next to the one that every finished experience gets."""
+
+    every: int | str | None = "5min"
+    """Period: a number of steps, a time such as 90s, 5min or 2h, or null for none inside an experience.
+
+    A period in steps also writes one at the end of each epoch. One in time does so if a tenth of it has passed, and
+    spends at most 2 % of the time on writing.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse anything but a period."""
+        _ = self.period
+
+    @property
+    def period(self) -> Period | None:
+        """The period; None for none."""
+        return parse_period(self.every, where="trainer.checkpoint.every")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Training: engine, device, precision, epochs, batches, logging."""
 
@@ -272,6 +294,8 @@ class TrainerConfig:
     """Use the channels-last memory format for images and convolutions; with bf16-mixed often far faster."""
     deterministic: bool = True
     """Use deterministic operations only, so that a seed reproduces the same numbers."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints inside an experience."""
     progress: bool = True
     """Show a progress bar if the output is a terminal."""
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -313,6 +337,32 @@ class TrainerConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EarlierConfig:
+    """Data that a run had learned before it was extended; written by ``clframe extend``."""
+
+    run: str = ""
+    """Folder of the run that learned it."""
+    checkpoint: str = ""
+    """The checkpoint that was extended; its file name."""
+    sha256: str = ""
+    """Digest of that file."""
+    experiences: tuple[tuple[int, ...], ...] = ()
+    """Classes of each of its experiences in learning order, numbered as in the results."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class learned so far, by number; empty if unknown."""
+    input_shape: tuple[int, ...] = ()
+    dtype: str = ""
+    """Type of the stored inputs, such as uint8; empty if unknown."""
+    mean: tuple[float, ...] = ()
+    """Normalization, which later data share."""
+    std: tuple[float, ...] = ()
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Conversion of files to inputs."""
+    benchmark: BenchmarkConfig
+    """The data, as in the config of the run."""
+
+
 LONGEST_NAME = 200
 """Bound on the length of a run's name in bytes; file systems allow 255."""
 
@@ -329,6 +379,8 @@ class Config:
     """Components joined by '+'."""
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by component name; ``avalanche`` lists Avalanche plugins."""
+    earlier: tuple[EarlierConfig, ...] = ()
+    """Data that come before ``benchmark`` in the stream of an extended run, oldest first."""
     benchmark: BenchmarkConfig
     backbone: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

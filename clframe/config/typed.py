@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NoReturn, get_type_hints
 
 from omegaconf import OmegaConf
 
-from clframe.config.schema import OPEN_BLOCKS, Config
+from clframe.config.schema import BLOCK, OPEN_BLOCKS, BenchmarkConfig, Config, EarlierConfig
+from clframe.core import Composition, parse
 from clframe.errors import ConfigError, nearest
 from clframe.options import convert, format_value
 
@@ -30,13 +32,28 @@ def to_yaml(config: Config) -> str:
 
 
 def same_config(left: str, right: str) -> bool:
-    """Whether two texts of :func:`to_yaml` mean the same; a key that an older version lacked has its default."""
+    """Whether two texts of :func:`to_yaml` mean the same.
+
+    A key that an older version lacked has its default, and strategies are compared with all options of their
+    components, wherever these are given.
+    """
     try:
         trees = [OmegaConf.to_container(OmegaConf.create(text)) for text in (left, right)]
         one, two = (from_mapping(tree) for tree in trees if isinstance(tree, dict))  # type: ignore[arg-type]  # text keys
     except ValueError:  # a ConfigError, or a text that is not a mapping
         return False
-    return one == two
+    return _with_strategy(one) == _with_strategy(two)
+
+
+def _with_strategy(config: Config) -> tuple[Config, Composition | None]:
+    """The config with strategy and components replaced by the composition that they describe."""
+    options = {name: given for name, given in config.components.items() if name != BLOCK}
+    try:
+        composition = parse(config.strategy, options)
+    except ValueError:  # a ClframeError: a component of a package that is not installed
+        return config, None
+    plugins = {name: given for name, given in config.components.items() if name == BLOCK}
+    return dataclasses.replace(config, strategy="", components=plugins), composition
 
 
 def as_tree(config: Config) -> dict[str, Any]:
@@ -44,6 +61,10 @@ def as_tree(config: Config) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     for block in OPEN_BLOCKS:
         tree[block].update(tree[block].pop("options"))
+    for entry in tree["earlier"]:
+        entry["benchmark"].update(entry["benchmark"].pop("options"))
+    if not tree["earlier"]:
+        del tree["earlier"]  # of a run that extends none
     plain: dict[str, Any] = _tuples_to_lists(tree)
     return plain
 
@@ -74,14 +95,21 @@ def block_keys(block: str) -> tuple[str, ...]:
     return _blocks()[block]
 
 
+@cache
 def _blocks() -> dict[str, tuple[str, ...]]:
-    """Names of the keys of each block; the top level is the block ``""``."""
-    hints = get_type_hints(Config)
-    kinds = {"": Config, **{key: kind for key, kind in hints.items() if dataclasses.is_dataclass(kind)}}
+    """Names of the keys of each block by its path, ``trainer.checkpoint`` say; the top level is the block ``""``."""
     return {
         block: tuple(field.name for field in dataclasses.fields(kind) if field.name != "options")
-        for block, kind in kinds.items()
+        for block, kind in _nested_blocks(Config, "")
     }
+
+
+def _nested_blocks(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Path and class of a block and of all blocks in it."""
+    yield path, kind
+    for key, inner in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            yield from _nested_blocks(inner, f"{path}.{key}" if path else key)
 
 
 def _unknown_key(key: str, block: str, where: str) -> NoReturn:
@@ -115,6 +143,8 @@ def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
         elif key == "components":
             named = _require_mapping(value, path, of="names to options")
             values[key] = {name: _require_mapping(v, f"{path}.{name}", of="options") for name, v in named.items()}
+        elif key == "earlier":
+            values[key] = _read_earlier(value, path)
         elif key == "callbacks":
             values[key] = _require_mapping(value, path, of="names to options")
         else:
@@ -127,6 +157,22 @@ def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
                 f"config: has no {block}; set {block}=NAME, or put {block}/NAME into the defaults of its file"
             )
     return schema(**values)
+
+
+def _read_earlier(value: Any, where: str) -> tuple[EarlierConfig, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: found {format_value(value)}; give a list, as clframe extend writes it")
+    hints, entries = get_type_hints(EarlierConfig), []
+    for i, each in enumerate(value):
+        entry, path = _require_mapping(each, f"{where}[{i}]", of="keys to values"), f"{where}[{i}]"
+        if unknown := sorted(set(entry) - set(hints)):
+            raise ConfigError(f"{path}.{unknown[0]}: unknown key; give the keys that clframe extend writes")
+        if "benchmark" not in entry:
+            raise ConfigError(f"{path}: has no benchmark; give the keys that clframe extend writes")
+        block = _read_block(BenchmarkConfig, entry.pop("benchmark"), where="benchmark")
+        values = {key: convert(item, hints[key], where=f"{path}.{key}") for key, item in entry.items()}
+        entries.append(EarlierConfig(**values, benchmark=block))
+    return tuple(entries)
 
 
 def _require_mapping(value: Any, where: str, *, of: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ The grammar is names, ``+``, parentheses and literal options; text is parsed, ne
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
@@ -38,13 +40,34 @@ def _load_components(point: EntryPoint) -> Iterator[tuple[str, type[Component]]]
         yield entry.name, entry
 
 
-COMPONENTS: Registry[type[Component]] = Registry("component", group="clframe.components", load=_load_components)
+def _problem(entry: Any) -> str:
+    """Return why ``entry`` cannot be a component, or an empty text."""
+    if not (isinstance(entry, type) and issubclass(entry, Component)):
+        return f"found {entry!r}; expected a subclass of Component"
+    if not isinstance(getattr(entry, "name", None), str):
+        return f"{entry.__name__} has no name; write name: ClassVar[str] = \"...\""
+    fields = {field.name for field in dataclasses.fields(entry)}
+    kinds = inspect.get_annotations(entry)
+    missed = [option for option, kind in kinds.items() if option not in fields and "ClassVar" not in str(kind)]
+    if missed:
+        advice = "write @dataclass(frozen=True, kw_only=True) above it"
+        return f"'{missed[0]}' of {entry.__name__} is not an option; {advice}"
+    return ""
+
+
+COMPONENTS: Registry[type[Component]] = Registry(
+    "component", group="clframe.components", load=_load_components, problem=_problem
+)
 """Every component by name, found through the entry-point group ``clframe.components``."""
 
 
 def register(component: type[Component]) -> type[Component]:
-    """Register a component class of a script or notebook under its name; usable as a decorator."""
-    COMPONENTS.add(component.name, component)
+    """Register a component class of a script or notebook under its name; usable as a decorator.
+
+    Raises:
+        ConfigError: A class whose options are not fields of a dataclass, or another object.
+    """
+    COMPONENTS.add(getattr(component, "name", getattr(component, "__name__", "?")), component)
     return component
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clframe.data.inputs import InputFormat
 from clframe.data.protocol import class_order, classes_per_experience
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
@@ -57,6 +58,10 @@ class Benchmark:
     """None if every experience is trained on as a whole."""
     original: tuple[Data, ...] = ()
     """For an online stream: the data of each original experience, in the order of the stream."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class, by its id in the data set; empty if unknown."""
+    inputs: InputFormat = field(default_factory=InputFormat)
+    """How files become inputs."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for evaluation data that is not there, and for task labels that reveal boundaries."""
@@ -176,6 +181,8 @@ def class_incremental(
         input_shape=source.input_shape,
         validation=() if held_out is None else split(held_out),
         task_labels=task_labels,
+        class_names=source.class_names,
+        inputs=source.inputs,
     )
 
 

@@ -96,7 +96,7 @@ class DatasetSamples:
         return self._preparer.prepare(raw, generator=generator)
 
     def batches(
-        self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0
+        self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0, first: int = 0
     ) -> Iterator[list[Tensor]]:
         """Iterate over ``[x, y]`` of ``size`` samples each.
 
@@ -106,10 +106,10 @@ class DatasetSamples:
         index, y = self.index, self.y
         if order is not None:
             index, y = index[order], y.index_select(0, upload(order, self.device))
-        parts = index.split(size)
-        requests = [(part[part >= 0].tolist(), derive_seed(seed, k)) for k, part in enumerate(parts)]
+        parts = index.split(size)[first:]
+        requests = [(part[part >= 0].tolist(), derive_seed(seed, k)) for k, part in enumerate(parts, start=first)]
         read = self.reader.stream(requests, pinned=self.device.type == "cuda")
-        for raw, part, y_B in zip(read, parts, y.split(size), strict=True):
+        for raw, part, y_B in zip(read, parts, y.split(size)[first:], strict=True):
             yield [self.prepare(self._assemble(raw, part), generator=generator), y_B]
 
     def subset(self, index: Tensor) -> DatasetSamples:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clframe.data.images import count_channels, to_pixels
 from clframe.errors import ClframeError, ConfigError, DataError
 
 Request = tuple[list[int], int]
@@ -174,28 +175,6 @@ class _Requests(Sampler[Request]):
         return iter(self.requests)
 
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each value of the EXIF tag Orientation; 1 is upright."""
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of an image: phones store photographs as the sensor was held."""
-    image.load()  # TIFF images are rotated by their decoder, which then removes the tag
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata raises nearly anything; the pixels are fine
-        orientation = 1
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
 def _read_sample(dataset: Any, index: int) -> Tensor:
     """Read sample ``index`` as a tensor, channels first."""
     try:
@@ -203,7 +182,9 @@ def _read_sample(dataset: Any, index: int) -> Tensor:
         image = sample[0] if isinstance(sample, (tuple, list)) else sample
         if isinstance(image, Tensor):
             return image
-        array = np.array(upright(image) if isinstance(image, Image.Image) else image)  # a copy: PIL's are read-only
+        if isinstance(image, Image.Image):
+            return to_pixels(image, channels=count_channels(image, f"data: sample {index}"))
+        array = np.array(image)
     except ClframeError:
         raise
     except Exception as error:  # the exceptions of decoders and transforms are not documented

@@ -46,11 +46,12 @@ class Loadable(Protocol):
         """Convert stored inputs to inputs of the model, augmented first if a ``generator`` is given."""
 
     def batches(
-        self, order: Tensor | None, size: int, *, generator: Generator | None, seed: int
+        self, order: Tensor | None, size: int, *, generator: Generator | None, seed: int, first: int = 0
     ) -> Iterator[list[Tensor]]:
         """Iterate over ``[x, y]`` of ``size`` samples each, in ``order``; None: in the order of storage.
 
-        ``seed`` seeds random transforms of the data set itself.
+        ``seed`` seeds random transforms of the data set itself. With an ``order``, the batches before number
+        ``first`` are left out without reading them.
         """
 
     def subset(self, index: Tensor) -> Any:
@@ -126,10 +127,11 @@ class TensorSamples:
         return [self._normalize(x, owned=True), self.y.index_select(0, index)]
 
     def batches(
-        self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0
+        self, order: Tensor | None, size: int, *, generator: Generator | None = None, seed: int = 0, first: int = 0
     ) -> Iterator[list[Tensor]]:
         """Iterate over ``[x, y]`` of ``size`` samples each; reading tensors is not random, so ``seed`` is unused."""
         if order is not None:
+            order = order[first * size :] if first else order
             batches_per_chunk = self._batches_per_chunk(size, generator)
             for index in order.to(self.x.device).split(size * batches_per_chunk):
                 chunk = self.batch(index, generator=generator)
@@ -281,6 +283,8 @@ class EpochLoader:
         self.drop_last = drop_last
         self.join_single = join_single
         self._order: Tensor | None = None  # of the epoch being read, for stored()
+        self._augmenting: Generator | None = None  # of the epoch being read
+        self._skipped: tuple[int, Tensor | None] = (0, None)
 
     def __len__(self) -> int:
         return count_batches(
@@ -298,15 +302,33 @@ class EpochLoader:
             generator = generator_for(self.seed, "augment", *position)
         elif whole is not None:
             order = torch.arange(len(samples))
-        self._order = order
+        self._order, self._augmenting = order, generator
+        (first, state), self._skipped = self._skipped, (0, None)
+        if generator is not None and state is not None:
+            generator.set_state(state)
         if whole is None or order is None:
-            return samples.batches(order, size, generator=generator, seed=seed)
-        # An empty order would make an empty batch.
-        batches = samples.batches(order[:whole], size, generator=generator, seed=seed) if whole else iter(())
+            return samples.batches(order, size, generator=generator, seed=seed, first=first)
+        batches: Iterator[list[Tensor]] = iter(())
+        if first * size < whole:  # an empty order would make an empty batch
+            batches = samples.batches(order[:whole], size, generator=generator, seed=seed, first=first)
         if self.drop_last:
             return batches
         last = samples.batches(order[whole:], size + 1, generator=generator, seed=derive_seed(seed, "last"))
         return chain(batches, last)
+
+    def skip(self, batches: int, augmentation: Tensor) -> None:
+        """Leave out the first batches of the next epoch without reading them.
+
+        Args:
+            batches: Their number, less than those of the epoch.
+            augmentation: What :meth:`augmentation_state` has returned after these batches.
+        """
+        self._skipped = batches, augmentation
+
+    def augmentation_state(self) -> Tensor:
+        """Return the state of the generator that augments the epoch being read."""
+        assert self._augmenting is not None, "no epoch of training is being read"
+        return self._augmenting.get_state()
 
     def stored(self, number: int, count: int) -> Tensor:
         """Return the stored inputs of batch ``number`` of this epoch, which has ``count`` samples."""

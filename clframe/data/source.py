@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from clframe.data.augmentation import Augmentation, ColorJitter
+from clframe.data.inputs import InputFormat
 from clframe.data.lazy import DatasetSamples
 from clframe.data.protocol import hold_out
 from clframe.data.reader import Reader
 from clframe.data.samples import TensorSamples
 from clframe.errors import ConfigError, DataError
-from clframe.registry import Registry
+from clframe.options import option_types
+from clframe.registry import Registry, call_problem
 
 Data = TensorSamples | DatasetSamples
 """Samples in memory, or read batch by batch."""
@@ -30,13 +32,18 @@ class Source:
     classes: int
     class_names: tuple[str, ...] = ()
     """Name of each class in the data set, by id; empty if unknown."""
+    inputs: InputFormat = field(default_factory=InputFormat)
+    """How files become inputs."""
 
     def __post_init__(self) -> None:
-        """Raise DataError for labels out of range, classes without samples and a wrong number of names."""
+        """Raise DataError for labels out of range, classes without samples and names that are not one per class."""
         if self.class_names and len(self.class_names) != self.classes:
             raise DataError(
                 f"{self.name}: found {len(self.class_names)} class names for {self.classes} classes; give one per class"
             )
+        twice = next((name for i, name in enumerate(self.class_names) if name in self.class_names[:i]), None)
+        if twice is not None:
+            raise DataError(f"{self.name}: found the class name '{twice}' twice; give each class its own name")
         for split, samples in (("train", self.train), ("test", self.test)):
             y = samples.y
             if len(y) and (int(y.min()) < 0 or int(y.max()) >= self.classes):
@@ -131,7 +138,24 @@ def _load_source(point: Any) -> Any:
     yield point.name, point.load()
 
 
-SOURCES: Registry[Callable[..., Source]] = Registry("benchmark", group="clframe.benchmarks", load=_load_source)
+RESERVED = frozenset({
+    "angles", "augment", "blurry", "boundaries", "class_order", "classes", "counts", "evaluate", "experiences", "first",
+    "name", "online", "options", "protocol", "validation", "workers",
+})  # fmt: skip
+"""Keys of the config block ``benchmark``: a data set never receives a value of these names."""
+
+
+def _problem(entry: Callable[..., Source]) -> str:
+    wrong = call_problem(entry, (), expected="a function (*, options) -> Source")
+    shadowed = [] if wrong else sorted(RESERVED & set(option_types(entry)))
+    if shadowed:
+        wrong = f"option '{shadowed[0]}' is a key of the config block benchmark, which takes its value; rename it"
+    return wrong
+
+
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "benchmark", group="clframe.benchmarks", load=_load_source, problem=_problem
+)
 """Data sets by name: functions from options, given as keywords, to a :class:`Source`.
 
 A package registers one as an entry point of the group ``clframe.benchmarks``, a script by :meth:`Registry.register`.

@@ -173,6 +173,8 @@ def domain_incremental(
         validation=() if held_out is None else tuple(replace(held_out, view=domain) for domain in domains),
         domains=tuple("as stored" if domain is None else str(domain) for domain in domains),
         task_labels=task_labels,
+        class_names=source.class_names,
+        inputs=source.inputs,
     )
 
 

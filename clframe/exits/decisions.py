@@ -324,7 +324,7 @@ def select(scores: Sequence[Tensor], policy: ExitPolicy, *, exits: Collection[in
 def _pick(scores: Sequence[Tensor], exit_B: Tensor) -> Prediction:
     """The scores of each sample at its exit."""
     scores_KBC = torch.stack(list(scores))
-    return Prediction(scores_KBC[exit_B, torch.arange(len(exit_B), device=exit_B.device)], exit_B)
+    return Prediction(scores_KBC[exit_B, torch.arange(exit_B.shape[0], device=exit_B.device)], exit_B)
 
 
 def _together(scores_BC: Tensor, *, exits: int) -> Prediction:

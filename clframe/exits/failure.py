@@ -25,7 +25,7 @@ Shape suffixes: N samples, G groups of equal confidence, K exits, R resamples, M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isnan, nan
 from typing import Any, Final
@@ -134,8 +134,7 @@ def aurc(ranking: Ranking) -> Floats:
     end_RG = np.cumsum(count_RG, axis=1)
     start_RG = end_RG - count_RG
     before_RG = np.cumsum(errors_RG, axis=1) - errors_RG
-    harmonic = _harmonic(ranking.n)
-    spread_RG = harmonic[np.rint(end_RG).astype(np.int64)] - harmonic[np.rint(start_RG).astype(np.int64)]
+    spread_RG = np.diff(_harmonic(ranking.n)[np.rint(end_RG).astype(np.int64)], axis=1, prepend=0.0)
     rate_RG = errors_RG / np.maximum(count_RG, 1)
     return np.asarray((errors_RG + (before_RG - start_RG * rate_RG) * spread_RG).sum(1) / ranking.n)
 
@@ -180,10 +179,16 @@ def ece(ranking: Ranking, *, bins: int = BINS) -> Floats:
     Confidences are probabilities in [0, 1].
     """
     _require_probabilities(ranking)
-    bin_G = np.clip(np.ceil(ranking.confidence_G * bins - 1e-12).astype(np.int64) - 1, 0, bins - 1)
+    bin_G = bin_of(ranking.confidence_G, bins=bins)
     first_M = np.flatnonzero(np.concatenate([[True], bin_G[1:] != bin_G[:-1]]))  # groups are sorted: bins are runs
     gap_RG = ranking.correct_RG - ranking.count_RG * ranking.confidence_G
     return np.asarray(np.abs(np.add.reduceat(gap_RG, first_M, axis=1)).sum(1) / ranking.n)
+
+
+def bin_of(confidence_N: Floats, *, bins: int = BINS) -> NDArray[np.int64]:
+    """Index of the bin (l, u] of each probability; 0 belongs to the first one."""
+    # The tolerance is for edges such as 3 * (1 / 15), which floating point does not hit.
+    return np.asarray(np.clip(np.ceil(confidence_N * bins - 1e-12).astype(np.int64) - 1, 0, bins - 1))
 
 
 def ece_equal_mass(ranking: Ranking, *, bins: int = BINS) -> Floats:
@@ -326,6 +331,10 @@ def failure_metrics(confidence_N: ArrayLike, correct_N: ArrayLike) -> dict[str, 
     return {name: float(metric(ranking)[0]) for name, metric in RANKING_METRICS.items()}
 
 
+_MERGEABLE: Final = frozenset(RANKING_METRICS) - {"ece", "ece_equal_mass", "cov_at_5_risk"}
+"""Metrics that stay the same when neighboring groups of only correct, or only wrong, predictions are merged."""
+
+
 def bootstrap(
     confidence_N: ArrayLike,
     correct_N: ArrayLike,
@@ -337,7 +346,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a metric: samples are drawn with replacement, ``resamples`` times.
 
-    Resamples in which the metric is undefined are left out.
+    Samples are sorted once; a resample is the number of times that each of them was drawn. Resamples in which the
+    metric is undefined are left out.
 
     Args:
         confidence_N: As for :func:`rank`.
@@ -349,27 +359,56 @@ def bootstrap(
 
     Returns:
         Lower and upper limit; NaN where no resample defines the metric or a confidence is not finite.
+
+    Raises:
+        DataError: No samples, or lengths that differ.
     """
-    if not np.isfinite(np.asarray(confidence_N, dtype=np.float64)).all():
+    values_N, right_N = np.asarray(confidence_N, dtype=np.float64), np.asarray(correct_N, dtype=bool)
+    if values_N.shape == right_N.shape and not np.isfinite(values_N).all():
         return nan, nan
-    function = RANKING_METRICS[metric]
-    count = len(np.asarray(confidence_N))
-    generator = np.random.default_rng(seed)
-    values: list[Any] = []
-    # In portions, so that memory stays near 50 MB whatever the number of samples.
-    portion = max(1, 500_000 // max(count, 1))
-    for start in range(0, resamples, portion):
-        rows = min(portion, resamples - start)
-        index_RN = generator.integers(count, size=(rows, count), dtype=np.int32)
-        flat = (index_RN + np.arange(rows, dtype=np.int32)[:, None] * count).ravel()
-        weight_RN = np.bincount(flat, minlength=rows * count).reshape(rows, count)
-        values.append(function(rank(confidence_N, correct_N, weight_RN=weight_RN)))
-    found_R = np.concatenate(values)
+    group_N, confidence_G = _groups(values_N, right_N, merge=metric in _MERGEABLE)
+    found_R = np.concatenate([
+        RANKING_METRICS[metric](Ranking(confidence_G, *counted))
+        for counted in _resampled(group_N, right_N, len(confidence_G), resamples=resamples, seed=seed)
+    ])  # fmt: skip
     found_R = found_R[~np.isnan(found_R)]
     if not len(found_R):
         return nan, nan
     low, high = np.quantile(found_R, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _groups(values_N: Floats, right_N: NDArray[np.bool_], *, merge: bool) -> tuple[NDArray[np.intp], Floats]:
+    """Group of each sample, and confidence_G of the groups, descending.
+
+    Args:
+        values_N: Confidences.
+        right_N: Whether each prediction is correct.
+        merge: Merge neighboring groups of only correct, or of only wrong, predictions.
+    """
+    ranking = rank(values_N, right_N)
+    first_G = np.ones(len(ranking.confidence_G), dtype=bool)
+    if merge:
+        right_G, wrong_G = ranking.correct_RG[0] > 0, ranking.errors_RG[0] > 0
+        mixed_G = right_G & wrong_G
+        first_G[1:] = mixed_G[1:] | mixed_G[:-1] | (right_G[1:] != right_G[:-1])
+    at_N = np.searchsorted(-ranking.confidence_G, -values_N)
+    return (np.cumsum(first_G) - 1)[at_N], ranking.confidence_G[first_G]
+
+
+def _resampled(
+    group_N: NDArray[np.intp], right_N: NDArray[np.bool_], groups: int, *, resamples: int, seed: int
+) -> Iterator[tuple[Floats, Floats]]:
+    """count_RG and correct_RG of resamples, in portions: memory stays near 50 MB whatever the number of samples."""
+    generator, count = np.random.default_rng(seed), len(group_N)
+    key_N = (2 * group_N + right_N).astype(np.int32)
+    portion = max(1, 500_000 // count)
+    for start in range(0, resamples, portion):
+        rows = min(portion, resamples - start)
+        index_RN = generator.integers(count, size=(rows, count), dtype=np.int32)
+        flat_RN = key_N[index_RN] + (2 * groups * np.arange(rows, dtype=np.int32))[:, None]
+        counted = np.bincount(flat_RN.ravel(), minlength=2 * groups * rows).reshape(rows, groups, 2).astype(np.float64)
+        yield counted.sum(2), counted[:, :, 1]
 
 
 def _precise(scores_NC: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class PerExperienceHead(Head):
     def forward(self, features: Tensor, previous_BC: Tensor | None = None) -> Tensor:
         """logits_BC of a tap, ``-inf`` for classes not met."""
         if not self.heads:
-            return features.new_empty(len(features), 0)
+            return features.new_empty(features.shape[0], 0)
         heads: list[ExitHead] = list(self.heads)  # type: ignore[arg-type]
         features_TBF = self._layers([head.layers for head in heads], self.common(features))
         parts = apply_each_linear([head.classifier for head in heads], features_TBF)
@@ -198,7 +198,7 @@ class PerExperienceHead(Head):
         logits_BN = torch.cat(parts, 1)
         if self._in_order:
             return logits_BN
-        return logits_BN.new_full((len(logits_BN), self.classes), -inf).index_copy(1, self.order, logits_BN)
+        return logits_BN.new_full((logits_BN.shape[0], self.classes), -inf).index_copy(1, self.order, logits_BN)
 
     def _make_head(self) -> ExitHead:
         with torch.device("cpu"):

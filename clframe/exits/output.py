@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from clframe.errors import RunFolderError
 from clframe.exits.failure import BINS, LABELS, mean_over_exits, undefined_reason
 from clframe.exits.study import ExitStudy
 from clframe.plotting.style import HEIGHT, MUTED, Picture, legend, percent, series_style
-from clframe.records import to_plain
+from clframe.records import read_record, to_plain
 from clframe.tables import Cell, Quantity, Table
 
 if TYPE_CHECKING:
@@ -21,9 +24,13 @@ if TYPE_CHECKING:
 DECIMALS: Final = frozenset({"brier", "nll"})
 HEADINGS: Final[Mapping[str, str]] = {
     "accuracy": "accuracy, %",
+    "smooth_ece": "smooth ECE, %",
     **{name: label if name in DECIMALS else f"{label}, %" for name, label in LABELS.items()},
 }
 """Column headings by metric; definitions in :mod:`clframe.exits.failure`."""
+
+SCHEMA_VERSION: Final = 1
+"""Version of ``exits.json``."""
 
 MOST_EXITS: Final = 8
 """Exits drawn in one figure, spread over the depth."""
@@ -118,24 +125,46 @@ def experiences_table(study: ExitStudy) -> Table:
 def to_json(study: ExitStudy, *, command: Sequence[str], versions: Mapping[str, str]) -> dict[str, Any]:
     """The study as plain values; NaN is null."""
     content = {
-        "schema_version": 1, "run": study.name, "command": list(command), "versions": dict(versions),
+        "schema_version": SCHEMA_VERSION, "run": study.name, "command": list(command), "versions": dict(versions),
         "exit_names": list(study.exit_names), "cost": list(study.cost_K), "samples": study.samples,
         "validation_samples": study.validation_samples, "metrics": study.metrics, "intervals_95": study.intervals,
         "undecided": study.undecided, "undecided_samples": list(study.undecided_samples),
-        "by_experience": study.by_experience, "budgets": study.points,
+        "by_experience": study.by_experience, "budgets": study.points, "curves": study.curves,
     }  # fmt: skip
     found: dict[str, Any] = to_plain(content)
     return found
 
 
-def pictures(study: ExitStudy) -> list[Picture]:
-    """Reliability, risk against coverage, and confidences of correct and wrong predictions."""
+_KEYS: Final[Mapping[str, str]] = {"run": "name", "cost": "cost_K", "intervals_95": "intervals", "budgets": "points"}
+"""Key of ``exits.json`` -> attribute of :class:`~clframe.exits.study.ExitStudy`, where they differ."""
+
+
+def read_study(file: Path) -> ExitStudy:
+    """Read the study in ``exits.json``, without the samples behind it.
+
+    Raises:
+        RunFolderError: A file that is damaged or of a newer version.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunFolderError(f"{file}: cannot be read as JSON of a study; run clframe analyze exits again") from None
+    if version != SCHEMA_VERSION:
+        raise RunFolderError(f"{file}: has schema version {version}; this clframe reads {SCHEMA_VERSION}")
+    return read_record(ExitStudy, {_KEYS.get(key, key): value for key, value in content.items()}, prefix=f"{file}: ")
+
+
+def pictures(study: ExitStudy, *, prefix: str = "") -> list[Picture]:
+    """Reliability, risk against coverage, and confidences of correct and wrong predictions; none without curves."""
+    if not study.curves:
+        return []
     return [
-        Picture("reliability", f"Reliability: accuracy against confidence in {BINS} bins of equal width, test samples.",
-                partial(draw_reliability, study), HEIGHT + 0.6),
-        Picture("risk_coverage", "Risk-coverage: error rate among the most confident samples.",
+        Picture(f"{prefix}reliability", "Reliability: accuracy against confidence in "
+                f"{BINS} bins of equal width, test samples.", partial(draw_reliability, study), HEIGHT + 0.6),
+        Picture(f"{prefix}risk_coverage", "Risk-coverage: error rate among the most confident samples.",
                 partial(draw_risk_coverage, study), HEIGHT + 0.4),
-        Picture("confidences", "Confidence of correct and wrong predictions, by exit.",
+        Picture(f"{prefix}confidences", "Confidence of correct and wrong predictions, by exit.",
                 partial(draw_confidences, study), HEIGHT + 0.6),
     ]  # fmt: skip
 
@@ -145,11 +174,10 @@ def draw_reliability(study: ExitStudy, figure: Figure) -> None:
     axes: Any = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     for n, k in enumerate(_exits(study)):
-        confidence_N, correct_N = _of_exit(study, k)
-        bin_N = np.clip(np.ceil(confidence_N * BINS - 1e-12) - 1, 0, BINS - 1).astype(int)  # as in ece
-        used = np.unique(bin_N)
-        mean_M, accuracy_M = ([values_N[bin_N == m].mean() for m in used] for values_N in (confidence_N, correct_N))
-        axes.plot(mean_M, accuracy_M, label=study.exit_names[k], **series_style(n))
+        curve = study.curves[k]
+        bins = [m for m, mean in enumerate(curve.confidence_M) if not isnan(mean)]
+        accuracy = [curve.right_M[m] / (curve.right_M[m] + curve.wrong_M[m]) for m in bins]
+        axes.plot([curve.confidence_M[m] for m in bins], accuracy, label=study.exit_names[k], **series_style(n))
     axes.set(xlabel="mean confidence, %", ylabel="accuracy, %", xlim=(0, 1.02), ylim=(0, 1.02))
     percent(axes.xaxis)
     percent(axes.yaxis)
@@ -160,14 +188,8 @@ def draw_risk_coverage(study: ExitStudy, figure: Figure) -> None:
     """Error rate of the most confident share of samples."""
     axes: Any = figure.add_subplot()
     for n, k in enumerate(_exits(study)):
-        confidence_N, correct_N = _of_exit(study, k)
-        order_N = np.argsort(-confidence_N, kind="stable")
-        count_N = np.arange(1, len(order_N) + 1)
-        risk_N = np.cumsum(~correct_N[order_N]) / count_N
-        # A curve needs no more points.
-        shown = np.unique(np.linspace(0, len(order_N) - 1, min(len(order_N), 400)).round().astype(int))
         style = {**series_style(n), "marker": ""}
-        axes.plot(count_N[shown] / len(order_N), risk_N[shown], label=study.exit_names[k], **style)
+        axes.plot(study.curves[k].coverage_P, study.curves[k].risk_P, label=study.exit_names[k], **style)
     axes.set(xlabel="coverage, %", ylabel="risk (error rate), %", xlim=(0, 1.02))
     axes.set_ylim(bottom=0)
     percent(axes.xaxis)
@@ -178,15 +200,13 @@ def draw_risk_coverage(study: ExitStudy, figure: Figure) -> None:
 def draw_confidences(study: ExitStudy, figure: Figure) -> None:
     """Histograms of confidence, correct predictions upwards and wrong ones downwards, one panel per exit."""
     exits = _exits(study)[:4]
-    edges = np.linspace(0, 1, BINS + 1)
+    middle = [(m + 0.5) / BINS for m in range(BINS)]
     all_axes: Any = figure.subplots(1, len(exits), sharey=True, squeeze=False)
     for n, (axes, k) in enumerate(zip(all_axes[0], exits, strict=True)):
-        confidence_N, correct_N = _of_exit(study, k)
-        right, _ = np.histogram(confidence_N[correct_N], edges)
-        wrong, _ = np.histogram(confidence_N[~correct_N], edges)
-        middle, width = (edges[:-1] + edges[1:]) / 2, 0.9 / BINS
-        axes.bar(middle, right / study.samples, width, color=series_style(0)["color"], label="correct")
-        axes.bar(middle, -wrong / study.samples, width, color=series_style(1)["color"], label="wrong")
+        curve = study.curves[k]
+        right, wrong = (np.array(counts) / study.samples for counts in (curve.right_M, curve.wrong_M))
+        axes.bar(middle, right, 0.9 / BINS, color=series_style(0)["color"], label="correct")
+        axes.bar(middle, -wrong, 0.9 / BINS, color=series_style(1)["color"], label="wrong")
         axes.set(title=study.exit_names[k], xlabel="confidence, %", xlim=(0, 1))
         percent(axes.xaxis)
         if n == 0:
@@ -199,13 +219,6 @@ def _exits(study: ExitStudy) -> list[int]:
     """Indices of the exits to draw, the last one among them."""
     count = len(study.exit_names)
     return sorted(set(np.linspace(0, count - 1, min(count, MOST_EXITS)).round().astype(int).tolist()))
-
-
-def _of_exit(study: ExitStudy, exit: int) -> tuple[Any, Any]:
-    """confidence_N and correct_N of the samples whose confidence is finite; a diverged network may have none."""
-    confidence_N, correct_N = study.evaluation.confidence_KN[exit].numpy(), study.evaluation.correct_KN[exit].numpy()
-    finite_N = np.isfinite(confidence_N)
-    return confidence_N[finite_N], correct_N[finite_N]
 
 
 def _quantity(metric: str, values: Mapping[str, Sequence[float]], exit: int) -> Quantity:

@@ -157,7 +157,7 @@ def at_taps(backbone: Backbone, taps: Sequence[str]) -> ExitPlacement:
     """
     if not taps:
         raise ConfigError("exits: found no taps; name at least one")
-    depth = [backbone.tap(tap) for tap in taps]
+    depth = [backbone.tap(tap, where="exits") for tap in taps]
     if depth != sorted(depth):
         raise ConfigError(f"exits: found taps {', '.join(taps)}; list them in order of depth")
     return ExitPlacement(tuple(taps), _rising(len(taps)))

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from math import isnan
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from clframe.errors import ConfigError, DataError
 from clframe.nn.network import Carried
-from clframe.registry import Registry
+from clframe.registry import Registry, call_problem
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +63,9 @@ class FittedConfidence(nn.Module, ABC):
         exits: Number of exits K, the last included.
     """
 
+    overfits: ClassVar[bool] = False
+    """Whether the measure has so many parameters that thresholds are solved on out-of-fold confidences."""
+
     def __init__(self, exits: int) -> None:
         super().__init__()
         self.exits = exits
@@ -82,14 +85,33 @@ class FittedConfidence(nn.Module, ABC):
 
 
 def _load_measure(point: EntryPoint) -> Iterator[tuple[str, ConfidenceMeasure | type[FittedConfidence]]]:
-    entry = point.load()
-    if not callable(entry) or (isinstance(entry, type) and not issubclass(entry, FittedConfidence)):
-        raise TypeError(f"{entry!r} is neither a function nor a subclass of FittedConfidence")
-    yield point.name, entry
+    yield point.name, point.load()
+
+
+_EXPECTED = "a function (exit, scores_BC, carried) -> (confidence_B, carried), or a subclass of FittedConfidence"
+
+
+def _problem(entry: Any) -> str:
+    """Return why ``entry`` cannot be a confidence measure, or an empty text."""
+    measure = ("exit", "scores_BC", "carried")
+    if not isinstance(entry, type):
+        return call_problem(entry, measure, expected=_EXPECTED, options=False)
+    if not issubclass(entry, FittedConfidence):
+        return f"found the class {entry.__name__}; expected {_EXPECTED}"
+    if entry.__abstractmethods__:
+        return f"{entry.__name__} does not define {', '.join(sorted(entry.__abstractmethods__))}; add it"
+    forward = "forward(self, exit, scores_BC, carried)"
+    wrong = (
+        call_problem(entry, ("exits",), expected=f"{entry.__name__}(exits)", options=False)
+        or call_problem(entry.forward, ("self", *measure), expected=forward, options=False)
+        or call_problem(entry.fit, ("scores", "targets_N"), expected="a class method fit(cls, scores, targets_N)",
+                        options=False)
+    )  # fmt: skip
+    return wrong
 
 
 CONFIDENCE_MEASURES: Registry[ConfidenceMeasure | type[FittedConfidence]] = Registry(
-    "confidence measure", group="clframe.exit_policies", load=_load_measure
+    "confidence measure", group="clframe.exit_policies", load=_load_measure, problem=_problem
 )
 """Every confidence measure by name, also those of packages with an entry point in ``clframe.exit_policies``."""
 
@@ -97,11 +119,14 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 def register_confidence(name: str) -> Callable[[M], M]:
-    """Decorator that makes a measure available under a name: ``@register_confidence("mine")``."""
+    """Decorator that makes a measure available under a name: ``@register_confidence("mine")``.
+
+    Raises:
+        ConfigError: Something else than a function with the arguments of :data:`ConfidenceMeasure`, or than a complete
+            subclass of :class:`FittedConfidence`.
+    """
 
     def decorate(entry: M) -> M:
-        if isinstance(entry, type) and not issubclass(entry, FittedConfidence):
-            raise ConfigError(f"confidence measure '{name}': found a class; give a function or a FittedConfidence")
         CONFIDENCE_MEASURES.add(name, entry)
         return entry
 
@@ -373,4 +398,4 @@ def restore_confidence(name: str, state: Mapping[str, Tensor] | None, *, exits: 
 
 
 def _never_confident(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
-    return scores_BC.new_zeros(len(scores_BC)), ()
+    return scores_BC.new_zeros(scores_BC.shape[0]), ()

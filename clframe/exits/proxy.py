@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clframe.errors import DataError
 from clframe.exits.calibration import Calibrated, Calibration
@@ -25,9 +26,10 @@ from clframe.exits.curves import AccuracyCostCurve, BudgetPoints, accuracy_cost_
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.diagnostics import ExitRecord
 from clframe.exits.failure import mean_over_exits
-from clframe.exits.policies import ConfidenceMeasure, fitted_class, restore_confidence
+from clframe.exits.learned import confidences, held_out_confidences
+from clframe.exits.policies import fitted_class, restore_confidence
 from clframe.exits.study import ExitScores, metrics_of
-from clframe.nn.network import Carried, Single
+from clframe.nn.network import Single
 
 METRICS: Final = (
     "ece", "ece_equal_mass", "brier", "nll", "auroc", "fpr95", "aurc", "e_aurc", "augrc", "e_augrc", "cov_at_5_risk",
@@ -92,8 +94,7 @@ def variants_of_scores(
     for kind in calibrations:
         pair = _calibrate(kind, validation, test)
         for name in measures:
-            measure = _measure(name, pair[0])
-            fitted, measured = (_evaluation(scores, measure, cost_K) for scores in pair)
+            fitted, measured = _evaluations(name, *pair, cost_K)
             everything = np.ones(len(pair[1]), dtype=bool)
             metrics = metrics_of(pair[1], measured, everything)
             points = budget_points(fitted, measured, backbone_cost=backbone_cost)
@@ -123,17 +124,15 @@ def correlations(variants: Sequence[Variant], *, resamples: int = 500, seed: int
     """
     if len(variants) < 3:
         raise DataError(f"proxy: found {len(variants)} variants; give at least 3, better 100")
-    draws = _draws(variants, resamples=resamples, seed=seed)
+    weight_RV = _weights(variants, resamples=resamples, seed=seed)
     found = []
     for metric in METRICS:
         for gain in GAINS:
             x_V, y_V = _column(variants, metric, gain)
-            values = [_spearman(x_V[index], y_V[index]) for index in draws]
-            low, high = _limits(values)
+            rho, *rho_R = spearman(x_V, y_V, weight_RV)
+            low, high = _limits(rho_R)
             count = int((~np.isnan(x_V) & ~np.isnan(y_V)).sum())
-            found.append(
-                Correlation(metric=metric, gain=gain, rho=_spearman(x_V, y_V), low=low, high=high, variants=count)
-            )
+            found.append(Correlation(metric=metric, gain=gain, rho=rho, low=low, high=high, variants=count))
     return found
 
 
@@ -141,16 +140,44 @@ def difference(
     variants: Sequence[Variant], first: str, second: str, *, gain: str, resamples: int = 500, seed: int = 0
 ) -> Correlation:
     """|rho| of one metric minus |rho| of another with the same gain, with an interval from the same resamples."""
-    one, other = _column(variants, first, gain), _column(variants, second, gain)
+    weight_RV = _weights(variants, resamples=resamples, seed=seed)
+    one_R, other_R = (np.abs(spearman(*_column(variants, metric, gain), weight_RV)) for metric in (first, second))
+    gap, *gap_R = (one_R - other_R).tolist()
+    low, high = _limits(gap_R)
+    return Correlation(metric=f"{first} - {second}", gain=gain, rho=gap, low=low, high=high, variants=len(variants))
 
-    def value(index: NDArray[np.int64] | slice) -> float:
-        return abs(_spearman(one[0][index], one[1][index])) - abs(_spearman(other[0][index], other[1][index]))
 
-    values = [value(index) for index in _draws(variants, resamples=resamples, seed=seed)]
-    low, high = _limits(values)
-    return Correlation(
-        metric=f"{first} - {second}", gain=gain, rho=value(slice(None)), low=low, high=high, variants=len(variants)
-    )
+def spearman(x_V: NDArray[np.float64], y_V: NDArray[np.float64], weight_RV: NDArray[np.float64]) -> NDArray[np.float64]:
+    """rho_R: Spearman correlation in each of R resamples, which are given as multiplicities of the V pairs.
+
+    Ties have the mean of their ranks. Pairs with NaN are left out. NaN with fewer than three pairs, and where all
+    values of one side are equal.
+
+    >>> spearman(np.array([1.0, 2, 3]), np.array([2.0, 9, 5]), np.array([[1.0, 1, 1], [2, 0, 1]])).round(12).tolist()
+    [0.5, 1.0]
+    """
+    defined_V = ~np.isnan(x_V) & ~np.isnan(y_V)
+    x_V, y_V, weight_RV = x_V[defined_V], y_V[defined_V], weight_RV[:, defined_V]
+    found = []
+    for part_RV in np.array_split(weight_RV, max(1, weight_RV.size // 500_000)):  # bounds the memory
+        # Ranks of n values have the mean (n + 1) / 2, ties or not.
+        middle_R1 = (part_RV.sum(1, keepdims=True) + 1) / 2
+        a_RV, b_RV = (_ranks(values_V, part_RV) - middle_R1 for values_V in (x_V, y_V))
+        cross_R, a_R, b_R = ((part_RV * u * v).sum(1) for u, v in ((a_RV, b_RV), (a_RV, a_RV), (b_RV, b_RV)))
+        known_R = (part_RV.sum(1) >= 3) & (a_R > 1e-9) & (b_R > 1e-9)
+        found.append(np.divide(cross_R, np.sqrt(a_R * b_R), out=np.full(len(part_RV), nan), where=known_R))
+    return np.concatenate(found)
+
+
+def _ranks(values_V: NDArray[np.float64], weight_RV: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean rank of each value in each resample; of no meaning where its multiplicity is 0."""
+    if not len(values_V):
+        return weight_RV
+    distinct, group_V = np.unique(values_V, return_inverse=True)
+    order_V = np.argsort(group_V, kind="stable")
+    first_G = np.searchsorted(group_V[order_V], np.arange(len(distinct)))
+    count_RG = np.add.reduceat(weight_RV[:, order_V], first_G, axis=1)
+    return np.asarray((np.cumsum(count_RG, axis=1) - (count_RG - 1) / 2)[:, group_V])
 
 
 def _calibrate(kind: Calibration, validation: ExitScores, test: ExitScores) -> tuple[ExitScores, ExitScores]:
@@ -171,27 +198,33 @@ def _calibrate(kind: Calibration, validation: ExitScores, test: ExitScores) -> t
     return apply(validation), apply(test)
 
 
-def _measure(name: str, validation: ExitScores) -> ConfidenceMeasure:
-    """The measure of a name, fitted on validation data where it has parameters."""
-    kind = fitted_class(name)
-    if kind is None:
-        return restore_confidence(name, None, exits=len(validation.scores_KNC))
-    scores = [torch.from_numpy(np.array(scores_NC)) for scores_NC in validation.scores_KNC]
-    return kind.fit(scores, torch.from_numpy(validation.y_N))
+def _evaluations(
+    name: str, validation: ExitScores, test: ExitScores, cost_K: Sequence[int]
+) -> tuple[ExitEvaluation, ExitEvaluation]:
+    """Validation and test under a measure, fitted on validation data where it has parameters.
 
-
-def _evaluation(scores: ExitScores, measure: ConfidenceMeasure, cost_K: Sequence[int]) -> ExitEvaluation:
-    confidences, correct = [], []
-    carried: Carried = ()
-    for exit, scores_NC in enumerate(scores.scores_KNC):
-        tensor_NC = torch.from_numpy(np.array(scores_NC))
-        confidence_N, carried = measure(exit, tensor_NC, carried)
-        confidences.append(confidence_N)
-        finite_N = tensor_NC.softmax(1).amax(1).isfinite()  # NaN scores predict nothing
-        correct.append((tensor_NC.argmax(1) == torch.from_numpy(scores.y_N)) & finite_N)
-    return ExitEvaluation(
-        confidence_KN=torch.stack(confidences).double(), correct_KN=torch.stack(correct), cost_K=tuple(cost_K)
+    Thresholds are chosen on the former, so the confidences of a measure that overfits are out of fold there.
+    """
+    kind, y_N = fitted_class(name), torch.from_numpy(validation.y_N)
+    held_out, tested = (
+        [torch.from_numpy(np.array(scores_NC)) for scores_NC in scores.scores_KNC] for scores in (validation, test)
     )
+    measure = restore_confidence(name, None, exits=len(held_out)) if kind is None else kind.fit(held_out, y_N)
+    held_out_KN = held_out_confidences(measure, held_out, y_N)
+    return (
+        _evaluation(held_out_KN, held_out, validation.y_N, cost_K),
+        _evaluation(confidences(measure, tested), tested, test.y_N, cost_K),
+    )
+
+
+def _evaluation(
+    confidence_KN: Tensor, scores: Sequence[Tensor], y_N: NDArray[np.int64], cost_K: Sequence[int]
+) -> ExitEvaluation:
+    correct = []
+    for scores_NC in scores:
+        finite_N = scores_NC.softmax(1).amax(1).isfinite()  # NaN scores predict nothing
+        correct.append((scores_NC.argmax(1) == torch.from_numpy(y_N)) & finite_N)
+    return ExitEvaluation(confidence_KN=confidence_KN.double(), correct_KN=torch.stack(correct), cost_K=tuple(cost_K))
 
 
 def _means(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -222,27 +255,19 @@ def _column(variants: Sequence[Variant], metric: str, gain: str) -> tuple[NDArra
     return x_V, y_V
 
 
-def _draws(variants: Sequence[Variant], *, resamples: int, seed: int) -> list[NDArray[np.int64]]:
-    """Indices of variants in each resample: whole runs are drawn with replacement. None of one run: all are equal."""
-    runs = sorted({variant.run for variant in variants})
+def _weights(variants: Sequence[Variant], *, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Multiplicity of each variant: once in the first row, then in each resample, where whole runs are drawn.
+
+    One row for variants of one run: all resamples would be equal.
+    """
+    runs = {run: r for r, run in enumerate(sorted({variant.run for variant in variants}))}
+    run_V = np.array([runs[variant.run] for variant in variants])
     if len(runs) < 2:
-        return []
-    members = {run: np.array([v for v, variant in enumerate(variants) if variant.run == run]) for run in runs}
-    generator = np.random.default_rng(seed)
-    chosen_RU = generator.integers(len(runs), size=(resamples, len(runs)))
-    return [np.concatenate([members[runs[u]] for u in chosen_U]) for chosen_U in chosen_RU]
-
-
-def _spearman(x_V: NDArray[np.float64], y_V: NDArray[np.float64]) -> float:
-    from scipy.stats import rankdata
-
-    defined_V = ~np.isnan(x_V) & ~np.isnan(y_V)
-    if defined_V.sum() < 3:
-        return nan
-    x_V, y_V = rankdata(x_V[defined_V]), rankdata(y_V[defined_V])
-    if x_V.std() == 0 or y_V.std() == 0:
-        return nan
-    return float(np.corrcoef(x_V, y_V)[0, 1])
+        return np.ones((1, len(variants)))
+    chosen_RU = np.random.default_rng(seed).integers(len(runs), size=(resamples, len(runs)))
+    flat = (chosen_RU + len(runs) * np.arange(resamples)[:, None]).ravel()
+    count_RU = np.bincount(flat, minlength=resamples * len(runs)).reshape(resamples, len(runs))
+    return np.concatenate([np.ones((1, len(variants))), count_RU[:, run_V]])
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -27,13 +27,17 @@ from clframe.errors import RunFolderError, UnsupportedError
 from clframe.exits.curves import BudgetPoints, budget_points
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.failure import (
+    BINS,
     RANKING_METRICS,
+    bin_of,
     bootstrap,
     brier_N,
     eefp_K,
     failure_metrics,
     nll_N,
+    rank,
 )
+from clframe.exits.smooth_calibration import smooth_ece
 from clframe.nn.frozen import evaluating
 
 BUDGETS: Final = (0.25, 0.5, 0.75, 1.0)
@@ -60,6 +64,26 @@ class ExitScores:
         return len(self.y_N)
 
 
+MOST_POINTS: Final = 400
+"""Points of a risk-coverage curve; a figure needs no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitCurve:
+    """Numbers behind the figures of one exit, of the samples whose confidence is finite."""
+
+    right_M: tuple[int, ...]
+    """Correct predictions in each bin of ECE."""
+    wrong_M: tuple[int, ...]
+    """Wrong predictions in each bin."""
+    confidence_M: tuple[float, ...]
+    """Mean confidence of each bin; NaN for an empty one."""
+    coverage_P: tuple[float, ...]
+    """Share of samples above each threshold, ascending."""
+    risk_P: tuple[float, ...]
+    """Error rate of these samples."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExitStudy:
     """Result of :func:`study_exits`.
@@ -76,7 +100,8 @@ class ExitStudy:
         undecided_samples: Number of these samples at each exit.
         by_experience: Metrics on the test samples of each experience: name to values by experience and exit.
         points: Accuracy at each budget.
-        evaluation: Confidence and correctness behind the metrics.
+        curves: Numbers behind the figures, by exit; empty in files of older versions.
+        evaluation: Confidence and correctness behind the metrics; None for a study that was read from a file.
     """
 
     name: str
@@ -90,7 +115,8 @@ class ExitStudy:
     undecided_samples: tuple[int, ...]
     by_experience: Mapping[str, tuple[tuple[float, ...], ...]]
     points: BudgetPoints
-    evaluation: ExitEvaluation
+    curves: tuple[ExitCurve, ...] = ()
+    evaluation: ExitEvaluation | None = None
 
 
 def study_exits(
@@ -168,8 +194,35 @@ def study_scores(
         undecided_samples=tuple(int(n) for n in alive_KN.sum(1)),
         by_experience=by_experience,
         points=points,
+        curves=tuple(map(exit_curve, evaluation.confidence_KN.numpy(), evaluation.correct_KN.numpy())),
         evaluation=evaluation,
     )
+
+
+def exit_curve(confidence_N: NDArray[np.float64], correct_N: NDArray[np.bool_]) -> ExitCurve:
+    """Bins of equal width, and the risk-coverage curve over thresholds: equal confidences are one point.
+
+    >>> found = exit_curve(np.array([0.9, 0.9, 0.5]), np.array([True, False, False]))
+    >>> found.coverage_P, found.risk_P
+    ((0.6666666666666666, 1.0), (0.5, 0.6666666666666666))
+    """
+    finite_N = np.isfinite(confidence_N)
+    confidence_N, correct_N = confidence_N[finite_N], correct_N[finite_N]
+    bin_N = bin_of(confidence_N, bins=BINS)
+    right_M, wrong_M = (np.bincount(bin_N[of_N], minlength=BINS) for of_N in (correct_N, ~correct_N))
+    sum_M, count_M = np.bincount(bin_N, weights=confidence_N, minlength=BINS), right_M + wrong_M
+    mean_M = np.divide(sum_M, count_M, out=np.full(BINS, nan), where=count_M > 0)
+    coverage_P = risk_P = np.zeros(0)
+    if len(confidence_N):
+        ranking = rank(confidence_N, correct_N)
+        taken_G = np.cumsum(ranking.count_RG[0])
+        shown = np.unique(np.linspace(0, len(taken_G) - 1, min(len(taken_G), MOST_POINTS)).round().astype(int))
+        risk_P = (np.cumsum(ranking.errors_RG[0]) / taken_G)[shown]
+        coverage_P = taken_G[shown] / len(confidence_N)
+    return ExitCurve(
+        right_M=tuple(right_M.tolist()), wrong_M=tuple(wrong_M.tolist()), confidence_M=tuple(mean_M.tolist()),
+        coverage_P=tuple(coverage_P.tolist()), risk_P=tuple(risk_P.tolist()),
+    )  # fmt: skip
 
 
 def evaluate(scores: ExitScores, cost_K: Sequence[int]) -> ExitEvaluation:
@@ -179,7 +232,7 @@ def evaluate(scores: ExitScores, cost_K: Sequence[int]) -> ExitEvaluation:
         p_NC = torch.from_numpy(np.array(scores_NC)).double().softmax(1)
         top_N, class_N = p_NC.max(1)
         confidences.append(top_N)
-        # The arg-max of NaN scores is class 0, which would be right by chance: they predict nothing.
+        # The arg-max of NaN scores is class 0, which would be right by chance: as in the tally, they predict nothing.
         correct.append((class_N == torch.from_numpy(scores.y_N)) & top_N.isfinite())
     experience_N = torch.from_numpy(scores.experience_N) if (scores.experience_N >= 0).all() else None
     return ExitEvaluation(
@@ -188,16 +241,14 @@ def evaluate(scores: ExitScores, cost_K: Sequence[int]) -> ExitEvaluation:
     )  # fmt: skip
 
 
-def metrics_of(
-    scores: ExitScores, evaluation: ExitEvaluation, of_N: NDArray[np.bool_]
-) -> dict[str, tuple[float, ...]]:
+def metrics_of(scores: ExitScores, evaluation: ExitEvaluation, of_N: NDArray[np.bool_]) -> dict[str, tuple[float, ...]]:
     """Every metric of calibration and failure prediction, one value per exit, on the chosen samples.
 
     NaN without samples, and at exits with a confidence that is not finite.
     """
     confidence_KN, correct_KN = evaluation.confidence_KN.numpy()[:, of_N], evaluation.correct_KN.numpy()[:, of_N]
     if not of_N.any():
-        names = ("accuracy", *RANKING_METRICS, "brier", "nll", "eefp")
+        names = ("accuracy", *RANKING_METRICS, "smooth_ece", "brier", "nll", "eefp")
         return {name: (nan,) * len(confidence_KN) for name in names}
     found = [failure_metrics(s_N, c_N) for s_N, c_N in zip(confidence_KN, correct_KN, strict=True)]
     y_N = torch.from_numpy(scores.y_N[of_N])
@@ -205,6 +256,7 @@ def metrics_of(
     return {
         "accuracy": tuple(float(c_N.mean()) for c_N in correct_KN),
         **{name: tuple(each[name] for each in found) for name in RANKING_METRICS},
+        "smooth_ece": tuple(smooth_ece(s_N, c_N) for s_N, c_N in zip(confidence_KN, correct_KN, strict=True)),
         "brier": tuple(float(brier_N(scores_NC, y_N).mean()) for scores_NC in exits),
         "nll": tuple(float(nll_N(scores_NC, y_N).mean()) for scores_NC in exits),
         "eefp": eefp_K(confidence_KN, correct_KN),

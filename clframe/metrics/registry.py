@@ -87,7 +87,12 @@ def _weighted_so_far(found: Evaluations) -> Score:
     """Accuracy over the test samples of the experiences seen; the others would count as wrong."""
     seen = len(found.tallies)
     rows = [row[:seen] for row in found.accuracy_TE]
-    return continual.final_weighted_accuracy(rows, found.tallies[-1].samples_E[:seen])
+    return continual.final_weighted_accuracy(rows, _samples_E(found.tallies)[:seen])
+
+
+def _samples_E(tallies: Sequence[Tally]) -> tuple[int, ...]:
+    """Test samples of each experience; those whose data are gone in the last evaluation had some in an earlier one."""
+    return tuple(map(max, zip(*(tally.samples_E for tally in tallies), strict=True)))
 
 
 _OWN: Final[Mapping[str, Metric]] = {
@@ -103,7 +108,7 @@ _OWN: Final[Mapping[str, Metric]] = {
     ),
     "final_weighted_accuracy": Metric(
         label="final accuracy over all samples", tag="continual/accuracy_over_all_samples",
-        score=lambda found: continual.final_weighted_accuracy(found.accuracy_TE, found.tallies[-1].samples_E),
+        score=lambda found: continual.final_weighted_accuracy(found.accuracy_TE, _samples_E(found.tallies)),
         running=_weighted_so_far,
     ),
     "average_incremental_accuracy": Metric(

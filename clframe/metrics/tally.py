@@ -94,8 +94,9 @@ class TallyCounter:
         """Count one batch of test experience ``experience``, whose classes are ``classes`` (any order).
 
         A sample is correct when its class has the highest logit; ties go to the lowest class. A class without a column,
-        or with ``-inf`` in it, never wins; where no class can win, and where a compared logit is NaN, the sample is
-        wrong. Labels must be below the number of classes.
+        or with ``-inf`` in it, never wins; where no class can win, and where a compared logit is NaN or ``+inf``, the
+        sample is wrong: such a network has diverged, its probabilities are undefined, and exits are counted by the same
+        rule. Labels must be below the number of classes.
         """
         known = tuple(sorted({c for c in classes if c < logits_BC.shape[1]}))
         counted_3B = torch.stack((torch.ones_like(y_B, dtype=torch.bool),
@@ -131,7 +132,7 @@ def _right_B(logits_BK: Tensor, y_B: Tensor, *, names_K: Tensor | None = None) -
     highest_B, winner_B = logits_BK.max(dim=1)
     if names_K is not None:
         winner_B = names_K[winner_B]
-    return (winner_B == y_B) & (highest_B > -torch.inf)  # false for NaN as well
+    return (winner_B == y_B) & highest_B.isfinite()  # the maximum of a row with NaN is NaN
 
 
 def _flat(counts: Counts) -> list[int]:

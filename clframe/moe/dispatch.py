@@ -174,7 +174,7 @@ def run(
     if keep_NE is None:
         if executor is None:
             return dense(weights, x_ND, None, weight_NE)
-        keep_NE = x_ND.new_ones((), dtype=torch.bool).expand(len(x_ND), len(weights.up_EHD))
+        keep_NE = x_ND.new_ones((), dtype=torch.bool).expand(x_ND.shape[0], len(weights.up_EHD))
     choice = choose(weights, x_ND, keep_NE, plan=plan) if executor is None else Choice(executor)
     if choice.merged > 1:
         return merged_groups(weights, x_ND, keep_NE, weight_NE, many=choice.merged)

@@ -140,7 +140,7 @@ class RoutedExperts(nn.Module):
         watched = self.ran is not None or self.chosen is not None
         routes = self.routes
         # For a single token the overhead of small operators dominates; this path has the fewest.
-        if routes and not watched and len(x_ND) == 1 and self.experts.can_run_one(x_ND):
+        if routes and not watched and x_ND.shape[0] == 1 and self.experts.can_run_one(x_ND):
             y_1O = self.experts.run_one(x_ND, self.gate.select(self.router(x_ND)[0]))
             return y_1O if x.dim() == 2 else y_1O.reshape(*x.shape[:-1], -1)
         keep_NE = self.keep(x_ND) if routes else None

@@ -58,7 +58,7 @@ class NormRouter(_TwoLayers):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Nonnegative scores_NE."""
-        if len(x_ND) == 1:  # matrix times vector, which is quicker than a matrix of one row
+        if x_ND.shape[0] == 1:  # matrix times vector, which is quicker than a matrix of one row
             return torch.mv(self.score, torch.mv(self.hidden, x_ND[0]).relu_()).abs()[None]
         return F.linear(F.linear(x_ND, self.hidden).relu_(), self.score).abs()
 

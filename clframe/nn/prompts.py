@@ -152,7 +152,7 @@ class PromptMean(nn.Module):
         """Compute features_BD of tokens_BTD."""
         prompts_BTD = tokens_BTD[:, 1 : 1 + self.added]
         features: Tensor = self.last(prompts_BTD.reshape(-1, 1, prompts_BTD.shape[2]))
-        return features.reshape(len(tokens_BTD), self.added, -1).mean(1)
+        return features.reshape(tokens_BTD.shape[0], self.added, -1).mean(1)
 
 
 def add_prompts(network: Network, pool: PromptPool, *, read: Read, where: str) -> None:

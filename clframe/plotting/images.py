@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.errors import ClframeError
 from clframe.metrics.continual import Matrix
-from clframe.plotting.style import INK, PAPER, render_pixels, shades, spaced_indices, styled
+from clframe.plotting.style import INK, PAPER, label, render_pixels, shades, spaced_indices, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,6 +100,45 @@ def matrix_image(accuracy_TE: Matrix) -> PixelArray:
         columns=[str(j) for j in range(len(accuracy_TE[0]))], title="accuracy, %", row_label="after experience",
         column_label="test experience", percent=True,
     )  # fmt: skip
+
+
+def class_shares(counts_CC: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Divide each row of a confusion matrix by its sum; NaN for a class without samples.
+
+    >>> class_shares([[3, 1], [0, 2]])
+    [[0.75, 0.25], [0.0, 1.0]]
+    """
+    totals = [sum(row) for row in counts_CC]
+    return [[n / total if total else math.nan for n in row] for row, total in zip(counts_CC, totals, strict=True)]
+
+
+def draw_confusion(
+    axes: Any, shares_CC: Sequence[Sequence[float]], *, names: Sequence[str], most: int = LARGEST_WITH_NUMBERS
+) -> None:
+    """Draw a confusion matrix as a heat map: rows are true classes, columns predicted ones.
+
+    Args:
+        axes: Where to draw.
+        shares_CC: Shares of the samples of each true class, as :func:`class_shares` returns them.
+        names: Names of the classes, in the order of rows and columns.
+        most: Classes up to which numbers are drawn in.
+    """
+    shown = [label(name, most=16) for name in names]
+    draw_heat_map(axes, shares_CC, rows=shown, columns=shown, percent=True, most=most)
+    if max(map(len, shown)) > 3:
+        axes.tick_params(axis="x", labelrotation=90)
+    axes.set(xlabel="predicted class", ylabel="true class")
+
+
+@styled()
+def confusion_image(counts_CC: Sequence[Sequence[int]], *, names: Sequence[str]) -> PixelArray:
+    """Draw a confusion matrix with the percentage of each true class; see :func:`draw_confusion`."""
+    require_table(counts_CC, names, "counts_CC")
+    width, height = _heat_size(len(names), len(names))
+    figure, axes = make_axes(width=width, height=height)
+    axes.set(title="predicted class, % of the samples of each true class")
+    draw_confusion(axes, class_shares(counts_CC), names=names)
+    return render_pixels(figure)
 
 
 @styled()

@@ -13,6 +13,7 @@ from clframe.metrics.registry import all_metrics
 from clframe.metrics.statistics import NAN
 from clframe.plotting.style import RenderedPicture, render_picture
 from clframe.report.comparison import Group, mismatch
+from clframe.report.confusion import confusion_parts
 from clframe.report.cost_figures import cost_pictures
 from clframe.report.cost_tables import (
     activity_table,
@@ -27,6 +28,7 @@ from clframe.report.cost_tables import (
     run_totals_table,
     stages_table,
 )
+from clframe.report.exit_study import exit_study_section
 from clframe.report.figures import group_pictures, run_pictures
 from clframe.report.loading import Run
 from clframe.report.page import Page, Section
@@ -193,9 +195,31 @@ def _group(group: Group, files: Files, *, prefix: str) -> list[Section]:
     of = f": {group.label}" if prefix else ""
     return [
         Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, tables=shown, folded=folded),
+        *_confusion_section(group, files, title=f"Confusion matrix{of}", prefix=prefix),
+        *_exit_study(group, files, title=f"Study of exits{of}", prefix=prefix),
         _cost_section(group, files, title=f"Cost{of}", prefix=prefix),
         _reproduction(group.runs, title=f"Reproduction{of}"),
     ]
+
+
+def _exit_study(group: Group, files: Files, *, title: str, prefix: str) -> list[Section]:
+    """Make the section of the study of exits; none where no run of the group has one."""
+    section, pictures, tables = exit_study_section(group.runs, title=title, prefix=prefix)
+    files.add(pictures, tables, prefix=prefix)
+    return [] if section is None else [section]
+
+
+def _confusion_section(group: Group, files: Files, *, title: str, prefix: str) -> list[Section]:
+    """Make the section of the confusion matrix; none where a run has not recorded it."""
+    found = confusion_parts(group.results, [run.confusion for run in group.runs], prefix=prefix)
+    if found is None:
+        return []
+    picture = render_picture(found.picture)
+    files.add([picture], [*found.tables, *found.folded], prefix=prefix)
+    return [
+        Section(title=title, short="confusion matrix", level=2, intro=found.intro, pictures=[picture],
+                tables=found.tables, folded=found.folded)
+    ]  # fmt: skip
 
 
 def _tiles(group: Group) -> list[tuple[str, Quantity, str]]:

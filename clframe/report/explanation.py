@@ -9,6 +9,7 @@ import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -16,8 +17,12 @@ from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.config.files import REGISTRIES, Registered, known_configs
 from clframe.core import COMPONENTS, HOOKS, SLOTS, Composition
 from clframe.data import SOURCES, Benchmark
+from clframe.exits.diagnostics import EXIT_METRICS
+from clframe.exits.policies import CONFIDENCE_MEASURES
+from clframe.metrics import METRICS
 from clframe.nn import BACKBONES, Network
 from clframe.options import REQUIRED, option_types
+from clframe.registry import Registry
 
 _SECTION = re.compile(r"^(Args|Class attributes|Example|Examples|Raises|Returns|Yields):$")
 _ENTRY = re.compile(r"^ {4}(\w+): (.*)$")
@@ -128,21 +133,49 @@ def _entries(section: str) -> dict[str, str]:
     return found
 
 
+def _measures() -> dict[str, str]:
+    return {name: described(entry).summary for name, entry in CONFIDENCE_MEASURES.items()}
+
+
+def _metrics(registry: Registry[Any]) -> dict[str, str]:
+    """Label, unit and better direction of metrics."""
+    units = {"percent": " (%)", "points": " (percentage points)"}
+    directions = {"higher": "; higher is better", "lower": "; lower is better", "": ""}
+    return {
+        name: f"{metric.label}{units.get(metric.kind, '')}{directions[metric.better]}"
+        for name, metric in registry.items()
+    }
+
+
+_WITH_OPTIONS: Mapping[str, Any] = {"strategies": COMPONENTS, "benchmarks": SOURCES, "backbones": BACKBONES}
+_SUMMARIES: Mapping[str, Callable[[], dict[str, str]]] = {
+    "metrics": partial(_metrics, METRICS),
+    "exit-metrics": partial(_metrics, EXIT_METRICS),
+    "confidence-measures": _measures,
+    "configs": lambda: {name: _config_summary(config) for name, config in known_configs().items()},
+}
+
+
+def names_of(what: str) -> tuple[str, ...]:
+    """Return the names of a kind."""
+    return tuple(_WITH_OPTIONS[what].names() if what in _WITH_OPTIONS else _SUMMARIES[what]())
+
+
 def listing(what: str, *, filter: str = "", width: int | None = None) -> list[str]:
-    """List every strategy, benchmark, backbone or config in one line: name, summary and requirements.
+    """List every name of a kind in one line each: name, summary and requirements.
 
     Args:
-        what: ``strategies``, ``benchmarks``, ``backbones`` or ``configs``.
-        filter: A name, or a text that the line or an option must contain. If one entry is left, its options follow,
-            unless it is a config.
+        what: A kind of names that ``clframe list`` knows.
+        filter: A name, or a text that the line or an option must contain. If one entry with options is left, these
+            follow.
         width: Columns of the terminal, beyond which lines are cut; None does not cut them.
     """
-    if what == "configs":
-        comments = {name: _config_summary(config) for name, config in known_configs().items()}
+    if what not in _WITH_OPTIONS:
+        comments = _SUMMARIES[what]()
         kept = [name for name in comments if filter.lower() in f"{name} {comments[name]}".lower()]
         room = None if len(kept) == 1 else width
         return [_line(name, comments[name], "", column=max(map(len, comments)), width=room) for name in kept]
-    registry: Any = {"strategies": COMPONENTS, "benchmarks": SOURCES, "backbones": BACKBONES}[what]
+    registry: Any = _WITH_OPTIONS[what]
     entries = {name: (described(entry), entry) for name, entry in registry.items()}
     kept = [name for name in entries if name == filter.lower()] or [
         name for name, (item, _) in entries.items() if filter.lower() in _searched(name, item).lower()

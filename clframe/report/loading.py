@@ -19,6 +19,7 @@ from clframe.core import parse
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.continual import Matrix, final_average_accuracy
+from clframe.report.confusion import Counts, read_confusion
 from clframe.report.latency import Timings, read_timings
 from clframe.results import Result
 from clframe.sparsity.activity import ActivityRecord
@@ -39,7 +40,9 @@ def config_of(path: Path) -> dict[str, Any]:
 
 def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Return the flat config and the canonical strategy, equal for two spellings of one strategy."""
-    tree = {key: value for key, value in config.items() if key not in ("strategy", "components")}
+    tree = {key: value for key, value in config.items() if key not in ("strategy", "components", "earlier")}
+    if config.get("earlier"):  # two extensions by the same data are different runs if their parents are
+        tree["extends"] = " > ".join(f"{Path(e['run']).name} ({e['sha256'][:8]})" for e in config["earlier"])
     strategy = str(config["strategy"])
     try:
         composition = parse(strategy, config["components"])
@@ -108,6 +111,8 @@ class Run:
     """Latencies, where measured."""
     activity: Sequence[ActivityRecord] = ()
     """Activity of hidden neurons and experts after each experience."""
+    confusion: Counts = ()
+    """Test samples by true and predicted class at the end, in learning order; empty where not recorded."""
 
     @property
     def finished(self) -> bool:
@@ -173,6 +178,7 @@ def load_run(path: Path) -> Run:
         phase_macs=_counts(totals.get("by_phase")), uncounted=_counts(totals.get("uncounted")),
         environment=_json(path / "environment.json"), ledger=_ledger(ledger, path / "ledger.json"),
         timings=read_timings(path), activity=result.activity if result else (),
+        confusion=read_confusion(path, result) if result else (),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.plots import exit_images
 from clframe.files import write_atomically
-from clframe.plotting.images import matrix_image
+from clframe.plotting.images import confusion_image, matrix_image
 from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
 from clframe.report.content import make_page
@@ -127,12 +127,16 @@ def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], 
 
 
 def write_figures(result: Result, folder: Path) -> None:
-    """Write ``accuracy_matrix.png``, ``neurons.png`` after several experiences, ``exits_*.png`` for several exits.
+    """Write ``accuracy_matrix.png`` and ``confusion_matrix.png``, ``neurons.png`` and ``exits_*.png`` where recorded.
 
-    The matrix has rows after experience i, columns on test experience j.
+    The accuracy matrix has rows after experience i, columns on test experience j; the confusion matrix has rows for
+    true classes, columns for predicted ones.
     """
     folder.mkdir(exist_ok=True)
     pictures = {"accuracy_matrix": matrix_image(result.accuracy_matrix)}
+    if result.confusion:
+        names = [result.class_label(c) for c in result.class_order]
+        pictures["confusion_matrix"] = confusion_image(result.confusion, names=names)
     neurons = activity_image(result.activity) if result.activity else None
     if neurons is not None:
         pictures["neurons"] = neurons

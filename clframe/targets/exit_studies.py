@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,10 +28,10 @@ from clframe.exits.proxy import (
 )
 from clframe.exits.study import ExitStudy, Progress, collect_scores, fingerprint, study_exits
 from clframe.files import write_atomically
-from clframe.plotting.style import MUTED, Picture, percent, render_picture, series_style
+from clframe.plotting.style import MUTED, Picture, RenderedPicture, percent, render_picture, series_style
 from clframe.records import read_record, to_plain
 from clframe.results import Result
-from clframe.tables import Table, to_csv, to_latex, to_markdown
+from clframe.tables import Cell, Quantity, Table, to_csv, to_latex, to_markdown
 from clframe.targets.opening import open_target
 
 if TYPE_CHECKING:
@@ -41,13 +41,59 @@ FORMATS: Final = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
 
 
 def write_exit_study(study: ExitStudy, folder: Path, *, command: Sequence[str]) -> Path:
-    """Write ``exits.json``, tables (CSV, Markdown, LaTeX) and figures (SVG, PNG); returns the path of the JSON file.
+    """Write a study into a folder.
+
+    ``exits.json``, tables (CSV, Markdown, LaTeX), figures (SVG, PNG), and event files for TensorBoard in
+    ``tensorboard/``, which replace those of an earlier study.
+
+    Returns:
+        The path of the JSON file.
 
     Raises:
         RunFolderError: The folder cannot be written.
     """
     content = output.to_json(study, command=command, versions=versions())
-    return _write(folder, "exits.json", content, output.tables(study), output.pictures(study))
+    pictures = [render_picture(picture) for picture in output.pictures(study)]
+    written = _write(folder, "exits.json", content, output.tables(study), pictures)
+    _write_events(study, pictures, folder / "tensorboard")
+    return written
+
+
+def _write_events(study: ExitStudy, pictures: Sequence[RenderedPicture], folder: Path) -> None:
+    """Numbers, tables and figures of a study; x is the depth of an exit, a budget in %, or an experience."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        writer: Any = SummaryWriter(str(folder))
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); check the folder") from None
+    with writer:
+        for metric, values in study.metrics.items():
+            for exit, value in enumerate(values):
+                writer.add_scalar(f"study/{metric}", value, exit)
+        for point in study.points.points or ():
+            if not isnan(point.accuracy) and not isnan(point.budget_share):
+                writer.add_scalar("study_budgets/accuracy", point.accuracy, round(100 * point.budget_share))
+        for metric, values_EK in study.by_experience.items():
+            for experience, values in enumerate(values_EK):
+                for name, value in zip(study.exit_names, values, strict=True):
+                    writer.add_scalar(f"study_by_experience/{metric}/{name}", value, experience)
+        for table in output.tables(study):
+            writer.add_text(f"study/{table.name}", to_markdown(table))
+        for picture in pictures:
+            writer.add_image(f"study/{picture.name}", _pixels(picture.png), dataformats="HWC")
+
+
+def _pixels(png: bytes) -> Any:
+    """Pixels (height, width, 3) of a figure."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def study_run(
@@ -104,6 +150,23 @@ def study_proxies(
         why = f" ({next(iter(skipped.values()))})" if skipped else ""
         count = f"{len(variants)} variants in {len(runs)} run{'s' if len(runs) != 1 else ''}"
         raise DataError(f"proxy: found {count}{why}; give runs with exits and validation data")
+    return correlate(variants, skipped=skipped, resamples=resamples, seed=seed)
+
+
+def correlate(
+    variants: Sequence[Variant], *, skipped: Mapping[str, str] | None = None, resamples: int = 2000, seed: int = 0
+) -> ProxyStudy:
+    """Correlate the metrics of variants with their gains.
+
+    Args:
+        variants: Of any number of runs.
+        skipped: Reason for each run that gave no variants.
+        resamples: Bootstrap resamples of the intervals.
+        seed: Of the resamples.
+
+    Raises:
+        DataError: Fewer than three variants.
+    """
     compared = tuple(
         difference(variants, first, second, gain=gain, resamples=resamples, seed=seed)
         for first, second in PAIRS
@@ -111,7 +174,7 @@ def study_proxies(
     )
     return ProxyStudy(
         variants=tuple(variants), correlations=tuple(correlations(variants, resamples=resamples, seed=seed)),
-        differences=compared, skipped=skipped,
+        differences=compared, skipped=skipped or {},
     )  # fmt: skip
 
 
@@ -122,7 +185,8 @@ def write_proxy_study(study: ProxyStudy, folder: Path, *, command: Sequence[str]
         "correlations": study.correlations, "differences": study.differences, "variants": study.variants,
     }  # fmt: skip
     plain: dict[str, Any] = to_plain(content)
-    return _write(folder, "proxy.json", plain, proxy_tables(study), proxy_pictures(study))
+    drawn = [render_picture(picture) for picture in proxy_pictures(study)]
+    return _write(folder, "proxy.json", plain, [*proxy_tables(study), variants_table(study)], drawn)
 
 
 def proxy_tables(study: ProxyStudy) -> list[Table]:
@@ -145,6 +209,29 @@ def proxy_tables(study: ProxyStudy) -> list[Table]:
     ]  # fmt: skip
 
 
+SCATTERED: Final = ("eefp", "ece", "auroc", "aurc")
+"""Metrics with a scatter plot."""
+
+
+def variants_table(study: ProxyStudy) -> Table:
+    """Coordinates of the scatter plots: the metrics and gains of every variant."""
+    shown = (*SCATTERED, "accuracy")
+    why = "undefined at every exit"
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (
+            variant.run, variant.label,
+            *(Quantity(variant.metrics.get(metric, nan), undefined=why) for metric in shown),
+            *(Quantity(variant.gains[gain], undefined="no threshold within the budget") for gain in GAINS),
+        )
+        for variant in study.variants
+    )  # fmt: skip
+    headings = (*(f"{_label(metric)}, %" for metric in shown), *(f"{label}, %" for label in GAIN_LABELS.values()))
+    return Table(
+        name="proxy_variants", title="Metrics and gains of each variant", note="Metrics are means over the exits.",
+        columns=("run", "variant", *headings), rows=rows,
+    )  # fmt: skip
+
+
 def proxy_pictures(study: ProxyStudy) -> list[Picture]:
     """Scatter plots of the main metrics against accuracy at the 50 % budget, or the area where none has that budget."""
     half = any(not isnan(variant.gains["accuracy_50"]) for variant in study.variants)
@@ -152,7 +239,7 @@ def proxy_pictures(study: ProxyStudy) -> list[Picture]:
     return [
         Picture(f"proxy_{metric}", f"{_label(metric)} against {GAIN_LABELS[gain]}, one point per variant.",
                 partial(draw_scatter, study, metric, gain))
-        for metric in ("eefp", "ece", "auroc", "aurc")
+        for metric in SCATTERED
     ]  # fmt: skip
 
 
@@ -211,12 +298,12 @@ def _stored(file: Path, key: str) -> list[Variant] | None:
         return None
 
 
-def _write(folder: Path, name: str, content: Any, tables: Sequence[Table], pictures: Sequence[Picture]) -> Path:
+def _write(folder: Path, name: str, content: Any, tables: Sequence[Table], pictures: Sequence[RenderedPicture]) -> Path:
     """Render everything, then write; the JSON file last."""
     files: dict[str, str | bytes] = {}
     for table in tables:
         files |= {f"{table.name}.{ending}": render(table) for ending, render in FORMATS}
-    for picture in map(render_picture, pictures):
+    for picture in pictures:
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     files[name] = json.dumps(content, indent=1) + "\n"
     try:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clframe.build import build_data
 from clframe.config.schema import Config
 from clframe.data.source import Source
 from clframe.data.target import DataSplits, SampleSplit, Target
@@ -23,6 +22,7 @@ from clframe.errors import DataError
 from clframe.nn.backbones.pretrained import require_package
 from clframe.nn.frozen import call_model
 from clframe.nn.types import Inputs
+from clframe.stream import build_data
 
 if TYPE_CHECKING:
     from clframe.data.target import Batch

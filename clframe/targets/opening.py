@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.api import load, run_config
-from clframe.build import build_data
 from clframe.config.load import data_config
 from clframe.config.schema import Config
 from clframe.data.benchmark import Benchmark
@@ -28,6 +26,8 @@ from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
 from clframe.results import Result
+from clframe.stream import build_stream
+from clframe.targets.loading import load_model, run_config
 
 _LOCATIONS = ("data_dir", "path", "tokens")
 """Options of data sets that name a file or folder."""
@@ -129,10 +129,15 @@ def usable_device(name: str) -> torch.device:
 
 
 def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: torch.device) -> Target:
-    trained = load(folder, device=str(device))
+    trained = load_model(folder, device=str(device))
     config = _relocate_data(run_config(folder), overrides)
-    benchmark = build_data(config.benchmark, seed=config.seed)[1]
-    if benchmark.class_order != trained.class_order or benchmark.input_shape != trained.network.input_shape:
+    benchmark = build_stream(config)[1]
+    named = bool(trained.class_names and benchmark.class_names)
+    if (
+        benchmark.class_order != trained.class_order
+        or benchmark.input_shape != trained.network.input_shape
+        or (named and benchmark.class_names != trained.class_names)
+    ):
         raise RunFolderError(
             f"{folder}: was trained on other data than its config gives now; restore the data, or undo the overrides"
         )
@@ -143,7 +148,11 @@ def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: to
         return learner.adjust_logits(model(inputs, taps=learner.taps)).last
 
     # An unfinished run is evaluated on the experiences it has learnt; its network has no outputs for other classes.
-    learnt = [set(classes) <= set(learner.past) for classes in benchmark.classes]
+    # Experiences of an extended run have no samples where its earlier data are gone.
+    learnt = [
+        set(classes) <= set(learner.past) and len(samples) > 0
+        for classes, samples in zip(benchmark.classes, benchmark.test, strict=True)
+    ]
 
     def part(samples: Sequence[Data]) -> SampleSplit:
         return SampleSplit(list(compress(samples, learnt)), place=network.to_device, tokens=tokens)

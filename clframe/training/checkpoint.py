@@ -1,7 +1,12 @@
-"""Checkpoints between experiences: plain tensors and values, read without running any code.
+"""Checkpoint files: plain tensors and values, read without running any code.
 
-A checkpoint holds what cannot be derived: weights, component states, counts. Order and randomness are functions of
-(seed, experience, epoch), and every experience has a fresh optimizer, so neither is saved.
+``experience_NNN.ckpt`` is written after NNN experiences. It holds what cannot be derived: weights, component states,
+counts. Order and randomness are functions of (seed, experience, epoch), and every experience has a fresh optimizer, so
+neither is saved.
+
+``inside_NNN_step_SSSSSS.ckpt`` is written inside experience NNN, counted from 1, after S of its steps. It needs the
+checkpoint of the experience before; :mod:`clframe.training.inside` lists what it holds. Both are written to a temporary
+name, synced and renamed; the CRC of every part is checked on reading.
 """
 
 from __future__ import annotations
@@ -9,8 +14,9 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +28,60 @@ from clframe.files import write_atomically
 from clframe.nn.frozen import restore
 from clframe.nn.network import Network
 
-FORMAT = 2
-_NETWORK = "__network__"
+FORMAT = 3
+READABLE = (2, 3)
+"""Formats that this version reads. Format 3 added checkpoints inside an experience."""
+_NETWORK, _PARAMETER = "__network__", "__parameter__"
 _NAME = re.compile(r"experience_(\d+)\.ckpt")
+_INSIDE = re.compile(r"inside_(\d+)_step_(\d+)\.ckpt")
 _log = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, Any], *, finished: int, keep: int = 2) -> Path:
     """Write ``experience_NNN.ckpt`` after ``finished`` experiences and delete all but the last ``keep``."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "finished": finished, **encode(dict(content))}, buffer)
     path = folder / f"experience_{finished:03d}.ckpt"
-    write_atomically(path, buffer.getvalue())
+    _write(path, {"format": FORMAT, "finished": finished, **encode(dict(content))})
     for old in checkpoint_files(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def save_inside(folder: Path, content: Mapping[str, Any], *, finished: int, step: int, keep: int = 2) -> Path:
+    """Write a checkpoint inside the experience after ``finished`` ones and delete all but the last ``keep``.
+
+    Args:
+        folder: The folder of checkpoints.
+        content: What :func:`encode` has returned.
+        finished: Number of finished experiences.
+        step: Steps of the experience so far.
+        keep: Checkpoints of this experience to keep.
+    """
+    path = folder / f"inside_{finished + 1:03d}_step_{step:06d}.ckpt"
+    _write(path, {"format": FORMAT, "finished": finished, **content})
+    for old in inside_files(folder, finished=finished)[:-keep]:
+        old.unlink()
+    return path
+
+
+def remove_inside(folder: Path, *, finished: int) -> None:
+    """Delete the checkpoints inside experiences that are finished."""
+    for path in folder.glob("*.ckpt"):
+        found = _INSIDE.fullmatch(path.name)
+        if found and int(found[1]) <= finished:
+            path.unlink()
+
+
+def inside_files(folder: Path, *, finished: int) -> list[Path]:
+    """Return the checkpoints inside the experience after ``finished`` ones, oldest first."""
+    named = [(found, path) for path in folder.glob("*.ckpt") if (found := _INSIDE.fullmatch(path.name))]
+    own = [(int(found[2]), path) for found, path in named if int(found[1]) == finished + 1]
+    return [path for _, path in sorted(own)]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -54,29 +99,64 @@ def load_latest(folder: Path, *, device: torch.device) -> dict[str, Any] | None:
     Raises:
         RunFolderError: All are damaged, or the newest intact one has a format that this version cannot read.
     """
+    found, damaged = _newest_intact(checkpoint_files(folder), device)
+    if found is None:
+        if damaged is None:
+            return None
+        raise RunFolderError(
+            f"{damaged}: is damaged or no checkpoint of clframe, and no intact one is left; restore it from a copy, "
+            f"or delete it to start over"
+        )
+    path, content = found
+    if content.get("finished") != int(path.stem.removeprefix("experience_")):
+        raise RunFolderError(
+            f"{path}: finished={content.get('finished')!r} contradicts the file's name; delete or rename it"
+        )
+    return {**content, "file_bytes": path.stat().st_size}
+
+
+def load_inside(folder: Path, *, finished: int, device: torch.device) -> dict[str, Any] | None:
+    """Return the newest intact checkpoint inside the experience after ``finished`` ones, or None.
+
+    Damaged ones are named in a warning and skipped: the one before, or the start of the experience, is used. ``file``
+    is the path.
+
+    Raises:
+        RunFolderError: It has a format that this version cannot read, or contradicts its name.
+    """
+    found, _ = _newest_intact(inside_files(folder, finished=finished), device)
+    if found is None:
+        return None
+    path, content = found
+    if content.get("finished") != finished:
+        raise RunFolderError(
+            f"{path}: finished={content.get('finished')!r} contradicts the file's name; delete or rename it"
+        )
+    return {**content, "file": str(path)}
+
+
+def _newest_intact(
+    paths: Sequence[Path], device: torch.device
+) -> tuple[tuple[Path, dict[str, Any]] | None, Path | None]:
+    """Return the newest intact checkpoint of ``paths``, oldest first, and the newest damaged one.
+
+    Raises:
+        RunFolderError: The newest intact one has a format that this version cannot read.
+    """
     damaged: Path | None = None
-    for path in reversed(checkpoint_files(folder)):
+    for path in reversed(paths):
         content = _read(path, device)
         if content is None:
             _log.warning("%s: is damaged or no checkpoint of clframe; the one before it is used", path)
             damaged = damaged or path
             continue
-        if content.get("format") != FORMAT:
+        if content.get("format") not in READABLE:
             raise RunFolderError(
-                f"{path}: has format {content.get('format')}, this version reads {FORMAT}; use the version that "
-                f"wrote it"
+                f"{path}: has format {content.get('format')}, this version reads {' and '.join(map(str, READABLE))}; "
+                f"use the version that wrote it"
             )
-        if content.get("finished") != int(path.stem.removeprefix("experience_")):
-            raise RunFolderError(
-                f"{path}: finished={content.get('finished')!r} contradicts the file's name; delete or rename it"
-            )
-        return {**content, "file_bytes": path.stat().st_size}
-    if damaged is not None:
-        raise RunFolderError(
-            f"{damaged}: is damaged or no checkpoint of clframe, and no intact one is left; restore it from a copy, "
-            f"or delete it to start over"
-        )
-    return None
+        return (path, content), damaged
+    return None, damaged
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
@@ -93,18 +173,29 @@ def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
     return dict(content) if isinstance(content, dict) else None
 
 
-def encode(value: Any) -> Any:
+def encode(value: Any, *, live: Mapping[int, str] | None = None) -> Any:
     """Return a state as nested plain values; frozen networks become their tensors.
+
+    Args:
+        value: The state.
+        live: Names of the parameters of the trained network by ``id``. A state that refers to them, as that of ``si``
+            does while it trains, refers to those of the restored network after :func:`decode`.
 
     Raises:
         RunFolderError: A value that a checkpoint could not hold without running code on loading.
     """
     if isinstance(value, Network):
         return {_NETWORK: {name: tensor.detach() for name, tensor in value.state_dict().items()}}
+    # Equal texts become one object: pickle writes an object once, so that the size of the file, which is in the ledger,
+    # does not depend on whether the run was resumed.
     if isinstance(value, Mapping):
-        return {key: encode(item) for key, item in value.items()}
+        return {encode(key): encode(item, live=live) for key, item in value.items()}
+    if type(value) is str:
+        return sys.intern(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(encode(item) for item in value)
+        return type(value)(encode(item, live=live) for item in value)
+    if live is not None and id(value) in live:
+        return {_PARAMETER: live[id(value)]}
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         return value
     raise RunFolderError(
@@ -114,13 +205,19 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any, network: Network) -> Any:
-    """Invert :func:`encode`; frozen networks get the architecture of ``network``."""
+    """Invert :func:`encode`; frozen networks get the architecture of ``network``, and references its parameters."""
+    return _decode(value, network, dict(network.named_parameters()))
+
+
+def _decode(value: Any, network: Network, parameters: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_NETWORK}:
             return restore(network, value[_NETWORK])
-        return {key: decode(item, network) for key, item in value.items()}
+        if set(value) == {_PARAMETER}:
+            return parameters[value[_PARAMETER]]
+        return {key: _decode(item, network, parameters) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(decode(item, network) for item in value)
+        return type(value)(_decode(item, network, parameters) for item in value)
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -141,6 +141,28 @@ class CostRecorder(SupervisedPlugin):
         self._add_evaluations()  # those of the untrained network
         self._index = index
         self._reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been counted in the experience so far and is not in the ledger yet."""
+        return {
+            "profiler": self.profiler.state_dict(),
+            "executed_experts": self._executed_experts,
+            "evaluated": dict(self._evaluated),
+            "per_sample": dict(self._per_sample),
+            "mixed": self._mixed,
+            "new": self._new,
+            "updates": self._updates,
+            "before_epoch": self._before_epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`, after :meth:`begin` of the same experience."""
+        self.profiler.load_state_dict(state["profiler"])
+        self._executed_experts = state["executed_experts"]
+        self._evaluated = Counter(state["evaluated"])
+        self._per_sample = dict(state["per_sample"])
+        self._mixed, self._new = state["mixed"], state["new"]
+        self._updates, self._before_epoch = state["updates"], state["before_epoch"]
 
     def finish(self) -> None:
         """Write the costs of a finished and evaluated experience to the ledger."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,15 @@ class DivergenceGuard:
         self.action = action
         self.found: list[str] = []
         self._experience: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the findings so far and the experience of the last one."""
+        return {"found": list(self.found), "experience": self._experience}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; :attr:`found` remains the same list."""
+        self.found[:] = state["found"]
+        self._experience = state["experience"]
 
     def check_losses(self, means: Mapping[str, float], *, experience: int, step: int) -> None:
         """Check the mean of each loss term since the last check.

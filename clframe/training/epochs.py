@@ -58,6 +58,14 @@ class MeanLoss:
         self._sum, self._count = None, 0
         return mean
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sum and the number of losses so far."""
+        return {"sum": None if self._sum is None else self._sum.clone(), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._sum, self._count = state["sum"], state["count"]
+
 
 class EpochMetrics:
     """Computes the metrics of every epoch of an experience.
@@ -86,6 +94,14 @@ class EpochMetrics:
     def add_loss(self, loss: Tensor) -> None:
         """Add the loss of one training step."""
         self._loss.add(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses of the epoch so far."""
+        return self._loss.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._loss.load_state_dict(state)
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name; the network's modes and the random states are left as they were."""
@@ -152,6 +168,14 @@ class EarlyStopping:
     def reset(self) -> None:
         """Forget earlier experiences."""
         self._best, self._waited = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and the number of epochs without improvement."""
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._best, self._waited = state["best"], state["waited"]
 
     def should_stop(self, metrics: Mapping[str, float]) -> bool:
         """Return whether to stop after an epoch with these metrics."""

@@ -20,6 +20,7 @@ from clframe.exits.diagnostics import ExitRecord, make_exit_record
 from clframe.exits.failure import brier_N, nll_N
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics import Tally, TallyCounter
+from clframe.metrics.confusion import MOST_CLASSES, ConfusionCounter
 from clframe.moe import Usage, count_usage
 from clframe.moe.usage import active_rates, overlaps
 from clframe.nn.backbones.base import preserving_state
@@ -54,6 +55,8 @@ class Scores(SupervisedPlugin):
         tally: Correct predictions of the strategy, by test experience and class.
         exits: The same for each exit, in order of depth.
         predictions: Each exit's prediction for each sample.
+        confusion_CC: Samples by true and predicted class of the strategy; None beyond
+            :data:`~clframe.metrics.confusion.MOST_CLASSES` classes.
     """
 
     def __init__(self, benchmark: Benchmark) -> None:
@@ -61,15 +64,19 @@ class Scores(SupervisedPlugin):
         self._benchmark = benchmark
         self._counter: TallyCounter | None = None
         self._exits: list[TallyCounter] = []
+        self._confusion: ConfusionCounter | None = None
         self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor], Tensor, Tensor]] = []
         self.tally: Tally | None = None
         self.exits: tuple[Tally, ...] = ()
         self.predictions: ExitPredictions | None = None
+        self.confusion_CC: Tensor | None = None
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Reset all counts."""
         self._counter = self._new_counter(strategy)
         self._exits = [self._new_counter(strategy) for _ in strategy.learner.network.heads]
+        classes = len(self._benchmark.class_order)
+        self._confusion = ConfusionCounter(classes, device=strategy.device) if classes <= MOST_CLASSES else None
         self._batches = []
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
@@ -78,16 +85,18 @@ class Scores(SupervisedPlugin):
         index, y_B = strategy.experience.current_experience, strategy.mb_y
         classes = self._benchmark.classes[index]
         self._counter.update(index, strategy.mb_output, y_B, classes)
+        if self._confusion is not None:
+            self._confusion.update(strategy.mb_output, y_B)
         scores = strategy.adjusted.logits
         for counter, scores_BC in zip(self._exits, scores, strict=True):
             counter.update(index, scores_BC, y_B, classes)
         if scores[0].shape[1]:
             best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
-            # The arg-max of NaN scores is class 0, which would be right by chance: they predict nothing.
+            # As in the tally: scores that are NaN or +inf predict nothing.
             correct_KB = torch.stack([(class_B == y_B) & p_B.isfinite() for p_B, class_B in best])
             decided = {name: decide(scores).scores_BC for name, decide in STATIC.items()}
             static = {
-                name: (found_BC.argmax(1) == y_B) & ~found_BC.isnan().any(dim=1) for name, found_BC in decided.items()
+                name: (found_BC.argmax(1) == y_B) & found_BC.amax(1).isfinite() for name, found_BC in decided.items()
             }
             nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
             brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
@@ -100,6 +109,7 @@ class Scores(SupervisedPlugin):
         self.tally = self._counter.result()
         self.exits = tuple(counter.result() for counter in self._exits)
         self.predictions = self._gather(len(self._exits))
+        self.confusion_CC = None if self._confusion is None else self._confusion.result()
         self._batches = []
 
     def _new_counter(self, strategy: Any) -> TallyCounter:
@@ -165,12 +175,14 @@ class ExitRecorder:
         benchmark = self._benchmark
         if len(cost_K) == 1 or not benchmark.validation or benchmark.evaluate == "validation":
             return None
-        strategy.eval(benchmark.avalanche.streams["valid"][: index + 1])
+        strategy.eval([each for each in benchmark.avalanche.streams["valid"][: index + 1] if len(each.dataset)])
         predictions = self._scores.predictions
         assert predictions is not None
         return _exit_evaluation(predictions, cost_K, predictions.experience_N <= index)
 
     def _similarity(self, network: Network, index: int) -> tuple[float, ...]:
+        if not len(self._benchmark.evaluation[0]):  # the first data of an extended run are gone
+            return (float("nan"),) * len(network.exit_taps)
         now = _taps(network, self._benchmark)
         if index == 0:
             self.reference = now

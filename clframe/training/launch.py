@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning import Fabric
 
 from clframe.avalanche_bridge.plugins import Named, make_plugins
+from clframe.config.periods import Period
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
@@ -20,6 +21,7 @@ from clframe.training.module import ContinualModule, OptimizerFactory, Scheduler
 from clframe.training.monitor import Monitor
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
+from clframe.training.trainer import refuse_to_save
 
 
 def launch(
@@ -52,6 +54,7 @@ def launch(
     csv: bool,
     folder: Path,
     config_text: str,
+    checkpoint_period: Period | None = None,
     plugins: Named = (),
     on_evaluated: Callable[[Progress], None] | None,
 ) -> Session:
@@ -106,6 +109,8 @@ def launch(
         monitor=monitor,
         checkpoints=folder / "checkpoints",
         config=config_text,
+        period=checkpoint_period,
+        foreign=", ".join(filter(None, (*(name for name, _ in plugins), refuse_to_save(trainer_options)))),
         on_evaluated=on_evaluated,
     )
 

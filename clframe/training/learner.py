@@ -92,6 +92,7 @@ class Learner:
         self._after_step = composition.acting_at("after_step")
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
+        self._task_context: StepContext
         self._steps = self._number = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
@@ -184,7 +185,7 @@ class Learner:
         owner = self._logits_owner
         if owner is None:
             return output
-        with self.observer.around("adjust_logits", owner.name, len(output.last)):
+        with self.observer.around("adjust_logits", owner.name, output.last.shape[0]):
             return owner.adjust_logits(output, self.state[owner.name])
 
     @property
@@ -224,7 +225,7 @@ class Learner:
         owner = self._prediction_owner
         if owner is None:
             return output.last
-        with self.observer.around("predict", owner.name, len(output.last)):
+        with self.observer.around("predict", owner.name, output.last.shape[0]):
             return owner.predict(output, self.state[owner.name])
 
     def end(self) -> None:
@@ -249,6 +250,42 @@ class Learner:
         means = {f"loss/{name}": float(value.sum()) / steps for name, value in self.term_sums.items()}
         self.term_sums = {}
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what changes within an experience; all but network, options and what its begin creates again.
+
+        ``memory`` is the replay buffer that the contexts of this epoch show, where a hook has replaced it since.
+        """
+        contexts = {**self._contexts, **({"": self._task_context} if self._contexts else {})}
+        memory = next((context.memory for context in contexts.values()), None)
+        return {
+            "components": dict(self.state),
+            "past": self.past,
+            "weight_K": self.weight_K,
+            "term_sums": {name: value.clone() for name, value in self.term_sums.items()},
+            "term_steps": self.term_steps,
+            "steps": self._steps,
+            "number": self._number,
+            "generators": {name: context.generator.get_state() for name, context in contexts.items()},
+            "memory": None if memory is self._memory() else memory,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; generators of an epoch only where :meth:`before_epoch` has created them."""
+        self.state = dict(state["components"])
+        self.past = tuple(state["past"])
+        self.weight_K = state["weight_K"]
+        self.term_sums = {name: value.clone() for name, value in state["term_sums"].items()}
+        self.term_steps = state["term_steps"]
+        self._steps, self._number = state["steps"], state["number"]
+        if not self._contexts:
+            return
+        memory = self._memory() if state["memory"] is None else state["memory"]
+        self._contexts = {name: replace(context, memory=memory) for name, context in self._contexts.items()}
+        self._task_context = replace(self._task_context, memory=memory)
+        for name, context in {**self._contexts, "": self._task_context}.items():
+            if name in state["generators"]:
+                context.generator.set_state(state["generators"][name])
 
     def seed_everything(self, *position: int | str) -> None:
         """Seed torch, numpy and random for one position of the run, if the run has a seed."""

@@ -47,6 +47,9 @@ class Driver(Protocol):
     def train_on(self, batch: Any) -> None:
         """Train on one batch."""
 
+    def after_batch(self) -> None:
+        """Finish a batch: everything that observes it has been called."""
+
     def after_epoch(self) -> None:
         """Finish an epoch."""
 

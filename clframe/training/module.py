@@ -64,7 +64,8 @@ class ContinualModule(LightningModule):
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise UnsupportedError(
                 "ContinualModule: found a network without trainable parameters, such as that of clframe.load(run), "
-                "which is for prediction; continue a run with clframe.run(resume=FOLDER), or use a new network"
+                "which is for prediction; learn more with clframe.load(run).extend(...) or clframe extend RUN, or use "
+                "a new network"
             )
         self.network = network
         self.learner = Learner(network, composition, seed=seed)
@@ -112,6 +113,10 @@ class ContinualModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take one training step."""
         self.driver.train_on(batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End a batch of the driver; Lightning's callbacks have been called."""
+        self.driver.after_batch()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip here, where gradients of 16-bit mixed precision are unscaled already."""
@@ -165,6 +170,9 @@ class PlainDriver:
         run_step(self)
         if self._mean_loss is not None:
             self._mean_loss.add(self._loss)
+
+    def after_batch(self) -> None:
+        """Do nothing."""
 
     def after_epoch(self) -> None:
         """Step the learning rate."""

@@ -1,9 +1,10 @@
-"""Live output of a run: progress bar, TensorBoard, metrics.csv and Lightning's loggers."""
+"""Live output of a run: progress bar, log.txt, TensorBoard, metrics.csv and Lightning's loggers."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 from clframe.errors import DivergenceError, RunFolderError, UnsupportedError
 from clframe.files import write_atomically
-from clframe.progress import progress_bar
+from clframe.metrics import Tally
+from clframe.metrics.continual import average_seen_accuracy
+from clframe.progress import is_shown
+from clframe.training.display import Display, RemainingTime
+from clframe.training.run_log import RunLog
 from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
 POINTS = 300
@@ -27,11 +32,13 @@ class Monitor:
         tensorboard: Whether to write event files below ``folder/tensorboard``.
         csv: Whether to write ``metrics.csv``, one row per value.
         log_every: Steps between two log entries; no step in between synchronizes with the device.
-        progress: Whether to show a bar; it is hidden if the output is not a terminal.
+        progress: Whether to show a bar if stderr is a terminal.
         loggers: Loggers of Lightning, with a step that rises over the experiences.
 
     Attributes:
         on_losses: Called with the mean of each loss term, the experience and the step of every log entry.
+        display: The progress bar; None where it is not shown.
+        log: The file log.txt.
     """
 
     def __init__(
@@ -50,9 +57,10 @@ class Monitor:
         self._writes_tensorboard = tensorboard
         self.tensorboard: TensorBoard | None = None
         self._log_every = log_every
-        self._progress = progress
+        self.display: Display | None = None
+        self._shows_progress = progress and is_shown()
+        self.log = RunLog(folder, experiences=experiences)
         self._rows: list[tuple[int, int, str, float]] = []
-        self._bar: Any = None
         self._loggers = loggers
         self._unlogged = 0
         self._sums: dict[str, float] = {}
@@ -62,8 +70,21 @@ class Monitor:
         self.on_losses: Callable[[Mapping[str, float], int, int], None] | None = None
         self.experience = 0
 
-    def open(self, *, finished: int, steps: int) -> None:
+    def open(
+        self,
+        *,
+        finished: int,
+        steps: int,
+        tallies: Sequence[Tally] = (),
+        expected_steps: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
         """Start writing after ``finished`` experiences of ``steps`` steps; later entries of a killed run are dropped.
+
+        Args:
+            finished: Experiences that are not trained again.
+            steps: Their training steps.
+            tallies: Their evaluations.
+            expected_steps: Returns the expected steps of each experience; called if a progress bar is shown.
 
         Raises:
             RunFolderError: ``metrics.csv`` or the event files cannot be read or written.
@@ -88,15 +109,54 @@ class Monitor:
                 ) from None
         if self._path is not None and self._path.is_file():
             self._rows = [row for row in _read_rows(self._path) if row[0] < finished]
+        self.log.open(finished=finished)
+        if self._shows_progress:
+            remaining = RemainingTime(expected_steps() or [0] * self._experiences, finished=finished)
+            accuracies = [tally.accuracy_E for tally in tallies]
+            accuracy = average_seen_accuracy(accuracies).value if accuracies else math.nan
+            self.display = Display(remaining, experiences=self._experiences, accuracy=accuracy)
 
-    def begin_experience(self, index: int, *, label: str, steps: int) -> None:
-        """Start the progress bar of an experience."""
+    def time_evaluation(self, seconds: float) -> None:
+        """Give the time of the evaluation before any training, the first estimate of that of the others."""
+        if self.display is not None:
+            self.display.time_evaluation(seconds)
+
+    def begin_experience(self, index: int, *, steps: int, done: int = 0, epochs: int = 0) -> None:
+        """Start an experience.
+
+        Args:
+            index: Its number, from 0.
+            steps: Its training steps.
+            done: Those done before, where training resumes inside the experience.
+            epochs: Its epochs, for the progress bar; 0 does not show them.
+        """
         self.experience, self._unlogged = index, 0
         self._sums, self._flushes, self._entries, self._samples = {}, 0, 0, 0
         self._every = max(1, -(-steps // (self._log_every * POINTS)))
         self._since = time.perf_counter()
-        if self._progress:
-            self._bar = progress_bar(label, total=steps, unit="step")
+        if self.display is not None:
+            self.display.begin_experience(index, steps=steps, done=done, epochs=epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been logged of this experience, and write its TensorBoard points to disk."""
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+        return {
+            "rows": [row for row in self._rows if row[0] == self.experience],
+            "unlogged": self._unlogged,
+            "sums": dict(self._sums),
+            "flushes": self._flushes,
+            "entries": self._entries,
+            "samples": self._samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`, after :meth:`begin_experience` of the same experience."""
+        self._rows = [row for row in self._rows if row[0] < self.experience]
+        self._rows += [(int(e), int(s), str(n), float(v)) for e, s, n, v in state["rows"]]
+        self._unlogged, self._samples = state["unlogged"], state["samples"]
+        self._sums, self._flushes, self._entries = dict(state["sums"]), state["flushes"], state["entries"]
+        self._since = time.perf_counter()
 
     def on_step(self, strategy: Any) -> None:
         """Count a training step and log every ``log_every``-th."""
@@ -104,6 +164,8 @@ class Monitor:
         self._samples += len(strategy.batch.y)
         if self._unlogged == self._log_every:
             self.flush(strategy)
+        if self.display is not None:
+            self.display.step(strategy)
 
     def flush(self, strategy: Any) -> None:
         """Log the means of the loss terms since the last flush, and the learning rate."""
@@ -119,11 +181,6 @@ class Monitor:
         curves = {**values, LOSS: sum(means.values()), THROUGHPUT: self._throughput()}
         self._draw(curves, step=step)
         self._send(curves, step=step)
-        if self._bar is not None:
-            self._bar.update(self._unlogged)
-            self._bar.set_postfix(
-                {name.removeprefix("loss/"): f"{v:.3f}" for name, v in means.items()}, refresh=False
-            )
         self._unlogged = 0
         if self.on_losses is not None:
             try:
@@ -133,10 +190,9 @@ class Monitor:
                 raise
 
     def end_experience(self) -> dict[str, float]:
-        """Close the bar, write metrics.csv; returns the mean of each loss term over the experience."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """Write metrics.csv; returns the mean of each loss term over the experience."""
+        if self.display is not None:
+            self.display.begin_evaluation()
         self._write()
         return {name: total / self._flushes for name, total in self._sums.items()}
 
@@ -151,10 +207,41 @@ class Monitor:
         values = {f"accuracy/experience_{i + 1}": accuracy for i, accuracy in enumerate(seen)}
         self._send({"accuracy/average": sum(seen) / len(seen), **values}, step=step)
 
+    def log_experience(
+        self,
+        tallies: Sequence[Tally],
+        *,
+        title: str,
+        losses: Mapping[str, float],
+        steps: int,
+        train_seconds: float,
+        evaluation_seconds: float,
+        checkpoint_bytes: int | None,
+    ) -> None:
+        """Write the line of the newest experience to log.txt; see :meth:`~clframe.training.run_log.RunLog.experience`.
+
+        Args:
+            tallies: One evaluation per training experience so far.
+            title: See there, as for the arguments that follow.
+            losses: Mean of each loss term.
+            steps: Training steps so far.
+            train_seconds: Of this experience.
+            evaluation_seconds: Of this experience.
+            checkpoint_bytes: Size of the checkpoint.
+        """
+        accuracies = [tally.accuracy_E for tally in tallies]
+        self.log.experience(
+            finished=len(tallies), title=title, accuracies=accuracies, losses=losses, steps=steps,
+            train_seconds=train_seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
+        )  # fmt: skip
+        if self.display is not None:
+            self.display.end_evaluation(average_seen_accuracy(accuracies).value)
+
     def close(self) -> None:
-        """Close bar, event files and loggers, whether the run has ended or failed."""
-        if self._bar is not None:
-            self._bar.close()
+        """Close bar, log, event files and loggers, whether the run has ended or failed."""
+        if self.display is not None:
+            self.display.close()
+        self.log.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         for logger in self._loggers:

@@ -50,7 +50,7 @@ def policy_of(learner: Learner) -> ExitPolicy | None:
     return policy
 
 
-def prediction_cost(learner: Learner, x: Tensor) -> PredictionCost:
+def prediction_cost(learner: Learner, x: Tensor, *, policy: ExitPolicy | None = None) -> PredictionCost:
     """Count the MACs of a prediction, part by part; the model is not changed.
 
     With a policy, the parts are those that :class:`~clframe.exits.dynamic.DynamicNetwork` runs for a single sample:
@@ -60,8 +60,9 @@ def prediction_cost(learner: Learner, x: Tensor) -> PredictionCost:
     Args:
         learner: The model and its strategy.
         x: One prepared sample as a batch.
+        policy: Exit policy; None: that of the strategy, see :func:`policy_of`.
     """
-    network, policy = learner.network, policy_of(learner)
+    network, policy = learner.network, policy or policy_of(learner)
     with evaluation_mode(network), torch.no_grad(), every_expert(network), MacCounter() as counter:
         run = _PartCounter(learner, lambda: counter.macs)
         if policy is None:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from clframe.accounting import DevicePeak, EnergyMeter, Ledger
+from clframe.accounting import Ledger
+from clframe.config.periods import Period
 from clframe.config.typed import same_config
 from clframe.data.benchmark import Benchmark
-from clframe.errors import RunFolderError
+from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics import Tally
+from clframe.metrics.confusion import MOST_SHOWN
 from clframe.sparsity.activity import ActivityRecord
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.evaluation import ActivityRecorder, ExitRecorder, Scores
+from clframe.training.inside import Position
 from clframe.training.monitor import Monitor
 from clframe.training.prediction_cost import policy_of
+from clframe.training.saver import ExperienceSaver, TrainingMeter
 from clframe.training.strategy import LightningStrategy
 from clframe.training.tensorboard import TensorBoard
 from clframe.training.trained import describe_data
@@ -44,6 +50,8 @@ class Progress:
     loss_terms: list[dict[str, float]] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
     """One line for each experience whose losses or weights were not finite."""
+    confusion_CC: Tensor | None = None
+    """Test samples by true and predicted class after the last experience; None before it."""
 
 
 class Session:
@@ -56,10 +64,9 @@ class Session:
         monitor: Live output.
         checkpoints: Folder for checkpoints; None writes none.
         config: The resolved config as text; a checkpoint of another one is refused.
+        period: When checkpoints inside an experience are written; None only when a signal ends the run.
+        foreign: Names of plugins and callbacks whose state checkpoints inside an experience cannot hold.
         on_evaluated: Called with the progress after every experience.
-
-    Attributes:
-        ledger: Costs of the run so far; every checkpoint contains it.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class Session:
         monitor: Monitor,
         checkpoints: Path | None = None,
         config: str = "",
+        period: Period | None = None,
+        foreign: str = "",
         on_evaluated: Callable[[Progress], None] | None = None,
     ) -> None:
         assert strategy.learner is not None
@@ -81,20 +90,43 @@ class Session:
         self._activity = ActivityRecorder(benchmark)
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
-        self.ledger = Ledger()
-        self._costs = CostRecorder(self.learner, self.ledger)
+        self._costs = CostRecorder(self.learner, Ledger())
         strategy.plugins.append(self._costs)
         strategy.on_step = monitor.on_step
         assert strategy.module is not None
         self._guard = guard = strategy.module.divergence
         self.progress.diverged = guard.found
         monitor.on_losses = lambda means, index, step: guard.check_losses(means, experience=index, step=step)
+        self._inside: Mapping[str, Any] | None = None
+        self._saver: ExperienceSaver | None = None
+        if checkpoints is not None:
+            self._saver = ExperienceSaver(
+                strategy, self._costs, monitor, folder=checkpoints, config=config, period=period, foreign=foreign
+            )
+
+    @property
+    def ledger(self) -> Ledger:
+        """Costs of the run so far; every checkpoint contains them."""
+        return self._costs.ledger
 
     def resume(self) -> int:
         """Resume from the newest checkpoint; returns the number of finished experiences (0: there is none)."""
-        content = None if self._folder is None else load_latest(self._folder, device=self.strategy.device)
-        if content is None:
+        if self._folder is None or self._saver is None:
             return 0
+        content = load_latest(self._folder, device=self.strategy.device)
+        if content is not None:
+            self._resume_after(content)
+        self._inside = self._saver.load(finished=self.progress.finished)
+        if self._inside is not None:
+            self.progress.baseline = _tally(self._inside["baseline"])
+        return self.progress.finished
+
+    def _resume_after(self, content: Mapping[str, Any]) -> None:
+        """Restore the checkpoint of a finished experience.
+
+        Raises:
+            RunFolderError: It is of another config, or does not fit.
+        """
         if content.get("config") != self._config and not same_config(str(content.get("config")), self._config):
             raise RunFolderError(
                 f"{self._folder}: was written by another config; resume with the run's own config.yaml"
@@ -107,7 +139,6 @@ class Session:
                 f"{self._folder}: the newest checkpoint does not fit this run ({reason}); delete it to resume "
                 f"from the one before"
             ) from error
-        return self.progress.finished
 
     def _restore(self, content: Mapping[str, Any]) -> None:
         learner = self.learner
@@ -127,25 +158,37 @@ class Session:
             activity=_activity(content, finished=len(exits)),
             loss_terms=content["loss_terms"],
             diverged=self._guard.found,
+            confusion_CC=content.get("confusion") if content["finished"] == len(self.benchmark) else None,
         )
         self._guard.found[:] = content.get("diverged", ())
         self._watch.reference = content["taps"]
         self._activity.learnt = list(content.get("active", ()))
         if "ledger" in content:
-            self.ledger = self._costs.ledger = Ledger.of(content["ledger"])
+            self._costs.ledger = Ledger.of(content["ledger"])
             # A checkpoint cannot hold its own size, so the row that follows it in an uninterrupted run is added here.
             self.ledger.add_bytes("checkpoint", bytes=content["file_bytes"], experience=self.progress.finished - 1)
+        if content.get("precision"):
+            self.strategy.fabric._precision.load_state_dict(content["precision"])
         clock = self.strategy.clock
         clock.train_iterations = clock.total_iterations = self.progress.steps
         clock.train_exp_counter = self.benchmark.sub_experiences(self.progress.finished - 1).stop
 
     def run(self) -> Progress:
         """Train on the remaining experiences; returns the complete progress."""
-        self._monitor.open(finished=self.progress.finished, steps=self.progress.steps)
-        for index in range(self.progress.finished, len(self.benchmark)):
-            if index == 0:
-                self.progress.baseline = self._baseline()
-            self._learn(index)
+        inside = self._inside
+        self._monitor.open(
+            finished=self.progress.finished,
+            steps=self.progress.steps if inside is None else inside["steps"],
+            tallies=self.progress.tallies,
+            expected_steps=self._expected_steps,
+        )
+        if inside is not None:
+            self._monitor.log.note(f"resumed at {Position.of(inside['position'])}")
+        with nullcontext() if self._saver is None else self._saver.stop:
+            for index in range(self.progress.finished, len(self.benchmark)):
+                if index == 0:
+                    self._start_network()
+                self._learn(index)
         return self.progress
 
     def write_hyper_parameters(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -166,19 +209,37 @@ class Session:
         """Return the bytes of each component's state, by name."""
         return {name: nbytes(state) for name, state in self.learner.state.items()}
 
+    def _expected_steps(self) -> list[int]:
+        """Training steps of each experience, as far as they are known before training."""
+        stream, benchmark = self.benchmark.avalanche.streams["train"], self.benchmark
+        try:
+            return [
+                sum(self.strategy.count_steps(stream[i]) for i in benchmark.sub_experiences(index))
+                for index in range(len(benchmark))
+            ]
+        except ClframeError:  # of an experience that cannot be trained, which is reported when it begins
+            return [0] * len(benchmark)
+
     def _learn(self, index: int) -> None:
         strategy, progress, monitor, benchmark = self.strategy, self.progress, self._monitor, self.benchmark
         stream = benchmark.avalanche.streams["train"]
         parts = [stream[i] for i in benchmark.sub_experiences(index)]  # one, unless the stream is online
-        label = f"experience {index + 1}/{len(benchmark)} ({benchmark.title(index)})"
-        monitor.begin_experience(index, label=label, steps=sum(map(strategy.count_steps, parts)))
-        progress.train_seconds += self._train(parts, index)
+        epochs = int(strategy.train_epochs) if len(parts) == 1 else 0
+        steps, done = sum(map(strategy.count_steps, parts)), 0
+        if self._inside is not None:
+            done = Position.of(self._inside["position"]).step
+        monitor.begin_experience(index, steps=steps, epochs=epochs, done=done)
+        seconds = self._train(parts, index)
+        progress.train_seconds += seconds
         progress.loss_terms.append(monitor.end_experience())
         progress.steps = int(strategy.clock.train_iterations)
         start = time.perf_counter()
         progress.tallies.append(self._evaluate())
+        if index + 1 == len(benchmark):
+            progress.confusion_CC = self._scores.confusion_CC
         monitor.log_accuracies(progress.tallies[-1].accuracy_E, step=progress.steps)
-        self.ledger.add_time("evaluation", seconds=time.perf_counter() - start, experience=index)
+        evaluation_seconds = time.perf_counter() - start
+        self.ledger.add_time("evaluation", seconds=evaluation_seconds, experience=index)
         progress.activity.append(self._activity.record(self.learner.network, index))
         progress.exits.append(self._watch.record(strategy, index))
         self._costs.finish()
@@ -189,7 +250,11 @@ class Session:
             except Exception as error:  # the experience is trained: a failure to draw must not lose it
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 _log.warning("tensorboard: experience %d could not be drawn (%s)", index, reason)
-        self._save()
+        checkpoint_bytes = self._save()
+        monitor.log_experience(
+            progress.tallies, title=benchmark.title(index), losses=progress.loss_terms[-1], steps=progress.steps,
+            train_seconds=seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
+        )  # fmt: skip
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
 
@@ -201,40 +266,54 @@ class Session:
         board.predictions(costs, macs=macs, experience=newest, names=names, policy=policy is not None)
         board.activity(progress.activity)
         board.exits(progress.exits, names=names)
+        if progress.confusion_CC is not None and len(progress.confusion_CC) <= MOST_SHOWN:
+            known = self.benchmark.class_names
+            classes = [known[c] if c < len(known) else str(c) for c in self.benchmark.class_order]
+            board.confusion(progress.confusion_CC.tolist(), names=classes, experience=newest)
         board.write_layout(progress.finished)
 
     def _train(self, parts: list[Any], index: int) -> float:
         """Train on the parts of an experience; returns the seconds it took."""
-        ledger, device = self.ledger, self.strategy.device
-        start = time.perf_counter()
+        inside, self._inside = self._inside, None
+        meter = TrainingMeter(self.strategy.device)
         self._costs.begin(index)
-        with EnergyMeter(device) as meter, DevicePeak(device) as peak:
+        if self._saver is not None:
+            baseline = None if self.progress.baseline is None else asdict(self.progress.baseline)
+            self._saver.begin(index, parts=len(parts), step=self.progress.steps, meter=meter, baseline=baseline)
+            if inside is not None:
+                parts = self._saver.resume(inside, parts)
+        with meter:
             self.strategy.train(parts, eval_streams=[[self.benchmark.evaluation_stream[index]]])
         self._monitor.flush(self.strategy)
-        seconds = time.perf_counter() - start
+        seconds, ledger = meter.seconds, self.ledger
         ledger.add_time("training", seconds=seconds, experience=index)
         ledger.add_energy(meter.energy, experience=index)
-        if peak.bytes is not None:
-            ledger.add_bytes("device_peak", bytes=peak.bytes, experience=index)
+        if meter.peak_bytes is not None:
+            ledger.add_bytes("device_peak", bytes=meter.peak_bytes, experience=index)
         return seconds
 
-    def _baseline(self) -> Tally:
-        """Accuracies at random initialization, with logits for the classes of the first experience."""
+    def _start_network(self) -> None:
+        """Grow the heads for the first experience and evaluate them at random initialization."""
         self.learner.seed_everything("experience", 0)
         self.learner.network.grow(self.benchmark.classes[0])
         self.strategy.model.to(self.strategy.device)
-        return self._evaluate()
+        if self._inside is None:
+            start = time.perf_counter()
+            self.progress.baseline = self._evaluate()
+            self._monitor.time_evaluation(time.perf_counter() - start)
 
     def _evaluate(self) -> Tally:
-        self.strategy.eval(self.benchmark.evaluation_stream)
+        # The experiences of an extended run have no samples where its earlier data are gone.
+        self.strategy.eval([each for each in self.benchmark.evaluation_stream if len(each.dataset)])
         assert self._scores.tally is not None
         return self._scores.tally
 
-    def _save(self) -> None:
+    def _save(self) -> int | None:
+        """Write a checkpoint; returns its size in bytes, or None where none is written."""
         if self._folder is None:
-            return
+            return None
         progress, learner = self.progress, self.learner
-        content: Mapping[str, Any] = {
+        content: dict[str, Any] = {
             "config": self._config,
             "torch": str(torch.__version__),
             "steps": progress.steps,
@@ -253,8 +332,16 @@ class Session:
             "network": dict(learner.network.state_dict()),
             "components": learner.state,
         }
+        if progress.confusion_CC is not None:
+            content["confusion"] = progress.confusion_CC
+        if self.strategy.engine_name == "fabric":  # the scale of 16-bit mixed precision, empty without one
+            content["precision"] = dict(self.strategy.fabric._precision.state_dict())
         path = save_checkpoint(self._folder, content, finished=progress.finished)
-        self.ledger.add_bytes("checkpoint", bytes=path.stat().st_size, experience=progress.finished - 1)
+        assert self._saver is not None
+        self._saver.finish()
+        size = path.stat().st_size
+        self.ledger.add_bytes("checkpoint", bytes=size, experience=progress.finished - 1)
+        return size
 
 
 def _activity(content: Mapping[str, Any], *, finished: int) -> list[ActivityRecord]:

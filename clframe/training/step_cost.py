@@ -71,6 +71,30 @@ class StepProfiler(StepObserver):
         self.between_seconds = 0.0
         self._between_gaps: Counter[str] = Counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts of the experience so far."""
+        return {
+            "learning": self._learning,
+            "combinations": dict(self._combinations),
+            "runs": dict(self._runs),
+            "costs": dict(self._costs),
+            "declared": dict(self._declared),
+            "replaying": sorted(self._replaying),
+            "between": list(self.between),
+            "between_seconds": self.between_seconds,
+            "between_gaps": dict(self._between_gaps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._learning = state["learning"]
+        self._combinations = dict(state["combinations"])
+        self._runs = Counter(state["runs"])
+        self._costs, self._declared = dict(state["costs"]), dict(state["declared"])
+        self._replaying = set(state["replaying"])
+        self.between, self.between_seconds = list(state["between"]), state["between_seconds"]
+        self._between_gaps = Counter(state["between_gaps"])
+
     def before_epoch(self) -> None:
         """Note which parameters learn and which exits have a loss in the epoch that begins."""
         network, weight_K = self._learner.network, self._learner.weight_K

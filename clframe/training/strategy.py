@@ -26,13 +26,14 @@ from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.types import Output
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
+from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
 from clframe.training.module import ContinualModule
 from clframe.training.trainer import check_callbacks, fit_experience
 
 
-class LightningStrategy(Serving, StrategyStep, OnFabric, SupervisedTemplate):
+class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTemplate):
     """An Avalanche strategy whose model is a :class:`ContinualModule`, or any other module.
 
     A :class:`ContinualModule` is trained by its components' hooks and, without ``optimizer``, by a new optimizer for
@@ -149,6 +150,7 @@ class LightningStrategy(Serving, StrategyStep, OnFabric, SupervisedTemplate):
         self._step_in_update = 0
         self._epoch = 0
         self._part, self._parts = 0, 1
+        self._resumed_epoch: Resumption | None = None
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Begin an experience: grow the network, call the components, create the optimizer; else as Avalanche does."""
@@ -236,18 +238,47 @@ class LightningStrategy(Serving, StrategyStep, OnFabric, SupervisedTemplate):
             )
         self._kwargs = kwargs
         self.step_plugins = StepPlugins(self.plugins)
-        if self.engine_name == "trainer":
-            fit_experience(self, **kwargs)
-        else:
-            super()._train_exp(experience, eval_streams, **kwargs)
+        resumption, self.resumption = self.resumption, None
+        self._resumed_epoch = resumption
+        self.reach("begin")
+        if resumption is not None:
+            resumption.restore()
+        if resumption is None or not resumption.position.trained:
+            if self.engine_name == "trainer":
+                fit_experience(self, resumption=resumption, **kwargs)
+            elif resumption is None:
+                super()._train_exp(experience, eval_streams, **kwargs)
+            else:
+                self._train_remaining_epochs(**kwargs)
+        self.reach("trained")
+
+    def _train_remaining_epochs(self, **kwargs: Any) -> None:
+        """Run the epochs from the one of the clock on, as Avalanche runs all of them."""
+        for _ in range(int(self.clock.train_exp_epochs), self.train_epochs):
+            self._before_training_epoch(**kwargs)
+            if self._stop_training:
+                self._stop_training = False
+                break
+            self.training_epoch(**kwargs)
+            self._after_training_epoch(**kwargs)
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        """Reach the boundary between two small experiences, then begin one as Avalanche does."""
+        if self.part:
+            self.reach("part")
+        super()._before_training_exp(**kwargs)
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         """Let components consolidate, then call Avalanche's plugins."""
         if self.module is not None and self._part + 1 == self._parts:
             self.module.end(step=int(self.clock.train_iterations))
         super()._after_training_exp(**kwargs)
+        self.part += 1
 
     def _before_training_epoch(self, **kwargs: Any) -> None:
+        resumption, self._resumed_epoch = self._resumed_epoch, None
+        if resumption is None and self.clock.train_exp_epochs:
+            self.reach("epoch")
         self._epoch = self._part * self.train_epochs + self.clock.train_exp_epochs
         if self.learner is not None:
             self.learner.before_epoch(self._epoch, steps=self._count_batches())
@@ -258,6 +289,10 @@ class LightningStrategy(Serving, StrategyStep, OnFabric, SupervisedTemplate):
         if self.dataloader is not self._own_loader:
             self._refuse_pool()
         self.step_plugins = StepPlugins(self.plugins)  # a plugin may have added or removed others
+        if resumption is not None and resumption.position.batch:
+            resumption.restore()
+            assert self._own_loader is not None
+            self._own_loader.skip(resumption.position.batch, resumption.content["augmentation"])
 
     def _after_training_epoch(self, **kwargs: Any) -> None:
         if self._metrics is not None:
@@ -272,11 +307,15 @@ class LightningStrategy(Serving, StrategyStep, OnFabric, SupervisedTemplate):
 
     def training_epoch(self, **kwargs: Any) -> None:
         """Run one epoch."""
-        for batch in itertools.islice(self.dataloader, self.limit_batches):
+        done = int(self.clock.train_epoch_iterations)  # above 0 where the epoch is resumed
+        left = None if self.limit_batches is None else self.limit_batches - done
+        for batch in itertools.islice(self.dataloader, left):
             self.mbatch = batch
             if self._stop_training:
                 break
             self.train_on(batch)
+            if self.on_boundary is not None:
+                self.on_boundary("step")
 
     def eval_epoch(self, **kwargs: Any) -> None:
         """Evaluate as Avalanche does, on at most ``limit_batches`` batches."""

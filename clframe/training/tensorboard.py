@@ -13,7 +13,7 @@ from clframe.exits.diagnostics import ExitRecord, all_exit_metrics, forgetting_b
 from clframe.exits.failure import LABELS
 from clframe.exits.plots import exit_images, exit_usage_image
 from clframe.metrics import Tally, all_metrics, scores
-from clframe.plotting.images import matrix_image, matrix_markdown
+from clframe.plotting.images import confusion_image, matrix_image, matrix_markdown
 from clframe.sparsity.activity import ActivityRecord
 from clframe.sparsity.output import activity_image, short_layer_name
 from clframe.training.event_files import merge_events, wait_for_next_second
@@ -212,6 +212,10 @@ class TensorBoard:
             tag = f"{PICTURES}/accuracy_and_cost" if name == "curve" else f"exits/{name}"
             self._image(tag, picture, experience)
 
+    def confusion(self, counts_CC: Sequence[Sequence[int]], *, names: Sequence[str], experience: int) -> None:
+        """Draw the confusion matrix of the last evaluation; ``names`` are those of its classes, in its order."""
+        self._image(f"{PICTURES}/confusion_matrix", confusion_image(counts_CC, names=names), experience)
+
     def write_layout(self, finished: int) -> None:
         """Flush, and write the Custom Scalars page again if it lacks a chart.
 
@@ -224,6 +228,10 @@ class TensorBoard:
         if found != self._layout:
             self._layout = found
             self._writer.file_writer.add_summary(untyped(found), finished)
+        self._writer.flush()
+
+    def flush(self) -> None:
+        """Write buffered points to the file."""
         self._writer.flush()
 
     def hyper_parameters(self, values: Mapping[str, Any], *, metrics: Mapping[str, float], step: int) -> None:

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
+from clframe.data.chain import Stored
+from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.errors import DataError, RunFolderError, UnsupportedError
 from clframe.exits import ExitPolicy
+from clframe.exits.curves import BudgetPoints
+from clframe.exits.diagnostics import ExitRecord
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
@@ -34,7 +38,7 @@ class TrainedModel:
     """A network with the state of its strategy, as returned by ``clframe.load(run)``.
 
     Inputs are tensors or arrays as the data set stores them, such as bytes; predicted classes are the data set's ids.
-    Parameters are frozen: to continue training, resume the run.
+    Parameters are frozen: to learn more, extend the run (``clframe.load(run).extend``).
     """
 
     learner: Learner
@@ -42,6 +46,12 @@ class TrainedModel:
     """The data set's ids of the classes in the order in which they were learned."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+    """Name of each class, by its id in the data set; empty if unknown."""
+    inputs: InputFormat | None = None
+    """How files become inputs; None where the checkpoint does not record it."""
+    budgets: BudgetPoints | None = None
+    """Thresholds for budgets, chosen on validation data after the last experience; None where none are recorded."""
 
     @property
     def network(self) -> Network:
@@ -57,7 +67,7 @@ class TrainedModel:
         Raises:
             DataError: Inputs of another shape than the network was trained on, or that are not finite.
         """
-        batch = self._as_batch(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)))
+        batch = self.as_batch(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)))
         no_targets = torch.zeros(len(batch), dtype=torch.long)
         return self.network.to_device(TensorSamples(batch, no_targets, self.mean, self.std).prepare(batch))
 
@@ -103,7 +113,7 @@ class TrainedModel:
             raise UnsupportedError(f"dynamic: rule '{rule}' uses all exits; give a threshold, or use classify")
         return DynamicNetwork(self.network, policy(self.learner.state[owner.name]), adjust=adjust)
 
-    def _as_batch(self, x: Tensor) -> Tensor:
+    def as_batch(self, x: Tensor) -> Tensor:
         """Stored inputs with a batch dimension, images with the channels first."""
         shape = self.network.input_shape
         if not self.std:  # token ids: sequences may have any length
@@ -132,6 +142,9 @@ def describe_data(benchmark: Benchmark) -> dict[str, Any]:
         "class_order": tuple(benchmark.class_order),
         "mean": tuple(samples.mean),
         "std": tuple(samples.std),
+        "class_names": tuple(benchmark.class_names),
+        "inputs": benchmark.inputs.as_tree(),
+        "dtype": Stored.of(benchmark).dtype,
     }
 
 
@@ -176,12 +189,29 @@ def restore_model(
     learner, data = Learner(network, composition), content["data"]
     if recipe is None:
         network.load_state_dict(content["network"])
-        learner.state = decode(content["components"], network)
+        learner.state = {**learner.state, **decode(content["components"], network)}
     else:
         network.grow(content["past"])
-        learner.state = decode(content["components"], network)  # before the conversion: frozen copies in it are dense
+        # Before the conversion: frozen copies in it are dense.
+        learner.state = {**learner.state, **decode(content["components"], network)}
         recipe.shape(network)
         network.load_state_dict(content["network"])
     network.eval().requires_grad_(False)
     learner.past = tuple(content["past"])
-    return TrainedModel(learner, tuple(data["class_order"]), tuple(data["mean"]), tuple(data["std"]))
+    return TrainedModel(
+        learner,
+        tuple(data["class_order"]),
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        class_names=tuple(data.get("class_names", ())),
+        inputs=InputFormat.of(data["inputs"]) if "inputs" in data else None,
+        # A conversion to experts changes confidences: thresholds of the dense model do not apply to it.
+        budgets=_recorded_budgets(content) if recipe is None else None,
+    )
+
+
+def _recorded_budgets(content: Mapping[str, Any]) -> BudgetPoints | None:
+    try:
+        return ExitRecord.of(content["exits"][-1]).points
+    except (LookupError, RunFolderError):  # an older checkpoint: models load without
+        return None

@@ -21,6 +21,7 @@ from lightning.pytorch import loggers as lightning_loggers
 
 from clframe.avalanche_bridge.fabric import Engine, TrainerEngine
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.training.checkpoint import encode
 from clframe.training.epochs import EarlyStopping, metric_names
 from clframe.training.module import ContinualModule
 
@@ -56,7 +57,11 @@ class FittedStrategy(Protocol):
     limit_batches: int | None
     trainer_options: dict[str, Any]
     epoch_metrics: dict[str, float]
+    on_boundary: Any
     _stop_training: bool
+
+    def reach(self, boundary: Any) -> None:
+        """Reach a boundary at which the strategy may be saved."""
 
     def train_on(self, batch: Any) -> None:
         """Take one training step."""
@@ -112,6 +117,10 @@ class StrategyDriver:
         """Take one step of the strategy."""
         self._strategy.train_on(batch)
 
+    def after_batch(self) -> None:
+        """Reach the end of a step, where the strategy may be saved."""
+        self._strategy.reach("step")
+
     def after_epoch(self) -> None:
         """Call Avalanche's ``after_training_epoch`` and log the epoch's metrics for Lightning's callbacks."""
         if self._stopped_before_epoch:
@@ -133,7 +142,12 @@ class _LoaderView:
         return len(self._strategy.dataloader)
 
     def __iter__(self) -> Any:
-        yield from self._strategy.dataloader  # lazily: before_training_epoch may still replace it
+        # Lazily: before_training_epoch may still replace the loader, and sets the clock where the epoch is resumed.
+        batches = int(self._strategy.clock.train_epoch_iterations)
+        if batches:
+            assert self._strategy.module is not None
+            _continue_epoch(self._strategy.module.trainer, batches)
+        yield from self._strategy.dataloader
 
 
 def make_trainer(options: Mapping[str, Any], **arguments: Any) -> Trainer:
@@ -223,8 +237,75 @@ def _continue_steps(trainer: Trainer, steps: int) -> None:
         loop.manual_optimization.optim_step_progress.total.completed = steps
 
 
-def fit_experience(strategy: FittedStrategy, **kwargs: Any) -> None:
-    """Train the current experience of ``strategy`` in a new Trainer."""
+def trainer_state(trainer: Trainer, *, inside_epoch: bool) -> dict[str, Any]:
+    """Return the counters of a Trainer and the states of its callbacks.
+
+    Args:
+        trainer: While it fits.
+        inside_epoch: Whether it is at the end of a batch, which its loop counts a moment later.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    updates = loop.manual_optimization.optim_step_progress.total
+    return {
+        "stepped": loop._batches_that_stepped + inside_epoch,
+        "updates": [updates.ready, updates.completed],
+        "callbacks": {callback.state_key: encode(callback.state_dict()) for callback in _stateful(trainer)},
+    }
+
+
+def refuse_to_save(options: Mapping[str, Any]) -> str:
+    """Return the names of callbacks whose state cannot be stored inside an experience; empty if all can."""
+    found = []
+    for callback in _callbacks(options):
+        try:
+            encode(callback.state_dict())
+            plain = type(callback).on_save_checkpoint is Callback.on_save_checkpoint
+        except Exception:  # whatever a foreign class raises
+            plain = False
+        if not plain:
+            found.append(type(callback).__name__)
+    return ", ".join(found)
+
+
+def _stateful(trainer: Trainer) -> list[Any]:
+    return [callback for callback in getattr(trainer, "callbacks", ()) if callback.state_dict()]
+
+
+def _continue_fit(trainer: Trainer, resumption: Any) -> None:
+    """Set the counters of a new Trainer to those of the one that was interrupted, and restore its callbacks.
+
+    Lightning's own way would need a checkpoint of its format, and skips or repeats batches of loaders that it cannot
+    resume.
+    """
+    state, epochs = resumption.content["trainer"], resumption.position.epoch
+    progress, loop = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop
+    for counts in (progress.current, progress.total):
+        _set_counts(counts, epochs)
+    loop._batches_that_stepped = state["stepped"]
+    updates = loop.manual_optimization.optim_step_progress.total
+    updates.ready, updates.completed = state["updates"]
+    for callback in getattr(trainer, "callbacks", ()):
+        if callback.state_key in state["callbacks"]:
+            callback.load_state_dict(copy.deepcopy(state["callbacks"][callback.state_key]))
+    if resumption.content["precision"]:
+        trainer.precision_plugin.load_state_dict(resumption.content["precision"])
+
+
+def _set_counts(counts: Any, number: int) -> None:
+    """Set the counts of Lightning's progress as after ``number`` epochs or batches."""
+    counts.ready = counts.started = counts.processed = counts.completed = number
+
+
+def _continue_epoch(trainer: Trainer, batches: int) -> None:
+    """Have the loop of a Trainer count the batches of the epoch from ``batches``."""
+    _set_counts(trainer.fit_loop.epoch_loop.batch_progress.current, batches)
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    fetcher.fetched += batches
+
+
+def fit_experience(strategy: FittedStrategy, *, resumption: Any = None, **kwargs: Any) -> None:
+    """Train the current experience of ``strategy`` in a new Trainer, from where ``resumption`` says."""
     module = strategy.module
     assert module is not None
     fabric_engine, plain_driver, on_sigint = strategy.engine, module.driver, signal.getsignal(signal.SIGINT)
@@ -239,6 +320,11 @@ def fit_experience(strategy: FittedStrategy, **kwargs: Any) -> None:
                 limit_train_batches=strategy.limit_batches,
             )
             _continue_steps(trainer, int(strategy.clock.train_iterations))
+            if resumption is not None:
+                _continue_fit(trainer, resumption)
+            if strategy.on_boundary is not None:
+                # The run has its own handlers, which save at the end of a step; Lightning's would raise before it.
+                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
             # Loaders, workers and intervals are ours to choose; Lightning advises on them at every fit.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Some strategies freeze modules.

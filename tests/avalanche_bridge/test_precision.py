@@ -155,7 +155,7 @@ PLUGINS = {
     "GEM": lambda: P.GEMPlugin(10, 0.5),
     "AGEM": lambda: P.AGEMPlugin(10, 10),
     "MIR": lambda: P.MIRPlugin(10, 60, 15),  # takes gradients of its own between forward and backward
-    "RWalk": lambda: P.RWalkPlugin(),
+    "RWalk": lambda: P.RWalkPlugin(delta_t=2),
 }
 
 

@@ -86,11 +86,11 @@ def contents():
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, drawing):
     """``(run folder, what was printed, working directory)`` of a run that tests only look at."""
     cwd = tmp_path_factory.mktemp("finished")
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), drawing():
         patch.chdir(cwd)
         assert main(["run", "quickstart", *TINY, "--output", "out", "--seed", "3"]) == 0
     (folder,) = cwd.glob("out/quickstart/*")

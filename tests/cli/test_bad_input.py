@@ -55,7 +55,7 @@ COMMAND_LINES = [
     (["run", "quickstart", "trainer..epochs=3"], "override 'trainer..epochs=3': is not key=value; write it"),
     (["report", "x", "--output", ""], "--output: found ''; give a folder"),
     (["analyse", "sparsity", "x", "--output", ""], "--output: found ''; give a folder"),
-    (["list"], "list: found no kind to list; give one of strategies, benchmarks, backbones, configs"),
+    (["list"], "list: found no kind to list; give one of strategies, benchmarks, backbones, metrics, exit-metrics, confidence-measures, configs"),
     (["list", "strategis"], "list: unknown kind 'strategis'; did you mean 'strategies'?"),
     (["list", "strategies", "zzz"], "list strategies: nothing contains 'zzz'; leave the filter out"),
     (["list", "configs", "mlp", "er"], "list: found 'er' after the filter 'mlp'; give one filter"),

@@ -120,7 +120,7 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)])
 def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, code, here):
     command = [sys.executable, "-m", "clframe", "run", "quickstart", "backbone=mlp", "trainer.epochs=4000", "--tensorboard"]
     # Children of a background job of a shell ignore SIGINT by default.

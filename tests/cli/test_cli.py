@@ -41,7 +41,7 @@ def test_a_run_folder_holds_what_it_says(finished):
     folder, _, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "environment.json", "results.json", "metrics.csv", "ledger.json", "checkpoints",
-        "tensorboard", "figures",
+        "tensorboard", "figures", "log.txt",
     }  # fmt: skip
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "experience_001.ckpt", "experience_002.ckpt",
@@ -197,6 +197,23 @@ def test_list(what, names, call):
     assert all(len(line.split()) > 2 for line in listed.values())
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["lwf"], "list: unknown kind 'lwf'; 'lwf' is one of the strategies: clframe list strategies lwf (known: "),
+        (["lwff"], "list: unknown kind 'lwff'; did you mean 'lwf', one of the strategies? clframe list strategies lwf"),
+        (["quickstart"], "'experiment/quickstart' is one of the configs: clframe list configs experiment/quickstart"),
+        (["zzzz"], "list: unknown kind 'zzzz'; nothing is close to it (known: strategies, "),
+        (["strategies", "resnet18"], "nothing contains 'resnet18'; 'resnet18' is one of the backbones: clframe list back"),
+        (["benchmarks", "cifar_100x"], "nothing contains 'cifar_100x'; did you mean 'cifar100', one of the benchmarks?"),
+        (["backbones", "qq"], "list backbones: nothing contains 'qq'; leave the filter out to see all"),
+    ],
+)
+def test_list_knows_where_a_name_belongs(words, message, call):
+    code, out, err = call("list", *words)
+    assert (code, out) == (2, "") and message in err
+
+
 def test_list_shows_options_with_defaults_and_filters(call):
     assert "  temperature=2.0  (number) T; higher values" in call("list", "strategies", "LWF").out
     assert "temperature=" not in call("list", "strategies").out
@@ -266,6 +283,20 @@ def test_a_signal_stops_a_run_and_names_the_folder_to_resume(name, call, here, m
     assert err.splitlines()[-1] == f"clframe: interrupted; resume with clframe run --resume {folder.relative_to(here)}"
     assert {s: signal.getsignal(s) for s in handlers} == handlers
     assert call("run", "--resume", str(folder)).code == 0 and (folder / "results.json").is_file()
+
+
+def test_an_interrupted_run_with_plugins_of_avalanche_is_to_be_started_over(call, here, monkeypatch):
+    def stopped(session):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "run", stopped)
+    code, _, err = call("run", "quickstart", *TINY, "strategy=naive", "components.avalanche.plugins=[{LwFPlugin: {alpha: 1.0}}]")
+    (folder,) = here.glob("runs/quickstart/*")
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        "clframe: interrupted; it cannot be resumed, as checkpoints lack the state of its Avalanche plugins (LwFPlugin); "
+        f"start over with clframe run {folder.relative_to(here)}/config.yaml"
+    )
 
 
 def test_no_verb_shows_the_help(call):

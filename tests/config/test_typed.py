@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import yaml
 
-from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.schema import (
+    BackboneConfig,
+    BenchmarkConfig,
+    CheckpointConfig,
+    Config,
+    EarlierConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.errors import ConfigError
 
@@ -32,8 +40,12 @@ def test_every_field_survives_a_round_trip():
                               log_every=6,
                               fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",), drop_last=True,
-                              on_divergence="warn"),
+                              on_divergence="warn", checkpoint=CheckpointConfig(every="2h")),
         output="o",
+        earlier=(EarlierConfig(run="/r", checkpoint="experience_002.ckpt", sha256="0f", experiences=((0, 2), (1,)),
+                               class_names=("0", "no", "1e3"), input_shape=(1, 8, 8), dtype="uint8",
+                               mean=(0.1 + 0.2, 1e-05), std=(1 / 3,), inputs={"kind": "image", "size": None},
+                               benchmark=BenchmarkConfig(name="b", options={"path": "p", "x": [1, "y"]})),),
     )  # fmt: skip
     plain = Config(benchmark=BenchmarkConfig(name="digits"), backbone=BackboneConfig(name="mlp"))
     for block in (None, "trainer"):
@@ -136,3 +148,23 @@ def test_the_key_that_has_another_home_is_named():
     for key, home in {"epochs": "trainer.epochs", "lr": "optimizer.lr", "experiences": "benchmark.experiences"}.items():
         with pytest.raises(ConfigError, match=f"^config: unknown key '{key}'; did you mean '{home}'"):
             from_mapping({**SMALL, key: 1})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "message"),
+    [
+        (3, "earlier: found 3; give a list"),
+        ([3], "earlier[0]: found 3; give a mapping"),
+        ([{"run": "r"}], "earlier[0]: has no benchmark"),
+        ([{"benchmark": {"name": "b"}, "runs": "r"}], "earlier[0].runs: unknown key"),
+        ([{"benchmark": {"name": "b"}, "mean": "x"}], "earlier[0].mean: found 'x'"),
+    ],
+)
+def test_entries_that_no_extension_writes(earlier, message):
+    with pytest.raises(ConfigError) as refused:
+        from_mapping({**SMALL, "earlier": earlier})
+    assert message in str(refused.value)
+
+
+def test_a_run_that_extends_none_does_not_mention_it():
+    assert "earlier" not in as_tree(from_mapping(SMALL))

@@ -248,20 +248,20 @@ def test_imagenet_from_its_folders(wordnet):
 
 
 def test_the_subset_is_the_one_that_hou_et_al_drew(wordnet):
-    source = imagenet_subset(data_dir=str(wordnet), size=8, classes=5)
+    source = imagenet_subset(data_dir=str(wordnet), size=8, n_classes=5)
     np.random.seed(1993)
     drawn = np.random.choice([f"n{c:08d}" for c in range(12)], 5, replace=False)
     assert set(source.class_names) == set(drawn) and list(source.class_names) == sorted(drawn)
     assert len(source.train) == 10 and len(source.test) == 5
     named = imagenet_subset(data_dir=str(wordnet), size=8, class_names=("n00000007", "n00000002"))
     assert named.class_names == ("n00000002", "n00000007")
-    assert imagenet_subset(data_dir=str(wordnet), size=8, classes=12).classes == 12
+    assert imagenet_subset(data_dir=str(wordnet), size=8, n_classes=12).classes == 12
 
 
 def test_imagenet_that_is_not_there(wordnet, tmp_path):
     with pytest.raises(DataError, match=r"nowhere: holds no ImageNet \(train/ is missing\); get it from image-net"):
         imagenet(data_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"benchmark.classes: found 100 for 12 folders in .*train; give 1 to 12"):
+    with pytest.raises(ConfigError, match=r"benchmark.n_classes: found 100 for 12 folders in .*train; give 1 to 12"):
         imagenet_subset(data_dir=str(wordnet))
     with pytest.raises(ConfigError, match=r"benchmark.class_names: no folder .*train/n5; use names of its folders"):
         imagenet_subset(data_dir=str(wordnet), class_names=("n5",))

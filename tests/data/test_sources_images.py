@@ -155,13 +155,6 @@ def test_a_tiny_file_cannot_claim_a_large_image(tmp_path):
         ImageFiles([str(tmp_path / "a.png")], torch.tensor([0]))
 
 
-def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path):
-    Image.fromarray(np.full((3, 3), 1000, dtype=np.uint16)).save(tmp_path / "a.png")
-    for channels in (None, 1, 3):
-        with pytest.raises(DataError, match=r"a\.png: has pixels of mode I(;16)?; convert the images to 8 bits"):
-            ImageFiles([str(tmp_path / "a.png")], torch.tensor([0]), channels=channels)
-
-
 def test_a_file_that_vanished_or_is_locked(tmp_path, monkeypatch):
     files = ImageFiles([draw(tmp_path / "a.png")], torch.tensor([0]))
     (tmp_path / "a.png").unlink()

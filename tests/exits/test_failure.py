@@ -15,6 +15,7 @@ from clframe.exits.failure import (
     LOWER_IS_BETTER,
     RANKING_METRICS,
     UNDEFINED,
+    aurc,
     bootstrap,
     brier_N,
     coverage_at_risk,
@@ -98,7 +99,7 @@ def trapezoid(y, x):
 
 def test_torch_uncertaintys_areas_follow_from_ours():
     """Its rule without ties: trapezoids over coverages 1/n .. 1, divided by 1 - 1/n."""
-    for _, correct_N in cases(300):
+    for _, correct_N in cases(1000):
         n = len(correct_N)
         confidence_N = np.linspace(1, 0, n)
         found, risk = failure_metrics(confidence_N, correct_N), risks([int(c) for c in correct_N])
@@ -207,11 +208,12 @@ def test_eefp_is_the_auroc_of_the_target_and_undefined_at_the_last_exit():
     assert all(isnan(value) for value in eefp_K(confidence_KN, np.ones((3, 50))))
 
 
+@pytest.mark.parametrize("levels", [12, 10**9])
 @pytest.mark.parametrize("metric", list(RANKING_METRICS))
-def test_bootstrap_is_a_loop_over_resamples(metric):
-    """The same draws, one resample after the other."""
+def test_bootstrap_is_a_loop_over_resamples(metric, levels):
+    """The same draws, one resample after the other; with ties and without."""
     generator = np.random.default_rng(5)
-    confidence_N = generator.integers(0, 12, 30) / 12
+    confidence_N = generator.integers(0, levels, 30) / levels
     correct_N = generator.random(30) < confidence_N
     index_RN = np.random.default_rng(7).integers(30, size=(50, 30), dtype=np.int32)
     values = [failure_metrics(confidence_N[index_N], correct_N[index_N])[metric] for index_N in index_RN]
@@ -219,6 +221,18 @@ def test_bootstrap_is_a_loop_over_resamples(metric):
     low, high = bootstrap(confidence_N, correct_N, metric=metric, resamples=50, level=0.9, seed=7)
     assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.05, 0.95])), abs=1e-12)
     assert bootstrap(confidence_N, correct_N, metric=metric, resamples=50, level=0.9, seed=7) == (low, high)
+
+
+def test_bootstrap_in_portions_draws_the_same_resamples():
+    """More samples than fit into one portion; the reference is one resample after the other."""
+    generator = np.random.default_rng(6)
+    confidence_N = generator.random(120_000)
+    correct_N = generator.random(120_000) < confidence_N
+    draws = np.random.default_rng(1)
+    index_RN = np.concatenate([draws.integers(120_000, size=(r, 120_000), dtype=np.int32) for r in (4, 2)])
+    values = [aurc(rank(confidence_N[index_N], correct_N[index_N]))[0] for index_N in index_RN]
+    found = bootstrap(confidence_N, correct_N, metric="aurc", resamples=6, level=0.5, seed=1)
+    assert found == pytest.approx(tuple(np.quantile(values, [0.25, 0.75])), abs=1e-12)
 
 
 def test_an_undefined_metric_has_no_interval():
@@ -232,6 +246,9 @@ def test_an_undefined_metric_has_no_interval():
 def test_bad_input_is_one_line(confidence, correct, found):
     with pytest.raises(DataError, match=found):
         rank(confidence, correct)
+    if found == "shapes":
+        with pytest.raises(DataError, match=found):
+            bootstrap(confidence, correct, metric="aurc")
 
 
 def test_confidences_that_are_not_finite_are_undefined():

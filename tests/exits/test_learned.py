@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import inf, nan
@@ -11,8 +12,17 @@ from clframe.errors import DataError
 from clframe.exits import DynamicNetwork, ExitPolicy, select
 from clframe.exits.failure import auroc, failure_targets, rank
 from clframe.exits.head_kinds import make_head
-from clframe.exits.learned import DECAY, FEATURES, HIDDEN, FailureConfidence
-from clframe.exits.policies import max_probability, restore_confidence
+from clframe.exits.learned import (
+    DECAY,
+    FEATURES,
+    HIDDEN,
+    FailureConfidence,
+    _loss_and_gradient,
+    confidences,
+    held_out_confidences,
+    out_of_fold,
+)
+from clframe.exits.policies import LearnedConfidence, max_probability, restore_confidence
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
 
@@ -37,6 +47,21 @@ def test_the_fit_is_a_stationary_point_of_its_loss():
     value_N = fitted(0, scores[0].double(), ())[0].double()
     # The derivative by the output's offset: mean(p - t) + DECAY * offset.
     assert abs(float((value_N - target_N).mean() + DECAY * fitted.offset_K[0])) < 1e-4
+
+
+def test_the_gradient_of_the_loss_is_that_of_automatic_differentiation():
+    generator = np.random.default_rng(0)
+    x_ND, t_N = generator.normal(size=(9, FEATURES)), (generator.random(9) < 0.5).astype(float)
+    parameters = generator.normal(size=HIDDEN * FEATURES + 2 * HIDDEN + 1)
+    loss, gradient = _loss_and_gradient(parameters, x_ND, t_N)
+    p = torch.tensor(parameters, requires_grad=True)
+    weight, bias_H, out_H, offset = p.split([HIDDEN * FEATURES, HIDDEN, HIDDEN, 1])
+    z_N = torch.tanh(torch.from_numpy(x_ND) @ weight.view(HIDDEN, FEATURES).T + bias_H) @ out_H + offset
+    squares = weight.square().sum() + out_H.square().sum() + offset.square().sum()
+    expected = F.binary_cross_entropy_with_logits(z_N, torch.from_numpy(t_N)) + DECAY / 2 * squares
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-12)
+    assert gradient == pytest.approx(p.grad.numpy(), abs=1e-12)
 
 
 def test_it_finds_futile_samples_that_the_largest_probability_takes_for_hard_ones():
@@ -92,6 +117,35 @@ def test_two_classes_one_class_gaps_and_constant_targets():
         assert fitted(0, scores_NC, ())[0].isfinite().all()
     one = FailureConfidence.fit([torch.zeros(3, 1)] * 2, torch.zeros(3, dtype=torch.long))
     assert (one(0, torch.zeros(2, 1), ())[0] > 0.9).all()  # every sample may stop
+
+
+@pytest.mark.parametrize("folds", [3])
+def test_out_of_fold_confidences_are_those_of_measures_that_have_not_seen_the_sample(folds):
+    scores, y_N = scores_of(30)
+    found_KN = out_of_fold(FailureConfidence, scores, y_N, folds=folds)
+    for fold in range(folds):
+        rest = [i for i in range(30) if i % folds != fold]
+        measure = FailureConfidence.fit([scores_NC[rest] for scores_NC in scores], y_N[rest])
+        expected_KN = confidences(measure, [scores_NC[fold::folds] for scores_NC in scores]).double()
+        assert torch.equal(found_KN[:, fold::folds], expected_KN)
+
+
+def test_only_measures_that_overfit_are_evaluated_out_of_fold():
+    scores, y_N = scores_of(30)
+    small, large = LearnedConfidence.fit(scores, y_N), FailureConfidence.fit(scores, y_N)
+    assert torch.equal(held_out_confidences(small, scores, y_N), confidences(small, scores))
+    assert torch.equal(held_out_confidences(large, scores, y_N), out_of_fold(FailureConfidence, scores, y_N))
+    assert not torch.equal(held_out_confidences(large, scores, y_N), confidences(large, scores).double())
+
+
+def test_folds_of_few_samples():
+    scores, y_N = scores_of(3)
+    assert out_of_fold(FailureConfidence, scores, y_N).isfinite().all()  # three folds
+    one = out_of_fold(LearnedConfidence, [scores_NC[:1] for scores_NC in scores], y_N[:1])
+    fitted = LearnedConfidence.fit([scores_NC[:1] for scores_NC in scores], y_N[:1])
+    assert torch.equal(one, confidences(fitted, [scores_NC[:1] for scores_NC in scores]).double())
+    with pytest.raises(DataError, match="no held-out samples"):
+        out_of_fold(FailureConfidence, [torch.zeros(0, 2)] * 2, torch.zeros(0, dtype=torch.long))
 
 
 def test_bad_input_is_one_line():

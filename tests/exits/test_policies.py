@@ -253,6 +253,35 @@ def test_a_registered_measure_with_parameters_is_fitted_saved_and_restored(regis
                     output=tmp_path)  # fmt: skip
 
 
+class NoFit(FittedConfidence):
+    def forward(self, exit, scores_BC, carried):
+        return scores_BC[:, 0], ()
+
+
+class TwoArguments(FittedConfidence):
+    @classmethod
+    def fit(cls, scores, targets_N):
+        return cls(len(scores))
+
+    def forward(self, exit, scores_BC):
+        return scores_BC[:, 0], ()
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (lambda scores_BC: scores_BC, r"found the signature <lambda>\(scores_BC\); expected a function \(exit, scores_BC"),
+        (torch.nn.Linear, r"found the class Linear; expected a function \(exit, scores_BC, carried\) -> "),
+        (NoFit, "NoFit does not define fit; add it$"),
+        (TwoArguments, r"signature forward\(self, exit, scores_BC\); expected forward\(self, exit, scores_BC, carried\)$"),
+    ],
+)
+def test_what_is_no_measure_is_refused_when_it_is_registered(entry, message, registered):
+    with pytest.raises(ConfigError, match=rf"^confidence measure 'mine': .*{message}"):
+        registered("mine")(entry)
+    assert "mine" not in CONFIDENCE_MEASURES
+
+
 def test_measures_of_installed_packages_are_found_by_their_entry_point(monkeypatch):
     point = EntryPoint("mine", "clframe.exits.policies:margin", "clframe.exit_policies")
     broken = EntryPoint("broken", "no_such_module:measure", "clframe.exit_policies")

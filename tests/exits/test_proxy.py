@@ -6,10 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from clframe.errors import DataError
-from clframe.exits.curves import AccuracyCostCurve
+from clframe.exits.curves import AccuracyCostCurve, budget_points
+from clframe.exits.decisions import ExitEvaluation
+from clframe.exits.learned import confidences, out_of_fold
+from clframe.exits.policies import LearnedConfidence
 from clframe.exits.proxy import (
     CALIBRATIONS,
     GAINS,
@@ -18,6 +22,7 @@ from clframe.exits.proxy import (
     area,
     correlations,
     difference,
+    spearman,
     variants_of_scores,
 )
 from clframe.exits.study import ExitScores
@@ -43,6 +48,34 @@ def test_correlations_are_scipys_and_missing_numbers_are_left_out():
         assert one.rho == pytest.approx(spearmanr(*zip(*pairs, strict=True)).statistic, abs=1e-12)
         assert one.low <= one.high and one.variants == len(pairs)
     assert np.isnan(found["auroc", "accuracy_50"].rho) and np.isnan(found["eefp", "area"].low)
+
+
+def test_weighted_spearman_is_scipys_on_repeated_pairs():
+    """Multiplicities against the pairs written out, with ties, gaps and constant sides."""
+    generator = np.random.default_rng(3)
+    for levels in (2, 5, 1000):
+        x_V, y_V = (generator.integers(levels, size=15).astype(float) for _ in range(2))
+        x_V[3] = y_V[7] = np.nan
+        weight_RV = generator.integers(0, 3, size=(40, 15)).astype(float)
+        weight_RV[0] = 0
+        weight_RV[1] = np.arange(15) == 5
+        for weight_V, found in zip(weight_RV, spearman(x_V, y_V, weight_RV), strict=True):
+            index = np.repeat(np.arange(15), weight_V.astype(int))
+            index = index[~np.isnan(x_V[index]) & ~np.isnan(y_V[index])]
+            if len(index) < 3 or len(set(x_V[index])) < 2 or len(set(y_V[index])) < 2:
+                assert np.isnan(found)
+            else:
+                assert found == pytest.approx(spearmanr(x_V[index], y_V[index]).statistic, abs=1e-12)
+
+
+def test_the_interval_is_that_of_runs_drawn_with_replacement():
+    variants = made(12, runs=4)
+    found = next(c for c in correlations(variants, resamples=30, seed=5) if (c.metric, c.gain) == ("ece", "accuracy_50"))
+    values = []
+    for chosen in np.random.default_rng(5).integers(4, size=(30, 4)):
+        drawn = [v for r in chosen for v in variants if v.run == f"r{r}"]
+        values.append(spearmanr([v.metrics["ece"] for v in drawn], [v.gains["accuracy_50"] for v in drawn]).statistic)
+    assert (found.low, found.high) == pytest.approx(tuple(np.nanquantile(values, [0.025, 0.975])), abs=1e-12)
 
 
 def test_the_difference_has_the_sign_of_the_better_proxy_and_is_seeded():
@@ -87,6 +120,28 @@ def test_variants_of_scores_have_every_calibration_and_measure():
     plain, hot = found[0], found[len(MEASURES)]
     assert plain.metrics["accuracy"] == hot.metrics["accuracy"]  # a temperature changes no prediction
     assert plain.metrics["nll"] != hot.metrics["nll"] and plain.metrics["ece"] != hot.metrics["ece"]
+
+
+def test_thresholds_of_a_measure_that_overfits_are_chosen_out_of_fold(monkeypatch):
+    monkeypatch.setattr(LearnedConfidence, "overfits", True)
+    generator = np.random.default_rng(1)
+    y_N = generator.integers(3, size=25)
+    scores_KNC = np.stack([(k + 1) * np.eye(3)[y_N] + 2 * generator.normal(size=(25, 3)) for k in range(3)])
+    scores = ExitScores(scores_KNC.astype(np.float32), y_N, np.full(25, -1))
+    (variant,) = variants_of_scores(
+        "r", scores, scores, cost_K=(10, 20, 40), backbone_cost=36, calibrations=("none",), measures=("gate",)
+    )
+    tensors, targets_N = [torch.from_numpy(s) for s in scores.scores_KNC], torch.from_numpy(y_N)
+    correct_KN = torch.stack([s.argmax(1) == targets_N for s in tensors])
+    measure = LearnedConfidence.fit(tensors, targets_N)
+    held_out, test = (
+        ExitEvaluation(confidence_KN=c_KN, correct_KN=correct_KN, cost_K=(10, 20, 40))
+        for c_KN in (out_of_fold(LearnedConfidence, tensors, targets_N), confidences(measure, tensors).double())
+    )
+    at = {p.name: p.accuracy for p in budget_points(held_out, test, backbone_cost=36).points}
+    assert variant.gains["accuracy_50"] == at["50%"] and variant.gains["accuracy_75"] == at["75%"]
+    in_sample = {p.name: p.threshold for p in budget_points(test, test, backbone_cost=36).points}
+    assert in_sample != {p.name: p.threshold for p in budget_points(held_out, test, backbone_cost=36).points}
 
 
 def test_too_few_variants_are_refused():

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from clframe.errors import RunFolderError
 from clframe.exits.curves import NO_VALIDATION
 from clframe.exits.decisions import ExitEvaluation
 from clframe.exits.diagnostics import compute_exit_metrics
 from clframe.exits.failure import LABELS, RANKING_METRICS, brier_N, mean_over_exits, nll_N, undefined_reason
-from clframe.exits.output import pictures, tables, to_json
+from clframe.exits.output import pictures, read_study, tables, to_json
 from clframe.exits.proxy import variants_of_scores
-from clframe.exits.study import ExitScores, study_scores
+from clframe.exits.study import ExitScores, exit_curve, study_scores
 from clframe.plotting.style import render_picture
 from clframe.tables import to_csv, to_latex, to_markdown, to_text
 
@@ -58,8 +59,9 @@ def test_numbers_are_those_of_the_run_on_the_same_scores():
         brier_KN=torch.stack([brier_N(scores_NC, y_N) for scores_NC in scores]),
     )  # fmt: skip
     found, expected = study(test, sampled(60, seed=1)), compute_exit_metrics(evaluation)
-    assert set(found.metrics) == {"accuracy", *LABELS}
-    for name, values in found.metrics.items():
+    assert set(found.metrics) == {"accuracy", "smooth_ece", *LABELS}
+    for name in ("accuracy", *LABELS):
+        values = found.metrics[name]
         assert values == pytest.approx(expected[name], abs=1e-12, nan_ok=True), name
     for e in range(2):  # the metrics of an experience are those of its samples alone
         part = study(ExitScores(test.scores_KNC[:, e::2], test.y_N[e::2], test.experience_N[e::2]))
@@ -171,6 +173,45 @@ def test_an_exit_that_no_sample_reaches_has_no_number():
     found = dataclasses.replace(study(test), undecided={n: (*v[:2], nan) for n, v in study(test).metrics.items()})
     cells = next(table for table in tables(found) if table.name == "exit_metrics_undecided").rows[2][2:]
     assert {cell.undefined for cell in cells} == {"no samples", "there is no later exit"}
+
+
+def test_a_study_that_is_read_from_its_file_has_the_same_tables_and_figures(tmp_path):
+    test = sampled(60)
+    test.scores_KNC[1, 5, :] = nan
+    found = study(test, sampled(40, seed=1))
+    file = tmp_path / "exits.json"
+    file.write_text(json.dumps(to_json(found, command=["clframe"], versions={})))
+    again = read_study(file)
+    assert [to_csv(table) for table in tables(again)] == [to_csv(table) for table in tables(found)]
+    ours, theirs = ([render_picture(picture).svg for picture in pictures(each)] for each in (found, again))
+    assert ours == theirs and len(ours) == 3
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "curves"}))
+    assert pictures(read_study(file)) == []  # files of older versions have none
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON of a study; run clframe analyze exits again"),
+        ("[]", "cannot be read as JSON of a study"),
+        ('{"schema_version": 9}', "has schema version 9; this clframe reads 1"),
+        ('{"schema_version": 1, "run": "r"}', "exit_names: is missing"),
+    ],
+)
+def test_a_damaged_study_is_one_line(text, message, tmp_path):
+    (tmp_path / "exits.json").write_text(text)
+    with pytest.raises(RunFolderError, match=message):
+        read_study(tmp_path / "exits.json")
+
+
+def test_curves_by_arithmetic_and_independent_of_the_order_of_ties():
+    found = exit_curve(np.array([0.95, 0.5, 0.5, 0.1, nan]), np.array([True, True, False, False, False]))
+    assert found.coverage_P == (0.25, 0.75, 1.0) and found.risk_P == pytest.approx((0, 1 / 3, 0.5))
+    assert (found.right_M[14], found.right_M[7], found.wrong_M[7], found.wrong_M[1]) == (1, 1, 1, 1)
+    assert sum(found.right_M) + sum(found.wrong_M) == 4
+    assert found.confidence_M[7] == 0.5 and isnan(found.confidence_M[0])
+    assert exit_curve(np.array([0.95, 0.5, 0.5, 0.1]), np.array([True, False, True, False])).risk_P == found.risk_P
 
 
 def test_tables_have_every_number_and_the_mean_over_exits():

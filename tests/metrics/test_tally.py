@@ -8,10 +8,12 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from clframe.errors import ClframeError
+from clframe.exits.study import ExitScores, evaluate
 from clframe.metrics import Tally, TallyCounter
 
 
@@ -85,9 +87,20 @@ def test_labels_beyond_the_columns_are_wrong_and_counted():
 
 def test_a_row_without_a_winner_is_wrong():
     nothing, nan = -torch.inf, torch.nan
-    logits_BC = torch.tensor([[nothing, nothing], [nan, nan], [nan, 1.0], [0.0, nothing]])
-    tally = count([(0, logits_BC, torch.tensor([0, 0, 0, 0]), (0,))], 1, 2)
-    assert tally == Tally(((4, 0),), ((1, 0),), ((1, 0),))
+    logits_BC = torch.tensor([[nothing, nothing], [nan, nan], [nan, 1.0], [torch.inf, 0.0], [0.0, nothing]])
+    tally = count([(0, logits_BC, torch.zeros(5, dtype=torch.long), (0,))], 1, 2)
+    assert tally == Tally(((5, 0),), ((1, 0),), ((1, 0),))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_exits_and_tally_count_logits_that_are_not_finite_alike(bad):
+    """``-inf`` is the logit of a class that is not learned yet; NaN and ``+inf`` predict nothing."""
+    logits_BC = torch.tensor([[bad, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, bad, 1.0]])
+    y_B = torch.tensor([0, 0, 2])
+    scores = ExitScores(logits_BC[None].numpy(), y_B.numpy(), np.zeros(3, dtype=np.int64))
+    correct_B = evaluate(scores, (1,)).correct_KN[0]
+    assert correct_B.tolist() == [False, True, bad == -torch.inf]
+    assert count([(0, logits_BC, y_B, (0, 1, 2))], 1, 3).correct_EC == ((1, 0, int(correct_B[2])),)
 
 
 def test_one_class():
@@ -175,6 +188,7 @@ def test_an_update_never_reads_a_value_from_the_device():
     assert count_without_waiting("meta").counts_3EC.shape == (3, 2, 7)  # tensors without values to read
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # torch warns whenever the mode is set; tested is what it detects
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")

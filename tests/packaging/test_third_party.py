@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,39 +28,67 @@ def installed(tmp_path_factory):
     return target
 
 
-def call(*arguments, site, cwd, code=0):
+DRIVER = """
+import contextlib, io, json, pathlib, sys
+from clframe.cli import main
+answers = []
+for words in json.loads(sys.argv[1]):
+    runs = [str(path) for path in pathlib.Path().glob("out/*/*")]
+    words = [runs[0] if word == "RUN" and runs else word for word in words]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    answers.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+"""
+"""Several commands in one new interpreter, which takes seconds to import torch; RUN is the folder of the run."""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def clframe(*commands, site, cwd):
     done = subprocess.run(
-        [sys.executable, "-m", "clframe", *arguments], cwd=cwd, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", DRIVER, json.dumps(commands)], cwd=cwd, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(site)},
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+    return [Answer(*answer) for answer in json.loads(done.stdout)]
 
 
-def clframe(*arguments, code=0, **options):
-    done = call(*arguments, code=code, **options)
-    return done.stdout if code == 0 else done.stderr
-
-
-def test_it_is_listed_trained_and_composed(installed, tmp_path):
-    line, option, *_ = clframe("list", "strategies", "anchor", site=installed, cwd=tmp_path).splitlines()
+def test_it_is_listed_trained_composed_and_checked_like_ours(installed, tmp_path):
+    listed, every, ran, misspelled = clframe(
+        ["list", "strategies", "anchor"],
+        ["list", "strategies"],
+        ["run", "smoke/quickstart", "strategy=er + anchor(strength=0.5)", "--output", "out"],
+        ["explain", "quickstart", "strategy=anchor(strenght=1)"],
+        site=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert [answer.code for answer in (listed, every, ran, misspelled)] == [0, 0, 0, 2]
+    line, option, *_ = listed.out.splitlines()
     assert line.startswith("anchor ") and "Anchor: penalize the distance of the backbone's weights" in line
     assert option.startswith("  strength=0.01  (number)")
-    assert line in clframe("list", "strategies", site=installed, cwd=tmp_path).splitlines()
-    clframe("run", "smoke/quickstart", "strategy=er + anchor(strength=0.5)", "--output", "out",
-            site=installed, cwd=tmp_path)  # fmt: skip
+    assert line in every.out.splitlines()
     (metrics,) = tmp_path.glob("out/*/*/metrics.csv")
     assert "loss/anchor/distance" in metrics.read_text()
+    assert "components.anchor.strenght: unknown option; did you mean 'strength'?" in misspelled.err
 
 
 def test_one_run_uses_every_kind_of_entry_by_name(installed, tmp_path):
-    for what, name in (("backbones", "lenet"), ("benchmarks", "stripes"), ("configs", "backbone/lenet")):
-        assert clframe("list", what, name, site=installed, cwd=tmp_path).startswith(f"{name} ")
-    clframe(
-        "run", "quickstart", "strategy=anchor + exits + early_exit(measure='top_two_ratio', budget=0.5)", "backbone=lenet",
-        "benchmark=stripes", "benchmark.experiences=2", "benchmark.validation=0.2", "trainer.epochs=2", "--output", "out",
+    names = (("backbones", "lenet"), ("benchmarks", "stripes"), ("configs", "backbone/lenet"))
+    *listed, ran, timed = clframe(
+        *(["list", what, name] for what, name in names),
+        ["run", "quickstart", "strategy=anchor + exits + early_exit(measure='top_two_ratio', budget=0.5)", "backbone=lenet",
+         "benchmark=stripes", "benchmark.experiences=2", "benchmark.validation=0.2", "trainer.epochs=2", "--output", "out"],
+        ["latency", "RUN", "--repeats", "1", "--batches", "1"],
         site=installed, cwd=tmp_path,
     )  # fmt: skip
+    for answer, (_, name) in zip(listed, names, strict=True):
+        assert answer.code == 0 and answer.out.startswith(f"{name} ")
+    assert ran.code == 0, ran.err
     (folder,) = tmp_path.glob("out/quickstart/*")
     results = json.loads((folder / "results.json").read_text())
     assert (results["benchmark"], results["backbone"]) == ("stripes", "lenet")
@@ -68,40 +97,37 @@ def test_one_run_uses_every_kind_of_entry_by_name(installed, tmp_path):
     assert results["metrics"]["worst_accuracy"] == min(matrix[-1])
     config = (folder / "config.yaml").read_text()
     assert all(f"name: {name}\n" in config for name in ("lenet", "stripes")) and "top_two_ratio" in config
-    again = clframe("latency", str(folder), "--repeats", "1", "--batches", "1", site=installed, cwd=tmp_path)
-    assert "policy" in again
+    assert timed.code == 0 and "policy" in timed.out
 
 
-def test_its_options_are_checked_like_ours(installed, tmp_path):
-    message = clframe(
-        "explain", "quickstart", "strategy=anchor(strenght=1)", site=installed, cwd=tmp_path, code=2
-    )
-    assert "components.anchor.strenght: unknown option; did you mean 'strength'?" in message
+BROKEN = {
+    "odd": ("broken_package:X", "entry point odd = broken_package:X"),
+    "other": ("clframe.errors:ClframeError", "is not a Component class"),
+    "exits_early": ("leaves:X", "entry point exits_early = leaves:X (exits with 3 when it is imported)"),
+}
 
 
-def test_without_the_package_the_name_is_unknown(tmp_path):
-    message = clframe("explain", "quickstart", "strategy=anchor", site=tmp_path, cwd=tmp_path, code=2)
-    assert "unknown component 'anchor'" in message
-
-
-@pytest.mark.parametrize(
-    "value, found",
-    [
-        ("broken_package:X", "not loaded: entry point odd = broken_package:X"),
-        ("clframe.errors:ClframeError", "is not a Component class"),
-        ("leaves:X", "not loaded: entry point odd = leaves:X (exits with 3 when it is imported)"),
-    ],
-)
-def test_a_broken_package_is_reported_and_stops_nothing(value, found, tmp_path):
+def test_a_broken_package_is_reported_and_stops_nothing_and_a_missing_one_is_unknown(tmp_path):
     metadata = tmp_path / "odd-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[clframe.components]\nodd = {value}\n")
+    points = "".join(f"{name} = {value}\n" for name, (value, _) in BROKEN.items())
+    (metadata / "entry_points.txt").write_text(f"[clframe.components]\n{points}")
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(3)\n")
-    listed = call("list", "strategies", site=tmp_path, cwd=tmp_path)
-    assert "er " in listed.stdout
-    assert listed.stderr.startswith("clframe: not loaded: entry point odd = ") and listed.stderr.count("\n") == 1
-    assert found in clframe("explain", "quickstart", "strategy=odd", site=tmp_path, cwd=tmp_path, code=2)
+    listed, *explained, unknown = clframe(
+        ["list", "strategies"],
+        *(["explain", "quickstart", f"strategy={name}"] for name in BROKEN),
+        ["explain", "quickstart", "strategy=anchor"],
+        site=tmp_path, cwd=tmp_path,
+    )  # fmt: skip
+    assert listed.code == 0 and "er " in listed.out
+    lines = listed.err.splitlines()
+    assert sorted(line.split(" = ")[0] for line in lines) == sorted(
+        f"clframe: not loaded: entry point {name}" for name in BROKEN
+    )
+    for answer, (_, found) in zip(explained, BROKEN.values(), strict=True):
+        assert answer.code == 2 and "not loaded: entry point" in answer.err and found in answer.err
+    assert unknown.code == 2 and "unknown component 'anchor'" in unknown.err
 
 
 def test_two_packages_of_one_name_are_refused_naming_both(tmp_path):
@@ -113,12 +139,14 @@ def test_two_packages_of_one_name_are_refused_naming_both(tmp_path):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: twin\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[clframe.components]\ntwin = twin:Twin\n")
-    message = clframe("list", "strategies", site=tmp_path, cwd=tmp_path, code=2)
+    ((code, _, message),) = clframe(["list", "strategies"], site=tmp_path, cwd=tmp_path)
+    assert code == 2
     assert "component 'er': registered twice, by strategies.er.ER and twin.Twin" in message
 
 
 def test_a_foreign_strategies_package_that_shadows_ours_is_named(tmp_path):
     (tmp_path / "strategies").mkdir()
     (tmp_path / "strategies" / "__init__.py").write_text("")
-    message = clframe("list", "strategies", site=tmp_path, cwd=tmp_path, code=2)
+    ((code, _, message),) = clframe(["list", "strategies"], site=tmp_path, cwd=tmp_path)
+    assert code == 2
     assert "'strategies' found at" in message and str(tmp_path) in message and "rename it" in message

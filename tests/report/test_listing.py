@@ -23,6 +23,13 @@ def test_one_line_each_with_the_first_sentence(what):
     assert starts == {2 + max(map(len, REGISTRIES[what].names()))}
 
 
+def test_metrics_and_confidence_measures_have_a_line_each():
+    assert "forgetting                         forgetting (%); lower is better" in listing("metrics")
+    assert listing("exit-metrics", filter="eefp") == ["eefp                     EEFP (%); higher is better"]
+    (margin,) = listing("confidence-measures", filter="the two largest")
+    assert margin == "margin           Difference between the two largest class probabilities; 1 with a single class."
+
+
 def test_a_line_says_what_is_needed():
     lines = {line.split()[0]: line for line in listing("strategies")}
     needing = {name for name, line in lines.items() if line.endswith("[needs a memory]")}

@@ -35,7 +35,7 @@ def benchmark(kind: str) -> Any:
     """``new``: its experiences have no task labels; ``classic``: all the same; ``tasks``: one each."""
     from avalanche.benchmarks import class_incremental_benchmark, nc_benchmark
 
-    train, test = blobs(21, seed=1), blobs(5, seed=2)
+    train, test = blobs(13, seed=1), blobs(5, seed=2)
     if kind == "new":
         return class_incremental_benchmark(
             {"train": train, "test": test}, num_experiences=3, class_order=list(range(CLASSES))

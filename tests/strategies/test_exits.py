@@ -280,15 +280,19 @@ def test_a_geometric_ensemble_is_fitted_on_data_held_out(tmp_path):
     assert own.exit_names == ("layer1", "layer2", "final")
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain"), "exits", "trainer.epochs=1")
+
+
 @pytest.mark.parametrize("ensemble", ["product", "mean", "boosted"])
-def test_the_other_ensembles_run(ensemble, tmp_path):
+def test_the_other_ensembles_run(ensemble, one_epoch, tmp_path):
     result = run(tmp_path, f"exits(ensemble='{ensemble}')", "trainer.epochs=1")
     record = result.exits[-1]
     assert len(record.accuracy_K) == 3
     assert record.static["last"] == record.accuracy_K[-1]
     if ensemble != "boosted":  # the backbone's own classifier stays out of these
-        plain = run(tmp_path, "exits", "trainer.epochs=1")
-        assert result.accuracy_matrix == plain.accuracy_matrix
+        assert result.accuracy_matrix == one_epoch.accuracy_matrix
 
 
 # --- heads and bad input ------------------------------------------------------------------------------
@@ -330,7 +334,8 @@ def test_a_calibrated_run_loads_and_stops_early_with_the_same_scores(tmp_path, c
     """Evaluation, the loaded model and dynamic inference apply one calibration."""
     import clframe
 
-    options = ["backbone=mlp", "trainer.epochs=1", "benchmark.experiences=2", "benchmark.validation=0.2", "trainer.progress=false"]
+    options = ["backbone=mlp", "trainer.epochs=1", "benchmark.experiences=2", "benchmark.validation=0.2", "trainer.progress=false",
+               "benchmark.classes=6", "trainer.loggers=[]"]  # fmt: skip
     strategy = f"strategy=er + exits(calibration='{calibration}', ensemble='mean') + early_exit(threshold=0.6)"
     result = clframe.run("quickstart", [*options, strategy], output=tmp_path)
     model = clframe.load(result.run_folder)

@@ -135,11 +135,13 @@ def test_a_resumed_run_is_the_same(on_digits, tmp_path):
 
 def test_taps_that_do_not_exist_or_have_nothing_to_pool_are_named():
     network = Network(BACKBONES.get("small_cnn")((1, 8, 8), width=4))
-    with pytest.raises(UnknownNameError, match=r"unknown tap 'blok1'"):
+    with pytest.raises(UnknownNameError, match=r"^components\.podnet\.at: unknown tap 'blok1'"):
         PODNet(at=("blok1",)).init_state(network)
     with pytest.raises(ConfigError, match=r"^components\.podnet\.at: found 'hidden' of shape \(16,\), with nothing to"):
         PODNet(at=("hidden",)).init_state(network)
     assert PODNet(at=("block2", "block1")).init_state(network)["maps"] == (("block1", "block2"),)
+    tokens = Network(BACKBONES.get("vit_tiny")((3, 8, 8)))
+    assert PODNet(at=("encoder.1",)).init_state(tokens)["maps"] == (("encoder.1",),)
     for options in ({"spatial": -1.0}, {"proxies": 0}, {"eta": 0.0}, {"margin": -0.1}):
         with pytest.raises(ConfigError, match=rf"^components\.podnet\.{next(iter(options))}: found"):
             PODNet(**options)

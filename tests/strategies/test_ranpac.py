@@ -96,6 +96,10 @@ def test_the_ridge_is_the_one_with_the_least_error_on_samples_held_out():
     linear[:, 0], linear[:, 1] = y, 1 - y
     assert component._select_ridge(linear[:, :2], y, 2, before=1.0) == 1e-6
     assert component._select_ridge(noise[:1], y[:1], 2, before=7.0) == 7.0
+    # Of two samples one is held out, however large the share: one that looks like the other class wants no prediction.
+    most = RanPAC(projection=4, ridges=(1e-6, 1e6), held_out=0.9)
+    same = torch.ones(2, 4, dtype=torch.float64)
+    assert most._select_ridge(same, torch.tensor([0, 1]), 2, before=1.0) == 1e6
 
 
 def test_choosing_leaves_the_sums_alone():

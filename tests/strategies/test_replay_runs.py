@@ -12,7 +12,8 @@ from clframe.config.load import load_config
 from clframe.core import parse
 from clframe.training.monitor import Monitor
 
-SMALL = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[csv]"]
+SMALL = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[csv]",
+         "benchmark.classes=6", "benchmark.experiences=3", "benchmark.test_fraction=0.6"]  # fmt: skip
 
 EXITS = "exits(at=['layer1'])"
 
@@ -53,7 +54,7 @@ def test_a_broken_run_ends_as_a_whole_one(strategy, tmp_path, monkeypatch):
     torch.rand(3)
     resumed = clframe.run(resume=folder)
     assert resumed.accuracy_matrix == whole.accuracy_matrix and resumed.loss_terms == whole.loss_terms
-    saved = [torch.load(Path(r.run_folder) / "checkpoints" / "experience_005.ckpt") for r in (whole, resumed)]
+    saved = [torch.load(Path(r.run_folder) / "checkpoints" / "experience_003.ckpt") for r in (whole, resumed)]
     a, b = (content["network"] for content in saved)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -15,12 +15,13 @@ import torch
 
 import clframe
 from clframe.data.target import DataSplits
-from clframe.errors import DataError, UnsupportedError
+from clframe.errors import DataError, RunFolderError, UnsupportedError
 from clframe.exits.curves import NO_VALIDATION
 from clframe.exits.failure import LABELS
 from clframe.exits.proxy import CALIBRATIONS, MEASURES
 from clframe.exits.study import collect_scores, study_exits
 from clframe.nn.frozen import evaluating
+from clframe.report.writing import write_report
 from clframe.targets import exit_studies, open_target
 from clframe.targets.exit_studies import (
     proxy_pictures,
@@ -145,9 +146,42 @@ def test_what_is_written(copies, tmp_path):
     tables = ("exit_metrics", "exit_intervals", "exit_metrics_undecided", "exit_budgets", "exit_metrics_by_experience")
     figures = ("reliability", "risk_coverage", "confidences")
     assert written == {
-        "exits.json", *(f"{name}.{ending}" for name in tables for ending in ("csv", "md", "tex")),
+        "exits.json", "tensorboard", *(f"{name}.{ending}" for name in tables for ending in ("csv", "md", "tex")),
         *(f"{name}.{ending}" for name in figures for ending in ("svg", "png")),
     }  # fmt: skip
+
+
+def test_event_files_have_the_numbers_of_the_last_study(copies, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    study = study_run(copies[0])
+    for _ in range(2):  # the second replaces the first
+        write_exit_study(study, tmp_path / "out", command=["clframe"])
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("study/aurc")] == pytest.approx(study.metrics["aurc"])
+    by_experience = [values[0] for values in study.by_experience["accuracy"]]
+    found = events.Scalars(f"study_by_experience/accuracy/{study.exit_names[0]}")
+    assert [(e.step, e.value) for e in found] == [(n, pytest.approx(value)) for n, value in enumerate(by_experience)]
+    accuracy = {round(100 * p.budget_share): p.accuracy for p in study.points.points if p.accuracy > 0 and p.name != "max"}
+    assert {e.step: e.value for e in events.Scalars("study_budgets/accuracy")} == pytest.approx(accuracy)
+    assert {"study/reliability", "study/risk_coverage", "study/confidences"} == set(events.Tags()["images"])
+    assert "study/exit_metrics/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_report_of_a_run_shows_its_study(copies):
+    before = write_report([copies[0]]).read_text()
+    path = write_exit_study(study_run(copies[0]), Path(copies[0]) / "exits", command=["clframe"])
+    (path.parent / "reliability.svg").write_text("<svg><script>alert(1)</script></svg>")
+    after = write_report([copies[0]])
+    assert "Study of exits" not in before and "Study of exits" in after.read_text()
+    assert "alert(1)" not in after.read_text()
+    for folder, name in (("tables", "study_exit_metrics.csv"), ("tables", "study_exit_budgets.tex"), ("figures", "study_reliability.svg")):
+        assert (after.parent / folder / name).is_file()
+    assert (after.parent / "tables" / "study_exit_metrics.csv").read_text() == (path.parent / "exit_metrics.csv").read_text()
+    path.write_text("{")
+    with pytest.raises(RunFolderError, match="cannot be read as JSON of a study; run clframe analyze exits again"):
+        write_report([copies[0]])
 
 
 def test_targets_that_cannot_be_studied(finished, unusable, encoder, texts, copies):
@@ -183,6 +217,10 @@ def test_variants_of_all_runs_and_reasons_for_the_others(copies, unusable, tmp_p
     content = json.loads(write_proxy_study(study, tmp_path / "out", command=["clframe"]).read_text())
     assert len(content["variants"]) == 2 * VARIANTS and content["skipped"] == dict(study.skipped)
     names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {f"proxy_variants.{ending}" for ending in ("csv", "md", "tex")} <= names
+    rows = (tmp_path / "out" / "proxy_variants.csv").read_text().splitlines()
+    assert rows[0].startswith("run,variant,EEFP,ECE,AUROC,AURC,accuracy,") and len(rows) == 1 + 2 * VARIANTS
+    assert float(rows[1].split(",")[-8]) == pytest.approx(study.variants[0].metrics["ece"])
     assert {"proxy_correlations.csv", "proxy_differences.tex", "proxy_eefp.svg", "proxy_ece.png"} <= names
     # The first exit costs more than half of the backbone: the scatter plots show the area, which is always defined.
     assert proxy_pictures(study)[0].caption.startswith("EEFP against area under")

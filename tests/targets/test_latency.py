@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clframe.api import load, run
+from clframe import load, run
 from clframe.errors import ConfigError, RunFolderError
 from clframe.report.latency import read_timings
 from clframe.targets.latency import time_run
@@ -73,6 +73,7 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
         time_run(tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(folder: Path) -> None:
     timings = time_run(folder, batches=(1, 32), device="cuda", repeats=5)

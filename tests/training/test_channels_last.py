@@ -25,7 +25,7 @@ def arguments(tmp_path):
     np.savez(tmp_path / "mine.npz", x=x, y=y)
     return [
         "benchmark=npz", f"benchmark.path={tmp_path / 'mine.npz'}", "benchmark.experiences=2", "backbone=resnet20",
-        "backbone.width=8", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=1", "trainer.batch_size=7",
+        "backbone.width=8", "strategy=er(memory=8) + lwf", "optimizer.name=sgd", "optimizer.lr=0.01", "trainer.epochs=2", "trainer.batch_size=7",
         "trainer.loggers=[csv]", "trainer.progress=false",
     ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from clframe.api import run
 from clframe.training.learner import StepObserver
 from clframe.training.step_cost import StepProfiler
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def ledger_of(folder: Path, device: str) -> Ledger:

@@ -13,6 +13,8 @@ import clframe
 from clframe.exits.failure import LABELS
 from clframe.training.tensorboard import FAILURE
 
+pytestmark = pytest.mark.figures
+
 FAST = ["backbone=mlp", "backbone.width=10", "trainer.epochs=1", "trainer.progress=false", "benchmark.experiences=2",
         "benchmark.validation=0.2", "trainer.loggers=[tensorboard]"]  # fmt: skip
 
@@ -63,11 +65,11 @@ def test_figures_are_images_and_files(result):
         tag = "2_pictures/accuracy_and_cost" if name == "curve" else f"exits/{name}"
         assert [event.step for event in found.Images(tag)] == [0, 1]
     files = {path.name for path in (Path(result.run_folder) / "figures").iterdir()}
-    assert files == {"accuracy_matrix.png", "neurons.png", *(f"exits_{name}.png" for name in names)}
+    assert files == {"accuracy_matrix.png", "confusion_matrix.png", "neurons.png", *(f"exits_{name}.png" for name in names)}
 
 
 def test_a_plain_network_has_no_exits_to_show(tmp_path):
     plain = clframe.run("quickstart", [*FAST, "strategy=naive"], output=tmp_path)
     tags = events(plain).Tags()
     assert not [tag for tag in (*tags["scalars"], *tags["images"]) if tag.startswith("exit")]
-    assert {path.name for path in (Path(plain.run_folder) / "figures").iterdir()} == {"accuracy_matrix.png", "neurons.png"}
+    assert {path.name for path in (Path(plain.run_folder) / "figures").iterdir()} == {"accuracy_matrix.png", "confusion_matrix.png", "neurons.png"}

@@ -130,7 +130,7 @@ def test_batches_are_made_without_waiting_for_the_device() -> None:
 def test_the_monitor_reads_the_losses_only_every_so_many_steps(tmp_path: Any) -> None:
     strategy = strategy_for("er")
     monitor = Monitor(tmp_path, experiences=3, tensorboard=False, log_every=3, progress=False)
-    monitor.begin_experience(0, label="", steps=0)
+    monitor.begin_experience(0, steps=0)
     looked, flush = [], monitor.flush
 
     def counted(of: Any) -> None:

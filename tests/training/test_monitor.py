@@ -56,7 +56,7 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
     monitor = Monitor(tmp_path, experiences=2, log_every=2, progress=False)
     monitor.open(finished=0, steps=0)
     clock.now += 1000  # loading, say
-    monitor.begin_experience(0, label="", steps=5)
+    monitor.begin_experience(0, steps=5)
     small = strategy(3, {"loss/task/ce": 0.5, "loss/lwf/distill": 0.25})
     step(monitor, small, clock, 0.5)
     step(monitor, small, clock, 1.0)  # 6 samples in 1.5 s
@@ -68,7 +68,7 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
     monitor.flush(small)  # nothing new
     monitor.end_experience()
     clock.now += 50.0  # evaluation
-    monitor.begin_experience(1, label="", steps=2)
+    monitor.begin_experience(1, steps=2)
     step(monitor, small, clock, 1.0)
     step(monitor, small, clock, 1.0)
     monitor.end_experience()
@@ -86,7 +86,7 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
 def test_no_more_points_than_a_curve_needs_and_all_rows(looks, tmp_path, clock):
     monitor = Monitor(tmp_path, experiences=1, log_every=1, progress=False)
     monitor.open(finished=0, steps=0)
-    monitor.begin_experience(0, label="", steps=looks)
+    monitor.begin_experience(0, steps=looks)
     one = strategy(1, {"loss/task/ce": 0.5})
     for _ in range(looks):
         step(monitor, one, clock, 0.5)

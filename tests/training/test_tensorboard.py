@@ -21,6 +21,8 @@ from clframe.plotting.images import matrix_image, matrix_markdown
 from clframe.plotting.style import PAPER
 from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
+pytestmark = pytest.mark.figures
+
 NAN = float("nan")
 CONTINUAL = {
     "continual/accuracy_task_aware", "continual/accuracy_over_all_samples", "continual/average_incremental_accuracy",

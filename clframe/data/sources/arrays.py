@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.image_files import MEMORY_GB, fits_in_memory
@@ -142,7 +143,44 @@ def array_source(
         TensorSamples(parts[1], test_y, mean, std),
         classes=len(class_names),
         class_names=_name_classes(arrays.get("classes"), class_names, where=f"{file}: classes"),
+        inputs=InputFormat(kind="image" if _are_images(parts[0]) else "array"),
     )
+
+
+def read_labeled_arrays(
+    file: Path, *, layout: Layout = "auto", kind: Kind = "values"
+) -> tuple[Tensor, list[str]]:
+    """Read the test arrays of an ``.npz`` file, or its only ones, to evaluate a model on.
+
+    Args:
+        file: The file.
+        layout: Position of the channels.
+        kind: ``values`` or ``tokens``.
+
+    Returns:
+        Stored inputs, and the name of the class of each: its label where classes have no names.
+
+    Raises:
+        DataError: As for :func:`npz`.
+    """
+    arrays = _read(file, memory_gb=float("inf"))
+    keys = [key for key in arrays if key != "classes"]
+    x_key, y_key = keys[-2:]
+    where = f"{file}: {x_key}"
+    tokens = kind == "tokens"
+    x = _token_ids(arrays[x_key], where=where) if tokens else _inputs(arrays[x_key], layout=layout, where=where)
+    y = check_labels(arrays[y_key], where=f"{file}: {y_key}")
+    if len(x) != len(y) or not len(y):
+        raise DataError(f"{file}: {x_key} has {len(x)} inputs, {y_key} {len(y)} labels; give one label per input")
+    labels = [str(label) for label in y.tolist()]
+    found = tuple(dict.fromkeys(labels))
+    names = dict(zip(found, _name_classes(arrays.get("classes"), found, where=f"{file}: classes"), strict=True))
+    return x, [names[label] for label in labels]
+
+
+def _are_images(x: Tensor) -> bool:
+    """Whether inputs are images of bytes, which image files can supply as well."""
+    return x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] in (1, 3)
 
 
 def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:

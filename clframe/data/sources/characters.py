@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
@@ -42,6 +43,8 @@ def digits(*, test_fraction: float = 0.25) -> Source:
         samples.subset(train),
         samples.subset(test),
         classes=10,
+        class_names=tuple("0123456789"),
+        inputs=InputFormat(kind="image", largest=16),
     )
 
 

@@ -24,9 +24,9 @@ from clframe.data.sources.labels import PUBLISHED, relabel, split_off_test
 from clframe.data.sources.paths import class_folders, read_text, require_path, shorten_path, subfolders
 from clframe.errors import ConfigError, DataError
 
-_TRAIN_NAMES = ("train", "training")
-_TEST_NAMES = ("test", "testing")
-_VALIDATION_NAMES = ("val", "valid", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing")
+VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 @SOURCES.register("image_folder")
@@ -57,10 +57,10 @@ def image_folder(
     """
     root = require_path(path, option="path", kind="folder")
     names = subfolders(root)
-    train = _split_folder(root, names, _TRAIN_NAMES)
-    test = _split_folder(root, names, _TEST_NAMES) or _split_folder(root, names, _VALIDATION_NAMES)
+    train = split_folder(root, names, TRAIN_NAMES)
+    test = split_folder(root, names, TEST_NAMES) or split_folder(root, names, VALIDATION_NAMES)
     if train is None:
-        _refuse_ambiguous(root, names)
+        refuse_ambiguous(root, names)
         images = class_folders(root)
         labels, _, class_names = _number_classes(images, images, where=str(root))
         files = ImageFiles(_flatten(images), labels, size=size, channels=channels)
@@ -79,7 +79,7 @@ def image_folder(
     )
 
 
-def _split_folder(root: Path, names: Iterable[str], meaning: Sequence[str]) -> str | None:
+def split_folder(root: Path, names: Iterable[str], meaning: Sequence[str]) -> str | None:
     """The folder of a split, whose name is one of ``meaning`` in any case; None if there is none.
 
     Raises:
@@ -91,7 +91,7 @@ def _split_folder(root: Path, names: Iterable[str], meaning: Sequence[str]) -> s
     return found[0] if found else None
 
 
-def _refuse_ambiguous(root: Path, names: Sequence[str]) -> None:
+def refuse_ambiguous(root: Path, names: Sequence[str]) -> None:
     """Raise DataError if every folder holds the same two or more folders, which may be the classes as well.
 
     One common subfolder, such as ``CLASS/images``, leaves only one way to read the folders.
@@ -128,7 +128,7 @@ def imagenet(*, data_dir: str = "data/imagenet", size: int = 224, memory_gb: flo
 def imagenet_subset(
     *,
     data_dir: str = "data/imagenet",
-    classes: int = 100,
+    n_classes: int = 100,
     class_seed: int = 1993,
     class_names: tuple[str, ...] = (),
     size: int = 224,
@@ -142,7 +142,7 @@ def imagenet_subset(
 
     Args:
         data_dir: As for ``imagenet``.
-        classes: Number of classes.
+        n_classes: Number of classes.
         class_seed: Seed of the draw.
         class_names: Folder names of the classes; overrides the draw.
         size: Side in pixels to resize to: shorter side, then center crop.
@@ -157,12 +157,12 @@ def imagenet_subset(
     if unknown:
         raise ConfigError(f"benchmark.class_names: no folder {root / 'train' / min(unknown)}; use names of its folders")
     if not class_names:
-        if not 1 <= classes <= len(known):
+        if not 1 <= n_classes <= len(known):
             raise ConfigError(
-                f"benchmark.classes: found {classes} for {len(known)} folders in {root / 'train'}; "
+                f"benchmark.n_classes: found {n_classes} for {len(known)} folders in {root / 'train'}; "
                 f"give 1 to {len(known)}"
             )
-        draw = np.random.RandomState(class_seed).choice(len(known), classes, replace=False)
+        draw = np.random.RandomState(class_seed).choice(len(known), n_classes, replace=False)
         class_names = tuple(known[i] for i in draw)
     return _imagenet("imagenet_subset", root, set(class_names), size=size, memory_gb=memory_gb)
 
@@ -235,7 +235,7 @@ def csv_table(
         DataError: A row or image that cannot be used; the message names it.
     """
     file = require_path(path, option="path", kind="file")
-    rows = _rows(file)
+    rows = read_rows(file)
     names = np.array([row.label for row in rows])
     if rows[0].split:
         is_test = np.array([row.split == "test" for row in rows])
@@ -256,7 +256,12 @@ class _Row(NamedTuple):
     split: str
 
 
-def _rows(file: Path) -> list[_Row]:
+def read_rows(file: Path) -> list[_Row]:
+    """Rows of a CSV file of images.
+
+    Raises:
+        DataError: A file or row that cannot be used; the message names it.
+    """
     try:
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True, skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or ()]

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from clframe.data.benchmark import Benchmark
+from clframe.data.images import count_channels, to_pixels
 from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import temporary_seed
 from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.source import Data, Source
-from clframe.data.sources.image_files import MEMORY_GB, count_channels, fits_in_memory, to_pixels
+from clframe.data.sources.image_files import MEMORY_GB, fits_in_memory
 from clframe.data.sources.labels import (
     IDENTITY,
     Labels,

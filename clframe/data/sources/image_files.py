@@ -1,6 +1,6 @@
 """Image files as a data set: checked, resized, and read one by one or all into memory.
 
-Images are read upright (EXIF orientation applied), with transparency dropped.
+For the conversion of pixels see :mod:`clframe.data.images`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clframe.data.images import count_channels, to_pixels, upright
+from clframe.data.inputs import InputFormat
 from clframe.data.lazy import DatasetSamples
-from clframe.data.reader import upright
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
 from clframe.data.sources.labels import Normalization, evenly_spaced, measure_normalization, warn_of_duplicates
@@ -37,8 +38,6 @@ IMAGE_ENDINGS = (
 # decoders, whatever their ending.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
-_GRAY = ("1", "L", "LA", "La")
-_COLOR = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 _KIND = {1: "gray", 3: "color"}
 _CHUNK = 128  # images that one thread reads between two updates of the progress bar
 
@@ -161,41 +160,25 @@ def open_image(path: str) -> Iterator[Image.Image]:
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from None
 
 
-def count_channels(image: Image.Image, path: str) -> int:
-    """Number of channels without transparency: 1 for gray images, 3 for color.
+def read_image(path: str, *, shape: Sequence[int]) -> tuple[Tensor, bool]:
+    """Read one image file as the input of a trained model.
+
+    Args:
+        path: The file.
+        shape: Channels, height and width of the model's input. An image of these sizes is not resampled, so it equals
+            the one that :class:`ImageFiles` reads in training.
+
+    Returns:
+        The uint8 tensor, and whether the image had another size.
 
     Raises:
-        DataError: More than 8 bits per channel, which conversion would truncate.
+        DataError: As :func:`open_image`.
     """
-    if image.mode in _GRAY:
-        return 1
-    if image.mode in _COLOR:
-        return 3
-    raise DataError(f"{path}: has pixels of mode {image.mode}; convert the images to 8 bits per channel")
-
-
-def to_pixels(image: Image.Image, *, channels: int, size: int | None = None) -> Tensor:
-    """Convert an image to a uint8 tensor (channels, height, width): upright, resized and center-cropped to ``size``."""
-    image = upright(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # converting to RGB in one step makes Pillow warn
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        image = _resize(image, size)
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
-
-
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    if min(width, height) != size:
-        if width <= height:
-            width, height = size, int(size * height / width)
-        else:
-            width, height = int(size * width / height), size
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else image
+    channels, height, width = shape
+    with open_image(path) as image:
+        count_channels(image, path)  # refuses modes whose range is not known
+        found = upright(image).size
+        return to_pixels(image, channels=channels, size=(height, width)), found != (width, height)
 
 
 MEMORY_GB = 4.0
@@ -258,7 +241,8 @@ def image_source(
         mean, std = normalization
         everything = DatasetSamples.of(files, files.labels, mean=mean, std=std)
         samples = [everything.subset(index) for index in parts]
-    return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names)
+    inputs = InputFormat(kind="image", size=files.size)
+    return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names, inputs=inputs)
 
 
 def consecutive_indices(train: int, test: int) -> tuple[Tensor, Tensor]:

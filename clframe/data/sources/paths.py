@@ -192,11 +192,11 @@ def ensure_files(
                 os.link(data_dir / p.file, target)
             except OSError:  # the file system has no hard links
                 shutil.copy2(data_dir / p.file, target)
-        with _one_line_errors(title, data_dir, missing[0], absent or published), _socket_timeout():
-            with warnings.catch_warnings():
-                # torchvision extracts without a filter, which Python 3.12 and 3.13 warn of; the archives' md5 is checked.
-                warnings.filterwarnings("ignore", "Python 3.14 will", DeprecationWarning)
-                fetch(str(folder))
+        errors = _one_line_errors(title, data_dir, missing[0], absent or published)
+        with errors, _socket_timeout(), warnings.catch_warnings():
+            # torchvision extracts without a filter, which Python 3.12 and 3.13 warn of; the archives' md5 is checked.
+            warnings.filterwarnings("ignore", "Python 3.14 will", DeprecationWarning)
+            fetch(str(folder))
         for name in missing:
             if not (folder / name).exists():
                 raise DataError(f"{title}: found no {name} in the download; see {published[0].url}")

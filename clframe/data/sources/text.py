@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.paths import PublishedFile, ensure_files, read_text
@@ -239,7 +240,19 @@ def _source(corpus: Corpus, *, n_features: int, tokens: str | None, max_length: 
         train, test = (
             TensorSamples(ids_NT, corpus.ids(part), mean=(), std=()) for ids_NT, part in zip(x, parts, strict=True)
         )
-    return Source(corpus.name, train, test, classes=len(corpus.class_names), class_names=corpus.class_names)
+    inputs = (
+        InputFormat(kind="words", n_features=n_features)
+        if tokens is None
+        else InputFormat(kind="tokens", tokenizer=_absolute(tokens), max_length=max_length)
+    )
+    names = corpus.class_names
+    return Source(corpus.name, train, test, classes=len(names), class_names=names, inputs=inputs)
+
+
+def _absolute(tokenizer: str) -> str:
+    """The full path of a folder; the name of a hub unchanged."""
+    folder = Path(tokenizer).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else tokenizer
 
 
 def _tokens(parts: Sequence[Sequence[str]], name: str, *, max_length: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
@@ -194,7 +195,9 @@ def _source(
 ) -> Source:
     mean, std = normalization or PUBLISHED[name]
     train, test = (TensorSamples(*part, mean, std) for part in zip(x, y, strict=True))
-    return Source(name, train, test, classes=len(class_names), class_names=class_names)
+    return Source(
+        name, train, test, classes=len(class_names), class_names=class_names, inputs=InputFormat(kind="image")
+    )
 
 
 def _from_npz(name: str, root: Path, wanted: Sequence[str]) -> Source | None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import nan
 from typing import Any
 
-from clframe.plotting.style import INK, MUTED, Picture, label, legend, percent, series_style
-
-WIDTH = 100
+from clframe.plotting.images import draw_heat_map
+from clframe.plotting.style import MUTED, Picture, label, legend, percent, series_style
+from clframe.tables import Table, to_markdown, to_text
 
 
 def summary(tree: Mapping[str, Any]) -> str:
     """Terminal output: layers, steps, budgets and latency. ``tree`` is the content of moefy.json."""
-    parts = [_heading(tree), _steps(tree), _layers(tree), _align(*points_table(tree)), *_exits(tree)]
+    shown = [_shortened(layers_table(tree)), points_table(tree), exits_table(tree)]
+    parts = [_heading(tree), _steps(tree), *(to_text(table) for table in shown if table.rows)]
     parts += [f"note: {note}" for note in tree["notes"]]
     return "\n\n".join(part for part in parts if part)
 
@@ -24,15 +26,9 @@ def summary(tree: Mapping[str, Any]) -> str:
 def markdown(tree: Mapping[str, Any]) -> str:
     """The tables in Markdown, with the whole curve."""
     blocks = [f"# {_heading(tree)}", _steps(tree)]
-    for title, (heading, rows) in (
-        ("Accuracy within a budget, the setting chosen on validation data", points_table(tree)),
-        ("The curve on test data", curve_table(tree)),
-        ("Layers", layers_table(tree)),
-        ("Experts and early exits together", exits_table(tree)),
-    ):
-        if rows:
-            lines = ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows)]
-            blocks.append(f"## {title}\n\n" + "\n".join(lines))
+    for table in (points_table(tree), curve_table(tree), layers_table(tree), exits_table(tree)):
+        if table.rows:
+            blocks.append(to_markdown(table).rstrip())
     blocks += [f"Note: {note}." for note in tree["notes"]]
     return "\n\n".join(blocks) + "\n"
 
@@ -55,7 +51,8 @@ def setting_name(tree: Mapping[str, Any]) -> str:
     return "k" if "k" in tree["setting"] else "tau"
 
 
-Table = tuple[list[str], list[list[str]]]
+def _table(name: str, title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table(name=name, title=title, columns=tuple(heading), rows=tuple(map(tuple, rows)))
 
 
 def points_table(tree: Mapping[str, Any]) -> Table:
@@ -77,7 +74,7 @@ def points_table(tree: Mapping[str, Any]) -> Table:
             scope, _percent(point["budget"], 0), f"{point[name]:.4g}", _percent(test["accuracy"]),
             f"{100 * (test['accuracy'] - dense):+.1f}", _percent(test["ffn_share"]), _percent(test["share"]), *speed,
         ])  # fmt: skip
-    return heading, rows
+    return _table("points", "Accuracy within a budget, the setting chosen on validation data", heading, rows)
 
 
 def curve_table(tree: Mapping[str, Any]) -> Table:
@@ -88,7 +85,7 @@ def curve_table(tree: Mapping[str, Any]) -> Table:
          _percent(row["test"]["share"])]
         for row in tree["curve"]
     ]  # fmt: skip
-    return [name, "accuracy", "FFNs", "model"], rows
+    return _table("curve", "The curve on test data", [name, "accuracy", "FFNs", "model"], rows)
 
 
 def layers_table(tree: Mapping[str, Any]) -> Table:
@@ -100,20 +97,21 @@ def layers_table(tree: Mapping[str, Any]) -> Table:
          "-" if mean is None else f"{mean:.1f}"]
         for layer, mean in zip(tree["layers"], used, strict=True)
     ]  # fmt: skip
-    return ["layer", "network", "experts", "router's cost", "experts a token"], rows
+    return _table("layers", "Layers", ["layer", "network", "experts", "router's cost", "experts a token"], rows)
 
 
 def exits_table(tree: Mapping[str, Any]) -> Table:
-    """For each budget of the model's cost: experts only, exits only, and both."""
+    """For each budget of the model's cost: experts only, exits only, and both; no rows without exits."""
+    title = "Experts and early exits together"
     if tree["exits"] is None:
-        return [], []
+        return _table("exits", title, ["budget of the model"], [])
     ways = list(tree["exits"]["curves"])
     rows = [
         [_percent(point["budget"], 0), *("-" if point[way] is None else
          f"{_percent(point[way]['accuracy'])} at {_percent(point[way]['share'])}" for way in ways)]
         for point in tree["exits"]["points"]
     ]  # fmt: skip
-    return ["budget of the model", *ways], rows
+    return _table("exits", title, ["budget of the model", *ways], rows)
 
 
 def _heading(tree: Mapping[str, Any]) -> str:
@@ -135,23 +133,11 @@ def _steps(tree: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _layers(tree: Mapping[str, Any]) -> str:
-    heading, rows = layers_table(tree)
-    if len(rows) > 12:
-        rows = [*rows[:6], ["..."] * len(heading), *rows[-5:]]
-    return _align(heading, rows)
-
-
-def _exits(tree: Mapping[str, Any]) -> list[str]:
-    heading, rows = exits_table(tree)
-    return [_align(heading, rows)] if rows else []
-
-
-def _align(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = [heading, *rows]
-    widths = [max(len(row[at]) for row in table) for at in range(len(heading))]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([lines[0], "-" * min(WIDTH, max(map(len, lines))), *lines[1:]])
+def _shortened(table: Table) -> Table:
+    """First and last rows of a long table."""
+    if len(table.rows) <= 12:
+        return table
+    return replace(table, rows=(*table.rows[:6], ("...",) * len(table.columns), *table.rows[-5:]))
 
 
 def _percent(value: float, decimals: int = 1) -> str:
@@ -234,15 +220,11 @@ def _draw_heatmap(
 ) -> None:
     axes = figure.subplots()
     grid = [[nan if value is None else value for value in row] for row in values]
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.grid(False)
-    every = max(1, -(-len(names) // 12))
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-    step = max(1, -(-len(layers) // 12))
-    axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=40, ha="right", fontsize=7)
-    axes.set_ylabel(what)
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("experts per token", color=INK)
+    highest = max((value for row in values for value in row if value is not None), default=1.0)
+    draw_heat_map(axes, grid, rows=names, columns=layers, highest=highest)
+    axes.set(ylabel=what, title="experts per token")
+    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="x", rotation=40)
 
 
 def _label_cost_axes(axes: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
-from clframe.registry import Registry
+from clframe.registry import Registry, call_problem
 
 Flow = Tensor | tuple[Tensor, ...]
 """Value passed from stage to stage: the tap, alone or followed by further tensors such as an attention mask."""
@@ -266,12 +266,12 @@ class Backbone(nn.Module):
         """Width of the last tap."""
         return self.tap_shapes[self.names[-1]][0]
 
-    def tap(self, name: str) -> int:
-        """Index of the stage ``name``; an unknown one is an :class:`UnknownNameError` with the nearest name."""
+    def tap(self, name: str, *, where: str = "") -> int:
+        """Index of the stage ``name``; an unknown one is an UnknownNameError that names ``where`` and the nearest."""
         try:
             return self.names.index(name)
         except ValueError:
-            raise UnknownNameError(unknown_name("tap", name, self.names)) from None
+            raise UnknownNameError(unknown_name("tap", name, self.names, where=where)) from None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute features_BF, the last tap."""
@@ -353,5 +353,11 @@ def load_backbone(point: EntryPoint) -> Iterator[tuple[str, Callable[..., Backbo
     yield point.name, point.load()
 
 
-BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone", group="clframe.backbones", load=load_backbone)
+def _problem(entry: Callable[..., Backbone]) -> str:
+    return call_problem(entry, ("input_shape",), expected="a function (input_shape, *, options) -> Backbone")
+
+
+BACKBONES: Registry[Callable[..., Backbone]] = Registry(
+    "backbone", group="clframe.backbones", load=load_backbone, problem=_problem
+)
 """Every backbone by name: functions ``(input_shape, *, options) -> Backbone``."""

@@ -118,7 +118,7 @@ class PatchTokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute tokens_BTD of images_BCHW."""
         patches_BTD = self.patches(x).flatten(2).transpose(1, 2)
-        tokens_BTD = torch.cat([self.class_token.expand(len(x), -1, -1), patches_BTD], dim=1)
+        tokens_BTD = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches_BTD], dim=1)
         out: Tensor = self.dropout(tokens_BTD + self.positions)
         return out
 

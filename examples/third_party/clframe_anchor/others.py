@@ -31,24 +31,24 @@ def lenet(input_shape: tuple[int, int, int], *, width: int = 6) -> Backbone:
     return Backbone.of(layers, input_shape=input_shape)
 
 
-def stripes(*, classes: int = 4, noise: float = 0.3) -> Source:
+def stripes(*, lines: int = 4, noise: float = 0.3) -> Source:
     """Gray 8x8 images with one noisy bright row or column per class, 64 + 16 samples per class, at most 16 classes.
 
     Args:
-        classes: Number of classes.
+        lines: Number of classes.
         noise: Standard deviation of the pixel noise.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> TensorSamples:
-        y_N = torch.arange(classes).repeat(count)
+        y_N = torch.arange(lines).repeat(count)
         x_N1HW = noise * torch.randn(len(y_N), 1, 8, 8, generator=generator)
         for image_1HW, label in zip(x_N1HW, y_N.tolist(), strict=True):
             line = image_1HW[0, label] if label < 8 else image_1HW[0, :, label - 8]
             line += 1
         return TensorSamples(x_N1HW, y_N)
 
-    return Source("stripes", draw(64), draw(16), classes=classes)
+    return Source("stripes", draw(64), draw(16), classes=lines)
 
 
 def _worst(found: Evaluations) -> float:

@@ -1,0 +1,78 @@
+"""``clframe evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from clframe.cli.predict import decimal, whole_number
+from clframe.errors import ConfigError
+
+NAME = "evaluate"
+HELP = "measure a run on its own test data or on other data"
+WORDS = "RUN [benchmark=NAME] [benchmark.KEY=VALUE ...]"
+DESCRIPTION = """\
+Measures the trained model of a run on labeled data: accuracy with 95 % confidence intervals, by exit and by class, the
+confusion matrix, calibration and failure prediction of every exit, and the mean MACs of a prediction.
+
+  clframe evaluate RUN                                            the run's own test data, as in results.json
+  clframe evaluate RUN benchmark=image_folder benchmark.path=new  other images, in one folder per class
+  clframe evaluate RUN benchmark=csv benchmark.path=new.csv       a list of images; npz works too
+  clframe evaluate RUN benchmark=svhn --json -                    the test part of another data set
+
+Classes are matched by name; a subset of the run's classes is enough. Images are converted and resized as in training.
+All samples count, unless the data has a test part (test/ next to train/, a column split, x_test): then only that.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    add = parser.add_argument
+    add("--threshold", metavar="T", help="largest probability from which an exit decides")
+    add("--budget", metavar="SHARE", help="mean cost as a share of the backbone's MACs, for a run with validation data")
+    add("--batch-size", default="64", metavar="N", help="samples per batch (default: 64)")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
+    add("--json", metavar="FILE", help="write JSON to a file, or to the standard output (-) instead of the tables")
+    add("--output", metavar="DIR", help="folder for evaluation.json, tables (CSV) and the confusion matrix (SVG, PNG)")
+
+
+def act(options: argparse.Namespace) -> int:
+    """Evaluate, print and write."""
+    run, *overrides = options.words or [""]
+    if not run:
+        raise ConfigError("evaluate: found no run; give a run folder, such as the one clframe run printed")
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"evaluate: found '{word}'; give one run, then benchmark=NAME and benchmark.KEY=VALUE")
+    size = whole_number("--batch-size", options.batch_size)
+    threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
+
+    from clframe.cli.context import notices
+    from clframe.files import write_atomically
+    from clframe.progress import progress_bars
+    from clframe.tables import to_text
+    from clframe.targets import evaluation, evaluation_output
+
+    if options.output is not None:
+        from pathlib import Path
+
+        from clframe.targets.folders import require_writable
+
+        require_writable(Path(options.output).expanduser())
+    with notices(quiet=True), progress_bars(unit="sample") as show:
+        found = evaluation.evaluate(
+            run, overrides, threshold=threshold, budget=budget, batch_size=size, device=options.device, progress=show
+        )
+    for reason in found.skipped.values():
+        print(f"clframe: skipped {reason}", file=sys.stderr)
+    if options.json == "-":
+        sys.stdout.write(evaluation.to_json(found))
+    elif options.json is not None:
+        write_atomically(options.json, evaluation.to_json(found))
+    if options.json != "-":
+        print(evaluation_output.describe(found), end="\n\n")
+        print("\n\n".join(to_text(table) for table in evaluation_output.shown_tables(found)))
+    if options.output is not None:
+        written = evaluation_output.write_folder(found, Path(options.output).expanduser())
+        print(f"\n{written}", file=sys.stderr if options.json == "-" else sys.stdout)
+    return 3 if found.skipped else 0

@@ -1,0 +1,37 @@
+"""Conversion of files to inputs, recorded with a run so that predictions read files as training did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from clframe.records import read_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFormat:
+    """The file format behind the inputs of a data set, and the parameters of its conversion."""
+
+    kind: Literal["image", "words", "tokens", "array"] = "array"
+    """``image``: pixels of image files; ``words``: texts as hashed words; ``tokens``: texts as token ids of a
+    tokenizer; ``array``: numbers without a file format of their own, given as arrays."""
+    size: int | None = None
+    """Side in pixels to which the data set's images were resized; None where all had one size."""
+    largest: int = 255
+    """Value of a white pixel in the inputs of an image: 255 for bytes, 16 for the digits of scikit-learn."""
+    n_features: int = 0
+    """Length of the vectors of ``words``."""
+    tokenizer: str = ""
+    """Hub id or folder of the tokenizer of ``tokens``."""
+    max_length: int = 0
+    """Largest number of tokens of a text."""
+
+    def as_tree(self) -> dict[str, Any]:
+        """Return plain values; :meth:`of` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> InputFormat:
+        """Build from :meth:`as_tree`; unknown fields, of later versions, are ignored."""
+        return read_record(cls, tree, prefix="inputs.")

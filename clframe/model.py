@@ -1,0 +1,91 @@
+"""Trained models as users handle them: predict, learn more, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clframe.config.schema import Config
+from clframe.data.benchmark import Benchmark
+from clframe.data.source import Source
+from clframe.results import Result
+from clframe.training.trained import TrainedModel
+
+if TYPE_CHECKING:
+    from clframe.targets.export import Format
+    from clframe.targets.prediction import Predictions
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model(TrainedModel):
+    """The trained model of a run, as returned by ``clframe.load(run)``.
+
+    Inputs of the methods of :class:`~clframe.training.trained.TrainedModel` are tensors or arrays as the data set
+    stores them; :meth:`predict` takes files as well. Parameters are frozen: to learn more, use :meth:`extend`.
+    """
+
+    folder: Path
+    """The run folder, or that of a converted or exported model."""
+    config: Config
+    """The resolved config of the run."""
+
+    def predict(
+        self,
+        inputs: Any,
+        *,
+        threshold: float | None = None,
+        budget: float | None = None,
+        top: int = 1,
+        batch_size: int = 64,
+    ) -> Predictions:
+        """Predict files, folders, arrays or texts; see :func:`clframe.targets.prediction.predict`."""
+        from clframe.targets.prediction import predict
+
+        return predict(self, inputs, threshold=threshold, budget=budget, top=top, batch_size=batch_size)
+
+    def extend(
+        self,
+        data: Source | Benchmark | Sequence[str] | str,
+        overrides: Sequence[str] = (),
+        *,
+        output: str | Path | None = None,
+    ) -> Result:
+        """Learn new experiences on top of the run, in a new run folder; see :func:`clframe.api.extend`."""
+        from clframe.api import extend
+
+        return extend(self.folder, data, overrides, output=output)
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        format: Format = "onnx",
+        staged: bool = False,
+        threshold: float | None = None,
+        opset: int | None = None,
+        dtype: str | None = None,
+    ) -> Path:
+        """Write the model in another format; see :func:`clframe.targets.export.export`."""
+        from clframe.targets.export import export
+
+        return export(
+            self, folder, format=format, staged=staged, threshold=threshold, opset=opset, dtype=dtype
+        )  # fmt: skip
+
+
+def load(run: str | Path, *, device: str = "cpu") -> Model:
+    """Load the trained model of a run; no data and no code are read.
+
+    Args:
+        run: A run folder, finished or not, or the folder of a model converted by ``clframe moefy`` or written by
+            ``clframe card`` or ``clframe export --format safetensors``.
+        device: Device of the model.
+
+    Raises:
+        RunFolderError: No run folder, or no readable checkpoint in it.
+    """
+    from clframe.targets.loading import as_kind, load_model, run_config
+
+    return as_kind(load_model(run, device=device), Model, folder=Path(run), config=run_config(run))

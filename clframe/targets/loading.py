@@ -1,0 +1,85 @@
+"""Trained models read from run folders, without their data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+
+from clframe.build import build_backbone, build_strategy
+from clframe.config.files import read_yaml
+from clframe.config.schema import Config
+from clframe.config.typed import from_mapping
+from clframe.errors import ConfigError, RunFolderError
+from clframe.exits.curves import BudgetPoints
+from clframe.nn import Network
+from clframe.run_folder import RunFolder
+from clframe.targets.portable import is_portable, read_portable
+from clframe.training.trained import CONVERTED, TrainedModel, load_newest, read_recipe, restore_model
+
+ModelT = TypeVar("ModelT", bound=TrainedModel)
+
+
+def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> TrainedModel:
+    """Load the trained model of a run, see :func:`clframe.load`.
+
+    Args:
+        run: A run folder, finished or not, or the folder of a model converted by ``clframe moefy``.
+        device: Device of the model.
+        where: Verb in the message about a folder that is not one of a run.
+
+    Raises:
+        RunFolderError: No run folder, or no readable checkpoint in it.
+    """
+    folder = RunFolder.open(Path(run), where=where)
+    config = read_config(folder)
+    content: Mapping[str, Any]
+    budgets: BudgetPoints | None = None
+    if is_portable(folder.path):
+        content, recipe, budgets = read_portable(folder.path)
+    else:
+        recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
+        content = load_newest(folder.path, device=torch.device(device))
+    network = Network(build_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
+    try:
+        strategy = build_strategy(config.strategy, config.components)
+        trained = restore_model(network, strategy, content, recipe=recipe)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
+    network.to(device)
+    return trained if budgets is None else replace(trained, budgets=budgets)
+
+
+def run_config(run: str | Path, *, where: str = "load") -> Config:
+    """Read the resolved config of a run folder.
+
+    Raises:
+        RunFolderError: No run folder.
+        ConfigError: A config that cannot be read.
+    """
+    return read_config(RunFolder.open(Path(run), where=where))
+
+
+def read_config(folder: RunFolder) -> Config:
+    """Read the resolved config of an opened run folder.
+
+    Raises:
+        ConfigError: A config that cannot be read.
+    """
+    tree = OmegaConf.to_container(read_yaml(folder.config_path), resolve=False)
+    assert isinstance(tree, dict)
+    try:
+        return from_mapping({str(key): value for key, value in tree.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{folder.config_path}: {error}") from None
+
+
+def as_kind(trained: TrainedModel, kind: type[ModelT], **more: Any) -> ModelT:
+    """Return the same trained model as a subclass with more fields."""
+    values: dict[str, Any] = {field.name: getattr(trained, field.name) for field in fields(TrainedModel)}
+    return kind(**values, **more)

@@ -1,0 +1,93 @@
+"""The log file of a run: one line per experience, readable without a terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from clframe.metrics.continual import average_seen_accuracy
+
+_log = logging.getLogger(__name__)
+
+NAME = "log.txt"
+"""The file in the run folder."""
+
+
+class RunLog:
+    """Appends lines with date and time to ``log.txt``.
+
+    A resumed run appends to the file of the run before. A file that cannot be written is reported once and does not
+    end a run.
+
+    Args:
+        folder: The run folder.
+        experiences: Number of experiences.
+    """
+
+    def __init__(self, folder: Path, *, experiences: int) -> None:
+        self._path, self._experiences = folder / NAME, experiences
+        self._failed = False
+        self._open = False
+        self._finished = 0
+
+    def open(self, *, finished: int) -> None:
+        """Write the first line; ``finished`` experiences are not trained again."""
+        self._open, self._finished = True, finished
+        self._add(f"resumed after experience {finished}/{self._experiences}" if finished else "started")
+
+    def experience(
+        self,
+        *,
+        finished: int,
+        title: str,
+        accuracies: Sequence[Sequence[float]],
+        losses: Mapping[str, float],
+        steps: int,
+        train_seconds: float,
+        evaluation_seconds: float,
+        checkpoint_bytes: int | None,
+    ) -> None:
+        """Write the line of an experience.
+
+        Args:
+            finished: Experiences finished, this one included.
+            title: Title of this experience.
+            accuracies: The accuracy matrix so far; its last row is of this experience.
+            losses: Mean of each loss term over this experience, by name.
+            steps: Training steps of the run so far.
+            train_seconds: Time of training this experience.
+            evaluation_seconds: Time of evaluating after it.
+            checkpoint_bytes: Size of its checkpoint; None where none was written.
+        """
+        self._finished = finished
+        own, seen = accuracies[-1][finished - 1], average_seen_accuracy(accuracies).value
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items()) or "no training step"
+        size = "none" if checkpoint_bytes is None else f"{checkpoint_bytes / 1e6:,.3f} MB"
+        self._add(
+            f"experience {finished}/{self._experiences} ({title}): accuracy {100 * own:.2f} %, "
+            f"{100 * seen:.2f} % over the experiences so far; {terms}; {steps} steps so far; "
+            f"training {train_seconds:.1f} s, evaluation {evaluation_seconds:.1f} s; checkpoint {size}"
+        )
+
+    def note(self, text: str) -> None:
+        """Write a line."""
+        self._add(text)
+
+    def close(self) -> None:
+        """Write the last line, once."""
+        if self._open:
+            self._open = False
+            done = self._finished == self._experiences
+            self._add("finished" if done else f"stopped after experience {self._finished}/{self._experiences}")
+
+    def _add(self, text: str) -> None:
+        if self._failed:
+            return
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(text.split())}\n")
+        except OSError as error:
+            self._failed = True
+            _log.warning("%s: cannot be written (%s); the run continues without it", self._path, error.strerror)

@@ -1,0 +1,94 @@
+"""``clframe predict``: tables, files, exit codes, and bad input in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clframe
+from clframe.data import digits
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Ten digits as image files."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for i, x in enumerate(digits().test.x[:10, 0].numpy()):
+        Image.fromarray((x * (255 / 16)).round().astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_table_a_file_of_each_kind_and_a_summary(call, here, finished, drawn):
+    run = str(finished[0])
+    code, out, err = call("predict", run, str(drawn), "--json", "out.json", "--csv", "out.csv", "--top", "2")
+    assert code == 0 and err == ""
+    lines = out.splitlines()
+    assert lines[0] == "Predictions: last exit"
+    assert lines[1].split("  ")[0] == "input" and "next classes, %" in lines[1]
+    model = clframe.load(run)
+    expected = model.classify(digits().test.x[:10]).tolist()
+    macs = clframe.Result.from_json(finished[0] / "results.json").macs
+    for i, line in enumerate(lines[3:13]):
+        assert line.split()[0].endswith(f"{i}.png") and line.split()[-1] == f"{macs:,}"
+    assert lines[13] == f"10 predictions; mean MACs {macs:,}, 100.0 % of the backbone"
+    content = json.loads((here / "out.json").read_text())
+    assert [row["class_id"] for row in content["predictions"]] == expected
+    assert [row["class"] for row in content["predictions"]] == [str(c) for c in expected]
+    with open(here / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["class_id"]) for row in rows] == expected and set(rows[0]) >= {"class_2", "probability_2"}
+    assert [float(row["probability"]) for row in rows] == [row["probability"] for row in content["predictions"]]
+
+
+def test_json_on_the_standard_output_is_all_there_is(call, finished, drawn):
+    code, out, err = call("predict", str(finished[0]), str(drawn / "3.png"), "--json", "-")
+    assert code == 0 and err == ""
+    assert json.loads(out)["predictions"][0]["input"] == str(drawn / "3.png")
+    code, out, _ = call("predict", str(finished[0]), str(drawn / "3.png"), "--csv", "-")
+    assert code == 0 and out.startswith("input,class_id,class,probability,exit,macs\n") and out.count("\n") == 2
+
+
+def test_a_corrupt_file_is_skipped_with_its_own_exit_code(call, here, finished, drawn):
+    (here / "bad.png").write_bytes((drawn / "0.png").read_bytes()[:50])
+    code, out, err = call("predict", str(finished[0]), "bad.png", str(drawn / "1.png"))
+    assert code == 3 and "1 predictions" in out
+    assert err.startswith("clframe: skipped bad.png: cannot be read as an image (") and err.count("\n") == 1
+
+
+def test_nothing_predicted_is_bad_input(call, here, finished):
+    (here / "bad.png").write_bytes(b"")
+    code, out, err = call("predict", str(finished[0]), "bad.png", "--json", "out.json")
+    assert code == 2 and out == "" and not (here / "out.json").exists()
+    assert err.splitlines()[-1] == "clframe: error: predict: none of 1 inputs could be read; give other files"
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "predict: found no run; give"),
+    (["RUN"], "predict: found no inputs; give"),
+    (["nowhere", "a.png"], "predict: no folder nowhere; give"),
+    (["RUN", "nothing.png"], "nothing.png: no such file or folder"),
+    (["RUN", "empty"], "empty: holds no images; give"),
+    (["RUN", "empty/*.png"], "matches no file; check"),
+    (["RUN", "DRAWN", "--top", "0"], "--top: found '0'; give"),
+    (["RUN", "DRAWN", "--batch-size", "-3"], "--batch-size"),
+    (["RUN", "DRAWN", "--threshold", "half"], "--threshold: found 'half'; give a number"),
+    (["RUN", "DRAWN", "--threshold", "0.5"], "--threshold: the model has one exit only; train with"),
+    (["RUN", "DRAWN", "--budget", "0.5"], "--budget: the model has one exit only; train with"),
+    (["RUN", "DRAWN", "--device", "tpu"], "--device: found tpu"),
+    (["RUN", "DRAWN", "--json", "-", "--csv", "-"], "--json: found -, and --csv too; write"),
+    (["RUN", "DRAWN", "--json", "no/such/folder.json"], "no/such/folder.json: cannot be written"),
+])  # fmt: skip
+def test_bad_input_is_one_line(refused, here, finished, drawn, words, message):
+    (here / "empty").mkdir()
+    named = {"RUN": str(finished[0]), "DRAWN": str(drawn)}
+    refused(["predict", *(named.get(word, word) for word in words)], message)
+
+
+def test_a_run_without_a_checkpoint_is_one_line(refused, here, finished):
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_bytes((finished[0] / "config.yaml").read_bytes())
+    refused(["predict", "run", "a.png"], "run: has no checkpoint yet; run it until")

@@ -120,7 +120,8 @@ def _unknown_key(key: str, block: str, where: str) -> NoReturn:
     near = nearest(key, blocks[block]), nearest(key, [name for _, name in all_keys])
     close = exact if len(exact) == 1 else [(block, near[0])] if near[0] else []
     close = close or [known for known in all_keys if known[1] == near[1]][:1]
-    advice = f"keys are {', '.join(sorted(blocks[block]))}"
+    settable = set(blocks[block]) - {"earlier"}  # which clframe extend writes
+    advice = f"keys are {', '.join(sorted(settable))}"
     if close:
         advice = f"did you mean '{'.'.join(filter(None, close[0]))}'?"
     raise ConfigError(f"{where}: unknown key '{'.'.join(filter(None, (block, key)))}'; {advice}")

@@ -19,6 +19,7 @@ from clframe.cli import main
 from clframe.exits import ExitEvaluation
 from clframe.exits.diagnostics import compute_exit_metrics
 from clframe.exits.failure import brier_N, nll_N
+from clframe.exits.smooth_calibration import smooth_ece
 from clframe.progress import progress_bars
 from clframe.sparsity.study import study_sparsity
 from clframe.targets import exit_studies, open_target
@@ -130,6 +131,9 @@ def test_exits_prints_and_writes_the_metrics_of_the_scores(with_exits, capsys, t
         nll_KN=torch.stack([nll_N(scores_NC, y_N) for scores_NC in scores]),
         brier_KN=torch.stack([brier_N(scores_NC, y_N) for scores_NC in scores]),
     ))
+    expected["smooth_ece"] = tuple(
+        smooth_ece(scores_NC.double().softmax(1).amax(1), scores_NC.argmax(1) == y_N) for scores_NC in scores
+    )
     with open(out / "exit_metrics.csv", newline="") as file:
         headings, *rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["layer1", "final", "mean"]

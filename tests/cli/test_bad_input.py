@@ -20,7 +20,7 @@ COMMAND_LINES = [
     (["rn", "quickstart"], "unknown verb 'rn'; did you mean 'run'?"),
     (
         ["zzz"],
-        "unknown verb 'zzz'; nothing is close to it (known: analyze, explain, latency, list, moefy, report, run)",
+        "unknown verb 'zzz'; nothing is close to it (known: analyze, card, check, evaluate, explain, export, extend, latency, list, moefy, predict, report, run)",
     ),
     (["--bogus"], "unknown option '--bogus'; did you mean '--debug'?"),
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),
@@ -29,7 +29,7 @@ COMMAND_LINES = [
     (["run", "seed=3"], "run: found 'seed=3' instead of a config; begin with one"),
     (["run", "quickstart", "--sed", "3"], "run: unknown option '--sed'; did you mean '--seed'?"),
     (["run", "quickstart", "--out=x"], "run: unknown option '--out'; did you mean '--output'?"),
-    (["run", "quickstart", "-x"], "run: unknown option '-x'; options are --debug, --device"),
+    (["run", "quickstart", "-x"], "run: unknown option '-x'; options are --debug, --deterministic, --device"),
     (["explain", "quickstart", "--output", "x"], "explain: unknown option '--output'; options are"),
     (["run", "quickstart", "--seeds"], "run: argument --seeds: expected one argument; see clframe run"),
     (["run", "quickstart", "--quiet=3"], "run: argument --quiet:", "'3'; see clframe run --help"),

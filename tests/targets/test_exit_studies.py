@@ -220,7 +220,7 @@ def test_variants_of_all_runs_and_reasons_for_the_others(copies, unusable, tmp_p
     assert {f"proxy_variants.{ending}" for ending in ("csv", "md", "tex")} <= names
     rows = (tmp_path / "out" / "proxy_variants.csv").read_text().splitlines()
     assert rows[0].startswith("run,variant,EEFP,ECE,AUROC,AURC,accuracy,") and len(rows) == 1 + 2 * VARIANTS
-    assert float(rows[1].split(",")[-8]) == pytest.approx(study.variants[0].metrics["ece"])
+    assert float(rows[1].split(",")[-9]) == pytest.approx(study.variants[0].metrics["ece"])
     assert {"proxy_correlations.csv", "proxy_differences.tex", "proxy_eefp.svg", "proxy_ece.png"} <= names
     # The first exit costs more than half of the backbone: the scatter plots show the area, which is always defined.
     assert proxy_pictures(study)[0].caption.startswith("EEFP against area under")

@@ -15,7 +15,7 @@ from clframe.config.schema import Config, named_plugins
 from clframe.config.typed import as_tree, to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
-from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, RunFolderError, UnsupportedError
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
@@ -23,6 +23,7 @@ from clframe.report.writing import write_figures
 from clframe.results import Result, summarize
 from clframe.run_folder import RunFolder
 from clframe.seeding import torch_settings
+from clframe.stream import check_trained_data
 
 if TYPE_CHECKING:
     from clframe.targets.extension import Extension
@@ -61,8 +62,13 @@ def run(
         if overrides:
             raise ConfigError("resume: takes no overrides; a resumed run uses the config it started with")
         from clframe.targets.loading import read_config
+        from clframe.targets.portable import is_portable
 
         folder = RunFolder.open(Path(resume))
+        if is_portable(folder.path):
+            raise RunFolderError(
+                f"resume: {resume} is a copy of a model without the state of its run; resume the run itself"
+            )
         config = read_config(folder)
         _refuse_plugins(config, folder)
     elif isinstance(config, str):
@@ -71,7 +77,7 @@ def run(
         raise ConfigError("run: overrides need a config's name; change a typed config with dataclasses.replace")
     if output is not None and resume is None:
         config = replace(config, output=str(output))
-    setup = build(config)
+    setup = build(config, needs_earlier=resume is None)
     if on_built is not None:
         on_built(setup)
     if resume is None:
@@ -145,6 +151,11 @@ def _execute(
         try:
             if resumes:
                 started = session.resume()
+                count = len(setup.benchmark)
+                remaining = [session.learner.training_experiences(i, count) for i in range(started, count)]
+                check_trained_data(config, setup.benchmark, {j for sources in remaining for j in sources})
+                if started == count:
+                    _log.info("%s: is finished; nothing to train", folder.path)
             return _finish(setup, folder, session, session.run())
         except ClframeError as error:
             if resumes and session.progress.finished == started and not isinstance(error, DivergenceError):

@@ -47,16 +47,17 @@ class Setup:
     network: Network
 
 
-def build(config: Config, *, source: Source | None = None) -> Setup:
+def build(config: Config, *, source: Source | None = None, needs_earlier: bool = False) -> Setup:
     """Build everything a config names and check all that can be checked before training.
 
     Args:
         config: The config.
         source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
+        needs_earlier: As in :func:`~clframe.stream.build_stream`.
     """
     composition = build_strategy(config.strategy, config.components)
     backbone = build_backbone(config.backbone)
-    source, benchmark = build_stream(config, source=source)
+    source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
     composition.check_needs()
     for component in composition:
         component.check(classes=len(benchmark.class_order))

@@ -31,6 +31,11 @@ class Model(TrainedModel):
     config: Config
     """The resolved config of the run."""
 
+    def __repr__(self) -> str:
+        """The folder, the strategy, the number of learned classes and the names of the exits, in one line."""
+        classes, exits = len(self.learner.past), ", ".join(self.network.exit_names)
+        return f"Model({str(self.folder)!r}, strategy={self.config.strategy!r}, {classes} classes, exits: {exits})"
+
     def predict(
         self,
         inputs: Any,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Final
 
 from clframe.config.schema import BenchmarkConfig, Config, EarlierConfig
 from clframe.config.typed import block_keys
@@ -19,8 +20,13 @@ from clframe.options import check_options
 
 _log = logging.getLogger("clframe.data")
 
+LOCATIONS: Final = ("path", "data_dir", "tokens")
+"""Options of data sets that name a file or folder."""
 
-def build_stream(config: Config, *, source: Source | None = None) -> tuple[Source, Benchmark]:
+
+def build_stream(
+    config: Config, *, source: Source | None = None, needs_earlier: bool = False
+) -> tuple[Source, Benchmark]:
     """Load the data of a config and split them into experiences; those of an extended run follow the earlier ones.
 
     Earlier data that cannot be read are named in a warning; their experiences then have no samples.
@@ -28,29 +34,60 @@ def build_stream(config: Config, *, source: Source | None = None) -> tuple[Sourc
     Args:
         config: The config.
         source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
+        needs_earlier: Refuse earlier data that cannot be read, as a run from scratch trains on them.
 
     Returns:
         The newest data, and the whole stream.
 
     Raises:
-        DataError: Earlier data have changed, or new data do not fit them.
+        DataError: Earlier data have changed or are needed and cannot be read, or new data do not fit them.
     """
     if not config.earlier:
         return build_data(config.benchmark, seed=config.seed)
     source = source or build_source(config.benchmark)
     stream: Benchmark | None = None
     for entry in config.earlier:
-        stream = _add_earlier(stream, entry, seed=config.seed)
+        stream = _add_earlier(stream, entry, seed=config.seed, needed=needs_earlier)
     assert stream is not None
     joined = _extend(stream, source, config.benchmark, stored_of(config.earlier[0]), seed=config.seed)
     return source, replace(joined, evaluate=config.benchmark.evaluate)
 
 
-def _add_earlier(stream: Benchmark | None, entry: EarlierConfig, *, seed: int) -> Benchmark:
+def check_trained_data(config: Config, benchmark: Benchmark, trained: Collection[int]) -> None:
+    """Refuse training on earlier experiences whose data are gone.
+
+    Args:
+        config: The config of the stream.
+        benchmark: The stream.
+        trained: Indices of the experiences whose data will be trained on.
+
+    Raises:
+        DataError: One of them has no training samples.
+    """
+    index = 0
+    for entry in config.earlier:
+        for _ in entry.experiences:
+            if index in trained and not len(benchmark.train[index]):
+                block = entry.benchmark
+                places = [str(block.options[key]) for key in LOCATIONS if block.options.get(key)]
+                raise _missing_training_data(index, f"{', '.join(places) or block.name}: cannot be read")
+            index += 1
+
+
+def _missing_training_data(index: int, reason: str) -> DataError:
+    return DataError(
+        f"experience {index + 1}: cannot be trained, its earlier data are gone ({reason}); restore the data there, or "
+        f"edit 'earlier' in the config"
+    )
+
+
+def _add_earlier(stream: Benchmark | None, entry: EarlierConfig, *, seed: int, needed: bool) -> Benchmark:
     block, stored = entry.benchmark, stored_of(entry)
     try:
         source = build_source(block)
     except ClframeError as error:
+        if needed:
+            raise _missing_training_data(0 if stream is None else len(stream), str(error)) from None
         if block.online is not None:
             raise DataError(f"earlier data: {error}; an online stream cannot be extended without them") from None
         count = len(entry.experiences)

@@ -18,7 +18,7 @@ replace the whole block; NAME is a registered name (`clframe list backbones`) or
 """
 
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
-_NOTICED = ("clframe.data", "clframe.training.saver")
+_NOTICED = ("clframe.api", "clframe.data", "clframe.targets.loading", "clframe.training.saver")
 """Loggers whose lines concern users of the command line."""
 MOST_SEEDS = 10_000
 """Bound on the number of seeds in one call."""
@@ -98,13 +98,13 @@ class Notices(logging.Handler):
     """Prints log lines about the data on stderr, buffered until :meth:`show`.
 
     A call that is refused thus prints its warnings and the error only. A line that several seeds repeat is printed
-    once.
+    once, and one that was dropped never.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._buffer: list[logging.LogRecord] | None = []
-        self._printed: set[str] = set()
+        self._done: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Buffer a record, or print it after :meth:`show`."""
@@ -114,16 +114,18 @@ class Notices(logging.Handler):
             self._buffer.append(record)
 
     def show(self, *, least: int = logging.NOTSET) -> None:
-        """Print the buffered records of at least level ``least``; later records are printed immediately."""
+        """Print the buffered records of at least level ``least``, drop the others; print later ones immediately."""
         buffered, self._buffer = self._buffer or [], None
         for record in buffered:
             if record.levelno >= least:
                 self._print(record)
+            else:
+                self._done.add(record.getMessage())
 
     def _print(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if line not in self._printed:
-            self._printed.add(line)
+        if line not in self._done:
+            self._done.add(line)
             print(line, file=sys.stderr, flush=True)
 
 

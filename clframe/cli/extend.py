@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -66,14 +67,14 @@ def _extend(options: argparse.Namespace) -> int:
         overrides += device_overrides(options.device)
     quiet = options.quiet
     with (
-        # Without the sources' own numbers of classes, which are not those of the run.
-        notices(quiet=True) as data_notices,
+        notices(quiet=quiet) as data_notices,
         Board(wanted=options.tensorboard, echo=None if quiet else partial(print, flush=True)) as board,
     ):
         from clframe.api import extend
 
         def begin(extension: Extension) -> None:
-            data_notices.show()
+            # Without the sources' own numbers of classes, which are not those of the run.
+            data_notices.show(least=logging.WARNING)
             board.show(extension.setup.config)
             if not quiet:
                 print(_summary(extension), flush=True)

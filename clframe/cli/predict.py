@@ -23,7 +23,7 @@ decided, MACs spent. Images are read, converted and resized as in training.
   clframe predict RUN 'where is my card' texts.txt          models of texts: texts, one a line, or a CSV column text
 
 Without --threshold and --budget the strategy's own rule decides: early_exit where it is part of it, else the last exit.
-A file that cannot be read is named and skipped; the exit code is then 3, and 2 where nothing could be predicted.
+A file that is missing or unreadable is named and skipped; the exit code is then 3, and 2 if nothing could be predicted.
 """
 
 

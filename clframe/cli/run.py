@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import threading
@@ -125,7 +126,8 @@ def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arg
     from clframe.api import run
 
     def begin(setup: Setup) -> None:
-        data_notices.show()
+        # An extended run has its own numbers of classes, which are not those of its sources.
+        data_notices.show(least=logging.WARNING if setup.config.earlier else logging.NOTSET)
         board.show(setup.config, resume=options.resume)
 
     result = run(**arguments, on_built=begin, on_evaluated=None if options.quiet else print_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,11 @@ def find_config(name: str, *, group: str = "experiment", where: str = "config") 
         if name and key.endswith(f"/{name}"):
             article = "an" if group[0] in "aeiou" else "a"
             raise UnknownNameError(f"{where}: '{name}' is not {article} {group}; did you mean '{key}'?")
+    if os.path.isfile(os.path.join(name, "config.yaml")):  # Path.is_file raises for names that are too long
+        raise UnknownNameError(
+            f"{where}: {name} is the folder of a run; continue it with --resume {name}, or run its config again: "
+            f"{Path(name) / 'config.yaml'}"
+        )
     own = [key.removeprefix(f"{group}/") for key in known if key.startswith(f"{group}/")]
     kind = "config" if "/" in name or group not in REGISTRIES else group
     message = unknown_name(kind, name, known if "/" in name else own, where=where)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from clframe.errors import ClframeError
 from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
@@ -67,13 +69,27 @@ def summary_text(result: Result) -> str:
         *((metric.label, _metric(result, name)) for name, metric in all_metrics().items()),
         *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
-        ("MACs per prediction", "not counted" if result.macs is None else f"{result.macs:,}"),
+        *_macs_rows(result),
         ("training", f"{result.train_seconds:.1f} s, {result.steps:,} steps"),
         ("state", ", ".join(f"{name} {format_bytes(size)}" for name, size in result.state_bytes.items()) or "none"),
     ]  # fmt: skip
     indent = 2 + max(len(name) for name, _ in rows)
     lines = [line for name, text in rows for line in _item(name, text, indent)]
     return "\n".join([*lines, f"{'run folder':<{indent}}{result.run_folder}"])  # a path is not wrapped, to be copied
+
+
+def _macs_rows(result: Result) -> list[tuple[str, str]]:
+    """Costs of a prediction: of the whole network and, where exits decide, the mean over the test samples."""
+    whole = "not counted" if result.macs is None else f"{result.macs:,}"
+    try:
+        totals = json.loads((Path(result.run_folder) / "ledger.json").read_text(encoding="utf-8"))["totals"]
+        mean = totals["prediction"]["mean"]
+    except (OSError, ValueError, KeyError, TypeError):  # a result without a folder, or without counts
+        mean = None
+    if mean is None or result.macs is None or round(mean) == result.macs:
+        return [("MACs per prediction", whole)]
+    share = f"{100 * mean / result.macs:.1f} % of the whole network"
+    return [("MACs per prediction", f"{mean:,.0f} on average, {share}"), ("MACs of the whole network", whole)]
 
 
 def seeds_table(results: Sequence[Result]) -> str:

@@ -26,6 +26,7 @@ from clframe.tables import Quantity, Table, to_markdown
 from clframe.targets.export import DESCRIPTION, RunModel, describe, load_run, write_weights
 from clframe.targets.export_folder import new_folder
 from clframe.targets.export_graphs import stored_dtype
+from clframe.targets.portable import is_portable
 
 CARD = "README.md"
 MOST_ROWS = 100
@@ -52,6 +53,8 @@ def write_card(run: str | Path, *, output: str | Path | None = None, license: st
         raise ConfigError(f"card: --license found '{license}'; give an identifier such as mit, apache-2.0 or other")
     model = load_run(run, where="card")
     results = model.folder / "results.json"
+    if is_portable(model.folder):
+        raise RunFolderError(f"card: {run} is a copy of a model without the results of its run; give the run itself")
     if not results.is_file():
         raise RunFolderError(f"card: {run} has no results.json; finish the run with clframe run --resume {run}")
     result = Result.from_json(results)
@@ -205,7 +208,24 @@ def _summary(model: RunModel, result: Result) -> str:
     ]
     if result.macs is not None:
         lines.append(f"- Cost of a prediction with all exits: {result.macs:,} multiply-adds (MACs).")
+    mean = _mean_macs(model.folder / "ledger.json")
+    if mean is not None:
+        share = f", {100 * mean / result.macs:.1f} % of that with all exits" if result.macs else ""
+        lines.append(
+            f"- Mean cost of a prediction by the decision rule, which selects exits or experts for each sample, on the "
+            f"test data: {mean:,.0f} MACs{share}. The metrics below are those of this rule."
+        )
     return "\n".join(lines)
+
+
+def _mean_macs(ledger: Path) -> float | None:
+    """Mean MACs of a prediction at the end of the run; None where unknown, or where every prediction costs the same."""
+    try:
+        costs = json.loads(ledger.read_text(encoding="utf-8"))["totals"]["prediction"]
+        mean, whole = costs["mean"], costs["whole"]
+    except (OSError, ValueError, KeyError, TypeError):  # runs of earlier versions have no such totals
+        return None
+    return float(mean) if isinstance(mean, (int, float)) and round(mean) != whole else None
 
 
 def _use() -> str:
@@ -258,7 +278,10 @@ def _class_table(model: RunModel, result: Result) -> Table:
     order = result.class_order[:MOST_ROWS]
     rest = len(result.class_order) - len(order)
     names = model.class_names or result.class_names
-    experience = {c: k + 1 for k, classes in enumerate(result.experiences) for c in classes}
+    experience: dict[int, int] = {}
+    for k, classes in enumerate(result.experiences):
+        for c in classes:
+            experience.setdefault(c, k + 1)  # later experiences may bring more samples of a class
     return Table(
         name="classes", title="Classes in the order in which they were learned, with final accuracy in percent",
         note=f"{rest} further classes are in model.json." if rest else "",

@@ -60,11 +60,13 @@ def _advice(name: str, known: Sequence[str]) -> str:
 
 
 def trained_on(run: str | Path, path: Any) -> str:
-    """Return a warning for data that the run was trained on."""
-    own = run_config(run).benchmark.options.get("path")
-    if not isinstance(path, str) or not isinstance(own, str):
+    """Return a warning for data that the run was trained on, before or after it was extended; empty for others."""
+    config = run_config(run)
+    learned = [block.options.get("path") for block in (config.benchmark, *(each.benchmark for each in config.earlier))]
+    if not isinstance(path, str):
         return ""
-    same = Path(path).expanduser().resolve() == Path(own).expanduser().resolve()
+    given = Path(path).expanduser().resolve()
+    same = any(isinstance(own, str) and Path(own).expanduser().resolve() == given for own in learned)
     return "this is the run's own data: without a test part, accuracy includes training samples" if same else ""
 
 

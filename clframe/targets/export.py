@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from clframe.accounting import cumulative_macs
-from clframe.config.schema import Config
+from clframe.config.schema import BenchmarkConfig, Config
 from clframe.config.typed import to_yaml
 from clframe.environment import versions
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.files import write_atomically
+from clframe.stream import LOCATIONS
 from clframe.targets import runner
 from clframe.targets.export_folder import new_folder
 from clframe.targets.export_graphs import (
@@ -175,7 +176,7 @@ def write_weights(model: TrainedModel, config: Config, folder: Path) -> None:
 
     Args:
         model: The model.
-        config: Its config. Locations of data on this machine are reduced to the last part of their path.
+        config: Its config. Locations of data and of earlier runs are reduced to the last part of their path.
         folder: An existing folder.
 
     Raises:
@@ -184,19 +185,27 @@ def write_weights(model: TrainedModel, config: Config, folder: Path) -> None:
     source = getattr(model, "folder", None)
     converted = source is not None and (Path(source) / CONVERTED).is_file()
     write_portable(model, config, folder, recipe=read_recipe(Path(source)) if source and converted else None)
-    write_atomically(folder / "config.yaml", to_yaml(_without_locations(config)))
+    write_atomically(folder / "config.yaml", to_yaml(without_locations(config)))
     x = example_inputs(model, 3, dtype=stored_dtype(model))
     expected, found = (each.learner.predict(each.outputs(x)) for each in (model, load_model(folder)))
     largest_difference([expected], [found], what="the model read from safetensors")
 
 
-def _without_locations(config: Config) -> Config:
+def without_locations(config: Config) -> Config:
     """The config without folders of this machine, which a model that is passed on must not name."""
-    options = dict(config.benchmark.options)
-    for key in ("data_dir", "path", "tokens"):
+    earlier = tuple(
+        replace(entry, run=Path(entry.run).name, benchmark=_shorten_locations(entry.benchmark))
+        for entry in config.earlier
+    )
+    return replace(config, output="runs", benchmark=_shorten_locations(config.benchmark), earlier=earlier)
+
+
+def _shorten_locations(benchmark: BenchmarkConfig) -> BenchmarkConfig:
+    options = dict(benchmark.options)
+    for key in LOCATIONS:
         if isinstance(options.get(key), str) and options[key]:
             options[key] = Path(options[key]).name
-    return replace(config, output="runs", benchmark=replace(config.benchmark, options=options))
+    return replace(benchmark, options=options)
 
 
 def describe(model: TrainedModel, *, config: Config | None, dtype: str) -> dict[str, Any]:

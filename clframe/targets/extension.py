@@ -31,7 +31,7 @@ from clframe.errors import ClframeError, ConfigError, DataError, RunFolderError,
 from clframe.metrics import Tally
 from clframe.results import Result
 from clframe.run_folder import RunFolder
-from clframe.stream import build_source, build_stream
+from clframe.stream import LOCATIONS, build_source, build_stream
 from clframe.targets.loading import read_config
 from clframe.targets.portable import is_portable
 from clframe.training.checkpoint import checkpoint_files, save_checkpoint
@@ -39,8 +39,6 @@ from clframe.training.trained import CONVERTED, describe_data, load_newest
 
 _log = logging.getLogger("clframe.data")
 
-LOCATIONS: Final = ("path", "data_dir", "tokens")
-"""Options of data sets that name a file or folder."""
 ALLOWED: Final = "trainer.*, optimizer.*, benchmark.*, name and output"
 _INHERITED: Final = ("protocol", "validation", "evaluate", "augment", "workers", "online", "boundaries")
 _FIXED: Final = ("protocol", "evaluate", "online", "boundaries", "blurry")
@@ -125,6 +123,8 @@ def plan_extension(
     benchmark, before = setup.benchmark, len(result.experiences)
     _check_samples(benchmark, content, config)
     _check_strategy(setup, before)
+    if data is None:
+        _warn_of_learned_data(changed)
     learned = {c for brought in benchmark.classes[:before] for c in brought}
     brought = dict.fromkeys(c for classes in benchmark.classes[before:] for c in classes)
     names = name_classes(benchmark.class_names, len(benchmark.class_order))
@@ -254,10 +254,8 @@ def _describe_parent(folder: RunFolder, config: Config, result: Result, content:
                 f"classes, cannot be read ({error}); restore them"
             ) from None
         names, inputs, dtype = benchmark.class_names, benchmark.inputs.as_tree(), Stored.of(benchmark).dtype
-    options = dict(config.benchmark.options)
-    for key in LOCATIONS:
-        if isinstance(options.get(key), str) and (place := Path(options[key]).expanduser()).exists():
-            options[key] = str(place.resolve())  # a later extension may start in another folder
+    # A later extension may start in another folder.
+    options = _resolve_locations(config.benchmark.options)
     return EarlierConfig(
         run=str(folder.path.resolve()), checkpoint=checkpoint.name,
         sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -265,6 +263,33 @@ def _describe_parent(folder: RunFolder, config: Config, result: Result, content:
         mean=tuple(data["mean"]), std=tuple(data["std"]), inputs=inputs,
         benchmark=replace(config.benchmark, options=options),
     )  # fmt: skip
+
+
+def _resolve_locations(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a data set, with the locations that exist as absolute paths."""
+    resolved = dict(options)
+    for key in LOCATIONS:
+        if isinstance(resolved.get(key), str) and (place := Path(resolved[key]).expanduser()).exists():
+            resolved[key] = str(place.resolve())
+    return resolved
+
+
+def _warn_of_learned_data(config: Config) -> None:
+    """Warn if the new data are those of an earlier part of the run: more likely a slip than a wish."""
+    new = _identify_data(config.benchmark)
+    for entry in config.earlier:
+        if _identify_data(entry.benchmark) == new:
+            place = config.benchmark.options.get("path", config.benchmark.name)
+            _log.warning("%s: are data that the run has already learned; they are learned again", place)
+            return
+
+
+def _identify_data(block: BenchmarkConfig) -> Any:
+    """The path of a block's data; without one, the data set and its options."""
+    options = _resolve_locations(block.options)
+    if options.get("path") is not None:
+        return options["path"]
+    return block.name, {key: value for key, value in options.items() if key not in ("size", "channels")}
 
 
 def _relocate(entries: Sequence[EarlierConfig], overrides: Sequence[str]) -> tuple[EarlierConfig, ...]:

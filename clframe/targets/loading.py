@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from clframe.nn import Network
 from clframe.run_folder import RunFolder
 from clframe.targets.portable import is_portable, read_portable
 from clframe.training.trained import CONVERTED, TrainedModel, load_newest, read_recipe, restore_model
+
+_log = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=TrainedModel)
 
@@ -52,7 +56,20 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
         reason = " ".join(str(error).split())[:200]
         raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
     network.to(device)
+    _warn_if_unfinished(folder, content)
     return trained if budgets is None else replace(trained, budgets=budgets)
+
+
+def _warn_if_unfinished(folder: RunFolder, content: Mapping[str, Any]) -> None:
+    tallies = content.get("tallies")  # a copy of a model has none
+    if not tallies:
+        return
+    finished, count = len(tallies), len(tallies[-1]["total_EC"])
+    if finished < count:
+        _log.warning(
+            "%s: has learned %d of %d experiences; finish it with clframe run --resume %s",
+            folder.path, finished, count, shlex.quote(str(folder.path)),
+        )  # fmt: skip
 
 
 def run_config(run: str | Path, *, where: str = "load") -> Config:

@@ -139,7 +139,8 @@ def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: to
         or (named and benchmark.class_names != trained.class_names)
     ):
         raise RunFolderError(
-            f"{folder}: was trained on other data than its config gives now; restore the data, or undo the overrides"
+            f"{folder}: was trained on other data than its config gives now; restore the data, undo the overrides, or "
+            f"add benchmark={config.benchmark.name} to clframe evaluate to measure it on other data"
         )
     network, learner = trained.network, trained.learner
     tokens = _real_tokens if isinstance(network.backbone.stages[0], TextEmbed) else None

@@ -108,7 +108,7 @@ def predict(
     """Predict the class of every input.
 
     Image files are converted as in training (:mod:`clframe.data.images`), those of another size than the model's are
-    resized to cover it and center-cropped. A file that cannot be read is skipped and named in the result.
+    resized to cover it and center-cropped. A file that is missing or cannot be read is skipped and named in the result.
 
     Args:
         model: The model, as ``clframe.load(run)`` returns it.
@@ -124,7 +124,7 @@ def predict(
 
     Raises:
         ConfigError: Options out of range, or a budget without a recorded threshold.
-        DataError: No such file, nothing to predict, or inputs that the model was not trained on.
+        DataError: Nothing to predict, a run folder as an input, or inputs that the model was not trained on.
         UnsupportedError: A threshold or a budget for a model with one exit.
     """
     for name, found in (("--top", top), ("--batch-size", batch_size)):
@@ -172,7 +172,8 @@ def summary(found: Predictions) -> list[str]:
     counts = {name: sum(row.exit == name for row in found.rows) for name in found.exit_names}
     by_exit = f" ({', '.join(f'{count} at {name}' for name, count in counts.items())})" if len(counts) > 1 else ""
     share = f", {100 * found.mean_macs / found.backbone_macs:.1f} % of the backbone" if found.backbone_macs else ""
-    lines = [f"{len(found)} predictions{by_exit}; mean MACs {found.mean_macs:,.0f}{share}"]
+    noun = "prediction" if len(found) == 1 else "predictions"
+    lines = [f"{len(found)} {noun}{by_exit}; mean MACs {found.mean_macs:,.0f}{share}"]
     if found.simulated:
         lines.append(f"MACs are simulated: {found.simulated}")
     return [*lines, *found.notes]

@@ -96,7 +96,8 @@ def open_inputs(model: TrainedModel, inputs: Any) -> InputReader:
             or array, a batch or a single sample.
 
     Raises:
-        DataError: No such file, nothing to predict, or arrays of another kind than the model was trained on.
+        DataError: No input could be found, a run folder among them, or arrays of another kind than the model was
+            trained on.
     """
     reader = InputReader(shape=model.network.input_shape)
     if isinstance(inputs, (Tensor, np.ndarray)):
@@ -113,7 +114,7 @@ def open_inputs(model: TrainedModel, inputs: Any) -> InputReader:
         _add_texts(reader, model, [text for one in given for text in _find_texts(os.fspath(one), reader, model)])
         return reader
     seen: set[str] = set()
-    for path in [path for one in given for path in _find_files(os.fspath(one))]:
+    for path in _find_all([os.fspath(one) for one in given], reader):
         if path.lower().endswith(".npz"):
             _add_arrays(reader, model, _read_array(path), name=path)
         elif path not in seen:
@@ -177,13 +178,36 @@ def _attempt(read: Callable[[], tuple[Tensor, bool]]) -> tuple[Tensor, bool] | D
         return error
 
 
+def _find_all(given: Sequence[str], reader: InputReader) -> list[str]:
+    """Files of all paths; those that give none are skipped, the first is refused where no file is left."""
+    files: list[str] = []
+    failed: list[DataError] = []
+    for one in given:
+        _refuse_run(one)
+        try:
+            files += _find_files(one)
+        except DataError as error:
+            reader.skipped[one] = str(error)
+            failed.append(error)
+    if not files:
+        raise failed[0]
+    return files
+
+
+def _refuse_run(given: str) -> None:
+    """Refuse a run folder, whose only images are its figures."""
+    path = Path(os.path.expanduser(given))
+    if os.path.isfile(path / "config.yaml") and os.path.isdir(path / "checkpoints"):
+        raise DataError(f"{shorten_path(path)}: is a run folder; give one run, then image files or folders")
+
+
 def _find_files(given: str) -> list[str]:
     """Files of a path: itself, the images below a folder, the rows of a CSV file, or the matches of a pattern."""
     path = os.path.expanduser(given)
     if os.path.isdir(path):
         found = images_below(Path(path))
         if not found:
-            raise DataError(f"{shorten_path(path)}: holds no images; give a folder with {', '.join(IMAGE_ENDINGS[:3])}")
+            raise DataError(f"{shorten_path(path)}: holds no images; give a folder with .png, .jpg, .webp, .bmp, .tif")
         return found
     if os.path.exists(path):
         return _read_paths(path) if path.lower().endswith(".csv") else [path]

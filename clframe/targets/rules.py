@@ -40,12 +40,13 @@ class PredictionRule:
 
     Args:
         model: The model.
-        threshold: Largest probability from which an exit decides, the same for all exits.
+        threshold: Largest probability from which an exit decides, the same for all exits; infinity: no sample stops
+            early.
         budget: Mean cost of a prediction as a share of the bare backbone's MACs; its threshold is the one that the run
             has recorded, chosen on its validation data.
 
     Raises:
-        ConfigError: Both, a threshold below 0, or a budget for which the run has recorded no threshold.
+        ConfigError: Both, a threshold outside 0 to 1, or a budget for which the run has recorded no threshold.
         UnsupportedError: Either for a model with one exit.
 
     Attributes:
@@ -120,8 +121,8 @@ class PredictionRule:
             chosen = f"chosen on {samples:,} validation samples" if samples else "chosen on validation data"
             self.description = f"budget {point.name} ({_describe(threshold)}, {chosen})"
         elif threshold is not None:
-            if not threshold >= 0:
-                raise ConfigError(f"--threshold: found {threshold}; give a probability from 0")
+            if not (0 <= threshold <= 1 or threshold == NEVER):
+                raise ConfigError(f"--threshold: found {threshold:g}; give a probability from 0 to 1")
             self.description = _describe(threshold)
         assert threshold is not None
         self._policy = ExitPolicy(thresholds=float(threshold))

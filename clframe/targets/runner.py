@@ -206,6 +206,22 @@ def _check(shape: Sequence[int], dtype: str, expected: Mapping[str, Any]) -> Non
         raise ValueError(f"inputs: found {dtype}; give {expected['dtype']}, values as the data set stores them")
 
 
+def _read(file: str) -> Any:
+    import numpy
+
+    reason = ""
+    try:
+        with open(file, "rb") as stream:  # numpy leaves damaged archives open
+            found = numpy.load(stream, allow_pickle=False)
+    except OSError as error:
+        found, reason = None, f" ({error.strerror})" if error.strerror else ""
+    except Exception:  # another format or a damaged file raises nearly anything
+        found = None
+    if not isinstance(found, numpy.ndarray):
+        raise ValueError(f"{file}: not an .npy array of inputs{reason}; save one with numpy.save")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict the inputs in a .npy file and print one line for each."""
     parser = argparse.ArgumentParser(description="Predict with a staged export of clframe.")
@@ -213,11 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", default=str(Path(__file__).parent), help="the export (default: this file's folder)")
     parser.add_argument("--threshold", type=float, help="confidence from which an exit stops a sample")
     options = parser.parse_args(arguments)
-    import numpy
-
     try:
         model = StagedModel(options.folder)
-        found = model(numpy.load(options.inputs, allow_pickle=False), threshold=options.threshold)
+        found = model(_read(options.inputs), threshold=options.threshold)
     except (OSError, ValueError, ImportError) as error:
         print(f"run_staged: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

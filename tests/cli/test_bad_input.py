@@ -97,6 +97,12 @@ def test_a_file_in_the_way_of_the_output(output, refused, here):
             f"output: {output}/quickstart cannot be written (Not a directory); choose another")  # fmt: skip
 
 
+def test_the_folder_of_a_run_as_a_config(refused, here):
+    (here / "done").mkdir()
+    (here / "done" / "config.yaml").write_text("seed: 0\n")
+    refused(["run", "done"], "config: done is the folder of a run; continue it with --resume done, or run its config again: done/config.yaml")
+
+
 def test_a_file_in_the_way_of_the_name(refused, here):
     (here / "out").mkdir()
     (here / "out" / "quickstart").write_text("mine")

@@ -136,6 +136,15 @@ def test_a_class_name_in_another_case_is_one_line(refused, here, tmp_path):
     refused(["evaluate", found.run_folder], "was trained on other data than its config gives now; restore the data")
     (tmp_path / "photos" / "dog").rename(tmp_path / "photos" / "Dog")
     assert "includes training samples" in " ".join(evaluate(found.run_folder, more[:2]).notes)
+    for name in ("bat", "owl"):
+        for i in range(4):
+            draw(digits().test.x[40 + i + 20 * (name == "owl"), 0], tmp_path / "new" / name / f"{i}.png")
+    new = ["benchmark=image_folder", f"benchmark.path={tmp_path / 'new'}"]
+    refused(["evaluate", found.run_folder, new[1]], "add benchmark=image_folder to clframe evaluate to measure it on")
+    extended = clframe.load(found.run_folder).extend([*new, "trainer.epochs=1"], output=tmp_path / "extended").run_folder
+    copied = shutil.copytree(tmp_path / "new", tmp_path / "copied")
+    for data, trained in ((more[:2], True), (new, True), ([new[0], f"benchmark.path={copied}"], False)):
+        assert ("includes training samples" in " ".join(evaluate(extended, data).notes)) == trained, data
     (tmp_path / "photos" / "cat" / "3.png").unlink()
     for i in range(4, 12):
         draw(digits().test.x[i, 0], tmp_path / "photos" / "cat" / f"{i}.png")
@@ -152,7 +161,10 @@ def test_a_class_name_in_another_case_is_one_line(refused, here, tmp_path):
     (["RUN", "benchmark=image_folder", "benchmark.path=DATA", "benchmark.classes=3"], "has no effect on an evaluation"),
     (["RUN", "benchmark=image_foldr", "benchmark.path=DATA"], "did you mean 'image_folder'"),
     (["RUN", "trainer.epochs=3"], "override 'trainer.epochs=3'"),
-    (["RUN", "benchmark=digits", "--threshold", "2", "--budget", "1"], "a threshold and a budget; give one"),
+    (["RUN", "benchmark=digits", "--threshold", "0.5", "--budget", "1"], "a threshold and a budget; give one"),
+    (["RUN", "benchmark=digits", "--threshold", "5"], "--threshold: found 5; give a probability from 0 to 1"),
+    (["RUN", "benchmark=digits", "--threshold", "-0.1"], "--threshold: found -0.1; give a probability from 0 to 1"),
+    (["RUN", "benchmark=digits", "--threshold", "nan"], "--threshold: found nan; give a probability from 0 to 1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(refused, here, result, folders, words, message):
     (here / "empty").mkdir()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +105,46 @@ def test_photos_that_have_moved(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert "not evaluated: experience 1, whose data are gone" in gone.out
     assert "final average accuracy" in gone.out
     assert found.err == "" and "not evaluated" not in found.out
+
+
+def test_an_interrupted_extension_is_saved_and_resumed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from clframe.training.monitor import Monitor
+
+    write_photos(tmp_path / "new", 3)
+    on_step = Monitor.on_step
+
+    def interrupt(self: Monitor, *values: Any, **named: Any) -> None:
+        on_step(self, *values, **named)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "on_step", interrupt)
+    code = main(["extend", run_of(place), f"benchmark.path={tmp_path / 'new'}", "--output", str(tmp_path / "runs")])
+    monkeypatch.setattr(Monitor, "on_step", on_step)
+    child = newest(tmp_path / "runs")
+    printed = capsys.readouterr()
+    assert code == 128 + signal.SIGINT and "classes are numbered" not in printed.err
+    assert "saved at experience 2, epoch " in printed.err
+    assert printed.err.endswith(f"clframe: interrupted; resume with clframe run --resume {child}\n")
+    # What it has learned so far answers, with a warning.
+    assert main(["predict", str(child), str(tmp_path / "new")]) == 0
+    warning = f"{child}: has learned 1 of 2 experiences; finish it with clframe run --resume {child}"
+    assert warning in caplog.messages
+    capsys.readouterr()
+    # Resumed without the classes' numbers of the sources; the second time there is nothing to do.
+    assert main(["run", "--resume", str(child)]) == 0
+    first = capsys.readouterr().err
+    assert "resumed at experience 2" in first and "numbered" not in first and "is finished" not in first
+    assert main(["run", "--resume", str(child)]) == 0
+    assert capsys.readouterr().err == f"{child}: is finished; nothing to train\n"
+
+
+def test_photos_that_the_run_has_learned(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = place / "photos"
+    assert main(["extend", run_of(place), f"benchmark.path={photos}", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"{photos}: are data that the run has already learned; they are learned again\n"
 
 
 def test_bad_input_is_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

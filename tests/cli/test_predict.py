@@ -57,8 +57,27 @@ def test_json_on_the_standard_output_is_all_there_is(call, finished, drawn):
 def test_a_corrupt_file_is_skipped_with_its_own_exit_code(call, here, finished, drawn):
     (here / "bad.png").write_bytes((drawn / "0.png").read_bytes()[:50])
     code, out, err = call("predict", str(finished[0]), "bad.png", str(drawn / "1.png"))
-    assert code == 3 and "1 predictions" in out
+    assert code == 3 and "\n1 prediction; mean MACs" in out
     assert err.startswith("clframe: skipped bad.png: cannot be read as an image (") and err.count("\n") == 1
+
+
+def test_a_missing_file_is_skipped_as_an_unreadable_one(call, here, finished, drawn):
+    (here / "empty").mkdir()
+    given = ["missing.png", str(drawn / "1.png"), "empty", "none*.png"]
+    code, out, err = call("predict", str(finished[0]), *given, "--csv", "-")
+    assert code == 3 and out.count("\n") == 2 and out.splitlines()[1].startswith(str(drawn / "1.png"))
+    assert [line.split(";")[0] for line in err.splitlines()] == [
+        "clframe: skipped missing.png: no such file or folder", "clframe: skipped empty: holds no images",
+        "clframe: skipped none*.png: matches no file",
+    ]  # fmt: skip
+    code, out, err = call("predict", str(finished[0]), "missing.png", "absent.png")
+    assert code == 2 and out == "" and err.startswith("clframe: error: missing.png: no such file or folder;")
+
+
+def test_a_model_is_printed_in_one_line(finished):
+    model = clframe.load(finished[0])
+    names = ", ".join(model.network.exit_names)
+    assert repr(model) == f"Model({str(finished[0])!r}, strategy='er + lwf', 10 classes, exits: {names})"
 
 
 def test_nothing_predicted_is_bad_input(call, here, finished):
@@ -73,7 +92,8 @@ def test_nothing_predicted_is_bad_input(call, here, finished):
     (["RUN"], "predict: found no inputs; give"),
     (["nowhere", "a.png"], "predict: no folder nowhere; give"),
     (["RUN", "nothing.png"], "nothing.png: no such file or folder"),
-    (["RUN", "empty"], "empty: holds no images; give"),
+    (["RUN", "empty"], "empty: holds no images; give a folder with .png, .jpg"),
+    (["RUN", "RUN", "DRAWN"], ": is a run folder; give one run, then image files or folders"),
     (["RUN", "empty/*.png"], "matches no file; check"),
     (["RUN", "DRAWN", "--top", "0"], "--top: found '0'; give"),
     (["RUN", "DRAWN", "--batch-size", "-3"], "--batch-size"),

@@ -134,6 +134,15 @@ def test_the_summary_counts_macs_and_has_no_negative_zero():
     assert re.search(r"state +none\n", text)
 
 
+def test_the_summary_shows_what_a_prediction_costs_where_exits_decide(tmp_path):
+    (tmp_path / "ledger.json").write_text('{"totals": {"prediction": {"mean": 1913580.25, "whole": 7654321}}}')
+    text = summary_text(make(run_folder=str(tmp_path)))
+    assert re.search(r"MACs per prediction +1,913,580 on average, 25\.0 % of the whole network\n", text)
+    assert re.search(r"MACs of the whole network +7,654,321\n", text)
+    (tmp_path / "ledger.json").write_text('{"totals": {"prediction": {"mean": 7654321.0, "whole": 7654321}}}')
+    assert re.search(r"MACs per prediction +7,654,321\n", summary_text(make(run_folder=str(tmp_path))))
+
+
 def test_long_texts_wrap_but_a_path_stays_whole():
     path = "/" + "long/" * 40
     text = summary_text(make(strategy=" + ".join(f"component{k}(option={k})" for k in range(9)), run_folder=path))

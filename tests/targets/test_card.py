@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 import yaml
 
 import clframe
+from clframe.api import extend
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.targets.card import card_text, escape, push_to_hub, write_card
-from clframe.targets.export import load_run
+from clframe.targets.export import load_run, without_locations
 
 pytest.importorskip("safetensors")
 
@@ -32,6 +34,13 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def card(run):
     return write_card(run, license="mit")
+
+
+@pytest.fixture(scope="module")
+def extended(run, tmp_path_factory):
+    """The run after an experience of more samples of all classes."""
+    folder = tmp_path_factory.mktemp("extended")
+    return Path(extend(run, ["benchmark=digits"], output=folder).run_folder)
 
 
 def header_of(text):
@@ -86,6 +95,50 @@ def test_the_config_of_the_card_repeats_the_run(card):
 
     config = load_config(str(card / "config.yaml"))
     assert config.benchmark.name == "digits" and config.seed == 0 and config.trainer.epochs == 1
+
+
+def test_a_card_is_not_resumed_and_not_copied_again(card, tmp_path):
+    before = sorted(path.name for path in card.iterdir())
+    message = f"resume: {card} is a copy of a model without the state of its run; resume the run itself"
+    with pytest.raises(RunFolderError, match=re.escape(message)):
+        clframe.run(resume=card)
+    assert sorted(path.name for path in card.iterdir()) == before
+    with pytest.raises(RunFolderError, match="is a copy of a model without the results of its run; give the run"):
+        write_card(card, output=tmp_path / "again")
+
+
+def test_the_card_of_an_extended_run_names_no_folders_and_first_experiences(run, extended, tmp_path):
+    card = write_card(extended, output=tmp_path / "card")
+    result = clframe.Result.from_json(extended / "results.json")
+    assert set(result.experiences[2]) == set(result.class_order)
+    text = (card / "README.md").read_text()
+    rows = [re.search(rf"^\| {c} \| {c} \| (\d) \|", text, re.MULTILINE) for c in result.class_order]
+    assert [int(row[1]) for row in rows] == [1] * 5 + [2] * 5
+    (entry,) = yaml.safe_load((card / "config.yaml").read_text())["earlier"]
+    assert entry["run"] == run.name and str(run) in (extended / "config.yaml").read_text()
+    assert clframe.load(card).class_order == clframe.load(extended).class_order
+
+
+def test_locations_of_earlier_data_are_reduced_to_their_last_part(extended):
+    config = load_run(extended, where="card").config
+    places = {"path": "/home/me/photos", "data_dir": "/data/sets", "size": 32}
+    (entry,) = config.earlier
+    entry = replace(entry, run="/home/me/runs/first", benchmark=replace(entry.benchmark, options=places))
+    (found,) = without_locations(replace(config, earlier=(entry,))).earlier
+    assert found.run == "first" and found.benchmark.options == {"path": "photos", "data_dir": "sets", "size": 32}
+    assert replace(found, run=entry.run, benchmark=entry.benchmark) == entry
+
+
+@pytest.mark.parametrize(("mean", "line"), [(0.25, True), (1.0, False), (None, False)])
+def test_the_mean_cost_of_decisions_is_stated_where_it_differs(run, tmp_path, mean, line):
+    result = clframe.Result.from_json(run / "results.json")
+    macs = None if mean is None else mean * result.macs
+    costs = {"totals": {"prediction": {"whole": result.macs, "mean": macs}}}
+    (tmp_path / "ledger.json").write_text(json.dumps(costs))
+    text = card_text(replace(load_run(run, where="card"), folder=tmp_path), result)
+    assert ("Mean cost of a prediction by the decision rule" in text) == line
+    if line:
+        assert f"on the test data: {macs:,.0f} MACs, 25.0 % of that with all exits." in text
 
 
 def test_names_from_data_cannot_become_markup(run):

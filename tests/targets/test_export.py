@@ -14,9 +14,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageOps
 
 import clframe
 from clframe.core import Component, Experience, compose, parse
+from clframe.data.images import to_pixels
 from clframe.data.sources.characters import digits
 from clframe.errors import ClframeError, ConfigError, RunFolderError, UnknownNameError, UnsupportedError
 from clframe.nn import BACKBONES, Network
@@ -434,6 +436,38 @@ def test_the_runner_refuses_inputs_that_do_not_fit(staged):
         stages(x, threshold=[0.5] * 7)
     never = stages(x, threshold=[None] * (len(stages.stages) - 1))
     assert never.exits.tolist() == [stages.stages[-1]["exit"]] * 3
+
+
+@pytest.mark.parametrize("content", [None, b"12 7 3\n", b"", b"PK\x03\x04", "npz"])
+def test_the_runner_names_a_file_that_is_no_array(staged, tmp_path, content, capsys):
+    file = tmp_path / "inputs.npy"
+    if content == "npz":
+        with open(file, "wb") as stream:
+            np.savez(stream, x=SOURCE.test.x[:2].numpy())
+    elif content is not None:
+        file.write_bytes(content)
+    assert runner.main([str(file), "--folder", str(staged)]) == 2
+    reason = " (No such file or directory)" if content is None else ""
+    found = capsys.readouterr().err
+    assert found == f"run_staged: error: {file}: not an .npy array of inputs{reason}; save one with numpy.save\n"
+
+
+@pytest.mark.parametrize("size", [(20, 20), (32, 32), (45, 31), (17, 50), (33, 64)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_the_documented_conversion_of_files_is_that_of_clframe(tmp_path, size, mode):
+    text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    code = text[text.index("def read(") :].partition("\n\n")[0]
+    names = {"np": np, "Image": Image, "ImageOps": ImageOps}
+    exec(code, names)
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = tmp_path / "photo.png"
+    Image.fromarray(pixels.squeeze()).save(file, exif=exif)
+    with Image.open(file) as image:
+        expected = to_pixels(image, channels=3, size=32)
+    assert np.array_equal(names["read"](file), expected.numpy())
 
 
 def test_errors_are_one_line(tmp_path):

@@ -256,6 +256,44 @@ def test_missing_data_are_not_evaluated(
     assert clframe.load(again.run_folder).class_names == ("0", "1", "2", "3")
 
 
+def test_training_on_data_that_are_gone_is_refused(tmp_path: Path, movable: tuple[Result, Path]) -> None:
+    run, here = movable
+    result = extend(run.run_folder, more(2), output=tmp_path)
+    config = Path(result.run_folder) / "config.yaml"
+    message = (
+        f"^experience 1: cannot be trained, its earlier data are gone .{here}: no such folder; restore it.; restore"
+    )
+    here.rename(here.with_name("moved"))
+    try:
+        with pytest.raises(DataError, match=message):
+            clframe.run(str(config), output=tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+        again = clframe.run(resume=result.run_folder)  # is finished and needs no training
+        assert again.accuracy_matrix == result.accuracy_matrix
+        # A run that has yet to learn them is refused as well, and kept.
+        for file in (Path(result.run_folder) / "checkpoints").iterdir():
+            file.unlink()
+        with pytest.raises(DataError, match=r"^experience 1: cannot be trained, .*; restore the data there, or edit "):
+            clframe.run(resume=result.run_folder)
+        assert config.is_file()
+    finally:
+        here.with_name("moved").rename(here)
+
+
+def test_data_that_the_run_has_learned_are_reported(
+    tmp_path: Path, movable: tuple[Result, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    from clframe.targets.extension import plan_extension
+
+    run, here = movable
+    own = ["benchmark=digits_part", "benchmark.only=[0, 1]", f"benchmark.available={here}"]
+    plan_extension(run.run_folder, own, output=tmp_path)
+    assert caplog.messages == ["digits_part: are data that the run has already learned; they are learned again"]
+    caplog.clear()
+    plan_extension(run.run_folder, more(1, 2), output=tmp_path)
+    assert caplog.messages == []
+
+
 def test_checkpoints_of_earlier_versions(tmp_path: Path, parent: Result, child: Result) -> None:
     import shutil
 

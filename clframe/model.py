@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.config.schema import Config
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.results import Result
-from clframe.training.trained import TrainedModel
+from clframe.targets.loading import RunModel, load_run
 
 if TYPE_CHECKING:
     from clframe.targets.export import Format
@@ -19,17 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model(TrainedModel):
+class Model(RunModel):
     """The trained model of a run, as returned by ``clframe.load(run)``.
 
     Inputs of the methods of :class:`~clframe.training.trained.TrainedModel` are tensors or arrays as the data set
     stores them; :meth:`predict` takes files as well. Parameters are frozen: to learn more, use :meth:`extend`.
     """
-
-    folder: Path
-    """The run folder, or that of a converted or exported model."""
-    config: Config
-    """The resolved config of the run."""
 
     def __repr__(self) -> str:
         """The folder, the strategy, the number of learned classes and the names of the exits, in one line."""
@@ -91,6 +85,4 @@ def load(run: str | Path, *, device: str = "cpu") -> Model:
     Raises:
         RunFolderError: No run folder, or no readable checkpoint in it.
     """
-    from clframe.targets.loading import as_kind, load_model, run_config
-
-    return as_kind(load_model(run, device=device), Model, folder=Path(run), config=run_config(run))
+    return load_run(run, kind=Model, device=device)

@@ -179,6 +179,18 @@ class RunFolder:
             }
         write_atomically(self.path / "ledger.json", json.dumps(costs, indent=2) + "\n")
 
+    def mean_prediction_macs(self) -> float | None:
+        """Return the mean MACs of a prediction at the end of the run, as :meth:`write_ledger` wrote them.
+
+        None where unknown, or where every prediction costs the same.
+        """
+        try:
+            costs = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))["totals"]["prediction"]
+            mean, whole = costs["mean"], costs["whole"]
+        except (OSError, ValueError, KeyError, TypeError):  # no ledger, or one of an earlier version
+            return None
+        return float(mean) if isinstance(mean, (int, float)) and round(mean) != whole else None
+
     @staticmethod
     def versions() -> dict[str, str]:
         """Return the versions of Python and of the packages that a run's numbers depend on."""

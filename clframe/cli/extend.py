@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from clframe.cli.board import Board
 from clframe.cli.context import device_overrides, notices
-from clframe.cli.run import StopSignals, print_progress, print_tables
-from clframe.errors import ConfigError, Interrupted
+from clframe.cli.run import print_progress, print_tables, until_stopped
+from clframe.errors import ConfigError
 
 if TYPE_CHECKING:
     from clframe.targets.extension import Extension
@@ -48,14 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Extend; print tables."""
-    with StopSignals() as signals:
-        try:
-            return _extend(options)
-        except Interrupted as stop:
-            print(f"\nclframe: interrupted; {stop.advice}", file=sys.stderr)
-        except KeyboardInterrupt:  # before a run folder was made
-            print("\nclframe: interrupted", file=sys.stderr)
-        return 128 + signals.received
+    return until_stopped(_extend, options)
 
 
 def _extend(options: argparse.Namespace) -> int:

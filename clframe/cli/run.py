@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Train; print tables."""
+    return until_stopped(_train, options)
+
+
+def until_stopped(train: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Call a verb that trains; returns its exit code, or 128 + signal after one that stopped it, with advice."""
     with StopSignals() as signals:
         try:
-            return _train(options)
+            return train(options)
         except Interrupted as stop:
             print(f"\nclframe: interrupted; {stop.advice}", file=sys.stderr)
         except KeyboardInterrupt:  # before a run folder was made

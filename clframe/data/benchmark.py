@@ -61,7 +61,7 @@ class Benchmark:
     class_names: tuple[str, ...] = ()
     """Name of each class, by its id in the data set; empty if unknown."""
     inputs: InputFormat = field(default_factory=InputFormat)
-    """How files become inputs."""
+    """Conversion of files to inputs."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for evaluation data that is not there, and for task labels that reveal boundaries."""

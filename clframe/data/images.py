@@ -32,7 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each value of the EXIF tag Orientation; 1 is upright."""
+"""Inverse of each value of the EXIF tag Orientation; 1 is upright."""
 
 
 def count_channels(image: Image.Image, where: str) -> int:

@@ -15,7 +15,7 @@ class InputFormat:
 
     kind: Literal["image", "words", "tokens", "array"] = "array"
     """``image``: pixels of image files; ``words``: texts as hashed words; ``tokens``: texts as token ids of a
-    tokenizer; ``array``: numbers without a file format of their own, given as arrays."""
+    tokenizer; ``array``: numbers without a file format, given as arrays."""
     size: int | None = None
     """Side in pixels to which the data set's images were resized; None where all had one size."""
     largest: int = 255

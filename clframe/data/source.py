@@ -33,7 +33,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     """Name of each class in the data set, by id; empty if unknown."""
     inputs: InputFormat = field(default_factory=InputFormat)
-    """How files become inputs."""
+    """Conversion of files to inputs."""
 
     def __post_init__(self) -> None:
         """Raise DataError for labels out of range, classes without samples and names that are not one per class."""

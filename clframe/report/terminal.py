@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import all_metrics
 from clframe.report.tables import budgets_table, exits_table, metric_over_seeds
 from clframe.results import Result, aggregate
+from clframe.run_folder import RunFolder
 from clframe.tables import WIDTH, Cell, Quantity, Table, to_text
 
 _CELL = {"percent": 5, "whole": 3}
@@ -81,12 +81,8 @@ def summary_text(result: Result) -> str:
 def _macs_rows(result: Result) -> list[tuple[str, str]]:
     """Costs of a prediction: of the whole network and, where exits decide, the mean over the test samples."""
     whole = "not counted" if result.macs is None else f"{result.macs:,}"
-    try:
-        totals = json.loads((Path(result.run_folder) / "ledger.json").read_text(encoding="utf-8"))["totals"]
-        mean = totals["prediction"]["mean"]
-    except (OSError, ValueError, KeyError, TypeError):  # a result without a folder, or without counts
-        mean = None
-    if mean is None or result.macs is None or round(mean) == result.macs:
+    mean = RunFolder(Path(result.run_folder)).mean_prediction_macs()
+    if mean is None or result.macs is None:
         return [("MACs per prediction", whole)]
     share = f"{100 * mean / result.macs:.1f} % of the whole network"
     return [("MACs per prediction", f"{mean:,.0f} on average, {share}"), ("MACs of the whole network", whole)]

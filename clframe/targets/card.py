@@ -22,10 +22,12 @@ from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.files import write_atomically
 from clframe.metrics.registry import all_metrics
 from clframe.results import Result
+from clframe.run_folder import RunFolder
 from clframe.tables import Quantity, Table, to_markdown
-from clframe.targets.export import DESCRIPTION, RunModel, describe, load_run, write_weights
+from clframe.targets.export import DESCRIPTION, describe, write_weights
 from clframe.targets.export_folder import new_folder
 from clframe.targets.export_graphs import stored_dtype
+from clframe.targets.loading import RunModel, load_run
 from clframe.targets.portable import is_portable
 
 CARD = "README.md"
@@ -51,7 +53,7 @@ def write_card(run: str | Path, *, output: str | Path | None = None, license: st
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ConfigError(f"card: --license found '{license}'; give an identifier such as mit, apache-2.0 or other")
-    model = load_run(run, where="card")
+    model = load_run(run, kind=RunModel, where="card")
     results = model.folder / "results.json"
     if is_portable(model.folder):
         raise RunFolderError(f"card: {run} is a copy of a model without the results of its run; give the run itself")
@@ -208,7 +210,7 @@ def _summary(model: RunModel, result: Result) -> str:
     ]
     if result.macs is not None:
         lines.append(f"- Cost of a prediction with all exits: {result.macs:,} multiply-adds (MACs).")
-    mean = _mean_macs(model.folder / "ledger.json")
+    mean = RunFolder(model.folder).mean_prediction_macs()
     if mean is not None:
         share = f", {100 * mean / result.macs:.1f} % of that with all exits" if result.macs else ""
         lines.append(
@@ -216,16 +218,6 @@ def _summary(model: RunModel, result: Result) -> str:
             f"test data: {mean:,.0f} MACs{share}. The metrics below are those of this rule."
         )
     return "\n".join(lines)
-
-
-def _mean_macs(ledger: Path) -> float | None:
-    """Mean MACs of a prediction at the end of the run; None where unknown, or where every prediction costs the same."""
-    try:
-        costs = json.loads(ledger.read_text(encoding="utf-8"))["totals"]["prediction"]
-        mean, whole = costs["mean"], costs["whole"]
-    except (OSError, ValueError, KeyError, TypeError):  # runs of earlier versions have no such totals
-        return None
-    return float(mean) if isinstance(mean, (int, float)) and round(mean) != whole else None
 
 
 def _use() -> str:

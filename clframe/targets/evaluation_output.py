@@ -5,16 +5,15 @@ from __future__ import annotations
 from math import isnan
 from pathlib import Path
 
-from clframe.errors import RunFolderError
 from clframe.exits import output
 from clframe.exits.curves import wilson_interval
 from clframe.exits.failure import undefined_reason
-from clframe.files import write_atomically
 from clframe.plotting.images import class_shares
 from clframe.plotting.style import render_picture
 from clframe.report.confusion import confused_table, confusion_picture, counts_table
 from clframe.tables import Cell, Quantity, Table, to_csv
 from clframe.targets.evaluation import Evaluation, Interval, to_json
+from clframe.targets.folders import write_files
 
 MOST_SHOWN = 12
 """Classes up to which all are shown on a terminal; beyond it the least accurate ones and the most confused pairs."""
@@ -129,12 +128,7 @@ def write_folder(found: Evaluation, folder: Path) -> Path:
         picture = render_picture(confusion_picture(shares_CC, found.class_names, prefix="", seeds=1))
         files |= {"confusion_matrix.svg": picture.svg, "confusion_matrix.png": picture.png}
     files["evaluation.json"] = to_json(found)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--output: {folder} cannot be created ({error.strerror}); choose another") from None
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    write_files(folder, files)
     return folder / "evaluation.json"
 
 

@@ -32,6 +32,7 @@ from clframe.plotting.style import MUTED, Picture, RenderedPicture, percent, ren
 from clframe.records import read_record, to_plain
 from clframe.results import Result
 from clframe.tables import Cell, Quantity, Table, to_csv, to_latex, to_markdown
+from clframe.targets.folders import write_files
 from clframe.targets.opening import open_target
 
 if TYPE_CHECKING:
@@ -306,12 +307,7 @@ def _write(folder: Path, name: str, content: Any, tables: Sequence[Table], pictu
     for picture in pictures:
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     files[name] = json.dumps(content, indent=1) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--output: {folder} cannot be created ({error.strerror}); choose another") from None
-    for file, each in files.items():
-        write_atomically(folder / file, each)
+    write_files(folder, files)
     return folder / name
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,7 +48,7 @@ from clframe.targets.export_programs import (
     write_onnx,
     write_pt2,
 )
-from clframe.targets.loading import as_kind, load_model, run_config
+from clframe.targets.loading import RunModel, load_model, load_run
 from clframe.targets.portable import write_portable
 from clframe.training.trained import CONVERTED, TrainedModel, read_recipe
 
@@ -59,14 +59,6 @@ RUNNER = "run_staged.py"
 
 CHECKED = (1, 5)
 """Batch sizes at which a graph is compared with the model."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RunModel(TrainedModel):
-    """A trained model with the folder and config of its run."""
-
-    folder: Path
-    config: Config
 
 
 def export(
@@ -155,20 +147,10 @@ def export_run(
     _check_options(format, staged=staged, threshold=threshold, opset=opset, dtype=dtype)
     if format == "onnx":
         require_onnx()
-    trained = load_run(run, where="export")
+    trained = load_run(run, kind=RunModel, where="export")
     name = f"{format}-staged" if staged else format
     folder = Path(output) if output is not None else Path(run) / "export" / name
     return export(trained, folder, format=format, staged=staged, threshold=threshold, opset=opset, dtype=dtype)
-
-
-def load_run(run: str | Path, *, where: str) -> RunModel:
-    """Load the model of a run with its folder and config.
-
-    Raises:
-        RunFolderError: No run, or a run without checkpoint.
-    """
-    trained = load_model(run, where=where)
-    return as_kind(trained, RunModel, folder=Path(run), config=run_config(run, where=where))
 
 
 def write_weights(model: TrainedModel, config: Config, folder: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -191,10 +191,19 @@ def write_sparsity_study(study: SparsityStudy, folder: Path, *, command: Sequenc
     for picture in map(render_picture, sparsity_output.pictures(study)):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     files["sparsity.json"] = sparsity_output.to_json(study, command=command, versions=versions())
+    write_files(folder, files)
+    return folder / "sparsity.json"
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files by name to a folder, in their order, and create the folder if needed.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"--output: {folder} cannot be created ({error.strerror}); choose another") from None
     for name, content in files.items():
         write_atomically(folder / name, content)
-    return folder / "sparsity.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,18 @@ from clframe.training.trained import CONVERTED, TrainedModel, load_newest, read_
 
 _log = logging.getLogger(__name__)
 
-ModelT = TypeVar("ModelT", bound=TrainedModel)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunModel(TrainedModel):
+    """A trained model with the folder and config of its run."""
+
+    folder: Path
+    """The run folder, or that of a converted or exported model."""
+    config: Config
+    """The resolved config of the run."""
+
+
+RunModelT = TypeVar("RunModelT", bound=RunModel)
 
 
 def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> TrainedModel:
@@ -96,7 +107,14 @@ def read_config(folder: RunFolder) -> Config:
         raise ConfigError(f"{folder.config_path}: {error}") from None
 
 
-def as_kind(trained: TrainedModel, kind: type[ModelT], **more: Any) -> ModelT:
-    """Return the same trained model as a subclass with more fields."""
+def load_run(
+    run: str | Path, *, kind: type[RunModelT], device: str = "cpu", where: str = "load"
+) -> RunModelT:
+    """Load the trained model of a run, with its folder and config, as a ``kind``; see :func:`load_model`.
+
+    Raises:
+        RunFolderError: No run folder, or no readable checkpoint in it.
+    """
+    trained = load_model(run, device=device, where=where)
     values: dict[str, Any] = {field.name: getattr(trained, field.name) for field in fields(TrainedModel)}
-    return kind(**values, **more)
+    return kind(**values, folder=Path(run), config=run_config(run, where=where))

@@ -43,8 +43,8 @@ from clframe.training.module import ContinualModule
 from clframe.training.trainer import trainer_state
 
 Boundary = Literal["begin", "step", "epoch", "trained", "part"]
-"""Where a strategy may be saved: before the first epoch (``begin``), after a step, before another epoch, after the last
-one, and between two small experiences of an online stream."""
+"""Places at which a strategy may be saved: before the first epoch (``begin``), after a step, before another epoch,
+after the last one, and between two small experiences of an online stream."""
 
 MOST_COST = 0.02
 """Share of the time that writing may take with a period in time."""
@@ -136,7 +136,7 @@ class Resumption:
     position: Position
     restore: Callable[[], None]
     content: Mapping[str, Any]
-    """What :meth:`Resumable.capture` returned."""
+    """Values that :meth:`Resumable.capture` returned."""
 
 
 class Resumable:

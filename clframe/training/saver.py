@@ -258,7 +258,7 @@ class ExperienceSaver:
 
 
 _FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
-"""What restoring a damaged or foreign content may raise."""
+"""Errors that restoring a damaged or foreign content may raise."""
 
 
 def _unfit(file: Any, error: Exception) -> RunFolderError:

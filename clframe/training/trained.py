@@ -49,7 +49,7 @@ class TrainedModel:
     class_names: tuple[str, ...] = ()
     """Name of each class, by its id in the data set; empty if unknown."""
     inputs: InputFormat | None = None
-    """How files become inputs; None where the checkpoint does not record it."""
+    """Conversion of files to inputs; None where the checkpoint does not record it."""
     budgets: BudgetPoints | None = None
     """Thresholds for budgets, chosen on validation data after the last experience; None where none are recorded."""
 

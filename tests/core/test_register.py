@@ -1,4 +1,4 @@
-"""What cannot be a component is refused when it is registered."""
+"""A class that cannot be a component is refused when it is registered."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ import clframe
 from clframe.api import extend
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.targets.card import card_text, escape, push_to_hub, write_card
-from clframe.targets.export import load_run, without_locations
+from clframe.targets.export import without_locations
+from clframe.targets.loading import RunModel, load_run
 
 pytest.importorskip("safetensors")
 
@@ -120,7 +121,7 @@ def test_the_card_of_an_extended_run_names_no_folders_and_first_experiences(run,
 
 
 def test_locations_of_earlier_data_are_reduced_to_their_last_part(extended):
-    config = load_run(extended, where="card").config
+    config = load_run(extended, kind=RunModel, where="card").config
     places = {"path": "/home/me/photos", "data_dir": "/data/sets", "size": 32}
     (entry,) = config.earlier
     entry = replace(entry, run="/home/me/runs/first", benchmark=replace(entry.benchmark, options=places))
@@ -135,7 +136,7 @@ def test_the_mean_cost_of_decisions_is_stated_where_it_differs(run, tmp_path, me
     macs = None if mean is None else mean * result.macs
     costs = {"totals": {"prediction": {"whole": result.macs, "mean": macs}}}
     (tmp_path / "ledger.json").write_text(json.dumps(costs))
-    text = card_text(replace(load_run(run, where="card"), folder=tmp_path), result)
+    text = card_text(replace(load_run(run, kind=RunModel, where="card"), folder=tmp_path), result)
     assert ("Mean cost of a prediction by the decision rule" in text) == line
     if line:
         assert f"on the test data: {macs:,.0f} MACs, 25.0 % of that with all exits." in text
@@ -143,7 +144,7 @@ def test_the_mean_cost_of_decisions_is_stated_where_it_differs(run, tmp_path, me
 
 def test_names_from_data_cannot_become_markup(run):
     evil = "a|b\n---\nlicense: other\n![x](http://evil.example/p.png) <script>alert(1)</script> `c`"
-    model = load_run(run, where="card")
+    model = load_run(run, kind=RunModel, where="card")
     result = clframe.Result.from_json(run / "results.json")
     names = (evil, *(str(c) for c in range(1, 10)))
     text = card_text(replace(model, class_names=names), replace(result, name=evil, benchmark=evil), license="mit")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.accounting import count_macs, count_parameters
-from clframe.build import Setup, build, build_optimizer, build_scheduler, lightning_options
+from clframe.build import Setup, build, build_optimizer, build_scheduler, lightning_options, on_cuda
 from clframe.config.load import load_config
 from clframe.config.schema import Config, named_plugins
 from clframe.config.typed import as_tree, to_yaml
@@ -38,6 +41,7 @@ def run(
     *,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    folder: str | Path | None = None,
     on_built: Callable[[Setup], None] | None = None,
     on_evaluated: Callable[[Progress], None] | None = None,
 ) -> Result:
@@ -48,6 +52,8 @@ def run(
         overrides: Like those of the command line, ``"trainer.epochs=3"``.
         output: Folder for run folders; None takes the config's (``runs``).
         resume: A run folder to resume; its own config is used and ``config`` is ignored.
+        folder: Folder of this run. The same call again continues the run in it, if it is not finished; a run of
+            another config is refused. None creates a folder below ``output``, named by the time.
         on_built: Called once with the objects of the run, before any training.
         on_evaluated: Called with the progress after every experience.
 
@@ -58,19 +64,21 @@ def run(
         ClframeError: Anything a user can fix, in one line.
         Interrupted: A KeyboardInterrupt during training; its ``folder`` can be resumed.
     """
+    if folder is not None and (resume is not None or output is not None):
+        raise ConfigError(f"folder: found {'resume' if resume is not None else 'output'} as well; give one of them")
     if resume is not None:
         if overrides:
             raise ConfigError("resume: takes no overrides; a resumed run uses the config it started with")
         from clframe.targets.loading import read_config
         from clframe.targets.portable import is_portable
 
-        folder = RunFolder.open(Path(resume))
-        if is_portable(folder.path):
+        place = RunFolder.open(Path(resume))
+        if is_portable(place.path):
             raise RunFolderError(
                 f"resume: {resume} is a copy of a model without the state of its run; resume the run itself"
             )
-        config = read_config(folder)
-        _refuse_plugins(config, folder)
+        config = read_config(place)
+        _refuse_plugins(config, place)
     elif isinstance(config, str):
         config = load_config(config, overrides)
     elif overrides:
@@ -78,11 +86,34 @@ def run(
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     setup = build(config, needs_earlier=resume is None)
-    if on_built is not None:
-        on_built(setup)
+    resumes = resume is not None
     if resume is None:
-        folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
-    return _execute(setup, folder, resumes=resume is not None, on_evaluated=on_evaluated)
+        place, resumes = _new_folder(setup.config, folder)
+    try:
+        if on_built is not None:
+            on_built(setup)
+    except BaseException:
+        place.discard()
+        raise
+    return _execute(setup, place, resumes=resumes, claimed=resumes and resume is None, on_evaluated=on_evaluated)
+
+
+def _new_folder(config: Config, path: str | Path | None) -> tuple[RunFolder, bool]:
+    """The folder of a run that is not resumed by name, and whether the run in it has been started before."""
+    from clframe.targets.unfinished import claim_folder, find_unfinished
+
+    if path is not None:
+        place, started = claim_folder(Path(path), config)
+        if started:
+            _refuse_plugins(config, place)
+        return place, started
+    unfinished = find_unfinished(config)
+    if unfinished is not None:
+        _log.info(
+            "found an unfinished run of this config in %s; a new run is started, continue that one with clframe run "
+            "--resume %s", unfinished, shlex.quote(str(unfinished)),
+        )  # fmt: skip
+    return RunFolder.create(Path(config.output), name=config.name, seed=config.seed), False
 
 
 def extend(
@@ -133,11 +164,26 @@ def extend(
 
 
 def _execute(
-    setup: Setup, folder: RunFolder, *, resumes: bool, on_evaluated: Callable[[Progress], None] | None
+    setup: Setup,
+    folder: RunFolder,
+    *,
+    resumes: bool,
+    claimed: bool = False,
+    on_evaluated: Callable[[Progress], None] | None,
 ) -> Result:
-    """Train in a run folder; one that was created for it is removed if training cannot begin."""
-    config = setup.config
-    with folder.lock(), torch_settings(threads=config.trainer.threads, deterministic=config.trainer.deterministic):
+    """Train in a run folder; one that was created for it is removed if training cannot begin.
+
+    Args:
+        setup: The objects of the run.
+        folder: Its folder.
+        resumes: Whether the run in the folder has been started before.
+        claimed: Whether it is resumed because the same command was given again.
+        on_evaluated: Called with the progress after every experience.
+    """
+    config, trainer = setup.config, setup.config.trainer
+    deterministic = trainer.deterministic is True
+    settings = torch_settings(threads=trainer.threads, deterministic=deterministic, cuda=on_cuda(trainer))
+    with folder.lock(), settings:
         try:
             if resumes:
                 folder.prepare_resume()
@@ -152,6 +198,12 @@ def _execute(
             if resumes:
                 started = session.resume()
                 count = len(setup.benchmark)
+                position = session.position
+                if claimed and started < count:
+                    where = position or ("the start" if not started else f"the start of experience {started + 1}")
+                    _log.info("found an unfinished run of this config in %s; continuing from %s", folder.path, where)
+                elif position is not None:
+                    _log.info("resumed at %s", position)
                 remaining = [session.learner.training_experiences(i, count) for i in range(started, count)]
                 check_trained_data(config, setup.benchmark, {j for sources in remaining for j in sources})
                 if started == count:
@@ -207,17 +259,20 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         drop_last=trainer.drop_last,
         eval_batch_size=trainer.eval_batch_size,
         clip=trainer.gradient_clip,
-        on_divergence=trainer.on_divergence,
+        on_nonfinite=trainer.on_nonfinite,
         accumulate=trainer.accumulate,
         eval_every=trainer.eval_every,
         limit_batches=2 if trainer.fast_dev_run else None,
-        channels_last=trainer.channels_last,
+        channels_last=trainer.channels_last is True,
+        capture=trainer.capture,
         trainer_options=options,
         early_stopping=None if trainer.engine == "trainer" else early_stopping(trainer.callbacks),
         log_every=trainer.log_every,
         progress=trainer.progress,
         tensorboard="tensorboard" in trainer.loggers,
         csv="csv" in trainer.loggers,
+        figures=trainer.figures,
+        record_activity=trainer.record_activity,
         folder=folder.path,
         config_text=to_yaml(config),
         checkpoint_period=trainer.checkpoint.period,
@@ -248,6 +303,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         baseline=progress.baseline,
         loss_terms=progress.loss_terms,
         diverged=progress.diverged,
+        skipped_updates=progress.skipped,
         exit_names=network.exit_names,
         exits=progress.exits,
         activity=progress.activity,
@@ -256,12 +312,19 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     )
     if len(confusion) > MOST_SHOWN:
         write_confusion(confusion, benchmark.class_order, folder.path)
-    folder.write_ledger(network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger)
+    write_ledger = partial(
+        folder.write_ledger, network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger
+    )
+    write_ledger()
     result.write(folder.path / "results.json")
     # After the results: a failure to draw must not lose a run that took hours.
     try:
         session.write_hyper_parameters(as_tree(config), result.metrics)
-        write_figures(result, folder.path / "figures")
+        if config.trainer.figures != "none":
+            start = time.perf_counter()
+            write_figures(result, folder.path / "figures")
+            session.ledger.add_time("figures", seconds=time.perf_counter() - start)
+            write_ledger()
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         _log.warning("%s: figures could not be drawn (%s); results.json is complete", folder.path, reason)

@@ -95,7 +95,29 @@ def _resolved_config(config: Config, composition: Composition) -> Config:
     components: dict[str, dict[str, Any]] = {component.name: asdict(component) for component in composition}
     if BLOCK in config.components:
         components[BLOCK] = dict(config.components[BLOCK])
-    return replace(config, strategy=str(composition), components=components)
+    config = replace(config, strategy=str(composition), components=components)
+    return with_device_defaults(config, cuda=on_cuda(config.trainer))
+
+
+def on_cuda(config: TrainerConfig) -> bool:
+    """Whether a run trains on a CUDA device."""
+    return config.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+
+
+def with_device_defaults(config: Config, *, cuda: bool) -> Config:
+    """Return the config with every ``auto`` replaced by the choice for the device, measured in perf/gpu_race.py.
+
+    ``trainer.capture`` stays as it is: whether steps can be recorded may change between experiences.
+    """
+    trainer, optimizer = config.trainer, config.optimizer
+    fused = cuda and optimizer.name != "rmsprop" and trainer.precision != "16-mixed"
+    trainer = replace(
+        trainer,
+        channels_last=cuda if trainer.channels_last == "auto" else trainer.channels_last,
+        deterministic=not cuda if trainer.deterministic == "auto" else trainer.deterministic,
+    )
+    optimizer = replace(optimizer, fused=fused if optimizer.fused == "auto" else optimizer.fused)
+    return replace(config, trainer=trainer, optimizer=optimizer)
 
 
 def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
@@ -192,6 +214,8 @@ def build_optimizer(config: OptimizerConfig) -> Callable[..., Any]:
         options["momentum"] = config.momentum
     if config.betas is not None:
         options["betas"] = config.betas
+    if config.fused is True:
+        options["fused"] = True
     optim = torch.optim
     kinds = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW, "rmsprop": optim.RMSprop}
     return partial(kinds[config.name], **options)

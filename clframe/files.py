@@ -1,18 +1,123 @@
-"""Atomic writes: a file has either its old or its new content, never half of each."""
+"""Files: atomic writes, bounded reads, and folders whose files are all inside them.
+
+A write leaves either the old or the new content, never half of each. Folders and files that others hand over are read
+by these functions: a file of absurd size or nesting, a pipe, or a link out of a run folder is one line.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clframe.errors import RunFolderError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _LONGEST_WRITE = 2**30
 """Bytes of one call: Linux writes at most 2**31 - 4096, and macOS refuses 2**31."""
+
+MOST_TEXT = 2**28
+"""Largest size in bytes of a text file that is read; files of runs have kilobytes, of very long ones megabytes."""
+
+
+def read_text(path: str | Path, *, most: int = MOST_TEXT) -> str:
+    """Read a UTF-8 text file of at most ``most`` bytes.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is larger, not UTF-8, or not a regular file, which could block or never end.
+    """
+    with open(path, "rb", opener=_open_regular) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
+        raise ValueError(f"has more than {most:,} bytes")
+    return content.decode("utf-8")
+
+
+def read_json(path: str | Path, *, most: int = MOST_TEXT) -> Any:
+    """Read a JSON file of at most ``most`` bytes.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: As :func:`read_text`, or it is not JSON or nested too deeply.
+    """
+    return parse_json(read_text(path, most=most))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise ValueError("is not a regular file")
+    return handle
+
+
+def check_contained(folder: Path) -> None:
+    """Refuse a run folder with links that lead out of it, or with pipes and devices.
+
+    A folder from another person could otherwise make a report show, or a resumed run overwrite, any file of the user.
+    The folder itself may be a link, and links within it are followed. Files of a model in the cache of the Hugging
+    Face hub are links to the cache's own blobs, which are accepted.
+
+    Raises:
+        RunFolderError: There is such an entry, or a folder that cannot be listed.
+    """
+    root = folder.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    try:
+        for entry in _entries(root):
+            if entry.is_symlink():
+                try:
+                    target = Path(entry.path).resolve()
+                except (OSError, RuntimeError):  # a circle, which leads nowhere; RuntimeError before Python 3.13
+                    continue
+                if not any(target.is_relative_to(home) for home in homes):
+                    raise RunFolderError(
+                        f"{folder / Path(entry.path).relative_to(root)}: is a link to {target}, outside the run "
+                        f"folder; replace it by the file or folder itself"
+                    )
+            elif not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
+                raise RunFolderError(
+                    f"{folder / Path(entry.path).relative_to(root)}: is neither a file nor a folder; remove it"
+                )
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield everything below a folder; links to folders are not entered."""
+    pending = [os.fspath(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray | memoryview | str) -> None:
@@ -52,10 +157,15 @@ def _write_all(handle: int, data: memoryview) -> None:
         done += written
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is that of a temporary file of :func:`write_atomically`."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete the temporary files that killed writes have left in a folder."""
     for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 

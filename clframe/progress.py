@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from clframe.printable import printable
+
 _hidden = 0  # depth of hide_progress, which may be nested
 
 
@@ -37,6 +39,7 @@ def progress_bar(label: str, *, total: int | None = None, unit: str = "it", **op
 
     # None: hidden where the output is not a terminal.
     hidden = True if _hidden else None
+    label = printable(label)
     return tqdm(desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, **options)
 
 

@@ -19,12 +19,26 @@ from typing import Any, Literal, TypeVar
 from clframe.errors import RunFolderError
 
 R = TypeVar("R")
+_LARGEST = 10**30
+"""Of a whole number; Python formats none beyond 10**308."""
 
 
 def to_json(record: Any) -> str:
     """Return a dataclass as JSON text, one field a line."""
     lines = (f"  {json.dumps(e.name)}: {json.dumps(to_plain(getattr(record, e.name)))}" for e in fields(record))
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def to_json_rows(value: Any, *, indent: str = "") -> str:
+    """Return plain values as JSON text with a line for each row of a table: a mapping or list that has none inside."""
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    if not any(isinstance(entry, Mapping | list) and entry for entry in entries):
+        return json.dumps(value)
+    inner = f"{indent}  "
+    if isinstance(value, Mapping):
+        lines = [f"{inner}{json.dumps(key)}: {to_json_rows(entry, indent=inner)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(f"{inner}{to_json_rows(entry, indent=inner)}" for entry in value) + f"\n{indent}]"
 
 
 def to_plain(value: Any) -> Any:
@@ -37,6 +51,20 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(entry) for entry in value]
+    return value
+
+
+def as_tree(value: Any) -> Any:
+    """Return a dataclass as nested mappings for a checkpoint, as ``dataclasses.asdict`` does.
+
+    Tuples of numbers are shared, not copied: those of a long stream are most of its records.
+    """
+    if is_dataclass(value):
+        return {e.name: as_tree(getattr(value, e.name)) for e in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_tree(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list) and value and (isinstance(value[0], tuple | list) or is_dataclass(value[0])):
+        return type(value)(as_tree(entry) for entry in value)
     return value
 
 
@@ -83,6 +111,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and (value is None or value in ("Infinity", "-Infinity")):
         return float("nan") if value is None else float(value)
+    if type(value) is int and abs(value) > _LARGEST:
+        raise RunFolderError(f"{where}: found a number of more than 30 digits; restore the file or run again")
     if hint is float and type(value) in (int, float):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:

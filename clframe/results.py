@@ -6,7 +6,6 @@ here uses the data set's own class ids.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 from clframe.errors import ClframeError, RunFolderError, nearest
 from clframe.exits.diagnostics import ExitRecord, forgetting_by_exit
-from clframe.files import write_atomically
+from clframe.files import read_json, write_atomically
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.metrics.continual import NAN, Score
 from clframe.metrics.registry import scores
@@ -65,6 +64,9 @@ class Result:
     run_folder: str
     loss_terms: tuple[Mapping[str, float], ...] = field(default=())
     diverged: tuple[str, ...] = field(default=())
+    skipped_updates: tuple[int, ...] = field(default=())
+    """Updates skipped in each experience, since losses or gradients were not finite; empty unless
+    ``trainer.on_nonfinite`` is ``skip``."""
     exit_names: tuple[str, ...] = field(default=())
     exit_forgetting: tuple[float, ...] = field(default=())
     exits: tuple[ExitRecord, ...] = field(default=())
@@ -111,10 +113,10 @@ class Result:
     def from_json(cls, path: str | Path) -> Result:
         """Read ``results.json`` of this or an earlier version; raises :class:`RunFolderError` for any other file."""
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = read_json(path)
         except OSError as error:
             raise RunFolderError(f"{path}: {error.strerror or error}; give a readable results.json") from None
-        except ValueError:  # neither UTF-8 nor JSON
+        except ValueError:  # neither UTF-8 nor JSON, or of absurd size or depth
             raise RunFolderError(f"{path}: not JSON; give the results.json of a finished run") from None
         version = found.get("schema_version") if isinstance(found, dict) else None
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
@@ -168,6 +170,7 @@ def summarize(
     baseline: Tally | None = None,
     loss_terms: Sequence[Mapping[str, float]] = (),
     diverged: Sequence[str] = (),
+    skipped_updates: Sequence[int] = (),
     exit_names: Sequence[str] = (),
     exits: Sequence[ExitRecord] = (),
     activity: Sequence[ActivityRecord] = (),
@@ -195,6 +198,7 @@ def summarize(
         baseline: An evaluation before any training, for forward transfer.
         loss_terms: Means of every loss term in each training experience.
         diverged: One line for each experience whose losses or weights were not finite.
+        skipped_updates: In each experience; empty where none are skipped.
         exit_names: In order of depth.
         exits: One record per training experience.
         activity: One record per training experience.
@@ -225,6 +229,7 @@ def summarize(
         state_bytes=dict(state_bytes), versions=dict(versions), run_folder=str(run_folder),
         loss_terms=tuple(dict(terms) for terms in loss_terms),
         diverged=tuple(diverged),
+        skipped_updates=tuple(skipped_updates),
         exit_names=tuple(exit_names), exits=tuple(exits), exit_forgetting=_exit_forgetting(exits),
         activity=tuple(activity),
         confusion=tuple(tuple(row) for row in confusion) if len(confusion) <= MOST_SHOWN else (),

@@ -29,8 +29,9 @@ from typing import Any
 from clframe.accounting import Ledger, cumulative_macs, stage_macs
 from clframe.environment import environment, versions
 from clframe.errors import RunFolderError
-from clframe.files import remove_temporaries, write_atomically
+from clframe.files import check_contained, is_temporary, read_json, remove_temporaries, write_atomically
 from clframe.nn.network import Network
+from clframe.records import to_json_rows
 
 
 class RunFolder:
@@ -81,16 +82,74 @@ class RunFolder:
                 raise
 
     @classmethod
+    def create_at(cls, path: Path) -> RunFolder:
+        """Create a run folder at ``path``, which :meth:`is_unused`.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        folder = cls(path)
+        folder._made = [part for part in (path, *path.parents) if not os.path.lexists(part)]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+            write_atomically(path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        except OSError as error:
+            folder.discard()
+            raise RunFolderError(
+                f"folder: {_shorten(path)} cannot be written ({error.strerror}); choose another --folder"
+            ) from None
+        except BaseException:
+            folder.discard()
+            raise
+        return folder
+
+    @staticmethod
+    def is_unused(path: Path) -> bool:
+        """Whether ``path`` is free for a new run: missing, empty, or left by a run that was killed before it began.
+
+        Raises:
+            RunFolderError: A file, or a folder that cannot be listed.
+        """
+        if not os.path.lexists(path):
+            return True
+        try:
+            names = {entry.name for entry in path.iterdir() if not is_temporary(entry.name)}
+            return names <= {"checkpoints", "environment.json", "lock"} and not any((path / "checkpoints").glob("*"))
+        except OSError as error:
+            reason = error.strerror
+        raise RunFolderError(f"folder: {_shorten(path)} cannot be listed ({reason}); give another")
+
+    def is_locked(self) -> bool:
+        """Whether a process writes to the folder."""
+        try:
+            import fcntl
+
+            handle = os.open(self.path / "lock", os.O_RDONLY)
+        except (ImportError, OSError):  # no lock file; on Windows runs are not locked
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+        finally:
+            os.close(handle)
+        return False
+
+    @classmethod
     def open(cls, path: Path, *, where: str = "resume") -> RunFolder:
         """Open the folder of an earlier run.
 
         Raises:
-            RunFolderError: There is none, or it has no config.
+            RunFolderError: There is none, it has no config, or links lead out of it.
         """
         if not path.is_dir():
             raise RunFolderError(f"{where}: no folder {path}; give the run folder that a run printed")
         if not (path / "config.yaml").is_file():
             raise RunFolderError(f"{where}: {path} has no config.yaml; give the folder of a run, not one above it")
+        check_contained(path)
         return cls(path)
 
     def discard(self) -> None:
@@ -177,7 +236,7 @@ class RunFolder:
                 "uncounted": ledger.uncounted(),
                 "prediction": _prediction(ledger),
             }
-        write_atomically(self.path / "ledger.json", json.dumps(costs, indent=2) + "\n")
+        write_atomically(self.path / "ledger.json", to_json_rows(costs) + "\n")
 
     def mean_prediction_macs(self) -> float | None:
         """Return the mean MACs of a prediction at the end of the run, as :meth:`write_ledger` wrote them.
@@ -185,7 +244,7 @@ class RunFolder:
         None where unknown, or where every prediction costs the same.
         """
         try:
-            costs = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))["totals"]["prediction"]
+            costs = read_json(self.path / "ledger.json")["totals"]["prediction"]
             mean, whole = costs["mean"], costs["whole"]
         except (OSError, ValueError, KeyError, TypeError):  # no ledger, or one of an earlier version
             return None

@@ -36,8 +36,13 @@ def epoch_order(size: int, *, seed: int, experience: int, epoch: int) -> torch.T
 
 
 @contextmanager
-def torch_settings(*, threads: int | None = None, deterministic: bool | None = None) -> Iterator[None]:
+def torch_settings(
+    *, threads: int | None = None, deterministic: bool | None = None, cuda: bool = False
+) -> Iterator[None]:
     """Set CPU threads and determinism while active and restore them at the end; None changes nothing.
+
+    On CUDA, ``deterministic=False`` also has cuDNN measure which algorithms are fastest, and allows TF32 in products
+    of float32 matrices and in convolutions; True forbids both.
 
     >>> before = torch.get_num_threads()
     >>> with torch_settings(threads=before + 1):
@@ -49,12 +54,20 @@ def torch_settings(*, threads: int | None = None, deterministic: bool | None = N
     before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn
+    cuda_settings = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         if deterministic is not None:
             torch.use_deterministic_algorithms(deterministic)
+            if cuda:
+                torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = not deterministic
+                torch.set_float32_matmul_precision("highest" if deterministic else "high")
         yield
     finally:
+        if cuda:
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, products = cuda_settings
+            torch.set_float32_matmul_precision(products)
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from clframe.metrics.registry import Kind
 from clframe.metrics.statistics import NAN, deviation, mean
+from clframe.printable import csv_cell, printable
 
 WIDTH = 100
 """Columns of a terminal that a table may take."""
@@ -97,13 +98,13 @@ def to_text(table: Table, *, width: int = WIDTH, gap: int = 2) -> str:
     a            50.0
     """
     columns = [_column(table, k) for k in range(len(table.columns))]
-    lines = [table.title, *(textwrap.wrap(table.note, width) if table.note else [])]
+    lines = [printable(table.title), *(textwrap.wrap(printable(table.note), width) if table.note else [])]
     for block in _blocks(columns, width=width, gap=gap):
         lines += _block_lines(block, gap=gap)
     cells = [cell for row in table.rows for cell in row if isinstance(cell, Quantity) and math.isnan(cell.value)]
     reasons = dict.fromkeys(cell.undefined for cell in cells if cell.undefined)
     if reasons:
-        lines += textwrap.wrap(f"-: {'; '.join(reasons)}", width)
+        lines += textwrap.wrap(printable(f"-: {'; '.join(reasons)}"), width)
     return "\n".join(lines)
 
 
@@ -116,10 +117,10 @@ class _Column(NamedTuple):
 
 def _column(table: Table, k: int) -> _Column:
     cells = tuple(
-        "-" if isinstance(row[k], Quantity) and math.isnan(row[k].value) else str(row[k])  # type: ignore[union-attr]
+        "-" if isinstance(row[k], Quantity) and math.isnan(row[k].value) else printable(str(row[k]))  # type: ignore[union-attr]
         for row in table.rows
     )
-    heading = table.columns[k]
+    heading = printable(table.columns[k])
     return _Column(heading, cells, _numeric(table, k), max(map(len, (heading, *cells))))
 
 
@@ -168,16 +169,21 @@ def _block_lines(block: Sequence[_Column], *, gap: int) -> list[str]:
 
 
 def to_csv(table: Table) -> str:
-    """Render as CSV: unrounded numbers, fractions as fractions, a column of deviations where there are any."""
+    """Render as CSV: unrounded numbers, fractions as fractions, a column of deviations where there are any.
+
+    A text that a spreadsheet would compute, such as a class named ``=A1``, begins with a ``'``.
+    """
     spread = [_has_deviation(table, k) for k in range(len(table.columns))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [name.removesuffix(", %").removesuffix(", points") for name in table.columns]
-    writer.writerow([part for name, wide in zip(names, spread, strict=True) for part in _with_deviation(name, wide)])
+    writer.writerow(
+        [csv_cell(part) for name, wide in zip(names, spread, strict=True) for part in _with_deviation(name, wide)]
+    )
     for row in table.rows:
         cells: list[object] = []
         for cell, wide in zip(row, spread, strict=True):
-            cells.append(_exact(cell.value) or str(cell) if isinstance(cell, Quantity) else cell)
+            cells.append(_exact(cell.value) or str(cell) if isinstance(cell, Quantity) else csv_cell(cell))
             if wide:
                 cells.append(_exact(cell.deviation) if isinstance(cell, Quantity) else "")
         writer.writerow(cells)
@@ -228,7 +234,7 @@ def _numeric(table: Table, column: int) -> bool:
 
 def _for_markdown(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", printable(" ".join(text.split())))
 
 
 _LATEX = {
@@ -238,4 +244,4 @@ _LATEX = {
 
 
 def _for_latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
+    return "".join(_LATEX.get(letter, letter) for letter in printable(" ".join(text.split())))

@@ -51,6 +51,7 @@ class ANCL(Component):
     """
 
     name: ClassVar[str] = "ancl"
+    capturable: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("distill", "auxiliary")
 
     lamb: float = 1.0

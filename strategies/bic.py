@@ -50,6 +50,7 @@ class BiC(BufferComponent):
     """
 
     name: ClassVar[str] = "bic"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "task_loss", "loss_mix", "logits"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
 

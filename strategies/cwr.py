@@ -39,6 +39,7 @@ class CWR(Component):
     """
 
     name: ClassVar[str] = "cwr"
+    capturable: ClassVar[bool] = True
 
     backbone: Literal["frozen", "free"] = "frozen"
 

@@ -54,6 +54,7 @@ class DERpp(ReplayComponent):
     """
 
     name: ClassVar[str] = "derpp"
+    capturable: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("logits", "replay")
     stores_logits: ClassVar[bool] = True
 

@@ -61,6 +61,7 @@ class EarlyExit(Component):
     """
 
     name: ClassVar[str] = "early_exit"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"prediction"})
 
     rule: Literal["first", "last", "confident", "mean", "vote"] = "first"

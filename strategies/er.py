@@ -46,6 +46,7 @@ class ER(ReplayComponent):
     """
 
     name: ClassVar[str] = "er"
+    capturable: ClassVar[bool] = True
     weight: ClassVar[str] = "scale"
 
     scale: float = 1.0

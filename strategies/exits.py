@@ -79,6 +79,7 @@ class Exits(Component):
     """
 
     name: ClassVar[str] = "exits"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"exit_weights"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "scale"

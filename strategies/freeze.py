@@ -23,6 +23,7 @@ class Freeze(Component):
     """
 
     name: ClassVar[str] = "freeze"
+    capturable: ClassVar[bool] = True
 
     after: int = 1
 

@@ -54,6 +54,7 @@ class GSS(ReplayComponent):
     """
 
     name: ClassVar[str] = "gss"
+    capturable: ClassVar[bool] = True
 
     compared: int = 10
     budget: Literal["total"] = "total"

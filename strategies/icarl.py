@@ -48,6 +48,7 @@ class ICaRL(Component):
     """
 
     name: ClassVar[str] = "icarl"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss", "logits"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True

@@ -26,6 +26,7 @@ class LabelSmoothing(Component):
     """
 
     name: ClassVar[str] = "label_smoothing"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     weight: ClassVar[str] = "smoothing"
 

@@ -31,6 +31,7 @@ class LODE(Component):
     """
 
     name: ClassVar[str] = "lode"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     needs_memory: ClassVar[bool] = True
 

@@ -47,6 +47,7 @@ class LUCIR(Component):
     """
 
     name: ClassVar[str] = "lucir"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier"})
     terms: ClassVar[tuple[str, ...]] = ("less_forget", "separate")
 

@@ -34,6 +34,7 @@ class LwF(Component):
     """
 
     name: ClassVar[str] = "lwf"
+    capturable: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "alpha"
 

@@ -48,6 +48,7 @@ class MIR(ReplayComponent):
     """
 
     name: ClassVar[str] = "mir"
+    capturable: ClassVar[bool] = True
 
     candidates: int = 50
     lr: float = 0.05

@@ -16,6 +16,7 @@ class Naive(Component):
     """
 
     name: ClassVar[str] = "naive"
+    capturable: ClassVar[bool] = True
 
     @property
     def is_identity(self) -> bool:

@@ -56,6 +56,7 @@ class PODNet(Component):
     """
 
     name: ClassVar[str] = "podnet"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("spatial", "flat")
 

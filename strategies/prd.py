@@ -54,6 +54,7 @@ class PRD(Component):
     """
 
     name: ClassVar[str] = "prd"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("attract", "relation")
     renamed: ClassVar[Mapping[str, str]] = {"distil": "distill", "distil_temperature": "distill_temperature"}

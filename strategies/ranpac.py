@@ -47,6 +47,7 @@ class RanPAC(Component):
     """
 
     name: ClassVar[str] = "ranpac"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     projection: int = 1000

@@ -34,6 +34,7 @@ class SimpleCIL(Component):
     """
 
     name: ClassVar[str] = "simplecil"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     scale: float = 1.0

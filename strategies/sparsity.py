@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
-from clframe.core.types import State, Step
+from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.network import Network
 from clframe.sparsity.functional import displacement, hoyer, l1
@@ -52,6 +52,8 @@ class Sparsity(Component):
     """
 
     name: ClassVar[str] = "sparsity"
+    changes_activity: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "strength"
 
@@ -101,16 +103,19 @@ class Sparsity(Component):
         value_L = step.output.taps[MEASURED]
         if self.layers:
             value_L = torch.stack([weight * value for weight, value in zip(self.layers, value_L.unbind(), strict=True)])
-        return {"penalty": self.strength * self._ramp(step) * value_L.mean()}
+        return {"penalty": step.values["strength"] * value_L.mean()}
 
-    def _ramp(self, step: Step) -> float:
+    def step_values(self, context: StepContext, number: int, state: State) -> Mapping[str, float]:
+        """Return the weight of the penalty at this step."""
+        return {"strength": self.strength * self._ramp(context, number)}
+
+    def _ramp(self, context: StepContext, number: int) -> float:
         """Return the share of the strength at this step."""
-        context = step.context
         share = (context.epoch + 1) / context.epochs
         if self.ramp == "step" and self.schedule != "constant":
             if not context.steps:
                 raise UnsupportedError(
                     "components.sparsity.ramp: found step, but the loader in use has no length; use ramp epoch"
                 )
-            share = (context.epoch + step.number / context.steps) / context.epochs
+            share = (context.epoch + number / context.steps) / context.epochs
         return {"constant": 1.0, "linear": share, "warmup": min(1.0, 2 * share)}[self.schedule]

@@ -36,6 +36,7 @@ class SSIL(Component):
     """
 
     name: ClassVar[str] = "ssil"
+    capturable: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True

@@ -33,6 +33,7 @@ class WA(Component):
     """
 
     name: ClassVar[str] = "wa"
+    capturable: ClassVar[bool] = True
 
     direction: Literal["both", "shrink"] = "both"
 

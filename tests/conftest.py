@@ -27,13 +27,9 @@ for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _handler)
 
-DRAWN = {
-    "clframe.api": ("write_figures",),
-    "clframe.training.tensorboard": (
-        "activity_image", "confusion_image", "exit_images", "exit_usage_image", "matrix_image",
-    ),
-}  # fmt: skip
-"""Functions that draw during a run, by module: four fifths of the time of a run as small as those of the tests."""
+DRAWN = {"clframe.api": "write_figures", "clframe.training.session": "draw_pictures"}
+"""Functions that draw during a run, by module: four fifths of the time of a run as small as those of the tests. The option
+``trainer.figures`` would be in every config that tests compare."""
 _drawing = False
 
 
@@ -56,21 +52,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Decide about figures before the fixtures of a module, which may run clframe, are made."""
     global _drawing
     _drawing = item.get_closest_marker("figures") is not None
-    for name, functions in DRAWN.items():
+    for name, function in DRAWN.items():
         module = sys.modules.get(name)  # not imported here: most tests need neither
-        for function in functions if module is not None else ():
-            original = getattr(module, function)
-            if not hasattr(original, "drawn_on_request"):
-                setattr(module, function, _on_request(original))
+        original = getattr(module, function, None)
+        if original is not None and not hasattr(original, "drawn_on_request"):
+            setattr(module, function, _on_request(original))
 
 
 def _on_request(draw: Callable[..., object]) -> Callable[..., object]:
-    blank = np.zeros((1, 1, 3), dtype=np.uint8)
-
     def drawn(*args: object, **options: object) -> object:
         if _drawing:
             return draw(*args, **options)
-        return {"exit_images": {}, "activity_image": None}.get(draw.__name__, blank)
+        return {}
 
     drawn.drawn_on_request = True
     return drawn

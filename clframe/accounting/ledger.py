@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 from clframe.accounting.entries import (
@@ -24,6 +23,7 @@ from clframe.accounting.entries import (
     Phase,
     Size,
     Time,
+    as_rows,
     read_row,
 )
 from clframe.accounting.measurement import Energy
@@ -191,11 +191,11 @@ class Ledger:
         return {
             "schema_version": SCHEMA,
             "convention": CONVENTION,
-            "entries": [asdict(entry) for entry in self._entries],
-            "times": [asdict(time) for time in self._times],
-            "bytes": [asdict(size) for size in self._sizes],
-            "energy": [asdict(part) for part in self._energy],
-            "figures": [asdict(figure) for figure in self._figures],
+            "entries": as_rows(self._entries),
+            "times": as_rows(self._times),
+            "bytes": as_rows(self._sizes),
+            "energy": as_rows(self._energy),
+            "figures": as_rows(self._figures),
             "uncounted": self.uncounted(),
             "predictions": self.predictions.as_tree(),
         }
@@ -215,7 +215,7 @@ class Ledger:
         ledger = cls()
         try:
             for row in tree["entries"]:
-                ledger.add(**asdict(read_row(Entry, row)))
+                ledger.add(**vars(read_row(Entry, row)))
             ledger._times = [read_row(Time, row) for row in tree["times"]]
             ledger._sizes = [read_row(Size, row) for row in tree["bytes"]]
             ledger._energy = [read_row(Joules, row) for row in tree["energy"]]

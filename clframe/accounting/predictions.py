@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, TypeVar, get_args
 
-from clframe.accounting.entries import Count, Experts, Part, PartKind, Products, Stop, read_row
+from clframe.accounting.entries import Count, Experts, Part, PartKind, Products, Stop, as_rows, read_row
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 
 Row = TypeVar("Row", Part, Stop, Products, Experts)
@@ -55,7 +54,6 @@ class Predictions:
         names: Sequence[str],
         cost_K: Sequence[int],
         count_K: Sequence[int],
-        of: int | None = None,
         experience: int | None = None,
     ) -> None:
         """Append the samples that stopped at each exit, with the cost of one of them.
@@ -64,12 +62,11 @@ class Predictions:
             names: Names of the exits.
             cost_K: MACs of one sample up to each.
             count_K: Number of samples that stopped there.
-            of: Test experience of the samples.
             experience: Training experience after which they were counted.
         """
         rows = list(zip(names, cost_K, count_K, strict=True))
         self._stops += [
-            _checked(Stop(exit=name, macs=cost, samples=count, of=of, experience=experience))
+            _checked(Stop(exit=name, macs=cost, samples=count, experience=experience))
             for name, cost, count in rows
         ]
 
@@ -95,7 +92,7 @@ class Predictions:
         return _rows_of(self._parts, experience)
 
     def stops(self, *, experience: int | None = None) -> tuple[Stop, ...]:
-        """Return the samples that stopped at each exit, by test experience."""
+        """Return the samples that stopped at each exit."""
         return _rows_of(self._stops, experience)
 
     def products(self, *, experience: int | None = None) -> tuple[Products, ...]:
@@ -171,7 +168,7 @@ class Predictions:
     def as_tree(self) -> dict[str, list[dict[str, Any]]]:
         """Return plain values; :meth:`of` is the inverse."""
         lists = {"parts": self._parts, "stops": self._stops, "products": self._products, "experts": self._experts}
-        return {name: [asdict(row) for row in rows] for name, rows in lists.items()}  # type: ignore[attr-defined]
+        return {name: as_rows(rows) for name, rows in lists.items()}  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Predictions:
@@ -200,8 +197,8 @@ def _sum_by(parts: Sequence[Part], key: Callable[[Part], str]) -> dict[str, int]
 
 def _checked(row: Row) -> Row:
     """Return the row if none of its counts is negative."""
-    for name, value in asdict(row).items():
-        if name not in ("experience", "of") and isinstance(value, int) and value < 0:
+    for name, value in vars(row).items():
+        if name != "experience" and isinstance(value, int) and value < 0:
             raise ConfigError(f"predictions: found {name} {value}; use counts of at least 0")
     return row
 

@@ -21,11 +21,17 @@ from clframe.errors import UnsupportedError
 class Engine(Protocol):
     """Backward pass and update of one experience, in the precision of Fabric or of a Trainer."""
 
+    norm: Tensor | None
+    """Norm of the gradient of the last update before it was clipped; None without clipping."""
+
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
         """Run the backward pass; in 16-bit mixed precision the gradients are scaled afterwards."""
 
     def step(self) -> None:
         """Unscale and clip the gradients where asked for, then update."""
+
+    def skip(self) -> None:
+        """Adapt the loss scale of 16-bit mixed precision to gradients that are not finite, without an update."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""
@@ -47,6 +53,7 @@ class FabricEngine:
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
         self._clip = clip
         self._plain = not needs_wrapper(fabric)
+        self.norm: Tensor | None = None
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
         """Run ``fabric.backward``; in plain 32 bit that is ``loss.backward``, called directly to save its overhead."""
@@ -59,8 +66,15 @@ class FabricEngine:
         """Clip, which unscales first, then update."""
         if self._clip is not None:
             # error_if_nonfinite=True would synchronize with the device at every step.
-            self._fabric.clip_gradients(self.module, self._optimizer, max_norm=self._clip, error_if_nonfinite=False)
+            self.norm = self._fabric.clip_gradients(
+                self.module, self._optimizer, max_norm=self._clip, error_if_nonfinite=False
+            )
         self._optimizer.step()
+
+    def skip(self) -> None:
+        """Have the gradient scaler find the gradients that are not finite, if there is one: it makes no update then."""
+        if getattr(self._fabric._precision, "scaler", None) is not None:
+            self._optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return Fabric's precision context; an empty one in plain 32 bit."""
@@ -82,6 +96,7 @@ class TrainerEngine:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
+        self.norm: Tensor | None = None
 
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
         """Run ``LightningModule.manual_backward``."""
@@ -91,6 +106,12 @@ class TrainerEngine:
         """Run the Trainer's optimizer step, which unscales, calls ``on_before_optimizer_step`` and updates."""
         optimizer: Any = self._module.optimizers()
         optimizer.step()
+        self.norm = getattr(self._module, "norm_before_clipping", None)
+
+    def skip(self) -> None:
+        """Have the gradient scaler find the gradients that are not finite, if there is one: it makes no update then."""
+        if getattr(self._module.trainer.precision_plugin, "scaler", None) is not None:
+            self.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return an empty context: a Trainer runs ``training_step`` inside its precision context already."""

@@ -7,17 +7,19 @@ Nothing heavy is imported until a verb runs, so that ``clframe --help`` is fast.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
 from clframe import __version__
 from clframe.cli import analyze as analyze
 from clframe.cli import card, check, evaluate, explain, export, extend, latency, listing, moefy, predict, report, run
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
+from clframe.printable import PrintableStream, printable
 from clframe.progress import hide_progress
 
 _DESCRIPTION = """\
@@ -51,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _act(given)
+        with contextlib.redirect_stdout(cast(TextIO, PrintableStream(sys.stdout))):
+            code = _act(given)
         sys.stdout.flush()
         return code
     except ClframeError as error:
         if "--debug" in given:
             traceback.print_exc()
-        print(f"clframe: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"clframe: error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nclframe: interrupted", file=sys.stderr)

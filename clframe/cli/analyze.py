@@ -10,6 +10,7 @@ from functools import partial
 
 from clframe.cli.context import notices
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.printable import printable
 from clframe.progress import progress_bars
 
 NAME = "analyze"
@@ -144,7 +145,7 @@ def _analyze_exits(options: argparse.Namespace, what: str, words: Sequence[str])
         folder = given or Path("proxy")
         written = exit_studies.write_proxy_study(found, folder, command=_command(options))
         for run, reason in found.skipped.items():
-            print(f"clframe: left out {run} ({reason})", file=sys.stderr)
+            print(printable(f"clframe: left out {run} ({reason})"), file=sys.stderr)
         print("\n\n".join(to_text(table) for table in exit_studies.proxy_tables(found)))
         print(f"\n{written}")
         return 0

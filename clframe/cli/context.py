@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from clframe.errors import ConfigError, nearest
+from clframe.printable import printable
 
 CONFIG = """\
 CONFIG is a name from `clframe list configs` or a YAML file; files in ./configs/experiment are found by name.
@@ -123,7 +124,7 @@ class Notices(logging.Handler):
                 self._done.add(record.getMessage())
 
     def _print(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
+        line = printable(record.getMessage(), lines=True)
         if line not in self._done:
             self._done.add(line)
             print(line, file=sys.stderr, flush=True)

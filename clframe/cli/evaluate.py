@@ -7,6 +7,7 @@ import sys
 
 from clframe.cli.predict import decimal, whole_number
 from clframe.errors import ConfigError
+from clframe.printable import printable
 
 NAME = "evaluate"
 HELP = "measure a run on its own test data or on other data"
@@ -64,7 +65,7 @@ def act(options: argparse.Namespace) -> int:
             run, overrides, threshold=threshold, budget=budget, batch_size=size, device=options.device, progress=show
         )
     for reason in found.skipped.values():
-        print(f"clframe: skipped {reason}", file=sys.stderr)
+        print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
     if options.json == "-":
         sys.stdout.write(evaluation.to_json(found))
     elif options.json is not None:

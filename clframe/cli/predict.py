@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 from clframe.errors import ConfigError, DataError
+from clframe.printable import printable
 
 NAME = "predict"
 HELP = "predict files, folders or texts with a run"
@@ -65,7 +66,7 @@ def act(options: argparse.Namespace) -> int:
             progress=partial(show, "predict"),
         )  # fmt: skip
     for reason in found.skipped.values():
-        print(f"clframe: skipped {reason}", file=sys.stderr)
+        print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
     if not found:
         count = len(found.skipped)
         raise DataError(f"predict: none of {count} inputs could be read; give other files")

@@ -24,11 +24,13 @@ HELP = "train and evaluate on every experience of a benchmark"
 WORDS = "CONFIG [KEY=VALUE ...]"
 DESCRIPTION = f"""\
 {CONFIG}Results, checkpoints, log.txt, metrics.csv and TensorBoard files are written to a new folder under ./runs.
+With --folder they are written to that folder, and the same command again continues an unfinished run in it.
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
   clframe run quickstart --tensorboard
   clframe run my.yaml --seed 3 --device cuda --output results
+  clframe run my.yaml --folder runs/mine
   clframe run --resume runs/quickstart/20260101-120000-seed0
 """
 
@@ -38,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or of a list such as 0,3,7")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
+    parser.add_argument("--folder", metavar="DIR", help="folder of this run; the same command again continues it")
     parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
     parser.add_argument("--deterministic", action="store_true", help="short for trainer.deterministic=true (default)")
     parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard while it trains")
@@ -100,13 +103,17 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
+    _check_folder(options)
     config, overrides = parse_config(options)
     if options.deterministic:
         overrides.append("trainer.deterministic=true")
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
     with notices(quiet=options.quiet) as data_notices, _board(options) as board:
         results = [
-            _run(options, data_notices, board, config=config, overrides=[*overrides, *seed], output=options.output)
+            _run(
+                options, data_notices, board, config=config, overrides=[*overrides, *seed], output=options.output,
+                folder=options.folder,
+            )
             for seed in seeds or [[]]
         ]
     _print_summary(results, options)
@@ -115,12 +122,22 @@ def _train(options: argparse.Namespace) -> int:
 
 def _refuse_with_resume(options: argparse.Namespace) -> None:
     found = [*options.words]
-    found += [f"--{o}" for o in ("seed", "seeds", "output", "device") if getattr(options, o) is not None]
+    found += [f"--{o}" for o in ("seed", "seeds", "output", "folder", "device") if getattr(options, o) is not None]
     found += ["--deterministic"] if options.deterministic else []
     if found:
         raise ConfigError(f"--resume: found {found[0]} as well; leave it out, a resumed run uses its own config")
     if not options.resume:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
+
+
+def _check_folder(options: argparse.Namespace) -> None:
+    if options.folder is None:
+        return
+    if not options.folder:
+        raise ConfigError("--folder: found ''; give a folder for the run")
+    for other, reason in (("seeds", "a folder holds one run"), ("output", "both say where the run is written")):
+        if getattr(options, other) is not None:
+            raise ConfigError(f"--folder: found --{other} as well; leave one of them out, since {reason}")
 
 
 def _board(options: argparse.Namespace) -> Board:
@@ -133,7 +150,7 @@ def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arg
     def begin(setup: Setup) -> None:
         # An extended run has its own numbers of classes, which are not those of its sources.
         data_notices.show(least=logging.WARNING if setup.config.earlier else logging.NOTSET)
-        board.show(setup.config, resume=options.resume)
+        board.show(setup.config, resume=options.resume or options.folder)
 
     result = run(**arguments, on_built=begin, on_evaluated=None if options.quiet else print_progress)
     if not options.quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from clframe.core import COMPONENTS
 from clframe.data import SOURCES
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
+from clframe.files import read_text
 from clframe.nn import BACKBONES
 from clframe.registry import Registry
 
@@ -19,6 +21,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 YAML = (".yaml", ".yml")
 """Endings by which a file is recognized; anything else is a name."""
+
+MOST_YAML = 2**24
+"""Bytes of a config file; those of runs have a few kilobytes."""
+MOST_DEPTH = 500
+"""Levels of brackets in a config."""
+MOST_NODES = 2 * 10**5
+"""Values of a config after every alias has been expanded."""
 
 REGISTRIES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "benchmark": SOURCES, "strategy": COMPONENTS}
 """Registries by config group: a name registered there is a config without a file."""
@@ -120,16 +129,62 @@ def read_yaml(path: Path) -> DictConfig:
         ConfigError: The file is unreadable, invalid YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        is_mapping = isinstance(yaml.compose(text, Loader=yaml.SafeLoader), (yaml.MappingNode, type(None)))
-        loaded = OmegaConf.create(text) if is_mapping else None
+        loaded = parse_yaml(read_text(path, most=MOST_YAML))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken files
+    except ValueError as error:
         raise ConfigError(f"{path}: invalid YAML ({parser_reason(error)}); fix the file") from None
-    if not isinstance(loaded, DictConfig):
+    if loaded is None:
         raise ConfigError(f"{path}: not a mapping of keys to values; write lines like 'strategy: er'")
     return loaded
+
+
+def parse_yaml(text: str) -> DictConfig | None:
+    """Parse YAML text; None if it is not a mapping.
+
+    Raises:
+        ValueError: Invalid YAML, brackets in more than :data:`MOST_DEPTH` levels, or aliases that expand to more than
+            :data:`MOST_NODES` values.
+    """
+    _check_depth(text)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(root)
+        loaded = OmegaConf.create(text) if isinstance(root, (yaml.MappingNode, type(None))) else None
+    except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken files
+        raise ValueError(parser_reason(error)) from None
+    return loaded if isinstance(loaded, DictConfig) else None
+
+
+def _check_depth(text: str) -> None:
+    """Refuse deep brackets before they are parsed, which takes time quadratic in their number."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"its brackets have more than {MOST_DEPTH} levels, which is too deep a recursion")
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Refuse a text of which OmegaConf would make too many values: it copies a node for every alias of it."""
+    counts: dict[int, int] = {}
+
+    def count(node: yaml.Node) -> int:
+        if id(node) not in counts:
+            counts[id(node)] = MOST_NODES + 1  # of a node that contains itself
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            elif isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            total = 1 + sum(map(count, parts))
+            if total > MOST_NODES:
+                raise ValueError(f"its aliases expand to more than {MOST_NODES:,} values")
+            counts[id(node)] = total
+        return counts[id(node)]
+
+    if root is not None:
+        count(root)
 
 
 def parser_reason(error: Exception) -> str:

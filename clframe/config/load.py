@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clframe.config.files import REGISTRIES, YAML, Registered, find_config, known_configs, parser_reason, read_yaml
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.config.typed import as_tree, check_keys, from_mapping
+from clframe.config.typed import as_tree, check_keys, from_mapping, rename_keys
 from clframe.errors import ConfigError
 from clframe.options import format_value
 
@@ -109,11 +109,11 @@ def _read_layers(
 
 
 def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
-    contents = _raw_contents(layer)
+    contents = rename_keys(_raw_contents(layer))
     _refuse_calls(contents, where)
     check_keys(contents, where=where)
     try:
-        merged = OmegaConf.merge(base, layer)
+        merged = OmegaConf.merge(base, contents)
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping on a list, or a list on a mapping
         raise ConfigError(f"{where}: {parser_reason(error)}; fix the value") from None
     assert isinstance(merged, DictConfig)

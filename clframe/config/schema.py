@@ -166,6 +166,10 @@ LARGEST_FLOAT = 3.4e38
 DEFAULT_GAMMA = 0.1
 
 
+Automatic = Literal["auto"] | bool
+"""``auto`` is replaced by the choice for the device of a run, in the run's own config."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer; every experience starts with a new one."""
@@ -193,6 +197,8 @@ class OptimizerConfig:
     """
     patience: int | None = None
     """Epochs without improvement after which ``plateau`` lowers the rate; null is 5, as in FACIL."""
+    fused: Automatic = "auto"
+    """Update all weights in one kernel; ``auto`` does so on CUDA, except for ``rmsprop`` and in 16-mixed."""
     warmup: int = 0
     """Epochs over which the rate first rises linearly to its scheduled value."""
 
@@ -210,6 +216,8 @@ class OptimizerConfig:
         _require_at_least(0, "optimizer.weight_decay", self.weight_decay)
         _require(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
         _require_at_least(0, "optimizer.warmup", self.warmup)
+        _require(self.fused is not True or self.name != "rmsprop", "optimizer.fused", self.fused,
+                 "rmsprop has no fused update; leave it out")  # fmt: skip
         ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
         _require(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
         for key, value, schedule in (("milestones", self.milestones, "multistep"), ("step", self.step, "step")):
@@ -278,22 +286,43 @@ class TrainerConfig:
     eval_batch_size: int = 256
     gradient_clip: float | None = None
     """Maximum gradient norm; null does not clip."""
-    on_divergence: Literal["stop", "warn"] = "stop"
-    """What to do when losses or weights are no longer finite: end the run, or train on and mark its results."""
+    on_nonfinite: Literal["stop", "warn", "skip"] = "stop"
+    """What to do when losses, gradients or weights are not finite.
+
+    ``stop`` ends the run, ``warn`` trains on and marks its results: both check losses at log entries and weights after
+    each experience, never inside a step. ``skip`` checks loss and gradients of every batch, makes no update from those
+    that are not finite, and counts the updates left out. That synchronizes with the device at every step.
+    """
     accumulate: int = 1
     """Number of batches whose gradients are accumulated for each update."""
     eval_every: int = -1
     """Evaluate on the experience's test data every n epochs, for TensorBoard; -1 is never."""
     log_every: int = 20
     """Steps between two log entries of losses and learning rate; no device synchronization in between."""
+    figures: Literal["end", "experience", "none"] = "end"
+    """When figures are drawn, in TensorBoard and in the run's ``figures``: once at the end, TensorBoard's after every
+    experience, or never. ``clframe report RUN`` draws those of any run."""
+    record_activity: bool | None = None
+    """Record active neurons and experts after each experience, on at most 2,048 test samples; null does so where the
+    strategy has ``sparsity`` or ``moe``."""
     fast_dev_run: bool = False
     """Run two batches of one epoch per experience, to test a setup."""
     threads: int | None = None
     """CPU threads; null is torch's choice. Small models are fastest with 1."""
-    channels_last: bool = False
-    """Use the channels-last memory format for images and convolutions; with bf16-mixed often far faster."""
-    deterministic: bool = True
-    """Use deterministic operations only, so that a seed reproduces the same numbers."""
+    channels_last: Automatic = "auto"
+    """Use the channels-last memory format for images and convolutions; ``auto`` does so on CUDA, where it is faster."""
+    deterministic: Automatic = "auto"
+    """Use deterministic operations only, so that a seed reproduces the same numbers; ``auto`` does so except on CUDA.
+
+    Without it, CUDA uses the algorithms of convolutions that are measured to be the fastest, and TF32 in products of
+    float32 matrices: two runs differ in the last digits.
+    """
+    capture: Automatic = "auto"
+    """Record training steps as CUDA graphs, which are replayed without Python in between.
+
+    ``auto`` does so on CUDA where every component and plugin allows it, and says once which one does not; ``true``
+    refuses such a strategy.
+    """
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints inside an experience."""
     progress: bool = True
@@ -324,6 +353,8 @@ class TrainerConfig:
         one = self.devices == 1 or (len(index) == 1 and index[0] >= 0)
         _require(one, "trainer.devices", self.devices,
               "a run trains on one device; give 1 or an index such as [0]")  # fmt: skip
+        _require(self.figures != "experience" or "tensorboard" in self.loggers, "trainer.figures", self.figures,
+                 "add tensorboard to trainer.loggers or give end")  # fmt: skip
         loggers = lightning_loggers(self.loggers)
         for name, _ in loggers:
             if not name.endswith("Logger"):
@@ -335,6 +366,10 @@ class TrainerConfig:
                     f"trainer.{key}: {name} needs a Lightning Trainer, which engine '{self.engine}' does not have; "
                     f"set trainer.engine=trainer or leave it out"
                 )
+
+
+RENAMED = {"trainer": {"on_divergence": "on_nonfinite"}}
+"""Present names of keys by former ones, by block: configs of earlier runs have these."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import Any, NoReturn, get_type_hints
 
 from omegaconf import OmegaConf
 
-from clframe.config.schema import BLOCK, OPEN_BLOCKS, BenchmarkConfig, Config, EarlierConfig
+from clframe.config.files import parse_yaml
+from clframe.config.schema import BLOCK, OPEN_BLOCKS, RENAMED, BenchmarkConfig, Config, EarlierConfig
 from clframe.core import Composition, parse
 from clframe.errors import ConfigError, nearest
-from clframe.options import convert, format_value
+from clframe.options import convert, format_value, rename_options
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
@@ -21,9 +22,19 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
     """
-    config = _read_block(Config, dict(tree), where="")
+    config = _read_block(Config, rename_keys(tree), where="")
     assert isinstance(config, Config)
     return config
+
+
+def rename_keys(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Replace former names of keys by their present ones.
+
+    Raises:
+        ConfigError: A key given under both names.
+    """
+    blocks = {block: tree[block] for block in RENAMED if isinstance(tree.get(block), Mapping)}
+    return {**tree, **{block: rename_options(given, RENAMED[block], where=block) for block, given in blocks.items()}}
 
 
 def to_yaml(config: Config) -> str:
@@ -38,11 +49,25 @@ def same_config(left: str, right: str) -> bool:
     components, wherever these are given.
     """
     try:
-        trees = [OmegaConf.to_container(OmegaConf.create(text)) for text in (left, right)]
+        trees = [OmegaConf.to_container(parse_yaml(text) or OmegaConf.create({})) for text in (left, right)]
         one, two = (from_mapping(tree) for tree in trees if isinstance(tree, dict))  # type: ignore[arg-type]  # text keys
-    except ValueError:  # a ConfigError, or a text that is not a mapping
+    except ValueError:  # a ConfigError, or a text that is not YAML
         return False
-    return _with_strategy(one) == _with_strategy(two)
+    return _with_strategy(one) == _with_strategy(_with_choices_of(one, two))
+
+
+def _with_choices_of(chosen: Config, config: Config) -> Config:
+    """The config with the values of ``chosen`` for keys that either of them leaves to the device of a run."""
+    blocks = {}
+    for name in ("trainer", "optimizer"):
+        mine, other = getattr(config, name), getattr(chosen, name)
+        automatic = {
+            field.name: getattr(other, field.name)
+            for field in dataclasses.fields(mine)
+            if "auto" in (getattr(mine, field.name), getattr(other, field.name)) and field.name != "accelerator"
+        }
+        blocks[name] = dataclasses.replace(mine, **automatic)
+    return dataclasses.replace(config, **blocks)
 
 
 def _with_strategy(config: Config) -> tuple[Config, Composition | None]:

@@ -59,8 +59,9 @@ SLOTS: Final = ("batch", "classifier", "exit_weights", "task_loss", "loss_mix", 
 
 HOOKS: Final = (
     "setup_network", "init_state", "training_experiences", "training_set", "add_classes", "before_experience",
-    "before_epoch", "exit_loss_weights", "make_batch", "task_loss", "losses", "combine_losses", "modify_gradients",
-    "after_step", "after_experience", "adjust_logits", "adjust_exit_logits", "predict", "extra_cost",
+    "before_epoch", "exit_loss_weights", "make_batch", "step_values", "task_loss", "losses", "combine_losses",
+    "modify_gradients", "after_step", "after_experience", "adjust_logits", "adjust_exit_logits", "predict",
+    "extra_cost",
 )  # fmt: skip
 """The hooks, in the order in which a run reaches them."""
 
@@ -79,8 +80,15 @@ class Component:
             composing drops it, so the run is bit-identical to one without it.
         keeps_memory: Whether its state is a replay buffer (``x``, ``y``), which others read as ``context.memory``.
         needs_memory: Whether it needs a component with a replay buffer in the strategy.
+        changes_activity: Whether it changes which hidden neurons or experts are active. Runs then record their
+            activity after each experience; see ``trainer.record_activity``.
         changes_network: Whether ``after_experience`` changes what the network computes in evaluation. It then runs
             before all others, whose means, importances, teachers and thresholds are of the changed network.
+        capturable: Whether ``task_loss``, ``losses`` and ``combine_losses`` may be recorded as part of a CUDA graph and
+            replayed: they neither wait for the device (``item()``, masks as indices) nor draw random numbers in Python,
+            every number that changes between the steps of an experience comes from ``step_values``, tensors of the
+            state that they read are only written in place, and ``before_epoch`` changes nothing but ``requires_grad``,
+            training modes and ``network.gradient``. Other hooks are not recorded.
         phase: Phase of ``before_experience`` and ``after_experience`` in the ledger; ``router`` if they train one.
         renamed: Options by their former names, which configs and expressions may still use.
     """
@@ -91,7 +99,9 @@ class Component:
     weight: ClassVar[str | None] = None
     keeps_memory: ClassVar[bool] = False
     needs_memory: ClassVar[bool] = False
+    changes_activity: ClassVar[bool] = False
     changes_network: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     phase: ClassVar[str] = "auxiliary"
     renamed: ClassVar[Mapping[str, str]] = {}
 
@@ -168,6 +178,14 @@ class Component:
         as they were.
         """
         return batch
+
+    def step_values(self, context: StepContext, number: int, state: State) -> Mapping[str, float]:
+        """Return numbers by name that the losses read as ``step.values``, such as a weight that rises.
+
+        Called before every step with its number in the epoch, from 0. A number that a loss computes by itself would be
+        recorded as a constant where steps run as CUDA graphs.
+        """
+        return {}
 
     def task_loss(self, step: Step, state: State) -> Tensor:
         """Return loss_K on the targets, logged as ``loss/task/ce``. Slot ``task_loss``; default: cross-entropy."""

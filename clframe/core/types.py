@@ -101,3 +101,6 @@ class Step:
     """Weight of each exit's losses in this epoch, for losses that the learner does not weight; None for 1 each."""
     number: int = 0
     """Number of the batch in its epoch, from 0."""
+    values: Mapping[str, float | Tensor] = field(default_factory=dict)
+    """What the component's ``step_values`` has returned for this step: numbers, or tensors [] while a step is recorded
+    as a CUDA graph."""

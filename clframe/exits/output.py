@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isnan
@@ -14,6 +13,7 @@ import numpy as np
 from clframe.errors import RunFolderError
 from clframe.exits.failure import BINS, LABELS, mean_over_exits, undefined_reason
 from clframe.exits.study import ExitStudy
+from clframe.files import read_json
 from clframe.plotting.style import HEIGHT, MUTED, Picture, legend, percent, series_style
 from clframe.records import read_record, to_plain
 from clframe.tables import Cell, Quantity, Table
@@ -146,7 +146,7 @@ def read_study(file: Path) -> ExitStudy:
         RunFolderError: A file that is damaged or of a newer version.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         version = content["schema_version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunFolderError(f"{file}: cannot be read as JSON of a study; run clframe analyze exits again") from None

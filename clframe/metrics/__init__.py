@@ -13,8 +13,9 @@ from clframe.metrics.continual import (
     forward_transfer,
     learning_accuracy,
 )
+from clframe.metrics.counts import Counts
 from clframe.metrics.registry import METRICS, Evaluations, Kind, Metric, all_metrics, scores
-from clframe.metrics.tally import Counts, Tally, TallyCounter
+from clframe.metrics.tally import Tally, TallyCounter
 
 __all__ = [
     "METRICS", "Counts", "Evaluations", "Kind", "Matrix", "Metric", "Score", "Tally", "TallyCounter", "all_metrics",

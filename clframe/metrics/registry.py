@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import EntryPoint
 from typing import Final, Literal
 
@@ -27,7 +28,7 @@ Kind = Literal["percent", "points", "whole", "decimal", "fine"]
 ``decimal`` with one, ``fine`` with three."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the matrices are computed once for all metrics
 class Evaluations:
     """The evaluations of a run that metrics are computed from."""
 
@@ -36,12 +37,12 @@ class Evaluations:
     baseline: Tally | None = None
     """Of the model before any training; None where it was not evaluated."""
 
-    @property
+    @cached_property
     def accuracy_TE(self) -> Matrix:
         """Task-agnostic accuracy matrix: after experience t, on test experience e."""
         return [tally.accuracy_E for tally in self.tallies]
 
-    @property
+    @cached_property
     def accuracy_aware_TE(self) -> Matrix:
         """Task-aware accuracy matrix."""
         return [tally.accuracy_aware_E for tally in self.tallies]
@@ -184,6 +185,6 @@ def _score(compute: Callable[[Evaluations], Score | float], found: Evaluations) 
 def _check_shapes(tallies: Sequence[Tally], *, found: int) -> None:
     if not found:
         raise ClframeError("evaluations: none; evaluate after every training experience")
-    shapes = sorted({(len(tally.total_EC), len(tally.total_EC[0])) for tally in tallies})
+    shapes = sorted({tally.total_EC.shape for tally in tallies})
     if len(shapes) > 1:
         raise ClframeError(f"evaluations: shapes {shapes} (experiences, classes); evaluate one set of them")

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError
-
-Counts = tuple[tuple[int, ...], ...]
-"""Integers by test experience and class, ``counts[e][c]``."""
+from clframe.metrics.counts import Counts
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """Number of test samples and of correct predictions by test experience and class.
 
-    Nested lists are accepted and stored as tuples, so ``Tally(**dataclasses.asdict(tally))`` and a JSON round trip give
-    an equal tally. Raises :class:`ClframeError` for impossible counts.
+    Nested lists are accepted, and what :meth:`as_tree` returned: ``Tally(**tally.as_tree())`` is equal to ``tally``,
+    after a JSON round trip too. Memory grows with the counts that are not 0. Raises :class:`ClframeError` for
+    impossible counts.
 
     >>> tally = Tally(((3, 1), (0, 2)), correct_EC=((3, 0), (0, 1)), correct_aware_EC=((3, 1), (0, 1)))
     >>> tally.accuracy_E, tally.accuracy_C
@@ -40,35 +40,37 @@ class Tally:
 
     def __post_init__(self) -> None:
         for name in ("total_EC", "correct_EC", "correct_aware_EC"):
-            rows = tuple(tuple(int(count) for count in row) for row in getattr(self, name))
-            object.__setattr__(self, name, rows)
-        shape = [len(row) for row in self.total_EC]
+            object.__setattr__(self, name, Counts.of(getattr(self, name)))
         for name, counts in (("correct_EC", self.correct_EC), ("correct_aware_EC", self.correct_aware_EC)):
-            if [len(row) for row in counts] != shape or len(set(shape)) > 1:
+            if counts.shape != self.total_EC.shape:
                 raise ClframeError(f"tally: {name} and total_EC differ in shape; give experiences x classes")
-            for right, total in zip(_flat(counts), _flat(self.total_EC), strict=True):
-                if not 0 <= right <= total:
-                    raise ClframeError(f"tally: {name} has {right} of {total} samples; count each once")
+            for right, total in counts.excess(self.total_EC):
+                raise ClframeError(f"tally: {name} has {right} of {total} samples; count each once")
+
+    def as_tree(self) -> dict[str, dict[str, Any]]:
+        """Return plain values, of the same size as the tally; ``Tally(**tree)`` is the inverse."""
+        counts = {"total_EC": self.total_EC, "correct_EC": self.correct_EC, "correct_aware_EC": self.correct_aware_EC}
+        return {name: each.as_tree() for name, each in counts.items()}
 
     @property
     def samples_E(self) -> tuple[int, ...]:
         """Test samples of each experience."""
-        return tuple(sum(row) for row in self.total_EC)
+        return self.total_EC.sum_by_row()
 
     @property
     def accuracy_E(self) -> tuple[float, ...]:
         """Task-agnostic accuracy on each test experience, correct / total; NaN where nothing was evaluated."""
-        return _ratios(self.correct_EC, self.total_EC)
+        return _ratios(self.correct_EC.sum_by_row(), self.total_EC.sum_by_row())
 
     @property
     def accuracy_aware_E(self) -> tuple[float, ...]:
         """Task-aware accuracy on each test experience, correct / total; NaN where nothing was evaluated."""
-        return _ratios(self.correct_aware_EC, self.total_EC)
+        return _ratios(self.correct_aware_EC.sum_by_row(), self.total_EC.sum_by_row())
 
     @property
     def accuracy_C(self) -> tuple[float, ...]:
         """Task-agnostic accuracy on each class over all test experiences; NaN for a class without samples."""
-        return _ratios(_columns(self.correct_EC), _columns(self.total_EC))
+        return _ratios(self.correct_EC.sum_by_column(), self.total_EC.sum_by_column())
 
 
 class TallyCounter:
@@ -107,8 +109,8 @@ class TallyCounter:
 
     def result(self) -> Tally:
         """Return the counts so far; the only transfer from the device."""
-        total_EC, correct_EC, correct_aware_EC = self.counts_3EC.cpu().tolist()
-        return Tally(total_EC=total_EC, correct_EC=correct_EC, correct_aware_EC=correct_aware_EC)
+        total_EC, correct_EC, correct_aware_EC = map(Counts.of, self.counts_3EC.cpu().numpy())
+        return Tally(total_EC, correct_EC, correct_aware_EC)
 
     def _right_among_B(self, logits_BC: Tensor, y_B: Tensor, known: tuple[int, ...]) -> Tensor:
         if not known:
@@ -135,16 +137,8 @@ def _right_B(logits_BK: Tensor, y_B: Tensor, *, names_K: Tensor | None = None) -
     return (winner_B == y_B) & highest_B.isfinite()  # the maximum of a row with NaN is NaN
 
 
-def _flat(counts: Counts) -> list[int]:
-    return [count for row in counts for count in row]
-
-
-def _columns(counts: Counts) -> Counts:
-    return tuple(zip(*counts, strict=True))
-
-
-def _ratios(right: Counts, total: Counts) -> tuple[float, ...]:
+def _ratios(right: Sequence[int], total: Sequence[int]) -> tuple[float, ...]:
+    shared: dict[tuple[int, int], float] = {}  # one object for equal ratios, of which a long stream has many
     return tuple(
-        sum(right_row) / sum(total_row) if sum(total_row) else float("nan")
-        for right_row, total_row in zip(right, total, strict=True)
+        shared.setdefault((r, t), r / t if t else float("nan")) for r, t in zip(right, total, strict=True)
     )

@@ -135,12 +135,13 @@ class MemoryPolicy:
         >>> MemoryPolicy(10).quotas((0, 1, 0))
         {0: 3, 2: 2, 1: 5}
         """
-        named = list(dict.fromkeys(owners))
-        share = dict.fromkeys(named, self.size) if self.budget == "per_class" else quotas(self.size, named)
+        portions: dict[int, list[int]] = {}
+        for portion, owner in enumerate(owners):
+            portions.setdefault(owner, []).append(portion)
+        every = self.budget == "per_class"
+        share = dict.fromkeys(portions, self.size) if every else quotas(self.size, list(portions))
         return {
-            portion: room
-            for owner in named
-            for portion, room in quotas(share[owner], [g for g, o in enumerate(owners) if o == owner]).items()
+            portion: room for owner, own in portions.items() for portion, room in quotas(share[owner], own).items()
         }
 
     def _portions(

@@ -36,8 +36,16 @@ def balanced_trim(y_N: Tensor, quota: dict[int, int]) -> Tensor:
 
     Trimming a list that was filled in random order keeps a random subset.
     """
-    chosen = [(y_N == c).nonzero().flatten()[:count] for c, count in quota.items()]
-    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.long)
+    if not quota:
+        return torch.empty(0, dtype=torch.long)
+    # Without a loop over the classes: a long stream has hundreds of them, after every experience.
+    class_C, order_C = torch.tensor(list(quota), dtype=y_N.dtype, device=y_N.device).sort()
+    count_C = torch.tensor([*quota.values(), 0], device=y_N.device)
+    at_N = torch.searchsorted(class_C, y_N).clamp(max=len(class_C) - 1)
+    place_N = torch.where(class_C[at_N] == y_N, order_C[at_N], len(class_C))
+    place_N, index_N = place_N.sort(stable=True)
+    rank_N = torch.arange(len(y_N), device=y_N.device) - torch.searchsorted(place_N, place_N)
+    return index_N[rank_N < count_C[place_N]]
 
 
 def herding(features_NF: Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from clframe.data.npz import read_arrays
 from clframe.errors import RunFolderError
 from clframe.files import write_atomically
 from clframe.metrics.statistics import mean
@@ -58,9 +59,8 @@ def read_confusion(folder: Path, result: Result) -> Counts:
     if not counts_CC and path.is_file():
         where = path
         try:
-            with np.load(path, allow_pickle=False) as found:
-                counts_CC = found["counts"].tolist()
-        except (OSError, ValueError, KeyError, EOFError):
+            counts_CC = read_arrays(path, ["counts"])["counts"].tolist()
+        except Exception:  # damaged archives raise anything from BadZipFile to UnicodeDecodeError
             raise RunFolderError(f"{path}: is damaged; delete it to report without it") from None
     if counts_CC and (len(counts_CC) != classes or any(len(row) != classes or min(row) < 0 for row in counts_CC)):
         raise RunFolderError(f"{where}: the confusion matrix does not fit class_order; restore the file or run again")

@@ -46,6 +46,7 @@ from clframe.report.tables import (
     strategies_table,
     summary_table,
 )
+from clframe.report.terminal import skipped_text
 from clframe.tables import Quantity, Table, over_seeds
 
 
@@ -167,6 +168,8 @@ def _with_losses(notices: Sequence[str], runs: Sequence[Run]) -> list[str]:
                 bad.setdefault(row.name, row.step)
         found += [f"{run.path}: {name} is not finite from step {step} on." for name, step in bad.items()]
         found += [f"{run.path}: diverged, {line}." for line in (run.result.diverged if run.result else ())]
+        if run.result and any(run.result.skipped_updates):
+            found.append(f"{run.path}: skipped updates, {skipped_text(run.result)}.")
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clframe.accounting.entries import read_row
 from clframe.errors import RunFolderError
-from clframe.files import write_atomically
+from clframe.files import read_json, write_atomically
 
 FILE = "latency.json"
 SCHEMA = 1
@@ -76,7 +76,7 @@ def read_timings(folder: Path) -> Timings | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         found = content["schema_version"]
         if found == SCHEMA:
             rows = tuple(read_row(Timed, row) for row in content["rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from clframe.accounting import Ledger
-from clframe.config.files import read_yaml
+from clframe.config.files import MOST_YAML, read_yaml
 from clframe.config.typed import as_tree, from_mapping
 from clframe.core import parse
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
+from clframe.files import check_contained, read_json, read_text
 from clframe.metrics.continual import Matrix, final_average_accuracy
 from clframe.report.confusion import Counts, read_confusion
 from clframe.report.latency import Timings, read_timings
@@ -156,6 +158,7 @@ def load_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file():
         raise RunFolderError(f"{path}: has results.json but no config.yaml; restore it or run again")
+    check_contained(path)
     config = config_of(path / "config.yaml")
     result = _result(path, seed=config["seed"])
     if result is None:
@@ -169,7 +172,7 @@ def load_run(path: Path) -> Run:
     totals = ledger.get("totals")
     totals = totals if isinstance(totals, Mapping) else {}
     return Run(
-        path=path, config_text=(path / "config.yaml").read_text(encoding="utf-8"), settings=settings,
+        path=path, config_text=read_text(path / "config.yaml", most=MOST_YAML), settings=settings,
         name=str(config["name"]), seed=config["seed"], strategy=result.strategy if result else strategy,
         benchmark=result.benchmark if result else str(config["benchmark"]["name"]),
         backbone=str(config["backbone"]["name"]), experiences=len(accuracy_TE[0]) if accuracy_TE else 0,
@@ -235,12 +238,11 @@ def _logged(path: Path) -> list[Logged]:
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [
-                Logged(int(row["experience"]), int(row["step"]), str(row["name"]), float(row["value"]))
-                for row in csv.DictReader(file)
-            ]
-    except (KeyError, TypeError, ValueError, csv.Error):
+        return [
+            Logged(int(row["experience"]), int(row["step"]), str(row["name"]), float(row["value"]))
+            for row in csv.DictReader(io.StringIO(read_text(path), newline=""))
+        ]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
         raise RunFolderError(f"{path}: is damaged; restore it, or delete it to report without losses") from None
 
 
@@ -265,7 +267,7 @@ def _json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):

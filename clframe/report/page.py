@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clframe.plotting.style import SERIES, RenderedPicture
+from clframe.printable import printable
 from clframe.tables import Cell, Quantity, Table
 
 STYLE = """\
@@ -138,11 +139,16 @@ def render_page(page: Page, *, reload_seconds: int = 5) -> str:
     """Render the page as HTML."""
     from jinja2 import Environment
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
     colors = {f"--s{n}": color for n, color in enumerate(SERIES)}
     return environment.from_string(_PAGE).render(
         page=page, style=STYLE, colors=colors, reload_seconds=reload_seconds, css_class=_css_class
     )
+
+
+def _finalize(value: object) -> object:
+    """Make texts printable before they are escaped; markup of the page and its figures is of type Markup."""
+    return printable(value, lines=True) if type(value) is str else value
 
 
 def _css_class(cell: Cell) -> str:

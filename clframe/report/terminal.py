@@ -66,6 +66,7 @@ def summary_text(result: Result) -> str:
         ("run", f"{result.name}, seed {result.seed}"),
         ("strategy", f"{result.strategy} on {result.benchmark}, {result.backbone}"),
         *(("diverged", line) for line in result.diverged),
+        *((("skipped updates", skipped_text(result)),) if any(result.skipped_updates) else ()),
         *((metric.label, _metric(result, name)) for name, metric in all_metrics().items()),
         *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
@@ -76,6 +77,17 @@ def summary_text(result: Result) -> str:
     indent = 2 + max(len(name) for name, _ in rows)
     lines = [line for name, text in rows for line in _item(name, text, indent)]
     return "\n".join([*lines, f"{'run folder':<{indent}}{result.run_folder}"])  # a path is not wrapped, to be copied
+
+
+def skipped_text(result: Result) -> str:
+    """Render the updates that were skipped, by experience.
+
+    >>> from types import SimpleNamespace
+    >>> skipped_text(SimpleNamespace(skipped_updates=(0, 3, 1)))
+    '4, as losses or gradients were not finite (3 in experience 2, 1 in experience 3)'
+    """
+    counts = [f"{count} in experience {i}" for i, count in enumerate(result.skipped_updates, 1) if count]
+    return f"{sum(result.skipped_updates)}, as losses or gradients were not finite ({', '.join(counts)})"
 
 
 def _macs_rows(result: Result) -> list[tuple[str, str]]:

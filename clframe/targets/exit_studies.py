@@ -27,7 +27,7 @@ from clframe.exits.proxy import (
     variants_of_scores,
 )
 from clframe.exits.study import ExitStudy, Progress, collect_scores, fingerprint, study_exits
-from clframe.files import write_atomically
+from clframe.files import read_json, write_atomically
 from clframe.plotting.style import MUTED, Picture, RenderedPicture, percent, render_picture, series_style
 from clframe.records import read_record, to_plain
 from clframe.results import Result
@@ -291,7 +291,7 @@ def variants_of_run(run: str, *, overrides: Sequence[str] = (), device: str = "c
 
 def _stored(file: Path, key: str) -> list[Variant] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if content["key"] != key:
             return None
         return [read_record(Variant, each) for each in content["variants"]]

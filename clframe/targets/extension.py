@@ -380,9 +380,12 @@ def _convert(content: Mapping[str, Any], setup: Setup, before: int) -> dict[str,
         counted = [nothing if own & known else list(total) for own, total in zip(brought, totals, strict=True)]
         rows = {"total_EC": counted, "correct_EC": [nothing] * len(brought)}
         rows["correct_aware_EC"] = rows["correct_EC"]
-        return {
-            name: [*([*row, *[0] * (classes - len(row))] for row in tally[name]), *more] for name, more in rows.items()
+        old = Tally(**tally)
+        wider: dict[str, Any] = {
+            name: [*([*row, *[0] * (classes - len(row))] for row in getattr(old, name)), *more]
+            for name, more in rows.items()
         }
+        return Tally(**wider).as_tree()
 
     exits = []
     for record, known in zip(content["exits"], seen, strict=True):

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from clframe.plotting.style import render_picture
 from clframe.sparsity import output as sparsity_output
 from clframe.sparsity.study import SparsityStudy
 from clframe.tables import to_csv, to_markdown
-from clframe.training.checkpoint import save_checkpoint
+from clframe.training.checkpoint import load_archive, save_checkpoint
 from clframe.training.trained import CONVERTED, load_newest, read_recipe
 
 WEIGHTS = "weights.pt"
@@ -117,9 +116,9 @@ def restore_model(folder: str | Path, model: nn.Module) -> nn.Module:
         raise UnsupportedError(f"moefy: found {type(model).__name__} with experts; give the dense model")
     recipe.shape(model)
     try:
-        state = torch.load(path / WEIGHTS, map_location="cpu", weights_only=True)
+        state = load_archive(path / WEIGHTS, device=torch.device("cpu"))
         model.load_state_dict(state)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged archive or pickle may raise anything
         reason = " ".join(str(error).split())[:160]
         raise RunFolderError(f"{path / WEIGHTS}: does not fit the model ({reason})") from None
     return model.eval().requires_grad_(False)

@@ -6,7 +6,6 @@ Shape suffixes: B batch, C classes, D width, T tokens.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from clframe.config.schema import Config
 from clframe.data.source import Source
 from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.errors import DataError
+from clframe.files import read_json
 from clframe.nn.backbones.pretrained import require_package
 from clframe.nn.frozen import call_model
 from clframe.nn.types import Inputs
@@ -104,7 +104,7 @@ def is_timm(name: str) -> bool:
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
         except (OSError, ValueError):
             return False
         return isinstance(content, dict) and "architecture" in content and "model_type" not in content

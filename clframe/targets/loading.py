@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,14 +17,18 @@ from clframe.build import build_backbone, build_strategy
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
-from clframe.errors import ConfigError, RunFolderError
+from clframe.errors import ClframeError, ConfigError, RunFolderError
 from clframe.exits.curves import BudgetPoints
+from clframe.metrics import Tally
 from clframe.nn import Network
 from clframe.run_folder import RunFolder
 from clframe.targets.portable import is_portable, read_portable
 from clframe.training.trained import CONVERTED, TrainedModel, load_newest, read_recipe, restore_model
 
 _log = logging.getLogger(__name__)
+
+_MOST_INPUT = 2**28
+"""Values of one input: more than those of an image of 9,000 x 9,000 pixels."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,11 +64,13 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
     else:
         recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
         content = load_newest(folder.path, device=torch.device(device))
-    network = Network(build_backbone(config.backbone)(tuple(content["data"]["input_shape"])))
     try:
+        network = Network(build_backbone(config.backbone)(_input_shape(content)))
         strategy = build_strategy(config.strategy, config.components)
         trained = restore_model(network, strategy, content, recipe=recipe)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except ClframeError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
     network.to(device)
@@ -71,11 +78,23 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
     return trained if budgets is None else replace(trained, budgets=budgets)
 
 
+def _input_shape(content: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the model's inputs.
+
+    Raises:
+        ValueError: It is not a shape, or of more values than an input has; a backbone of it would fill the memory.
+    """
+    shape = tuple(content["data"]["input_shape"])
+    if not shape or any(type(side) is not int or side < 1 for side in shape) or math.prod(shape) > _MOST_INPUT:
+        raise ValueError(f"inputs of shape {shape}")
+    return shape
+
+
 def _warn_if_unfinished(folder: RunFolder, content: Mapping[str, Any]) -> None:
     tallies = content.get("tallies")  # a copy of a model has none
     if not tallies:
         return
-    finished, count = len(tallies), len(tallies[-1]["total_EC"])
+    finished, count = len(tallies), len(Tally(**tallies[-1]).total_EC)
     if finished < count:
         _log.warning(
             "%s: has learned %d of %d experiences; finish it with clframe run --resume %s",

@@ -19,7 +19,7 @@ from torch import Tensor
 from clframe.config.schema import Config
 from clframe.errors import RunFolderError, UnsupportedError
 from clframe.exits.curves import BudgetPoints
-from clframe.files import write_atomically
+from clframe.files import parse_json, write_atomically
 from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
 from clframe.records import read_record, to_plain
@@ -91,7 +91,7 @@ def read_portable(folder: Path) -> tuple[dict[str, Any], Recipe | None, BudgetPo
     path = folder / WEIGHTS
     try:
         with library.safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
+            header = parse_json((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         if header["format"] != FORMAT:
             raise RunFolderError(

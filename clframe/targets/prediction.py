@@ -15,6 +15,7 @@ from PIL import Image
 
 from clframe.accounting import backbone_macs
 from clframe.errors import ConfigError, DataError
+from clframe.printable import csv_cell
 from clframe.records import to_plain
 from clframe.tables import Quantity, Table
 from clframe.targets.reading import InputReader, open_inputs
@@ -192,15 +193,19 @@ def to_json(found: Predictions, *, run: str) -> str:
 
 
 def to_csv(found: Predictions) -> str:
-    """All predictions as CSV; with several classes each, their names and probabilities in further columns."""
+    """All predictions as CSV; with several classes each, their names and probabilities in further columns.
+
+    A name that a spreadsheet would compute, such as ``=A1``, begins with a ``'``.
+    """
     top = max((len(row.top) for row in found.rows), default=1)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     extra = [name for k in range(2, top + 1) for name in (f"class_{k}", f"probability_{k}")]
     writer.writerow(["input", "class_id", "class", "probability", "exit", "macs", *extra])
     for row in found.rows:
-        others = [value for pair in row.top[1:] for value in pair]
-        writer.writerow([row.input, row.class_id, row.class_name, row.probability, row.exit, row.macs, *others])
+        others = [value for name, probability in row.top[1:] for value in (csv_cell(name), probability)]
+        name, exit = csv_cell(row.class_name), csv_cell(row.exit)
+        writer.writerow([csv_cell(row.input), row.class_id, name, row.probability, exit, row.macs, *others])
     return text.getvalue()
 
 

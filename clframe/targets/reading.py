@@ -10,7 +10,6 @@ import glob
 import io
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from clframe.data.images import to_pixels
 from clframe.data.inputs import InputFormat
+from clframe.data.npz import declared_arrays, read_arrays
 from clframe.data.sources.image_files import IMAGE_ENDINGS, read_image
 from clframe.data.sources.paths import images_below, read_text, shorten_path, suggest_path
 from clframe.data.sources.text import hash_features, load_tokenizer, pad_ids, token_ids
@@ -362,17 +362,17 @@ def _unchanged(x: Tensor) -> tuple[Tensor, bool]:
 def _read_array(path: str) -> Tensor:
     """The inputs in an ``.npz`` file; see :data:`ARRAY_NAMES`."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            name = next((name for name in ARRAY_NAMES if name in arrays), None)
-            if name is None and len(arrays.files) == 1:
-                name = arrays.files[0]
-            if name is None:
-                found = ", ".join(sorted(arrays.files)) or "no arrays"
-                raise DataError(f"{path}: found {found}; save the inputs as x")
-            array = arrays[name]
+        declared = declared_arrays(path)
+        name = next((name for name in ARRAY_NAMES if name in declared), None)
+        if name is None and len(declared) == 1:
+            (name,) = declared
+        if name is None:
+            found = ", ".join(sorted(declared)) or "no arrays"
+            raise DataError(f"{path}: found {found}; save the inputs as x")
+        array = read_arrays(path, [name])[name]
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged archives raise anything from BadZipFile to UnicodeDecodeError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as .npz ({reason}); write it again with numpy.savez") from None
     if array.dtype.kind not in "buif":

@@ -239,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exits = {stage["exit"]: stage["name"] for stage in model.stages}
     print("class\tname\tprobability\texit\tMACs")
     for probability, label, exit, macs in zip(*found, strict=True):
-        text = " ".join(names[int(label)].split())
+        # This file is copied into exports and imports nothing of clframe. Other characters may control a terminal.
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(names[int(label)].split()))
         print(f"{int(label)}\t{text}\t{float(probability.max()):.4f}\t{exits[int(exit)]}\t{int(macs)}")
     return 0
 

@@ -79,11 +79,10 @@ class PredictionRecorder:
                 part.name, kind=part.kind, macs=part.macs, component=part.component, experience=index
             )
         stream = "test" if benchmark.evaluate == "test" else "valid"
-        for (name, of), count_K in sorted(self._stopped.items()):
-            if name == stream and of <= index:
-                predictions.add_stops(
-                    names=network.exit_names, cost_K=cost.cost_K, count_K=count_K.tolist(), of=of, experience=index
-                )
+        seen = [count_K for (name, of), count_K in self._stopped.items() if name == stream and of <= index]
+        if seen:
+            count_K = torch.stack(seen).sum(0).tolist()
+            predictions.add_stops(names=network.exit_names, cost_K=cost.cost_K, count_K=count_K, experience=index)
         found = count_products(network, x)
         for row in found.products:
             predictions.add_products(

@@ -48,6 +48,10 @@ class ExitPredictions:
     """Brier score of each exit."""
 
 
+JOINED = 256
+"""Samples from which on the predictions of an evaluation's batches are compared, in one batch."""
+
+
 class Scores(SupervisedPlugin):
     """Avalanche plugin that counts the correct predictions of the last evaluation.
 
@@ -65,7 +69,8 @@ class Scores(SupervisedPlugin):
         self._counter: TallyCounter | None = None
         self._exits: list[TallyCounter] = []
         self._confusion: ConfusionCounter | None = None
-        self._batches: list[tuple[Tensor, Tensor, int, dict[str, Tensor], Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, Tensor, tuple[Tensor, ...]]] = []
+        self._batches: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]] = []
         self.tally: Tally | None = None
         self.exits: tuple[Tally, ...] = ()
         self.predictions: ExitPredictions | None = None
@@ -77,7 +82,7 @@ class Scores(SupervisedPlugin):
         self._exits = [self._new_counter(strategy) for _ in strategy.learner.network.heads]
         classes = len(self._benchmark.class_order)
         self._confusion = ConfusionCounter(classes, device=strategy.device) if classes <= MOST_CLASSES else None
-        self._batches = []
+        self._waiting, self._batches = [], []
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Count one batch."""
@@ -91,26 +96,40 @@ class Scores(SupervisedPlugin):
         for counter, scores_BC in zip(self._exits, scores, strict=True):
             counter.update(index, scores_BC, y_B, classes)
         if scores[0].shape[1]:
-            best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
-            # As in the tally: scores that are NaN or +inf predict nothing.
-            correct_KB = torch.stack([(class_B == y_B) & p_B.isfinite() for p_B, class_B in best])
-            decided = {name: decide(scores).scores_BC for name, decide in STATIC.items()}
-            static = {
-                name: (found_BC.argmax(1) == y_B) & found_BC.amax(1).isfinite() for name, found_BC in decided.items()
-            }
-            nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
-            brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
-            confidence_KB = torch.stack([p_B for p_B, _ in best])
-            self._batches.append((confidence_KB, correct_KB, index, static, nll_KB, brier_KB))
+            self._waiting.append((index, y_B, scores))
+            if sum(len(y_B) for _, y_B, _ in self._waiting) >= JOINED:
+                self._compare()
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Read the counts from the device, once."""
         assert self._counter is not None
+        self._compare()
         self.tally = self._counter.result()
         self.exits = tuple(counter.result() for counter in self._exits)
         self.predictions = self._gather(len(self._exits))
         self.confusion_CC = None if self._confusion is None else self._confusion.result()
         self._batches = []
+
+    def _compare(self) -> None:
+        """Compute the exits' predictions of the samples that wait for it, in one batch.
+
+        A stream of many experiences has few samples in each, and small batches cost as much as large ones.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        y_B = torch.cat([y_B for _, y_B, _ in waiting])
+        scores = tuple(torch.cat(scores_BC) for scores_BC in zip(*(scores for _, _, scores in waiting), strict=True))
+        experience_B = torch.cat([torch.full((len(y_B),), index) for index, y_B, _ in waiting])
+        best = [scores_BC.float().softmax(1).max(dim=1) for scores_BC in scores]
+        # As in the tally: scores that are NaN or +inf predict nothing.
+        correct_KB = torch.stack([(class_B == y_B) & p_B.isfinite() for p_B, class_B in best])
+        decided = {name: decide(scores).scores_BC for name, decide in STATIC.items()}
+        static = {name: (found_BC.argmax(1) == y_B) & found_BC.amax(1).isfinite() for name, found_BC in decided.items()}
+        nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
+        brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
+        confidence_KB = torch.stack([p_B for p_B, _ in best])
+        self._batches.append((confidence_KB, correct_KB, experience_B, static, nll_KB, brier_KB))
 
     def _new_counter(self, strategy: Any) -> TallyCounter:
         benchmark = self._benchmark
@@ -122,7 +141,7 @@ class Scores(SupervisedPlugin):
         return ExitPredictions(
             torch.cat([torch.zeros(exits, 0), *(p[0].cpu() for p in parts)], dim=1),
             torch.cat([torch.zeros(exits, 0, dtype=torch.bool), *(p[1].cpu() for p in parts)], dim=1),
-            torch.cat([torch.zeros(0, dtype=torch.long), *(torch.full((p[0].shape[1],), p[2]) for p in parts)]),
+            torch.cat([torch.zeros(0, dtype=torch.long), *(p[2] for p in parts)]),
             {name: torch.cat([nothing_N, *(p[3][name].cpu() for p in parts)]) for name in STATIC},
             torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[4].cpu() for p in parts)], dim=1),
             torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[5].cpu() for p in parts)], dim=1),
@@ -181,6 +200,8 @@ class ExitRecorder:
         return _exit_evaluation(predictions, cost_K, predictions.experience_N <= index)
 
     def _similarity(self, network: Network, index: int) -> tuple[float, ...]:
+        if len(network.exit_taps) == 1:  # a network without extra exits: nothing shows it
+            return ()
         if not len(self._benchmark.evaluation[0]):  # the first data of an extended run are gone
             return (float("nan"),) * len(network.exit_taps)
         now = _taps(network, self._benchmark)

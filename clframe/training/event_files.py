@@ -71,5 +71,12 @@ def _events(path: Path) -> Iterator[Any]:
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for record in RawEventFileLoader(str(path)).Load():
+    records = RawEventFileLoader(str(path)).Load()
+    while True:
+        try:
+            record = next(records, None)
+        except (MemoryError, OverflowError):  # a damaged record that claims more bytes than there are
+            return
+        if record is None:
+            return
         yield Event.FromString(record)

@@ -24,8 +24,8 @@ are frozen (``Classifier.fixed``), ``Network.gradient`` and the frozen trunk (``
 checked by address. A component that stores anything else in attributes, of itself, of the network or of the learner,
 would not resume exactly: state belongs into what hooks return.
 
-Gradients are not saved: a checkpoint is written after an update, and the next step clears them. The small experiences
-of an online stream are not entered: there the position is the number of those that are finished.
+Gradients are not saved, only their norm: a checkpoint is written after an update, and the next step clears them. The
+small experiences of an online stream are not entered: there the position is the number of those that are finished.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from clframe.config.periods import Period
 from clframe.training.checkpoint import decode, encode
@@ -166,6 +168,8 @@ class Resumable:
     _step_in_update: int
     _stop_training: bool
     _count_batches: Callable[[], int]
+    _gradient_norm: float | Tensor | None
+    gradient_norm: Callable[[], float | None]
 
     on_boundary: Callable[[Boundary], None] | None = None
     resumption: Resumption | None = None
@@ -227,6 +231,7 @@ class Resumable:
             "clock": {name: int(getattr(self.clock, name)) for name in _CLOCK},
             "stop": bool(self._stop_training),
             "epoch_metrics": dict(self.epoch_metrics),
+            "gradient_norm": self.gradient_norm(),
             "metrics": None if self._metrics is None else self._metrics.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "augmentation": self._own_loader.augmentation_state() if inside_epoch else None,
@@ -253,6 +258,7 @@ class Resumable:
             setattr(self.clock, name, content["clock"][name])
         self._stop_training = content["stop"]
         self.epoch_metrics = dict(content["epoch_metrics"])
+        self._gradient_norm = content.get("gradient_norm")  # missing in checkpoints of an early version
         if self._metrics is not None:
             self._metrics.load_state_dict(content["metrics"])
         if self.early_stopping is not None:

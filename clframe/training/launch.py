@@ -15,6 +15,7 @@ from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
+from clframe.training.capture import Capture
 from clframe.training.epochs import EarlyStopping
 from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
@@ -41,17 +42,20 @@ def launch(
     drop_last: bool,
     eval_batch_size: int,
     clip: float | None,
-    on_divergence: Literal["stop", "warn"],
+    on_nonfinite: Literal["stop", "warn", "skip"],
     accumulate: int,
     eval_every: int,
     limit_batches: int | None,
     channels_last: bool,
+    capture: Capture,
     trainer_options: dict[str, Any],
     early_stopping: EarlyStopping | None,
     log_every: int,
     progress: bool,
     tensorboard: bool,
     csv: bool,
+    figures: Literal["end", "experience", "none"],
+    record_activity: bool | None,
     folder: Path,
     config_text: str,
     checkpoint_period: Period | None = None,
@@ -71,7 +75,7 @@ def launch(
         scheduler=scheduler,
         seed=seed,
         clip=clip,
-        on_divergence=on_divergence,
+        on_nonfinite=on_nonfinite,
     )
     scores = Scores(benchmark)
     layers = [name for name, _ in module.named_modules() if name]
@@ -86,6 +90,7 @@ def launch(
         limit_batches=limit_batches,
         drop_last=drop_last,
         channels_last=channels_last,
+        capture=capture,
         train_mb_size=batch_size,
         train_epochs=epochs,
         eval_mb_size=eval_batch_size,
@@ -110,6 +115,8 @@ def launch(
         checkpoints=folder / "checkpoints",
         config=config_text,
         period=checkpoint_period,
+        figures=figures,
+        record_activity=record_activity,
         foreign=", ".join(filter(None, (*(name for name, _ in plugins), refuse_to_save(trainer_options)))),
         on_evaluated=on_evaluated,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,40 @@ Section = Literal[
     "modify_gradients", "after_step", "after_experience", "adjust_logits", "predict",
 ]  # fmt: skip
 """What an observer is notified of: the hooks that compute, and the two passes of a training step."""
+
+StepValues = Mapping[str, Mapping[str, "float | Tensor"]]
+"""What components return from ``step_values``, by component."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What changes between the steps of an epoch apart from the batch.
+
+    Attributes:
+        weight_K: Weight of each exit's losses; None where all are 1.
+        values: What components return from ``step_values``.
+    """
+
+    weight_K: Tensor | None
+    values: StepValues
+
+    def on(self, device: torch.device) -> Inputs:
+        """Return a copy whose numbers are tensors on ``device``, in which :meth:`fill` writes those of later steps."""
+        values = {
+            name: {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in found.items()}
+            for name, found in self.values.items()
+        }
+        return Inputs(None if self.weight_K is None else self.weight_K.clone(), values)
+
+    def fill(self, other: Inputs) -> None:
+        """Write the values of ``other`` into these tensors, without waiting for the device."""
+        if self.weight_K is not None and other.weight_K is not None:
+            self.weight_K.copy_(other.weight_K)
+        for name, found in self.values.items():
+            for key, tensor in found.items():
+                assert isinstance(tensor, Tensor)
+                tensor.fill_(float(other.values[name][key]))
+
 
 UNOBSERVED: AbstractContextManager[object] = nullcontext()  # reusable, so that an unobserved run allocates nothing
 
@@ -62,6 +96,8 @@ class Learner:
         state: State of each component, by name.
         past: Classes of finished experiences.
         weight_K: Weight of each exit's losses in this epoch; None where all are 1.
+        static_inputs: Read in the place of :meth:`inputs` while a step is recorded as a CUDA graph.
+        keep_sums: Whether the tensors of ``term_sums`` remain the same ones, into which a CUDA graph adds.
     """
 
     def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
@@ -90,6 +126,9 @@ class Learner:
         self._logits_owner = self._owner("adjust_logits") or self._owner("adjust_exit_logits")
         self._losses = composition.acting_at("losses")
         self._after_step = composition.acting_at("after_step")
+        self._valued = composition.acting_at("step_values")
+        self.static_inputs: Inputs | None = None
+        self.keep_sums = False
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
         self._task_context: StepContext
@@ -141,22 +180,30 @@ class Learner:
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """Return the scalar to minimize: the task loss and every component's terms, combined."""
         around, size = self.observer.around, len(batch.y)
-        self.step = step = Step(batch, output, self._task_context, self.network, self.weight_K, self._number)
+        inputs = self.inputs() if self.static_inputs is None else self.static_inputs
+        weight_K, values = inputs.weight_K, inputs.values
+        self.step = step = Step(batch, output, self._task_context, self.network, weight_K, self._number)
         self._number += 1
-        terms = {"task/ce": self._task_loss(step)}
+        terms = {"task/ce": self._task_loss(step, values)}
         for component in self._losses:
             with around("losses", component.name, size):
-                found = component.losses(self._own_step(step, component), self.state[component.name])
+                own = self._own_step(step, component, values)
+                found = component.losses(own, self.state[component.name])
             for term, value in found.items():
                 terms[self._term_name(component.name, term)] = value
-        if self.weight_K is not None:
-            terms = {name: value * self.weight_K if value.ndim else value for name, value in terms.items()}
+        if weight_K is not None:
+            terms = {name: value * weight_K if value.ndim else value for name, value in terms.items()}
         self._add_to_sums(terms)
         owner = self._mix_owner
         if owner is None:
             return total(terms)
         with around("combine_losses", owner.name, size):
-            return owner.combine_losses(terms, step, self.state[owner.name])
+            return owner.combine_losses(terms, self._own_step(step, owner, values), self.state[owner.name])
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether a component owns the slot ``gradient``."""
+        return self._gradient_owner is not None
 
     def modify_gradients(self) -> None:
         """Call the owner of the slot ``gradient``, after backward."""
@@ -247,9 +294,43 @@ class Learner:
         The only method that synchronizes with the device; steps themselves never do.
         """
         steps, self.term_steps = self.term_steps, 0
-        means = {f"loss/{name}": float(value.sum()) / steps for name, value in self.term_sums.items()}
-        self.term_sums = {}
+        if not self.keep_sums and not steps:
+            self.term_sums = {}
+        if not steps:
+            return {}
+        sums = torch.stack([value.sum().double() for value in self.term_sums.values()]).tolist()
+        means = {f"loss/{name}": value / steps for name, value in zip(self.term_sums, sums, strict=True)}
+        if self.keep_sums:
+            for value in self.term_sums.values():
+                value.zero_()
+        else:
+            self.term_sums = {}
         return means
+
+    def inputs(self) -> Inputs:
+        """Return what changes between steps, for the next one."""
+        values = {
+            c.name: c.step_values(self._contexts[c.name], self._number, self.state[c.name]) for c in self._valued
+        }
+        return Inputs(self.weight_K, values)
+
+    def step_counts(self) -> tuple[int, int]:
+        """Return the number of the next step in its epoch, and the steps since :meth:`flush_terms`."""
+        return self._number, self.term_steps
+
+    def set_step_counts(self, counts: tuple[int, int]) -> None:
+        """Restore :meth:`step_counts`."""
+        self._number, self.term_steps = counts
+
+    def count_replayed(self, step: Step) -> None:
+        """Count a step that a CUDA graph has taken, whose results are those of the recorded ``step``."""
+        self.step = replace(step, context=self._task_context, number=self._number)
+        self._number += 1
+        self.term_steps += 1
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of the components in this epoch."""
+        return [context.generator for context in (*self._contexts.values(), self._task_context)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes within an experience; all but network, options and what its begin creates again.
@@ -302,9 +383,10 @@ class Learner:
     def _owner(self, hook: str) -> Component | None:
         return next(iter(self.composition.acting_at(hook)), None)
 
-    def _own_step(self, step: Step, component: Component) -> Step:
+    def _own_step(self, step: Step, component: Component, values: StepValues | None = None) -> Step:
         """Return the step with the component's own context, so that components draw from separate generators."""
-        return replace(step, context=self._contexts[component.name])
+        found = {} if values is None else values.get(component.name, {})
+        return replace(step, context=self._contexts[component.name], values=found)
 
     def _add_to_sums(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -313,12 +395,12 @@ class Learner:
             self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
         self.term_steps += 1
 
-    def _task_loss(self, step: Step) -> Tensor:
+    def _task_loss(self, step: Step, values: StepValues) -> Tensor:
         owner = self._task_owner
         with self.observer.around("task_loss", "" if owner is None else owner.name, len(step.batch.y)):
             if owner is None:
                 return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
-            return owner.task_loss(self._own_step(step, owner), self.state[owner.name])
+            return owner.task_loss(self._own_step(step, owner, values), self.state[owner.name])
 
     def _exit_weights(self) -> Tensor | None:
         """weight_K of this epoch on the network's device; None where each is 1, which leaves every term alone."""

@@ -10,6 +10,7 @@ Three levels, each with one contract:
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,7 +22,9 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor
 
+from clframe.avalanche_bridge.fabric import Engine
 from clframe.nn.types import Output
+from clframe.training.divergence import UpdateFilter, gradient_norm
 from clframe.training.epochs import EpochMetrics
 from clframe.training.learner import Learner
 
@@ -93,6 +96,27 @@ def run_step(step: TrainingStep) -> None:
     step.call_plugins("after_training_iteration")
 
 
+def update(
+    learner: Learner, engine: Engine, optimizer: Any, filter: UpdateFilter | None, *, plugins: bool = False
+) -> bool:
+    """Update the weights and the states of components; returns False where ``filter`` has skipped it.
+
+    Args:
+        learner: The learner.
+        engine: Makes the update.
+        optimizer: Of the weights.
+        filter: Skips updates that are not finite; None skips none.
+        plugins: Whether a plugin may have changed the gradients.
+    """
+    if filter is not None and not filter.admit(
+        learner, engine, optimizer, changed=plugins or learner.changes_gradients
+    ):
+        return False
+    engine.step()
+    learner.after_step()
+    return True
+
+
 class StepPlugins:
     """The calls of Avalanche's plugins inside a training step, resolved once an epoch.
 
@@ -113,6 +137,8 @@ class StepPlugins:
         """What to call at each event."""
         self.touch_loss = any(calls[event] for event in ("before_forward", "after_forward", "before_backward"))
         """Whether a plugin may read or change ``strategy.loss`` before the backward pass."""
+        self.touch_gradients = any(calls[event] for event in ("after_backward", "before_update"))
+        """Whether a plugin may change the gradients before the update."""
 
 
 def _acts_at(plugin: Any, event: str) -> bool:
@@ -150,6 +176,7 @@ class StrategyStep:
     is_training: bool
     accumulate: int
     channels_last: bool
+    step_capture: Any
     batch: Any
     output: Output | None
     adjusted: Output | None
@@ -158,11 +185,13 @@ class StrategyStep:
     in_precision: Callable[[Callable[[], Any]], Any]
     refresh_engine: Callable[[], None]
     _criterion: Callable[..., Any]
+    _filter: UpdateFilter | None
     _is_last_batch: Callable[[], bool]
     _kwargs: dict[str, Any]
     _make_empty_loss: Callable[[], Tensor]
     _metrics: EpochMetrics | None
     _own_loader: Any
+    _gradient_norm: float | Tensor | None
     _step_in_update: int
     _unpack_minibatch: Callable[[], None]
 
@@ -177,12 +206,41 @@ class StrategyStep:
                 stored = partial(loader.stored, int(self.clock.train_epoch_iterations), len(y))
             self.batch = joined = self.learner.make_batch(x, y, stored=stored)
             joined.x = self.convert_input(joined.x)
-            self.mbatch[0], self.mbatch[1] = joined.x, joined.y
-        run_step(self)
-        if self._metrics is not None:
+            self.use_batch()
+        if self.step_capture is None:
+            run_step(self)
+        else:
+            self.step_capture.take_step()
+        filter = self._filter
+        if self._metrics is not None and (filter is None or filter.loss_is_finite):
             self._metrics.add_loss(self.loss)
         if self.on_step is not None:
             self.on_step(self)
+
+    def run_step(self) -> None:
+        """Take the step kernel by kernel."""
+        run_step(self)
+
+    def use_batch(self) -> None:
+        """Make :attr:`batch` the one that Avalanche's properties show."""
+        self.mbatch[0], self.mbatch[1] = self.batch.x, self.batch.y
+
+    def compute_update(self) -> None:
+        """Run the part of a step that a CUDA graph can hold: from the network to the update."""
+        self.compute_output()
+        self.add_loss()
+        self.backward()
+        self.engine.step()
+
+    def finish_update(self, norm: Tensor | None) -> None:
+        """Do what follows the work of :meth:`compute_update` in a step.
+
+        Args:
+            norm: Norm of the gradient before it was clipped; None without clipping.
+        """
+        assert self.learner is not None
+        self.learner.after_step()
+        self._step_in_update, self._gradient_norm = 0, norm
 
     def call_plugins(self, event: str) -> None:
         """Call the plugins that act at ``event``."""
@@ -193,6 +251,9 @@ class StrategyStep:
         """Zero the gradients at the first batch of an update."""
         if self._step_in_update == 0:
             self.optimizer.zero_grad()
+        if self._filter is not None:
+            assert self.learner is not None
+            self._filter.before_batch(self.learner, first=self._step_in_update == 0)
         if self.learner is None or self.step_plugins.touch_loss:
             self.loss = self._make_empty_loss()
 
@@ -216,17 +277,37 @@ class StrategyStep:
             return
         with self.learner.observer.around("backward", samples=len(self.mb_y)):
             self.engine.backward(loss, retain_graph=self.retain_graph)
-        self.learner.modify_gradients()
+        if self._filter is None or self._filter.check_batch(self.learner, self.loss, self.optimizer):
+            self.learner.modify_gradients()
 
     def optimizer_step(self) -> None:
         """Update once ``accumulate`` batches, or the last ones of the epoch, have been added up."""
         self._step_in_update += 1
         if self.accumulate == 1 or self._step_in_update == self.accumulate or self._is_last_batch():
             self.refresh_engine()
-            self.engine.step()
-            if self.learner is not None:
-                self.learner.after_step()
             self._step_in_update = 0
+            if self.learner is None:
+                self.engine.step()
+                return
+            plugins = self.step_plugins.touch_gradients
+            updated = update(self.learner, self.engine, self.optimizer, self._filter, plugins=plugins)
+            self._gradient_norm = self.engine.norm if updated else math.nan
+            if self.accumulate > 1 and self._gradient_norm is None:
+                # By the next log entry the gradients may already be those of another update.
+                self._gradient_norm = gradient_norm(self.optimizer)
+
+    def gradient_norm(self) -> float | None:
+        """Return the norm of the gradient of the last update; synchronizes with the device.
+
+        The total L2 norm over all parameters that the optimizer updates, in the scale of the loss: after the owner of
+        the slot ``gradient`` has changed the gradient and before it is clipped; under accumulation, of the mean over
+        the batches of the update. NaN where that update was skipped; None before the first one of an experience.
+        """
+        if self._gradient_norm is None and self.accumulate == 1:
+            self._gradient_norm = gradient_norm(self.optimizer)
+        if self._gradient_norm is not None:
+            self._gradient_norm = float(self._gradient_norm)
+        return self._gradient_norm
 
     # --- forward and loss -------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ from clframe.core.component import Component
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
-from clframe.training.divergence import DivergenceGuard
+from clframe.training.divergence import DivergenceGuard, gradient_norm
 from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_schedule
 from clframe.training.learner import Learner
-from clframe.training.loop import Driver, run_step
+from clframe.training.loop import Driver, run_step, update
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -44,7 +44,7 @@ class ContinualModule(LightningModule):
         scheduler: Creates its learning-rate scheduler, stepped once an epoch; None keeps the rate.
         seed: See :class:`~clframe.training.learner.Learner`.
         clip: Largest norm of the gradient; None never clips.
-        on_divergence: See :class:`~clframe.training.divergence.DivergenceGuard`.
+        on_nonfinite: See :class:`~clframe.training.divergence.DivergenceGuard`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ContinualModule(LightningModule):
         scheduler: SchedulerFactory | None = None,
         seed: int | None = None,
         clip: float | None = None,
-        on_divergence: Literal["stop", "warn"] = "stop",
+        on_nonfinite: Literal["stop", "warn", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -72,7 +72,8 @@ class ContinualModule(LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.clip = clip
-        self.divergence = DivergenceGuard(on_divergence)
+        self.divergence = DivergenceGuard(on_nonfinite)
+        self.norm_before_clipping: Tensor | None = None
         self.driver: Driver = PlainDriver(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,6 +96,7 @@ class ContinualModule(LightningModule):
         """
         learner = self.learner
         # Before consolidation, which on such weights fails with messages about something else.
+        self.divergence.check_updates(learner)
         self.divergence.check_weights(learner, step=step)
         learner.end()
 
@@ -121,6 +123,7 @@ class ContinualModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip here, where gradients of 16-bit mixed precision are unscaled already."""
         if self.clip is not None:
+            self.norm_before_clipping = gradient_norm(optimizer)
             self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def on_train_epoch_end(self) -> None:
@@ -149,7 +152,7 @@ class PlainDriver:
                 f"ContinualModule: '{component.name}' changes the samples of an epoch, but a plain Trainer is given "
                 f"its loader; train with LightningStrategy, or let replay join each batch"
             )
-        optimizer = module.make_optimizer(module.network.parameters())
+        self._optimizer = optimizer = module.make_optimizer(module.network.parameters())
         self._scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
         self._mean_loss = MeanLoss() if needs_metric(self._scheduler) else None
         return optimizer
@@ -168,7 +171,8 @@ class PlainDriver:
         x, y = batch[0], batch[1]
         self._batch = self._module.learner.make_batch(x, y)
         run_step(self)
-        if self._mean_loss is not None:
+        guard = self._module.divergence
+        if self._mean_loss is not None and (guard.filter is None or guard.filter.loss_is_finite):
             self._mean_loss.add(self._loss)
 
     def after_batch(self) -> None:
@@ -188,6 +192,8 @@ class PlainDriver:
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
         self._loss = torch.zeros(1, device=self._module.device)
+        if self._module.divergence.filter is not None:
+            self._module.divergence.filter.before_batch(self._module.learner, first=True)
 
     def compute_output(self) -> None:
         """Compute every exit's logits."""
@@ -204,9 +210,11 @@ class PlainDriver:
         learner = self._module.learner
         with learner.observer.around("backward", samples=len(self._batch.y)):
             self._engine.backward(self._loss, retain_graph=False)
-        learner.modify_gradients()
+        filter = self._module.divergence.filter
+        if filter is None or filter.check_batch(learner, self._loss, self._optimizer):
+            learner.modify_gradients()
 
     def optimizer_step(self) -> None:
         """Clip and update."""
-        self._engine.step()
-        self._module.learner.after_step()
+        learner = self._module.learner
+        update(learner, self._engine, self._optimizer, self._module.divergence.filter)

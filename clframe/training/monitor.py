@@ -17,14 +17,17 @@ from clframe.metrics.continual import average_seen_accuracy
 from clframe.progress import is_shown
 from clframe.training.display import Display, RemainingTime
 from clframe.training.run_log import RunLog
-from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
+from clframe.training.tensorboard import GRADIENT_NORM, LEARNING_RATE, LOSS, THROUGHPUT, TensorBoard
 
 POINTS = 300
 """Most points that one experience adds to a TensorBoard curve over training steps; metrics.csv has them all."""
+POINTS_OF_RUN = 6000
+"""Most points of such a curve in a run, but each experience may add ``FEWEST_POINTS``."""
+FEWEST_POINTS = 20
 
 
 class Monitor:
-    """Logs losses, learning rate and throughput every ``log_every`` steps, and accuracies after each experience.
+    """Logs losses, learning rate, norm of the gradient and throughput every ``log_every`` steps, and later accuracies.
 
     Args:
         folder: The run folder.
@@ -132,7 +135,8 @@ class Monitor:
         """
         self.experience, self._unlogged = index, 0
         self._sums, self._flushes, self._entries, self._samples = {}, 0, 0, 0
-        self._every = max(1, -(-steps // (self._log_every * POINTS)))
+        points = min(POINTS, max(FEWEST_POINTS, POINTS_OF_RUN // self._experiences))
+        self._every = max(1, -(-steps // (self._log_every * points)))
         self._since = time.perf_counter()
         if self.display is not None:
             self.display.begin_experience(index, steps=steps, done=done, epochs=epochs)
@@ -168,17 +172,26 @@ class Monitor:
             self.display.step(strategy)
 
     def flush(self, strategy: Any) -> None:
-        """Log the means of the loss terms since the last flush, and the learning rate."""
+        """Log the means of the loss terms since the last flush, the learning rate and the norm of the gradient.
+
+        The norm is that of the last update, see :meth:`~clframe.training.loop.StrategyStep.gradient_norm`.
+        """
         if self._unlogged == 0:
             return
+        steps = strategy.learner.term_steps  # without those whose loss was not finite under trainer.on_nonfinite=skip
         means = strategy.learner.flush_terms()
         step = int(strategy.clock.train_iterations)
         for name, value in means.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * self._unlogged
-        self._flushes += self._unlogged
+            self._sums[name] = self._sums.get(name, 0.0) + value * steps
+        self._flushes += steps
         values = {**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}
+        norm = strategy.gradient_norm()
+        if norm is not None:
+            values[GRADIENT_NORM] = norm
         self._rows += [(self.experience, step, name, value) for name, value in values.items()]
-        curves = {**values, LOSS: sum(means.values()), THROUGHPUT: self._throughput()}
+        curves = {**values, THROUGHPUT: self._throughput()}
+        if means:
+            curves[LOSS] = sum(means.values())
         self._draw(curves, step=step)
         self._send(curves, step=step)
         self._unlogged = 0
@@ -217,6 +230,7 @@ class Monitor:
         train_seconds: float,
         evaluation_seconds: float,
         checkpoint_bytes: int | None,
+        skipped: tuple[int, int] = (0, 0),
     ) -> None:
         """Write the line of the newest experience to log.txt; see :meth:`~clframe.training.run_log.RunLog.experience`.
 
@@ -228,11 +242,13 @@ class Monitor:
             train_seconds: Of this experience.
             evaluation_seconds: Of this experience.
             checkpoint_bytes: Size of the checkpoint.
+            skipped: Updates of this experience that were skipped, and all of them.
         """
         accuracies = [tally.accuracy_E for tally in tallies]
         self.log.experience(
             finished=len(tallies), title=title, accuracies=accuracies, losses=losses, steps=steps,
             train_seconds=train_seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
+            skipped=skipped,
         )  # fmt: skip
         if self.display is not None:
             self.display.end_evaluation(average_seen_accuracy(accuracies).value)
@@ -248,7 +264,7 @@ class Monitor:
             logger.finalize("success")
 
     def _draw(self, values: Mapping[str, float], *, step: int) -> None:
-        """Add a point to each curve, at most ``POINTS`` an experience, which keeps event files small."""
+        """Add a point to each curve, at most ``POINTS`` an experience and fewer in long streams."""
         if self.tensorboard is not None and self._entries % self._every == 0:
             self.tensorboard.scalars(values, step)
             if self._entries == 0:

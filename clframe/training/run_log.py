@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clframe.metrics.continual import average_seen_accuracy
+from clframe.printable import printable
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class RunLog:
         train_seconds: float,
         evaluation_seconds: float,
         checkpoint_bytes: int | None,
+        skipped: tuple[int, int] = (0, 0),
     ) -> None:
         """Write the line of an experience.
 
@@ -60,14 +62,16 @@ class RunLog:
             train_seconds: Time of training this experience.
             evaluation_seconds: Time of evaluating after it.
             checkpoint_bytes: Size of its checkpoint; None where none was written.
+            skipped: Its updates that were skipped, and all of them.
         """
         self._finished = finished
         own, seen = accuracies[-1][finished - 1], average_seen_accuracy(accuracies).value
         terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items()) or "no training step"
+        without = f"{skipped[0]} of {skipped[1]} updates skipped as not finite; " if skipped[0] else ""
         size = "none" if checkpoint_bytes is None else f"{checkpoint_bytes / 1e6:,.3f} MB"
         self._add(
             f"experience {finished}/{self._experiences} ({title}): accuracy {100 * own:.2f} %, "
-            f"{100 * seen:.2f} % over the experiences so far; {terms}; {steps} steps so far; "
+            f"{100 * seen:.2f} % over the experiences so far; {terms}; {steps} steps so far; {without}"
             f"training {train_seconds:.1f} s, evaluation {evaluation_seconds:.1f} s; checkpoint {size}"
         )
 
@@ -87,7 +91,7 @@ class RunLog:
             return
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(text.split())}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(' '.join(text.split()))}\n")
         except OSError as error:
             self._failed = True
             _log.warning("%s: cannot be written (%s); the run continues without it", self._path, error.strerror)

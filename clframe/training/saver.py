@@ -162,7 +162,6 @@ class ExperienceSaver:
                 raise ValueError(f"steps={content['steps']!r}")
         except (LookupError, TypeError, ValueError) as error:
             raise _unfit(content["file"], error) from error
-        _log.info("resumed at %s", position)
         return content
 
     def resume(self, content: Mapping[str, Any], parts: list[Any]) -> list[Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics import Tally
 from clframe.metrics.confusion import MOST_SHOWN
+from clframe.records import as_tree
 from clframe.sparsity.activity import ActivityRecord
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.evaluation import ActivityRecorder, ExitRecorder, Scores
 from clframe.training.inside import Position
 from clframe.training.monitor import Monitor
+from clframe.training.pictures import draw_pictures, exit_usage
 from clframe.training.prediction_cost import policy_of
 from clframe.training.saver import ExperienceSaver, TrainingMeter
 from clframe.training.strategy import LightningStrategy
@@ -47,9 +49,12 @@ class Progress:
     tallies: list[Tally] = field(default_factory=list)
     exits: list[ExitRecord] = field(default_factory=list)
     activity: list[ActivityRecord] = field(default_factory=list)
+    """Empty where activity is not recorded."""
     loss_terms: list[dict[str, float]] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
     """One line for each experience whose losses or weights were not finite."""
+    skipped: list[int] = field(default_factory=list)
+    """Updates skipped in each experience; empty unless ``trainer.on_nonfinite`` is ``skip``."""
     confusion_CC: Tensor | None = None
     """Test samples by true and predicted class after the last experience; None before it."""
 
@@ -65,6 +70,8 @@ class Session:
         checkpoints: Folder for checkpoints; None writes none.
         config: The resolved config as text; a checkpoint of another one is refused.
         period: When checkpoints inside an experience are written; None only when a signal ends the run.
+        figures: When TensorBoard's pictures are drawn: after the last experience, after every one, or never.
+        record_activity: Whether to record active neurons and experts; None: where a component changes their activity.
         foreign: Names of plugins and callbacks whose state checkpoints inside an experience cannot hold.
         on_evaluated: Called with the progress after every experience.
     """
@@ -79,6 +86,8 @@ class Session:
         checkpoints: Path | None = None,
         config: str = "",
         period: Period | None = None,
+        figures: Literal["end", "experience", "none"] = "end",
+        record_activity: bool | None = None,
         foreign: str = "",
         on_evaluated: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -88,6 +97,9 @@ class Session:
         self._scores, self._monitor = scores, monitor
         self._watch = ExitRecorder(benchmark, scores)
         self._activity = ActivityRecorder(benchmark)
+        changed = any(component.changes_activity for component in self.learner.composition)
+        self._records_activity = changed if record_activity is None else record_activity
+        self._figures = figures
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
         self._costs = CostRecorder(self.learner, Ledger())
@@ -108,6 +120,11 @@ class Session:
     def ledger(self) -> Ledger:
         """Costs of the run so far; every checkpoint contains them."""
         return self._costs.ledger
+
+    @property
+    def position(self) -> Position | None:
+        """The place inside an experience where the run continues after :meth:`resume`; None between experiences."""
+        return None if self._inside is None else Position.of(self._inside["position"])
 
     def resume(self) -> int:
         """Resume from the newest checkpoint; returns the number of finished experiences (0: there is none)."""
@@ -155,9 +172,10 @@ class Session:
             baseline=_tally(content["baseline"]),
             tallies=[Tally(**t) for t in content["tallies"]],
             exits=exits,
-            activity=_activity(content, finished=len(exits)),
+            activity=_activity(content, finished=len(exits)) if self._records_activity else [],
             loss_terms=content["loss_terms"],
             diverged=self._guard.found,
+            skipped=list(content.get("skipped", ())),
             confusion_CC=content.get("confusion") if content["finished"] == len(self.benchmark) else None,
         )
         self._guard.found[:] = content.get("diverged", ())
@@ -195,10 +213,9 @@ class Session:
         """Write options, final metrics and costs to TensorBoard's HParams page, if TensorBoard is on."""
         if self._monitor.tensorboard is not None:
             last = len(self.benchmark) - 1
-            costs = {
-                "macs_per_prediction": self.ledger.predictions.mean(experience=last),
-                "sparsity": self.progress.activity[-1].sparsity,
-            }
+            costs = {"macs_per_prediction": self.ledger.predictions.mean(experience=last)}
+            if self.progress.activity:
+                costs["sparsity"] = self.progress.activity[-1].sparsity
             self._monitor.tensorboard.hyper_parameters(values, metrics={**metrics, **costs}, step=last)
 
     def close(self) -> None:
@@ -232,6 +249,11 @@ class Session:
         seconds = self._train(parts, index)
         progress.train_seconds += seconds
         progress.loss_terms.append(monitor.end_experience())
+        skipped = 0, 0
+        if self._guard.filter is not None:
+            skipped = self._guard.filter.skipped[index], self._guard.filter.updates[index]
+            # An extended run may not have counted before.
+            progress.skipped += [0] * (index - len(progress.skipped)) + [skipped[0]]
         progress.steps = int(strategy.clock.train_iterations)
         start = time.perf_counter()
         progress.tallies.append(self._evaluate())
@@ -240,13 +262,20 @@ class Session:
         monitor.log_accuracies(progress.tallies[-1].accuracy_E, step=progress.steps)
         evaluation_seconds = time.perf_counter() - start
         self.ledger.add_time("evaluation", seconds=evaluation_seconds, experience=index)
-        progress.activity.append(self._activity.record(self.learner.network, index))
-        progress.exits.append(self._watch.record(strategy, index))
+        if self._records_activity:
+            with self._timing("activity", index):
+                progress.activity.append(self._activity.record(self.learner.network, index))
+        with self._timing("exits", index):
+            progress.exits.append(self._watch.record(strategy, index))
         self._costs.finish()
         progress.finished = index + 1
         if monitor.tensorboard is not None:
             try:
-                self._draw(monitor.tensorboard)
+                with self._timing("tensorboard", index):
+                    self._write_scalars(monitor.tensorboard)
+                if self._figures == "experience" or (self._figures == "end" and progress.finished == len(benchmark)):
+                    with self._timing("figures", index):
+                        self._draw(monitor.tensorboard)
             except Exception as error:  # the experience is trained: a failure to draw must not lose it
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 _log.warning("tensorboard: experience %d could not be drawn (%s)", index, reason)
@@ -254,11 +283,19 @@ class Session:
         monitor.log_experience(
             progress.tallies, title=benchmark.title(index), losses=progress.loss_terms[-1], steps=progress.steps,
             train_seconds=seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
+            skipped=skipped,
         )  # fmt: skip
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
 
-    def _draw(self, board: TensorBoard) -> None:
+    @contextmanager
+    def _timing(self, recorder: str, index: int) -> Iterator[None]:
+        """Add the time of a recorder to the ledger."""
+        start = time.perf_counter()
+        yield
+        self.ledger.add_time(recorder, seconds=time.perf_counter() - start, experience=index)
+
+    def _write_scalars(self, board: TensorBoard) -> None:
         progress, names = self.progress, self.learner.network.exit_names
         board.evaluation(progress.tallies, baseline=progress.baseline)
         costs, newest = self.ledger.predictions, progress.finished - 1
@@ -266,11 +303,21 @@ class Session:
         board.predictions(costs, macs=macs, experience=newest, names=names, policy=policy is not None)
         board.activity(progress.activity)
         board.exits(progress.exits, names=names)
-        if progress.confusion_CC is not None and len(progress.confusion_CC) <= MOST_SHOWN:
-            known = self.benchmark.class_names
-            classes = [known[c] if c < len(known) else str(c) for c in self.benchmark.class_order]
-            board.confusion(progress.confusion_CC.tolist(), names=classes, experience=newest)
         board.write_layout(progress.finished)
+
+    def _draw(self, board: TensorBoard) -> None:
+        progress, names, known = self.progress, self.learner.network.exit_names, self.benchmark.class_names
+        accuracy_TE = [tally.accuracy_E for tally in progress.tallies]
+        usage: list[list[float]] = []
+        if policy_of(self.learner) is not None:
+            usage = exit_usage(self.ledger.predictions, names=names, experiences=range(progress.finished))
+        shown = progress.confusion_CC is not None and len(progress.confusion_CC) <= MOST_SHOWN
+        found = draw_pictures(
+            accuracy_TE, names=names, exits=progress.exits, usage=usage, activity=progress.activity,
+            confusion=progress.confusion_CC.tolist() if shown and progress.confusion_CC is not None else (),
+            classes=[known[c] if c < len(known) else str(c) for c in self.benchmark.class_order],
+        )  # fmt: skip
+        board.pictures(found, accuracy_TE=accuracy_TE)
 
     def _train(self, parts: list[Any], index: int) -> float:
         """Train on the parts of an experience; returns the seconds it took."""
@@ -278,7 +325,7 @@ class Session:
         meter = TrainingMeter(self.strategy.device)
         self._costs.begin(index)
         if self._saver is not None:
-            baseline = None if self.progress.baseline is None else asdict(self.progress.baseline)
+            baseline = None if self.progress.baseline is None else self.progress.baseline.as_tree()
             self._saver.begin(index, parts=len(parts), step=self.progress.steps, meter=meter, baseline=baseline)
             if inside is not None:
                 parts = self._saver.resume(inside, parts)
@@ -318,15 +365,16 @@ class Session:
             "torch": str(torch.__version__),
             "steps": progress.steps,
             "train_seconds": progress.train_seconds,
-            "baseline": None if progress.baseline is None else asdict(progress.baseline),
-            "tallies": [asdict(t) for t in progress.tallies],
-            "exits": [asdict(record) for record in progress.exits],
-            "activity": [asdict(record) for record in progress.activity],
+            "baseline": None if progress.baseline is None else progress.baseline.as_tree(),
+            "tallies": [tally.as_tree() for tally in progress.tallies],
+            "exits": [as_tree(record) for record in progress.exits],
+            "activity": [as_tree(record) for record in progress.activity],
             "taps": dict(self._watch.reference),
             "active": [dict(rates) for rates in self._activity.learnt],
             "data": describe_data(self.benchmark),
             "loss_terms": progress.loss_terms,
             "diverged": list(progress.diverged),
+            "skipped": list(progress.skipped),
             "past": learner.past,
             "ledger": self.ledger.as_tree(),
             "network": dict(learner.network.state_dict()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from lightning import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clframe.avalanche_bridge.fabric import OnFabric
@@ -25,6 +26,7 @@ from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.types import Output
+from clframe.training.capture import Capture, CudaGraphs, StepCapture
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
 from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
@@ -54,6 +56,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         limit_batches: Batches of an epoch, and of an evaluation, after which the rest is left out.
         drop_last: Leave out the last batch of an epoch if it has fewer samples.
         channels_last: Store the model's weights and batches of images with their channels last.
+        capture: Whether to record training steps as CUDA graphs, see :mod:`clframe.training.capture`.
         train_mb_size: Samples per training batch.
         train_epochs: Epochs per experience.
         eval_mb_size: Samples per evaluation batch.
@@ -86,6 +89,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         limit_batches: int | None = None,
         drop_last: bool = False,
         channels_last: bool = False,
+        capture: Capture = False,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = 1,
@@ -148,9 +152,28 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         self._scheduler: Any = None
         self._kwargs: dict[str, Any] = {}
         self._step_in_update = 0
+        self._gradient_norm: float | Tensor | None = None
+        self._filter = None if self.module is None else self.module.divergence.filter
         self._epoch = 0
         self._part, self._parts = 0, 1
         self._resumed_epoch: Resumption | None = None
+        self.step_capture = self._new_capture(capture)
+
+    def _new_capture(self, wanted: Capture) -> StepCapture | None:
+        """Return what records steps, where the device can.
+
+        Raises:
+            UnsupportedError: It is required, and the device or the model cannot.
+        """
+        found = f"a {self.device.type} device" if self.learner is not None else "a model without components"
+        if wanted is True and (self.learner is None or self.device.type != "cuda"):
+            raise UnsupportedError(
+                f"trainer.capture: found true with {found}, but CUDA graphs need components on a CUDA device; set "
+                f"trainer.capture=auto"
+            )
+        if not wanted or self.learner is None or self.device.type != "cuda":
+            return None
+        return StepCapture(self, graphs=CudaGraphs(self.device), required=wanted is True)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Begin an experience: grow the network, call the components, create the optimizer; else as Avalanche does."""
@@ -186,7 +209,10 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         make = self.module.make_scheduler
         self._scheduler = None if make is None else make(self.optimizer)
         self._metrics = self._new_metrics()
+        self._gradient_norm = None
         self.set_up(self.module.network, clip=self.module.clip)
+        if self.step_capture is not None:
+            self.step_capture.begin_experience()
 
     def _new_metrics(self) -> EpochMetrics | None:
         """Epoch metrics, if something reads them: they cost a pass over held-out data per epoch."""
@@ -271,6 +297,9 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
     def _after_training_exp(self, **kwargs: Any) -> None:
         """Let components consolidate, then call Avalanche's plugins."""
         if self.module is not None and self._part + 1 == self._parts:
+            self.gradient_norm()  # reads the gradients before components overwrite them
+            if self.step_capture is not None:
+                self.step_capture.forget()
             self.module.end(step=int(self.clock.train_iterations))
         super()._after_training_exp(**kwargs)
         self.part += 1
@@ -289,6 +318,8 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         if self.dataloader is not self._own_loader:
             self._refuse_pool()
         self.step_plugins = StepPlugins(self.plugins)  # a plugin may have added or removed others
+        if self.step_capture is not None:
+            self.step_capture.begin_epoch()
         if resumption is not None and resumption.position.batch:
             resumption.restore()
             assert self._own_loader is not None
@@ -307,6 +338,10 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
 
     def training_epoch(self, **kwargs: Any) -> None:
         """Run one epoch."""
+        with nullcontext() if self.step_capture is None else self.step_capture.epoch():
+            self._train_on_batches()
+
+    def _train_on_batches(self) -> None:
         done = int(self.clock.train_epoch_iterations)  # above 0 where the epoch is resumed
         left = None if self.limit_batches is None else self.limit_batches - done
         for batch in itertools.islice(self.dataloader, left):

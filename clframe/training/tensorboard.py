@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,27 +12,34 @@ from typing import TYPE_CHECKING, Any
 from clframe.accounting import Predictions
 from clframe.exits.diagnostics import ExitRecord, all_exit_metrics, forgetting_by_exit
 from clframe.exits.failure import LABELS
-from clframe.exits.plots import exit_images, exit_usage_image
 from clframe.metrics import Tally, all_metrics, scores
-from clframe.plotting.images import confusion_image, matrix_image, matrix_markdown
+from clframe.plotting.images import matrix_markdown
+from clframe.plotting.style import spaced_indices
 from clframe.sparsity.activity import ActivityRecord
-from clframe.sparsity.output import activity_image, short_layer_name
+from clframe.sparsity.output import short_layer_name
 from clframe.training.event_files import merge_events, wait_for_next_second
+from clframe.training.pictures import PICTURES, exit_usage
 
 if TYPE_CHECKING:
+    from clframe.metrics.continual import Matrix
     from clframe.plotting.style import PixelArray
 
 
 PROGRESS = "1_progress"
 """The group that answers how it is going; TensorBoard sorts by name, digits first, and opens the first groups."""
-PICTURES = "2_pictures"
-"""The group of images behind it."""
 LOSS = f"{PROGRESS}/loss"
 """Tag of the sum of all loss terms."""
 THROUGHPUT = f"{PROGRESS}/samples_per_second"
 """Tag of the samples trained on a second."""
 LEARNING_RATE = "train/learning_rate"
 """Tag of the learning rate."""
+CURVES = 20
+"""Most experiences with a curve of their accuracy, evenly spaced; more are not readable, and their points would grow
+with the square of the length of a stream. The accuracy matrix has all."""
+LARGEST_TEXT = 50
+"""Most experiences of an accuracy matrix that is written as text too."""
+GRADIENT_NORM = "gradient/norm"
+"""Tag of the norm of the gradient; see :meth:`~clframe.training.loop.StrategyStep.gradient_norm`."""
 
 FAILURE = "calibration and failure prediction of exits"
 """Category of the metrics of :data:`~clframe.exits.failure.LABELS`, one chart each."""
@@ -63,6 +71,7 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
     FAILURE: {},
     "training": {
         "learning rate": rf"{LEARNING_RATE}.*",
+        "gradient norm": rf"{GRADIENT_NORM}$",
     },
 }
 """Charts of the Custom Scalars page by category: a regular expression for their tags, matched from the start."""
@@ -88,7 +97,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
 
 def in_steps(tag: str) -> bool:
     """Whether a tag's x axis is the training step rather than the number of the experience."""
-    return tag in (LOSS, THROUGHPUT) or tag.startswith(("loss/", "train/"))
+    return tag in (LOSS, THROUGHPUT, GRADIENT_NORM) or tag.startswith(("loss/", "train/"))
 
 
 def rewritten_by_sessions(tag: str) -> bool:
@@ -118,6 +127,7 @@ class TensorBoard:
         self._tags = dict.fromkeys(merge_events(Path(folder), keeps))
         wait_for_next_second(Path(folder))
         self._digits = max(2, len(str(experiences - 1)))
+        self._curves = spaced_indices(experiences, most=CURVES)
         self._writer: Any = SummaryWriter(str(folder))
         self._layout: dict[str, Any] = {}
         self.write_layout(finished)
@@ -136,14 +146,12 @@ class TensorBoard:
         before the first value would distort them for the rest of the run.
         """
         experience = len(tallies) - 1
-        accuracy_TE = [tally.accuracy_E for tally in tallies]
-        for j, accuracy in enumerate(accuracy_TE[-1][: experience + 1]):
-            self._number(f"experience_accuracy/{j:0{self._digits}d}", accuracy, experience)
+        accuracy_E = tallies[-1].accuracy_E
+        for j in self._curves[: bisect_right(self._curves, experience)]:
+            self._number(f"experience_accuracy/{j:0{self._digits}d}", accuracy_E[j], experience)
         found = scores(tallies, baseline=baseline, running=True)
         for name, metric in all_metrics().items():
             self._number(metric.tag or f"continual/{name}", found[name].value, experience)
-        self._image(f"{PICTURES}/accuracy_matrix", matrix_image(accuracy_TE), experience)
-        self._writer.add_text(f"{PICTURES}/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
 
     def predictions(
         self, costs: Predictions, *, macs: float, experience: int, names: Sequence[str], policy: bool
@@ -151,25 +159,22 @@ class TensorBoard:
         """Write the cost of a prediction after experience ``experience`` and, with an exit policy, the exit usage.
 
         Args:
-            costs: Recorded after each experience so far.
+            costs: Recorded after the experience.
             macs: Mean MACs of a prediction, see :meth:`~clframe.accounting.predictions.Predictions.mean`.
             experience: The newest one.
             names: The exits' names, in order of depth.
             policy: Whether samples may exit early; all exits are computed otherwise.
         """
         self._number(f"{PROGRESS}/macs_per_prediction", macs, experience)
-        counts = [costs.samples_by_exit(experience=e) for e in range(experience + 1)]
-        counts = [found for found in counts if any(found.values())]
-        if not policy or not counts:
-            return
-        shares_EK = [[found.get(name, 0) / sum(found.values()) for name in names] for found in counts]
-        for k, share in enumerate(shares_EK[-1]):
-            self._number(f"exits_used/{self._exit(k, names)}", share, experience)
-        picture = exit_usage_image(shares_EK, names=names, title="exit usage")
-        self._image(f"{PICTURES}/exits_used", picture, experience)
+        if policy:
+            for share_K in exit_usage(costs, names=names, experiences=[experience]):
+                for k, share in enumerate(share_K):
+                    self._number(f"exits_used/{self._exit(k, names)}", share, experience)
 
     def activity(self, records: Sequence[ActivityRecord]) -> None:
-        """Write the activity of hidden neurons and experts after the newest experience, if there are any."""
+        """Write the activity of hidden neurons and experts after the newest experience, if it was recorded."""
+        if not records:
+            return
         experience, record = len(records) - 1, records[-1]
         self._number(f"{PROGRESS}/sparsity", record.sparsity, experience)
         self._number(f"{PROGRESS}/experts_per_token", record.experts_per_token, experience)
@@ -180,9 +185,6 @@ class TensorBoard:
         for n, (name, experts) in enumerate(record.experts.items()):
             self._number(f"experts_per_token/{n:02d}_{short_layer_name(name)}", experts.per_token, experience)
             self._number(f"experts_unused/{n:02d}_{short_layer_name(name)}", experts.unused, experience)
-        picture = activity_image(records)
-        if picture is not None:
-            self._image(f"{PICTURES}/neurons", picture, experience)
 
     def exits(self, records: Sequence[ExitRecord], *, names: Sequence[str]) -> None:
         """Write the metrics of every exit after the newest experience; nothing for a network with one exit.
@@ -208,13 +210,15 @@ class TensorBoard:
         for rule, accuracy in record.static.items():
             self._number(f"exit_decision/{rule}", accuracy, experience)
         self._number("exit_decision/overthinking", record.overthinking, experience)
-        for name, picture in exit_images(records, names=names).items():
-            tag = f"{PICTURES}/accuracy_and_cost" if name == "curve" else f"exits/{name}"
-            self._image(tag, picture, experience)
 
-    def confusion(self, counts_CC: Sequence[Sequence[int]], *, names: Sequence[str], experience: int) -> None:
-        """Draw the confusion matrix of the last evaluation; ``names`` are those of its classes, in its order."""
-        self._image(f"{PICTURES}/confusion_matrix", confusion_image(counts_CC, names=names), experience)
+    def pictures(self, found: Mapping[str, PixelArray], *, accuracy_TE: Matrix) -> None:
+        """Write pictures by tag, and the accuracy matrix as text, after the newest experience."""
+        experience = len(accuracy_TE) - 1
+        for tag, picture in found.items():
+            self._writer.add_image(tag, picture, experience, dataformats="HWC")
+        if len(accuracy_TE[-1]) <= LARGEST_TEXT:
+            self._writer.add_text(f"{PICTURES}/accuracy_matrix", matrix_markdown(accuracy_TE), experience)
+        self._writer.flush()
 
     def write_layout(self, finished: int) -> None:
         """Flush, and write the Custom Scalars page again if it lacks a chart.
@@ -260,9 +264,6 @@ class TensorBoard:
     def _number(self, tag: str, value: float, experience: int) -> None:
         if not math.isnan(value):  # TensorBoard would draw a point at NaN
             self.scalars({tag: value}, experience)
-
-    def _image(self, tag: str, picture: PixelArray, experience: int) -> None:
-        self._writer.add_image(tag, picture, experience, dataformats="HWC")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:

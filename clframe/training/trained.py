@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clframe.exits import ExitPolicy
 from clframe.exits.curves import BudgetPoints
 from clframe.exits.diagnostics import ExitRecord
 from clframe.exits.dynamic import DynamicNetwork
+from clframe.files import read_json
 from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
 from clframe.nn.types import Output
@@ -167,7 +167,7 @@ def read_recipe(folder: Path) -> Recipe:
         RunFolderError: No conversion, or one that cannot be read.
     """
     try:
-        tree = json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
+        tree = read_json(folder / CONVERTED)
         return Recipe.from_tree(tree["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, RunFolderError):

@@ -38,7 +38,7 @@ def test_with_the_ledger_of_a_run(tmp_path):
     ledger.add_uncounted({"aten._fft_r2c": 2})
     ledger.predictions.add_part("layer1", kind="stage", macs=40, experience=0)
     ledger.predictions.add_part("exit/layer1", kind="head", macs=30, component="exits", experience=0)
-    ledger.predictions.add_stops(names=("layer1", "final"), cost_K=(70, 200), count_K=(3, 1), of=0, experience=0)
+    ledger.predictions.add_stops(names=("layer1", "final"), cost_K=(70, 200), count_K=(3, 1), experience=0)
     ledger.predictions.add_products("linear", macs=400, effective_macs=100, samples=4, experience=0)
     tree = written(tmp_path, ledger=ledger)
     assert Ledger.of(tree["ledger"]).entries == ledger.entries

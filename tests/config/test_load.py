@@ -242,7 +242,7 @@ def test_a_file_without_rights_says_so(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("clframe.config.files.read_text", refuse)
     with pytest.raises(ConfigError, match=r"^mine\.yaml: cannot be read \(Permission denied\); check its permissions$"):
         load_config("mine.yaml")
 

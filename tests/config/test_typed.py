@@ -40,7 +40,7 @@ def test_every_field_survives_a_round_trip():
                               log_every=6,
                               fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",), drop_last=True,
-                              on_divergence="warn", checkpoint=CheckpointConfig(every="2h")),
+                              on_nonfinite="warn", checkpoint=CheckpointConfig(every="2h")),
         output="o",
         earlier=(EarlierConfig(run="/r", checkpoint="experience_002.ckpt", sha256="0f", experiences=((0, 2), (1,)),
                                class_names=("0", "no", "1e3"), input_shape=(1, 8, 8), dtype="uint8",

@@ -211,7 +211,7 @@ def test_a_size_that_is_declared_is_checked_before_anything_is_read(tmp_path, fo
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", header.getvalue() + bytes(100))
         archive.writestr("y.npy", header.getvalue())
-    with pytest.raises(DataError, match=r"bomb\.npz: its inputs take 9 GB, above benchmark.memory_gb=4"):
+    with pytest.raises(DataError, match=r"bomb\.npz: .*x declares shape \(1000000000, 9\), which is more than"):
         npz(path=str(tmp_path / "bomb.npz"))
 
 

@@ -92,6 +92,8 @@ def test_a_batch_of_new_or_old_samples_alone_is_finite(y):
     loss_K = decoupled_cross_entropy(z, torch.tensor(y), new=NEW, old=OLD, inner=1.0, outer=0.1)
     loss_K.sum().backward()
     assert torch.isfinite(loss_K).all() and torch.isfinite(z[0].grad).all() and z[0].grad.abs().sum() > 0
+    whole_K = decoupled_cross_entropy(z, torch.tensor(y), new=NEW, old=OLD, inner=1.0, outer=1.0)
+    torch.testing.assert_close(whole_K, cross_entropy(z, torch.tensor(y)))
 
 
 @pytest.mark.parametrize("weight_B", [None, WEIGHT])
@@ -175,6 +177,15 @@ def test_the_fitted_pair_is_a_minimum_and_lbfgs_finds_the_same(seed, decay):
 
     solver.step(closure)
     torch.testing.assert_close(pair, other, rtol=0, atol=1e-5)
+
+
+def test_the_fit_converges_as_fast_as_newtons_method(monkeypatch):
+    z = logits(exits=1, samples=40)[0]
+    y = torch.randint(5, (40,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("clframe.functional.class_incremental.NEWTON_STEPS", 6)
+    pair = torch.tensor(fit_bias(z, y, new=NEW, decay=1e-3), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(objective(z, y, NEW, 1e-3, pair), pair)
+    assert slope.abs().max() < 1e-12  # a wrong second derivative leaves more than 1e-3
 
 
 def test_the_fit_undoes_a_known_bias():

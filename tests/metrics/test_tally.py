@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -159,7 +158,7 @@ def test_accuracies_are_exact_ratios_and_nan_without_samples():
 
 def test_a_tally_survives_json():
     tally = Tally(((3, 2),), ((1, 2),), ((3, 2),))
-    assert Tally(**json.loads(json.dumps(dataclasses.asdict(tally)))) == tally
+    assert Tally(**json.loads(json.dumps(tally.as_tree()))) == tally
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ A mutation swaps + and -, * and /, or an order (< and <=), removes a sign or the
 whole number, in functions of ``strategies``, ``clframe/functional``, ``clframe/replay`` and
 ``clframe/regularization``. Validation of options, texts and type annotations are left out. Only the golden curves and the
 tests that mirror the changed file run, in a fork of a process that has imported torch and Avalanche: seconds per
-place. Prints the mutations that no test finds; some change nothing a test could see, and a person has to judge them.
+place. Prints the mutations that no test finds: each needs a test, or an entry in ``EQUIVALENT`` if it changes nothing
+that a test could see. Those are left out, and the next places of the same seeded order take their turn.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 MUTATED = ("strategies", "clframe/functional", "clframe/replay", "clframe/regularization")
@@ -39,6 +40,12 @@ UNTESTED = ("__post_init__", "__str__", "__repr__", "check", "check_needs")
 NAMES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 
+_SIMILARITY = "clframe/functional/similarity.py"
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (_SIMILARITY, f"sums_x_N, sums_y_N = gram_x_NN.sum(dim={x}), gram_y_NN.sum(dim={y})"): "Gram matrices are symmetric"
+    for x, y in ((0, 1), (1, 0))
+}
+"""Mutations without effect, by file and changed line, with the reason."""
 
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 """Lightning imports a module that is a plugin of pytest, before pytest starts."""
@@ -62,6 +69,10 @@ class Mutation:
         """Return the changed source."""
         assert source[self.start : self.end].decode() == self.old
         return source[: self.start] + self.new.encode() + source[self.end :]
+
+    def changed_line(self, source: bytes) -> str:
+        """Return the first line that differs in the changed source, without indentation."""
+        return self.apply(source).split(b"\n")[source.count(b"\n", 0, self.start)].decode().strip()
 
 
 class _Finder(ast.NodeVisitor):
@@ -161,6 +172,17 @@ def all_mutations(root: Path = ROOT) -> list[Mutation]:
     return [m for path in files for m in mutations(path.relative_to(root).as_posix(), path.read_bytes())]
 
 
+def is_equivalent(mutation: Mutation, root: Path = ROOT) -> bool:
+    """Whether a mutation is listed in ``EQUIVALENT``."""
+    return (mutation.file, mutation.changed_line((root / mutation.file).read_bytes())) in EQUIVALENT
+
+
+def choose(places: Sequence[Mutation], count: int, *, seed: int) -> list[Mutation]:
+    """Return ``count`` places in a seeded order, without those in ``EQUIVALENT``."""
+    order = random.Random(seed).sample(places, len(places))
+    return [place for place in order if not is_equivalent(place)][:count]
+
+
 def tests_of(file: str, root: Path = ROOT) -> Iterator[list[str]]:
     """Arguments of pytest for the tests of a file, the fastest first."""
     path = Path(file)
@@ -184,24 +206,33 @@ def survives(mutation: Mutation, copy: Path, *, limit: float = 600.0) -> bool:
     target = copy / mutation.file
     original = target.read_bytes()
     for arguments in tests_of(mutation.file, copy):
-        _require_passing(tuple(arguments), copy, limit)
-    target.write_bytes(mutation.apply(original))
-    try:
-        return all(_passes(arguments, copy, limit) for arguments in tests_of(mutation.file, copy))
-    finally:
-        target.write_bytes(original)
+        target.write_bytes(mutation.apply(original))
+        try:
+            failed = _first_failure(arguments, copy, limit)
+        finally:
+            target.write_bytes(original)
+        if failed is not None:
+            _require_passing(tuple(failed), copy, limit)
+            return False
+    return True
 
 
 @cache
 def _require_passing(arguments: tuple[str, ...], copy: Path, limit: float) -> None:
     """Exit if tests fail without any mutation: they would find every one."""
-    if not _passes(arguments, copy, limit):
+    if _first_failure(arguments, copy, limit) is not None:
         text = (copy / "output.txt").read_text(errors="replace")
         sys.exit(f"mutate: pytest {' '.join(arguments)} fails without a mutation; fix it first\n{text[-2000:]}")
 
 
-def _passes(arguments: Sequence[str], copy: Path, limit: float) -> bool:
-    """Run pytest in a fork, which leaves this process without clframe's modules."""
+def _first_failure(arguments: Sequence[str], copy: Path, limit: float) -> list[str] | None:
+    """Run pytest in a fork, which leaves this process without clframe's modules.
+
+    Returns:
+        Arguments that run the first test which fails, or all of ``arguments`` after a time-out or a crash, also of an
+        import; None if all tests pass.
+    """
+    (copy / "failed.txt").unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         _become_pytest(arguments, copy)
@@ -209,16 +240,28 @@ def _passes(arguments: Sequence[str], copy: Path, limit: float) -> bool:
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            if code not in (0, 1, 5) and code >= 0:  # 5: no test has that name
-                text = (copy / "output.txt").read_text(errors="replace")
-                if code == 99 or "error" not in text.lower():
-                    sys.exit(f"mutate: pytest {' '.join(arguments)} ended with code {code}\n{text[-2000:]}")
-            return code in (0, 5)
+            if os.waitstatus_to_exitcode(status) in (0, 5):  # 5: no test has that name
+                return None
+            first = copy / "failed.txt"
+            return [first.read_text("utf-8")] if first.exists() else list(arguments)
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return False
+    return list(arguments)
+
+
+class _FailureRecorder:
+    """Plugin of pytest that writes the name of the first test, or file, that fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note a test that fails."""
+        if report.failed and not self._path.exists():
+            self._path.write_text(report.nodeid, "utf-8")
+
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def _become_pytest(arguments: Sequence[str], copy: Path) -> NoReturn:
@@ -236,7 +279,8 @@ def _become_pytest(arguments: Sequence[str], copy: Path) -> NoReturn:
         import clframe
 
         if Path(clframe.__file__).is_relative_to(copy):
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *QUIET, *arguments]))
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *QUIET, *arguments]
+            code = int(pytest.main(options, plugins=[_FailureRecorder(copy / "failed.txt")]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -269,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the places and stop")
     options = parser.parse_args(arguments)
     places = all_mutations()
-    chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
+    chosen = choose(places, options.count, seed=options.seed)
     if options.list:
         print("\n".join(map(str, chosen)))
         return 0
@@ -287,9 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 shutil.copy(source, copy / name)
         for number, mutation in enumerate(chosen, 1):
+            start = time.monotonic()
             lives = survives(mutation, copy)
             survived += lives
-            print(f"{number}/{len(chosen)} {'SURVIVED' if lives else 'found'} {mutation}", flush=True)
+            took = time.monotonic() - start
+            print(f"{number}/{len(chosen)} {'SURVIVED' if lives else 'found'} {mutation} ({took:.0f} s)", flush=True)
     found = len(chosen) - survived
     print(f"{found} of {len(chosen)} mutations found ({len(places)} possible)")
     return int(found < options.required * len(chosen))

@@ -50,6 +50,20 @@ def test_every_mutation_of_the_repository_is_another_valid_module():
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), place
 
 
+def test_the_line_that_differs():
+    found = {m.new: m.changed_line(SOURCE) for m in mutate.mutations("f.py", SOURCE) if m.line == 6}
+    assert found["-"] == "z: float = -x * (y - 2)" and found[""] == "z: float = x * (y + 2)"
+
+
+def test_known_equivalents_exist_and_are_not_chosen():
+    places = mutate.all_mutations()
+    known = {(m.file, m.changed_line((mutate.ROOT / m.file).read_bytes())) for m in places if mutate.is_equivalent(m)}
+    assert known == set(mutate.EQUIVALENT)
+    chosen = mutate.choose(places, 100, seed=0)
+    assert len(set(chosen)) == 100 and not any(map(mutate.is_equivalent, chosen))
+    assert chosen[:10] == mutate.choose(places, 10, seed=0) != mutate.choose(places, 10, seed=1)
+
+
 def test_every_mutated_file_has_tests():
     files = {place.file for place in mutate.all_mutations()}
     assert all(list(mutate.tests_of(file)) for file in files)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clframe.replay.selection import balanced_choice, balanced_trim, quotas
+from clframe.replay.selection import append_rows, balanced_choice, balanced_trim, quotas
 from clframe.seeding import derive_seed, epoch_order, generator_for
 
 
@@ -32,6 +32,16 @@ def test_trim_keeps_the_first_of_each():
     assert balanced_trim(y, {}).tolist() == []
 
 
+@pytest.mark.parametrize("exits", [2, 3])
+@pytest.mark.parametrize("old, new", [(1, 2), (2, 1), (2, 3), (2, 2)])
+def test_rows_of_several_exits_are_padded_in_their_last_dimension(exits, old, new):
+    before, now = torch.ones(1, exits, old), torch.full((2, exits, new), 2.0)
+    joined = append_rows(before, now)
+    assert joined.shape == (3, exits, max(old, new))
+    assert torch.equal(joined[:1, :, :old], before) and torch.equal(joined[1:, :, :new], now)
+    assert joined.isneginf().sum() == exits * (max(0, new - old) + 2 * max(0, old - new))
+
+
 def test_seeds_depend_on_every_part_of_the_place():
     places = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, 1, "a"), (0, "1"), (0, 1)]
     assert len({derive_seed(*place) for place in places}) == len(places)
@@ -45,3 +55,13 @@ def test_order_is_a_permutation_that_its_arguments_alone_decide():
     assert sorted(first.tolist()) == list(range(11))
     others = [epoch_order(11, seed=s, experience=e, epoch=p) for s, e, p in ((0, 2, 3), (1, 1, 3), (1, 2, 2))]
     assert not any(torch.equal(first, other) for other in others)
+
+
+def test_trimming_is_a_loop_over_the_classes():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        y = torch.randint(0, 8, (int(torch.randint(0, 30, (), generator=generator)),), generator=generator)
+        classes = torch.randperm(10, generator=generator)[:6].tolist()
+        quota = {c: int(torch.randint(0, 5, (), generator=generator)) for c in classes}
+        longhand = torch.cat([(y == c).nonzero().flatten()[:count] for c, count in quota.items()])
+        assert torch.equal(balanced_trim(y, quota), longhand)

@@ -121,7 +121,7 @@ def test_a_failure_to_draw_loses_neither_the_run_nor_its_results(tmp_path, monke
     def broken(*args, **options):
         raise MemoryError("no room for pixels")
 
-    monkeypatch.setattr("clframe.training.tensorboard.matrix_image", broken)
+    monkeypatch.setattr("clframe.training.session.draw_pictures", broken)
     monkeypatch.setattr("clframe.api.write_figures", broken)
     quick = ["backbone=mlp", "backbone.width=6", "strategy=naive", "trainer.epochs=1", "trainer.progress=false",
              "benchmark.experiences=2"]  # fmt: skip
@@ -130,6 +130,6 @@ def test_a_failure_to_draw_loses_neither_the_run_nor_its_results(tmp_path, monke
     assert len(result.accuracy_matrix) == 2
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("clframe")]
     assert [line.split(": ", 1)[1].split(" (")[0] for line in lines] == [
-        "experience 0 could not be drawn", "experience 1 could not be drawn", "figures could not be drawn",
-    ]  # fmt: skip
+        "experience 1 could not be drawn", "figures could not be drawn",
+    ]
     assert all("MemoryError: no room for pixels" in line for line in lines)

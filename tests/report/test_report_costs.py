@@ -43,7 +43,7 @@ def ledger(*, stopped=(7, 13), joules=None, experts=True):
         ("block2", "stage", 400, ""), ("exit/final", "head", 30, ""),
     ):  # fmt: skip
         found.add_part(name, kind=kind, macs=macs, component=component, experience=1)
-    found.add_stops(names=("early", "final"), cost_K=(123, 553), count_K=stopped, of=0, experience=1)
+    found.add_stops(names=("early", "final"), cost_K=(123, 553), count_K=stopped, experience=1)
     found.add_products("convolution", macs=4000, effective_macs=1000, samples=4, experience=1)
     found.add_products("head", macs=200, effective_macs=200, samples=4, experience=1)
     if experts:

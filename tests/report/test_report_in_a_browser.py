@@ -66,7 +66,7 @@ def costs():
         ledger.add("backward", macs=1900, experience=index)
     ledger.predictions.add_part("a stage with a name that is long", kind="stage", macs=523, experience=1)
     ledger.predictions.add_part("exit/final", kind="head", macs=30, experience=1)
-    ledger.predictions.add_stops(names=("early", "final"), cost_K=(123, 553), count_K=(7, 13), of=0, experience=1)
+    ledger.predictions.add_stops(names=("early", "final"), cost_K=(123, 553), count_K=(7, 13), experience=1)
     ledger.predictions.add_products("convolution", macs=4000, effective_macs=1000, samples=4, experience=1)
     return ledger
 

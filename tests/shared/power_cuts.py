@@ -108,7 +108,9 @@ def cut_run(
 
     with Recorder(running, folder, count=cuts, seed=seed) as recorder:
         result = clframe.run("quickstart", options, output=folder / "whole")
-    return Path(str(result.run_folder)), list(recorder.kept.values())
+    copies = list(recorder.kept.values())
+    print("cuts:", ", ".join(f"{path.parent.name} at {name}" for name, path in copies))  # shown if the test fails
+    return Path(str(result.run_folder)), copies
 
 
 def cut_resumption(folder: Path, target: Path, *, seed: Any) -> Path:
@@ -125,7 +127,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """
     assert _results(one) == _results(other)
     assert _rows(one) == _rows(other)
-    assert _ledger(one) == _ledger(other)
+    assert _differences(_ledger(one), _ledger(other)) == {}
     assert scalars(one) == scalars(other)
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
     assert names[0] == names[1]
@@ -182,6 +184,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{path}.{number}")
     else:
         yield path, value
+
+
+def _differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Values that differ by path, which a failed test then shows in full."""
+    before, now = dict(_leaves(one)), dict(_leaves(other))
+    pairs = {path: (before.get(path), now.get(path)) for path in before | now}
+    return {path: pair for path, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -66,6 +67,14 @@ def test_ssil_longhand(exits):
         torch.testing.assert_close(distill_K[k], 0.5 * 9 * (q * (q.log() - log_p)).sum(1).mean())
     assert ssil.after_experience(net, step.context, state)["groups"] == ((0, 1), (2, 3))
     assert SSIL(lamb=0.0).losses(step, state) == {}
+
+
+def test_ssil_treats_a_class_that_returns_as_new_only():
+    ssil = SSIL()
+    net, state = second_experience(ssil, 0)
+    step = step_of(net)
+    again = replace(step, context=context(1, (2, 3), (0, 1, 2)))
+    assert torch.equal(ssil.task_loss(again, state), ssil.task_loss(step, state))
 
 
 def test_ssil_distils_each_old_experience_under_a_softmax_of_its_own():
@@ -157,6 +166,13 @@ def test_before_there_are_means_logits_answer(component):
     net, _ = second_experience(component, 0)
     output = net(torch.randn(2, 1, 2, 2), taps=component.taps(net))
     assert all(a is b for a, b in zip(component.adjust_logits(output, component.init_state(net)).logits, output.logits, strict=True))
+
+
+def test_one_sample_of_a_class_is_its_mean():
+    ncm, net = NCM(), second_experience(NCM(), 0)[0]
+    state = ncm.after_experience(net, context(1, (2, 3), (0, 1), per_class=1), ncm.init_state(net))
+    assert state["known_C"].tolist() == [False, False, True, True]
+    assert state["sums"][0][2:].norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_without_a_memory_means_are_those_of_training_and_stay():

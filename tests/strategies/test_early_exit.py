@@ -21,9 +21,9 @@ FAST = ["backbone=mlp", "backbone.width=12", "backbone.depth=3", "trainer.epochs
         "trainer.loggers=[]", "benchmark.experiences=3"]  # fmt: skip
 
 
-def network(classes=4):
+def network(classes=4, **options):
     net = Network(BACKBONES.get("mlp")((5,), width=9, depth=3))
-    Exits().setup_network(net)
+    Exits(**options).setup_network(net)
     net.grow(range(classes))
     with torch.no_grad():
         for parameter in net.parameters():
@@ -78,8 +78,18 @@ def test_a_network_with_one_exit_predicts_with_it():
     net.grow(range(4))
     component = EarlyExit(budget=0.5)
     state = component.after_experience(net, context(held_out()), component.init_state(net))
+    assert state == component.init_state(net)
     scores = (torch.randn(5, 4),)
     assert torch.equal(component.predict(Output(scores), state), scores[0])
+
+
+def test_a_budget_sets_the_threshold_of_a_network_with_two_exits():
+    net, samples = network(at=("layer1",)), held_out()
+    component = EarlyExit(budget=0.8)
+    state = component.after_experience(net, context(samples), component.init_state(net))
+    assert len(net.heads) == 2 and len(state["thresholds"]) == 1
+    exit_N = select(exit_logits(net, [samples])[0], component.policy(state)).exit_B
+    assert torch.tensor(cumulative_macs(net)).double()[exit_N].mean() <= 0.8 * backbone_macs(net)
 
 
 def test_one_standard_error_never_stops_earlier_than_the_best_threshold():

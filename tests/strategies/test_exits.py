@@ -142,6 +142,11 @@ def test_regimes_weigh_their_phases():
     assert mixed.exit_loss_weights(context(3, 6), state) == pytest.approx((0.01, 0.01, 1.0))  # its ramp begins with it
     assert mixed.exit_loss_weights(context(5, 6), state) == (0.2, 0.6, 1.0)
     assert [disjoint.exit_loss_weights(context(e, 5), state) for e in (1, 2)] == [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0)]
+    for share, trunk in ((0.1, 1), (0.9, 3)):  # rounded to 0 and 4 of 4 epochs, but each phase has at least one
+        rounded = Exits(regime="disjoint", trunk_share=share)
+        weights = [rounded.exit_loss_weights(context(e, 4), state) for e in range(4)]
+        assert weights == [(0.0, 0.0, 1.0)] * trunk + [(1.0, 1.0, 0.0)] * (4 - trunk)
+    assert Exits(regime="disjoint").exit_loss_weights(context(1, 2), state) == (1.0, 1.0, 0.0)
     with pytest.raises(ConfigError, match=r"^components\.exits\.regime: found mixed with 1 epoch an experience"):
         mixed.exit_loss_weights(context(0, 1), state)
 
@@ -251,6 +256,15 @@ def moved(one, other):
     kinds = {"backbone": "trunk", "heads.0": "exit", "heads.1": "final"}
     names = [name for name in one if not torch.equal(one[name], other[name])]
     return {kind for name in names for prefix, kind in kinds.items() if name.startswith(prefix)}
+
+
+def test_the_first_phase_freezes_all_added_exits():
+    exits = Exits(regime="disjoint")
+    net = edited(exits)
+    assert len(net.heads) == 3
+    for epoch in range(2):
+        exits.before_epoch(net, context(epoch, 2), exits.init_state(net))
+        assert {p.requires_grad for head in net.heads[:-1] for p in head.parameters()} == {epoch == 1}
 
 
 def test_disjoint_holds_the_trunk_and_its_statistics_still():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -171,6 +172,12 @@ def test_similar_samples_never_replace_and_scores_of_zero_can_be_drawn():
     assert slot_N.tolist() == [-1, -1] and torch.equal(after_M, score_M)
     slot_N, _ = greedy_selection(score_M, torch.tensor([0.5]).double(), 3, generator=generator_for(0))
     assert slot_N.tolist() == [-1]  # C / (C + c) is 0
+
+
+def test_scores_that_are_not_numbers_replace_nothing():
+    score_M, score_N = torch.full((3,), math.nan, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    slot_N, after_M = greedy_selection(score_M, score_N, 3, generator=generator_for(0))
+    assert slot_N.tolist() == [-1] * 4 and after_M.isnan().all()
 
 
 def test_scores_are_one_plus_the_largest_cosine_with_stored_samples():

@@ -6,12 +6,14 @@ from math import sqrt
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.functional.losses import cross_entropy
 from clframe.functional.representation import nca, pod
 from clframe.nn import BACKBONES, Network
+from clframe.nn.backbones.base import Backbone
 from clframe.nn.heads import CosineLinear, GrowingLinear
 from clframe.training.checkpoint import decode, encode
 from strategies import ER, Exits, PODNet
@@ -33,6 +35,13 @@ def test_it_holds_the_last_map_of_every_resolution_and_those_of_exits():
     )
     assert maps_of("small_cnn", (1, 8, 8)) == (("block1", "block2"),)
     assert maps_of("mlp", (1, 8, 8)) == ((),)
+
+
+def test_maps_of_equal_size_and_other_channels_have_one_resolution():
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stages = [("a", nn.Conv2d(1, 4, 1), (4, 8, 8)), ("b", nn.Conv2d(4, 6, 1), (6, 8, 8)),
+              ("c", nn.Conv2d(6, 6, 2, stride=2), (6, 4, 4)), ("features", pool, (6,))]  # fmt: skip
+    assert PODNet().init_state(Network(Backbone(stages, input_shape=(1, 8, 8))))["maps"] == (("b", "c"),)
 
 
 def test_tokens_are_held_where_the_backbone_has_them():

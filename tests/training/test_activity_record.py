@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import clframe
@@ -155,7 +157,7 @@ def test_means_leave_out_what_is_undefined():
 
 
 def test_a_run_is_the_same_with_and_without_the_watch(tmp_path, monkeypatch):
-    overrides = [*SMALL, "strategy=er(memory=20)", "backbone.width=13"]
+    overrides = [*SMALL, "strategy=er(memory=20)", "backbone.width=13", "trainer.record_activity=true"]
     with_watch = clframe.run("quickstart", overrides, output=tmp_path / "with")
     monkeypatch.setattr(ActivityRecorder, "record", lambda self, network, index: ActivityRecord())
     without = clframe.run("quickstart", overrides, output=tmp_path / "without")
@@ -167,4 +169,21 @@ def test_a_run_is_the_same_with_and_without_the_watch(tmp_path, monkeypatch):
     ]
     assert all(torch.equal(value, checkpoints[1][name]) for name, value in checkpoints[0].items())
     assert len(with_watch.activity) == 3
+    assert all(len(record.layers) == 2 for record in with_watch.activity)
     assert clframe.Result.from_json(f"{with_watch.run_folder}/results.json").activity == with_watch.activity
+
+
+@pytest.mark.parametrize(("strategy", "option", "recorded"), [
+    ("naive", "null", False), ("naive", "true", True), ("sparsity", "null", True), ("sparsity", "false", False),
+])  # fmt: skip
+def test_activity_is_recorded_where_a_component_changes_it_or_the_config_asks(strategy, option, recorded, tmp_path):
+    overrides = [*SMALL, f"strategy={strategy}", f"trainer.record_activity={option}", "benchmark.experiences=2",
+                 "trainer.loggers=[tensorboard]"]  # fmt: skip
+    result = clframe.run("quickstart", overrides, output=tmp_path)
+    found = clframe.Result.from_json(f"{result.run_folder}/results.json")
+    assert len(found.activity) == (2 if recorded else 0)
+    totals = json.loads((Path(result.run_folder) / "ledger.json").read_text())["totals"]
+    assert ("activity" in totals["seconds"]) == recorded
+    assert "exits" in totals["seconds"]
+    tags = EventAccumulator(f"{result.run_folder}/tensorboard").Reload().Tags()["scalars"]
+    assert ("1_progress/sparsity" in tags) == ("final/sparsity" in tags) == recorded

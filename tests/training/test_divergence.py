@@ -49,7 +49,7 @@ def test_the_command_line_prints_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_that_only_warns_is_marked_in_its_results(tmp_path, caplog):
-    overrides = [*SMALL, *HUGE, "strategy=er", "trainer.on_divergence=warn"]
+    overrides = [*SMALL, *HUGE, "strategy=er", "trainer.on_nonfinite=warn"]
     with caplog.at_level(logging.WARNING, logger="clframe"):
         result = clframe.run("quickstart", overrides, output=tmp_path)
     assert [line.partition(":")[0] for line in result.diverged] == ["experience 1", "experience 2"]
@@ -61,7 +61,7 @@ def test_a_run_that_only_warns_is_marked_in_its_results(tmp_path, caplog):
 
 def test_nan_scores_are_wrong_at_every_exit_and_have_no_failure_metrics(tmp_path):
     """Their arg-max is class 0, which must not count as right: the accuracy matrix counts them as wrong too."""
-    overrides = [*SMALL, *HUGE, "optimizer.lr=1e20", "strategy=er + exits", "trainer.on_divergence=warn"]
+    overrides = [*SMALL, *HUGE, "optimizer.lr=1e20", "strategy=er + exits", "trainer.on_nonfinite=warn"]
     record = clframe.run("quickstart", overrides, output=tmp_path).exits[-1]
     assert set(record.metrics["accuracy"]) == {0.0} == {v for row in record.accuracy_KE for v in row}
     assert {record.static[name] for name in ("last", "confident", "mean", "vote", "oracle")} == {0.0}
@@ -74,7 +74,7 @@ def test_a_healthy_run_is_not_marked(tmp_path):
 
 
 def test_the_marks_survive_a_resumption(tmp_path):
-    overrides = [*SMALL, *HUGE, "strategy=er", "trainer.on_divergence=warn"]
+    overrides = [*SMALL, *HUGE, "strategy=er", "trainer.on_nonfinite=warn"]
     first = clframe.run("quickstart", overrides, output=tmp_path)
     assert clframe.run(resume=first.run_folder).diverged == first.diverged
 
@@ -117,7 +117,7 @@ def test_weights_are_checked_under_a_plain_trainer(blobs):
 
 
 def test_a_warning_trains_on(blobs):
-    model = module(on_divergence="warn")
+    model = module(on_nonfinite="warn")
     strategy = LightningStrategy(model=model, benchmark=blobs, train_mb_size=5, train_epochs=1, evaluator=None)
     for experience in blobs.avalanche.train_stream:
         strategy.train(experience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import clframe
+from clframe.errors import ConfigError
 from clframe.training.event_files import merge_events
 from clframe.training.session import Session
 from clframe.training.tensorboard import THROUGHPUT, TensorBoard
@@ -154,18 +156,28 @@ def test_a_resumed_run_has_the_points_of_one_that_was_not_stopped(where, after, 
     drawn, expected = pictures(here), pictures(there)
     if request.node.get_closest_marker("figures"):
         assert drawn == expected
-    assert drawn
-    for tag, found in drawn.items():
-        assert [step for step, _ in found] == [step for step, _ in expected[tag]], tag
+        assert {tag: [step for step, _ in points] for tag, points in drawn.items()} == {tag: [2] for tag in drawn}
+        assert {"2_pictures/accuracy_matrix", "2_pictures/exits_used", "2_pictures/neurons", "exits/accuracy"} <= set(drawn)
     assert texts(here)["2_pictures/accuracy_matrix/text_summary"] == texts(there)["2_pictures/accuracy_matrix/text_summary"]
     assert texts(here)["custom_scalars__config__"][-1][1] == texts(there)["custom_scalars__config__"][-1][1]
     assert broken.activity == whole.activity
 
 
 @pytest.mark.figures
-def test_a_run_of_five_experiences_stays_under_two_and_a_half_megabytes(tmp_path):
-    result = clframe.run("quickstart", [*RUN, "benchmark.experiences=5", "trainer.epochs=1"], output=tmp_path)
-    folder = Path(result.run_folder) / "tensorboard"
-    assert len(pictures(folder)["2_pictures/accuracy_matrix"]) == 5
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    assert 100_000 < size < 2_500_000
+@pytest.mark.parametrize(("figures", "steps"), [("experience", [0, 1]), ("none", [])])
+def test_figures_are_drawn_when_the_config_says(figures, steps, tmp_path):
+    overrides = [*RUN, "benchmark.experiences=2", "benchmark.classes=4", "trainer.epochs=1", f"trainer.figures={figures}"]
+    folder = Path(clframe.run("quickstart", overrides, output=tmp_path).run_folder)
+    found = pictures(folder / "tensorboard")
+    assert [step for step, _ in found.get("2_pictures/accuracy_matrix", [])] == steps
+    assert (folder / "figures").exists() == bool(steps)
+    times = json.loads((folder / "ledger.json").read_text())["ledger"]["times"]
+    # One row an experience for TensorBoard's, one at the end for the files.
+    assert [row["experience"] for row in times if row["phase"] == "figures"] == [*steps, *([None] if steps else [])]
+    assert [row["experience"] for row in times if row["phase"] == "tensorboard"] == [0, 1]
+
+
+def test_figures_after_every_experience_need_tensorboard():
+    message = r"trainer.figures: found 'experience' .text.; add tensorboard to trainer.loggers or give end"
+    with pytest.raises(ConfigError, match=message):
+        clframe.explain("quickstart", ["trainer.figures=experience", "trainer.loggers=[csv]"])

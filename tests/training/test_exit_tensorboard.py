@@ -63,13 +63,13 @@ def test_figures_are_images_and_files(result):
     found, names = events(result), {"curve", "accuracy", "similarity", "exit_usage"}
     for name in names:
         tag = "2_pictures/accuracy_and_cost" if name == "curve" else f"exits/{name}"
-        assert [event.step for event in found.Images(tag)] == [0, 1]
+        assert [event.step for event in found.Images(tag)] == [1]  # drawn once, at the end
     files = {path.name for path in (Path(result.run_folder) / "figures").iterdir()}
-    assert files == {"accuracy_matrix.png", "confusion_matrix.png", "neurons.png", *(f"exits_{name}.png" for name in names)}
+    assert files == {"accuracy_matrix.png", "confusion_matrix.png", *(f"exits_{name}.png" for name in names)}
 
 
 def test_a_plain_network_has_no_exits_to_show(tmp_path):
     plain = clframe.run("quickstart", [*FAST, "strategy=naive"], output=tmp_path)
     tags = events(plain).Tags()
     assert not [tag for tag in (*tags["scalars"], *tags["images"]) if tag.startswith("exit")]
-    assert {path.name for path in (Path(plain.run_folder) / "figures").iterdir()} == {"accuracy_matrix.png", "confusion_matrix.png", "neurons.png"}
+    assert {path.name for path in (Path(plain.run_folder) / "figures").iterdir()} == {"accuracy_matrix.png", "confusion_matrix.png"}

@@ -127,8 +127,9 @@ def test_batches_are_made_without_waiting_for_the_device() -> None:
         assert [len(y) for _, y in loader] == [4, 4, 4, 4, 2]
 
 
-def test_the_monitor_reads_the_losses_only_every_so_many_steps(tmp_path: Any) -> None:
-    strategy = strategy_for("er")
+@pytest.mark.parametrize("options", [{}, {"engine": "trainer"}, {"accumulate": 2}])
+def test_the_monitor_reads_the_losses_only_every_so_many_steps(tmp_path: Any, options: dict[str, Any]) -> None:
+    strategy = strategy_for("er", **options)
     monitor = Monitor(tmp_path, experiences=3, tensorboard=False, log_every=3, progress=False)
     monitor.begin_experience(0, steps=0)
     looked, flush = [], monitor.flush

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clframe.training import monitor as monitor_module
 from clframe.training.monitor import POINTS, Monitor
-from clframe.training.tensorboard import LEARNING_RATE, LOSS, THROUGHPUT
+from clframe.training.tensorboard import GRADIENT_NORM, LEARNING_RATE, LOSS, THROUGHPUT
 
 
 class Clock:
@@ -34,7 +34,8 @@ def strategy(size, terms):
     """Just what a monitor looks at."""
     return SimpleNamespace(
         batch=SimpleNamespace(y=[0] * size),
-        learner=SimpleNamespace(flush_terms=lambda: dict(terms)),
+        learner=SimpleNamespace(flush_terms=lambda: dict(terms), term_steps=2),
+        gradient_norm=lambda: 3.5,
         clock=SimpleNamespace(train_iterations=0),
         optimizer=SimpleNamespace(param_groups=[{"lr": 0.125}]),
     )
@@ -77,9 +78,10 @@ def test_samples_a_second_between_two_looks(tmp_path, clock):
     assert found[THROUGHPUT] == [(2, 4.0), (4, 16.0), (5, 2.5), (7, 5.0)]
     assert found[LOSS] == [(2, 0.75), (4, 0.75), (5, 0.75), (7, 0.75)]
     assert found[LEARNING_RATE][0] == (2, 0.125)
+    assert found[GRADIENT_NORM][0] == (2, 3.5)
     with open(tmp_path / "metrics.csv", newline="") as file:
         names = {row["name"] for row in csv.DictReader(file)}
-    assert names == {"loss/task/ce", "loss/lwf/distill", LEARNING_RATE}  # what is not the same again is not in it
+    assert names == {"loss/task/ce", "loss/lwf/distill", LEARNING_RATE, GRADIENT_NORM}  # no sums and rates
 
 
 @pytest.mark.parametrize("looks", [POINTS, POINTS + 1, 2 * POINTS + 5])

@@ -209,6 +209,17 @@ def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None
         time.sleep(0.005)
 
 
+def finish(arguments: list[str], folder: Path) -> None:
+    process = start(arguments, folder)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()  # closes the pipe
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_the_command_line_saves_on_sigterm(tmp_path, monkeypatch):
     options = [*TINY, "trainer.epochs=15", "trainer.checkpoint.every=10", "strategy=er(memory=20) + lwf"]
@@ -231,20 +242,18 @@ def test_the_command_line_saves_on_sigterm(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
-def test_real_kills_one_after_the_other(engine, tmp_path, monkeypatch):
+def test_real_kills_one_after_the_other(engine, tmp_path):
+    """All in processes of their own: the ledger has the size of checkpoints, which hold the peak of a process's memory."""
     options = [*TINY, "trainer.epochs=20", "strategy=er(memory=20) + lwf", f"trainer.engine={engine}"]
     process = start(["quickstart", *options, "--output", "b"], tmp_path)
     wait_for(process, tmp_path, "b/quickstart/*/checkpoints/inside_001*")
     for pattern in ("experience_001.ckpt", "inside_002*"):
-        process.kill()
-        process.wait()
+        end(process)
         folder = only_run(tmp_path / "b")
         process = start(["--resume", str(folder)], tmp_path)
         wait_for(process, folder, f"checkpoints/{pattern}")
-    process.kill()
-    process.wait()
-    clframe.run(resume=folder)
+    end(process)
+    finish(["--resume", str(folder)], tmp_path)
     (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "other")
-    whole = clframe.run("quickstart", options, output="b").run_folder
-    assert_same_run(Path(str(whole)), folder)
+    finish(["quickstart", *options, "--output", "b"], tmp_path / "other")
+    assert_same_run(only_run(tmp_path / "other/b"), folder)

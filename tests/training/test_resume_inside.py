@@ -31,6 +31,10 @@ CASES = {
          "trainer.epochs=1", "optimizer.name=adam"], 2),
 }  # fmt: skip
 
+ENGINES = ("fabric", "trainer")
+CUTS = 3
+"""Cuts of each component with each engine, in the slow suite."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
@@ -58,18 +62,24 @@ def test_a_kill_during_the_resumption(tmp_path: Path) -> None:
     assert_same_run(whole, folder)
 
 
+def test_enough_cuts() -> None:
+    """20 in the default suite and 200 in the slow one, all but those during a resumption."""
+    assert sum(cuts for _, cuts in CASES.values()) >= 20
+    assert CUTS * len(ENGINES) * len(COMPONENTS.names()) >= 200
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", COMPONENTS.names())
 def test_every_component(name: str, engine: str, tmp_path: Path) -> None:
-    """With three cuts of each, 222 in all."""
     component = COMPONENTS.get(name)
     strategy = name
     if component.needs_memory and not component.keeps_memory:
         strategy = f"{name} + er"
     options = [*TINY, *(TRANSFORMER if name in ("l2p", "moe") else []), f"trainer.engine={engine}",
                f"strategy={strategy}"]  # fmt: skip
-    whole, copies = cut_run(options, tmp_path, cuts=3, seed=(name, engine))
+    whole, copies = cut_run(options, tmp_path, cuts=CUTS, seed=(name, engine))
+    assert len(copies) == CUTS
     for _, folder in copies:
         clframe.run(resume=folder)
         assert_same_run(whole, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clframe.data.inputs import InputFormat
+from clframe.data.npz import declared_arrays, read_arrays
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.image_files import MEMORY_GB, fits_in_memory
@@ -186,9 +186,7 @@ def _are_images(x: Tensor) -> bool:
 def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:
     """Read inputs, labels and class names, in the order of :data:`_KEYS`, after checking types and sizes."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = [name for name in archive.namelist() if name.endswith(".npy")]
-            declared = {name.removesuffix(".npy"): _read_header(archive, name) for name in members}
+        declared = declared_arrays(file)
         keys: tuple[str, ...] = next((keys for keys in _KEYS if set(keys) <= set(declared)), ())
         if not keys:
             found = ", ".join(sorted(declared)) or "no arrays"
@@ -205,22 +203,12 @@ def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:
                 f"{file}: its inputs take {nbytes / 1e9:.3g} GB, above benchmark.memory_gb={memory_gb:g}; "
                 f"raise it, or save image files and use image_folder"
             )
-        with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys}
+        return read_arrays(file, keys)
     except DataError:
         raise
     except Exception as error:  # damaged archives raise anything from BadZipFile to UnicodeDecodeError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file}: cannot be read as .npz ({reason}); write it again with numpy.savez") from None
-
-
-def _read_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        layout = np.lib.format
-        read = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    return shape, dtype
 
 
 def _stored_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -61,7 +61,7 @@ class Graphs(Protocol):
         """
 
     def release(self) -> None:
-        """Free the memory of graphs that are no longer referenced."""
+        """Free the memory of unreferenced graphs."""
 
 
 class CudaGraphs:
@@ -91,7 +91,7 @@ class CudaGraphs:
         return replay
 
     def release(self) -> None:
-        """Free the memory of graphs that are no longer referenced."""
+        """Free the memory of unreferenced graphs."""
         torch.cuda.empty_cache()
         self._pool = torch.cuda.graph_pool_handle()
 

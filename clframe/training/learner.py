@@ -31,7 +31,7 @@ StepValues = Mapping[str, Mapping[str, "float | Tensor"]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What changes between the steps of an epoch apart from the batch.
+    """Values that change between the steps of an epoch, apart from the batch.
 
     Attributes:
         weight_K: Weight of each exit's losses; None where all are 1.

@@ -40,7 +40,8 @@ def test_every_field_survives_a_round_trip():
                               log_every=6,
                               fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",), drop_last=True,
-                              on_nonfinite="warn", checkpoint=CheckpointConfig(every="2h")),
+                              on_nonfinite="warn", figures="none", record_activity=True, capture=False,
+                              checkpoint=CheckpointConfig(every="2h")),
         output="o",
         earlier=(EarlierConfig(run="/r", checkpoint="experience_002.ckpt", sha256="0f", experiences=((0, 2), (1,)),
                                class_names=("0", "no", "1e3"), input_shape=(1, 8, 8), dtype="uint8",
@@ -58,7 +59,7 @@ def test_every_field_of_the_optimizer_survives_a_round_trip():
     """Several configs, since no schedule uses all fields; together they change every default."""
     optimizers = [
         OptimizerConfig(lr=1e-05, momentum=0.5, weight_decay=1e-9, schedule="multistep", milestones=(1, 7), gamma=0.25),
-        OptimizerConfig(name="adamw", betas=(0.8, 0.5), schedule="step", step=2, warmup=1),
+        OptimizerConfig(name="adamw", betas=(0.8, 0.5), schedule="step", step=2, warmup=1, fused=True),
         OptimizerConfig(name="rmsprop", schedule="plateau", factor=0.25, patience=2),
     ]
     for f in dataclasses.fields(OptimizerConfig):

@@ -32,6 +32,12 @@ def run_of(component, backbone="mlp", exits=0, **options):
     return run
 
 
+def term_of(component, step):
+    """The penalty at a step, whose values the learner fills in."""
+    values = component.step_values(step.context, step.number, {})
+    return component.losses(replace(step, values=values), {})["penalty"]
+
+
 @pytest.mark.parametrize("exits", [0, 2])
 @pytest.mark.parametrize("regularizer, measure", [("hoyer", hoyer), ("l1", l1)])
 def test_the_term_is_the_mean_over_layers_whatever_the_exits(on_digits, exits, regularizer, measure):
@@ -43,7 +49,7 @@ def test_the_term_is_the_mean_over_layers_whatever_the_exits(on_digits, exits, r
     for stage in run.network.backbone.stages:
         hidden = stage(hidden)
         values.append(measure(hidden))
-    term = component.losses(step, {})["penalty"]
+    term = term_of(component, step)
     assert term.shape == () and term.item() == pytest.approx(0.3 * (values[0] + values[1]).item() / 2, rel=1e-5)
     term.backward()
     assert all(p.grad.abs().sum() > 0 for p in run.network.backbone.parameters())
@@ -54,7 +60,7 @@ def test_layers_have_their_own_weights_and_names(on_digits):
     run = run_of(component)
     step = on_digits.step(run, [2, 3])
     second = hoyer(run.network.backbone(step.batch.x))
-    assert component.losses(step, {})["penalty"].item() == pytest.approx(1.5 * second.item(), rel=1e-5)
+    assert term_of(component, step).item() == pytest.approx(1.5 * second.item(), rel=1e-5)
     with pytest.raises(ConfigError, match=r"layers: found 1 weights for 2 layers \(stages.0, stages.1\)"):
         run_of(Sparsity(layers=(1.0,)))
 
@@ -68,7 +74,7 @@ def test_schedules_over_the_epochs_of_an_experience(on_digits, schedule, shares)
     values = []
     for epoch in range(4):
         now = replace(step, context=replace(step.context, epoch=epoch, epochs=4))
-        values.append(component.losses(now, {})["penalty"].item())
+        values.append(term_of(component, now).item())
     assert [value / values[-1] for value in values] == pytest.approx(shares, rel=1e-6)
 
 
@@ -82,7 +88,7 @@ def test_a_transformer_that_keeps_gelu(on_digits, regularizer, measure):
     layer.mlp[0].register_forward_hook(lambda m, i, o: seen.append(o))
     layer(embed(step.batch.x))
     expected = measure(displacement(seen[0], by=-0.5))
-    assert component.losses(step, {})["penalty"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert term_of(component, step).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_relu_is_swapped_in_for_good():
@@ -147,12 +153,12 @@ def test_displaced_needs_pre_activations(backbone):
 def test_a_ramp_per_step_starts_at_zero_and_rises_with_every_batch(on_digits, schedule, shares):
     component = Sparsity(schedule=schedule, ramp="step")
     step = on_digits.step(run_of(component), [2, 3])
-    whole = Sparsity().losses(step, {})["penalty"].item()
+    whole = term_of(Sparsity(), step).item()
     values = []
     for epoch in range(2):
         for number in range(2):
             now = replace(step, number=number, context=replace(step.context, epoch=epoch, epochs=2, steps=2))
-            values.append(component.losses(now, {})["penalty"].item())
+            values.append(term_of(component, now).item())
     assert [value / whole for value in values] == pytest.approx(shares, rel=1e-6)
 
 
@@ -181,4 +187,4 @@ def test_a_loader_without_a_length_is_refused_by_a_ramp_per_step(on_digits):
     component = Sparsity(schedule="linear", ramp="step")
     step = on_digits.step(run_of(component), [2, 3])
     with pytest.raises(UnsupportedError, match=r"components\.sparsity\.ramp: found step, but the loader"):
-        component.losses(step, {})
+        term_of(component, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,19 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.accounting import count_macs, count_parameters
-from clframe.build import Setup, build, build_optimizer, build_scheduler, lightning_options, on_cuda
+from clframe.build import Setup, build, lightning_options, on_cuda
 from clframe.config.load import load_config
-from clframe.config.schema import Config, named_plugins
+from clframe.config.schema import Config, TrainerConfig, named_plugins
 from clframe.config.typed import as_tree, to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, RunFolderError, UnsupportedError
 from clframe.metrics.confusion import MOST_SHOWN
+from clframe.optimization import build_groups, build_optimizer, build_scheduler
 from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
 from clframe.report.writing import write_figures
 from clframe.results import Result, summarize
-from clframe.run_folder import RunFolder
+from clframe.run_folder import RunFolder, strategy_label
 from clframe.seeding import torch_settings
 from clframe.stream import check_trained_data
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from clframe.training.session import Progress, Session
 
 _log = logging.getLogger(__name__)
+DEVELOPMENT_BATCHES = 2
+"""Batches of an epoch, and of the evaluation of an experience, in a development run."""
 
 
 def run(
@@ -53,7 +57,7 @@ def run(
         output: Folder for run folders; None takes the config's (``runs``).
         resume: A run folder to resume; its own config is used and ``config`` is ignored.
         folder: Folder of this run. The same call again continues the run in it, if it is not finished; a run of
-            another config is refused. None creates a folder below ``output``, named by the time.
+            another config is refused. None creates a folder below ``output``, named by strategy, seed and time.
         on_built: Called once with the objects of the run, before any training.
         on_evaluated: Called with the progress after every experience.
 
@@ -113,7 +117,8 @@ def _new_folder(config: Config, path: str | Path | None) -> tuple[RunFolder, boo
             "found an unfinished run of this config in %s; a new run is started, continue that one with clframe run "
             "--resume %s", unfinished, shlex.quote(str(unfinished)),
         )  # fmt: skip
-    return RunFolder.create(Path(config.output), name=config.name, seed=config.seed), False
+    label = strategy_label(config.strategy, plugins=[name for name, _ in named_plugins(config.components)])
+    return RunFolder.create(Path(config.output), name=config.name, seed=config.seed, label=label), False
 
 
 def extend(
@@ -183,6 +188,11 @@ def _execute(
     config, trainer = setup.config, setup.config.trainer
     deterministic = trainer.deterministic is True
     settings = torch_settings(threads=trainer.threads, deterministic=deterministic, cuda=on_cuda(trainer))
+    if trainer.fast_dev_run:
+        _log.info(
+            "development run: %d experience(s), one epoch of %d batches each, evaluation on %d batches per experience; "
+            "its results are not those of the config", len(setup.benchmark), DEVELOPMENT_BATCHES, DEVELOPMENT_BATCHES,
+        )  # fmt: skip
     with folder.lock(), settings:
         try:
             if resumes:
@@ -210,11 +220,15 @@ def _execute(
                     _log.info("%s: is finished; nothing to train", folder.path)
             return _finish(setup, folder, session, session.run())
         except ClframeError as error:
+            session.note_failure(error)
             if resumes and session.progress.finished == started and not isinstance(error, DivergenceError):
                 folder.discard()  # of an extension that learned nothing; a run that existed before is kept
             raise
         except KeyboardInterrupt as stop:
             raise Interrupted(folder.path, plugins=_plugin_names(config)) from stop
+        except Exception as error:
+            session.note_failure(error)
+            raise
         finally:
             session.close()
 
@@ -225,8 +239,7 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         config = load_config(config, overrides)
     setup = build(config)
     network = setup.network
-    for component in setup.composition.acting_at("setup_network"):
-        component.setup_network(network)
+    _set_up_only(setup)
     network.grow(range(len(setup.benchmark.class_order)))
     return explanation(
         config=to_yaml(setup.config),
@@ -235,6 +248,17 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         network=network,
         plugins=named_plugins(setup.config.components),
     )
+
+
+def _set_up_only(setup: Setup) -> None:
+    """Set up everything that trains, as a run does, and write nothing: what a run would refuse is refused here.
+
+    The network gets the exits and modules of the components.
+    """
+    quiet = replace(setup.config.trainer, loggers=(), figures="none", progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        alone = replace(setup, config=replace(setup.config, trainer=quiet))
+        _session(alone, RunFolder(Path(folder)), None).close()
 
 
 def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None) -> Session:
@@ -249,6 +273,7 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         benchmark=setup.benchmark,
         optimizer=build_optimizer(config.optimizer),
         scheduler=build_scheduler(config.optimizer, trainer.epochs),
+        groups=build_groups(config.optimizer),
         seed=config.seed,
         engine=trainer.engine,
         accelerator="cuda" if trainer.accelerator == "gpu" else trainer.accelerator,
@@ -257,12 +282,12 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         epochs=1 if trainer.fast_dev_run else trainer.epochs,
         batch_size=trainer.batch_size,
         drop_last=trainer.drop_last,
-        eval_batch_size=trainer.eval_batch_size,
+        eval_batch_size=_evaluation_batch(trainer),
         clip=trainer.gradient_clip,
         on_nonfinite=trainer.on_nonfinite,
         accumulate=trainer.accumulate,
         eval_every=trainer.eval_every,
-        limit_batches=2 if trainer.fast_dev_run else None,
+        limit_batches=DEVELOPMENT_BATCHES if trainer.fast_dev_run else None,
         channels_last=trainer.channels_last is True,
         capture=trainer.capture,
         trainer_options=options,
@@ -281,12 +306,23 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
     )
 
 
+def _evaluation_batch(trainer: TrainerConfig) -> int:
+    """Samples per batch of an evaluation: on a CPU, a development run evaluates on as few as it trains on.
+
+    On CUDA its batches are those of a complete run, because the memory that it needs is measured by development runs.
+    """
+    if trainer.fast_dev_run and not on_cuda(trainer):
+        return min(trainer.eval_batch_size, trainer.batch_size)
+    return trainer.eval_batch_size
+
+
 def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progress) -> Result:
     config, benchmark, network = setup.config, setup.benchmark, setup.network
     confusion = [] if progress.confusion_CC is None else progress.confusion_CC.tolist()
     result = summarize(
         progress.tallies,
-        name=config.name,
+        # In the name, so that no table or figure shows its numbers as those of a run.
+        name=f"{config.name} (development run)" if config.trainer.fast_dev_run else config.name,
         strategy=str(setup.composition),
         benchmark=benchmark.name,
         backbone=config.backbone.name,

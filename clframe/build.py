@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch
 
 from clframe.config.schema import (
     BLOCK,
-    DEFAULT_GAMMA,
     BackboneConfig,
     Config,
-    OptimizerConfig,
     TrainerConfig,
     lightning_loggers,
     named_plugins,
@@ -28,13 +25,17 @@ from clframe.config.typed import block_keys
 from clframe.core import COMPONENTS, Composition, parse
 from clframe.data import Benchmark, Source
 from clframe.data.samples import TensorSamples
-from clframe.errors import ClframeError, ConfigError, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, Problems, UnsupportedError
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
 from clframe.nn.backbones.from_transformers import TextEmbed
+from clframe.optimization import check_optimizer
 from clframe.options import check_options, format_value, missing_options, rename_options
 from clframe.seeding import derive_seed
-from clframe.stream import build_stream
+from clframe.stream import build_stream, check_source
+
+FUSED = ("sgd", "adam", "adamw")
+"""Optimizers with an update of all weights in one CUDA kernel."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +56,31 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
         source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
         needs_earlier: As in :func:`~clframe.stream.build_stream`.
     """
-    composition = build_strategy(config.strategy, config.components)
-    backbone = build_backbone(config.backbone)
-    source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
-    composition.check_needs()
+    problems, composition = Problems(), Composition()
+    with problems.attempt():
+        composition = build_strategy(config.strategy, config.components)
+        composition.check_needs()
+        check_optimizer(config, composition)
     for component in composition:
-        component.check(classes=len(benchmark.class_order))
         option = component.needs_held_out
         if option and not config.benchmark.validation:
             found = format_value(getattr(component, option))
-            raise ConfigError(
+            problems.add(ConfigError(
                 f"components.{component.name}.{option}: found {found}, which needs held-out data; set "
                 f"benchmark.validation=0.1"
-            )
-    _check_trainer(config.trainer)
-    if config.trainer.callbacks:
-        from clframe.training.trainer import check_monitors, early_stopping
-
-        if config.trainer.engine != "trainer":
-            early_stopping(config.trainer.callbacks)  # refuses options that it does not take
-        check_monitors(config.trainer.callbacks, validation=config.benchmark.validation > 0)
-    _check_optimizer(config)
-    named = named_plugins(config.components)
-    if named:
-        from clframe.avalanche_bridge.plugins import check_plugins
-
-        check_plugins(named)
-    if benchmark.online is not None:
-        _check_online(config)
+            ))  # fmt: skip
+    for check in (_check_trainer, _check_callbacks, _check_plugins, _check_online):
+        with problems.attempt():
+            check(config)
+    with problems.attempt():
+        backbone = build_backbone(config.backbone)
+    if problems.found and source is None:
+        with problems.attempt():
+            check_source(config.benchmark)  # options only: reading data of a run that is refused may take minutes
+    problems.raise_found()
+    source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
+    for component in composition:
+        component.check(classes=len(benchmark.class_order))
     torch.manual_seed(derive_seed(config.seed, "network"))
     network = Network(backbone(benchmark.input_shape))
     _check_token_ids(source, network)
@@ -110,7 +108,7 @@ def with_device_defaults(config: Config, *, cuda: bool) -> Config:
     ``trainer.capture`` stays as it is: whether steps can be recorded may change between experiences.
     """
     trainer, optimizer = config.trainer, config.optimizer
-    fused = cuda and optimizer.name != "rmsprop" and trainer.precision != "16-mixed"
+    fused = cuda and optimizer.name in FUSED and trainer.precision != "16-mixed"
     trainer = replace(
         trainer,
         channels_last=cuda if trainer.channels_last == "auto" else trainer.channels_last,
@@ -157,25 +155,27 @@ def _check_token_ids(source: Source, network: Network) -> None:
         )
 
 
-def _check_optimizer(config: Config) -> None:
-    """Refuse settings without any effect.
+def _check_callbacks(config: Config) -> None:
+    if config.trainer.callbacks:
+        from clframe.training.trainer import check_monitors, early_stopping
 
-    Not part of the schema, which also reads the configs of finished runs: those stay readable.
-    """
-    optimizer, epochs = config.optimizer, config.trainer.epochs
-    if optimizer.lr < torch.finfo(torch.float32).tiny:
-        raise ConfigError(f"optimizer.lr: found {optimizer.lr}, which is 0 in float32; give a larger number")
-    if optimizer.gamma != DEFAULT_GAMMA and optimizer.schedule not in ("multistep", "step"):
-        raise ConfigError(
-            f"optimizer.gamma: found {optimizer.gamma} with the schedule '{optimizer.schedule}', which has no factor; "
-            f"leave it out or set optimizer.schedule"
-        )
-    if optimizer.warmup and optimizer.warmup >= epochs:
-        raise ConfigError(f"optimizer.warmup: found {optimizer.warmup} for {epochs} epochs; give less, or more epochs")
+        if config.trainer.engine != "trainer":
+            early_stopping(config.trainer.callbacks)  # refuses options that it does not take
+        check_monitors(config.trainer.callbacks, validation=config.benchmark.validation > 0)
+
+
+def _check_plugins(config: Config) -> None:
+    named = named_plugins(config.components)
+    if named:
+        from clframe.avalanche_bridge.plugins import check_plugins
+
+        check_plugins(named)
 
 
 def _check_online(config: Config) -> None:
     """Refuse options that need experiences of more than a few batches."""
+    if config.benchmark.online is None:
+        return
     for key, found, wanted in (
         ("trainer.engine", config.trainer.engine, "fabric"),
         ("trainer.eval_every", config.trainer.eval_every, -1),
@@ -207,46 +207,8 @@ def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]])
     return parse(expression, components)
 
 
-def build_optimizer(config: OptimizerConfig) -> Callable[..., Any]:
-    """Return the function from parameters to the optimizer."""
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.name in ("sgd", "rmsprop"):
-        options["momentum"] = config.momentum
-    if config.betas is not None:
-        options["betas"] = config.betas
-    if config.fused is True:
-        options["fused"] = True
-    optim = torch.optim
-    kinds = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW, "rmsprop": optim.RMSprop}
-    return partial(kinds[config.name], **options)
-
-
-def build_scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] | None:
-    """Return the function from the optimizer to its learning-rate schedule; None keeps the rate constant."""
-    schedules = torch.optim.lr_scheduler
-    main: Callable[..., Any] | None = None
-    if config.schedule == "cosine":
-        main = partial(schedules.CosineAnnealingLR, T_max=epochs)
-    elif config.schedule == "multistep":
-        main = partial(schedules.MultiStepLR, milestones=list(config.milestones), gamma=config.gamma)
-    elif config.schedule == "plateau":
-        factor = 1 / 3 if config.factor is None else config.factor
-        patience = 5 if config.patience is None else config.patience
-        main = partial(schedules.ReduceLROnPlateau, factor=factor, patience=patience)
-    elif config.schedule == "step":
-        main = partial(schedules.StepLR, step_size=config.step or 1, gamma=config.gamma)
-    if not config.warmup:
-        return main
-
-    def with_warmup(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        # All of these schedules multiply the current rate, so that chaining two of them multiplies their factors.
-        rise = schedules.LinearLR(optimizer, start_factor=1 / (config.warmup + 1), total_iters=config.warmup)
-        return schedules.ChainedScheduler([rise, *([] if main is None else [main(optimizer)])])
-
-    return with_warmup
-
-
-def _check_trainer(config: TrainerConfig) -> None:
+def _check_trainer(whole: Config) -> None:
+    config = whole.trainer
     wanted = config.accelerator
     if wanted in ("cuda", "gpu") and not torch.cuda.is_available():
         raise UnsupportedError(f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto")

@@ -35,6 +35,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def available_cores() -> float:
+    """CPU cores of this process: its affinity, and the quota of its container."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, int(quota) / int(period))
+    except (OSError, ValueError):  # no such file, or the quota is "max"
+        return cores
+
+
 def _git_revision() -> str | None:
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)

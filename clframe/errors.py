@@ -1,14 +1,16 @@
 """Errors that a user can act on.
 
 Every error is one line: ``<where>: <what was found>; <what to do>``. The command line prints it and exits with code 2;
-from Python, errors are ordinary :class:`ValueError` subclasses.
+from Python, errors are ordinary :class:`ValueError` subclasses. Checks that do not depend on each other are run by
+:class:`Problems`, which reports all of them, one line each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -18,6 +20,21 @@ class ClframeError(ValueError):
 
 class ConfigError(ClframeError):
     """A configuration key, override or option that is unknown, mistyped or out of range."""
+
+
+class ConfigErrors(ConfigError):
+    """Several independent problems of one config.
+
+    Args:
+        problems: At least two errors.
+
+    Attributes:
+        problems: The errors, in the order in which they were found; the message has one line for each.
+    """
+
+    def __init__(self, problems: Iterable[ClframeError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 class UnknownNameError(ClframeError):
@@ -65,6 +82,42 @@ class Interrupted(KeyboardInterrupt):
                 f"with clframe run {shlex.quote(str(folder / 'config.yaml'))}"
             )
         super().__init__(f"interrupted; {self.advice}")
+
+
+class Problems:
+    """Collects the errors of independent checks.
+
+    >>> problems = Problems()
+    >>> for key in ("lr", "seed"):
+    ...     with problems.attempt():
+    ...         raise ConfigError(f"{key}: found nothing; give a number")
+    >>> [str(problem) for problem in problems.found]
+    ['lr: found nothing; give a number', 'seed: found nothing; give a number']
+    """
+
+    def __init__(self) -> None:
+        self.found: list[ClframeError] = []
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Run a check; its error is kept, and the code after the block continues."""
+        try:
+            yield
+        except ClframeError as error:
+            self.add(error)
+
+    def add(self, error: ClframeError) -> None:
+        """Keep an error, unless one with the same message has been found."""
+        found = error.problems if isinstance(error, ConfigErrors) else (error,)
+        messages = {str(one) for one in self.found}
+        self.found += [one for one in found if str(one) not in messages]
+
+    def raise_found(self) -> None:
+        """Raise what was found: a single error as it is, several as :class:`ConfigErrors`; nothing if there is none."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ConfigErrors(self.found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

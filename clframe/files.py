@@ -120,8 +120,15 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
                     pending.append(entry.path)
 
 
-def write_atomically(path: str | Path, data: bytes | bytearray | memoryview | str) -> None:
+def write_atomically(
+    path: str | Path, data: bytes | bytearray | memoryview | str, *, sync: bool = True
+) -> None:  # fmt: skip
     """Write ``data`` to a temporary file next to ``path``, sync it, and rename it to ``path``.
+
+    Args:
+        path: File to write.
+        data: Its content.
+        sync: Whether to wait until the file is on the disk; files that can be made again need not be.
 
     Raises:
         RunFolderError: The folder cannot be written or the disk is full; ``path`` keeps its content.
@@ -132,11 +139,13 @@ def write_atomically(path: str | Path, data: bytes | bytearray | memoryview | st
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
             _write_all(handle, memoryview(data.encode() if isinstance(data, str) else data))
-            os.fsync(handle)
+            if sync:
+                os.fsync(handle)
         finally:
             os.close(handle)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if sync:
+            _sync_folder(path.parent)
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot be written ({error.strerror}); check the folder, its permissions and the free space"

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from clframe.errors import ConfigError, nearest
+from clframe.errors import ConfigError, Problems, nearest
 
 REQUIRED: Final = inspect.Parameter.empty
 """Marks an option without a default."""
@@ -65,7 +65,8 @@ def check_options(
         complete: Whether options without a default must be given.
 
     Raises:
-        ConfigError: An unknown option (with the nearest one), a value of another type, or a missing option.
+        ConfigError: An unknown option (with the nearest one), a value of another type, or a missing option; each in
+            its own line.
 
     >>> def make(*, width: int = 8): ...
     >>> check_options(make, {"width": 4}, where="backbone")
@@ -73,15 +74,20 @@ def check_options(
     """
     known = option_types(constructor)
     checked: dict[str, Any] = {}
+    problems = Problems()
     for name, value in given.items():
-        if name not in known:
-            close = nearest(str(name), (*known, *block_keys))
-            advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
-            raise ConfigError(f"{where}.{name}: unknown option; {advice}")
-        annotation, _ = known[name]
-        checked[name] = convert(value, annotation, where=f"{where}.{name}")
-    for name in missing_options(constructor, checked) if complete else ():
-        raise ConfigError(f"{where}.{name}: is missing and has no default; give {_describe(known[name][0])}")
+        with problems.attempt():
+            if name not in known:
+                close = nearest(str(name), (*known, *block_keys))
+                advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
+                raise ConfigError(f"{where}.{name}: unknown option; {advice}")
+            annotation, _ = known[name]
+            checked[name] = convert(value, annotation, where=f"{where}.{name}")
+    if not problems.found:
+        for name in missing_options(constructor, checked) if complete else ():
+            wanted = _describe(known[name][0])
+            problems.add(ConfigError(f"{where}.{name}: is missing and has no default; give {wanted}"))
+    problems.raise_found()
     return checked
 
 

@@ -2,13 +2,15 @@
 
 ::
 
-    runs/<experiment>/<id>/
+    runs/<experiment>/<strategy>-seed<n>-<time>/
       config.yaml  environment.json     resolved config; versions, git revision, machine
       checkpoints/                      the last two experiences, and the last two steps saved inside one
       log.txt                           one line per experience
       metrics.csv  results.json  ledger.json
       tensorboard/  figures/
       lock                              only while a process writes to it
+
+Earlier versions called the folder ``<time>-seed<n>``. No name has a meaning: everything is read from the files.
 """
 
 from __future__ import annotations
@@ -18,20 +20,59 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clframe.accounting import Ledger, cumulative_macs, stage_macs
 from clframe.environment import environment, versions
 from clframe.errors import RunFolderError
 from clframe.files import check_contained, is_temporary, read_json, remove_temporaries, write_atomically
-from clframe.nn.network import Network
 from clframe.records import to_json_rows
+
+if TYPE_CHECKING:
+    from clframe.accounting import Ledger
+    from clframe.nn.network import Network
+
+LONGEST_LABEL = 80
+"""Characters of a strategy's label; file systems allow 255 bytes for the whole name."""
+_STAMP = re.compile(r"\d{8}-\d{6}")
+
+
+def strategy_label(strategy: str, *, plugins: Sequence[str] = ()) -> str:
+    """Return the names in a strategy's expression, joined by ``+``, as a part of a folder's name.
+
+    Options are left out, and characters that are not safe in names of files are replaced.
+
+    Args:
+        strategy: The expression.
+        plugins: Names of Avalanche plugins that run next to it.
+
+    >>> strategy_label("er(memory=50, at=(1, 2)) + exits")
+    'er+exits'
+    >>> strategy_label("naive", plugins=["LwFPlugin"]), strategy_label("my strategy/2")
+    ('naive+LwFPlugin', 'my_strategy_2')
+    """
+    depth, plain = 0, ""
+    for character in re.sub(r"'[^']*'|\"[^\"]*\"", "", strategy):  # texts, which may have parentheses
+        depth += (character == "(") - (character == ")")
+        plain += character if depth == 0 and character != ")" else ""
+    names = [re.sub(r"[^\w.-]+", "_", name.strip()) for name in (*plain.split("+"), *plugins)]
+    return "+".join(filter(None, names))[:LONGEST_LABEL]
+
+
+def started_at(path: Path) -> str:
+    """Return the time in the name of a run folder, which sorts by age; empty where the name has none.
+
+    >>> [started_at(Path(name)) for name in ("er-seed0-20261129-171500", "20261129-171500-seed0", "mine")]
+    ['20261129-171500', '20261129-171500', '']
+    """
+    found = _STAMP.findall(path.name)
+    return found[-1] if found else ""
 
 
 class RunFolder:
@@ -47,16 +88,23 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @classmethod
-    def create(cls, output: Path, *, name: str, seed: int) -> RunFolder:
-        """Create a folder ``output/name/<time>-seed<n>``.
+    def create(cls, output: Path, *, name: str, seed: int, label: str = "") -> RunFolder:
+        """Create a folder ``output/name/<label>-seed<n>-<time>``.
+
+        Args:
+            output: Folder for all run folders.
+            name: Name of the experiment.
+            seed: Of the run.
+            label: See :func:`strategy_label`; empty leaves it out.
 
         Raises:
             RunFolderError: ``output`` cannot be written; no folder is left behind.
         """
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stem = f"{label}-seed{seed}" if label else f"seed{seed}"
+        stem += time.strftime("-%Y%m%d-%H%M%S")
         endings = itertools.chain([""], (f"-{attempt}" for attempt in itertools.count(1)))
         while True:
-            folder = cls(output / name / f"{stamp}-seed{seed}{next(endings)}")
+            folder = cls(output / name / f"{stem}{next(endings)}")
             path = folder.path
             try:
                 folder._made = [part for part in (path, *path.parents) if not os.path.lexists(part)]
@@ -213,6 +261,8 @@ class RunFolder:
         ledger: Ledger | None = None,
     ) -> None:
         """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry."""
+        from clframe.accounting import cumulative_macs, stage_macs
+
         names, cost_K = network.exit_names, cumulative_macs(network)
         costs: dict[str, Any] = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",

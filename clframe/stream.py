@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from clframe.config.schema import BenchmarkConfig, Config, EarlierConfig
 from clframe.config.typed import block_keys
@@ -22,6 +22,19 @@ _log = logging.getLogger("clframe.data")
 
 LOCATIONS: Final = ("path", "data_dir", "tokens")
 """Options of data sets that name a file or folder."""
+DEVELOPMENT_EXPERIENCES: Final = 2
+"""Experiences of a development run: replay, distillation and importances first act in the second."""
+
+
+def development_experiences(config: Config) -> int:
+    """Number of experiences after which ``trainer.fast_dev_run`` cuts the stream off; 0: it does not.
+
+    An extension learns all of its new experiences.
+    """
+    wanted = config.trainer.fast_dev_run
+    if config.earlier or not wanted:
+        return 0
+    return DEVELOPMENT_EXPERIENCES if wanted is True else int(wanted)
 
 
 def build_stream(
@@ -43,7 +56,8 @@ def build_stream(
         DataError: Earlier data have changed or are needed and cannot be read, or new data do not fit them.
     """
     if not config.earlier:
-        return build_data(config.benchmark, seed=config.seed)
+        newest, benchmark = build_data(config.benchmark, seed=config.seed)
+        return newest, benchmark.first_experiences(development_experiences(config) or len(benchmark))
     source = source or build_source(config.benchmark)
     stream: Benchmark | None = None
     for entry in config.earlier:
@@ -144,11 +158,16 @@ def build_data(config: BenchmarkConfig, *, seed: int) -> tuple[Source, Benchmark
     return source, build_benchmark(source, config, seed=seed)
 
 
+def check_source(config: BenchmarkConfig) -> tuple[Callable[..., Source], dict[str, Any]]:
+    """The data set of a benchmark block with its options, checked without reading data."""
+    source_of = SOURCES.get(config.name, where="benchmark.name")
+    return source_of, check_options(source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"))
+
+
 def build_source(config: BenchmarkConfig) -> Source:
     """Load the data of a benchmark block."""
     augment = build_augmentations(config.augment)
-    source_of = SOURCES.get(config.name, where="benchmark.name")
-    options = check_options(source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"))
+    source_of, options = check_source(config)
     source = source_of(**options)
     if config.workers and isinstance(source.train, TensorSamples) and isinstance(source.test, TensorSamples):
         _log.warning("benchmark.workers: found %d, but %s is in memory and needs none", config.workers, source.name)

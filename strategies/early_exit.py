@@ -52,7 +52,8 @@ class EarlyExit(Component):
             fitted there to predict that stopping is right or continuing futile), or one registered by a package.
         threshold: Confidence from which an exit predicts: one number, or one for each exit before the last.
         budget: Alternative to ``threshold``: mean cost of a prediction as a share of the bare backbone's MACs. A
-            budget below the cost of the first exit is raised to it.
+            budget below the cost of the first exit is raised to it. Of a list, the first one decides predictions; the
+            thresholds of all are solved, and results have an operating point for each.
         solver: Thresholds of a budget: ``shared``, one for all exits; ``quantiles``, geometrically distributed shares
             of samples (MSDNet); ``coordinate``, one per exit by coordinate search.
         budget_rule: Choice within a budget: ``best`` validation accuracy, or ``one_standard_error``: the highest shared
@@ -67,7 +68,7 @@ class EarlyExit(Component):
     rule: Literal["first", "last", "confident", "mean", "vote"] = "first"
     measure: str = "max_probability"
     threshold: float | tuple[float, ...] = 0.9
-    budget: float | None = None
+    budget: float | tuple[float, ...] | None = None
     solver: Method = "shared"
     budget_rule: BudgetRule = "best"
     fallback: Literal["last", "confident"] = "last"
@@ -75,8 +76,9 @@ class EarlyExit(Component):
     def __post_init__(self) -> None:
         """Refuse budgets and thresholds out of range and unknown measures."""
         CONFIDENCE_MEASURES.get(self.measure, where="components.early_exit.measure")
-        if self.budget is not None and not self.budget > 0:
-            raise ConfigError(f"components.early_exit.budget: found {self.budget}; give a share above 0")
+        if self.budget is not None and not (self.budgets and min(self.budgets) > 0):
+            wanted = "shares" if isinstance(self.budget, tuple) else "a share"
+            raise ConfigError(f"components.early_exit.budget: found {self.budget}; give {wanted} above 0")
         thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         if not thresholds or min(thresholds) < 0:
             raise ConfigError(f"components.early_exit.threshold: found {self.threshold}; give numbers of at least 0")
@@ -87,6 +89,13 @@ class EarlyExit(Component):
             )
 
     @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets, the one of predictions first."""
+        if self.budget is None:
+            return ()
+        return self.budget if isinstance(self.budget, tuple) else (self.budget,)
+
+    @property
     def needs_held_out(self) -> str:
         """The option that needs held-out data: ``budget``, or ``measure`` where it has parameters to fit."""
         if self.rule != "first":
@@ -94,7 +103,10 @@ class EarlyExit(Component):
         return "budget" if self.budget is not None else "measure" if self._fitted is not None else ""
 
     def init_state(self, network: Network) -> State:
-        """The given thresholds, replaced where a budget is solved, and no parameters of the measure."""
+        """The given thresholds, replaced where a budget is solved, and no parameters of the measure.
+
+        ``solutions`` is only there with several budgets: their thresholds, by budget.
+        """
         # "gate" holds the parameters of any fitted measure: checkpoints have had that key since there was one measure.
         return {"thresholds": self.threshold, "gate": None, "exits": len(network.heads)}
 
@@ -114,11 +126,18 @@ class EarlyExit(Component):
             correct_KN=torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores]),
             cost_K=cost_K,
         )
-        budget = max(self.budget * backbone_macs(network), cost_K[0])
-        solution = solve(
-            validation, method=self.solver, budget=budget, fallback=self.fallback, rule=self.budget_rule
-        )
-        return {**state, "thresholds": solution.thresholds}
+        backbone = backbone_macs(network)
+        solved = [
+            solve(
+                validation, method=self.solver, budget=max(share * backbone, cost_K[0]), fallback=self.fallback,
+                rule=self.budget_rule,
+            ).thresholds
+            for share in self.budgets
+        ]  # fmt: skip
+        state = {**state, "thresholds": solved[0]}
+        if len(solved) > 1:
+            state["solutions"] = dict(zip(self.budgets, solved, strict=True))
+        return state
 
     def policy(self, state: State) -> ExitPolicy:
         """The current exit policy, for ``DynamicNetwork``."""

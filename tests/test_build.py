@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from clframe.build import build, build_optimizer, build_scheduler, build_strategy
+from clframe.build import build, build_strategy
 from clframe.config.load import load_config
 from clframe.config.schema import OptimizerConfig
 from clframe.config.typed import from_mapping, same_config, to_yaml
 from clframe.core import COMPONENTS, compose
+from clframe.optimization import build_optimizer, build_scheduler
 from clframe.options import missing_options
 
 

@@ -13,7 +13,7 @@ import pytest
 import clframe
 from clframe.errors import RunFolderError
 from clframe.files import remove_temporaries, write_atomically
-from clframe.run_folder import RunFolder
+from clframe.run_folder import RunFolder, started_at, strategy_label
 
 SMALL = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false"]
 
@@ -35,6 +35,25 @@ def test_a_very_deep_output_folder_is_refused_in_one_line(tmp_path):
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
     folders = [RunFolder.create(tmp_path, name="a", seed=0).path for _ in range(5)]
     assert len(set(folders)) == 5
+
+
+def test_a_folder_is_called_by_strategy_seed_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d", "20261129").replace("%H%M%S", "171500"))
+    label = strategy_label("er(memory=50) + exits")
+    names = [RunFolder.create(tmp_path, name="a", seed=7, label=label).path.name for _ in range(2)]
+    assert names == ["er+exits-seed7-20261129-171500", "er+exits-seed7-20261129-171500-1"]
+    assert RunFolder.create(tmp_path, name="a", seed=7).path.name == "seed7-20261129-171500"
+    assert [started_at(Path(name)) for name in names] == ["20261129-171500"] * 2
+
+
+@pytest.mark.parametrize(
+    "strategy, plugins, label",
+    [("naive", ["LwFPlugin", "EWCPlugin"], "naive+LwFPlugin+EWCPlugin"), ("lwf(a=(1, 2)) + er(b='x)')", (), "lwf+er"),
+     ("a/b:c*?", (), "a_b_c_"), ("x" * 300, (), "x" * 80), ("é", (), "é")],
+)  # fmt: skip
+def test_labels_are_safe_names(tmp_path, strategy, plugins, label):
+    assert strategy_label(strategy, plugins=plugins) == label
+    assert RunFolder.create(tmp_path, name="a", seed=0, label=label).path.name.startswith(f"{label}-seed0-")
 
 
 def test_a_second_process_is_refused_and_named(tmp_path):

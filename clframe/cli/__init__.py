@@ -17,8 +17,23 @@ from typing import NoReturn, TextIO, cast
 
 from clframe import __version__
 from clframe.cli import analyze as analyze
-from clframe.cli import card, check, evaluate, explain, export, extend, latency, listing, moefy, predict, report, run
-from clframe.errors import ClframeError, ConfigError, UnknownNameError, nearest, unknown_name
+from clframe.cli import (
+    card,
+    check,
+    evaluate,
+    exits,
+    explain,
+    export,
+    extend,
+    latency,
+    listing,
+    moefy,
+    predict,
+    report,
+    run,
+    runs,
+)
+from clframe.errors import ClframeError, ConfigError, ConfigErrors, UnknownNameError, nearest, unknown_name
 from clframe.printable import PrintableStream, printable
 from clframe.progress import hide_progress
 
@@ -30,11 +45,13 @@ accuracy, forgetting and the cost of every prediction.
   clframe run quickstart strategy='er + lwf(alpha=2)'  use another strategy
   clframe run quickstart components.er.memory=50       change an option
   clframe run quickstart --seeds 0..4                  five seeds, mean and standard deviation
+  clframe runs                                         list runs with their accuracy, cost and state
   clframe extend RUN benchmark.path=new_photos         learn new classes on top of a finished run
   clframe predict RUN photos                           classify files, folders or texts
   clframe export RUN --format onnx                     write the model as ONNX, torch.export or safetensors
   clframe card RUN                                     write a model card with weights and config
   clframe evaluate RUN                                 measure again, or on other data
+  clframe exits RUN --budget 0.4                       solve exit thresholds again, without training
   clframe report runs/quickstart                       HTML page, tables and figures of finished runs
   clframe latency RUN                                  time predictions up to each exit
   clframe analyze sparsity RUN                         measure activation sparsity
@@ -44,7 +61,9 @@ accuracy, forgetting and the cost of every prediction.
   clframe check                                        check the installation
 """
 
-_VERBS = (run, extend, predict, evaluate, export, card, report, latency, analyze, moefy, explain, listing, check)
+_VERBS = (
+    run, runs, extend, predict, evaluate, exits, export, card, report, latency, analyze, moefy, explain, listing, check,
+)  # fmt: skip
 _ALIASES = {"analyse": analyze.NAME}
 """Former or British spellings of verbs: accepted, but not listed."""
 
@@ -60,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClframeError as error:
         if "--debug" in given:
             traceback.print_exc()
-        print(f"clframe: error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
+        for problem in error.problems if isinstance(error, ConfigErrors) else (error,):
+            print(f"clframe: error: {printable(' '.join(str(problem).splitlines()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nclframe: interrupted", file=sys.stderr)

@@ -22,7 +22,7 @@ exits, with intervals, and accuracy on test data at budgets solved on validation
 exits.json to RUN/exits. proxy: correlation of each metric with the accuracy that early exit reaches, over the
 calibrations, confidence measures and experiences of many runs. Scores are cached in each run's folder.
 
-  clframe analyze exits runs/quickstart/20260101-120000-seed0
+  clframe analyze exits runs/quickstart/er+lwf-seed0-20260101-120000
   clframe analyze proxy runs/quickstart --output proxy
 
 sparsity: measures which share of the inputs and outputs of the hidden layers of a trained model's feed-forward
@@ -35,7 +35,7 @@ active neurons, their overlap and forgetting are compared. Or TARGET is the fold
 transformers (text encoder, causal language model; extra transformers) or timm (extra timm), measured on --data. An
 encoder without a classifier predicts the class of the nearest mean embedding of 20 training samples per class.
 
-  clframe analyze sparsity runs/quickstart/20260101-120000-seed0
+  clframe analyze sparsity runs/quickstart/er+lwf-seed0-20260101-120000
   clframe analyze sparsity sentence-transformers/all-MiniLM-L6-v2 --data clinc150 --limit 1500
   clframe analyze sparsity ./my_encoder --data banking77 --rule top_p,max_p --roles input,intermediate
   clframe analyze sparsity Qwen/Qwen3-0.6B --data prompts.txt --generate 16

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from clframe.errors import ConfigError, nearest
 from clframe.printable import printable
@@ -19,7 +20,7 @@ replace the whole block; NAME is a registered name (`clframe list backbones`) or
 """
 
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
-_NOTICED = ("clframe.api", "clframe.data", "clframe.targets.loading", "clframe.training.saver")
+_NOTICED = ("clframe.api", "clframe.config.load", "clframe.data", "clframe.targets.loading", "clframe.training.saver")
 """Loggers whose lines concern users of the command line."""
 MOST_SEEDS = 10_000
 """Bound on the number of seeds in one call."""
@@ -79,6 +80,19 @@ def parse_seeds(text: str) -> list[int]:
 
 def _is_seed(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def progress_line(progress: Any) -> str:
+    """Describe the accuracies after an experience; those that were not evaluated are left out of the mean."""
+    tally, index = progress.tallies[-1], progress.finished - 1
+    seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index and a == a]
+    count = len(tally.accuracy_E)
+    gone = index + 1 - len(seen)
+    return (
+        f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences "
+        f"so far{f' ({gone} not evaluated)' if gone else ''}, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
+        f"({progress.train_seconds:.1f} s training)"
+    )
 
 
 def device_overrides(name: str) -> list[str]:

@@ -14,7 +14,7 @@ Times the trained model of each run on its own test samples, after a warm-up and
 network, the network up to each exit, and the exit policy of early_exit. Prints medians, 95th percentiles and MACs, and
 writes them to RUN/latency.json, which `clframe report` includes.
 
-  clframe latency runs/quickstart/20260101-120000-seed0                     batches of 1 and 32, on the CPU
+  clframe latency runs/quickstart/er+lwf-seed0-20260101-120000                     batches of 1 and 32, on the CPU
   clframe latency RUN --batches 1,8,256 --device cuda --repeats 200
 """
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clframe.cli.board import Board
-from clframe.cli.context import CONFIG, Notices, add_config_options, notices, parse_config, parse_seeds
+from clframe.cli.context import (
+    CONFIG,
+    Notices,
+    add_config_options,
+    notices,
+    parse_config,
+    parse_seeds,
+    progress_line,
+)
+from clframe.cli.jobs import parse_jobs
+from clframe.cli.signals import StopSignals
 from clframe.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -24,14 +32,18 @@ HELP = "train and evaluate on every experience of a benchmark"
 WORDS = "CONFIG [KEY=VALUE ...]"
 DESCRIPTION = f"""\
 {CONFIG}Results, checkpoints, log.txt, metrics.csv and TensorBoard files are written to a new folder under ./runs.
+The folder is called by strategy, seed and time, such as runs/quickstart/er+lwf-seed0-20260101-120000.
 With --folder they are written to that folder, and the same command again continues an unfinished run in it.
+With --jobs the runs of several seeds are trained side by side, in separate processes with their share of the
+cores and of the GPU's memory.
 
   clframe run quickstart trainer.epochs=3 optimizer.lr=0.01
   clframe run quickstart backbone=mlp benchmark.experiences=2
   clframe run quickstart --tensorboard
+  clframe run quickstart --seeds 0..7 --jobs auto
   clframe run my.yaml --seed 3 --device cuda --output results
   clframe run my.yaml --folder runs/mine
-  clframe run --resume runs/quickstart/20260101-120000-seed0
+  clframe run --resume runs/quickstart/er+lwf-seed0-20260101-120000
 """
 
 
@@ -39,10 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_config_options(parser)
     parser.add_argument("--seeds", metavar="A..B", help="run every seed from A to B, or of a list such as 0,3,7")
+    parser.add_argument("--jobs", metavar="N", help="train N seeds of --seeds at a time; auto chooses N")
+    parser.add_argument("--name", metavar="NAME", help="name of the experiment, whose runs are in runs/NAME; sets name")
     parser.add_argument("--output", metavar="DIR", help="folder for run folders (default: runs)")
     parser.add_argument("--folder", metavar="DIR", help="folder of this run; the same command again continues it")
     parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
-    parser.add_argument("--deterministic", action="store_true", help="short for trainer.deterministic=true (default)")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="short for trainer.deterministic=true (the default except on CUDA)"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="show the run in TensorBoard while it trains")
     parser.add_argument("--quiet", action="store_true", help="print only the final average accuracy")
 
@@ -64,36 +80,6 @@ def until_stopped(train: Callable[[argparse.Namespace], int], options: argparse.
         return 128 + signals.received
 
 
-class StopSignals:
-    """Turns SIGTERM, SIGHUP and SIGUSR1 into a KeyboardInterrupt, so that they stop a run as cleanly as Ctrl-C.
-
-    While it trains, a run handles them itself and saves first; see :mod:`clframe.training.stopping`.
-
-    Signals that are ignored, as under nohup, stay ignored.
-    """
-
-    def __init__(self) -> None:
-        self.received: int = signal.SIGINT
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Python sets handlers in the main thread only
-        for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has only the first
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                self._previous[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: object) -> None:
-        self.received = number
-        raise KeyboardInterrupt
-
-
 def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         _refuse_with_resume(options)
@@ -103,10 +89,17 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.seeds is not None and options.seed is not None:
         raise ConfigError(f"--seeds: found {options.seeds} together with --seed {options.seed}; give one of them")
+    jobs = None if options.jobs is None else parse_jobs(options.jobs)
+    if options.jobs is not None and options.seeds is None:
+        raise ConfigError(f"--jobs: found {options.jobs} without --seeds; add the seeds, such as --seeds 0..3")
     _check_folder(options)
     config, overrides = parse_config(options)
+    if options.name is not None:
+        overrides.append(f"name={options.name}")
     if options.deterministic:
         overrides.append("trainer.deterministic=true")
+    if options.jobs is not None:
+        return _train_side_by_side(options, config, overrides, jobs=jobs)
     seeds = [] if options.seeds is None else [[f"seed={seed}"] for seed in parse_seeds(options.seeds)]
     with notices(quiet=options.quiet) as data_notices, _board(options) as board:
         results = [
@@ -120,9 +113,41 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_side_by_side(options: argparse.Namespace, config: str, overrides: Sequence[str], *, jobs: int | None) -> int:
+    from dataclasses import replace
+
+    from clframe.cli.side_by_side import SideBySide, plan_runs
+    from clframe.config.load import load_config
+
+    seeds = parse_seeds(options.seeds)
+    typed = load_config(config, [*overrides, f"seed={seeds[0]}"])
+    if options.output is not None:
+        typed = replace(typed, output=options.output)
+    rest = _without_seeds(options, config, overrides)
+    with _board(options) as board:
+        board.show(typed)
+        runs = SideBySide(config, overrides, output=options.output, quiet=options.quiet, rest=rest)
+        chosen = plan_runs(runs, typed, seeds=seeds, jobs=jobs)
+        if not options.quiet:
+            print(chosen.reason, flush=True)
+        found = runs.run(seeds, chosen)
+    from clframe.results import Result
+
+    _print_summary([Result.from_json(folder / "results.json") for folder in found.values() if folder], options)
+    return 2 if None in found.values() else 0
+
+
+def _without_seeds(options: argparse.Namespace, config: str, overrides: Sequence[str]) -> list[str]:
+    """The command that was given, without its seeds."""
+    command = ["clframe", "run", config, *overrides, "--jobs", options.jobs]
+    command += [] if options.output is None else ["--output", options.output]
+    return command + ["--quiet"] * options.quiet + ["--tensorboard"] * options.tensorboard
+
+
 def _refuse_with_resume(options: argparse.Namespace) -> None:
     found = [*options.words]
-    found += [f"--{o}" for o in ("seed", "seeds", "output", "folder", "device") if getattr(options, o) is not None]
+    names = ("seed", "seeds", "jobs", "name", "output", "folder", "device")
+    found += [f"--{name}" for name in names if getattr(options, name) is not None]
     found += ["--deterministic"] if options.deterministic else []
     if found:
         raise ConfigError(f"--resume: found {found[0]} as well; leave it out, a resumed run uses its own config")
@@ -160,23 +185,14 @@ def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arg
 
 def print_tables(result: Result) -> None:
     """Print accuracies, exits and metrics of a finished run."""
-    from clframe.report.terminal import accuracy_text, exits_text, summary_text
+    from clframe.report.terminal import result_text
 
-    print("\n" + "\n\n".join(filter(None, (accuracy_text(result), exits_text(result), summary_text(result)))))
+    print("\n" + result_text(result))
 
 
 def print_progress(progress: Any) -> None:
-    """Print the accuracies after an experience; those that were not evaluated are left out of the mean."""
-    tally, index = progress.tallies[-1], progress.finished - 1
-    seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index and a == a]
-    count = len(tally.accuracy_E)
-    gone = index + 1 - len(seen)
-    print(
-        f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences "
-        f"so far{f' ({gone} not evaluated)' if gone else ''}, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
-        f"({progress.train_seconds:.1f} s training)",
-        flush=True,
-    )
+    """Print the accuracies after an experience."""
+    print(progress_line(progress), flush=True)
 
 
 def _print_summary(results: Sequence[Result], options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ other keys (``${trainer.epochs}``) and to nothing else: no OmegaConf resolver is
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from clframe.config.files import REGISTRIES, YAML, Registered, find_config, known_configs, parser_reason, read_yaml
 from clframe.config.schema import OPEN_BLOCKS, Config
 from clframe.config.typed import as_tree, check_keys, from_mapping, rename_keys
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, Problems
 from clframe.options import format_value
+
+_log = logging.getLogger(__name__)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -39,10 +42,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             merged = _merge(merged, layer, where)
         if _raw_contents(merged).get("name") is None:
             merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
-        changes = [_Override(text) for text in overrides]
-        for change in sorted(changes, key=lambda change: not change.replaces_block):
-            merged = change.replace_block(merged) if change.replaces_block else change.merge_into(merged)
-        return from_mapping(_resolve(merged))
+        merged, problems = _apply(merged, overrides)
+        with problems.attempt():
+            config = from_mapping(_resolve(merged))
+            if not problems.found:
+                _name_unused(config, overrides)
+                return config
+        problems.raise_found()
+        raise AssertionError("unreachable")
     except RecursionError:
         raise ConfigError("config: is nested too deeply to be read; make it flatter") from None
 
@@ -62,12 +69,34 @@ def change_config(config: Config, overrides: Sequence[str], *, benchmark: Mappin
     assert isinstance(merged, DictConfig)
     for key in benchmark:
         merged["benchmark"].pop(key, None)
-    changes = [_Override(text) for text in overrides]
-    for change in sorted(changes, key=lambda change: not change.replaces_block):
-        merged = change.replace_block(merged) if change.replaces_block else change.merge_into(merged)
+    merged, problems = _apply(merged, overrides)
+    problems.raise_found()
     tree = _resolve(merged)
     tree["benchmark"] = {**benchmark, **tree["benchmark"]}
     return from_mapping(tree)
+
+
+def _apply(base: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Problems]:
+    """``base`` with the overrides applied, and the problems of those that cannot be."""
+    problems, changes = Problems(), []
+    for text in overrides:
+        with problems.attempt():
+            changes.append(_Override(text))
+    for change in sorted(changes, key=lambda change: not change.replaces_block):
+        with problems.attempt():
+            base = change.replace_block(base) if change.replaces_block else change.merge_into(base)
+    return base, problems
+
+
+def _name_unused(config: Config, overrides: Sequence[str]) -> None:
+    """Log the options of components that the strategy does not use, if an override has given them."""
+    for name in config.components:
+        given = any(text.strip().startswith((f"components.{name}.", f"components.{name}=")) for text in overrides)
+        if given and name in REGISTRIES["strategy"] and not re.search(rf"\b{re.escape(name)}\b", config.strategy):
+            _log.warning(
+                "components.%s: the strategy '%s' does not use it, its options have no effect; add it to the strategy "
+                "or leave them out", name, config.strategy,
+            )  # fmt: skip
 
 
 def data_config(data: str, overrides: Sequence[str]) -> Config:

@@ -6,13 +6,16 @@ and not part of the strategy expression: the plugins run next to the components.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from clframe.config.optimizers import check_arguments, optimizer_arguments, optimizer_name
 from clframe.config.periods import Period, parse_period
-from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
-from clframe.options import format_value
+from clframe.errors import ConfigError, Problems, UnknownNameError, nearest, unknown_name
+from clframe.options import convert, format_value
 
 BLOCK = "avalanche"
 """The key in ``components`` that is reserved for Avalanche plugins."""
@@ -66,9 +69,30 @@ def _read_named(entry: Any, where: str, example: str = _EXAMPLE) -> tuple[str, d
     return str(name), {str(key): value for key, value in (options or {}).items()}
 
 
+_PROBLEMS: ContextVar[Problems | None] = ContextVar("problems", default=None)
+
+
+@contextmanager
+def _every_check() -> Iterator[None]:
+    """Collect the problems that :func:`_require` finds in the block, and raise them together at its end."""
+    problems = Problems()
+    token = _PROBLEMS.set(problems)
+    try:
+        with problems.attempt():
+            yield
+    finally:
+        _PROBLEMS.reset(token)
+    problems.raise_found()
+
+
 def _require(ok: bool, key: str, found: Any, advice: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}: found {format_value(found)}; {advice}")
+    if ok:
+        return
+    error, problems = ConfigError(f"{key}: found {format_value(found)}; {advice}"), _PROBLEMS.get()
+    if problems is None:
+        raise error
+    if not any(str(other).startswith(f"{key}: ") for other in problems.found):  # one problem of a key is enough
+        problems.add(error)
 
 
 def _require_at_least(low: float, key: str, found: float) -> None:
@@ -120,6 +144,7 @@ class BenchmarkConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the data set."""
 
+    @_every_check()
     def __post_init__(self) -> None:
         """Refuse values that no data set can satisfy and keys that the protocol ignores."""
         _require(bool(self.name), "benchmark.name", self.name, "give a name from clframe list benchmarks")
@@ -154,6 +179,7 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backbone."""
 
+    @_every_check()
     def __post_init__(self) -> None:
         """Require a name."""
         _require(bool(self.name), "backbone.name", self.name, "give a name from clframe list backbones")
@@ -166,30 +192,47 @@ LARGEST_FLOAT = 3.4e38
 DEFAULT_GAMMA = 0.1
 
 
+Rate = float | dict[str, float]
+"""A learning rate, or those of the ``first`` and of all ``later`` experiences."""
+
 Automatic = Literal["auto"] | bool
 """``auto`` is replaced by the choice for the device of a run, in the run's own config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer; every experience starts with a new one."""
+    """The optimizer; every experience starts with a new one.
 
-    name: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
-    lr: float = 0.05
-    """Learning rate at the start of every experience, after warmup."""
+    The keys below and the options of its constructor in ``torch.optim``, such as ``nesterov``, ``eps``, ``amsgrad``,
+    ``alpha``; those that are not given have torch's defaults, except for ``lr`` and ``weight_decay``.
+    """
+
+    name: str = "sgd"
+    """A class of ``torch.optim`` in any case: sgd, adam, adamw, rmsprop, nadam, adagrad ..."""
+    lr: Rate = 0.05
+    """Learning rate at the start of every experience, after warmup.
+
+    ``{first: 0.1, later: 0.01}`` gives the first experience of the stream another one than all later ones.
+    """
     momentum: float = 0.0
     """Momentum of ``sgd`` and ``rmsprop``."""
     betas: tuple[float, float] | None = None
-    """Decay rates of Adam's two moments; null is torch's [0.9, 0.999]."""
+    """Decay rates of the two moments of ``adam``, ``adamw``, ``adamax``, ``nadam`` and ``radam``; null is torch's [0.9,
+    0.999]."""
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "multistep", "step", "plateau"] = "constant"
-    """Learning-rate schedule over the epochs of one experience."""
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of some of the parameters: ``backbone``; ``heads``, the classifiers of all exits; or the name of a
+    component, for the modules that it adds to the network. Keys are ``lr``, ``weight_decay``, ``momentum``, ``betas``
+    and options of the optimizer; what a group leaves out, and parameters in no group, follow the block. Schedule and
+    warmup multiply the rates of all groups."""
+    schedule: Literal["constant", "cosine", "multistep", "step", "exponential", "linear", "plateau"] = "constant"
+    """Learning-rate schedule over the epochs of one experience; ``cosine`` and ``linear`` fall to 0 at its end."""
     milestones: tuple[int, ...] = ()
     """Epochs after which ``multistep`` multiplies the rate by ``gamma``."""
     step: int | None = None
     """Number of epochs after which ``step`` multiplies the rate by ``gamma``, again and again."""
     gamma: float = DEFAULT_GAMMA
-    """Factor of ``multistep`` and ``step``."""
+    """Factor of ``multistep`` and ``step``, and that of ``exponential`` after every epoch, which has no default."""
     factor: float | None = None
     """Factor by which ``plateau`` multiplies the rate when the loss stops falling; null is a third, as in FACIL.
 
@@ -198,26 +241,48 @@ class OptimizerConfig:
     patience: int | None = None
     """Epochs without improvement after which ``plateau`` lowers the rate; null is 5, as in FACIL."""
     fused: Automatic = "auto"
-    """Update all weights in one kernel; ``auto`` does so on CUDA, except for ``rmsprop`` and in 16-mixed."""
+    """Update all weights in one kernel; ``auto`` does so on CUDA with ``sgd``, ``adam`` and ``adamw``, except in
+    16-mixed."""
     warmup: int = 0
     """Epochs over which the rate first rises linearly to its scheduled value."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the optimizer."""
 
     def __post_init__(self) -> None:
         """Refuse rates that cannot train and settings that would be ignored."""
-        _require(self.lr > 0, "optimizer.lr", self.lr, "give a number above 0")
+        with _every_check():
+            object.__setattr__(self, "name", optimizer_name(self.name))
+            _check_rate(self.lr, "optimizer.lr")
+            self._check_algorithm()
+            self._check_schedule()
+        object.__setattr__(self, "options", self._checked(self.options, "optimizer"))
+        groups = {name: self._checked_group(name, given) for name, given in self.groups.items()}
+        object.__setattr__(self, "groups", groups)
+
+    def _check_algorithm(self) -> None:
+        known, name = optimizer_arguments(self.name), self.name
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number from 0 to below 1")
-        adam = self.name in ("adam", "adamw")
-        _require(not self.momentum or not adam, "optimizer.momentum", self.momentum,
-                 f"leave it out ({self.name} has betas) or set optimizer.name=sgd")  # fmt: skip
+        other = "betas" if "betas" in known else "no momentum"
+        _require(not self.momentum or "momentum" in known, "optimizer.momentum", self.momentum,
+                 f"leave it out ({name} has {other}) or set optimizer.name=sgd")  # fmt: skip
         if self.betas is not None:
-            _require(adam, "optimizer.betas", self.betas, f"leave it out ({self.name} has no betas)")
+            _require("betas" in known, "optimizer.betas", self.betas, f"leave it out ({name} has no betas)")
             in_range = all(0 <= beta < 1 for beta in self.betas)
             _require(in_range, "optimizer.betas", self.betas, "give two numbers from 0 to below 1")
         _require_at_least(0, "optimizer.weight_decay", self.weight_decay)
+        _require(not self.weight_decay or "weight_decay" in known, "optimizer.weight_decay", self.weight_decay,
+                 f"leave it out ({name} has none)")  # fmt: skip
+        _require(self.fused is not True or "fused" in known, "optimizer.fused", self.fused,
+                 f"{name} has no fused update; leave it out")  # fmt: skip
+        for key in ("weight_decay", "gamma"):
+            _require(getattr(self, key) <= LARGEST_FLOAT, f"optimizer.{key}", getattr(self, key),
+                     "which overflows float32; give a smaller number")  # fmt: skip
+
+    def _check_schedule(self) -> None:
         _require(self.gamma > 0, "optimizer.gamma", self.gamma, "give a number above 0")
+        _require(self.schedule != "exponential" or self.gamma != DEFAULT_GAMMA, "optimizer.gamma", self.gamma,
+                 "give exponential a factor per epoch such as 0.9, or set schedule=step and step=1")  # fmt: skip
         _require_at_least(0, "optimizer.warmup", self.warmup)
-        _require(self.fused is not True or self.name != "rmsprop", "optimizer.fused", self.fused,
-                 "rmsprop has no fused update; leave it out")  # fmt: skip
         ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) > 0
         _require(ordered, "optimizer.milestones", self.milestones, "give rising epoch numbers from 1")
         for key, value, schedule in (("milestones", self.milestones, "multistep"), ("step", self.step, "step")):
@@ -234,9 +299,51 @@ class OptimizerConfig:
         _require(self.patience is None or self.patience >= 0, "optimizer.patience", self.patience, "give at least 0")
         _require(not self.warmup or self.schedule != "plateau", "optimizer.warmup", self.warmup,
                  "leave it out: plateau sets the rate from the losses alone")  # fmt: skip
-        for key in ("lr", "weight_decay", "gamma"):
-            _require(getattr(self, key) <= LARGEST_FLOAT, f"optimizer.{key}", getattr(self, key),
-                     "which overflows float32; give a smaller number")  # fmt: skip
+
+    def _checked(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        base = {key: value for key, value in self.torch_options().items() if key not in given}
+        return check_arguments(self.name, given, where=where, base=base)
+
+    def _checked_group(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        where = f"optimizer.groups.{name}"
+        _require(bool(given), where, dict(given), "give it a setting such as lr, or leave it out")
+        for key in ("fused", "foreach"):
+            _require(key not in given, f"{where}.{key}", given.get(key), "set it for the whole optimizer")
+        checked = self._checked({key: value for key, value in given.items() if key != "lr"}, where)
+        if "lr" not in given:
+            return checked
+        rate = convert(given["lr"], Rate, where=f"{where}.lr")
+        _check_rate(rate, f"{where}.lr")
+        return {"lr": rate, **checked}
+
+    def torch_options(self, experience: int = 0) -> dict[str, Any]:
+        """Arguments of the constructor for the experience with this index, without ``fused`` and groups."""
+        known = optimizer_arguments(self.name)
+        values: dict[str, Any] = {"lr": rate_of(self.lr, experience)}
+        for key in ("weight_decay", "momentum", "betas"):
+            if key in known and getattr(self, key) is not None:
+                values[key] = getattr(self, key)
+        return {**values, **self.options}
+
+
+def rate_of(rate: float | Mapping[str, float], experience: int) -> float:
+    """The learning rate of the experience with this index in the stream.
+
+    >>> rate_of(0.1, 3), rate_of({"first": 0.1, "later": 0.01}, 0), rate_of({"first": 0.1, "later": 0.01}, 3)
+    (0.1, 0.1, 0.01)
+    """
+    if isinstance(rate, Mapping):
+        return rate["later" if experience else "first"]
+    return rate
+
+
+def _check_rate(rate: float | Mapping[str, float], where: str) -> None:
+    if isinstance(rate, Mapping):
+        _require(set(rate) == {"first", "later"}, where, dict(rate), "give {first: RATE, later: RATE}, or one rate")
+    for key, value in rate.items() if isinstance(rate, Mapping) else (("", rate),):
+        place = f"{where}.{key}" if key else where
+        _require(value > 0, place, value, "give a number above 0")
+        _require(value <= LARGEST_FLOAT, place, value, "which overflows float32; give a smaller number")
 
 
 LOGGERS = ("tensorboard", "csv")
@@ -257,6 +364,7 @@ class CheckpointConfig:
     spends at most 2 % of the time on writing.
     """
 
+    @_every_check()
     def __post_init__(self) -> None:
         """Refuse anything but a period."""
         _ = self.period
@@ -305,8 +413,10 @@ class TrainerConfig:
     record_activity: bool | None = None
     """Record active neurons and experts after each experience, on at most 2,048 test samples; null does so where the
     strategy has ``sparsity`` or ``moe``."""
-    fast_dev_run: bool = False
-    """Run two batches of one epoch per experience, to test a setup."""
+    fast_dev_run: bool | int = False
+    """Development run, to test a setup: one epoch of two batches per experience, and evaluation of two batches per
+    experience. ``true`` runs the first two experiences, since replay and distillation begin in the second; a number
+    runs as many."""
     threads: int | None = None
     """CPU threads; null is torch's choice. Small models are fastest with 1."""
     channels_last: Automatic = "auto"
@@ -339,10 +449,13 @@ class TrainerConfig:
     An entry is a name, or a mapping of a name to its options, such as ``{WandbLogger: {offline: true}}``.
     """
 
+    @_every_check()
     def __post_init__(self) -> None:
         """Refuse impossible sizes and callbacks that the engine would not call."""
         for key in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_every"):
             _require_at_least(1, f"trainer.{key}", getattr(self, key))
+        _require(self.fast_dev_run >= 0, "trainer.fast_dev_run", self.fast_dev_run,
+                 "give true, false or a number of experiences")  # fmt: skip
         threads_ok = self.threads is None or 1 <= self.threads <= MOST_THREADS
         _require(threads_ok, "trainer.threads", self.threads, f"give a number from 1 to {MOST_THREADS} or null")
         clip_ok = self.gradient_clip is None or self.gradient_clip > 0
@@ -423,6 +536,7 @@ class Config:
     output: str = "runs"
     """Folder for run folders."""
 
+    @_every_check()
     def __post_init__(self) -> None:
         """Refuse seeds, names and plugins that cannot work."""
         named_plugins(self.components)
@@ -435,3 +549,6 @@ class Config:
 
 OPEN_BLOCKS: dict[str, Callable[..., Any]] = {"benchmark": BenchmarkConfig, "backbone": BackboneConfig}
 """Blocks that contain options of the named backbone or benchmark next to their own keys."""
+
+WITH_OPTIONS: dict[str, Callable[..., Any]] = {**OPEN_BLOCKS, "optimizer": OptimizerConfig}
+"""Blocks with a key ``options``, whose entries are written next to the block's own keys."""

@@ -10,9 +10,10 @@ from typing import Any, NoReturn, get_type_hints
 from omegaconf import OmegaConf
 
 from clframe.config.files import parse_yaml
-from clframe.config.schema import BLOCK, OPEN_BLOCKS, RENAMED, BenchmarkConfig, Config, EarlierConfig
+from clframe.config.optimizers import optimizer_options
+from clframe.config.schema import BLOCK, OPEN_BLOCKS, RENAMED, WITH_OPTIONS, BenchmarkConfig, Config, EarlierConfig
 from clframe.core import Composition, parse
-from clframe.errors import ConfigError, nearest
+from clframe.errors import ConfigError, Problems, nearest
 from clframe.options import convert, format_value, rename_options
 
 
@@ -84,7 +85,7 @@ def _with_strategy(config: Config) -> tuple[Config, Composition | None]:
 def as_tree(config: Config) -> dict[str, Any]:
     """The config as nested plain values, options next to the keys of their block."""
     tree = dataclasses.asdict(config)
-    for block in OPEN_BLOCKS:
+    for block in WITH_OPTIONS:
         tree[block].update(tree[block].pop("options"))
     for entry in tree["earlier"]:
         entry["benchmark"].update(entry["benchmark"].pop("options"))
@@ -100,19 +101,27 @@ def check_keys(contents: Mapping[Any, Any], *, where: str) -> None:
     Raises:
         ConfigError: An unknown key, or a block that is not a mapping.
     """
-    blocks = _blocks()
+    blocks, problems = _blocks(), Problems()
     for key, value in contents.items():
-        if key not in blocks[""]:
-            _unknown_key(str(key), "", where)
-        if key not in blocks:
-            continue
-        if not isinstance(value, dict):
-            named = isinstance(value, str) and "name" in blocks[key]
-            example = f" such as {{name: {value}}}" if named else ""
-            raise ConfigError(f"{where}: {key} is {format_value(value)}; give a mapping{example}")
-        for name in value:
-            if name not in blocks[key] and key not in OPEN_BLOCKS:
-                _unknown_key(str(name), str(key), where)
+        with problems.attempt():
+            if key not in blocks[""]:
+                _unknown_key(str(key), "", where)
+            if key not in blocks:
+                continue
+            if not isinstance(value, dict):
+                named = isinstance(value, str) and "name" in blocks[key]
+                example = f" such as {{name: {value}}}" if named else ""
+                raise ConfigError(f"{where}: {key} is {format_value(value)}; give a mapping{example}")
+            for name in value:
+                if name not in blocks[key] and not _is_option(str(name), str(key)):
+                    with problems.attempt():
+                        _unknown_key(str(name), str(key), where)
+    problems.raise_found()
+
+
+def _is_option(name: str, block: str) -> bool:
+    """Whether a block that has no key of this name may have an option of that name."""
+    return block in OPEN_BLOCKS or (block == "optimizer" and name in optimizer_options())
 
 
 def block_keys(block: str) -> tuple[str, ...]:
@@ -142,7 +151,8 @@ def _unknown_key(key: str, block: str, where: str) -> NoReturn:
     blocks = _blocks()
     all_keys = [(home, name) for home, names in blocks.items() for name in names]
     exact = [known for known in all_keys if known[1] == key]
-    near = nearest(key, blocks[block]), nearest(key, [name for _, name in all_keys])
+    options = optimizer_options() if block == "optimizer" else ()
+    near = nearest(key, (*blocks[block], *options)), nearest(key, [name for _, name in all_keys])
     close = exact if len(exact) == 1 else [(block, near[0])] if near[0] else []
     close = close or [known for known in all_keys if known[1] == near[1]][:1]
     settable = set(blocks[block]) - {"earlier"}  # which clframe extend writes
@@ -158,30 +168,33 @@ def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
     hints, names = get_type_hints(schema), _blocks()[where]
     values: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    problems = Problems()
     for key, value in tree.items():
         path = f"{where}.{key}" if where else str(key)
-        if key not in names:
-            if where not in OPEN_BLOCKS:
-                _unknown_key(str(key), where, "config")
-            options[str(key)] = value
-        elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _read_block(hints[key], value, where=path)
-        elif key == "components":
-            named = _require_mapping(value, path, of="names to options")
-            values[key] = {name: _require_mapping(v, f"{path}.{name}", of="options") for name, v in named.items()}
-        elif key == "earlier":
-            values[key] = _read_earlier(value, path)
-        elif key == "callbacks":
-            values[key] = _require_mapping(value, path, of="names to options")
-        else:
-            values[key] = convert(value, hints[key], where=path)
-    if where in OPEN_BLOCKS:
+        with problems.attempt():
+            if key not in names:
+                if not _is_option(str(key), where):
+                    _unknown_key(str(key), where, "config")
+                options[str(key)] = value
+            elif dataclasses.is_dataclass(hints[key]):
+                values[key] = _read_block(hints[key], value, where=path)
+            elif key in ("components", "groups"):
+                named = _require_mapping(value, path, of="names to options")
+                values[key] = {name: _require_mapping(v, f"{path}.{name}", of="options") for name, v in named.items()}
+            elif key == "earlier":
+                values[key] = _read_earlier(value, path)
+            elif key == "callbacks":
+                values[key] = _require_mapping(value, path, of="names to options")
+            else:
+                values[key] = convert(value, hints[key], where=path)
+    if where in WITH_OPTIONS:
         values["options"] = options
     for block in OPEN_BLOCKS if schema is Config else ():
-        if block not in values:
-            raise ConfigError(
+        if block not in tree:
+            problems.add(ConfigError(
                 f"config: has no {block}; set {block}=NAME, or put {block}/NAME into the defaults of its file"
-            )
+            ))  # fmt: skip
+    problems.raise_found()
     return schema(**values)
 
 

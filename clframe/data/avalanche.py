@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from clframe.core.types import Experience
+from clframe.data.slow_imports import import_avalanche as import_avalanche
 from clframe.nn.types import Samples
 
 if TYPE_CHECKING:
@@ -51,16 +49,6 @@ class Streams(Protocol):
 
     def sub_experiences(self, index: int) -> Any:
         """Indices of the small experiences of experience ``index``."""
-
-
-def import_avalanche() -> None:
-    """Import Avalanche without the output and warnings of its import.
-
-    GPUtil, qpsolvers and other dependencies warn about themselves, which does not concern users of clframe.
-    """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        import avalanche.training  # noqa: F401
 
 
 class PreparedSamples(Dataset[tuple[Tensor, int]]):

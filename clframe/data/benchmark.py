@@ -78,6 +78,16 @@ class Benchmark:
     def __len__(self) -> int:
         return len(self.classes)
 
+    def first_experiences(self, count: int) -> Benchmark:
+        """Return the benchmark cut off after ``count`` experiences; its numbers and names of classes are unchanged."""
+        if count >= len(self):
+            return self
+        parts = self.sub_experiences(count - 1).stop
+        return replace(
+            self, classes=self.classes[:count], train=self.train[:parts], test=self.test[:count],
+            validation=self.validation[:count], domains=self.domains[:count], original=self.original[:count],
+        )  # fmt: skip
+
     def sub_experiences(self, experience: int) -> range:
         """Indices into :attr:`train` of the parts of experience ``experience``; models are evaluated after the last."""
         if self.online is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clframe.errors import ClframeError
 from clframe.exits.curves import (
+    BUDGETS,
     AccuracyCostCurve,
     BudgetPoints,
     BudgetRule,
@@ -279,6 +280,7 @@ def make_exit_record(
     similarity_K: tuple[float, ...],
     rule: BudgetRule = "best",
     simulated: str = "",
+    budgets: Sequence[float] = BUDGETS,
     most: int = 41,
 ) -> ExitRecord:
     """Make the record of one evaluation.
@@ -292,9 +294,10 @@ def make_exit_record(
         similarity_K: See :class:`ExitRecord`.
         rule: Choice of the budget points' thresholds.
         simulated: See :class:`ExitRecord`.
+        budgets: Shares of the bare backbone's MACs with a budget point each.
         most: Largest number of thresholds in the curve.
     """
-    points = budget_points(validation, test, backbone_cost=backbone_macs, rule=rule)
+    points = budget_points(validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule)
     outcomes = [
         None if point.undefined else evaluate_thresholds(test, shared(point.threshold, exits=test.exits))
         for point in points.points or ()

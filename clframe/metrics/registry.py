@@ -96,7 +96,7 @@ def _samples_E(tallies: Sequence[Tally]) -> tuple[int, ...]:
     return tuple(map(max, zip(*(tally.samples_E for tally in tallies), strict=True)))
 
 
-_OWN: Final[Mapping[str, Metric]] = {
+OWN_METRICS: Final[Mapping[str, Metric]] = {
     "final_average_accuracy": Metric(
         label="final average accuracy", column="final", compared=True, tag="1_progress/accuracy",
         score=lambda found: continual.final_average_accuracy(found.accuracy_TE),
@@ -134,14 +134,14 @@ _OWN: Final[Mapping[str, Metric]] = {
     ),
 }  # fmt: skip
 
-for _name, _metric in _OWN.items():
+for _name, _metric in OWN_METRICS.items():
     METRICS.add(_name, _metric)
 
 
 def all_metrics() -> dict[str, Metric]:
     """Return every metric by name: clframe's in the order of this file, then others in alphabetical order."""
     found = dict(METRICS.items())
-    return {**{name: found[name] for name in _OWN}, **found}
+    return {**{name: found[name] for name in OWN_METRICS}, **found}
 
 
 def scores(

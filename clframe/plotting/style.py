@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 4.7, 3.1
 """Inches. On a telephone a point is then about a pixel."""
+PNG_DPI = 160
+"""Pixels per inch of PNG files."""
 
 INK, MUTED, GRID, PAPER = "#1c2126", "#656d76", "#dde1e6", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#c2649a", "#b98700", "#3a9bd0", "#7b5fc4", "#5b5f63")
@@ -88,16 +90,24 @@ def styled(**more: Any) -> Iterator[None]:
 
 
 def render_picture(picture: Picture) -> RenderedPicture:
-    """Draw a figure once and render it as SVG and PNG; the same numbers give the same bytes."""
+    """Draw a figure once and render it as SVG and PNG; the same numbers give the same bytes.
+
+    The canvases are called directly: ``savefig`` draws every figure twice, the first time without output.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with styled(**{"svg.hashsalt": picture.name}):
-        figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, picture.height), dpi=72, layout="constrained")
         picture.draw(figure)
         text, pixels = io.StringIO(), io.BytesIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        vectors: Any = FigureCanvasSVG(figure)
+        vectors.print_svg(text, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         figure.set_layout_engine("none")  # the layout of the SVG also holds for the PNG
-        figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
+        figure.dpi = PNG_DPI
+        raster: Any = FigureCanvasAgg(figure)
+        raster.print_png(pixels, metadata={"Software": None})
     return RenderedPicture(
         picture.name, picture.caption, _inline(text.getvalue(), picture), text.getvalue(), pixels.getvalue()
     )
@@ -149,9 +159,11 @@ def label(text: str, *, most: int = 44) -> str:
 
 
 def series_style(n: int) -> dict[str, Any]:
-    """Return color, dash and marker of series ``n``."""
-    dash = DASHES[n // len(SERIES) % len(DASHES)]
-    return {"color": SERIES[n % len(SERIES)], "linestyle": dash, "marker": MARKERS[n % len(MARKERS)]}
+    """Return color, dash and marker of series ``n``: where colors repeat, dashes and markers are others."""
+    color, lap = n % len(SERIES), n // len(SERIES)
+    return {
+        "color": SERIES[color], "linestyle": DASHES[lap % len(DASHES)], "marker": MARKERS[(color + lap) % len(MARKERS)]
+    }  # fmt: skip
 
 
 def shades() -> Colormap:
@@ -180,31 +192,63 @@ def legend(figure: Figure, axes: Any, *, most: int = 12) -> None:
 def annotate_apart(figure: Figure, axes: Any, texts: Mapping[tuple[float, float], str], *, color: str) -> None:
     """Write a text next to each point so that no two overlap; call it when everything else is drawn.
 
-    Each text takes the first free position around its point, nearest first.
+    Each text takes the first position around its point, nearest first, that covers no other text of the axes and none
+    of the points; where there is none, the position that covers least.
     """
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground=PAPER)]  # texts may cross lines
     figure.draw_without_rendering()  # runs the layout, after which positions in pixels are known
-    taken: list[Any] = []
+    pixels = figure.dpi / 72
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [_around(axes.transData.transform(point), 5 * pixels) for point in texts]
     for point, text in texts.items():
-        annotation: Any = None
-        for distance, (right, up) in itertools.product((8, 20, 32, 44), _SIDES):
-            if annotation is not None:
-                annotation.remove()
-            annotation = axes.annotate(
-                text, point, xytext=(right * distance, up * distance), textcoords="offset points",
-                ha={1: "left", 0: "center", -1: "right"}[right], va={1: "bottom", 0: "center", -1: "top"}[up],
-                fontsize=8.5, color=color, path_effects=halo, zorder=5,
-            )  # fmt: skip
-            annotation.set_in_layout(False)  # else the layout would change under the positions just found
-            box = annotation.get_window_extent()
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y1)
-            if inside and axes.bbox.containsy(box.y0) and not any(box.overlaps(other) for other in taken):
+        annotation = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=color,
+                                   path_effects=halo, zorder=5)  # fmt: skip
+        annotation.set_in_layout(False)  # else the layout would change under the positions just found
+        x, y = axes.transData.transform(point)
+        size = annotation.get_window_extent()
+        best: tuple[float, Any, tuple[int, int, int]] | None = None
+        for distance, (right, up) in itertools.product((8, 20, 32, 44, 60, 80), _SIDES):
+            box = _moved(size, x + right * distance * pixels, y + up * distance * pixels, right, up)
+            covered = sum(_common_area(box, other) for other in taken) + _area(box) - _common_area(box, axes.bbox)
+            if best is None or covered < best[0]:
+                best = covered, box, (distance, right, up)
+            if covered <= 0:
                 break
-        taken.append(annotation.get_window_extent())
+        assert best is not None
+        _, box, (distance, right, up) = best
+        annotation.set(position=(right * distance, up * distance), ha=_ALIGNED[right], va=_RAISED[up])
+        taken.append(box)
 
 
+def _around(center: Any, radius: float) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = center
+    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+
+
+def _moved(size: Any, x: float, y: float, right: int, up: int) -> Any:
+    """Return the box of a text aligned at a point: to the right of it for 1, centered for 0, to the left for -1."""
+    from matplotlib.transforms import Bbox
+
+    left, low = x + (right - 1) * size.width / 2, y + (up - 1) * size.height / 2
+    return Bbox.from_bounds(left, low, size.width, size.height)
+
+
+def _area(box: Any) -> float:
+    return float(box.width * box.height)
+
+
+def _common_area(first: Any, second: Any) -> float:
+    wide = min(first.x1, second.x1) - max(first.x0, second.x0)
+    high = min(first.y1, second.y1) - max(first.y0, second.y0)
+    return float(wide * high) if wide > 0 and high > 0 else 0.0
+
+
+_ALIGNED = {1: "left", 0: "center", -1: "right"}
+_RAISED = {1: "bottom", 0: "center", -1: "top"}
 _SIDES = ((1, -1), (-1, 1), (1, 1), (-1, -1), (0, -1), (0, 1), (1, 0), (-1, 0))
 
 

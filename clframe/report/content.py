@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clframe.environment import versions
 from clframe.metrics.continual import average_seen_accuracy, forgetting
 from clframe.metrics.registry import all_metrics
 from clframe.metrics.statistics import NAN
-from clframe.plotting.style import RenderedPicture, render_picture
+from clframe.plotting.style import Picture, RenderedPicture, render_picture
 from clframe.report.comparison import Group, mismatch
 from clframe.report.confusion import confusion_parts
 from clframe.report.cost_figures import cost_pictures
@@ -28,32 +28,38 @@ from clframe.report.cost_tables import (
     run_totals_table,
     stages_table,
 )
+from clframe.report.exit_sections import exit_sections
 from clframe.report.exit_study import exit_study_section
-from clframe.report.figures import group_pictures, run_pictures
+from clframe.report.families import Member, members
+from clframe.report.figures import exit_pictures, group_pictures, run_pictures
 from clframe.report.loading import Run
-from clframe.report.page import Page, Section
+from clframe.report.page import Fold, Page, Section
+from clframe.report.strategy_table import exits_compared_table, strategies_table
 from clframe.report.tables import (
-    budgets_table,
     differences_table,
     equal_accuracy_table,
-    exits_table,
-    failure_table,
     groups_table,
     macs_over_seeds,
     matrix_table,
     metric_over_seeds,
     seeds_text,
-    strategies_table,
     summary_table,
 )
 from clframe.report.terminal import skipped_text
 from clframe.tables import Quantity, Table, over_seeds
 
+MANY_RUNS = 60
+"""Runs from which a report is a comparison, with the figures of few groups; a figure takes 0.2 s to 0.3 s."""
+MOST_FIGURES, MOST_FIGURES_OF_MANY = 60, 16
+"""Figures up to which groups get their own: of few runs, and of many."""
+MOST_OPEN = 3
+"""Groups up to which the sections of a group are not collapsed at first."""
 
-def _cost_section(group: Group, files: Files, *, title: str, prefix: str) -> Section:
+
+def _cost_section(group: Group, files: Files, *, title: str, prefix: str, drawn: bool) -> Section:
     """Make the section of costs; its figures and tables are added to ``files``."""
     first = group.runs[0]
-    pictures = [render_picture(picture) for picture in cost_pictures(group.runs, prefix=prefix)]
+    pictures = _render(cost_pictures(group.runs, prefix=prefix), drawn=drawn)
     shown, folded = _prediction_tables(first)
     shown.append(run_totals_table(group))
     folded += [phases_table(first)] if first.phase_macs else []
@@ -80,6 +86,10 @@ class Files:
         """Add those of a section; ``prefix`` distinguishes the tables of groups, pictures have it already."""
         self.pictures.extend(pictures)
         self.tables.update({f"{prefix}{table.name}": table for table in tables})
+
+
+def _render(pictures: Sequence[Picture], *, drawn: bool = True) -> list[RenderedPicture]:
+    return [render_picture(picture) for picture in pictures] if drawn else []
 
 
 def mean_macs(group: Group) -> Quantity | None:
@@ -121,15 +131,35 @@ def _missing_costs(run: Run) -> str:
     return " ".join(missing)
 
 
-def make_page(groups: Sequence[Group], running: Sequence[Run], notices: Sequence[str]) -> tuple[Page, Files]:
-    """Make the page of these runs, and the figures and tables that are also written as files."""
+def make_page(
+    groups: Sequence[Group], running: Sequence[Run], notices: Sequence[str], *, reference: Group | None = None,
+    all_figures: bool = False,
+) -> tuple[Page, Files]:  # fmt: skip
+    """Make the page of these runs, and the figures and tables that are also written as files.
+
+    Args:
+        groups: Groups of finished runs.
+        running: Unfinished runs.
+        notices: Texts shown at the top.
+        reference: The group that the others are compared with; None compares strategies with exits with the same
+            strategy without them, and the tables of differences with the first group.
+        all_figures: Whether all groups get figures; else the first ones, up to :data:`MOST_FIGURES`.
+    """
     files = Files()
     sections: list[Section] = []
+    drawn = len(groups) if all_figures else _groups_drawn(groups)
+    if drawn < len(groups):
+        notices = [
+            *notices,
+            f"Figures are drawn for the first {drawn} of {len(groups)} groups only; --all-figures draws those of all.",
+        ]
     if len(groups) > 1:
-        sections.append(_comparison(groups, files))
+        sections.append(_comparison(groups, files, reference=reference))
+    fold: Fold = "never" if len(groups) < 2 else "open" if len(groups) <= MOST_OPEN else "closed"
     for n, group in enumerate(groups):
         prefix = f"group{n + 1}_" if len(groups) + len(running) > 1 else ""
-        sections += _group(group, files, prefix=prefix)
+        section, *others = _group(group, files, prefix=prefix, drawn=n < drawn)
+        sections += [replace(section, fold=fold), *others]
     for n, run in enumerate(running):
         prefix = f"running{n + 1}_" if len(groups) + len(running) > 1 else ""
         sections.append(_running(run, files, prefix=prefix))
@@ -143,6 +173,18 @@ def make_page(groups: Sequence[Group], running: Sequence[Run], notices: Sequence
         sections=sections,
     )  # fmt: skip
     return page, files
+
+
+def _groups_drawn(groups: Sequence[Group]) -> int:
+    """Return how many groups, in their order, get figures; the first one always."""
+    total = 0
+    most = MOST_FIGURES if sum(len(group.runs) for group in groups) < MANY_RUNS else MOST_FIGURES_OF_MANY
+    for n, group in enumerate(groups):
+        lists = (run_pictures(group.runs), exit_pictures(group.runs), cost_pictures(group.runs))
+        total += sum(map(len, lists)) + all(run.confusion for run in group.runs)
+        if total > most:
+            return max(1, n)
+    return len(groups)
 
 
 def _title(groups: Sequence[Group], running: Sequence[Run]) -> str:
@@ -173,54 +215,61 @@ def _with_losses(notices: Sequence[str], runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _comparison(groups: Sequence[Group], files: Files) -> Section:
+def _comparison(groups: Sequence[Group], files: Files, *, reference: Group | None) -> Section:
     comparable = not any(mismatch(first, second) for first, second in itertools.combinations(groups, 2))
-    pictures = [render_picture(picture) for picture in group_pictures(groups, comparable=comparable)]
-    shown = [groups_table(groups), strategies_table(groups), differences_table(groups), equal_accuracy_table(groups)]
-    files.add(pictures, shown)
+    pictures = _render(group_pictures(groups, comparable=comparable))
+    base = reference or groups[0]
+    rows: list[Member] = members(groups, reference=reference)
+    compared = exits_compared_table(rows)
+    shown = [strategies_table(rows, reference=reference), *([compared] if compared is not None else [])]
+    folded = [groups_table(groups), differences_table(groups, base), equal_accuracy_table(groups, base)]
+    files.add(pictures, [*shown, *folded])
+    first = ", the first" if reference is None else ""
     return Section(
-        title="Comparison", intro=f"{len(groups)} groups; each is compared with the first, '{groups[0].label}'.",
-        pictures=pictures, tables=shown,
+        title="Comparison", pictures=pictures, tables=shown, folded=folded,
+        intro=f"{len(groups)} groups. Paired differences and cost at equal accuracy below are against "
+              f"'{base.label}'{first}.",
     )  # fmt: skip
 
 
-def _group(group: Group, files: Files, *, prefix: str) -> list[Section]:
+def _group(group: Group, files: Files, *, prefix: str, drawn: bool) -> list[Section]:
     results = group.results
-    has_exits = len(results[0].exit_names) > 1 and bool(results[0].exits)
-    pictures = [render_picture(picture) for picture in run_pictures(group.runs, prefix=prefix)]
-    shown = [exits_table(results), budgets_table(results)] if has_exits else []
-    failure = failure_table(results) if has_exits else None
-    shown += [failure] if failure is not None else []
+    pictures = _render(run_pictures(group.runs, prefix=prefix), drawn=drawn)
     folded = [summary_table(group), matrix_table(group.runs)]
-    files.add(pictures, [*shown, *folded], prefix=prefix)
+    files.add(pictures, folded, prefix=prefix)
     seeds = f"Seed{'s' if len(group.seeds) > 1 else ''} {seeds_text(group.seeds)}"
     intro = f"{seeds}. Mean ± sample standard deviation over seeds." if len(group.seeds) > 1 else f"{seeds}."
     of = f": {group.label}" if prefix else ""
+    exits = _render(exit_pictures(group.runs, prefix=prefix), drawn=drawn)
+    about_exits = exit_sections(results, exits, of=of, prefix=prefix)
+    for section in about_exits:
+        files.add(section.pictures, [*section.tables, *section.folded], prefix=prefix)
     return [
-        Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, tables=shown, folded=folded),
-        *_confusion_section(group, files, title=f"Confusion matrix{of}", prefix=prefix),
-        *_exit_study(group, files, title=f"Study of exits{of}", prefix=prefix),
-        _cost_section(group, files, title=f"Cost{of}", prefix=prefix),
+        Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, folded=folded),
+        *about_exits,
+        *_confusion_section(group, files, title=f"Confusion matrix{of}", prefix=prefix, drawn=drawn),
+        *_exit_study(group, files, title=f"Study of exits{of}", prefix=prefix, drawn=drawn),
+        _cost_section(group, files, title=f"Cost{of}", prefix=prefix, drawn=drawn),
         _reproduction(group.runs, title=f"Reproduction{of}"),
     ]
 
 
-def _exit_study(group: Group, files: Files, *, title: str, prefix: str) -> list[Section]:
+def _exit_study(group: Group, files: Files, *, title: str, prefix: str, drawn: bool) -> list[Section]:
     """Make the section of the study of exits; none where no run of the group has one."""
-    section, pictures, tables = exit_study_section(group.runs, title=title, prefix=prefix)
+    section, pictures, tables = exit_study_section(group.runs, title=title, prefix=prefix, drawn=drawn)
     files.add(pictures, tables, prefix=prefix)
     return [] if section is None else [section]
 
 
-def _confusion_section(group: Group, files: Files, *, title: str, prefix: str) -> list[Section]:
+def _confusion_section(group: Group, files: Files, *, title: str, prefix: str, drawn: bool) -> list[Section]:
     """Make the section of the confusion matrix; none where a run has not recorded it."""
     found = confusion_parts(group.results, [run.confusion for run in group.runs], prefix=prefix)
     if found is None:
         return []
-    picture = render_picture(found.picture)
-    files.add([picture], [*found.tables, *found.folded], prefix=prefix)
+    pictures = _render([found.picture], drawn=drawn)
+    files.add(pictures, [*found.tables, *found.folded], prefix=prefix)
     return [
-        Section(title=title, short="confusion matrix", level=2, intro=found.intro, pictures=[picture],
+        Section(title=title, short="confusion matrix", level=2, intro=found.intro, pictures=pictures,
                 tables=found.tables, folded=found.folded)
     ]  # fmt: skip
 
@@ -282,7 +331,7 @@ def _listed(found: object) -> str:
 
 
 def _running(run: Run, files: Files, *, prefix: str) -> Section:
-    pictures = [render_picture(picture) for picture in run_pictures([run], prefix=prefix)]
+    pictures = _render([*run_pictures([run], prefix=prefix), *exit_pictures([run], prefix=prefix)])
     rows, total = len(run.accuracy_matrix), run.experiences
     tiles: list[tuple[str, Quantity, str]] = []
     folded = []

@@ -19,7 +19,7 @@ SHOWN = ("exit_metrics", "exit_budgets")
 
 
 def exit_study_section(
-    runs: Sequence[Run], *, title: str, prefix: str
+    runs: Sequence[Run], *, title: str, prefix: str, drawn: bool = True
 ) -> tuple[Section | None, list[RenderedPicture], list[Table]]:
     """Make the section of the first run that has a study, with the figures and tables that are also files.
 
@@ -32,12 +32,12 @@ def exit_study_section(
     if run is None:
         return None, [], []
     study = read_study(run.path / FILE)
-    drawn = [render_picture(picture) for picture in pictures(study, prefix=f"{prefix}study_")]
+    rendered = [render_picture(p) for p in pictures(study, prefix=f"{prefix}study_")] if drawn else []
     made = [replace(table, name=f"study_{table.name}") for table in tables(study)]
     shown = [table for table in made if table.name.removeprefix("study_") in SHOWN]
     folded = [table for table in made if table not in shown]
     intro = f"clframe analyze exits, seed {run.seed}: {study.samples} test samples."
     section = Section(
-        title=title, short="study of exits", level=2, intro=intro, pictures=drawn, tables=shown, folded=folded
+        title=title, short="study of exits", level=2, intro=intro, pictures=rendered, tables=shown, folded=folded
     )
-    return section, drawn, made
+    return section, rendered, made

@@ -249,6 +249,7 @@ _WHEN = {
     "before_epoch": "start of epoch",
     "exit_loss_weights": "start of epoch: exits' weights",
     "make_batch": "every step: batch",
+    "step_values": "every step: numbers of the step",
     "task_loss": "every step: loss on the targets",
     "losses": "every step: loss terms",
     "combine_losses": "every step: combining the terms",

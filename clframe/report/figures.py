@@ -45,6 +45,8 @@ MOST_EXPERIENCE_LINES = 30
 """Experiences up to which their ends are marked in the figure of losses."""
 MOST_GROUPS = 12
 """Entries of a legend."""
+FAILURE_PANELS = ("ece", "brier", "auroc", "aurc", "fpr95", "eefp")
+"""Metrics of calibration and failure prediction that are drawn; their table has all of them."""
 
 
 def curve(matrices: Sequence[Matrix], score: Callable[[Matrix], float]) -> list[list[float]]:
@@ -84,12 +86,13 @@ def run_pictures(runs: Sequence[Run], *, prefix: str = "") -> list[Picture]:
         caption = "Loss terms during training; vertical lines separate experiences."
         caption += " One line per seed." if len(runs) > 1 else ""
         pictures.append(Picture("losses", caption, partial(draw_losses, runs)))
-    if runs[0].exits and len(runs[0].exit_names) > 1:
-        pictures += _exit_pictures(runs)
     return [Picture(f"{prefix}{p.name}", p.caption.strip(), p.draw, p.height) for p in pictures]
 
 
-def _exit_pictures(runs: Sequence[Run]) -> list[Picture]:
+def exit_pictures(runs: Sequence[Run], *, prefix: str = "") -> list[Picture]:
+    """List the figures of the exits of one group, or of one unfinished run; none for networks with one exit."""
+    if not runs[0].exits or len(runs[0].exit_names) < 2:
+        return []
     names = runs[0].exit_names
     alone = [
         (label(name, most=20), [[record.accuracy_K[k] for record in run.exits] for run in runs])
@@ -120,7 +123,7 @@ def _exit_pictures(runs: Sequence[Run]) -> list[Picture]:
         pictures.append(Picture("exit_similarity", f"{caption} {_band(runs)}".strip(),
                                 partial(draw_curves, similar, ylabel="CKA, %")))  # fmt: skip
     panels = [name for name in all_exit_metrics() if all(name in run.exits[-1].metrics for run in runs)]
-    failure = [name for name in panels if name in LABELS]
+    failure = [name for name in panels if name in FAILURE_PANELS]
     for picture, what, shown in (
         ("exit_metrics", "Metrics per exit", [name for name in panels if name not in LABELS]),
         ("exit_failure_prediction", "Calibration and failure prediction per exit", failure),
@@ -129,23 +132,32 @@ def _exit_pictures(runs: Sequence[Run]) -> list[Picture]:
             caption = f"{what} after the last experience, exits in order of depth. {_band(runs)}"
             pictures.append(Picture(picture, caption.strip(), partial(draw_exit_metrics, runs, shown),
                                     0.4 + 1.5 * math.ceil(len(shown) / 2)))  # fmt: skip
-    return pictures
+    return [Picture(f"{prefix}{p.name}", p.caption.strip(), p.draw, p.height) for p in pictures]
 
 
 def group_pictures(groups: Sequence[Group], *, comparable: bool = True) -> list[Picture]:
     """List the figures that show all groups; without a Pareto front where groups are not comparable."""
-    curves = [(label(g.label), average_curve([r.accuracy_matrix for r in g.results])) for g in groups]
-    height = HEIGHT + 0.2 * min(MOST_GROUPS, len(groups))
-    caption = "Average accuracy on the experiences seen so far. Bands: ± sample standard deviation over seeds."
+    named = best_groups(groups)
+    curves = [(label(g.label), average_curve([r.accuracy_matrix for r in g.results])) for g in named]
+    height = HEIGHT + 0.2 * len(named)
+    few = f" The {len(named)} most accurate of {len(groups)} groups are named." if len(named) < len(groups) else ""
+    caption = f"Average accuracy on the experiences seen so far. Bands: ± sample standard deviation over seeds.{few}"
     pictures = [Picture("groups_average_accuracy", caption, partial(draw_curves, curves, ylabel="accuracy, %"), height)]
     if any(group.points for group in groups):
         front = "The line is the Pareto front." if comparable else "No front: the groups are not comparable."
         caption = (
             "Accuracy on all test samples against mean MACs per prediction: the whole network, each budget, and the "
-            f"run's own exit policy. {front}"
+            f"run's own exit policy. {front}{few}"
         )
         pictures.append(Picture("pareto", caption, partial(draw_pareto, groups, front=comparable), height))
     return pictures
+
+
+def best_groups(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups that a figure can name, in their order: those of the highest final average accuracy."""
+    final = [mean(list(group.metric("final_average_accuracy").values())) for group in groups]
+    ranked = sorted(range(len(groups)), key=lambda n: (math.isnan(final[n]), -final[n], n))
+    return [groups[n] for n in sorted(ranked[:MOST_GROUPS])]
 
 
 def _band(runs: Sequence[Run]) -> str:
@@ -282,14 +294,19 @@ def draw_exit_metrics(runs: Sequence[Run], names: Sequence[str], figure: Figure)
 
 
 def draw_pareto(groups: Sequence[Group], figure: Figure, *, front: bool) -> None:
-    """Draw the operating points of every group, and the Pareto front of all of them."""
+    """Draw the operating points of every group, gray without a name, and the Pareto front of all of them."""
     axes: Any = figure.add_subplot()
     every = []
-    for n, group in enumerate(groups):
+    named = best_groups(groups)
+    for group in groups:
         points = sorted(group.points)
         every += points
-        axes.plot([p.cost for p in points], [p.accuracy for p in points], label=label(group.label), markersize=6,
-                  **{**series_style(n), "linestyle": ":", "linewidth": 1.1})  # fmt: skip
+        costs, accuracies = [p.cost for p in points], [p.accuracy for p in points]
+        if group in named:
+            style = {**series_style(named.index(group)), "linestyle": ":", "linewidth": 1.1}
+            axes.plot(costs, accuracies, label=label(group.label), markersize=6, **style)
+        else:
+            axes.plot(costs, accuracies, "o", color=GRID, markersize=4, zorder=1)
     if front:
         best = pareto_front(every)
         axes.plot([p.cost for p in best], [p.accuracy for p in best], color=MUTED, linewidth=5, alpha=0.28, zorder=0,

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,12 @@ from clframe.report.latency import Timings, read_timings
 from clframe.results import Result
 from clframe.sparsity.activity import ActivityRecord
 
-NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "benchmark.workers")
+NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "trainer.figures",
+             "trainer.checkpoint.every", "benchmark.workers")  # fmt: skip
 """Keys of a config that do not affect results, and the seed."""
+
+ADDED = ("sparsity", "moe", "exits", "early_exit")
+"""Components that are added to a method rather than being one, in the order in which they are named."""
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -70,6 +75,46 @@ def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def as_written(strategy: str, command: object) -> str:
+    """Return the names of a strategy in the order in which the command that started the run has them.
+
+    A composition sorts its components, so configs and results have them in alphabetical order. Where the command does
+    not name the same components, what is added to a method comes last, as in ``lwf + exits``.
+
+    Args:
+        strategy: The names, joined by ``+``.
+        command: Words of the command, of which ``strategy=...`` is used.
+
+    >>> as_written("exits + lwf", ["clframe", "run", "quickstart", "strategy=lwf(alpha=2) + exits"])
+    'lwf + exits'
+    >>> as_written("er + exits + lwf", None)
+    'er + lwf + exits'
+    """
+    names = strategy.split(" + ")
+    words = [word for word in command if isinstance(word, str)] if isinstance(command, list) else []
+    given = next((word.removeprefix("strategy=") for word in reversed(words) if word.startswith("strategy=")), "")
+    order = [name for name in (term.partition("(")[0].strip() for term in split_terms(given)) if name in names]
+    if sorted(order) != sorted(names):
+        order = sorted(names, key=lambda name: ADDED.index(name) if name in ADDED else -1)
+    return " + ".join(order)
+
+
+def split_terms(expression: str) -> list[str]:
+    """Split an expression at every ``+`` outside of parentheses.
+
+    >>> split_terms("er(memory=5) + exits(at=('a + b',))")
+    ['er(memory=5)', "exits(at=('a + b',))"]
+    """
+    terms, depth = [""], 0
+    for letter in expression:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "+" and depth == 0:
+            terms.append("")
+        else:
+            terms[-1] += letter
+    return [term.strip() for term in terms]
+
+
 class Logged(NamedTuple):
     """One row of metrics.csv."""
 
@@ -90,6 +135,7 @@ class Run:
     name: str
     seed: int
     strategy: str
+    """Names of the components in the order in which they were written, see :func:`as_written`."""
     benchmark: str
     backbone: str
     experiences: int
@@ -150,8 +196,34 @@ def _is_run(path: Path) -> bool:
     )
 
 
-def load_run(path: Path) -> Run:
+class Config(NamedTuple):
+    """A resolved config as a report uses it."""
+
+    tree: Mapping[str, Any]
+    settings: Mapping[str, str]
+    strategy: str
+
+
+_SEED = re.compile(r"^seed: (\d{1,20})$", re.MULTILINE)
+
+
+def _config(path: Path, text: str, known: dict[str, Config]) -> Config:
+    """Return the config in a file; files that differ only in their seed are parsed once, which takes 40 ms."""
+    seeds = _SEED.findall(text)
+    key = _SEED.sub("seed:", text) if len(seeds) == 1 else text
+    if key not in known:
+        tree = config_of(path)
+        known[key] = Config(tree, *settings_of(tree))
+    found = known[key]
+    return found._replace(tree={**found.tree, "seed": int(seeds[0])}) if len(seeds) == 1 else found
+
+
+def load_run(path: Path, known: dict[str, Config] | None = None) -> Run:
     """Read everything that a report shows of one run folder.
+
+    Args:
+        path: The folder.
+        known: Configs parsed before, which the one of this run is added to; None parses it in any case.
 
     Raises:
         ClframeError: A file that is damaged, of a newer schema, or does not fit the others.
@@ -159,7 +231,8 @@ def load_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file():
         raise RunFolderError(f"{path}: has results.json but no config.yaml; restore it or run again")
     check_contained(path)
-    config = config_of(path / "config.yaml")
+    text = read_text(path / "config.yaml", most=MOST_YAML)
+    config, settings, strategy = _config(path / "config.yaml", text, {} if known is None else known)
     result = _result(path, seed=config["seed"])
     if result is None:
         accuracy_TE, aware_TE, exits = _from_checkpoint(path)
@@ -167,19 +240,20 @@ def load_run(path: Path) -> Run:
     else:
         accuracy_TE, aware_TE = result.accuracy_matrix, result.accuracy_matrix_task_aware
         exits, names = result.exits, result.exit_names
-    settings, strategy = settings_of(config)
+    environment = _json(path / "environment.json")
     ledger = _json(path / "ledger.json")
     totals = ledger.get("totals")
     totals = totals if isinstance(totals, Mapping) else {}
     return Run(
-        path=path, config_text=read_text(path / "config.yaml", most=MOST_YAML), settings=settings,
-        name=str(config["name"]), seed=config["seed"], strategy=result.strategy if result else strategy,
+        path=path, config_text=text, settings=settings,
+        name=str(config["name"]), seed=config["seed"],
+        strategy=as_written(result.strategy if result else strategy, environment.get("command")),
         benchmark=result.benchmark if result else str(config["benchmark"]["name"]),
         backbone=str(config["backbone"]["name"]), experiences=len(accuracy_TE[0]) if accuracy_TE else 0,
         result=result, accuracy_matrix=accuracy_TE, accuracy_matrix_task_aware=aware_TE, exits=exits,
         exit_names=names, logged=_logged(path / "metrics.csv"), stage_macs=_counts(ledger.get("inference_macs")),
         phase_macs=_counts(totals.get("by_phase")), uncounted=_counts(totals.get("uncounted")),
-        environment=_json(path / "environment.json"), ledger=_ledger(ledger, path / "ledger.json"),
+        environment=environment, ledger=_ledger(ledger, path / "ledger.json"),
         timings=read_timings(path), activity=result.activity if result else (),
         confusion=read_confusion(path, result) if result else (),
     )  # fmt: skip
@@ -223,7 +297,7 @@ def _from_checkpoint(path: Path) -> tuple[Matrix, Matrix, Sequence[ExitRecord]]:
     import torch
 
     from clframe.metrics.tally import Tally
-    from clframe.training.checkpoint import load_latest  # slow to import: it loads Avalanche
+    from clframe.training.checkpoint import load_latest
 
     content = load_latest(path / "checkpoints", device=torch.device("cpu")) or {}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from clframe.plotting.style import SERIES, RenderedPicture
 from clframe.printable import printable
@@ -31,7 +32,8 @@ header, main, footer { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 30px; padding-bottom: 6px; }
 h1 { margin: 0; font-size: 27px; line-height: 1.2; letter-spacing: -0.01em; }
 header p { margin: 6px 0 0; color: var(--muted); }
-h2 { margin: 34px 0 4px; font-size: 19px; line-height: 1.3; }
+h2, h3 { margin: 34px 0 4px; font-size: 19px; line-height: 1.3; }
+h3 { font-size: 17px; }
 nav { margin: 16px 0 0; padding: 10px 14px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; font-size: 14px; }
 nav ul { list-style: none; margin: 0; padding: 0; }
@@ -76,6 +78,11 @@ details { background: var(--card); border: 1px solid var(--line); border-radius:
 summary { cursor: pointer; padding: 10px 14px; font-weight: 500; }
 summary:focus-visible { outline: 2px solid var(--accent); border-radius: 10px; }
 details .table, details pre { border-width: 1px 0 0; border-radius: 0 0 10px 10px; margin: 0; }
+nav details, details.chapter { background: none; border: 0; margin: 0; }
+nav summary { padding: 0; }
+details.chapter { border-top: 1px solid var(--line); margin-top: 26px; }
+details.chapter > summary { padding: 14px 0 10px; }
+details.chapter > summary h2 { display: inline; margin: 0; }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 18px; margin: 0 0 14px; }
 .facts dt { color: var(--muted); }
 .facts dd { margin: 0; }
@@ -99,6 +106,12 @@ footer { margin-top: 30px; padding-bottom: 30px; color: var(--muted); font-size:
 """
 
 
+Fold = Literal["never", "open", "closed"]
+
+MOST_LISTED: Final = 40
+"""Sections up to which the list of contents is not collapsed at first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """One part of the page under a heading."""
@@ -108,6 +121,8 @@ class Section:
     """Title in the table of contents; empty for the title itself."""
     level: int = 1
     """Level in the table of contents; a section of level 2 belongs to the one of level 1 before it."""
+    fold: Fold = "never"
+    """Whether the section can be collapsed, together with those of level 2 after it, and how it is at first."""
     intro: str = ""
     tiles: Sequence[tuple[str, Quantity, str]] = ()
     """Name, value and unit of the headline numbers."""
@@ -140,10 +155,16 @@ def render_page(page: Page, *, reload_seconds: int = 5) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalize)
+    chapters: list[list[tuple[int, Section]]] = []
+    for n, section in enumerate(page.sections, start=1):
+        if section.level == 1 or not chapters:
+            chapters.append([])
+        chapters[-1].append((n, section))
     colors = {f"--s{n}": color for n, color in enumerate(SERIES)}
     return environment.from_string(_PAGE).render(
-        page=page, style=STYLE, colors=colors, reload_seconds=reload_seconds, css_class=_css_class
-    )
+        page=page, chapters=chapters, style=STYLE, colors=colors, reload_seconds=reload_seconds, css_class=_css_class,
+        long=len(page.sections) > MOST_LISTED,
+    )  # fmt: skip
 
 
 def _finalize(value: object) -> object:
@@ -170,46 +191,7 @@ _PAGE = """\
 </tbody>
 </table></div>
 {% endmacro %}
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-{% if page.running %}
-<meta http-equiv="refresh" content="{{ reload_seconds }}">
-{% endif %}
-<link rel="icon" href="data:,">
-<title>{{ page.title }}</title>
-<style>
-:root { {% for name, color in colors.items() %}{{ name }}: {{ color }}; {% endfor %}}
-{{ style|safe }}
-</style>
-</head>
-<body>
-<header>
-<h1>{{ page.title }}</h1>
-<p>{{ page.subtitle }}</p>
-</header>
-<main>
-{% if page.running %}
-<p class="notice running" role="status"><b>Running.</b> {{ page.running }}</p>
-{% endif %}
-{% for notice in page.notices %}
-<p class="notice" role="alert"><b>Note.</b> {{ notice }}</p>
-{% endfor %}
-{% if page.sections|length > 1 %}
-<nav aria-label="Contents">
-<ul>
-{% for s in page.sections %}
-<li{% if s.level > 1 %} class="sub"{% endif %}><a href="#section-{{ loop.index }}">{{ s.short or s.title }}</a></li>
-{% endfor %}
-</ul>
-</nav>
-{% endif %}
-{% for s in page.sections %}
-<section id="section-{{ loop.index }}">
-<h2>{{ s.title }}</h2>
+{% macro body(s) %}
 {% if s.intro %}<p class="intro">{{ s.intro }}</p>{% endif %}
 {% if s.tiles %}
 <dl class="tiles">
@@ -252,7 +234,68 @@ _PAGE = """\
 {% for name, text in s.texts %}
 <details><summary>{{ name }}</summary><pre>{{ text }}</pre></details>
 {% endfor %}
+{% endmacro %}
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+{% if page.running %}
+<meta http-equiv="refresh" content="{{ reload_seconds }}">
+{% endif %}
+<link rel="icon" href="data:,">
+<title>{{ page.title }}</title>
+<style>
+:root { {% for name, color in colors.items() %}{{ name }}: {{ color }}; {% endfor %}}
+{{ style|safe }}
+</style>
+</head>
+<body>
+<header>
+<h1>{{ page.title }}</h1>
+<p>{{ page.subtitle }}</p>
+</header>
+<main>
+{% if page.running %}
+<p class="notice running" role="status"><b>Running.</b> {{ page.running }}</p>
+{% endif %}
+{% for notice in page.notices %}
+<p class="notice" role="alert"><b>Note.</b> {{ notice }}</p>
+{% endfor %}
+{% if page.sections|length > 1 %}
+<nav aria-label="Contents">
+<details{{ "" if long else " open" }}><summary>Contents</summary>
+<ul>
+{% for chapter in chapters %}
+{% for n, s in chapter %}
+<li{% if s.level > 1 %} class="sub"{% endif %}><a href="#section-{{ n }}">{{ s.short or s.title }}</a></li>
+{% endfor %}
+{% endfor %}
+</ul>
+</details>
+</nav>
+{% endif %}
+{% for chapter in chapters %}
+{% if chapter[0][1].fold == "never" %}
+{% for n, s in chapter %}
+<section id="section-{{ n }}">
+<h2>{{ s.title }}</h2>
+{{ body(s) }}
 </section>
+{% endfor %}
+{% else %}
+<details class="chapter" id="section-{{ chapter[0][0] }}"{{ " open" if chapter[0][1].fold == "open" else "" }}>
+<summary><h2>{{ chapter[0][1].title }}</h2></summary>
+{{ body(chapter[0][1]) }}
+{% for n, s in chapter[1:] %}
+<section id="section-{{ n }}">
+<h3>{{ s.title }}</h3>
+{{ body(s) }}
+</section>
+{% endfor %}
+</details>
+{% endif %}
 {% endfor %}
 </main>
 <footer><p>{{ page.made }}. The same tables are in <code>tables/</code> as CSV, Markdown and LaTeX, the figures in

@@ -57,44 +57,12 @@ def groups_table(groups: Sequence[Group]) -> Table:
     return Table(name="groups", title="Groups of runs", note=note, columns=columns, rows=rows)
 
 
-def strategies_table(groups: Sequence[Group]) -> Table:
-    """Make the table of early-exit papers: a row per strategy, a column per budget."""
-    last = [[result.exits[-1] for result in group.results] if _has_exits(group) else [] for group in groups]
-    names = list(dict.fromkeys(p.name for records in last for r in records for p in r.points.points or ()))
-    rows: list[tuple[Cell, ...]] = []
-    for group, records in zip(groups, last, strict=True):
-        whole = {run.seed: operating_points(run)[-1].accuracy for run in group.runs}
-        rows.append((
-            group.label, "yes" if records else "no",
-            over_seeds(group.by_seed(lambda r: r.parameters), kind="whole"), macs_over_seeds(group.results),
-            over_seeds(whole, reason="not evaluated"), *(_at_budget(records, name) for name in names),
-        ))  # fmt: skip
-    columns = ("group", "exits", "parameters", "MACs per prediction", f"{NEVER}, %",
-               *(f"budget {name.replace('%', ' %')}, %" for name in names))  # fmt: skip
-    note = (
-        "Accuracy on all test samples. A budget is a share of the bare backbone's MACs; thresholds are chosen on "
-        "validation samples. Mean ± sample standard deviation over seeds."
-    )
-    return Table(name="strategies", title="Accuracy within a budget", note=note, columns=columns, rows=tuple(rows))
-
-
-def _has_exits(group: Group) -> bool:
-    return all(result.exits and len(result.exit_names) > 1 for result in group.results)
-
-
-def _at_budget(records: Sequence[ExitRecord], name: str) -> Quantity:
-    if not records:
-        return Quantity(NAN, undefined="no exits")
-    found = [next((p for p in record.points.points or () if p.name == name), None) for record in records]
-    reasons = [record.points.undefined for record in records] + [p.undefined for p in found if p is not None]
-    reason = next(filter(None, reasons), "not evaluated")
-    return _seed_mean([NAN if point is None else point.accuracy for point in found], reason)
-
-
-def differences_table(groups: Sequence[Group]) -> Table:
-    """Make one row per metric and group: its paired difference from the first group."""
-    base, rows = groups[0], []
-    for group in groups[1:]:
+def differences_table(groups: Sequence[Group], base: Group) -> Table:
+    """Make one row per metric and group: its paired difference from ``base``, one of the groups."""
+    rows = []
+    for group in groups:
+        if group is base:
+            continue
         why = mismatch(base, group)
         for name, heading in _compared():
             found = paired(base.metric(name), group.metric(name))
@@ -122,14 +90,16 @@ def _difference_cells(found: Difference, why: str) -> tuple[Cell, ...]:
             Quantity(found.relative, kind="points", undefined="the mean it is relative to is 0"))  # fmt: skip
 
 
-def equal_accuracy_table(groups: Sequence[Group]) -> Table:
-    """Make one row per group: MACs needed for the accuracy of the whole first network, over their common seeds."""
-    base, rows = groups[0], []
-    for group in groups[1:]:
+def equal_accuracy_table(groups: Sequence[Group], base: Group) -> Table:
+    """Make one row per group: MACs needed for the accuracy of the whole network of ``base``, over common seeds."""
+    rows = []
+    for group in groups:
+        if group is base:
+            continue
         seeds = sorted(set(base.seeds) & set(group.seeds))
         why = mismatch(base, group) or ("" if seeds else "no seed in common")
-        target, cost, needed = _equal_cost(base, group, seeds) if not why else (NAN, NAN, NAN)
-        unmet = why or (f"it reaches {_best(group, seeds)} at most" if not math.isnan(target) else "not counted")
+        target, cost, needed = equal_cost(base, group, seeds) if not why else (NAN, NAN, NAN)
+        unmet = why or ("not counted" if math.isnan(target) else f"it reaches {reached_at_most(group, seeds)} at most")
         rows.append((
             group.label, seeds_text(seeds), Quantity(target, undefined=why or "no number"),
             Quantity(cost, kind="whole", undefined=why or "not counted"),
@@ -144,7 +114,8 @@ def equal_accuracy_table(groups: Sequence[Group]) -> Table:
     return Table(name="equal_accuracy", title="Cost at equal accuracy", note=note, columns=columns, rows=tuple(rows))
 
 
-def _equal_cost(base: Group, group: Group, seeds: Sequence[int]) -> tuple[float, float, float]:
+def equal_cost(base: Group, group: Group, seeds: Sequence[int]) -> tuple[float, float, float]:
+    """Return accuracy and MACs of the whole network of ``base``, and the MACs with which ``group`` reaches them."""
     whole = [operating_points(run)[-1] for run in base.runs if run.seed in seeds]
     target, cost = mean([point.accuracy for point in whole]), mean([point.cost for point in whole])
     return target, cost, cost_at(_points(group, seeds), target)
@@ -154,7 +125,8 @@ def _points(group: Group, seeds: Sequence[int]) -> list[Point]:
     return mean_points([operating_points(run) for run in group.runs if run.seed in seeds])
 
 
-def _best(group: Group, seeds: Sequence[int]) -> str:
+def reached_at_most(group: Group, seeds: Sequence[int]) -> str:
+    """Return the highest accuracy of a group's operating points as text."""
     return f"{100 * max((p.accuracy for p in _points(group, seeds)), default=NAN):.1f} %"
 
 
@@ -192,6 +164,11 @@ def matrix_table(runs: Sequence[Run]) -> Table:
     return Table(name="accuracy_matrix", title="Accuracy matrix", note=note, columns=columns, rows=tuple(rows))
 
 
+def trained_once(result: Result) -> bool:
+    """Whether a run has one experience: training on independent samples, without anything to forget."""
+    return len(result.accuracy_matrix) == 1 and len(result.accuracy_matrix[0]) == 1
+
+
 def exits_table(results: Sequence[Result]) -> Table:
     """Make one row per exit: its cost, metrics, forgetting and similarity after the last experience.
 
@@ -199,6 +176,7 @@ def exits_table(results: Sequence[Result]) -> Table:
     """
     last, names = [result.exits[-1] for result in results], results[0].exit_names
     metrics = {name: m for name, m in _recorded(last).items() if name not in LABELS}
+    once = all(map(trained_once, results))
     rows: list[tuple[Cell, ...]] = []
     for k, exit in enumerate(names):
         lost = {r.seed: r.exit_forgetting[k] if r.exit_forgetting else NAN for r in results}
@@ -207,15 +185,16 @@ def exits_table(results: Sequence[Result]) -> Table:
             _seed_mean([record.macs_K[k] / record.backbone_macs for record in last]),
             *(_seed_mean([_value(record, name, k) for record in last], "undefined for this exit", metric.kind)
               for name, metric in metrics.items()),
-            over_seeds(lost, reason="needs two experiences"),
-            _seed_mean([record.similarity_K[k] if record.similarity_K else NAN for record in last],
-                       "not measured", "fine"),
+            *(() if once else (
+                over_seeds(lost, reason="needs two experiences"),
+                _seed_mean([record.similarity_K[k] if record.similarity_K else NAN for record in last],
+                           "not measured", "fine"),
+            )),
         ))  # fmt: skip
-    columns = ("exit", "MACs up to it", "share of the backbone, %", *_headings(metrics), "forgetting, %", "CKA")
-    note = (
-        f"{_static_note(last)} CKA: similarity of the exit's tap to itself after the first experience. "
-        f"{_over(len(results))}"
-    ).strip()
+    continual = () if once else ("forgetting, %", "CKA")
+    columns = ("exit", "MACs up to it", "share of the backbone, %", *_headings(metrics), *continual)
+    similarity = "" if once else "CKA: similarity of the exit's tap to itself after the first experience. "
+    note = f"{_static_note(last)} {similarity}{_over(len(results))}".strip()
     return Table(name="exits", title="Each exit after the last experience", note=note, columns=columns,
                  rows=tuple(rows))  # fmt: skip
 

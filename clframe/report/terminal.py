@@ -10,8 +10,8 @@ from pathlib import Path
 from clframe.errors import ClframeError
 from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
-from clframe.metrics.registry import all_metrics
-from clframe.report.tables import budgets_table, exits_table, metric_over_seeds
+from clframe.metrics.registry import OWN_METRICS, Metric, all_metrics
+from clframe.report.tables import budgets_table, exits_table, metric_over_seeds, trained_once
 from clframe.results import Result, aggregate
 from clframe.run_folder import RunFolder
 from clframe.tables import WIDTH, Cell, Quantity, Table, to_text
@@ -49,6 +49,12 @@ def accuracy_text(result: Result, *, task_aware: bool = False) -> str:
     )  # fmt: skip
 
 
+def result_text(result: Result) -> str:
+    """Render a finished run: accuracy matrix, exits, summary; without a matrix where it has one experience."""
+    matrix = "" if trained_once(result) else accuracy_text(result)
+    return "\n\n".join(filter(None, (matrix, exits_text(result), summary_text(result))))
+
+
 def exits_text(result: Result) -> str:
     """Render every exit and every budget after the last experience; empty for a network with one exit.
 
@@ -61,16 +67,23 @@ def exits_text(result: Result) -> str:
 
 
 def summary_text(result: Result) -> str:
-    """Render every metric, what the run cost and its folder, one item a line."""
+    """Render every metric, what the run cost and its folder, one item a line.
+
+    For one experience, where all averages over experiences are equal, and forgetting and transfer undefined, the
+    accuracy is the only metric of clframe.
+    """
     rows = [
         ("run", f"{result.name}, seed {result.seed}"),
         ("strategy", f"{result.strategy} on {result.benchmark}, {result.backbone}"),
         *(("diverged", line) for line in result.diverged),
         *((("skipped updates", skipped_text(result)),) if any(result.skipped_updates) else ()),
-        *((metric.label, _metric(result, name)) for name, metric in all_metrics().items()),
+        *((metric.label, _metric(result, name)) for name, metric in all_metrics().items() if not trained_once(result)),
+        *((("accuracy", _metric(result, "final_average_accuracy")),) if trained_once(result) else ()),
+        *((metric.label, _metric(result, name)) for name, metric in _others(result)),
         *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
         *_macs_rows(result),
+        *((("hint", text),) if (text := _heads_hint(result)) else ()),
         ("training", f"{result.train_seconds:.1f} s, {result.steps:,} steps"),
         ("state", ", ".join(f"{name} {format_bytes(size)}" for name, size in result.state_bytes.items()) or "none"),
     ]  # fmt: skip
@@ -98,6 +111,18 @@ def _macs_rows(result: Result) -> list[tuple[str, str]]:
         return [("MACs per prediction", whole)]
     share = f"{100 * mean / result.macs:.1f} % of the whole network"
     return [("MACs per prediction", f"{mean:,.0f} on average, {share}"), ("MACs of the whole network", whole)]
+
+
+def _heads_hint(result: Result) -> str:
+    """Advise where predictions cost more than those of the backbone without exits; empty elsewhere."""
+    mean = RunFolder(Path(result.run_folder)).mean_prediction_macs()
+    if mean is None or len(result.exit_names) < 2 or not result.exits or mean < result.exits[-1].backbone_macs:
+        return ""
+    share = 100 * mean / result.exits[-1].backbone_macs
+    return (
+        f"the heads cost more than early exit saves, predictions take {share:.1f} % of the backbone's MACs without "
+        f"exits; use fewer exits (components.exits.at), smaller heads (components.exits.head) or a lower budget"
+    )
 
 
 def seeds_table(results: Sequence[Result]) -> str:
@@ -142,6 +167,11 @@ def _percent(share: float, *, decimal: bool) -> Quantity:
 def _metric(result: Result, name: str) -> str:
     found = metric_over_seeds([result], name)
     return f"{found} %" if found.kind == "percent" and not math.isnan(found.value) else str(found)
+
+
+def _others(result: Result) -> list[tuple[str, Metric]]:
+    """Return metrics of other packages, for a run with one experience."""
+    return [(n, m) for n, m in all_metrics().items() if trained_once(result) and n not in OWN_METRICS]
 
 
 def _exit_means(result: Result) -> list[str]:

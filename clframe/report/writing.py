@@ -14,7 +14,8 @@ from clframe.plotting.images import confusion_image, matrix_image
 from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
 from clframe.report.content import make_page
-from clframe.report.loading import Run, find_runs, load_run
+from clframe.report.families import choose_reference, members
+from clframe.report.loading import Config, Run, find_runs, load_run
 from clframe.report.page import render_page
 from clframe.results import Result
 from clframe.sparsity.output import activity_image
@@ -28,6 +29,8 @@ def write_report(
     *,
     output: str | Path | None = None,
     watch: bool = False,
+    against: str | None = None,
+    all_figures: bool = False,
     every: float = 3.0,
     on_written: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -37,11 +40,15 @@ def write_report(
         runs: Run folders, or folders above them, which select all finished runs below.
         output: Folder to write to; None uses ``report`` in the one folder given, or in the parent of several.
         watch: Whether to include unfinished runs, and to rewrite the report until all are finished.
+        against: Name or strategy of the group that the others are compared with; None compares strategies with exits
+            with the same strategy without them, and the tables of differences with the first group.
+        all_figures: Whether all groups get their own figures, however many there are.
         every: Seconds between two checks of the folders, with ``watch``.
         on_written: Called with the page's path each time it has been written.
 
     Raises:
-        ClframeError: No run, a run that is damaged, not finished or of a newer schema, or runs that cannot be compared.
+        ClframeError: No run, a run that is damaged, not finished or of a newer schema, runs that cannot be compared,
+            or a reference that is not one group of several.
     """
     paths = [Path(run) for run in runs]
     if not paths:
@@ -53,7 +60,7 @@ def write_report(
         stamps = _stamps(paths)
         if stamps != seen:
             try:
-                page, unfinished = _write(paths, folder, watch=watch)
+                page, unfinished = _write(paths, folder, watch=watch, against=against, all_figures=all_figures)
             except RunFolderError:
                 # A checkpoint may be deleted between listing and reading; a damaged file fails the next time too.
                 if seen is None or failed:
@@ -86,11 +93,21 @@ def _stamps(paths: Sequence[Path]) -> dict[Path, float]:
     return found
 
 
-def _write(paths: Sequence[Path], folder: Path, *, watch: bool) -> tuple[Path, bool]:
+def _write(
+    paths: Sequence[Path], folder: Path, *, watch: bool, against: str | None, all_figures: bool
+) -> tuple[Path, bool]:
     """Write everything once; returns the page and whether a run is unfinished."""
     finished, running, notices = _load(paths, watch=watch)
     groups, more = group_runs(finished) if finished else ([], [])
-    page, files = make_page(groups, running, [*notices, *more])
+    groups = [member.group for member in members(groups)]
+    try:
+        reference = None if against is None else choose_reference(groups, against)
+    except ClframeError as error:
+        if not running:
+            raise
+        reference = None  # it may be in progress
+        more.append(f"{error}. Runs are in progress; each strategy is compared with its own base until then.")
+    page, files = make_page(groups, running, [*notices, *more], reference=reference, all_figures=all_figures)
     for below in (folder / "tables", folder / "figures"):
         try:
             below.mkdir(parents=True, exist_ok=True)
@@ -98,19 +115,21 @@ def _write(paths: Sequence[Path], folder: Path, *, watch: bool) -> tuple[Path, b
             raise RunFolderError(
                 f"output: {below} cannot be created ({error.strerror}); choose another --output"
             ) from None
+    # Not synced: there may be thousands of tables, and all of them can be made again.
     for name, table in files.tables.items():
         for ending, text in FORMATS:
-            write_atomically(folder / "tables" / f"{name}.{ending}", text(table))
+            write_atomically(folder / "tables" / f"{name}.{ending}", text(table), sync=False)
     for figure in files.pictures:
-        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg)
-        write_atomically(folder / "figures" / f"{figure.name}.png", figure.png)
+        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg, sync=False)
+        write_atomically(folder / "figures" / f"{figure.name}.png", figure.png, sync=False)
     write_atomically(folder / "report.html", render_page(page))
     return folder / "report.html", bool(running)
 
 
 def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], list[str]]:
     given, below = find_runs(paths)
-    runs = [(load_run(path), path in given) for path in [*given, *below]]
+    configs: dict[str, Config] = {}
+    runs = [(load_run(path, configs), path in given) for path in [*given, *below]]
     finished = [run for run, _ in runs if run.finished]
     unfinished = [(run, named) for run, named in runs if not run.finished]
     if watch:

@@ -22,6 +22,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from clframe.environment import available_cores
+
 MALICIOUS: Mapping[str, tuple[str, ...]] = {"lightning": ("2.6.2", "2.6.3")}
 """Releases that steal credentials when they are imported (GHSA-w37p-236h-pfx3)."""
 SHOWN = ("torch", "torchvision", "lightning", "avalanche-lib", "omegaconf")
@@ -162,16 +164,6 @@ def _nvidia_driver() -> str:
     except OSError:
         return ""
     return next((word for word in words if word[:1].isdigit() and word.count(".") >= 1), "of unknown version")
-
-
-def available_cores() -> float:
-    """CPU cores of this process: its affinity, and the quota of its container."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, int(quota) / int(period))
-    except (OSError, ValueError):  # no such file, or the quota is "max"
-        return cores
 
 
 def check_threads(*, threads: int | None = None, cores: float | None = None) -> Finding:

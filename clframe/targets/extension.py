@@ -30,7 +30,7 @@ from clframe.data.source import SOURCES, Source
 from clframe.errors import ClframeError, ConfigError, DataError, RunFolderError, UnsupportedError
 from clframe.metrics import Tally
 from clframe.results import Result
-from clframe.run_folder import RunFolder
+from clframe.run_folder import RunFolder, strategy_label
 from clframe.stream import LOCATIONS, build_source, build_stream
 from clframe.targets.loading import read_config
 from clframe.targets.portable import is_portable
@@ -77,7 +77,9 @@ class Extension:
             RunFolderError: It cannot be written; nothing is left behind.
         """
         config = self.setup.config
-        folder = RunFolder.create(Path(config.output), name=config.name, seed=config.seed)
+        folder = RunFolder.create(
+            Path(config.output), name=config.name, seed=config.seed, label=strategy_label(config.strategy)
+        )
         try:
             folder.write_config(to_yaml(config))
             for name in ("metrics.csv", "log.txt"):
@@ -164,6 +166,12 @@ def _read_parent(folder: RunFolder) -> tuple[Config, Result, Mapping[str, Any]]:
         raise RunFolderError(
             f"{path}: its newest checkpoint is of experience {content['finished']} of {len(result.experiences)}; "
             f"restore the last one, or run again"
+        )
+    learned = {c for classes in result.experiences for c in classes}
+    if config.trainer.fast_dev_run and not config.earlier and len(learned) < len(result.class_order):
+        raise RunFolderError(
+            f"{path}: is a development run (trainer.fast_dev_run) of the first {len(result.experiences)} experiences; "
+            f"extend a complete run"
         )
     return config, result, content
 

@@ -10,7 +10,7 @@ from clframe.config.schema import Config, named_plugins
 from clframe.config.typed import as_tree, same_config, to_yaml
 from clframe.errors import ClframeError, RunFolderError
 from clframe.report.loading import flatten
-from clframe.run_folder import RunFolder
+from clframe.run_folder import RunFolder, started_at
 from clframe.targets.loading import read_config
 from clframe.targets.portable import is_portable
 from clframe.training.checkpoint import checkpoint_files
@@ -66,7 +66,8 @@ def find_unfinished(config: Config) -> Path | None:
 def _unfinished(parent: Path) -> Iterator[Path]:
     """Yield run folders with checkpoints and without results, newest first."""
     try:
-        folders = sorted((path for path in parent.iterdir() if not path.is_symlink()), reverse=True)
+        found = [path for path in parent.iterdir() if not path.is_symlink()]
+        folders = sorted(found, key=lambda path: (started_at(path), path.name), reverse=True)
     except OSError:
         return
     count = 0

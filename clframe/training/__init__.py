@@ -1,8 +1,6 @@
 """Training: the Lightning module, Avalanche's loop on Lightning, checkpoints and TensorBoard.
 
-Avalanche is imported here, before any module below needs it, because then it can be done quietly.
+Verbs that do not train use the modules here that need neither Avalanche nor Lightning, such as ``checkpoint``,
+``trained`` and ``learner``; so the package itself imports neither. The others import both through
+``clframe.avalanche_bridge.imports``.
 """
-
-from clframe.data.avalanche import import_avalanche
-
-import_avalanche()

@@ -336,7 +336,7 @@ def find_obstacle(strategy: Any) -> str:
 
 
 def _structure(strategy: Any) -> Any:
-    """What decides which operations a step consists of, apart from the shapes of its batch."""
+    """Values that decide which operations a step consists of, apart from the shapes of its batch."""
     learner = strategy.learner
     network, weight_K = learner.network, learner.weight_K
     options = [

@@ -11,12 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.plugins.clock import Clock
 from torch import Tensor
 
 from clframe.accounting import PHASES, Ledger, Predictions, count_parameters, module_bytes, process_peak_bytes
+from clframe.avalanche_bridge.imports import Clock, EvaluationPlugin, SupervisedPlugin
 from clframe.data.benchmark import Benchmark
 from clframe.exits import ExitPolicy
 from clframe.moe import Usage, count_usage

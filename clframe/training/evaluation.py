@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from clframe.accounting import backbone_macs, cumulative_macs
+from clframe.avalanche_bridge.imports import SupervisedPlugin
 from clframe.data.benchmark import Benchmark
 from clframe.exits import STATIC, ExitEvaluation
+from clframe.exits.curves import BUDGETS
 from clframe.exits.diagnostics import ExitRecord, make_exit_record
 from clframe.exits.failure import brier_N, nll_N
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
@@ -174,8 +175,9 @@ class ExitRecorder:
         learner: Learner = strategy.learner
         network = learner.network
         cost_K = cumulative_macs(network)
-        predictions = self._scores.predictions
+        predictions, owner = self._scores.predictions, learner.composition.owner("prediction")
         assert predictions is not None
+        wanted = getattr(owner, "budgets", ())
         accuracy_KE = tuple(tally.accuracy_E for tally in self._scores.exits)
         seen_N = predictions.experience_N <= index
         return make_exit_record(
@@ -185,7 +187,8 @@ class ExitRecorder:
             accuracy_KE=accuracy_KE,
             correct={name: right_N[seen_N] for name, right_N in predictions.static.items()},
             similarity_K=self._similarity(network, index),
-            rule=getattr(learner.composition.owner("prediction"), "budget_rule", "best"),
+            rule=getattr(owner, "budget_rule", "best"),
+            budgets=tuple(sorted({*BUDGETS, *wanted})) if len(wanted) > 1 else BUDGETS,
             simulated=learner.simulated_exits,
         )
 

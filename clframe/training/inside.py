@@ -285,7 +285,7 @@ class Resumable:
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if known != {id(p) for p in parameters}:  # loading has replaced those of classifiers of another size
             assert self.module is not None
-            self.optimizer = self.module.make_optimizer(parameters)
+            self.optimizer = self.module.new_optimizer()
         # Loading takes the tensors over, and the optimizer writes to them.
         self.optimizer.load_state_dict(copy.deepcopy(content["optimizer"]))
         if self._scheduler is not None:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import Fabric
-
+from clframe.avalanche_bridge.imports import Fabric
 from clframe.avalanche_bridge.plugins import Named, make_plugins
 from clframe.config.periods import Period
 from clframe.core import Composition
@@ -18,7 +17,7 @@ from clframe.nn.network import Network
 from clframe.training.capture import Capture
 from clframe.training.epochs import EarlyStopping
 from clframe.training.evaluation import Scores
-from clframe.training.module import ContinualModule, OptimizerFactory, SchedulerFactory
+from clframe.training.module import ContinualModule, GroupsFactory, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
@@ -32,6 +31,7 @@ def launch(
     benchmark: Benchmark,
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None,
+    groups: GroupsFactory | None,
     seed: int,
     engine: Literal["fabric", "trainer"],
     accelerator: str,
@@ -73,6 +73,7 @@ def launch(
         composition,
         optimizer=optimizer,
         scheduler=scheduler,
+        groups=groups,
         seed=seed,
         clip=clip,
         on_nonfinite=on_nonfinite,

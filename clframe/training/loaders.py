@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from avalanche.benchmarks import OnlineCLExperience
 from torch import Tensor, nn
 
+from clframe.avalanche_bridge.imports import OnlineCLExperience
 from clframe.data.benchmark import Benchmark
 from clframe.data.samples import EpochLoader, Loadable, concatenate, count_batches
 from clframe.data.source import Data

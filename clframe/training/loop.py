@@ -17,12 +17,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor
 
 from clframe.avalanche_bridge.fabric import Engine
+from clframe.avalanche_bridge.imports import EvaluationPlugin, PeriodicEval, SupervisedPlugin
 from clframe.nn.types import Output
 from clframe.training.divergence import UpdateFilter, gradient_norm
 from clframe.training.epochs import EpochMetrics

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clframe.avalanche_bridge.fabric import TrainerEngine
+from clframe.avalanche_bridge.imports import LightningModule
 from clframe.core import Composition, Experience, compose, parse
 from clframe.core.component import Component
 from clframe.errors import UnsupportedError
@@ -22,8 +22,10 @@ from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_sch
 from clframe.training.learner import Learner
 from clframe.training.loop import Driver, run_step, update
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+GroupsFactory = Callable[[Network, int], list[dict[str, Any]]]
+"""Returns groups of the network's parameters with their options, for the experience with an index."""
 
 
 class ContinualModule(LightningModule):
@@ -42,6 +44,7 @@ class ContinualModule(LightningModule):
         strategy: An expression such as ``"er + lwf"``, a component, or a composition.
         optimizer: Creates an optimizer for every experience, e.g. ``partial(SGD, lr=0.1)``.
         scheduler: Creates its learning-rate scheduler, stepped once an epoch; None keeps the rate.
+        groups: Divides the parameters into groups with options for an experience; None: one group.
         seed: See :class:`~clframe.training.learner.Learner`.
         clip: Largest norm of the gradient; None never clips.
         on_nonfinite: See :class:`~clframe.training.divergence.DivergenceGuard`.
@@ -54,6 +57,7 @@ class ContinualModule(LightningModule):
         *,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
+        groups: GroupsFactory | None = None,
         seed: int | None = None,
         clip: float | None = None,
         on_nonfinite: Literal["stop", "warn", "skip"] = "stop",
@@ -71,10 +75,18 @@ class ContinualModule(LightningModule):
         self.learner = Learner(network, composition, seed=seed)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self._groups = groups
         self.clip = clip
         self.divergence = DivergenceGuard(on_nonfinite)
         self.norm_before_clipping: Tensor | None = None
         self.driver: Driver = PlainDriver(self)
+
+    def new_optimizer(self) -> Optimizer:
+        """Create the optimizer of the current experience; before any, that of the first."""
+        experience, groups = self.learner.experience, self._groups
+        if groups is None:
+            return self.make_optimizer(self.network.parameters())
+        return self.make_optimizer(groups(self.network, 0 if experience is None else experience.index))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits_BC of the last exit."""
@@ -152,7 +164,7 @@ class PlainDriver:
                 f"ContinualModule: '{component.name}' changes the samples of an epoch, but a plain Trainer is given "
                 f"its loader; train with LightningStrategy, or let replay join each batch"
             )
-        self._optimizer = optimizer = module.make_optimizer(module.network.parameters())
+        self._optimizer = optimizer = module.new_optimizer()
         self._scheduler = None if module.make_scheduler is None else module.make_scheduler(optimizer)
         self._mean_loss = MeanLoss() if needs_metric(self._scheduler) else None
         return optimizer

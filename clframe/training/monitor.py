@@ -184,7 +184,9 @@ class Monitor:
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * steps
         self._flushes += steps
-        values = {**means, LEARNING_RATE: strategy.optimizer.param_groups[0]["lr"]}
+        groups = strategy.optimizer.param_groups
+        values = {**means, LEARNING_RATE: groups[0]["lr"]}
+        values |= {f"{LEARNING_RATE}/{group['name']}": group["lr"] for group in groups if "name" in group}
         norm = strategy.gradient_norm()
         if norm is not None:
             values[GRADIENT_NORM] = norm

@@ -79,6 +79,16 @@ class RunLog:
         """Write a line."""
         self._add(text)
 
+    def fail(self, reason: str, *, word: str = "failed") -> None:
+        """Write why the run ends, if it has begun.
+
+        Args:
+            reason: The message of the error.
+            word: What the line begins with.
+        """
+        if self._open:
+            self._add(f"{word}: {reason}")
+
     def close(self) -> None:
         """Write the last line, once."""
         if self._open:

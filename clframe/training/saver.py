@@ -236,6 +236,8 @@ class ExperienceSaver:
         self._schedule.add(step, seconds=seconds)
         if not self._reported or self.stop.requested is not None:
             self._reported = True
+            if self.stop.requested is not None:
+                self._monitor.log.note(f"saved at {position}")
             _log.info("saved at %s (%.3f MB, %.0f ms)", position, path.stat().st_size / 1e6, 1e3 * seconds)
 
     def _restore(self, content: Mapping[str, Any]) -> None:

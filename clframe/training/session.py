@@ -17,7 +17,7 @@ from clframe.accounting import Ledger
 from clframe.config.periods import Period
 from clframe.config.typed import same_config
 from clframe.data.benchmark import Benchmark
-from clframe.errors import ClframeError, RunFolderError
+from clframe.errors import ClframeError, DivergenceError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics import Tally
 from clframe.metrics.confusion import MOST_SHOWN
@@ -218,6 +218,11 @@ class Session:
                 costs["sparsity"] = self.progress.activity[-1].sparsity
             self._monitor.tensorboard.hyper_parameters(values, metrics={**metrics, **costs}, step=last)
 
+    def note_failure(self, error: Exception) -> None:
+        """Write to log.txt why the run ends."""
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        self._monitor.log.fail(reason, word="diverged" if isinstance(error, DivergenceError) else "failed")
+
     def close(self) -> None:
         """Close bar and files."""
         self._monitor.close()
@@ -335,6 +340,10 @@ class Session:
         seconds, ledger = meter.seconds, self.ledger
         ledger.add_time("training", seconds=seconds, experience=index)
         ledger.add_energy(meter.energy, experience=index)
+        capture = self.strategy.step_capture
+        if capture is not None and capture.recorded:
+            ledger.add_time("capture", seconds=capture.seconds, experience=index)
+            ledger.add_figure("captured_graphs", value=capture.recorded, experience=index)
         if meter.peak_bytes is not None:
             ledger.add_bytes("device_peak", bytes=meter.peak_bytes, experience=index)
         return seconds

@@ -12,15 +12,17 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from avalanche.benchmarks import OnlineCLExperience
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.plugins.evaluation import default_evaluator
-from avalanche.training.templates import SupervisedTemplate
-from lightning import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clframe.avalanche_bridge.fabric import OnFabric
+from clframe.avalanche_bridge.imports import (
+    EvaluationPlugin,
+    Fabric,
+    OnlineCLExperience,
+    SupervisedTemplate,
+    default_evaluator,
+)
 from clframe.avalanche_bridge.repairs import refuse_schedulers
 from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
@@ -107,7 +109,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
                     "LightningStrategy: found no optimizer for a model that creates none; pass optimizer= or a "
                     "ContinualModule"
                 )
-            optimizer = self.module.make_optimizer(self.module.network.parameters())
+            optimizer = self.module.new_optimizer()
         for wanted, option in ((engine == "trainer", "engine 'trainer'"), (early_stopping, "early_stopping")):
             if wanted and self.module is None:
                 raise UnsupportedError(f"LightningStrategy: {option} needs a ContinualModule; wrap the model or "
@@ -201,7 +203,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         self.module.to(self.device)
         if self._fresh_optimizer:
             former = self.optimizer
-            self.optimizer = self.module.make_optimizer(self.module.network.parameters())
+            self.optimizer = self.module.new_optimizer()
             if isinstance(experience, OnlineCLExperience) and not experience.is_first_subexp:
                 _copy_state(former, self.optimizer)
         else:

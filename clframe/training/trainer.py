@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from lightning import Callback, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
 
 from clframe.avalanche_bridge.fabric import Engine, TrainerEngine
+from clframe.avalanche_bridge.imports import (
+    Callback,
+    MisconfigurationException,
+    Trainer,
+    lightning_callbacks,
+    lightning_loggers,
+)
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.training.checkpoint import encode
 from clframe.training.epochs import EarlyStopping, metric_names

@@ -85,7 +85,7 @@ def test_seeds_give_mean_and_deviation(call, here):
 
 def test_quiet_prints_the_number_alone(call, here):
     code, out, err = call("run", "--quiet", "smoke/quickstart", *TINY[1:], "--output", "a/b")
-    (path,) = here.glob("a/b/quickstart/*-seed0/results.json")
+    (path,) = here.glob("a/b/quickstart/er+lwf-seed0-*/results.json")
     assert (code, err) == (0, "")
     assert out == f"{Result.from_json(path).final_average_accuracy:.4f}\n"
 
@@ -108,7 +108,7 @@ def asked(monkeypatch):
     """Calls of ``clframe.api.run``, which does nothing but stop like Ctrl-C."""
     calls = []
 
-    def run(config="", overrides=(), *, output=None, resume=None, on_built=None, on_evaluated=None):
+    def run(config="", overrides=(), *, output=None, resume=None, folder=None, on_built=None, on_evaluated=None):
         calls.append((config, list(overrides), output, resume))
         raise KeyboardInterrupt
 
@@ -172,10 +172,25 @@ def test_explain_counts_what_the_layers_say(call):
     assert re.search(rf"^  parameters +{65 * 7 + 8 * 10:,}$", out, re.M)
 
 
-def test_explain_makes_no_session_and_no_folder_for_lightning_loggers(call, here, no_training):
+def test_explain_trains_nothing_and_makes_no_folder_for_lightning_loggers(call, here, monkeypatch):
+    monkeypatch.setattr("clframe.training.session.Session.run", lambda *_: pytest.fail("it trained"))
     code, out, _ = call("explain", "quickstart", "trainer.engine=trainer", "trainer.loggers=[CSVLogger]",
                         "trainer.callbacks.Timer={duration: '00:01:00:00'}")  # fmt: skip
     assert code == 0 and "CSVLogger" in out
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["trainer.capture=true"], "trainer.capture: found true with a cpu device"),
+        (["strategy=exits(at=[nope])"], "components.exits: unknown tap 'nope'"),
+        (["optimizer.groups.er.lr=0.1"], "optimizer.groups.er: found no parameters of it in the network; leave it out"),
+    ],
+)
+def test_explain_finds_what_only_the_start_of_a_run_refuses(call, here, overrides, message):
+    code, out, err = call("explain", "quickstart", *overrides)
+    assert (code, out) == (2, "") and err.startswith(f"clframe: error: {message}") and err.count("\n") == 1
     assert list(here.iterdir()) == []
 
 

@@ -10,6 +10,10 @@ import pytest
 import clframe.api
 from clframe.cli import main
 
+DEVELOPMENT = (
+    "development run: {} experience(s), one epoch of 2 batches each, evaluation on 2 batches per experience; its "
+    "results are not those of the config\n"
+)
 UNEVEN = "digits: 10 classes in 3 experiences = 4 + 3 + 3\n"
 DATA = logging.getLogger("clframe.data")
 
@@ -45,15 +49,16 @@ def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsy
         patch.setattr(clframe.api, "_session", session)
         assert call("run", "quickstart", "benchmark.experiences=3").code == 130
     assert before == [UNEVEN]
-    tiny = ("benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
+    tiny = ("benchmark.experiences=3", "trainer.fast_dev_run=3", "backbone.width=2")
     code, out, err = call("run", "quickstart", *tiny, "--seeds", "0..1")
-    assert (code, err) == (0, UNEVEN) and "experience 3/3" in out
+    assert (code, err) == (0, UNEVEN + DEVELOPMENT.format(3)) and "experience 3/3" in out
 
 
 def test_a_resumed_run_says_it_too(call, here):
     call("run", "quickstart", "benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
     (folder,) = here.glob("runs/quickstart/*")
-    assert call("run", "--resume", str(folder)).err == f"{UNEVEN}{folder}: is finished; nothing to train\n"
+    said = f"{UNEVEN}{DEVELOPMENT.format(2)}{folder}: is finished; nothing to train\n"
+    assert call("run", "--resume", str(folder)).err == said
 
 
 def test_quiet_leaves_warnings_only(call, mine):

@@ -141,3 +141,19 @@ def test_without_a_folder_an_unfinished_run_is_named(call, cut, here):
     assert len(list(place.parent.iterdir())) == 2 and not (place / "results.json").exists()
     (place / "results.json").write_text("{}")
     assert find_unfinished(config) is None
+
+
+def test_of_several_the_newest_is_named(cut, here):
+    """Folders of this version and of earlier ones, which were called by their time."""
+    from clframe.config.load import load_config
+    from clframe.targets.unfinished import find_unfinished
+
+    parent = here / "runs" / "quickstart"
+    names = ["er+lwf-seed0-20260103-120000", "20260102-120000-seed0", "lwf-seed0-20260101-120000"]
+    for name in names:
+        shutil.copytree(cut, parent / name)
+    config = load_config("quickstart", OPTIONS)
+    for name in names:
+        found = find_unfinished(config)
+        assert found is not None and found.name == name
+        shutil.rmtree(parent / name)

@@ -60,8 +60,9 @@ def test_every_field_of_the_optimizer_survives_a_round_trip():
     optimizers = [
         OptimizerConfig(lr=1e-05, momentum=0.5, weight_decay=1e-9, schedule="multistep", milestones=(1, 7), gamma=0.25),
         OptimizerConfig(name="adamw", betas=(0.8, 0.5), schedule="step", step=2, warmup=1, fused=True),
-        OptimizerConfig(name="rmsprop", schedule="plateau", factor=0.25, patience=2),
-    ]
+        OptimizerConfig(name="RMSprop", schedule="plateau", factor=0.25, patience=2, options={"alpha": 0.9},
+                        groups={"heads": {"lr": {"first": 0.1, "later": 0.01}, "eps": 1e-3}}),
+    ]  # fmt: skip
     for f in dataclasses.fields(OptimizerConfig):
         assert any(getattr(one, f.name) != getattr(OptimizerConfig(), f.name) for one in optimizers), f.name
     for one in optimizers:

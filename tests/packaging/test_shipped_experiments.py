@@ -82,7 +82,7 @@ def test_fine_tuning_a_text_encoder_trains(text_overrides, tmp_path):
 def test_split_mnist_runs(strategy, data_dir, tmp_path):
     result = clframe.run(
         "split_mnist",
-        [f"benchmark.data_dir={data_dir}", "trainer.fast_dev_run=true", "trainer.progress=false", f"strategy={strategy}"],
+        [f"benchmark.data_dir={data_dir}", "trainer.fast_dev_run=5", "trainer.progress=false", f"strategy={strategy}"],
         output=tmp_path / "runs",
     )
     assert len(result.accuracy_matrix) == 5 and result.benchmark == "mnist"

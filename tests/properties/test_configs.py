@@ -146,13 +146,14 @@ def run_or_refuse(*changes: str) -> int:
 
 
 def refused(code: int, text: str) -> None:
-    """One line: where, what was found, what to do."""
+    """One line for each problem: where, what was found, what to do."""
     assert code == 2, text
     lines = [line for line in text.splitlines() if line.startswith("clframe: error: ")]
-    assert len(lines) == 1 and text.splitlines()[-1] == lines[0] and "Traceback" not in text
-    where, _, rest = lines[0].removeprefix("clframe: error: ").partition(": ")
-    found, _, advice = rest.partition("; ")
-    assert where and found and advice, text
+    assert lines and text.splitlines()[-len(lines) :] == lines and "Traceback" not in text
+    for line in lines:
+        where, _, rest = line.removeprefix("clframe: error: ").partition(": ")
+        found, _, advice = rest.partition("; ")
+        assert where and found and advice, text
 
 
 @contextlib.contextmanager

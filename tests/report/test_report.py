@@ -205,18 +205,6 @@ def test_differences_are_paired_and_costs_are_at_equal_accuracy(make_run, tmp_pa
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_one_table_has_every_strategy_within_every_budget(make_run, tmp_path, exits, read_table):
-    make_run("base", (12, 18), macs=1000)
-    records = [exits(0.5, 0.9), exits(0.2, 0.7, at_half=(0.5, 0.6))]
-    make_run("other", (16, 12), strategy="er + exits", records=records, macs=400)
-    base, other = read_table(write_report([tmp_path / "base", tmp_path / "other"]), "strategies")
-    assert (base["group"], base["exits"], base["budget 50 %"]) == ("er", "no", "undefined: no exits")
-    assert (float(base["parameters"]), float(base["never stops early"])) == (7, 0.75)
-    assert (other["group"], other["exits"]) == ("er + exits", "yes")
-    assert (float(other["never stops early"]), float(other["budget 50 %"])) == (0.7, 0.6)
-
-
-@pytest.mark.usefixtures("without_figures")
 def test_a_table_of_contents_links_every_section(make_run, tmp_path):
     make_run("a", (12, 18))
     make_run("b", (14, 18), strategy="naive")
@@ -254,6 +242,29 @@ def test_labels_of_budgets_do_not_overlap():
         figure.draw_without_rendering()
         first, second = (text.get_window_extent() for text in axes.texts)
     assert not first.overlaps(second)
+
+
+def test_labels_of_two_curves_cover_neither_each_other_nor_a_point():
+    """Three close budgets of each of two curves, labeled one curve after the other."""
+    from matplotlib.figure import Figure
+
+    first = {(0.50, 0.500): "25 %", (0.51, 0.505): "50 %", (0.52, 0.510): "75 %, 100 %"}
+    second = {(0.50, 0.503): "25 %", (0.515, 0.506): "50 %", (0.98, 0.990): "a long name of a point"}
+    with styled():
+        figure = Figure(figsize=(4.7, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        for texts in (first, second):
+            annotate_apart(figure, axes, texts, color="black")
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        points = [axes.transData.transform(point) for point in (*first, *second)]
+    assert [text.get_text() for text in axes.texts] == [*first.values(), *second.values()]
+    assert not [1 for n, box in enumerate(boxes) for other in boxes[:n] if box.overlaps(other)]
+    for n, box in enumerate(boxes):
+        own = points[:3] if n < 3 else points[3:]
+        assert not [1 for point in own if box.contains(*point)]
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -429,7 +440,7 @@ def test_watch_shows_a_running_run_until_it_is_finished(make_run, tally, exits):
         seen.append(Page(path.read_text()))
         if len(seen) == 1:
             record = exits(0.5, 0.9, at_half=(0.4, 0.7))
-            content = {"tallies": [dataclasses.asdict(tally(16, 0))], "exits": [dataclasses.asdict(record)]}
+            content = {"tallies": [tally(16, 0).as_tree()], "exits": [dataclasses.asdict(record)]}
             save_checkpoint(run / "checkpoints", content, finished=1)
         elif len(seen) == 2:
             (run / "results.json").write_bytes(results)

@@ -15,7 +15,9 @@ TRANSFORMER = [
     "components.moe.samples=60",
 ]  # fmt: skip
 CASES = {
-    "replay, teacher": (["strategy=er(memory=20) + lwf"], 4),
+    "replay, teacher, rates by group and experience": (
+        ["strategy=er(memory=20) + lwf", "optimizer.name=nadam", "optimizer.lr={first: 0.01, later: 0.002}",
+         "optimizer.groups.heads={lr: 0.02, weight_decay: 0.1}"], 4),
     "exits, sparsity": (["strategy=exits(weights=ramp) + sparsity", "trainer.gradient_clip=1"], 3),
     "experts": (["strategy=er(memory=20) + moe", *TRANSFORMER], 3),
     "live weights in a Trainer, TensorBoard": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,7 @@ def digits(*, test_fraction: float = 0.25) -> Source:
     Args:
         test_fraction: Fraction of each class to test on.
     """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
-    y = torch.from_numpy(bunch.target).long()
+    x, y = _read_digits()
     train, test = split_off_test(y, fraction=test_fraction, name="digits")
     samples = TensorSamples(x, y, mean=(4.884,), std=(6.017,))
     return Source(
@@ -46,6 +43,25 @@ def digits(*, test_fraction: float = 0.25) -> Source:
         class_names=tuple("0123456789"),
         inputs=InputFormat(kind="image", largest=16),
     )
+
+
+def _read_digits() -> tuple[Tensor, Tensor]:
+    """Read images x [N, 1, 8, 8] and labels y_N.
+
+    The file is read directly where it is found, since importing scikit-learn takes longer than training a first epoch.
+    """
+    spec = find_spec("sklearn")
+    for folder in (spec.submodule_search_locations if spec is not None else None) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            rows = np.loadtxt(file, delimiter=",", dtype=np.int64)
+            break
+    else:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        rows = np.concatenate((bunch.data, bunch.target[:, None]), 1).astype(np.int64)
+    return torch.from_numpy(rows[:, :-1]).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(rows[:, -1].copy())
 
 
 _PARTS = ("images_background", "images_evaluation")

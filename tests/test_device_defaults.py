@@ -1,0 +1,59 @@
+"""Choices that a config leaves to the device of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clframe.build import with_device_defaults
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.typed import same_config, to_yaml
+from clframe.seeding import torch_settings
+
+PLAIN = Config(benchmark=BenchmarkConfig(name="digits"), backbone=BackboneConfig(name="mlp"))
+
+
+def chosen(config, *, cuda):
+    found = with_device_defaults(config, cuda=cuda)
+    return found.trainer.channels_last, found.trainer.deterministic, found.optimizer.fused
+
+
+@pytest.mark.parametrize(
+    "optimizer, precision, cuda, expected",
+    [
+        ("sgd", "32-true", False, (False, True, False)),
+        ("sgd", "32-true", True, (True, False, True)),
+        ("adamw", "bf16-mixed", True, (True, False, True)),
+        ("sgd", "16-mixed", True, (True, False, False)),
+        ("rmsprop", "32-true", True, (True, False, False)),
+    ],
+)
+def test_auto_is_replaced_by_the_choice_for_the_device(optimizer, precision, cuda, expected):
+    config = replace(PLAIN, optimizer=OptimizerConfig(name=optimizer), trainer=TrainerConfig(precision=precision))
+    assert chosen(config, cuda=cuda) == expected
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_a_config_says_is_kept(cuda):
+    trainer = TrainerConfig(channels_last=True, deterministic=True)
+    config = replace(PLAIN, optimizer=OptimizerConfig(fused=False), trainer=trainer)
+    assert chosen(config, cuda=cuda) == (True, True, False)
+
+
+def test_a_config_and_the_one_of_its_run_are_the_same():
+    run = with_device_defaults(PLAIN, cuda=True)
+    assert run != PLAIN and same_config(to_yaml(run), to_yaml(PLAIN)) and same_config(to_yaml(PLAIN), to_yaml(run))
+    other = replace(run, trainer=replace(run.trainer, deterministic=True))
+    assert not same_config(to_yaml(run), to_yaml(other))
+    assert not same_config(to_yaml(run), to_yaml(replace(PLAIN, seed=7)))
+
+
+def test_settings_of_cuda_are_set_and_restored():
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    for deterministic, expected in ((True, (False, False, "highest")), (False, (True, True, "high"))):
+        with torch_settings(deterministic=deterministic, cuda=True):
+            assert (cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == expected
+        assert (cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before

@@ -188,11 +188,6 @@ def _execute(
     config, trainer = setup.config, setup.config.trainer
     deterministic = trainer.deterministic is True
     settings = torch_settings(threads=trainer.threads, deterministic=deterministic, cuda=on_cuda(trainer))
-    if trainer.fast_dev_run:
-        _log.info(
-            "development run: %d experience(s), one epoch of %d batches each, evaluation on %d batches per experience; "
-            "its results are not those of the config", len(setup.benchmark), DEVELOPMENT_BATCHES, DEVELOPMENT_BATCHES,
-        )  # fmt: skip
     with folder.lock(), settings:
         try:
             if resumes:
@@ -218,6 +213,12 @@ def _execute(
                 check_trained_data(config, setup.benchmark, {j for sources in remaining for j in sources})
                 if started == count:
                     _log.info("%s: is finished; nothing to train", folder.path)
+            if trainer.fast_dev_run:
+                _log.info(
+                    "development run: %d experience(s), one epoch of %d batches each, evaluation on %d batches per "
+                    "experience; its results are not those of the config",
+                    len(setup.benchmark), DEVELOPMENT_BATCHES, DEVELOPMENT_BATCHES,
+                )  # fmt: skip
             return _finish(setup, folder, session, session.run())
         except ClframeError as error:
             session.note_failure(error)

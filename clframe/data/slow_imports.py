@@ -109,7 +109,7 @@ class _StandIn(ModuleType):
 
 
 class _Deferred:
-    """An attribute of a module that is imported when it is called or one of its own attributes is used."""
+    """An attribute of a module that is imported when it is called or an attribute is read."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module = module

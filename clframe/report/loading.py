@@ -231,7 +231,10 @@ def load_run(path: Path, known: dict[str, Config] | None = None) -> Run:
     if not (path / "config.yaml").is_file():
         raise RunFolderError(f"{path}: has results.json but no config.yaml; restore it or run again")
     check_contained(path)
-    text = read_text(path / "config.yaml", most=MOST_YAML)
+    try:
+        text = read_text(path / "config.yaml", most=MOST_YAML)
+    except ValueError as error:
+        raise RunFolderError(f"{path / 'config.yaml'}: invalid YAML ({error}); restore it or run again") from None
     config, settings, strategy = _config(path / "config.yaml", text, {} if known is None else known)
     result = _result(path, seed=config["seed"])
     if result is None:

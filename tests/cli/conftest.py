@@ -46,12 +46,12 @@ def call(here, capsys):
 def refused(call, here, contents):
     """Call, and see that it is refused: one line, exit code 2, nothing written or changed."""
 
-    def refusing(arguments, *messages):
+    def refusing(arguments, *messages, lines=1):
         before = contents(here)
         code, out, err = call(*arguments)
         assert code == 2
         assert out == ""
-        assert err.count("\n") == 1 and err.endswith("\n")
+        assert err.count("\n") == lines and err.endswith("\n")
         assert err.startswith("clframe: error: ") and "Traceback" not in err
         for text in messages:
             assert text in err

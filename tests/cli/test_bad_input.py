@@ -20,7 +20,7 @@ COMMAND_LINES = [
     (["rn", "quickstart"], "unknown verb 'rn'; did you mean 'run'?"),
     (
         ["zzz"],
-        "unknown verb 'zzz'; nothing is close to it (known: analyze, card, check, evaluate, explain, export, extend, latency, list, moefy, predict, report, run)",
+        "unknown verb 'zzz'; nothing is close to it (known: analyze, card, check, evaluate, exits, explain, export, extend, latency, list, moefy, predict, report, run, runs)",
     ),
     (["--bogus"], "unknown option '--bogus'; did you mean '--debug'?"),
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),

@@ -273,7 +273,7 @@ def test_sparsity_sees_the_hidden_neurons_of_experts(on_digits):
         layer.observer = seen.append
         step = replace(step, output=run.network.train()(step.batch.x))
         expected = hoyer(layer.experts.hidden(seen[0]).flatten(1))
-        term = Sparsity(strength=1.0).losses(step, {})["penalty"]
+        term = Sparsity(strength=1.0).losses(replace(step, values={"strength": 1.0}), {})["penalty"]
         assert term.item() == pytest.approx(expected.item(), rel=1e-5)
         term.backward()
         assert bool((layer.experts.up.grad.flatten(1).abs().sum(1) > 0).all())

@@ -116,11 +116,11 @@ def weights(result):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, drawing):
     """The same run without and with the bar, which tests only look at."""
     found = []
     for shown in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, drawing():
             patch.setattr(monitor_module, "is_shown", lambda shown=shown: shown)
             patch.setattr(display_module, "DRAWS", 1e9)  # draw at every step
             loggers = "[tensorboard]" if shown else "[]"

@@ -68,6 +68,7 @@ def test_another_attribute_imports_the_package_within_the_block(package: str) ->
     assert sys.modules[package].Model.size == 3
 
 
+@pytest.mark.slow
 def test_avalanche_is_imported_without_packages_that_it_does_not_use() -> None:
     code = (
         "import sys\nfrom clframe.data.avalanche import import_avalanche\nimport_avalanche()\n"

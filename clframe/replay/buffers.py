@@ -140,9 +140,13 @@ class MemoryPolicy:
             portions.setdefault(owner, []).append(portion)
         every = self.budget == "per_class"
         share = dict.fromkeys(portions, self.size) if every else quotas(self.size, list(portions))
-        return {
-            portion: room for owner, own in portions.items() for portion, room in quotas(share[owner], own).items()
-        }
+        found: dict[int, int] = {}
+        for owner, own in portions.items():
+            if len(own) == 1:  # nearly always, so that hundreds of classes cost no call each
+                found[own[0]] = share[owner]
+            else:
+                found |= quotas(share[owner], own)
+        return found
 
     def _portions(
         self, y_N: Tensor, experience: Experience, before: tuple[int, ...]

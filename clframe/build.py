@@ -214,7 +214,7 @@ def _check_trainer(whole: Config) -> None:
         raise UnsupportedError(f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto")
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UnsupportedError("trainer.accelerator: found mps, but this machine has none; use cpu or auto")
-    on_gpu = wanted in ("cuda", "gpu") or (wanted == "auto" and torch.cuda.is_available())
+    on_gpu = on_cuda(config)
     if isinstance(config.devices, tuple):
         found, count = f"trainer.devices: found {list(config.devices)}", torch.cuda.device_count()
         if not on_gpu:

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Before torch is imported: two workers with a thread pool each are slower than two with one thread.
 THREADS = int(os.environ.get("TEST_THREADS", "1"))
@@ -83,6 +84,15 @@ def drawing() -> Callable[[], contextlib.AbstractContextManager[None]]:
             _drawing = before
 
     return on
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,25 @@ def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
     return name, overrides
 
 
+def parse_run(options: argparse.Namespace, *, then: str) -> tuple[str, list[str]]:
+    """Return the run folder and the overrides of a verb that reads a run.
+
+    Args:
+        options: Those of the verb.
+        then: What may follow the run, for the message about anything else.
+
+    Raises:
+        ConfigError: No run, or a word that is not an override.
+    """
+    run, *overrides = options.words or [""]
+    if not run:
+        raise ConfigError(f"{options.verb}: found no run; give a run folder, such as the one clframe run printed")
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"{options.verb}: found '{word}'; give one run, then {then}")
+    return run, overrides
+
+
 def parse_seed(text: str) -> int:
     """Parse ``--seed``.
 

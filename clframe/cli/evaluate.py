@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from clframe.cli.context import parse_run
 from clframe.cli.predict import decimal, whole_number
-from clframe.errors import ConfigError
 from clframe.printable import printable
 
 NAME = "evaluate"
@@ -39,12 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Evaluate, print and write."""
-    run, *overrides = options.words or [""]
-    if not run:
-        raise ConfigError("evaluate: found no run; give a run folder, such as the one clframe run printed")
-    for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"evaluate: found '{word}'; give one run, then benchmark=NAME and benchmark.KEY=VALUE")
+    run, overrides = parse_run(options, then="benchmark=NAME and benchmark.KEY=VALUE")
     size = whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
 

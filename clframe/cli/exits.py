@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from clframe.cli.context import notices, parse_run
 from clframe.errors import ConfigError
 
 NAME = "exits"
@@ -37,19 +38,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Solve, print and write."""
-    run, *overrides = options.words or [""]
-    if not run:
-        raise ConfigError("exits: found no run; give a run folder, such as the one clframe run printed")
-    for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"exits: found '{word}'; give one run, then benchmark.KEY=VALUE")
+    run, overrides = parse_run(options, then="benchmark.KEY=VALUE")
     budgets = [_share("--budget", text) for text in options.budget]
     drops = [_share("--drop", text, least=0.0) for text in options.drop]
     for name, choices in (("solver", ("shared", "quantiles", "coordinate")), ("fallback", ("last", "confident"))):
         if getattr(options, name) not in choices:
             raise ConfigError(f"--{name}: found '{getattr(options, name)}'; give one of {', '.join(choices)}")
 
-    from clframe.cli.context import notices
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import exit_points

@@ -217,5 +217,9 @@ def plan_runs(runs: SideBySide, config: Config, *, seeds: Sequence[int], jobs: i
         import torch
 
         if torch.cuda.is_available():
-            memory = runs.measure(seeds[0], captured=trainer.capture is not False)
+            from clframe.build import build_strategy
+
+            recorded = all(component.capturable for component in build_strategy(config.strategy, config.components))
+            captured = recorded and trainer.capture is not False and trainer.engine == "fabric"
+            memory = runs.measure(seeds[0], captured=captured)
     return choose_jobs(seeds=len(seeds), jobs=jobs, cores=cores, threads=trainer.threads, memory=memory)

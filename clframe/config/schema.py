@@ -301,8 +301,7 @@ class OptimizerConfig:
                  "leave it out: plateau sets the rate from the losses alone")  # fmt: skip
 
     def _checked(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-        base = {key: value for key, value in self.torch_options().items() if key not in given}
-        return check_arguments(self.name, given, where=where, base=base)
+        return check_arguments(self.name, given, where=where, base=self.torch_options())
 
     def _checked_group(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         where = f"optimizer.groups.{name}"
@@ -316,10 +315,10 @@ class OptimizerConfig:
         _check_rate(rate, f"{where}.lr")
         return {"lr": rate, **checked}
 
-    def torch_options(self, experience: int = 0) -> dict[str, Any]:
-        """Arguments of the constructor for the experience with this index, without ``fused`` and groups."""
+    def torch_options(self) -> dict[str, Any]:
+        """Arguments of the constructor, with the rate of the first experience, without ``fused`` and groups."""
         known = optimizer_arguments(self.name)
-        values: dict[str, Any] = {"lr": rate_of(self.lr, experience)}
+        values: dict[str, Any] = {"lr": rate_of(self.lr, 0)}
         for key in ("weight_decay", "momentum", "betas"):
             if key in known and getattr(self, key) is not None:
                 values[key] = getattr(self, key)

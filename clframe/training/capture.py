@@ -103,7 +103,8 @@ class Recording:
     replay: Callable[[], None]
     batch: Batch
     inputs: Inputs
-    rates: list[Tensor]
+    rates: list[tuple[dict[str, Any], Tensor]]
+    """Groups of a fused optimizer, with the tensors from which the update reads their learning rates."""
     output: Output
     loss: Tensor
     norm: Tensor | None
@@ -154,6 +155,15 @@ class StepCapture:
         for group in self._strategy.optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
+
+    def end_experience(self) -> None:
+        """Forget the graphs before components consolidate; say where recording was required and did not happen."""
+        if self._required and not self.recorded:
+            _log.warning(
+                "trainer.capture: found true, but no step of the experience was recorded: none of its shapes occurs "
+                "%d times; train longer, or set trainer.capture=auto", WARM + FEWEST,
+            )  # fmt: skip
+        self.forget()
 
     def begin_epoch(self) -> None:
         """Look for what prevents recording, and forget graphs if what a step computes has changed.
@@ -234,20 +244,23 @@ class StepCapture:
         inputs = learner.inputs().on(device)
         groups = optimizer.param_groups
         rates = [group["lr"] for group in groups]
-        fused = [group.get("fused") for group in groups]
-        rate_tensors = [torch.tensor(float(r), dtype=torch.float32, device=device) for r in rates]
+        in_tensors = [
+            (group, torch.tensor(float(group["lr"]), dtype=torch.float32, device=device))
+            for group in groups
+            if group.get("fused")
+        ]
         before, terms, draws = learner.step_counts(), set(learner.term_sums), _random_states(learner)
         optimizer.zero_grad()
         try:
             strategy.batch, learner.observer, learner.static_inputs = batch, _Sections(), inputs
-            for group, rate, in_tensor in zip(groups, rate_tensors, fused, strict=True):
-                group["lr"] = rate if in_tensor else group["lr"]
+            for group, rate in in_tensors:
+                group["lr"] = rate
             strategy.use_batch()
             replay = self._graphs.record(strategy.compute_update)
             sections = learner.observer.found
             output = _detach(strategy.output)
             recording = Recording(
-                replay, batch, inputs, rate_tensors, output, strategy.loss.detach(), strategy.engine.norm,
+                replay, batch, inputs, in_tensors, output, strategy.loss.detach(), strategy.engine.norm,
                 replace(learner.step, output=output), sections,
                 [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None],
             )  # fmt: skip
@@ -281,7 +294,7 @@ class StepCapture:
         for found, tensor in _tensors(batch, static):
             tensor.copy_(found, non_blocking=True)
         recording.inputs.fill(learner.inputs())
-        for tensor, group in zip(recording.rates, strategy.optimizer.param_groups, strict=True):
+        for group, tensor in recording.rates:
             tensor.fill_(group["lr"])
         recording.replay()
         if self._replayed is not recording:  # another graph, or an eager step, has set other gradients

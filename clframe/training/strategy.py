@@ -167,15 +167,15 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         Raises:
             UnsupportedError: It is required, and the device or the model cannot.
         """
-        found = f"a {self.device.type} device" if self.learner is not None else "a model without components"
-        if wanted is True and (self.learner is None or self.device.type != "cuda"):
+        if wanted and self.learner is not None and self.device.type == "cuda":
+            return StepCapture(self, graphs=CudaGraphs(self.device), required=wanted is True)
+        if wanted is True:
+            found = "a model without components" if self.learner is None else f"a {self.device.type} device"
             raise UnsupportedError(
                 f"trainer.capture: found true with {found}, but CUDA graphs need components on a CUDA device; set "
                 f"trainer.capture=auto"
             )
-        if not wanted or self.learner is None or self.device.type != "cuda":
-            return None
-        return StepCapture(self, graphs=CudaGraphs(self.device), required=wanted is True)
+        return None
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Begin an experience: grow the network, call the components, create the optimizer; else as Avalanche does."""
@@ -301,7 +301,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         if self.module is not None and self._part + 1 == self._parts:
             self.gradient_norm()  # reads the gradients before components overwrite them
             if self.step_capture is not None:
-                self.step_capture.forget()
+                self.step_capture.end_experience()
             self.module.end(step=int(self.clock.train_iterations))
         super()._after_training_exp(**kwargs)
         self.part += 1

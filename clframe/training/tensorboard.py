@@ -130,6 +130,7 @@ class TensorBoard:
         self._curves = spaced_indices(experiences, most=CURVES)
         self._writer: Any = SummaryWriter(str(folder))
         self._layout: dict[str, Any] = {}
+        self._laid_out = 0
         self.write_layout(finished)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -228,10 +229,12 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import custom_scalars
 
         untyped: Any = custom_scalars
-        found = layout(self._tags)
-        if found != self._layout:
-            self._layout = found
-            self._writer.file_writer.add_summary(untyped(found), finished)
+        if len(self._tags) != self._laid_out:  # tags are only added
+            self._laid_out = len(self._tags)
+            found = layout(self._tags)
+            if found != self._layout:
+                self._layout = found
+                self._writer.file_writer.add_summary(untyped(found), finished)
         self._writer.flush()
 
     def flush(self) -> None:

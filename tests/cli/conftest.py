@@ -22,15 +22,6 @@ class Called(NamedTuple):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def call(here, capsys):
     """Call the command line in ``here``."""
 

@@ -38,7 +38,7 @@ def wait_for(path):
         if path.exists():
             return
         time.sleep(0.01)
-    sys.exit("nobody wrote " + path.name)
+    sys.exit("not written: " + path.name)
 
 if sys.stdin.readline() != "begin\\n":
     sys.exit()
@@ -127,7 +127,7 @@ print("a notice about data", file=sys.stderr)
 if seed == 0:
     wait_for(here / "began 3")
 if seed == 1:
-    send("failed", reason="data: is odd; mend it")
+    send("failed", reason="data: is odd; repair it")
 elif seed == 2:
     os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -140,7 +140,7 @@ else:
                 for text in ("experience 1/1:  50.0 %", f"finished, {tmp_path / f'run {seed}'}")]  # fmt: skip
     assert sorted(out.splitlines()) == sorted(expected)
     assert err.count("a notice about data\n") == 1
-    assert "clframe: error: seed 1: data: is odd; mend it\n" in err
+    assert "clframe: error: seed 1: data: is odd; repair it\n" in err
     assert (
         "clframe: error: seed 2: its process ended by SIGKILL, perhaps for want of memory; see the lines above\n" in err
     )
@@ -245,6 +245,15 @@ def test_memory_is_measured_and_bounded_on_cuda_only(monkeypatch):
     config = clframe.load_config("quickstart", [*SMALL, "trainer.accelerator=cuda", "trainer.devices=[1]"])
     found = plan_runs(Measured(), config, seeds=range(4, 24), jobs=None)
     assert found.jobs == 2
+
+    class Eager(Measured):
+        def measure(self, seed, *, captured):
+            assert not captured
+            return Memory(peak=GIB, free=10 * GIB, total=10 * GIB, captured=captured)
+
+    for changes in (["strategy=agem"], ["trainer.capture=false"], ["trainer.engine=trainer"]):
+        eager = clframe.load_config("quickstart", [*SMALL, "trainer.accelerator=cuda", *changes])
+        assert plan_runs(Eager(), eager, seeds=range(4, 24), jobs=None).jobs == 6
     assert plan_runs(None, config, seeds=range(4, 24), jobs=5).memory_share == 0.9 / 5  # given: nothing is measured
     on_cuda = replace(setup, config=replace(setup.config, trainer=config.trainer))
     assert _prepare_device(on_cuda, share=0.25) == {"device": 1, "free": 7, "total": 10}

@@ -1,4 +1,4 @@
-"""Imports of Avalanche and torchmetrics without the packages they hardly use; each case in a process of its own."""
+"""Imports of Avalanche and torchmetrics without the packages they hardly use; each case in a separate process."""
 
 from __future__ import annotations
 

@@ -15,15 +15,6 @@ RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def run(here):
     """A finished run, and inputs for it in ``inputs.npz``."""
     np.savez(here / "inputs.npz", x=np.zeros((2, 1, 8, 8), dtype=np.uint8))

@@ -20,7 +20,7 @@ FOLDERS = ["checkpoints", "tensorboard", "figures", "report", "report/tables", "
 
 @pytest.fixture
 def outside(run):
-    """Files of somebody else next to the run."""
+    """Files of another person next to the run."""
     folder = run.parent / "outside"
     folder.mkdir()
     (folder / "file").write_text("secret: words\n")

@@ -121,19 +121,25 @@ def prepared(component, data):
     )
 
 
-def test_a_component_that_does_not_declare_it_runs_eagerly_and_is_named_once(caplog):
+def capturing(component, *, required=False):
+    """A strategy whose steps are recorded, and its experiences."""
     data = runs.stream()
-    loop = prepared(Constant(), data)
-    loop.step_capture = capture.StepCapture(loop, graphs=runs.RecordedGraphs())
+    loop = prepared(component, data)
+    loop.step_capture = capture.StepCapture(loop, graphs=runs.RecordedGraphs(), required=required)
+    return loop, data.avalanche.train_stream
+
+
+def test_a_component_that_does_not_declare_it_runs_eagerly_and_is_named_once(caplog):
+    loop, experiences = capturing(Constant())
     with caplog.at_level("INFO", logger="clframe"):
-        for experience in data.avalanche.train_stream:
+        for experience in experiences:
             loop.train(experience)
     assert [r.getMessage() for r in caplog.records if "kernel" in r.getMessage()] == [
         "steps run one kernel at a time: constant cannot be recorded (trainer.capture=false silences this)"
     ]
-    loop.step_capture = capture.StepCapture(loop, graphs=runs.RecordedGraphs(), required=True)
+    loop, experiences = capturing(Constant(), required=True)
     with pytest.raises(UnsupportedError, match=r"^trainer\.capture: found true, but constant cannot be recorded; set"):
-        loop.train(data.avalanche.train_stream[0])
+        loop.train(experiences[0])
 
 
 def test_a_step_that_waits_for_the_device_runs_eagerly_with_the_same_numbers(caplog):
@@ -148,14 +154,13 @@ def test_a_step_that_waits_for_the_device_runs_eagerly_with_the_same_numbers(cap
         def losses(self, step, state):
             return {"term": step.output.last.mean() * 0.01 * float(step.output.last.detach().abs().max() > 0)}
 
-    data = runs.stream()
     weights = []
     for recorded in (False, True):
-        loop = prepared(Waiting(), data)
-        if recorded:
-            loop.step_capture = capture.StepCapture(loop, graphs=runs.RecordedGraphs())
+        loop, experiences = capturing(Waiting())
+        if not recorded:
+            loop.step_capture = None
         with caplog.at_level("INFO", logger="clframe"):
-            loop.train(data.avalanche.train_stream[0])
+            loop.train(experiences[0])
         weights.append([p.detach().clone() for p in loop.model.parameters()])
     assert runs.equal(*weights)
     assert "the step cannot be recorded (aten::_local_scalar_dense waits for the device)" in caplog.text
@@ -173,11 +178,17 @@ def test_draws_in_a_loss_are_refused():
         def losses(self, step, state):
             return {"term": step.output.last.mean() * torch.rand((), generator=step.context.generator)}
 
-    data = runs.stream()
-    loop = prepared(Drawing(), data)
-    loop.step_capture = capture.StepCapture(loop, graphs=runs.RecordedGraphs(), required=True)
+    loop, experiences = capturing(Drawing(), required=True)
     with pytest.raises(UnsupportedError, match="a loss draws random numbers in Python"):
-        loop.train(data.avalanche.train_stream[0])
+        loop.train(experiences[0])
+
+
+def test_a_required_recording_that_did_not_happen_is_reported(caplog, monkeypatch):
+    monkeypatch.setattr(capture, "FEWEST", 100)
+    loop, experiences = capturing(compose(), required=True)
+    with caplog.at_level("WARNING", logger="clframe"):
+        loop.train(experiences[0])
+    assert loop.step_capture.recorded == 0 and "found true, but no step of the experience was recorded" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_the_command_line_saves_on_sigterm(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 def test_real_kills_one_after_the_other(engine, tmp_path):
-    """All in processes of their own: the ledger has the size of checkpoints, which hold the peak of a process's memory."""
+    """Each in a separate process: the ledger has the size of checkpoints, which hold the peak of a process's memory."""
     options = [*TINY, "trainer.epochs=20", "strategy=er(memory=20) + lwf", f"trainer.engine={engine}"]
     process = start(["quickstart", *options, "--output", "b"], tmp_path)
     wait_for(process, tmp_path, "b/quickstart/*/checkpoints/inside_001*")

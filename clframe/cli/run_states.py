@@ -17,8 +17,6 @@ from typing import Any, Final
 from clframe.files import read_json, read_text
 from clframe.run_folder import RunFolder, started_at
 
-STATES: Final = ("running", "finished", "stopped", "failed", "diverged", "damaged")
-"""States of a run."""
 DEEPEST: Final = 5
 """Folders below the one with all runs in which runs are looked for."""
 _MOST_CONFIG = 2**22
@@ -43,9 +41,9 @@ class RunState:
     macs: float = math.nan
     """Mean MACs of a prediction."""
     state: str = "damaged"
-    """One of :data:`STATES`."""
+    """``running``, ``finished``, ``stopped``, ``failed``, ``diverged`` or ``damaged``."""
     detail: str = ""
-    """Where a run is or was stopped, or the reason of its state."""
+    """Place of a run that trains or was stopped, or the reason of its state."""
     age: float = math.nan
     """Seconds since the last line of the log."""
 

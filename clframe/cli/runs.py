@@ -40,7 +40,7 @@ _KEYS: dict[str, Callable[[RunState], Any]] = {
     "state": lambda run: run.state,
     "age": lambda run: run.age,
 }
-"""What ``--sort`` orders by: the best, smallest or first one comes first."""
+"""Keys of ``--sort``: the best, smallest or first one comes first."""
 _COLUMNS = (
     "run", "strategy", "benchmark", "seed", "accuracy, %", "forgetting, %", "MACs per prediction", "age", "state",
 )  # fmt: skip

@@ -185,8 +185,6 @@ class BackboneConfig:
         _require(bool(self.name), "backbone.name", self.name, "give a name from clframe list backbones")
 
 
-SMALLEST_RATE = 1e-38
-"""Smaller learning rates underflow in float32 and train nothing."""
 LARGEST_FLOAT = 3.4e38
 """Larger numbers overflow in float32."""
 DEFAULT_GAMMA = 0.1

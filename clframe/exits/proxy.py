@@ -94,7 +94,7 @@ def variants_of_scores(
     for kind in calibrations:
         pair = _calibrate(kind, validation, test)
         for name in measures:
-            fitted, measured = _evaluations(name, *pair, cost_K)
+            fitted, measured = evaluations(name, *pair, cost_K)
             everything = np.ones(len(pair[1]), dtype=bool)
             metrics = metrics_of(pair[1], measured, everything)
             points = budget_points(fitted, measured, backbone_cost=backbone_cost)
@@ -198,7 +198,7 @@ def _calibrate(kind: Calibration, validation: ExitScores, test: ExitScores) -> t
     return apply(validation), apply(test)
 
 
-def _evaluations(
+def evaluations(
     name: str, validation: ExitScores, test: ExitScores, cost_K: Sequence[int]
 ) -> tuple[ExitEvaluation, ExitEvaluation]:
     """Validation and test under a measure, fitted on validation data where it has parameters.

@@ -9,10 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.environment import versions
@@ -21,9 +17,9 @@ from clframe.exits import CONFIDENCE_MEASURES, ExitEvaluation, Method, solve
 from clframe.exits.budgets import Solution
 from clframe.exits.curves import NO_VALIDATION, wilson_interval
 from clframe.exits.decisions import NEVER, Outcome, evaluate_thresholds
-from clframe.exits.learned import confidences, held_out_confidences
-from clframe.exits.policies import Fallback, fitted_class
-from clframe.exits.study import ExitScores, Progress, collect_scores
+from clframe.exits.policies import Fallback
+from clframe.exits.proxy import evaluations
+from clframe.exits.study import Progress, collect_scores
 from clframe.files import write_atomically
 from clframe.records import to_plain
 from clframe.tables import Cell, Quantity, Table
@@ -133,10 +129,10 @@ def solve_run(
                                f"chosen on test data")  # fmt: skip
     if not len(target.splits.test):
         raise UnsupportedError(f"{run}: has no test samples; use a benchmark with a test set")
-    backbone, cost_K = backbone_macs(network), tuple(float(cost) for cost in cumulative_macs(network))
+    backbone, cost_K = backbone_macs(network), cumulative_macs(network)
     chosen_on = collect_scores(target, "validation", progress=progress)
     measured_on = collect_scores(target, "test", progress=progress)
-    validation, test = _evaluations(chosen_on, measured_on, cost_K, measure=measure)
+    validation, test = evaluations(measure, chosen_on, measured_on, cost_K)
     full = evaluate_thresholds(validation, (NEVER,) * (len(cost_K) - 1)).accuracy
     points = []
     for budget in budgets:
@@ -153,30 +149,6 @@ def solve_run(
         cost_K=tuple(cost / backbone for cost in cost_K), validation_samples=validation.samples, samples=test.samples,
         full_accuracy=evaluate_thresholds(test, (NEVER,) * (len(cost_K) - 1)).accuracy, points=tuple(points),
     )  # fmt: skip
-
-
-def _evaluations(
-    chosen_on: ExitScores, measured_on: ExitScores, cost_K: tuple[float, ...], *, measure: str
-) -> tuple[ExitEvaluation, ExitEvaluation]:
-    """Confidences under the measure on validation and test samples."""
-    scores = [torch.from_numpy(np.array(scores_NC)) for scores_NC in chosen_on.scores_KNC]
-    targets_N = torch.from_numpy(chosen_on.y_N)
-    fitted = fitted_class(measure)
-    entry: Any = CONFIDENCE_MEASURES.get(measure) if fitted is None else fitted.fit(scores, targets_N)
-    with torch.no_grad():
-        held_out_KN = held_out_confidences(entry, scores, targets_N)
-        others = [torch.from_numpy(np.array(scores_NC)) for scores_NC in measured_on.scores_KNC]
-        confidence_KN = confidences(entry, others)
-    return (
-        ExitEvaluation(confidence_KN=held_out_KN, correct_KN=_correct_KN(scores, targets_N), cost_K=cost_K),
-        ExitEvaluation(confidence_KN=confidence_KN, cost_K=cost_K,
-                       correct_KN=_correct_KN(others, torch.from_numpy(measured_on.y_N))),
-    )  # fmt: skip
-
-
-def _correct_KN(scores: Sequence[torch.Tensor], targets_N: torch.Tensor) -> torch.Tensor:
-    """Whether each exit is right; scores that are NaN predict nothing."""
-    return torch.stack([(one.argmax(1) == targets_N) & one.amax(1).isfinite() for one in scores])
 
 
 def _point(

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 KEPT = ("accuracy_matrix", "accuracy_by_class", "metrics", "loss_terms", "steps", "forward_transfer")
 """Keys of results.json that depend on the numbers of a run only, not on time and place."""
-COMPARED = ("loss/", "train/gradient_norm")
+COMPARED = ("loss/", "gradient/norm")
 """Series of metrics.csv with the same property."""
 RUN = "import sys; from clframe.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clframe.training.tensorboard import GRADIENT_NORM
+
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     import compare
@@ -17,10 +19,11 @@ finally:
     sys.path.remove(str(Path(__file__).parent))
 
 
-def folder(path, *, accuracy=0.5, loss="0.25", weight=1.0):
+def folder(path, *, accuracy=0.5, loss="0.25", norm="1.5", weight=1.0):
     (path / "checkpoints").mkdir(parents=True)
     (path / "results.json").write_text(json.dumps({"accuracy_matrix": [[accuracy, 1.0]], "train_seconds": 3.0}))
-    (path / "metrics.csv").write_text(f"experience,step,name,value\n0,1,loss/task/ce,0.5\n0,1,train/seconds,3\n0,2,loss/task/ce,{loss}\n")
+    rows = ["0,1,loss/task/ce,0.5", f"0,1,{GRADIENT_NORM},{norm}", "0,1,train/seconds,3", f"0,2,loss/task/ce,{loss}"]
+    (path / "metrics.csv").write_text("\n".join(["experience,step,name,value", *rows, ""]))
     torch.save({"network": {"w": torch.tensor([weight, 2.0])}}, path / "checkpoints" / "experience_002.ckpt")
     return path
 
@@ -31,6 +34,7 @@ def folder(path, *, accuracy=0.5, loss="0.25", weight=1.0):
         ({}, None),
         ({"accuracy": 0.75}, "results.json accuracy_matrix[0][0]: 0.5 before, 0.75 after"),
         ({"loss": "0.2500000001"}, "metrics.csv loss/task/ce[1]: 0.25 before, 0.2500000001 after"),
+        ({"norm": "1.25"}, f"metrics.csv {GRADIENT_NORM}[0]: 1.5 before, 1.25 after"),
         ({"weight": 1.0 + 2**-20}, "weights w[0]: 1.0 before, 1.0000009536743164 after"),
     ],
 )

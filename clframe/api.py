@@ -312,6 +312,7 @@ def _evaluation_batch(trainer: TrainerConfig) -> int:
 
     On CUDA its batches are those of a complete run, because the memory that it needs is measured by development runs.
     """
+    assert trainer.eval_batch_size != "auto"  # replaced when the run was built
     if trainer.fast_dev_run and not on_cuda(trainer):
         return min(trainer.eval_batch_size, trainer.batch_size)
     return trainer.eval_batch_size

@@ -6,7 +6,8 @@ depends on the config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from clframe.stream import build_stream, check_source
 
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers with an update of all weights in one CUDA kernel."""
+EVALUATION_BATCH, MOST_EVALUATION_BATCH = 256, 1024
+"""Samples per batch of an evaluation on every device; the most on CUDA."""
+PHOTOGRAPH = (3, 224, 224)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,27 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
         source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
         needs_earlier: As in :func:`~clframe.stream.build_stream`.
     """
+    composition, backbone = check_config(config, source=source is None), build_backbone(config.backbone)
+    source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
+    for component in composition:
+        component.check(classes=len(benchmark.class_order))
+    torch.manual_seed(derive_seed(config.seed, "network"))
+    network = Network(backbone(benchmark.input_shape))
+    _check_token_ids(source, network)
+    resolved = composition.replace(lambda component: component.resolve(network))
+    return Setup(_resolved_config(config, resolved, benchmark.input_shape), resolved, benchmark, network)
+
+
+def check_config(config: Config, *, source: bool = True) -> Composition:
+    """Check all of a config that can be checked without reading data; returns its composition.
+
+    Args:
+        config: The config.
+        source: Whether the data are those that the config names, whose options are then checked as well.
+
+    Raises:
+        ClframeError: What a run of the config would be refused for.
+    """
     problems, composition = Problems(), Composition()
     with problems.attempt():
         composition = build_strategy(config.strategy, config.components)
@@ -73,28 +98,21 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
         with problems.attempt():
             check(config)
     with problems.attempt():
-        backbone = build_backbone(config.backbone)
-    if problems.found and source is None:
+        build_backbone(config.backbone)
+    if source:
         with problems.attempt():
             check_source(config.benchmark)  # options only: reading data of a run that is refused may take minutes
     problems.raise_found()
-    source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
-    for component in composition:
-        component.check(classes=len(benchmark.class_order))
-    torch.manual_seed(derive_seed(config.seed, "network"))
-    network = Network(backbone(benchmark.input_shape))
-    _check_token_ids(source, network)
-    resolved = composition.replace(lambda component: component.resolve(network))
-    return Setup(_resolved_config(config, resolved), resolved, benchmark, network)
+    return composition
 
 
-def _resolved_config(config: Config, composition: Composition) -> Config:
+def _resolved_config(config: Config, composition: Composition, input_shape: Sequence[int]) -> Config:
     """Return the config with every option of the components in use, and without those of others."""
     components: dict[str, dict[str, Any]] = {component.name: asdict(component) for component in composition}
     if BLOCK in config.components:
         components[BLOCK] = dict(config.components[BLOCK])
     config = replace(config, strategy=str(composition), components=components)
-    return with_device_defaults(config, cuda=on_cuda(config.trainer))
+    return with_device_defaults(config, cuda=on_cuda(config.trainer), input_shape=input_shape)
 
 
 def on_cuda(config: TrainerConfig) -> bool:
@@ -102,7 +120,7 @@ def on_cuda(config: TrainerConfig) -> bool:
     return config.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
 
 
-def with_device_defaults(config: Config, *, cuda: bool) -> Config:
+def with_device_defaults(config: Config, *, cuda: bool, input_shape: Sequence[int] = ()) -> Config:
     """Return the config with every ``auto`` replaced by the choice for the device, measured in perf/gpu_race.py.
 
     ``trainer.capture`` stays as it is: whether steps can be recorded may change between experiences.
@@ -113,9 +131,28 @@ def with_device_defaults(config: Config, *, cuda: bool) -> Config:
         trainer,
         channels_last=cuda if trainer.channels_last == "auto" else trainer.channels_last,
         deterministic=not cuda if trainer.deterministic == "auto" else trainer.deterministic,
+        eval_batch_size=(
+            evaluation_batch(input_shape, cuda=cuda) if trainer.eval_batch_size == "auto" else trainer.eval_batch_size
+        ),
     )
     optimizer = replace(optimizer, fused=fused if optimizer.fused == "auto" else optimizer.fused)
     return replace(config, trainer=trainer, optimizer=optimizer)
+
+
+def evaluation_batch(input_shape: Sequence[int], *, cuda: bool) -> int:
+    """Samples per batch of an evaluation: 256, and on CUDA as many as need no more memory than 256 photographs.
+
+    Small batches leave a GPU idle; more than 1,024 samples of 3x32x32 do not shorten an evaluation of ResNet32.
+
+    >>> evaluation_batch((3, 32, 32), cuda=True), evaluation_batch((3, 112, 112), cuda=True)
+    (1024, 1024)
+    >>> evaluation_batch((3, 224, 224), cuda=True), evaluation_batch((3, 32, 32), cuda=False)
+    (256, 256)
+    """
+    if not cuda:
+        return EVALUATION_BATCH
+    photographs = EVALUATION_BATCH * math.prod(PHOTOGRAPH) // max(math.prod(input_shape), 1)
+    return min(max(photographs, EVALUATION_BATCH), MOST_EVALUATION_BATCH)
 
 
 def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:

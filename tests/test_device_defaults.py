@@ -35,11 +35,17 @@ def test_auto_is_replaced_by_the_choice_for_the_device(optimizer, precision, cud
     assert chosen(config, cuda=cuda) == expected
 
 
+@pytest.mark.parametrize("cuda, shape, expected", [(False, (3, 32, 32), 256), (True, (3, 32, 32), 1024), (True, (3, 224, 224), 256)])
+def test_the_batch_of_an_evaluation_fits_the_inputs(cuda, shape, expected):
+    assert with_device_defaults(PLAIN, cuda=cuda, input_shape=shape).trainer.eval_batch_size == expected
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_what_a_config_says_is_kept(cuda):
-    trainer = TrainerConfig(channels_last=True, deterministic=True)
+    trainer = TrainerConfig(channels_last=True, deterministic=True, eval_batch_size=77)
     config = replace(PLAIN, optimizer=OptimizerConfig(fused=False), trainer=trainer)
     assert chosen(config, cuda=cuda) == (True, True, False)
+    assert with_device_defaults(config, cuda=cuda).trainer.eval_batch_size == 77
 
 
 def test_a_config_and_the_one_of_its_run_are_the_same():

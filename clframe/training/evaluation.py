@@ -33,7 +33,7 @@ from clframe.training.learner import Learner
 
 @dataclass(frozen=True, slots=True)
 class ExitPredictions:
-    """Predictions of every exit in one evaluation, sample by sample, on the CPU."""
+    """Predictions of every exit, sample by sample: of a whole evaluation on the CPU."""
 
     confidence_KN: Tensor
     """Largest probability of each exit."""
@@ -71,7 +71,7 @@ class Scores(SupervisedPlugin):
         self._exits: list[TallyCounter] = []
         self._confusion: ConfusionCounter | None = None
         self._waiting: list[tuple[int, Tensor, tuple[Tensor, ...]]] = []
-        self._batches: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]] = []
+        self._batches: list[ExitPredictions] = []
         self.tally: Tally | None = None
         self.exits: tuple[Tally, ...] = ()
         self.predictions: ExitPredictions | None = None
@@ -130,7 +130,7 @@ class Scores(SupervisedPlugin):
         nll_KB = torch.stack([nll_N(scores_BC, y_B) for scores_BC in scores])
         brier_KB = torch.stack([brier_N(scores_BC, y_B) for scores_BC in scores])
         confidence_KB = torch.stack([p_B for p_B, _ in best])
-        self._batches.append((confidence_KB, correct_KB, experience_B, static, nll_KB, brier_KB))
+        self._batches.append(ExitPredictions(confidence_KB, correct_KB, experience_B, static, nll_KB, brier_KB))
 
     def _new_counter(self, strategy: Any) -> TallyCounter:
         benchmark = self._benchmark
@@ -138,15 +138,26 @@ class Scores(SupervisedPlugin):
 
     def _gather(self, exits: int) -> ExitPredictions:
         parts = self._batches
-        nothing_N = torch.zeros(0, dtype=torch.bool)
+        if not parts:
+            return _no_predictions(exits)
+        # Joined on the device: one transfer for each field, however many batches there were.
         return ExitPredictions(
-            torch.cat([torch.zeros(exits, 0), *(p[0].cpu() for p in parts)], dim=1),
-            torch.cat([torch.zeros(exits, 0, dtype=torch.bool), *(p[1].cpu() for p in parts)], dim=1),
-            torch.cat([torch.zeros(0, dtype=torch.long), *(p[2] for p in parts)]),
-            {name: torch.cat([nothing_N, *(p[3][name].cpu() for p in parts)]) for name in STATIC},
-            torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[4].cpu() for p in parts)], dim=1),
-            torch.cat([torch.zeros(exits, 0, dtype=torch.float64), *(p[5].cpu() for p in parts)], dim=1),
+            torch.cat([part.confidence_KN for part in parts], dim=1).cpu(),
+            torch.cat([part.correct_KN for part in parts], dim=1).cpu(),
+            torch.cat([part.experience_N for part in parts]),
+            {name: torch.cat([part.static[name] for part in parts]).cpu() for name in STATIC},
+            torch.cat([part.nll_KN for part in parts], dim=1).cpu(),
+            torch.cat([part.brier_KN for part in parts], dim=1).cpu(),
         )
+
+
+def _no_predictions(exits: int) -> ExitPredictions:
+    nothing_N = torch.zeros(0, dtype=torch.bool)
+    return ExitPredictions(
+        torch.zeros(exits, 0), torch.zeros(exits, 0, dtype=torch.bool), torch.zeros(0, dtype=torch.long),
+        dict.fromkeys(STATIC, nothing_N), torch.zeros(exits, 0, dtype=torch.float64),
+        torch.zeros(exits, 0, dtype=torch.float64),
+    )  # fmt: skip
 
 
 PROBES = 256

@@ -25,6 +25,7 @@ import_avalanche()
 
 from avalanche.core import SupervisedPlugin
 
+from clframe.training.evaluation import Scores
 from clframe.training.loop import EVENTS
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
@@ -119,6 +120,41 @@ def test_steps_never_wait_for_the_device(expression: str, engine: Any) -> None:
     strategy.train_on = train_on  # type: ignore[method-assign]
     train(strategy, 3)
     assert strategy.clock.train_iterations >= 2 * STEPS
+
+
+@pytest.mark.parametrize("expression", ["naive", "er + exits", "icarl + er(memory=12)"])
+def test_batches_of_an_evaluation_never_wait_for_the_device(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is read of an evaluation is transferred after its last batch, in as many pieces for 1 as for 5 batches."""
+    transfers, cpu = [0], torch.Tensor.cpu
+
+    def counted(self: torch.Tensor) -> torch.Tensor:
+        transfers[0] += 1
+        return cpu(self)
+
+    found = []
+    for batch in (2, 99):
+        scores = Scores(bench())
+        strategy = strategy_for(expression, plugins=[scores], eval_mb_size=batch)
+        train(strategy, 2)
+        read, loops = scores.after_eval, strategy.eval_epoch
+
+        def guarded(**kwargs: Any) -> None:
+            with no_sync():
+                loops(**kwargs)
+
+        def after(of: Any, **kwargs: Any) -> None:
+            transfers[0] = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "cpu", counted)
+                read(of, **kwargs)
+
+        monkeypatch.setattr(strategy, "eval_epoch", guarded)
+        monkeypatch.setattr(scores, "after_eval", after)
+        strategy.eval(bench().avalanche.test_stream)
+        assert scores.tally is not None and scores.predictions is not None
+        found.append((transfers[0], scores.tally, scores.predictions.correct_KN.tolist()))
+    assert found[0] == found[1]
+    assert found[0][0] > 0
 
 
 def test_batches_are_made_without_waiting_for_the_device() -> None:

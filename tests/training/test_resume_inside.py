@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from power_cuts import TINY, assert_same_run, cut_resumption, cut_run, without_pictures
 
 import clframe
@@ -68,6 +69,20 @@ def test_enough_cuts() -> None:
     """20 in the default suite and 200 in the slow one, all but those during a resumption."""
     assert sum(cuts for _, cuts in CASES.values()) >= 20
     assert CUTS * len(ENGINES) * len(COMPONENTS.names()) >= 200
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_with_deterministic_operations_it_does_on_a_gpu(case: str, tmp_path: Path) -> None:
+    """Steps are recorded where the case allows it, and recorded again after the resumption."""
+    options, cuts = CASES[case]
+    cuda = ["trainer.accelerator=cuda", "trainer.deterministic=true"]
+    whole, copies = cut_run([*TINY, *options, *cuda], tmp_path, cuts=cuts, seed=case)
+    assert len(copies) == cuts
+    for _, folder in copies:
+        clframe.run(resume=folder)
+        assert_same_run(whole, folder)
 
 
 @pytest.mark.slow

@@ -164,14 +164,17 @@ def _ledger(run: Path) -> dict[str, Any]:
     found = json.loads((run / "ledger.json").read_text())
     ledger, totals = found["ledger"], found["totals"]
     del found["training"]["seconds"], totals["seconds"], totals["energy"], ledger["energy"]
-    totals["bytes"].pop("process_peak", None)
-    ledger["times"] = [(row["phase"], row["experience"]) for row in ledger["times"]]
-    ledger["bytes"] = [row for row in ledger["bytes"] if row["kind"] != "process_peak"]
+    for peak in ("process_peak", "device_peak"):
+        totals["bytes"].pop(peak, None)
+    # A resumed process records the steps of its experience again.
+    ledger["times"] = [(row["phase"], row["experience"]) for row in ledger["times"] if row["phase"] != "capture"]
+    ledger["bytes"] = [row for row in ledger["bytes"] if not row["kind"].endswith("_peak")]
+    ledger["figures"] = [row for row in ledger["figures"] if row["name"] != "captured_graphs"]
     return dict(found)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True, map_location="cpu")
     return {key: value for key, value in content.items() if key not in ("train_seconds", "ledger", "config")}
 
 

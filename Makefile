@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 INSTALLED := $(VENV)/installed
 INSTALLED_DEV := $(VENV)/installed-dev
+INSTALLED_DOCS := $(VENV)/installed-docs
 STATED := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-kernels test-gpu test-mutations lint check clean
+.PHONY: help install install-dev quickstart test test-kernels test-gpu test-mutations lint check docs clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -46,6 +47,9 @@ lint: $(INSTALLED_DEV) ## formatting rules, types, and the arrows between packag
 
 check: lint test ## everything a change must pass
 
+docs: $(INSTALLED_DOCS) ## the documentation as a site in build/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 install: $(INSTALLED) ## make .venv with clframe in it
 
 install-dev: $(INSTALLED_DEV) ## the same with pytest, ruff, mypy and import-linter
@@ -70,4 +74,8 @@ $(INSTALLED): $(STATED)
 
 $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP) -e '.[docs]'
 	@touch $@

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.accounting import count_macs, count_parameters
-from clframe.build import Setup, build, lightning_options, on_cuda
-from clframe.config.load import load_config
+from clframe.build import Setup, build, lightning_options, load_checked, on_cuda
+from clframe.config.load import change_config
 from clframe.config.schema import Config, TrainerConfig, named_plugins
-from clframe.config.typed import as_tree, to_yaml
+from clframe.config.typed import PLACEMENT, as_tree, to_yaml
+from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, RunFolderError, UnsupportedError
 from clframe.metrics.confusion import MOST_SHOWN
-from clframe.optimization import build_groups, build_optimizer, build_scheduler
+from clframe.optimization import build_average, build_groups, build_optimizer, build_scheduler
+from clframe.planning import plan_training
 from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
 from clframe.report.writing import write_figures
@@ -29,9 +33,13 @@ from clframe.results import Result, summarize
 from clframe.run_folder import RunFolder, strategy_label
 from clframe.seeding import torch_settings
 from clframe.stream import check_trained_data
+from clframe.training.devices import process_count, threads_of_process, training_devices
 
 if TYPE_CHECKING:
     from clframe.targets.extension import Extension
+    from clframe.training.budget import TrainingPlan
+    from clframe.training.distributed import Group
+    from clframe.training.peers import Peers
     from clframe.training.session import Progress, Session
 
 _log = logging.getLogger(__name__)
@@ -55,7 +63,8 @@ def run(
         config: A config's name, path, or typed config.
         overrides: Like those of the command line, ``"trainer.epochs=3"``.
         output: Folder for run folders; None takes the config's (``runs``).
-        resume: A run folder to resume; its own config is used and ``config`` is ignored.
+        resume: A run folder to resume; its own config is used and ``config`` is ignored. Of the overrides only
+            ``trainer.devices`` and ``trainer.strategy`` are allowed.
         folder: Folder of this run. The same call again continues the run in it, if it is not finished; a run of
             another config is refused. None creates a folder below ``output``, named by strategy, seed and time.
         on_built: Called once with the objects of the run, before any training.
@@ -71,8 +80,12 @@ def run(
     if folder is not None and (resume is not None or output is not None):
         raise ConfigError(f"folder: found {'resume' if resume is not None else 'output'} as well; give one of them")
     if resume is not None:
-        if overrides:
-            raise ConfigError("resume: takes no overrides; a resumed run uses the config it started with")
+        other = [text for text in overrides if text.partition("=")[0].strip() not in PLACEMENT]
+        if other:
+            raise ConfigError(
+                f"resume: found {other[0]}; leave it out, as a resumed run uses the config it started with on other "
+                f"devices at most ({', '.join(PLACEMENT)})"
+            )
         from clframe.targets.loading import read_config
         from clframe.targets.portable import is_portable
 
@@ -82,9 +95,11 @@ def run(
                 f"resume: {resume} is a copy of a model without the state of its run; resume the run itself"
             )
         config = read_config(place)
+        if overrides:
+            config = change_config(config, overrides, benchmark={})
         _refuse_plugins(config, place)
     elif isinstance(config, str):
-        config = load_config(config, overrides)
+        config = load_checked(config, overrides)
     elif overrides:
         raise ConfigError("run: overrides need a config's name; change a typed config with dataclasses.replace")
     if output is not None and resume is None:
@@ -163,6 +178,11 @@ def extend(
     else:
         listed = [data] if isinstance(data, str) else list(data)
     planned = plan_extension(run, [*listed, *overrides], data=source, earlier=earlier, output=output)
+    if source is not None and process_count(planned.setup.config.trainer) > 1:
+        raise UnsupportedError(
+            "extend: found data in memory for several devices, each of whose processes reads its data; write the data "
+            "to files, or set trainer.devices=1"
+        )
     if on_planned is not None:
         on_planned(planned)
     return _execute(planned.setup, planned.create(), resumes=True, on_evaluated=on_evaluated)
@@ -185,23 +205,30 @@ def _execute(
         claimed: Whether it is resumed because the same command was given again.
         on_evaluated: Called with the progress after every experience.
     """
+    from clframe.targets.loading import read_config
+
     config, trainer = setup.config, setup.config.trainer
-    deterministic = trainer.deterministic is True
-    settings = torch_settings(threads=trainer.threads, deterministic=deterministic, cuda=on_cuda(trainer))
-    with folder.lock(), settings:
+    with folder.lock(), _settings(trainer), ExitStack() as stack:
         try:
             if resumes:
                 folder.prepare_resume()
-            else:
+            if not resumes or read_config(folder).trainer.devices != trainer.devices:
                 folder.write_config(to_yaml(config))
-            session = _session(setup, folder, on_evaluated)
+            group, peers = None, None
+            if process_count(trainer) > 1:
+                group, peers = stack.enter_context(_processes(trainer, folder, resumes=resumes))
+            session = _session(setup, folder, on_evaluated, group, plan=plan_training(setup, _session))
+            if peers is not None:
+                peers.on_stuck = session.note_stuck
         except BaseException:
             folder.discard()
             raise
         started = 0
         try:
+            explained = nullcontext() if peers is None else peers.explain_failures()
             if resumes:
-                started = session.resume()
+                with explained:
+                    started = session.resume()
                 count = len(setup.benchmark)
                 position = session.position
                 if claimed and started < count:
@@ -214,12 +241,17 @@ def _execute(
                 if started == count:
                     _log.info("%s: is finished; nothing to train", folder.path)
             if trainer.fast_dev_run:
+                epochs = _development_epochs(setup.composition)
                 _log.info(
-                    "development run: %d experience(s), one epoch of %d batches each, evaluation on %d batches per "
+                    "development run: %d experience(s), %s of %d batches each, evaluation on %d batches per "
                     "experience; its results are not those of the config",
-                    len(setup.benchmark), DEVELOPMENT_BATCHES, DEVELOPMENT_BATCHES,
+                    len(setup.benchmark), "one epoch" if epochs == 1 else f"{epochs} epochs", DEVELOPMENT_BATCHES,
+                    DEVELOPMENT_BATCHES,
                 )  # fmt: skip
-            return _finish(setup, folder, session, session.run())
+            with nullcontext() if peers is None else peers.explain_failures():
+                progress = session.run()
+            stack.close()  # the other processes have nothing to do with the results
+            return _finish(setup, folder, session, progress)
         except ClframeError as error:
             session.note_failure(error)
             if resumes and session.progress.finished == started and not isinstance(error, DivergenceError):
@@ -234,12 +266,58 @@ def _execute(
             session.close()
 
 
+def _settings(trainer: TrainerConfig) -> AbstractContextManager[None]:
+    """Torch's settings of a run, in each of its processes."""
+    cuda = on_cuda(trainer)
+    threads = threads_of_process(trainer, cuda=cuda)
+    return torch_settings(threads=threads, deterministic=trainer.deterministic is True, cuda=cuda)
+
+
+def _processes(
+    trainer: TrainerConfig, folder: RunFolder, *, resumes: bool
+) -> AbstractContextManager[tuple[Group, Peers]]:
+    """The processes of a run on several devices, while it trains."""
+    from clframe.training.peers import train_together
+
+    request = {"folder": str(folder.path.resolve()), "resumes": resumes, "command": sys.argv}
+    advice = f"resume with clframe run --resume {shlex.quote(str(folder.path))}"
+    return train_together(training_devices(trainer, cuda=on_cuda(trainer)), request, advice=advice)
+
+
+def train_along(folder: str, *, rank: int, port: int, resumes: bool, on_ready: Callable[[], None]) -> None:
+    """Train the run in a folder together with the process that has started this one, and write nothing.
+
+    Args:
+        folder: The run folder.
+        rank: Number of this process; the first one has 0.
+        port: Of the store through which the processes find each other.
+        resumes: Whether the run in the folder has been started before.
+        on_ready: Called when everything is built.
+    """
+    from clframe.targets.loading import read_config
+    from clframe.training.distributed import join_group, open_store
+    from clframe.training.launch import launch as launch  # before it is needed: the import takes seconds
+
+    place = RunFolder.open(Path(folder))
+    setup = build(read_config(place))
+    trainer = setup.config.trainer
+    devices = training_devices(trainer, cuda=on_cuda(trainer))
+    with _settings(trainer):
+        on_ready()
+        group = join_group(open_store(port, size=len(devices), first=False), rank=rank, devices=devices)
+        session = _session(setup, place, None, group, plan=plan_training(setup, _session))
+        if resumes:
+            session.resume()
+        session.run()
+        group.barrier()
+
+
 def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
     """Describe a run without training: config, stream, hooks, loss terms, slots, sizes and costs."""
     if isinstance(config, str):
-        config = load_config(config, overrides)
+        config = load_checked(config, overrides)
     setup = build(config)
-    network = setup.network
+    network, plan = setup.network, plan_training(setup, _session)
     _set_up_only(setup)
     network.grow(range(len(setup.benchmark.class_order)))
     return explanation(
@@ -248,6 +326,7 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         benchmark=setup.benchmark,
         network=network,
         plugins=named_plugins(setup.config.components),
+        budget="" if plan is None else plan.table(),
     )
 
 
@@ -262,7 +341,14 @@ def _set_up_only(setup: Setup) -> None:
         _session(alone, RunFolder(Path(folder)), None).close()
 
 
-def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress], None] | None) -> Session:
+def _session(
+    setup: Setup,
+    folder: RunFolder,
+    on_evaluated: Callable[[Progress], None] | None,
+    group: Group | None = None,
+    *,
+    plan: TrainingPlan | None = None,
+) -> Session:
     from clframe.training.launch import launch
     from clframe.training.trainer import early_stopping
 
@@ -278,19 +364,21 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         seed=config.seed,
         engine=trainer.engine,
         accelerator="cuda" if trainer.accelerator == "gpu" else trainer.accelerator,
-        devices=list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices,
+        devices=[trainer.devices[0]] if isinstance(trainer.devices, tuple) else 1,  # of one process
         precision=trainer.precision,
-        epochs=1 if trainer.fast_dev_run else trainer.epochs,
+        epochs=_development_epochs(setup.composition) if trainer.fast_dev_run else trainer.epochs,
         batch_size=trainer.batch_size,
         drop_last=trainer.drop_last,
         eval_batch_size=_evaluation_batch(trainer),
         clip=trainer.gradient_clip,
         on_nonfinite=trainer.on_nonfinite,
+        average=build_average(trainer),
         accumulate=trainer.accumulate,
         eval_every=trainer.eval_every,
         limit_batches=DEVELOPMENT_BATCHES if trainer.fast_dev_run else None,
         channels_last=trainer.channels_last is True,
         capture=trainer.capture,
+        plan=plan,
         trainer_options=options,
         early_stopping=None if trainer.engine == "trainer" else early_stopping(trainer.callbacks),
         log_every=trainer.log_every,
@@ -303,8 +391,14 @@ def _session(setup: Setup, folder: RunFolder, on_evaluated: Callable[[Progress],
         config_text=to_yaml(config),
         checkpoint_period=trainer.checkpoint.period,
         plugins=named_plugins(config.components),
+        group=group,
+        sync_batchnorm=trainer.sync_batchnorm,
         on_evaluated=on_evaluated,
     )
+
+
+def _development_epochs(composition: Composition) -> int:
+    return max((component.fewest_epochs for component in composition), default=1)
 
 
 def _evaluation_batch(trainer: TrainerConfig) -> int:
@@ -325,7 +419,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         progress.tallies,
         # In the name, so that no table or figure shows its numbers as those of a run.
         name=f"{config.name} (development run)" if config.trainer.fast_dev_run else config.name,
-        strategy=str(setup.composition),
+        strategy=setup.config.strategy,
         benchmark=benchmark.name,
         backbone=config.backbone.name,
         seed=config.seed,
@@ -360,7 +454,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         session.write_hyper_parameters(as_tree(config), result.metrics)
         if config.trainer.figures != "none":
             start = time.perf_counter()
-            write_figures(result, folder.path / "figures")
+            write_figures(result, folder.path / "figures", session.figures)
             session.ledger.add_time("figures", seconds=time.perf_counter() - start)
             write_ledger()
     except Exception as error:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from clframe.config.load import load_config, readable_blocks
+from clframe.config.optimizers import optimizer_class
 from clframe.config.schema import (
     BLOCK,
     BackboneConfig,
@@ -23,17 +25,23 @@ from clframe.config.schema import (
     named_plugins,
 )
 from clframe.config.typed import block_keys
-from clframe.core import COMPONENTS, Composition, parse
+from clframe.core import COMPONENTS, Component, Composition, parse
+from clframe.core.expression import names_in_order
 from clframe.data import Benchmark, Source
 from clframe.data.samples import TensorSamples
 from clframe.errors import ClframeError, ConfigError, Problems, UnsupportedError
+from clframe.exits.diagnostics import EXIT_METRICS, ExitMetric
+from clframe.metrics.registry import METRICS, Metric
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
 from clframe.nn.backbones.from_transformers import TextEmbed
+from clframe.nn.backbones.traced import DEPTH, default_layers
 from clframe.optimization import check_optimizer
-from clframe.options import check_options, format_value, missing_options, rename_options
+from clframe.options import check_options, format_value, missing_options, option_types, rename_options
+from clframe.own_code import load_own
 from clframe.seeding import derive_seed
 from clframe.stream import build_stream, check_source
+from clframe.training.devices import check_devices
 
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers with an update of all weights in one CUDA kernel."""
@@ -60,7 +68,8 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
         source: Data in memory, in the place of those that an extended run's block ``benchmark`` names.
         needs_earlier: As in :func:`~clframe.stream.build_stream`.
     """
-    composition, backbone = check_config(config, source=source is None), build_backbone(config.backbone)
+    composition = check_config(config, source=source is None)
+    backbone = build_backbone(config.backbone, composition)
     source, benchmark = build_stream(config, source=source, needs_earlier=needs_earlier)
     for component in composition:
         component.check(classes=len(benchmark.class_order))
@@ -83,6 +92,7 @@ def check_config(config: Config, *, source: bool = True) -> Composition:
     """
     problems, composition = Problems(), Composition()
     with problems.attempt():
+        register_imports(config.imports)
         composition = build_strategy(config.strategy, config.components)
         composition.check_needs()
         check_optimizer(config, composition)
@@ -94,9 +104,13 @@ def check_config(config: Config, *, source: bool = True) -> Composition:
                 f"components.{component.name}.{option}: found {found}, which needs held-out data; set "
                 f"benchmark.validation=0.1"
             ))  # fmt: skip
+    with problems.attempt():
+        optimizer_class(config.optimizer.name)  # of an own package, which must be allowed
     for check in (_check_trainer, _check_callbacks, _check_plugins, _check_online):
         with problems.attempt():
             check(config)
+    with problems.attempt():
+        check_devices(config, composition, cuda=on_cuda(config.trainer))
     with problems.attempt():
         build_backbone(config.backbone)
     if source:
@@ -106,12 +120,41 @@ def check_config(config: Config, *, source: bool = True) -> Composition:
     return composition
 
 
+def load_checked(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Load a config; the message about one that cannot be loaded has the problems that a run would find next, too.
+
+    Raises:
+        ClframeError: As :func:`~clframe.config.load.load_config`, with the problems of strategy, backbone and data set.
+    """
+    try:
+        return load_config(name, overrides)
+    except ClframeError as error:
+        problems, blocks = Problems(), readable_blocks(name, overrides)
+        problems.add(error)
+        if not problems.found or not blocks:
+            raise
+        strategy, components = blocks.get("strategy", "naive"), blocks.get("components", {})
+        readable = isinstance(strategy, str) and isinstance(components, dict)
+        if readable and all(isinstance(options, dict) for options in components.values()):
+            with problems.attempt():
+                register_imports(blocks.get("imports", ()))
+                build_strategy(strategy, components).check_needs()
+        if "backbone" in blocks:
+            with problems.attempt():
+                build_backbone(blocks["backbone"])
+        if "benchmark" in blocks:
+            with problems.attempt():
+                check_source(blocks["benchmark"])
+        problems.raise_found()
+        raise AssertionError("unreachable") from None
+
+
 def _resolved_config(config: Config, composition: Composition, input_shape: Sequence[int]) -> Config:
     """Return the config with every option of the components in use, and without those of others."""
     components: dict[str, dict[str, Any]] = {component.name: asdict(component) for component in composition}
     if BLOCK in config.components:
         components[BLOCK] = dict(config.components[BLOCK])
-    config = replace(config, strategy=str(composition), components=components)
+    config = replace(config, strategy=names_in_order(config.strategy, composition), components=components)
     return with_device_defaults(config, cuda=on_cuda(config.trainer), input_shape=input_shape)
 
 
@@ -155,21 +198,70 @@ def evaluation_batch(input_shape: Sequence[int], *, cuda: bool) -> int:
     return min(max(photographs, EVALUATION_BATCH), MOST_EVALUATION_BATCH)
 
 
-def build_backbone(config: BackboneConfig) -> Callable[[tuple[int, ...]], Backbone]:
-    """Return the function from an input shape to the backbone; name and options are checked immediately."""
+def build_backbone(
+    config: BackboneConfig, composition: Composition | None = None
+) -> Callable[[tuple[int, ...]], Backbone]:
+    """Return the function from an input shape to the backbone; name and options are checked immediately.
+
+    Args:
+        config: The block of the config.
+        composition: Its components name taps. A backbone with the option ``taps`` is divided after these as well.
+    """
     maker = BACKBONES.get(config.name, where="backbone.name")
     options = check_options(maker, config.options, where="backbone", block_keys=block_keys("backbone"))
+    named: dict[str, str] = {}
+    if "taps" in option_types(maker):
+        named = {
+            tap: f"components.{component.name}.{option}"
+            for component in composition or () for option, taps in component.named_taps.items() for tap in taps
+        }  # fmt: skip
+        options["taps"] = (*options.get("taps", ()), *named)
 
     def make(input_shape: tuple[int, ...]) -> Backbone:
         try:
-            return maker(input_shape, **options)
+            made = maker(input_shape, **options)
+            return made if isinstance(made, Backbone) else _divided(made, input_shape, composition)
         except ClframeError as error:
-            raise type(error)(f"backbone: {error}") from None
+            key = next((key for tap, key in named.items() if f"layer '{tap}'" in str(error)), "backbone")
+            raise type(error)(f"{key}: {error}") from None
         except (RuntimeError, TypeError, MemoryError) as error:  # more weights than torch can hold or count
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
 
     return make
+
+
+def _divided(model: Any, input_shape: tuple[int, ...], composition: Composition | None) -> Backbone:
+    """The backbone of a module that an own function returns, divided after the layers that components name."""
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"found a function that returns {format_value(model)}; return a Backbone or a torch module")
+    named = [tap for component in composition or () for taps in component.named_taps.values() for tap in taps]
+    if not named:
+        return Backbone.of(model, input_shape=input_shape, depth=DEPTH)
+    defaults = default_layers(model, depth=DEPTH)
+    return Backbone.traced(model, input_shape=input_shape, taps=named, defaults=defaults)
+
+
+def register_imports(names: Sequence[str]) -> None:
+    """Import own components and metrics of packages that the user has allowed, and register them by name.
+
+    Raises:
+        ConfigError: A package that is not allowed, or something else than a component or metric.
+        UnknownNameError: A package without such a name.
+    """
+    for name in names:
+        found = load_own(name, where="imports")
+        if isinstance(found, Metric):
+            METRICS.add(name.rpartition(".")[2], found)
+        elif isinstance(found, ExitMetric):
+            EXIT_METRICS.add(name.rpartition(".")[2], found)
+        elif isinstance(found, type) and issubclass(found, Component):
+            COMPONENTS.add(found.name, found)
+        else:
+            raise ConfigError(
+                f"imports: found '{name}', which is neither a component nor a metric; name a subclass of Component, a "
+                f"Metric or an ExitMetric"
+            )
 
 
 def _check_token_ids(source: Source, network: Network) -> None:
@@ -255,8 +347,8 @@ def _check_trainer(whole: Config) -> None:
     if isinstance(config.devices, tuple):
         found, count = f"trainer.devices: found {list(config.devices)}", torch.cuda.device_count()
         if not on_gpu:
-            raise UnsupportedError(f"{found}, an index, but the run is not on CUDA; give 1")
-        if config.devices[0] >= count:
+            raise UnsupportedError(f"{found}, indices of GPUs, but the run is not on CUDA; give a number")
+        if max(config.devices) >= count:
             raise UnsupportedError(f"{found}, but torch sees {count} GPUs; count from 0")
     if config.precision == "16-mixed" and not on_gpu and wanted != "mps":
         raise UnsupportedError("trainer.precision: found 16-mixed on the CPU, which has none; use bf16-mixed")

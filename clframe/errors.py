@@ -57,6 +57,10 @@ class DivergenceError(ClframeError):
     """Training with losses or weights that became NaN or infinite."""
 
 
+class DistributedError(ClframeError):
+    """Processes that train one model together and no longer can."""
+
+
 class UnsupportedError(ClframeError):
     """Something that this engine, version or machine cannot do; the message gives the reason."""
 

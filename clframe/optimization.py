@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from clframe.config.optimizers import optimizers
-from clframe.config.schema import DEFAULT_GAMMA, Config, OptimizerConfig, rate_of
+from clframe.config.optimizers import optimizer_class
+from clframe.config.schema import DEFAULT_GAMMA, Config, OptimizerConfig, TrainerConfig, rate_of
 from clframe.core import Composition
 from clframe.errors import ConfigError, nearest
 from clframe.nn.network import Network
+from clframe.training.averaging import WeightAverage
 
 PARTS = ("backbone", "heads")
 """Groups of parameters that every network has; others are named by the component that added them."""
@@ -63,7 +64,7 @@ def build_optimizer(config: OptimizerConfig) -> Callable[..., torch.optim.Optimi
 
     Without :func:`build_groups` its learning rate is that of the first experience.
     """
-    kind, options = optimizers()[config.name], config.torch_options()
+    kind, options = optimizer_class(config.name), config.torch_options()
     if config.fused is True:
         options["fused"] = True
 
@@ -143,3 +144,8 @@ def build_scheduler(config: OptimizerConfig, epochs: int) -> Callable[..., Any] 
         return schedules.ChainedScheduler([rise, *([] if main is None else [main(optimizer)])])
 
     return with_warmup
+
+
+def build_average(config: TrainerConfig) -> WeightAverage | None:
+    """Return the average of the weights; None without one."""
+    return None if config.ema.decay is None else WeightAverage(config.ema.decay, warmup=config.ema.warmup)

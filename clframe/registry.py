@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from clframe.errors import ClframeError, ConfigError, UnknownNameError, unknown_name
+from clframe.own_code import is_dotted, load_own
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ class Registry(Generic[T]):
         load: Turns a loaded entry point into ``(name, entry)`` pairs.
         problem: Returns what is wrong with an entry and what is expected, or an empty text. A script that registers
             such an entry gets a :class:`ConfigError`; a package that provides one is listed as not loaded.
+        own: Whether :meth:`get` also takes dotted paths into packages that the user has allowed; see
+            :mod:`clframe.own_code`.
 
     >>> shapes: Registry[type] = Registry("shape")
     >>> shapes.add("circle", int)
@@ -39,8 +42,10 @@ class Registry(Generic[T]):
         group: str | None = None,
         load: Callable[[EntryPoint], Iterator[tuple[str, T]]] | None = None,
         problem: Callable[[T], str] | None = None,
+        own: bool = False,
     ) -> None:
         self.kind = kind
+        self._own = own
         self._group = group
         self._load = load
         self._problem = problem
@@ -90,10 +95,20 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
+            if is_dotted(name) and self._own:
+                return self._load_own(name, where or self.kind)
             message = unknown_name(self.kind, name, self._entries, where=where)
             if self._broken:
                 message += f"; not loaded: {'; '.join(self._broken)}"
             raise UnknownNameError(message) from None
+
+    def _load_own(self, name: str, where: str) -> T:
+        """Return the entry with a dotted path, of a package that the user has allowed."""
+        entry: T = load_own(name, where=where)
+        wrong = self._problem(entry) if self._problem is not None else ""
+        if wrong:
+            raise ConfigError(f"{where}: {name}: {wrong}")
+        return entry
 
     def names(self) -> tuple[str, ...]:
         """Return all names, sorted."""

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from clframe.accounting import Ledger
     from clframe.nn.network import Network
 
+SWEEP_RECORDS = ".sweep"
+"""Folder with the records of a sweep, in the folder with its runs; see :mod:`clframe.sweep.cells`."""
+SELECTION = "selection"
+"""Folder of a sweep with the runs of a selection, on validation data; reports of the sweep leave them out."""
 LONGEST_LABEL = 80
 """Characters of a strategy's label; file systems allow 255 bytes for the whole name."""
 _STAMP = re.compile(r"\d{8}-\d{6}")
@@ -340,7 +344,7 @@ def _open_locked(path: Path, lock: Callable[[int], None]) -> int:
             owner = os.read(handle, 200).decode(errors="replace").split()
             os.close(handle)
             pid, host = [*owner, "?", "?"][:2]
-            if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+            if host == socket.gethostname() and pid.isdigit() and not is_alive(int(pid)):
                 # Data-loading workers inherit the lock and outlive a killed run for a few seconds.
                 path.unlink(missing_ok=True)
                 continue
@@ -356,7 +360,8 @@ def _open_locked(path: Path, lock: Callable[[int], None]) -> int:
         os.close(handle)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

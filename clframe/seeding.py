@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,13 +56,14 @@ def torch_settings(
     before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    variable = os.environ.get(_COMPILER_VARIABLE)
     cudnn = torch.backends.cudnn
     cuda_settings = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         if deterministic is not None:
-            torch.use_deterministic_algorithms(deterministic)
+            _use_deterministic_algorithms(deterministic, variable="1" if deterministic else None)
             if cuda:
                 torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = not deterministic
                 torch.set_float32_matmul_precision("highest" if deterministic else "high")
@@ -70,4 +73,24 @@ def torch_settings(
             torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, products = cuda_settings
             torch.set_float32_matmul_precision(products)
         torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        _use_deterministic_algorithms(strict, warn_only=warn_only, variable=variable)
+
+
+_COMPILER = "torch._inductor.config"
+_COMPILER_VARIABLE = "TORCHINDUCTOR_DETERMINISTIC"
+
+
+def _use_deterministic_algorithms(on: bool, *, warn_only: bool = False, variable: str | None = None) -> None:
+    """Call ``torch.use_deterministic_algorithms`` without importing torch's compiler, which takes seconds.
+
+    That sets an option of the compiler as well. As long as the compiler is not imported, the environment variable from
+    which it reads the option at import is set instead.
+    """
+    if _COMPILER in sys.modules:
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    else:
+        torch.set_deterministic_debug_mode(("warn" if warn_only else "error") if on else "default")
+    if variable is None:
+        os.environ.pop(_COMPILER_VARIABLE, None)
+    else:
+        os.environ[_COMPILER_VARIABLE] = variable

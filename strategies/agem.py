@@ -43,6 +43,7 @@ class AGEM(BufferComponent):
     """
 
     name: ClassVar[str] = "agem"
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     selection: Selection = "random"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from clframe.core.component import Component
@@ -52,6 +51,7 @@ class ANCL(Component):
 
     name: ClassVar[str] = "ancl"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("distill", "auxiliary")
 
     lamb: float = 1.0
@@ -116,8 +116,7 @@ class ANCL(Component):
         for term, (weight, teacher, groups) in teachers.items():
             if teacher is None or weight == 0:
                 continue
-            with torch.no_grad():
-                logits = teacher(step.batch.x).logits
+            logits = step.run(teacher).logits
             loss_K = distillation(step.output.logits, logits, groups=groups, temperature=self.temperature)
             found[term] = weight / self.temperature**2 * loss_K
         return found

@@ -51,6 +51,7 @@ class BiC(BufferComponent):
 
     name: ClassVar[str] = "bic"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "task_loss", "loss_mix", "logits"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
 
@@ -103,8 +104,7 @@ class BiC(BufferComponent):
         """Return the distillation of all old classes under one softmax, with both sides corrected."""
         if state["teacher"] is None:
             return {}
-        with torch.no_grad():
-            teacher = state["teacher"](step.batch.x)
+        teacher = step.run(state["teacher"])
         correct = partial(correct_bias, alpha_KC=state["alpha_KC"], beta_KC=state["beta_KC"])
         groups, temperature = [step.context.experience.past], self.temperature
         loss_K = distillation(

@@ -40,6 +40,7 @@ class CWR(Component):
 
     name: ClassVar[str] = "cwr"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     backbone: Literal["frozen", "free"] = "frozen"
 

@@ -53,6 +53,7 @@ class DER(ReplayComponent):
 
     name: ClassVar[str] = "der"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("logits",)
     weight: ClassVar[str] = "alpha"
     stores_logits: ClassVar[bool] = True

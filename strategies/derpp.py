@@ -55,6 +55,7 @@ class DERpp(ReplayComponent):
 
     name: ClassVar[str] = "derpp"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("logits", "replay")
     stores_logits: ClassVar[bool] = True
 

@@ -63,6 +63,7 @@ class EarlyExit(Component):
 
     name: ClassVar[str] = "early_exit"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"prediction"})
 
     rule: Literal["first", "last", "confident", "mean", "vote"] = "first"

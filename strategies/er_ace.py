@@ -35,6 +35,7 @@ class ERACE(Component):
 
     name: ClassVar[str] = "er_ace"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     needs_memory: ClassVar[bool] = True
 

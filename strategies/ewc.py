@@ -60,6 +60,7 @@ class EWC(Component):
 
     name: ClassVar[str] = "ewc"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "lamb"
 

@@ -80,6 +80,7 @@ class Exits(Component):
 
     name: ClassVar[str] = "exits"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"exit_weights"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "scale"
@@ -139,6 +140,11 @@ class Exits(Component):
         if self.ensemble == "geometric" and self.fit_on == "validation":
             return "fit_on"
         return "calibration" if self.calibration != "none" else ""
+
+    @property
+    def named_taps(self) -> Mapping[str, Sequence[str]]:
+        """Those of ``at``."""
+        return {} if self.at == "auto" else {"at": self.at}
 
     def resolve(self, network: Network) -> Exits:
         """Replace ``at_latency`` by the taps it selects, since timings vary between machines and measurements."""
@@ -243,6 +249,11 @@ class Exits(Component):
             )
         except ClframeError as error:
             raise type(error)(f"components.{error}") from None
+
+    @property
+    def fewest_epochs(self) -> int:
+        """Two where the backbone and the exits are trained in different epochs."""
+        return 1 if self.regime == "joint" else 2
 
     def _trunk_epochs(self, context: StepContext) -> int:
         """Number of epochs that train the backbone only: ``trunk_share`` of them, at least one and not all."""

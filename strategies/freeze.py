@@ -24,6 +24,7 @@ class Freeze(Component):
 
     name: ClassVar[str] = "freeze"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     after: int = 1
 

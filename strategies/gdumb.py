@@ -38,6 +38,7 @@ class GDumb(Component):
 
     name: ClassVar[str] = "gdumb"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
     keeps_memory: ClassVar[bool] = True
 

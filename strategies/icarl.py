@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from clframe.core.component import Component
@@ -49,6 +48,7 @@ class ICaRL(Component):
 
     name: ClassVar[str] = "icarl"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss", "logits"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True
@@ -86,8 +86,7 @@ class ICaRL(Component):
         old = tuple(sorted(set(experience.past) - set(experience.classes)))
         if state["teacher"] is None or not old or self.lamb == 0:
             return {}
-        with torch.no_grad():
-            teacher = state["teacher"](step.batch.x)
+        teacher = step.run(state["teacher"])
         loss_K = binary_distillation(
             step.output.logits, teacher.logits, classes=old, weight_B=step.batch.weight_B
         )

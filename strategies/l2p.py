@@ -44,6 +44,7 @@ class L2P(Component):
 
     name: ClassVar[str] = "l2p"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("pull",)
 

@@ -32,6 +32,7 @@ class LODE(Component):
 
     name: ClassVar[str] = "lode"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     needs_memory: ClassVar[bool] = True
 

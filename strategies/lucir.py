@@ -48,6 +48,7 @@ class LUCIR(Component):
 
     name: ClassVar[str] = "lucir"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier"})
     terms: ClassVar[tuple[str, ...]] = ("less_forget", "separate")
 
@@ -97,8 +98,7 @@ class LUCIR(Component):
         terms: dict[str, Tensor] = {}
         network = step.network
         if state["teacher"] is not None:
-            with torch.no_grad():
-                teacher = state["teacher"](step.batch.x, taps=network.exit_taps)
+            teacher = step.run(state["teacher"], taps=network.exit_taps)
             features = exit_embeddings(network, step.output)
             distance_K = cosine_distance(features, exit_embeddings(network, teacher))
             terms["less_forget"] = self.less_forget * state["factor"] * distance_K

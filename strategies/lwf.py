@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from clframe.core.component import Component
@@ -35,6 +34,7 @@ class LwF(Component):
 
     name: ClassVar[str] = "lwf"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "alpha"
 
@@ -56,8 +56,7 @@ class LwF(Component):
         """Return the distillation term, from the second experience on."""
         if state["teacher"] is None:
             return {}
-        with torch.no_grad():
-            teacher = state["teacher"](step.batch.x)
+        teacher = step.run(state["teacher"])
         loss_K = distillation(
             step.output.logits, teacher.logits, groups=state["groups"], temperature=self.temperature
         )

@@ -47,6 +47,7 @@ class MAS(Component):
 
     name: ClassVar[str] = "mas"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "lamb"
 

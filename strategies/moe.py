@@ -66,6 +66,7 @@ class MoE(Component):
 
     name: ClassVar[str] = "moe"
     changes_activity: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True
     phase: ClassVar[str] = "router"
 

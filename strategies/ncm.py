@@ -39,6 +39,7 @@ class NCM(Component):
 
     name: ClassVar[str] = "ncm"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     sharpness: float = 1.0

@@ -57,6 +57,7 @@ class PODNet(Component):
 
     name: ClassVar[str] = "podnet"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("spatial", "flat")
 
@@ -86,6 +87,11 @@ class PODNet(Component):
         """Return the hooks; with linear classifiers, without those of classifiers and task loss."""
         unused = {"setup_network", "task_loss", "before_experience"} if self.classifier == "linear" else set[str]()
         return tuple(hook for hook in super().acts_at() if hook not in unused)
+
+    @property
+    def named_taps(self) -> Mapping[str, Sequence[str]]:
+        """Those of ``at``."""
+        return {} if self.at == "auto" else {"at": self.at}
 
     def taps(self, network: Network) -> Sequence[str]:
         """Return the taps of all exits and of the maps to distill."""
@@ -122,8 +128,7 @@ class PODNet(Component):
         experience, network = step.context.experience, step.network
         factor = sqrt(len(experience.classes_so_far) / len(experience.classes))
         maps = tuple(dict.fromkeys(tap for taps in state["maps"] for tap in taps))
-        with torch.no_grad():
-            teacher = state["teacher"](step.batch.x, taps=(*network.exit_taps, *maps))
+        teacher = step.run(state["teacher"], taps=(*network.exit_taps, *maps))
         flat_K = cosine_distance(exit_embeddings(network, step.output), exit_embeddings(network, teacher))
         terms = {"flat": self.flat * factor * flat_K}
         if maps:

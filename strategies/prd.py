@@ -55,6 +55,7 @@ class PRD(Component):
 
     name: ClassVar[str] = "prd"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"classifier", "task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("attract", "relation")
     renamed: ClassVar[Mapping[str, str]] = {"distil": "distill", "distil_temperature": "distill_temperature"}
@@ -113,8 +114,8 @@ class PRD(Component):
         terms = {"attract": self.attract * attraction(cosines, step.batch.y)}
         if state["teacher"] is None:
             return terms
+        old = step.run(state["teacher"], taps=network.exit_taps)
         with torch.no_grad():
-            old = state["teacher"](step.batch.x, taps=network.exit_taps)
             teacher = _cosines(state["teacher"], exit_branches(network, old))
         student, temperature = _cosines(network, taps), self.distill_temperature
         if self.over == "samples":

@@ -48,6 +48,7 @@ class RanPAC(Component):
 
     name: ClassVar[str] = "ranpac"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     projection: int = 1000

@@ -45,6 +45,7 @@ class SI(Component):
 
     name: ClassVar[str] = "si"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "c"
 

@@ -35,6 +35,7 @@ class SimpleCIL(Component):
 
     name: ClassVar[str] = "simplecil"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     scale: float = 1.0

@@ -47,6 +47,7 @@ class SLDA(Component):
 
     name: ClassVar[str] = "slda"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch", "logits"})
 
     shrinkage: float = 1e-4

@@ -54,6 +54,7 @@ class Sparsity(Component):
     name: ClassVar[str] = "sparsity"
     changes_activity: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "strength"
 

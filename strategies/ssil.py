@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from clframe.core.component import Component
@@ -37,6 +36,7 @@ class SSIL(Component):
 
     name: ClassVar[str] = "ssil"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     needs_memory: ClassVar[bool] = True
@@ -67,8 +67,7 @@ class SSIL(Component):
         """Return the distillation of each old experience's classes, from the second experience on."""
         if state["teacher"] is None or self.lamb == 0:
             return {}
-        with torch.no_grad():
-            teacher = state["teacher"](step.batch.x)
+        teacher = step.run(state["teacher"])
         loss_K = distillation(
             step.output.logits, teacher.logits, groups=state["groups"], temperature=self.temperature
         )

@@ -34,6 +34,7 @@ class WA(Component):
 
     name: ClassVar[str] = "wa"
     capturable: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     direction: Literal["both", "shrink"] = "both"
 

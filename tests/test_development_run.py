@@ -47,6 +47,13 @@ def test_a_run_trains_and_evaluates_few_batches_and_says_so(tmp_path, caplog):
         clframe.api.extend(result.run_folder, ["benchmark=digits"])
 
 
+def test_strategies_with_epochs_of_their_own_take_the_fewest_that_they_need(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="clframe.api"):
+        result = clframe.run("quickstart", [*FAST, "strategy=exits(regime=disjoint)", "trainer.fast_dev_run=1"], output=tmp_path)
+    assert "1 experience(s), 2 epochs of 2 batches each" in caplog.text
+    assert result.steps == 4
+
+
 def test_extensions_and_complete_runs_are_not_cut_off():
     config = load_config("quickstart", ["trainer.fast_dev_run=false"])
     assert development_experiences(config) == 0

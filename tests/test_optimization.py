@@ -127,6 +127,20 @@ def test_options_of_an_optimizer_and_a_linear_schedule_with_warmup(engine):
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+def test_label_smoothing_is_that_of_torch_over_the_classes_seen(engine):
+    run = train(OptimizerConfig(lr=0.1), engine=engine, strategy="label_smoothing(smoothing=0.3)")
+    for network, end, samples in zip(run.starts, run.ends, run.data, strict=True):
+        x = samples.prepare(samples.raw(torch.arange(len(samples)))).double()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(EPOCHS):
+            optimizer.zero_grad()
+            cross_entropy(network(x).last, samples.y, label_smoothing=0.3).backward()
+            optimizer.step()
+        for weight, found in zip(network.parameters(), end.parameters(), strict=True):
+            torch.testing.assert_close(weight, found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", optimizers())
 def test_every_optimizer_of_torch_trains_as_in_a_plain_loop(name):
     config = OptimizerConfig(name=name, lr=0.01)

@@ -13,9 +13,13 @@ from typing import Any, Final, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from clframe.accounting.mac_formulas import elementwise_formulas, product_formulas
+from clframe.lazy_imports import use_stand_in
+
+# Torch's counter compares the targets of formulas with this class, and importing triton takes half a second.
+with use_stand_in("triton.runtime.jit", ("JITFunction",), home="triton"):
+    from torch.utils.flop_counter import FlopCounterMode
 
 NAMES: Final = {
     "normalization": "linalg_vector_norm norm renorm",

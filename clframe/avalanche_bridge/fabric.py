@@ -82,8 +82,13 @@ class FabricEngine:
 
 
 def needs_wrapper(fabric: Fabric) -> bool:
-    """Whether Fabric's wrapper changes the forward pass: other precision, or several processes."""
-    return fabric.world_size > 1 or fabric._precision.precision != "32-true"
+    """Whether Fabric's wrapper changes the forward pass: other precision, or several processes that it synchronizes."""
+    return wraps_modules(fabric) or fabric._precision.precision != "32-true"
+
+
+def wraps_modules(fabric: Fabric) -> bool:
+    """Whether Fabric's strategy wraps modules to synchronize several processes."""
+    return fabric.world_size > 1 and bool(getattr(fabric.strategy, "wraps_modules", True))
 
 
 class TrainerEngine:
@@ -183,7 +188,7 @@ class OnFabric:
     def forward(self, **kwargs: Any) -> Any:
         """Run Avalanche's forward in Fabric's precision, through its wrapper if several processes share the work."""
         run = functools.partial(super().forward, **kwargs)  # type: ignore[misc]
-        if self.fabric.world_size == 1 or self.engine is None:
+        if not wraps_modules(self.fabric) or self.engine is None:
             return self.in_precision(run)
         bare, self.model = self.model, self.engine.module
         try:

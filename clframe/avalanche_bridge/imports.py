@@ -11,13 +11,19 @@ from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from avalanche.training.templates.base_sgd import PeriodicEval
-from lightning import Callback, Fabric, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
+
+from clframe.data.slow_imports import quick_imports
+
+with quick_imports():
+    from lightning import Callback, Fabric, LightningModule, Trainer
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import callbacks as lightning_callbacks
+    from lightning.pytorch import loggers as lightning_loggers
 
 __all__ = [
-    "Callback", "Clock", "EvaluationPlugin", "Fabric", "LightningModule", "MisconfigurationException",
-    "OnlineCLExperience", "PeriodicEval", "SupervisedPlugin", "SupervisedTemplate", "Trainer", "default_evaluator",
-    "lightning_callbacks", "lightning_loggers",
+    "Callback", "Clock", "DDPStrategy", "EvaluationPlugin", "Fabric", "LightningEnvironment", "LightningModule",
+    "MisconfigurationException", "OnlineCLExperience", "PeriodicEval", "SupervisedPlugin", "SupervisedTemplate",
+    "Trainer", "default_evaluator", "lightning_callbacks", "lightning_loggers",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from clframe.avalanche_bridge.repairs import repair
 from clframe.config.schema import WHERE
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, nearest, unknown_name
 from clframe.options import check_options
+from clframe.own_code import is_dotted, load_class
 
 
 class Macs(Metric[int]):
@@ -175,9 +176,10 @@ def _make(name: str, options: Mapping[str, Any], place: str, model: nn.Module, l
     classes, where = _classes(), f"{place}.{name}"
     if name in _REFUSED:
         raise UnsupportedError(f"{where}: {_REFUSED[name]}")
-    if name not in classes:
+    if name not in classes and not is_dotted(name):
         raise UnknownNameError(unknown_name("plugin of Avalanche's", name, plugin_names(), where=place))
-    cls = classes[name]
+    bases = (BaseSGDPlugin, SupervisedPlugin)
+    cls = load_class(name, bases, where=place) if is_dotted(name) else classes[name]
     checked = check_options(_signature_of(cls), options, where=where)
     for option in _LAYERS:
         if layers is not None and checked.get(option) is not None and checked[option] not in layers:
@@ -185,9 +187,10 @@ def _make(name: str, options: Mapping[str, Any], place: str, model: nn.Module, l
     given = {"model": model} if "model" in inspect.signature(cls).parameters else {}
     try:
         return cls(**given, **checked)
-    except Exception as error:  # whatever a class of Avalanche's raises on its options
+    except Exception as error:  # whatever a class of Avalanche's, or of the user's, raises on its options
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: Avalanche refuses its options ({reason}); change them") from None
+        owner = "it" if is_dotted(name) else "Avalanche"
+        raise ConfigError(f"{where}: {owner} refuses its options ({reason}); change them") from None
 
 
 def _signature_of(cls: type[Any]) -> Callable[..., Any]:

@@ -30,10 +30,13 @@ from clframe.cli import (
     moefy,
     predict,
     report,
+    reproduce,
     run,
     runs,
+    sweep,
 )
 from clframe.errors import ClframeError, ConfigError, ConfigErrors, UnknownNameError, nearest, unknown_name
+from clframe.own_code import allow_imports
 from clframe.printable import PrintableStream, printable
 from clframe.progress import hide_progress
 
@@ -45,6 +48,8 @@ accuracy, forgetting and the cost of every prediction.
   clframe run quickstart strategy='er + lwf(alpha=2)'  use another strategy
   clframe run quickstart components.er.memory=50       change an option
   clframe run quickstart --seeds 0..4                  five seeds, mean and standard deviation
+  clframe sweep quickstart strategy=er,lwf seed=0..4 --folder sweeps/first   every combination, each once
+  clframe reproduce digits                             train a published table again and compare
   clframe runs                                         list runs with their accuracy, cost and state
   clframe extend RUN benchmark.path=new_photos         learn new classes on top of a finished run
   clframe predict RUN photos                           classify files, folders or texts
@@ -62,7 +67,8 @@ accuracy, forgetting and the cost of every prediction.
 """
 
 _VERBS = (
-    run, runs, extend, predict, evaluate, exits, export, card, report, latency, analyze, moefy, explain, listing, check,
+    run, runs, sweep, reproduce, extend, predict, evaluate, exits, export, card, report, latency, analyze, moefy,
+    explain, listing, check,
 )  # fmt: skip
 _ALIASES = {"analyse": analyze.NAME}
 """Former or British spellings of verbs: accepted, but not listed."""
@@ -118,7 +124,7 @@ def _act(given: list[str]) -> int:
     options.words += rest
     if getattr(options, "output", None) == "":
         raise ConfigError("--output: found ''; give a folder")
-    with hide_progress(getattr(options, "quiet", False)):
+    with hide_progress(getattr(options, "quiet", False)), allow_imports(options.allow_imports):
         return int(options.act(options))
 
 
@@ -143,6 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         made.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made.add_argument(
+            "--allow-imports", metavar="PACKAGE", action="append", default=[],
+            help="let configs name code of this package of yours by dotted path, such as PACKAGE.nets.wide",
+        )  # fmt: skip
         verb.add_options(made)
         made.set_defaults(parser=made, act=verb.act)
     return parser

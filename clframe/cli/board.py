@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STARTED, FAILED = "url ", "failed "
 """Prefixes of the line that the process prints: the address, or the reason of a failure."""
+UNSMOOTHED = "?smoothing=0#custom_scalars&_smoothingWeight=0"
+"""End of the printed address: the page Custom Scalars, with curves as measured; TensorBoard's own setting is 0.6."""
 ENDS_WITHIN = 10.0
 """Seconds after which the process is killed."""
 
@@ -92,7 +94,7 @@ class Board:
             raise _cannot_start(answer.removeprefix(FAILED) or "the process ended")
         self.url = answer.removeprefix(STARTED)
         if self._echo is not None:
-            self._echo(f"TensorBoard: {self.url}")
+            self._echo(f"TensorBoard: {self.url}{UNSMOOTHED}")
 
     def stop(self) -> None:
         """Stop TensorBoard, if it is running, and wait for its end."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from clframe.errors import ConfigError, nearest
 from clframe.printable import printable
+from clframe.sweep import values
 
 CONFIG = """\
 CONFIG is a name from `clframe list configs` or a YAML file; files in ./configs/experiment are found by name.
@@ -22,8 +23,6 @@ replace the whole block; NAME is a registered name (`clframe list backbones`) or
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
 _NOTICED = ("clframe.api", "clframe.config.load", "clframe.data", "clframe.targets.loading", "clframe.training.saver")
 """Loggers whose lines concern users of the command line."""
-MOST_SEEDS = 10_000
-"""Bound on the number of seeds in one call."""
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,12 @@ def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
         found = f"found '{name}' instead of a config" if name else "found no config"
         raise ConfigError(f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart")
     if options.device is not None:
-        overrides += device_overrides(options.device)
+        chosen = device_overrides(options.device)
+        if any(text.startswith("trainer.devices=") for text in overrides):
+            if ":" in options.device:
+                raise ConfigError(f"--device: found {options.device} together with trainer.devices; give one of them")
+            chosen = chosen[:1]  # the accelerator
+        overrides += chosen
     if options.seed is not None:
         overrides.append(f"seed={parse_seed(options.seed)}")
     return name, overrides
@@ -70,35 +74,18 @@ def parse_seed(text: str) -> int:
     >>> parse_seed("3")
     3
     """
-    if not _is_seed(text):
+    if not values.is_seed(text):
         raise ConfigError(f"--seed: found '{text}'; give a whole number from 0")
     return int(text)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parse ``--seeds``: ``"0..4"`` (both ends included) or ``"0,3,7"``.
+    """Parse ``--seeds``: ``"0..4"`` (both ends included), ``"0,3,7"``, or both.
 
     >>> parse_seeds("0..2"), parse_seeds("5,1")
     ([0, 1, 2], [5, 1])
     """
-    first, dots, last = text.partition("..")
-    numbers = [first, last] if dots else text.split(",")
-    if not all(_is_seed(number.strip()) for number in numbers):
-        raise ConfigError(f"--seeds: found '{text}'; give a range such as 0..4 or a list such as 0,3,7")
-    seeds = [int(number) for number in numbers]
-    if dots and seeds[0] > seeds[1]:
-        raise ConfigError(f"--seeds: found '{text}', which counts down; write {last}..{first}")
-    if dots and seeds[1] - seeds[0] >= MOST_SEEDS:
-        raise ConfigError(f"--seeds: found '{text}'; give at most {MOST_SEEDS:,} seeds")
-    if dots:
-        return list(range(seeds[0], seeds[1] + 1))
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds: found '{text}', a seed twice; give each once")
-    return seeds
-
-
-def _is_seed(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 20
+    return values.parse_seeds(text, where="--seeds")
 
 
 def progress_line(progress: Any) -> str:

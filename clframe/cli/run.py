@@ -22,6 +22,7 @@ from clframe.cli.context import (
 from clframe.cli.jobs import parse_jobs
 from clframe.cli.signals import StopSignals
 from clframe.errors import ConfigError, Interrupted
+from clframe.lazy_imports import without_collection
 
 if TYPE_CHECKING:
     from clframe.build import Setup
@@ -44,6 +45,7 @@ cores and of the GPU's memory.
   clframe run my.yaml --seed 3 --device cuda --output results
   clframe run my.yaml --folder runs/mine
   clframe run --resume runs/quickstart/er+lwf-seed0-20260101-120000
+  clframe run --resume runs/quickstart/er+lwf-seed0-20260101-120000 trainer.devices=1
 """
 
 
@@ -84,7 +86,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         _refuse_with_resume(options)
         with notices(quiet=options.quiet) as data_notices, _board(options) as board:
-            results = [_run(options, data_notices, board, resume=options.resume)]
+            results = [_run(options, data_notices, board, resume=options.resume, overrides=options.words)]
         _print_summary(results, options)
         return 0
     if options.seeds is not None and options.seed is not None:
@@ -145,11 +147,14 @@ def _without_seeds(options: argparse.Namespace, config: str, overrides: Sequence
 
 
 def _refuse_with_resume(options: argparse.Namespace) -> None:
-    found = [*options.words]
+    from clframe.config.typed import PLACEMENT
+
+    found = [word for word in options.words if word.partition("=")[0] not in PLACEMENT]
     names = ("seed", "seeds", "jobs", "name", "output", "folder", "device")
     found += [f"--{name}" for name in names if getattr(options, name) is not None]
     found += ["--deterministic"] if options.deterministic else []
     if found:
+        # Other devices are the only override.
         raise ConfigError(f"--resume: found {found[0]} as well; leave it out, a resumed run uses its own config")
     if not options.resume:
         raise ConfigError("--resume: found ''; give the run folder that a run printed")
@@ -170,7 +175,8 @@ def _board(options: argparse.Namespace) -> Board:
 
 
 def _run(options: argparse.Namespace, data_notices: Notices, board: Board, **arguments: Any) -> Result:
-    from clframe.api import run
+    with without_collection():
+        from clframe.api import run
 
     def begin(setup: Setup) -> None:
         # An extended run has its own numbers of classes, which are not those of its sources.

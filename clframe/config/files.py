@@ -15,6 +15,7 @@ from clframe.data import SOURCES
 from clframe.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from clframe.files import read_text
 from clframe.nn import BACKBONES
+from clframe.own_code import is_dotted
 from clframe.registry import Registry
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -105,6 +106,8 @@ def find_config(name: str, *, group: str = "experiment", where: str = "config") 
     for key in (name, f"{group}/{name}"):
         if key in known:
             return known[key]
+    if group in ("backbone", "benchmark") and is_dotted(name):
+        return Registered(group, name)
     for key in known:
         if name and key.endswith(f"/{name}"):
             article = "an" if group[0] in "aeiou" else "a"

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clframe.config.files import REGISTRIES, YAML, Registered, find_config, known_configs, parser_reason, read_yaml
+from clframe.config.files import (
+    REGISTRIES,
+    YAML,
+    Registered,
+    find_config,
+    known_configs,
+    parser_reason,
+    read_yaml,
+    shipped_configs,
+)
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.config.typed import as_tree, check_keys, from_mapping, rename_keys
-from clframe.errors import ConfigError, Problems
+from clframe.config.typed import as_tree, check_keys, from_mapping, read_blocks, rename_keys
+from clframe.errors import ClframeError, ConfigError, Problems
 from clframe.options import format_value
 
 _log = logging.getLogger(__name__)
@@ -37,21 +46,46 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         UnknownNameError: No such config.
     """
     try:
-        merged = OmegaConf.create({})
-        for where, layer in _read_layers(name):
-            merged = _merge(merged, layer, where)
-        if _raw_contents(merged).get("name") is None:
-            merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
-        merged, problems = _apply(merged, overrides)
+        merged, problems, given = _merge_all(name, overrides)
         with problems.attempt():
             config = from_mapping(_resolve(merged))
             if not problems.found:
-                _name_unused(config, overrides)
+                _name_unused(config, given)
                 return config
         problems.raise_found()
         raise AssertionError("unreachable")
     except RecursionError:
         raise ConfigError("config: is nested too deeply to be read; make it flatter") from None
+
+
+def readable_blocks(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what can be read of a config that :func:`load_config` refuses: typed blocks and plain values by key."""
+    try:
+        merged, _, _ = _merge_all(name, overrides)
+        return read_blocks(_resolve(merged))
+    except (ClframeError, RecursionError):
+        return {}
+
+
+def _merge_all(name: str, overrides: Sequence[str]) -> tuple[DictConfig, Problems, set[str]]:
+    """The merged layers and overrides, the problems of overrides, and the components that the user has named.
+
+    Components in files that ship with clframe are not the user's: another strategy leaves them without effect.
+    """
+    merged, given = OmegaConf.create({}), set[str]()
+    for where, layer in _read_layers(name):
+        merged = _merge(merged, layer, where)
+        components = _raw_contents(layer).get("components")
+        if isinstance(components, dict) and shipped_configs() not in Path(where).resolve().parents:
+            given |= {str(key) for key in components}
+    if _raw_contents(merged).get("name") is None:
+        merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
+    merged, problems = _apply(merged, overrides)
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key.startswith("components."):
+            given.add(key.split(".")[1])
+    return merged, problems, given
 
 
 def change_config(config: Config, overrides: Sequence[str], *, benchmark: Mapping[str, Any]) -> Config:
@@ -88,11 +122,11 @@ def _apply(base: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Prob
     return base, problems
 
 
-def _name_unused(config: Config, overrides: Sequence[str]) -> None:
-    """Log the options of components that the strategy does not use, if an override has given them."""
+def _name_unused(config: Config, given: Collection[str]) -> None:
+    """Log the options of components that the strategy does not use, if the user has given them."""
     for name in config.components:
-        given = any(text.strip().startswith((f"components.{name}.", f"components.{name}=")) for text in overrides)
-        if given and name in REGISTRIES["strategy"] and not re.search(rf"\b{re.escape(name)}\b", config.strategy):
+        used = re.search(rf"\b{re.escape(name)}\b", config.strategy)
+        if name in given and name in REGISTRIES["strategy"] and not used:
             _log.warning(
                 "components.%s: the strategy '%s' does not use it, its options have no effect; add it to the strategy "
                 "or leave them out", name, config.strategy,

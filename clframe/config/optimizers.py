@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from clframe.errors import ConfigError, Problems, UnknownNameError, nearest, unknown_name
 from clframe.options import convert, format_value
+from clframe.own_code import is_dotted, load_class
 
 REFUSED: Final = {
     "lbfgs": "it evaluates the loss several times per step",
@@ -44,7 +45,7 @@ def optimizers() -> dict[str, type[Optimizer]]:
 
 
 def optimizer_name(name: str) -> str:
-    """The name in lower case.
+    """The name in lower case; a dotted path as it is.
 
     Raises:
         ConfigError: An optimizer that cannot train a network here.
@@ -53,12 +54,26 @@ def optimizer_name(name: str) -> str:
     >>> optimizer_name("RMSprop")
     'rmsprop'
     """
+    if is_dotted(name):
+        return name
     lower = name.lower()
     if lower in REFUSED:
         raise ConfigError(f"optimizer.name: found '{name}', which cannot be used: {REFUSED[lower]}; use adamw or sgd")
     if lower not in optimizers():
         raise UnknownNameError(unknown_name("optimizer", name, optimizers(), where="optimizer.name"))
     return lower
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class of a name, or of a dotted path into a package that the user has allowed.
+
+    Raises:
+        ConfigError: A package that is not allowed, or no optimizer.
+    """
+    if not is_dotted(name):
+        return optimizers()[name]
+    found: type[Optimizer] = load_class(name, (Optimizer,), where="optimizer.name")
+    return found
 
 
 @cache
@@ -68,7 +83,7 @@ def optimizer_arguments(name: str) -> dict[str, Any]:
     >>> optimizer_arguments("sgd")["nesterov"], "betas" in optimizer_arguments("sgd")
     (<class 'bool'>, False)
     """
-    kind = optimizers()[name]
+    kind = optimizer_class(name)
     hints = get_type_hints(kind.__init__)
     return {
         key: _without_tensors(hints.get(key, Any))
@@ -115,7 +130,7 @@ def check_arguments(name: str, given: Mapping[str, Any], *, where: str, base: Ma
     if not checked:  # constructing an optimizer imports torch's compiler, which takes seconds
         return checked
     try:
-        optimizers()[name]([torch.nn.Parameter(torch.zeros(1))], **{**base, **checked})
+        optimizer_class(name)([torch.nn.Parameter(torch.zeros(1))], **{**base, **checked})
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}: {name} refuses its options ({reason}); change them") from None

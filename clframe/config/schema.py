@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clframe.config.optimizers import check_arguments, optimizer_arguments, optimizer_name
 from clframe.config.periods import Period, parse_period
 from clframe.errors import ConfigError, Problems, UnknownNameError, nearest, unknown_name
 from clframe.options import convert, format_value
+from clframe.own_code import is_allowed, is_dotted
 
 BLOCK = "avalanche"
 """The key in ``components`` that is reserved for Avalanche plugins."""
@@ -206,7 +207,8 @@ class OptimizerConfig:
     """
 
     name: str = "sgd"
-    """A class of ``torch.optim`` in any case: sgd, adam, adamw, rmsprop, nadam, adagrad ..."""
+    """A class of ``torch.optim`` in any case (sgd, adam, adamw, rmsprop, nadam, adagrad ...), or the dotted path of an
+    own one with ``--allow-imports``."""
     lr: Rate = 0.05
     """Learning rate at the start of every experience, after warmup.
 
@@ -251,8 +253,12 @@ class OptimizerConfig:
         with _every_check():
             object.__setattr__(self, "name", optimizer_name(self.name))
             _check_rate(self.lr, "optimizer.lr")
-            self._check_algorithm()
+            readable = not is_dotted(self.name) or is_allowed(self.name)
+            if readable:  # else the run is refused, but its config can be read
+                self._check_algorithm()
             self._check_schedule()
+        if not readable:
+            return
         object.__setattr__(self, "options", self._checked(self.options, "optimizer"))
         groups = {name: self._checked_group(name, given) for name, given in self.groups.items()}
         object.__setattr__(self, "groups", groups)
@@ -373,6 +379,62 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Exponential moving average of the weights: training continues with the weights, everything else uses the average.
+
+    Evaluation, checkpoints, predictions, and what components compute after an experience (teachers, importances,
+    prototypes, thresholds). Statistics of batch normalization are averaged too. ``trainer.ema=0.999`` sets ``decay``.
+    """
+
+    shorthand: ClassVar[str] = "decay"
+
+    decay: float | None = None
+    """Weight of the average in each update, between 0 and 1, such as 0.999; null keeps no average."""
+    warmup: bool = True
+    """Update n of the run has the decay min(decay, n / (n + 9)), so that the first 1 / (1 - decay) updates do not show
+    the initial weights."""
+
+    @_every_check()
+    def __post_init__(self) -> None:
+        """Refuse decays that would keep no average, or never change it."""
+        _require(self.decay is None or 0 < self.decay < 1, "trainer.ema.decay", self.decay,
+                 "give a number between 0 and 1 such as 0.999, or null for no average")  # fmt: skip
+        _require(self.decay is not None or self.warmup, "trainer.ema.warmup", self.warmup, "set trainer.ema.decay too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """Cost of training on each experience, instead of a number of epochs.
+
+    Counted are forward and backward passes, replayed samples, teachers, loss terms, and what components compute before
+    and after training; not the evaluation. As many steps are taken as the budget affords, in epochs of which the last
+    one may be cut; cosine and linear schedules end with them. ``trainer.budget=2e12`` sets ``macs``.
+    """
+
+    shorthand: ClassVar[str] = "macs"
+
+    macs: float | None = None
+    """Multiply-adds of each experience; null sets no budget."""
+    relative: float | None = None
+    """The same as a multiple of what ``naive`` costs without exits in ``trainer.epochs`` epochs of the experience."""
+
+    @_every_check()
+    def __post_init__(self) -> None:
+        """Refuse two budgets, and budgets that are not positive."""
+        for key in ("macs", "relative"):
+            value = getattr(self, key)
+            allowed = value is None or 0 < value < LARGEST_FLOAT
+            _require(allowed, f"trainer.budget.{key}", value, "give a number above 0")
+        _require(self.macs is None or self.relative is None, "trainer.budget.relative", self.relative,
+                 "leave out trainer.budget.macs, or this")  # fmt: skip
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a budget."""
+        return self.macs is not None or self.relative is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Training: engine, device, precision, epochs, batches, logging."""
 
@@ -380,11 +442,17 @@ class TrainerConfig:
     """``fabric``: Avalanche's loop on Lightning Fabric; ``trainer``: one Lightning Trainer per experience."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     devices: int | tuple[int, ...] = 1
-    """One device: 1, or a device index such as [1]."""
+    """Number of devices, or indices of GPUs such as [1] or [0, 2]. Several train one model, with a process for each."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several devices share the training: ``ddp``, also chosen by ``auto``, gives each a part of every batch and
+    averages the gradients. See docs/scaling.md."""
+    sync_batchnorm: bool = False
+    """Whether batch normalization uses the statistics of the whole batch rather than of a device's part; on GPUs."""
     precision: PRECISIONS = "32-true"
     epochs: int = 10
     """Epochs per experience."""
     batch_size: int = 32
+    """New samples per step, over all devices."""
     drop_last: bool = False
     """Leave out the last batch of an epoch if it is smaller; otherwise a last batch of one sample is joined to the one
     before it where batch normalization could not train on it."""
@@ -412,9 +480,9 @@ class TrainerConfig:
     """Record active neurons and experts after each experience, on at most 2,048 test samples; null does so where the
     strategy has ``sparsity`` or ``moe``."""
     fast_dev_run: bool | int = False
-    """Development run, to test a setup: one epoch of two batches per experience, and evaluation of two batches per
-    experience. ``true`` runs the first two experiences, since replay and distillation begin in the second; a number
-    runs as many."""
+    """Development run, to test a setup: one epoch of two batches per experience (two where a strategy needs them, such
+    as ``exits(regime=disjoint)``), and evaluation of two batches per experience. ``true`` runs the first two
+    experiences, since replay and distillation begin in the second; a number runs as many."""
     threads: int | None = None
     """CPU threads; null is torch's choice. Small models are fastest with 1."""
     channels_last: Automatic = "auto"
@@ -428,15 +496,20 @@ class TrainerConfig:
     capture: Automatic = "auto"
     """Record training steps as CUDA graphs, which are replayed without Python in between.
 
-    ``auto`` does so on CUDA where every component and plugin allows it, and says once which one does not; ``true``
-    refuses such a strategy.
+    ``auto`` does so on one CUDA device where every component and plugin allows it, and says once which one does not;
+    ``true`` also does so on several, and refuses such a strategy.
     """
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints inside an experience."""
+    ema: AverageConfig = field(default_factory=AverageConfig)
+    """Average of the weights, with which a run evaluates and predicts."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Cost of training on each experience; ``epochs`` is then only what ``relative`` refers to."""
     progress: bool = True
     """Show a progress bar if the output is a terminal."""
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """Lightning callbacks by class name, each with its options; all but EarlyStopping require ``engine: trainer``.
+    """Lightning callbacks by class name, or own ones by dotted path, each with its options; all but EarlyStopping
+    require ``engine: trainer``.
 
     EarlyStopping monitors ``train/loss``, or with ``benchmark.validation`` ``validation/loss`` and
     ``validation/accuracy``.
@@ -462,12 +535,21 @@ class TrainerConfig:
         _require(clip_ok, "trainer.gradient_clip", self.gradient_clip, "give a number above 0 or null")
         _require(self.eval_every == -1 or self.eval_every > 0, "trainer.eval_every", self.eval_every,
               "give -1 (never) or a number of epochs")  # fmt: skip
-        index = self.devices if isinstance(self.devices, tuple) else ()
-        one = self.devices == 1 or (len(index) == 1 and index[0] >= 0)
-        _require(one, "trainer.devices", self.devices,
-              "a run trains on one device; give 1 or an index such as [0]")  # fmt: skip
+        if isinstance(self.devices, tuple):
+            indices_ok = bool(self.devices) and min(self.devices) >= 0 and len(set(self.devices)) == len(self.devices)
+            _require(indices_ok, "trainer.devices", self.devices, "give indices of different GPUs, such as [0, 1]")
+        else:
+            _require_at_least(1, "trainer.devices", self.devices)
         _require(self.figures != "experience" or "tensorboard" in self.loggers, "trainer.figures", self.figures,
                  "add tensorboard to trainer.loggers or give end")  # fmt: skip
+        if self.budget.is_set:
+            for key, used, advice in (
+                ("engine", self.engine == "trainer", "trainer.engine=fabric"),
+                ("callbacks", "EarlyStopping" in self.callbacks, "no EarlyStopping, which would leave a part of it"),
+                ("eval_every", self.eval_every != -1, "trainer.eval_every=-1"),
+                ("fast_dev_run", bool(self.fast_dev_run), "no development run, which takes two steps"),
+            ):
+                _require(not used, f"trainer.{key}", getattr(self, key), f"with trainer.budget give {advice}")
         loggers = lightning_loggers(self.loggers)
         for name, _ in loggers:
             if not name.endswith("Logger"):
@@ -527,6 +609,9 @@ class Config:
     """Components joined by '+'."""
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by component name; ``avalanche`` lists Avalanche plugins."""
+    imports: tuple[str, ...] = ()
+    """Own components and metrics by dotted path, such as ``my_package.losses.Focal``, which are then used by name; each
+    package has to be allowed with ``--allow-imports``."""
     earlier: tuple[EarlierConfig, ...] = ()
     """Data that come before ``benchmark`` in the stream of an extended run, oldest first."""
     benchmark: BenchmarkConfig
@@ -545,6 +630,8 @@ class Config:
         short = len(self.name.encode(errors="replace")) <= LONGEST_NAME and self.name.isprintable()
         _require(fine and short, "name", self.name, "give a short name that can be a folder name")
         _require(bool(self.output) and "\0" not in self.output, "output", self.output, "give a folder")
+        for name in self.imports:
+            _require(is_dotted(name), "imports", name, "give dotted paths such as my_package.losses.Focal")
 
 
 OPEN_BLOCKS: dict[str, Callable[..., Any]] = {"benchmark": BenchmarkConfig, "backbone": BackboneConfig}

@@ -15,6 +15,7 @@ from clframe.config.schema import BLOCK, OPEN_BLOCKS, RENAMED, WITH_OPTIONS, Ben
 from clframe.core import Composition, parse
 from clframe.errors import ConfigError, Problems, nearest
 from clframe.options import convert, format_value, rename_options
+from clframe.own_code import allowed_packages, is_dotted
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
@@ -26,6 +27,19 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     config = _read_block(Config, rename_keys(tree), where="")
     assert isinstance(config, Config)
     return config
+
+
+def read_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the blocks of a tree that can be converted, and its plain values, by key."""
+    found: dict[str, Any] = {}
+    for key, value in rename_keys(tree).items():
+        kind = get_type_hints(Config).get(key)
+        if dataclasses.is_dataclass(kind):
+            with Problems().attempt():
+                found[key] = _read_block(kind, value, where=key)
+        else:
+            found[key] = value
+    return found
 
 
 def rename_keys(tree: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -41,6 +55,10 @@ def rename_keys(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; :func:`from_mapping` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.create(as_tree(config)))
+
+
+PLACEMENT = ("trainer.devices", "trainer.strategy")
+"""Keys that say where a run trains, so that another process may continue it with others."""
 
 
 def same_config(left: str, right: str) -> bool:
@@ -65,7 +83,8 @@ def _with_choices_of(chosen: Config, config: Config) -> Config:
         automatic = {
             field.name: getattr(other, field.name)
             for field in dataclasses.fields(mine)
-            if "auto" in (getattr(mine, field.name), getattr(other, field.name)) and field.name != "accelerator"
+            if ("auto" in (getattr(mine, field.name), getattr(other, field.name)) and field.name != "accelerator")
+            or f"{name}.{field.name}" in PLACEMENT
         }
         blocks[name] = dataclasses.replace(mine, **automatic)
     return dataclasses.replace(config, **blocks)
@@ -87,6 +106,8 @@ def as_tree(config: Config) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     for block in WITH_OPTIONS:
         tree[block].update(tree[block].pop("options"))
+    if not tree["imports"]:
+        del tree["imports"]
     for entry in tree["earlier"]:
         entry["benchmark"].update(entry["benchmark"].pop("options"))
     if not tree["earlier"]:
@@ -121,7 +142,9 @@ def check_keys(contents: Mapping[Any, Any], *, where: str) -> None:
 
 def _is_option(name: str, block: str) -> bool:
     """Whether a block that has no key of this name may have an option of that name."""
-    return block in OPEN_BLOCKS or (block == "optimizer" and name in optimizer_options())
+    # Options of an own optimizer are checked against its constructor.
+    own = block == "optimizer" and bool(allowed_packages())
+    return own or block in OPEN_BLOCKS or (block == "optimizer" and name in optimizer_options())
 
 
 def block_keys(block: str) -> tuple[str, ...]:
@@ -164,7 +187,9 @@ def _unknown_key(key: str, block: str, where: str) -> NoReturn:
 
 def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: found {format_value(tree)}; give a mapping")
+        if not hasattr(schema, "shorthand"):
+            raise ConfigError(f"{where}: found {format_value(tree)}; give a mapping")
+        tree = {schema.shorthand: tree}
     hints, names = get_type_hints(schema), _blocks()[where]
     values: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -173,7 +198,8 @@ def _read_block(schema: Any, tree: Any, *, where: str) -> Any:
         path = f"{where}.{key}" if where else str(key)
         with problems.attempt():
             if key not in names:
-                if not _is_option(str(key), where):
+                known = str(key) in optimizer_options() or is_dotted(tree.get("name"))
+                if not (known if where == "optimizer" else _is_option(str(key), where)):
                     _unknown_key(str(key), where, "config")
                 options[str(key)] = value
             elif dataclasses.is_dataclass(hints[key]):

@@ -89,6 +89,10 @@ class Component:
             every number that changes between the steps of an experience comes from ``step_values``, tensors of the
             state that they read are only written in place, and ``before_epoch`` changes nothing but ``requires_grad``,
             training modes and ``network.gradient``. Other hooks are not recorded.
+        distributed: Whether it may train in several processes, one per device, each of which calls every hook: given
+            equal batches, outputs and generators of contexts, it computes the same in all of them. Draws from other
+            generators differ, and so may choices between samples inside a step, which a GPU rounds differently from
+            call to call. Losses run a teacher by ``step.run``, which divides the batch among the processes.
         phase: Phase of ``before_experience`` and ``after_experience`` in the ledger; ``router`` if they train one.
         renamed: Options by their former names, which configs and expressions may still use.
     """
@@ -102,12 +106,18 @@ class Component:
     changes_activity: ClassVar[bool] = False
     changes_network: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    distributed: ClassVar[bool] = False
     phase: ClassVar[str] = "auxiliary"
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.component.compose`."""
         return compose(self, other)
+
+    @property
+    def fewest_epochs(self) -> int:
+        """Epochs of an experience that it needs at least; a development run trains that many."""
+        return 1
 
     @property
     def is_identity(self) -> bool:
@@ -125,6 +135,11 @@ class Component:
     def needs_held_out(self) -> str:
         """Option that needs validation data of the benchmark; empty if none does."""
         return ""
+
+    @property
+    def named_taps(self) -> Mapping[str, Sequence[str]]:
+        """Taps that options name, by option: a backbone that can be divided after any layer is divided after these."""
+        return {}
 
     def taps(self, network: Network) -> Sequence[str]:
         """Return the stages whose outputs the component reads in ``output.taps``."""

@@ -167,3 +167,34 @@ def _source(node: ast.expr, text: str) -> str:
 
 def _quoted(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:75]} ...")
+
+
+def split_terms(expression: str) -> list[str]:
+    """Split an expression at every ``+`` outside of parentheses.
+
+    >>> split_terms("er(memory=5) + exits(at=('a + b',))")
+    ['er(memory=5)', "exits(at=('a + b',))"]
+    """
+    terms, depth = [""], 0
+    for letter in expression:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "+" and depth == 0:
+            terms.append("")
+        else:
+            terms[-1] += letter
+    return [term.strip() for term in terms]
+
+
+def names_in_order(expression: str, composition: Composition) -> str:
+    """Return the names of a composition's components, joined by ``+``, in the order in which an expression has them.
+
+    >>> strategy = "lwf(alpha=2) + (exits + er)"
+    >>> names_in_order(strategy, parse(strategy)), names_in_order("naive", parse("naive"))
+    ('lwf + exits + er', 'naive')
+    """
+    terms = [term.strip() for term in split_terms(expression)]
+    while any(term.startswith("(") for term in terms):
+        terms = [part for term in terms for part in split_terms(term[1:-1] if term.startswith("(") else term)]
+    names = [component.name for component in composition]
+    written = [name for name in (term.partition("(")[0].strip() for term in terms) if name in names]
+    return " + ".join(dict.fromkeys((*written, *names))) or "naive"

@@ -5,10 +5,11 @@ Shape suffixes: B batch, C classes, K exits, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Generator, Tensor
 
 from clframe.nn.network import Network
@@ -104,3 +105,20 @@ class Step:
     values: Mapping[str, float | Tensor] = field(default_factory=dict)
     """What the component's ``step_values`` has returned for this step: numbers, or tensors [] while a step is recorded
     as a CUDA graph."""
+    shared_run: Callable[[Network, Tensor, Collection[str]], Output] | None = None
+    """Runs a network on inputs that several devices share; None where there is one device."""
+
+    def run(self, teacher: Network, *, taps: Collection[str] = ()) -> Output:
+        """Return the output of a frozen network for the batch, without gradient.
+
+        Several devices compute a share of the batch each.
+
+        Args:
+            teacher: The network, in evaluation mode.
+            taps: Stages whose outputs are returned as well.
+        """
+        with torch.no_grad():
+            if self.shared_run is not None:
+                return self.shared_run(teacher, self.batch.x, taps)
+            output: Output = teacher(self.batch.x, taps=taps) if taps else teacher(self.batch.x)
+            return output

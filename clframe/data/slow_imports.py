@@ -1,127 +1,112 @@
 """Import Avalanche and Lightning without the packages that they import and hardly ever use.
 
-Of a run's first seconds, these imports took a third: ``wandb`` and ``gdown`` for one logger and one data set of
-Avalanche, and ``transformers`` for one text metric of torchmetrics. Nothing is replaced for good: the modules are
-loaded when something in them is used, by Avalanche or by anybody else.
+Of a run's first seconds, these imports took half: ``wandb`` and ``gdown`` for one logger and one data set of
+Avalanche; all metrics of torchmetrics, with matplotlib and scipy.signal, of which Lightning needs one base class; and
+torch's compiler, which torchvision and every optimizer import, for two functions that do nothing without it. Nothing is
+replaced for good: the modules are loaded when something in them is used, by Avalanche or by anybody else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-import importlib.util
+import inspect
 import io
+import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any, Final
 
-_DEFERRED: Final = ("gdown", "wandb")
+from clframe.lazy_imports import Deferred, defer_imports, defer_package, use_stand_in, without_collection
+
+_DEFERRED: Final = ("GPUtil", "gdown", "qpsolvers", "wandb")
 """Packages that Avalanche 0.6 imports as a whole, and whose attributes it uses only inside functions."""
-_TRANSFORMERS: Final = ("AutoModel", "AutoTokenizer")
-"""Classes that ``torchmetrics.functional.text.bert`` imports and uses only inside functions."""
+_TORCHMETRICS: Final = {
+    "Metric": "torchmetrics.metric",
+    "MetricCollection": "torchmetrics.collections",
+    "__version__": "torchmetrics.__about__",
+}
+"""Attributes of torchmetrics that Lightning and Avalanche read when they are imported, and where they are defined."""
+_STAND_INS: Final = (
+    ("torchmetrics.functional", ("accuracy",), None),
+    ("torchmetrics.utilities.plot", ("_AX_TYPE", "_PLOT_OUT_TYPE", "plot_single_or_multi_val"), "matplotlib"),
+    ("matplotlib", ("transforms",), None),
+    ("matplotlib.axes", ("Axes",), None),
+    ("matplotlib.figure", ("Figure",), None),
+    ("matplotlib.pyplot", ("Figure", "subplots"), "matplotlib"),
+    ("torch._dynamo.utils", ("is_compile_supported",), None),
+    ("triton.runtime.jit", ("JITFunction",), "triton"),
+)
+"""Functions and types that Avalanche's metrics and loggers, torchmetrics, torchvision and torch's counter of operations
+import, and only call, name in annotations or compare with, and the packages that define the types: importing these
+takes longer than importing Avalanche."""
 
 
 def import_avalanche() -> None:
-    """Import Avalanche, and torchmetrics for Lightning, quickly and without the output and warnings of their import.
+    """Import Avalanche quickly and without the output and warnings of its import.
 
     GPUtil, qpsolvers and other dependencies warn about themselves, which does not concern users of clframe.
     """
+    if "avalanche.training" in sys.modules:
+        return
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        # A torchmetrics that imports more of transformers than the stand-in has is imported below, as usual.
-        with contextlib.suppress(ImportError), use_stand_in("transformers", _TRANSFORMERS):
-            import torchmetrics  # noqa: F401
-        with defer_imports(_DEFERRED):
+        try:
+            with quick_imports():
+                import avalanche.training
+        except ImportError:  # a version that needs more of these modules
             import avalanche.training  # noqa: F401
 
 
 @contextlib.contextmanager
-def defer_imports(names: Sequence[str]) -> Iterator[None]:
-    """Have packages that are first imported in this block load when one of their attributes is first used.
+def quick_imports() -> Iterator[None]:
+    """Have imports of Avalanche and Lightning in this block import only what they need of other packages."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_collection())
+        stack.enter_context(defer_imports(_DEFERRED))
+        stack.enter_context(defer_package("torch._dynamo", {}, _COMPILER))
+        logger = {"_logger": logging.getLogger("torchmetrics")}
+        stack.enter_context(defer_package("torchmetrics", _TORCHMETRICS, logger))
+        for module, attributes, home in _STAND_INS:
+            stack.enter_context(use_stand_in(module, attributes, home=home))
+        # Here, because Lightning, which needs these, may be imported later. The first module imports that of Metric,
+        # which cannot be imported before it.
+        for name in ("torchmetrics.utilities", *_TORCHMETRICS.values()):
+            importlib.import_module(name)
+        yield
 
-    They are in ``sys.modules`` and are the modules that later imports return, as :class:`importlib.util.LazyLoader`
-    describes. A package that is missing is missing as ever.
+
+def _disable_compiler(function: Any = None, *args: Any, **options: Any) -> Any:
+    """Return ``torch._dynamo.disable(function)``, for functions of some packages without loading the compiler.
+
+    Optimizers and counters of operations disable the compiler in some of their methods. Before it is loaded nothing is
+    compiled.
     """
-    finder = _DeferringFinder(names)
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
+    packages = ("torch", "lightning", "clframe")
+    if not inspect.isfunction(function) or function.__module__.partition(".")[0] not in packages:
+        return importlib.import_module("torch._dynamo.decorators").disable(function, *args, **options)
+    called = function
+
+    @functools.wraps(function)
+    def call(*inputs: Any, **named: Any) -> Any:
+        nonlocal called
+        if called is function:
+            disable = sys.modules["torch._dynamo"].disable
+            called = function if disable is _disable_compiler else disable(function, *args, **options)
+        return called(*inputs, **named)
+
+    return call
 
 
-class _DeferringFinder(MetaPathFinder):
-    """Finds top-level packages as usual, with loaders that load on first use."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self._names:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        return spec
+def _break_graph(*args: Any, **options: Any) -> None:
+    """Stand in for ``torch._dynamo.graph_break``, which does nothing in functions that are not being compiled."""
 
 
-@contextlib.contextmanager
-def use_stand_in(name: str, attributes: Sequence[str]) -> Iterator[None]:
-    """Have ``from NAME import ATTRIBUTE`` in this block give an object that imports the attribute on first use.
-
-    The stand-in leaves ``sys.modules`` at the end, so later imports find the package itself. Another attribute of the
-    package imports it; a submodule is an ImportError. Nothing happens if the package has been imported before or is
-    missing.
-    """
-    if name in sys.modules or importlib.util.find_spec(name) is None:
-        yield
-        return
-    stand_in = _StandIn(name, attributes)
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
-
-
-class _StandIn(ModuleType):
-    """A module that is imported when an attribute is used that it has no object for."""
-
-    def __init__(self, name: str, attributes: Sequence[str]) -> None:
-        super().__init__(name)
-        for attribute in attributes:
-            setattr(self, attribute, _Deferred(name, attribute))
-
-    def __getattr__(self, name: str) -> Any:
-        # Every ``from NAME import`` asks for __path__, and ``inspect.getmodule`` asks each module for __file__.
-        if name in ("__path__", "__file__"):
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-class _Deferred:
-    """An attribute of a module that is imported when it is called or an attribute is read."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module = module
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._load(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._load()(*args, **kwargs)
-
-    def _load(self) -> Any:
-        return getattr(importlib.import_module(self._module), self._name)
+_COMPILER: Final = {
+    "disable": _disable_compiler,
+    "graph_break": _break_graph,
+    "OptimizedModule": Deferred("torch._dynamo.eval_frame", "OptimizedModule", home="torch._dynamo"),
+}
+"""What optimizers and Lightning use of torch's compiler, without which it takes three seconds to import."""

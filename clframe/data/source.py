@@ -154,7 +154,7 @@ def _problem(entry: Callable[..., Source]) -> str:
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry(
-    "benchmark", group="clframe.benchmarks", load=_load_source, problem=_problem
+    "benchmark", group="clframe.benchmarks", load=_load_source, problem=_problem, own=True
 )
 """Data sets by name: functions from options, given as keywords, to a :class:`Source`.
 

@@ -56,7 +56,7 @@ def count_products(network: Network, x: Tensor) -> ProductCounts:
         # Accelerators compute all heads in one fused call; with a hook they run, and are counted, module by module.
         for part in layers.values():
             stack.callback(part.register_forward_pre_hook(_no_op).remove)
-        cost = measure_cost(network, x)
+        cost = measure_cost(network, x[:1])  # that of every sample, since shapes are equal
     with ExitStack() as stack:
         for name, part in layers.items():
             stack.callback(part.register_forward_pre_hook(partial(_add_count, name, counted)).remove)
@@ -67,7 +67,7 @@ def count_products(network: Network, x: Tensor) -> ProductCounts:
     dense: dict[str, int] = {}
     effective: dict[str, int] = {}
     for name in counted:
-        dense[roles[name]] = dense.get(roles[name], 0) + by_module[name]
+        dense[roles[name]] = dense.get(roles[name], 0) + samples * by_module[name]
         effective[roles[name]] = effective.get(roles[name], 0) + int(counted[name])
     experts = tuple(
         Experts(
@@ -77,7 +77,7 @@ def count_products(network: Network, x: Tensor) -> ProductCounts:
         )
         for name, layer in used.items()
     )  # fmt: skip
-    rest = cost.macs - sum(by_module[name] for name in (*counted, *used))
+    rest = samples * (cost.macs - sum(by_module[name] for name in (*counted, *used)))
     if experts:
         dense["router"], effective["router"] = 0, sum(row.routed * row.router_macs for row in experts)
         dense["experts"] = sum(row.dense_macs for row in experts)
@@ -148,7 +148,8 @@ def _count_convolution(layer: Any, x: Tensor) -> Tensor:
     """Pairs of a nonzero value and a window that contains it, times the outputs of the window."""
     size = len(layer.kernel_size)
     shape = x.shape if x.ndim == size + 2 else (1, *x.shape)
-    nonzero = (x != 0).reshape(shape).sum(1, keepdim=True).double()  # grouped channels are independent
+    # Of all samples and channels together: windows are the same for each, and grouped channels are independent.
+    nonzero = (x != 0).reshape(shape).sum((0, 1), keepdim=True).double()
     padding = layer.padding
     if layer.padding_mode != "zeros":
         nonzero, padding = F.pad(nonzero, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0

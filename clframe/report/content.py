@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 from clframe.environment import versions
 from clframe.metrics.continual import average_seen_accuracy, forgetting
-from clframe.metrics.registry import all_metrics
 from clframe.metrics.statistics import NAN
 from clframe.plotting.style import Picture, RenderedPicture, render_picture
 from clframe.report.comparison import Group, mismatch
@@ -43,7 +42,9 @@ from clframe.report.tables import (
     matrix_table,
     metric_over_seeds,
     seeds_text,
+    shown_metrics,
     summary_table,
+    trained_once,
 )
 from clframe.report.terminal import skipped_text
 from clframe.tables import Quantity, Table, over_seeds
@@ -235,7 +236,8 @@ def _comparison(groups: Sequence[Group], files: Files, *, reference: Group | Non
 def _group(group: Group, files: Files, *, prefix: str, drawn: bool) -> list[Section]:
     results = group.results
     pictures = _render(run_pictures(group.runs, prefix=prefix), drawn=drawn)
-    folded = [summary_table(group), matrix_table(group.runs)]
+    once = all(map(trained_once, results))
+    folded = [summary_table(group), *(() if once else (matrix_table(group.runs),))]
     files.add(pictures, folded, prefix=prefix)
     seeds = f"Seed{'s' if len(group.seeds) > 1 else ''} {seeds_text(group.seeds)}"
     intro = f"{seeds}. Mean ± sample standard deviation over seeds." if len(group.seeds) > 1 else f"{seeds}."
@@ -277,7 +279,7 @@ def _confusion_section(group: Group, files: Files, *, title: str, prefix: str, d
 def _tiles(group: Group) -> list[tuple[str, Quantity, str]]:
     tiles = [
         *((metric.label, metric_over_seeds(group.results, name), "%" if metric.kind == "percent" else "")
-          for name, metric in all_metrics().items() if metric.compared),
+          for name, metric in shown_metrics(group.results).items() if metric.compared),
         ("MACs per prediction, whole network", macs_over_seeds(group.results), ""),
         ("state", over_seeds(group.by_seed(lambda r: sum(r.state_bytes.values())), kind="whole"), "bytes"),
         ("training", over_seeds(group.by_seed(lambda r: r.train_seconds), kind="decimal"), "s"),
@@ -336,13 +338,14 @@ def _running(run: Run, files: Files, *, prefix: str) -> Section:
     tiles: list[tuple[str, Quantity, str]] = []
     folded = []
     if rows:
+        once = total == 1
         seen, lost = average_seen_accuracy(run.accuracy_matrix), forgetting(run.accuracy_matrix)
         tiles = [
             ("experiences finished", Quantity(rows, kind="whole"), f"of {total}"),
             ("average accuracy so far", Quantity(seen.value, undefined=seen.undefined), "%"),
-            ("forgetting so far", Quantity(lost.value, undefined=lost.undefined), "%"),
+            *(() if once else (("forgetting so far", Quantity(lost.value, undefined=lost.undefined), "%"),)),
         ]
-        folded = [matrix_table([run])]
+        folded = [] if once else [matrix_table([run])]
     files.add(pictures, folded, prefix=prefix)
     return Section(
         title=f"Running: {run.strategy}, seed {run.seed}",

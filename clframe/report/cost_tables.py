@@ -218,6 +218,10 @@ def _totals(ledger: Ledger) -> tuple[_Total, ...]:
         _Total("of which components, outside the epochs", seconds.get("components", 0.0), "s", "clock", "fine"),
         _Total("wall time of evaluation", seconds.get("evaluation"), "s", "clock", "fine"),
         _Total("wall time of cost accounting", seconds.get("accounting"), "s", "clock", "fine"),
+        _Total("wall time of records of exits", seconds.get("exits"), "s", "clock", "fine"),
+        _Total("wall time of records of active neurons", seconds.get("activity", 0.0), "s", "clock", "fine"),
+        _Total("wall time of TensorBoard", seconds.get("tensorboard", 0.0), "s", "clock", "fine"),
+        _Total("wall time of drawing", seconds.get("figures", 0.0), "s", "clock", "fine"),
         _Total("energy of training", energy.joules, "J", energy.energy_source, "fine"),
     )
 

@@ -270,10 +270,12 @@ def explanation(
     benchmark: Benchmark,
     network: Network,
     plugins: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    budget: str = "",
 ) -> str:
     """Render the plan of a run: resolved config, stream, hooks, loss terms, slots, parameters and MACs.
 
-    ``network`` has already grown to all classes of the benchmark; ``plugins`` are Avalanche's, by class name.
+    ``network`` has already grown to all classes of the benchmark; ``plugins`` are Avalanche's, by class name;
+    ``budget`` is the table of what a training budget affords, if there is one.
     """
     return "\n\n".join(
         f"{title}\n{_indent(body)}"
@@ -286,6 +288,7 @@ def explanation(
             ("slots", "\n".join(f"{slot:<10} {_owner(composition, slot)}" for slot in SLOTS)),
             *([("Avalanche plugins, in addition to the components", _plugins(plugins))] if plugins else ()),
             ("network with all classes", _network(network)),
+            *([("training within the budget", budget)] if budget else ()),
         )
     )
 

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from clframe.core import parse
+from clframe.core.expression import split_terms
 from clframe.errors import ClframeError, nearest
 from clframe.report.comparison import Group, mismatch
-from clframe.report.loading import flatten, split_terms
+from clframe.report.loading import flatten
 
 BASE: Final = "base"
 EXITS: Final = "with exits"

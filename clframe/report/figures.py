@@ -69,7 +69,7 @@ def run_pictures(runs: Sequence[Run], *, prefix: str = "") -> list[Picture]:
     matrices = [run.accuracy_matrix for run in runs]
     aware = [run.accuracy_matrix_task_aware for run in runs]
     pictures = []
-    if matrices[0]:
+    if matrices[0] and len(matrices[0][0]) > 1:  # over one experience there is one number
         rows = len(matrices[0])
         height = min(6.0, max(HEIGHT, 1.0 + 0.34 * rows)) if rows <= LARGEST_WITH_DIGITS else 4.2
         averages = [("all classes", average_curve(matrices)), ("task-aware", average_curve(aware))]
@@ -142,7 +142,10 @@ def group_pictures(groups: Sequence[Group], *, comparable: bool = True) -> list[
     height = HEIGHT + 0.2 * len(named)
     few = f" The {len(named)} most accurate of {len(groups)} groups are named." if len(named) < len(groups) else ""
     caption = f"Average accuracy on the experiences seen so far. Bands: ± sample standard deviation over seeds.{few}"
-    pictures = [Picture("groups_average_accuracy", caption, partial(draw_curves, curves, ylabel="accuracy, %"), height)]
+    pictures = []
+    if any(len(run.accuracy_matrix[0]) > 1 for group in groups for run in group.runs):
+        draw = partial(draw_curves, curves, ylabel="accuracy, %")
+        pictures.append(Picture("groups_average_accuracy", caption, draw, height))
     if any(group.points for group in groups):
         front = "The line is the Pareto front." if comparable else "No front: the groups are not comparable."
         caption = (

@@ -18,6 +18,7 @@ from clframe.accounting import Ledger
 from clframe.config.files import MOST_YAML, read_yaml
 from clframe.config.typed import as_tree, from_mapping
 from clframe.core import parse
+from clframe.core.expression import split_terms
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.files import check_contained, read_json, read_text
@@ -25,6 +26,7 @@ from clframe.metrics.continual import Matrix, final_average_accuracy
 from clframe.report.confusion import Counts, read_confusion
 from clframe.report.latency import Timings, read_timings
 from clframe.results import Result
+from clframe.run_folder import SELECTION, SWEEP_RECORDS
 from clframe.sparsity.activity import ActivityRecord
 
 NO_MATTER = ("seed", "output", "trainer.progress", "trainer.loggers", "trainer.log_every", "trainer.figures",
@@ -78,8 +80,8 @@ def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
 def as_written(strategy: str, command: object) -> str:
     """Return the names of a strategy in the order in which the command that started the run has them.
 
-    A composition sorts its components, so configs and results have them in alphabetical order. Where the command does
-    not name the same components, what is added to a method comes last, as in ``lwf + exits``.
+    A run records the order in which they were written; earlier versions recorded the alphabetical one. So where that is
+    the order and the command does not name the same components, what is added to a method comes last.
 
     Args:
         strategy: The names, joined by ``+``.
@@ -87,32 +89,18 @@ def as_written(strategy: str, command: object) -> str:
 
     >>> as_written("exits + lwf", ["clframe", "run", "quickstart", "strategy=lwf(alpha=2) + exits"])
     'lwf + exits'
-    >>> as_written("er + exits + lwf", None)
-    'er + lwf + exits'
+    >>> as_written("er + exits + lwf", None), as_written("lwf + exits + er", None)
+    ('er + lwf + exits', 'lwf + exits + er')
     """
     names = strategy.split(" + ")
+    if names != sorted(names):
+        return strategy
     words = [word for word in command if isinstance(word, str)] if isinstance(command, list) else []
     given = next((word.removeprefix("strategy=") for word in reversed(words) if word.startswith("strategy=")), "")
     order = [name for name in (term.partition("(")[0].strip() for term in split_terms(given)) if name in names]
     if sorted(order) != sorted(names):
         order = sorted(names, key=lambda name: ADDED.index(name) if name in ADDED else -1)
     return " + ".join(order)
-
-
-def split_terms(expression: str) -> list[str]:
-    """Split an expression at every ``+`` outside of parentheses.
-
-    >>> split_terms("er(memory=5) + exits(at=('a + b',))")
-    ['er(memory=5)', "exits(at=('a + b',))"]
-    """
-    terms, depth = [""], 0
-    for letter in expression:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "+" and depth == 0:
-            terms.append("")
-        else:
-            terms[-1] += letter
-    return [term.strip() for term in terms]
 
 
 class Logged(NamedTuple):
@@ -183,7 +171,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         if (path / "config.yaml").is_file() or (path / "results.json").is_file():
             given[path.resolve()] = path
             continue
-        here = sorted(p for p in path.rglob("*") if p.is_dir() and _is_run(p))
+        here = sorted(p for p in path.rglob("*") if p.is_dir() and _is_run(p) and not _is_selection(p, path))
         if not here:
             raise RunFolderError(f"{path}: not a run, and no run below it; give a folder that clframe run printed")
         below.update((p.resolve(), p) for p in here)
@@ -194,6 +182,13 @@ def _is_run(path: Path) -> bool:
     return (path / "results.json").is_file() or all(
         (path / name).is_file() for name in ("config.yaml", "environment.json")
     )
+
+
+def _is_selection(path: Path, above: Path) -> bool:
+    """Whether a run below ``above`` is one of a sweep's selection, whose accuracies are not those of test data."""
+    parts = path.relative_to(above).parts[:-1]
+    folders = (above.joinpath(*parts[: i + 1]) for i, part in enumerate(parts) if part == SELECTION)
+    return any((folder.parent / SWEEP_RECORDS).is_dir() for folder in folders)
 
 
 class Config(NamedTuple):

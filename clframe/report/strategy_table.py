@@ -10,11 +10,9 @@ from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.statistics import NAN, deviation, mean, paired
 from clframe.report.comparison import Group, mismatch, operating_points
 from clframe.report.families import BASE, Member
-from clframe.report.tables import equal_cost, metric_over_seeds, reached_at_most
+from clframe.report.tables import ACCURACY, equal_cost, metric_over_seeds, reached_at_most, trained_once
 from clframe.tables import Cell, Quantity, Table, over_seeds
 
-ACCURACY: Final = "final_average_accuracy"
-"""Metric of the gain."""
 BUDGETS: Final = ("25%", "50%", "75%", "100%")
 """Names of the budgets that have a column."""
 
@@ -24,30 +22,32 @@ def strategies_table(rows: Sequence[Member], *, reference: Group | None = None) 
 
     The gain is the mean paired difference from the group's base with Student's 95 % interval, both over common seeds.
     """
+    once = all(trained_once(result) for row in rows for result in row.group.results)
+    accuracy = "accuracy" if once else "final average accuracy"
     columns = (
-        "strategy", "kind", "seeds", "parameters", "final average accuracy, %", "gain, points",
+        "strategy", "kind", "seeds", "parameters", f"{accuracy}, %", "gain, points",
         "95 % CI from, points", "to, points", *(f"at {name.replace('%', ' %')} of the cost, %" for name in BUDGETS),
-        "cost at equal accuracy, %", "forgetting, %",
+        "cost at equal accuracy, %", *(() if once else ("forgetting, %",)),
     )  # fmt: skip
     against = f"'{reference.label}'" if reference is not None else "the same strategy without exits (base)"
     note = (
-        f"Mean ± sample standard deviation over seeds. Gain: final average accuracy minus that of {against}, paired "
+        f"Mean ± sample standard deviation over seeds. Gain: {accuracy} minus that of {against}, paired "
         f"over common seeds, with Student's 95 % interval. At a share of the cost: accuracy on all test samples with "
         f"thresholds for this budget, a share of the bare backbone's MACs; a network with one exit always costs 100 %. "
         f"Cost at equal accuracy: MACs with which the exits reach the accuracy of the whole network of {against}, over "
         f"the MACs of that network."
     )
     return Table(name="strategies", title="Strategies", note=note, columns=columns,
-                 rows=tuple(_row(row) for row in rows))  # fmt: skip
+                 rows=tuple(_row(row, once=once) for row in rows))  # fmt: skip
 
 
-def _row(row: Member) -> tuple[Cell, ...]:
+def _row(row: Member, *, once: bool) -> tuple[Cell, ...]:
     group = row.group
     return (
         group.label, row.kind, Quantity(len(group.seeds), kind="whole"),
         over_seeds(group.by_seed(lambda result: result.parameters), kind="whole"),
         metric_over_seeds(group.results, ACCURACY), *_gain(row), *(_at_budget(group, name) for name in BUDGETS),
-        _equal_cost(row), metric_over_seeds(group.results, "forgetting"),
+        _equal_cost(row), *(() if once else (metric_over_seeds(group.results, "forgetting"),)),
     )  # fmt: skip
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from clframe.exits.curves import wilson_interval
 from clframe.exits.diagnostics import ExitMetric, ExitRecord, all_exit_metrics
 from clframe.exits.failure import LABELS, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
-from clframe.metrics.registry import Kind, all_metrics
+from clframe.metrics.registry import OWN_METRICS, Kind, Metric, all_metrics
 from clframe.metrics.statistics import NAN, Difference, Point, cost_at, deviation, mean, paired
 from clframe.report.comparison import Group, mean_points, mismatch, operating_points
 from clframe.report.loading import Run
@@ -19,11 +20,27 @@ from clframe.tables import Cell, Quantity, Table, over_seeds
 
 NEVER: Final = "never stops early"
 """Row of the whole network among budgets."""
+ACCURACY: Final = "final_average_accuracy"
+"""Metric of gains; with one experience the accuracy."""
 
 
-def _compared() -> list[tuple[str, str]]:
+def shown_metrics(results: Sequence[Result]) -> dict[str, Metric]:
+    """Return the metrics to show for runs, by name.
+
+    For runs with one experience, where all averages over experiences are equal, and forgetting and transfer undefined,
+    these are the accuracy and the metrics of other packages.
+    """
+    every = all_metrics()
+    if not results or not all(map(trained_once, results)):
+        return every
+    others = {name: metric for name, metric in every.items() if name not in OWN_METRICS}
+    return {ACCURACY: replace(every[ACCURACY], label="accuracy"), **others}
+
+
+def _compared(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Name and heading of the metrics that groups are compared by."""
-    return [(name, f"{metric.label}, %") for name, metric in all_metrics().items() if metric.compared]
+    metrics = shown_metrics([result for group in groups for result in group.results])
+    return [(name, f"{metric.label}, %") for name, metric in metrics.items() if metric.compared]
 
 
 def metric_over_seeds(results: Sequence[Result], name: str) -> Quantity:
@@ -42,16 +59,17 @@ def macs_over_seeds(results: Sequence[Result]) -> Quantity:
 
 def groups_table(groups: Sequence[Group]) -> Table:
     """Make one row per group: means over its seeds."""
+    compared = _compared(groups)
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
-            group.label, seeds_text(group.seeds), *(metric_over_seeds(group.results, name) for name, _ in _compared()),
+            group.label, seeds_text(group.seeds), *(metric_over_seeds(group.results, name) for name, _ in compared),
             macs_over_seeds(group.results),
             over_seeds(group.by_seed(lambda r: sum(r.state_bytes.values())), kind="whole"),
             over_seeds(group.by_seed(lambda r: r.train_seconds), kind="decimal"),
         )
         for group in groups
     )  # fmt: skip
-    columns = ("group", "seeds", *(heading for _, heading in _compared()), "MACs per prediction", "state, bytes",
+    columns = ("group", "seeds", *(heading for _, heading in compared), "MACs per prediction", "state, bytes",
                "training, s")  # fmt: skip
     note = "Mean ± sample standard deviation over seeds. MACs are of the whole network; FLOPs = 2 x MACs."
     return Table(name="groups", title="Groups of runs", note=note, columns=columns, rows=rows)
@@ -64,12 +82,13 @@ def differences_table(groups: Sequence[Group], base: Group) -> Table:
         if group is base:
             continue
         why = mismatch(base, group)
-        for name, heading in _compared():
+        for name, heading in _compared(groups):
             found = paired(base.metric(name), group.metric(name))
             rows.append((group.label, heading.removesuffix(", %"), *_difference_cells(found, why)))
     columns = ("group", "metric", "seeds", f"{base.label}, %", "difference, points", "95 % CI from, points",
                "to, points", "excludes 0", "relative change, %")  # fmt: skip
-    lower = [metric.label for metric in all_metrics().values() if metric.compared and metric.better == "lower"]
+    metrics = shown_metrics([result for group in groups for result in group.results])
+    lower = [metric.label for metric in metrics.values() if metric.compared and metric.better == "lower"]
     note = (
         f"Each group minus '{base.label}', seed by seed, over common seeds, with Student's 95 % confidence interval. "
         f"Relative change: the difference over the mean of '{base.label}'. Lower is better for {', '.join(lower)}."
@@ -135,7 +154,7 @@ def summary_table(group: Group) -> Table:
     results = group.results
     rows: list[tuple[Cell, ...]] = [
         (f"{metric.label}, %" if metric.kind == "percent" else metric.label, metric_over_seeds(results, name))
-        for name, metric in all_metrics().items()
+        for name, metric in shown_metrics(results).items()
     ]
     rows += [
         ("MACs per prediction, whole network", macs_over_seeds(results)),

@@ -10,8 +10,8 @@ from pathlib import Path
 from clframe.errors import ClframeError
 from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
-from clframe.metrics.registry import OWN_METRICS, Metric, all_metrics
-from clframe.report.tables import budgets_table, exits_table, metric_over_seeds, trained_once
+from clframe.metrics.registry import all_metrics
+from clframe.report.tables import budgets_table, exits_table, metric_over_seeds, shown_metrics, trained_once
 from clframe.results import Result, aggregate
 from clframe.run_folder import RunFolder
 from clframe.tables import WIDTH, Cell, Quantity, Table, to_text
@@ -67,19 +67,13 @@ def exits_text(result: Result) -> str:
 
 
 def summary_text(result: Result) -> str:
-    """Render every metric, what the run cost and its folder, one item a line.
-
-    For one experience, where all averages over experiences are equal, and forgetting and transfer undefined, the
-    accuracy is the only metric of clframe.
-    """
+    """Render the metrics, see :func:`~.tables.shown_metrics`, what the run cost and its folder, one item a line."""
     rows = [
         ("run", f"{result.name}, seed {result.seed}"),
         ("strategy", f"{result.strategy} on {result.benchmark}, {result.backbone}"),
         *(("diverged", line) for line in result.diverged),
         *((("skipped updates", skipped_text(result)),) if any(result.skipped_updates) else ()),
-        *((metric.label, _metric(result, name)) for name, metric in all_metrics().items() if not trained_once(result)),
-        *((("accuracy", _metric(result, "final_average_accuracy")),) if trained_once(result) else ()),
-        *((metric.label, _metric(result, name)) for name, metric in _others(result)),
+        *((metric.label, _metric(result, name)) for name, metric in shown_metrics([result]).items()),
         *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
         *_macs_rows(result),
@@ -167,11 +161,6 @@ def _percent(share: float, *, decimal: bool) -> Quantity:
 def _metric(result: Result, name: str) -> str:
     found = metric_over_seeds([result], name)
     return f"{found} %" if found.kind == "percent" and not math.isnan(found.value) else str(found)
-
-
-def _others(result: Result) -> list[tuple[str, Metric]]:
-    """Return metrics of other packages, for a run with one experience."""
-    return [(n, m) for n, m in all_metrics().items() if trained_once(result) and n not in OWN_METRICS]
 
 
 def _exit_means(result: Result) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.plots import exit_images
@@ -20,6 +21,9 @@ from clframe.report.page import render_page
 from clframe.results import Result
 from clframe.sparsity.output import activity_image
 from clframe.tables import to_csv, to_latex, to_markdown
+
+if TYPE_CHECKING:
+    from clframe.plotting.style import PixelArray
 
 FORMATS = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
 
@@ -145,21 +149,28 @@ def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], 
     return finished, [], [f"{run.path} is not finished and was omitted." for run, _ in unfinished]
 
 
-def write_figures(result: Result, folder: Path) -> None:
+def write_figures(result: Result, folder: Path, drawn: Mapping[str, PixelArray] | None = None) -> None:
     """Write ``accuracy_matrix.png`` and ``confusion_matrix.png``, ``neurons.png`` and ``exits_*.png`` where recorded.
 
     The accuracy matrix has rows after experience i, columns on test experience j; the confusion matrix has rows for
     true classes, columns for predicted ones.
+
+    Args:
+        result: The result of the run.
+        folder: Folder of the figures.
+        drawn: Figures by name that have been drawn of the same numbers and are not drawn again.
     """
     folder.mkdir(exist_ok=True)
-    pictures = {"accuracy_matrix": matrix_image(result.accuracy_matrix)}
-    if result.confusion:
+    pictures = dict(drawn or {})
+    if "accuracy_matrix" not in pictures:
+        pictures["accuracy_matrix"] = matrix_image(result.accuracy_matrix)
+    if result.confusion and "confusion_matrix" not in pictures:
         names = [result.class_label(c) for c in result.class_order]
         pictures["confusion_matrix"] = confusion_image(result.confusion, names=names)
-    neurons = activity_image(result.activity) if result.activity else None
+    neurons = activity_image(result.activity) if result.activity and "neurons" not in pictures else None
     if neurons is not None:
         pictures["neurons"] = neurons
-    if len(result.exit_names) > 1:
+    if len(result.exit_names) > 1 and "exits_curve" not in pictures:
         images = exit_images(result.exits, names=result.exit_names)
         pictures.update({f"exits_{name}": image for name, image in images.items()})
     for name, picture in pictures.items():

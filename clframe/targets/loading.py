@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import OmegaConf
 
-from clframe.build import build_backbone, build_strategy
+from clframe.build import build_backbone, build_strategy, register_imports
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
@@ -65,8 +65,9 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
         recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
         content = load_newest(folder.path, device=torch.device(device))
     try:
-        network = Network(build_backbone(config.backbone)(_input_shape(content)))
+        register_imports(config.imports)
         strategy = build_strategy(config.strategy, config.components)
+        network = Network(build_backbone(config.backbone, strategy)(_input_shape(content)))
         trained = restore_model(network, strategy, content, recipe=recipe)
     except ClframeError:
         raise

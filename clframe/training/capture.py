@@ -85,7 +85,8 @@ class CudaGraphs:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work``; see :class:`Graphs`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # NCCL's watchdog may query events in its own thread, which other modes forbid.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -139,7 +140,7 @@ class StepCapture:
     """
 
     def __init__(self, strategy: Any, *, graphs: Graphs, required: bool = False) -> None:
-        self._strategy, self._graphs, self._required = strategy, graphs, required
+        self._strategy, self._graphs, self.required = strategy, graphs, required
         self._recordings: dict[Any, Recording] = {}
         self._seen: Counter[Any] = Counter()
         self._structure: Any = None
@@ -158,7 +159,7 @@ class StepCapture:
 
     def end_experience(self) -> None:
         """Forget the graphs before components consolidate; say where recording was required and did not happen."""
-        if self._required and not self.recorded:
+        if self.required and not self.recorded:
             _log.warning(
                 "trainer.capture: found true, but no step of the experience was recorded: none of its shapes occurs "
                 "%d times; train longer, or set trainer.capture=auto", WARM + FEWEST,
@@ -318,7 +319,7 @@ class StepCapture:
         Raises:
             UnsupportedError: Recording is required.
         """
-        if self._required:
+        if self.required:
             raise UnsupportedError(
                 f"trainer.capture: found true, but {obstacle}; set trainer.capture=auto, which runs such steps eagerly"
             )
@@ -330,6 +331,7 @@ class StepCapture:
 def find_obstacle(strategy: Any) -> str:
     """Return what prevents a strategy's steps from being recorded, or an empty text."""
     learner, fabric = strategy.learner, strategy.fabric
+    required = strategy.step_capture is not None and strategy.step_capture.required
     components = [component.name for component in learner.composition if not component.capturable]
     calls = {event: found for event, found in strategy.step_plugins.calls.items() if event not in AFTER}
     acting = sorted({type(call.__self__).__name__ for found in calls.values() for call in found})
@@ -337,7 +339,7 @@ def find_obstacle(strategy: Any) -> str:
     skips = strategy.module.divergence.filter is not None
     found = {
         "engine trainer calls Lightning's hooks in every step": strategy.engine_name != "fabric",
-        "several processes share each step": fabric.world_size > 1,
+        "several devices record steps with trainer.capture=true only": strategy.group is not None and not required,
         "gradients of several batches are accumulated": strategy.accumulate > 1,
         "on_nonfinite: skip looks at every loss and gradient": skips,
         "the loss scaler of 16-mixed decides on the host": scaled,

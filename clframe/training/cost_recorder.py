@@ -102,7 +102,7 @@ def _probe(benchmark: Benchmark) -> Tensor:
     return torch.cat(found)[:PROBES]
 
 
-class CostRecorder(SupervisedPlugin):
+class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]  # Avalanche takes it
     """Writes what training and evaluating a learner cost to a ledger, experience by experience.
 
     Steps are counted by a :class:`~clframe.training.step_cost.StepProfiler`, which becomes the learner's observer;
@@ -112,8 +112,6 @@ class CostRecorder(SupervisedPlugin):
         learner: The learner to count.
         ledger: Where costs are written.
     """
-
-    supports_distributed = True
 
     def __init__(self, learner: Learner, ledger: Ledger) -> None:
         super().__init__()
@@ -218,8 +216,9 @@ class CostRecorder(SupervisedPlugin):
             self._evaluated[component, macs] += samples
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Add the MACs of the experts that really ran."""
-        self._executed_experts += sum(layer.executed_macs for layer in self._usage().values())
+        """Add the MACs of the experts that really ran, in every process."""
+        executed = sum(layer.executed_macs for layer in self._usage().values())
+        self._executed_experts += executed if strategy.group is None else strategy.group.total(executed)
         self._counting.close()
 
     # --- writing ----------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ JOINED = 256
 """Samples from which on the predictions of an evaluation's batches are compared, in one batch."""
 
 
-class Scores(SupervisedPlugin):
+class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]  # an argument of Avalanche
     """Avalanche plugin that counts the correct predictions of the last evaluation.
 
     Attributes:

@@ -8,7 +8,7 @@ prepare, optimizer, loader and engine are created. What this sets on objects is 
 network              weights, buffers, extra states (exits, experts, prompts included), ``requires_grad``, modes
 components           the state of each by name; references to live parameters (``si``, ``ewc``) by the parameter's name
 learner              weights of exits, sums of loss terms, number of the step, generators of components, the replay
-                     buffer that contexts show
+                     buffer that contexts show, the average of the weights
 optimizer            its state, that of the schedule, and the scale of 16-bit mixed precision
 position             Avalanche's clock, the generator of augmentations, requests to stop, metrics of the epoch, state of
                      early stopping
@@ -170,6 +170,7 @@ class Resumable:
     _count_batches: Callable[[], int]
     _gradient_norm: float | Tensor | None
     gradient_norm: Callable[[], float | None]
+    share_generator: Callable[[], None]
 
     on_boundary: Callable[[Boundary], None] | None = None
     resumption: Resumption | None = None
@@ -264,6 +265,7 @@ class Resumable:
         if self.early_stopping is not None:
             self.early_stopping.load_state_dict(content["early_stopping"])
         set_generator_states(content["generators"])
+        self.share_generator()
 
     def enter_part(self, part: int, experience: Any, content: Mapping[str, Any]) -> None:
         """Continue an online stream after its first ``part`` small experiences.

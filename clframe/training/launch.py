@@ -7,14 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from clframe.avalanche_bridge.imports import Fabric
+from torch import nn
+
+from clframe.avalanche_bridge.imports import DDPStrategy, Fabric, LightningEnvironment
 from clframe.avalanche_bridge.plugins import Named, make_plugins
 from clframe.config.periods import Period
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
+from clframe.training.averaging import WeightAverage
+from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture
+from clframe.training.distributed import Group
 from clframe.training.epochs import EarlyStopping
 from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, GroupsFactory, OptimizerFactory, SchedulerFactory
@@ -48,6 +53,7 @@ def launch(
     limit_batches: int | None,
     channels_last: bool,
     capture: Capture,
+    plan: TrainingPlan | None,
     trainer_options: dict[str, Any],
     early_stopping: EarlyStopping | None,
     log_every: int,
@@ -60,9 +66,15 @@ def launch(
     config_text: str,
     checkpoint_period: Period | None = None,
     plugins: Named = (),
+    group: Group | None = None,
+    sync_batchnorm: bool = False,
+    average: WeightAverage | None = None,
     on_evaluated: Callable[[Progress], None] | None,
 ) -> Session:
     """Set up Fabric, module, strategy and monitor; see these for the arguments.
+
+    Of the processes of a ``group``, which train together, only the first one writes. With ``sync_batchnorm`` their
+    batch normalization uses the statistics of the whole batch.
 
     Raises:
         UnsupportedError: Lightning refuses the accelerator or precision.
@@ -77,13 +89,18 @@ def launch(
         seed=seed,
         clip=clip,
         on_nonfinite=on_nonfinite,
+        average=average,
     )
+    if group is not None and sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # also in the heads that components have attached
+    writes = group is None or group.is_first
     scores = Scores(benchmark)
     layers = [name for name, _ in module.named_modules() if name]
     strategy = LightningStrategy(
         model=module,
         benchmark=benchmark,
-        fabric=_fabric(accelerator, devices, precision),
+        fabric=_fabric(accelerator, devices, precision) if group is None else _joined_fabric(group, precision),
+        group=group,
         engine=engine,
         trainer=trainer_options,
         early_stopping=early_stopping,
@@ -92,6 +109,7 @@ def launch(
         drop_last=drop_last,
         channels_last=channels_last,
         capture=capture,
+        plan=plan,
         train_mb_size=batch_size,
         train_epochs=epochs,
         eval_mb_size=eval_batch_size,
@@ -102,10 +120,11 @@ def launch(
     monitor = Monitor(
         folder,
         experiences=len(benchmark),
-        tensorboard=tensorboard,
-        csv=csv,
+        tensorboard=tensorboard and writes,
+        csv=csv and writes,
         log_every=log_every,
-        progress=progress,
+        progress=progress and writes,
+        log=writes,
         loggers=trainer_options.get("logger") or (),
     )
     return Session(
@@ -121,6 +140,63 @@ def launch(
         foreign=", ".join(filter(None, (*(name for name, _ in plugins), refuse_to_save(trainer_options)))),
         on_evaluated=on_evaluated,
     )
+
+
+class ReplicaStrategy(DDPStrategy):
+    """Lightning's strategy for several processes, without its wrapper around modules.
+
+    DistributedDataParallel averages gradients of a module that every process has run on other samples and of whose
+    parameters all are used. Here they are averaged after the backward pass, see :mod:`clframe.training.distributed`.
+    """
+
+    wraps_modules = False
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Return the module."""
+        return module
+
+    def _configure_launcher(self) -> None:
+        """Do nothing: the processes have started, also where Lightning's launchers refuse to, as in notebooks."""
+
+
+class JoinedProcesses(LightningEnvironment):
+    """Lightning's description of processes that have started and joined already.
+
+    Args:
+        rank: Number of this process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Always."""
+        return True
+
+    def local_rank(self) -> int:
+        """Return the number of this process on its machine."""
+        return self._rank
+
+    def node_rank(self) -> int:
+        """Return the number of the machine: there is one."""
+        return 0
+
+
+def _joined_fabric(group: Group, precision: Any) -> Fabric:
+    """A launched Fabric of one of several processes, each of which has its device."""
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    kind = group.device.type
+    fabric = Fabric(
+        accelerator=kind,
+        devices=group.size if kind == "cpu" else [int(device.index) for device in group.devices],
+        strategy=ReplicaStrategy(cluster_environment=JoinedProcesses(group.rank)),
+        precision=precision,
+    )
+    fabric.launch()
+    assert fabric.device == group.device, "Lightning orders devices as they are given"
+    return fabric
 
 
 def _fabric(accelerator: str, devices: int | list[int], precision: Any) -> Fabric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.seeding import derive_seed, generator_for
+from clframe.training.averaging import WeightAverage
 
 Section = Literal[
     "before_experience", "make_batch", "forward", "task_loss", "losses", "combine_losses", "backward",
@@ -79,6 +80,26 @@ class StepObserver:
         """
         return UNOBSERVED
 
+    def spent(self) -> int:
+        """Return the MACs of the experience so far; 0 where nothing is counted."""
+        return 0
+
+    def spent_before_epoch(self) -> int:
+        """Return the MACs of the experience before its current epoch; 0 where nothing is counted."""
+        return 0
+
+    def sharing(self, *, rows: int, of: int) -> AbstractContextManager[object]:
+        """Return a context manager in which this process computes its share of a batch.
+
+        Args:
+            rows: Rows of the share.
+            of: Rows of the batch.
+        """
+        return UNOBSERVED
+
+    def begin_share(self) -> None:
+        """Note that the share begins here, inside :meth:`sharing`: what came before, every process computes."""
+
 
 class Learner:
     """Calls the hooks of a composition in the order of :mod:`clframe.core.component`, without a loop or a device.
@@ -95,8 +116,10 @@ class Learner:
         observer: Notified of every section that runs; see :class:`StepObserver`.
         state: State of each component, by name.
         past: Classes of finished experiences.
+        average: Average of the weights, which the network has between experiences; None: it keeps its weights.
         weight_K: Weight of each exit's losses in this epoch; None where all are 1.
         static_inputs: Read in the place of :meth:`inputs` while a step is recorded as a CUDA graph.
+        shared_run: Runs a teacher on a batch that several devices share; None where there is one device.
         keep_sums: Whether the tensors of ``term_sums`` remain the same ones, into which a CUDA graph adds.
     """
 
@@ -110,6 +133,7 @@ class Learner:
         self.state: dict[str, State] = {c.name: c.init_state(network) for c in composition}
         self.observer = StepObserver()
         self.past: tuple[int, ...] = ()
+        self.average: WeightAverage | None = None
         self.experience: Experience | None = None
         self.step: Step | None = None
         self.epochs = 1
@@ -128,6 +152,7 @@ class Learner:
         self._after_step = composition.acting_at("after_step")
         self._valued = composition.acting_at("step_values")
         self.static_inputs: Inputs | None = None
+        self.shared_run: Callable[[Network, Tensor, Collection[str]], Output] | None = None
         self.keep_sums = False
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
@@ -146,6 +171,8 @@ class Learner:
     def begin(self, experience: Experience, *, classes: tuple[int, ...], epochs: int) -> None:
         """Start an experience: seed, grow every head by ``classes``, call ``add_classes`` and ``before_experience``."""
         self.experience, self.epochs = experience, epochs
+        if self.average is not None:
+            self.average.prepare(self.network)
         self.seed_everything("experience", experience.index)
         self.network.grow(classes)
         for component in self.composition.acting_at("add_classes"):
@@ -156,6 +183,8 @@ class Learner:
             with self.observer.around("before_experience", component.name):
                 state = self.state[component.name]
                 self.state[component.name] = component.before_experience(self.network, context, state)
+        if self.average is not None:
+            self.average.start(self.network)
 
     def before_epoch(self, epoch: int, *, steps: int = 0) -> None:
         """Start an epoch of ``steps`` batches: from here on randomness is a function of (seed, experience, epoch)."""
@@ -182,7 +211,9 @@ class Learner:
         around, size = self.observer.around, len(batch.y)
         inputs = self.inputs() if self.static_inputs is None else self.static_inputs
         weight_K, values = inputs.weight_K, inputs.values
-        self.step = step = Step(batch, output, self._task_context, self.network, weight_K, self._number)
+        self.step = step = Step(
+            batch, output, self._task_context, self.network, weight_K, self._number, shared_run=self.shared_run
+        )
         self._number += 1
         terms = {"task/ce": self._task_loss(step, values)}
         for component in self._losses:
@@ -214,7 +245,7 @@ class Learner:
                 owner.modify_gradients(self.network, step, self.state[owner.name])
 
     def after_step(self) -> None:
-        """Store the state that each component returns after an update of the weights."""
+        """Store the state that each component returns after an update of the weights, then add to the average."""
         for component in self._after_step:
             step = self.step
             assert step is not None
@@ -226,6 +257,8 @@ class Learner:
                     f"component '{component.name}': after_step() returned None; return the state, changed or not"
                 )
             self.state[component.name] = state
+        if self.average is not None:
+            self.average.update(self.network)
 
     def correct_logits(self, output: Output) -> Output:
         """Return the output as corrected by the owner of the slot ``logits``, exit by exit, without an ensemble."""
@@ -280,11 +313,15 @@ class Learner:
         experience = self._current()
         self.step = None
         self.network.freeze_trunk("free")
+        if self.average is not None:
+            self.average.finish(self.network)
         for component in sorted(self.composition.acting_at("after_experience"), key=_consolidation_order):
             context = self._context(component.name, "advance", self.epochs)
             with self.observer.around("after_experience", component.name):
                 state = self.state[component.name]
                 self.state[component.name] = component.after_experience(self.network, context, state)
+        if self.average is not None:
+            self.average.settle(self.network)
         self.past = tuple(sorted({*self.past, *experience.classes}))
         self.experience = None
 
@@ -349,6 +386,7 @@ class Learner:
             "number": self._number,
             "generators": {name: context.generator.get_state() for name, context in contexts.items()},
             "memory": None if memory is self._memory() else memory,
+            "average": None if self.average is None else self.average.state_dict(self.network),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,6 +397,8 @@ class Learner:
         self.term_sums = {name: value.clone() for name, value in state["term_sums"].items()}
         self.term_steps = state["term_steps"]
         self._steps, self._number = state["steps"], state["number"]
+        if self.average is not None:
+            self.average.load_state_dict(state.get("average"), self.network)
         if not self._contexts:
             return
         memory = self._memory() if state["memory"] is None else state["memory"]

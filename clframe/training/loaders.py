@@ -13,7 +13,9 @@ from clframe.data.samples import EpochLoader, Loadable, concatenate, count_batch
 from clframe.data.source import Data
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.frozen import evaluating
+from clframe.training.budget import TrainingPlan
 from clframe.training.learner import Learner
+from clframe.training.shared_reading import read_together
 
 
 def needs_two_samples(model: nn.Module, x: Tensor) -> bool:
@@ -52,6 +54,8 @@ class Serving:
     model: nn.Module
     benchmark: Benchmark | None
     limit_batches: int | None
+    plan: TrainingPlan | None
+    _planned: int | None
     drop_last: bool
     # Declared for readers; Avalanche's template provides them.
     experience: Any
@@ -64,6 +68,7 @@ class Serving:
     mbatch: Any
     mb_y: Tensor
     clock: Any
+    group: Any
     _part: int
 
     _own_loader: EpochLoader | None = None
@@ -98,13 +103,15 @@ class Serving:
         drop_last = kwargs.setdefault("drop_last", self.drop_last)
         if not parts or None in parts or changed or labeled:
             self._refuse_pool()
+            if parts:  # otherwise nothing is trained on
+                self._refuse_foreign_loader()
             super().make_train_dataloader(**kwargs)  # type: ignore[misc]
             return
         assert self.learner is not None or self.benchmark is not None
         seed = torch.initial_seed() if self.learner is None or self.learner.seed is None else self.learner.seed
         samples, size = self._pool(concatenate([part for part in parts if part is not None]))
         self._own_loader = EpochLoader(
-            samples,
+            read_together(samples, self.group),
             size,
             shuffle=kwargs.get("shuffle", True),
             seed=seed,
@@ -123,13 +130,16 @@ class Serving:
         """Serve our streams from memory, unless a plugin has changed the data; else use Avalanche's loader."""
         samples = self._samples_of(self.experience, "train", "test", "valid")
         if samples is None or self.adapted_dataset is not self._unchanged_dataset:
+            self._refuse_foreign_loader()
             super().make_eval_dataloader(**kwargs)  # type: ignore[misc]
         else:
-            self.dataloader = EpochLoader(samples, self.eval_mb_size)
+            self.dataloader = EpochLoader(read_together(samples, self.group), self.eval_mb_size)
 
     def count_steps(self, experience: Any) -> int:
-        """Return the number of steps of ``train(experience)`` on our own benchmark."""
+        """Return the number of steps of ``train(experience)`` on our own benchmark; within a budget, those expected."""
         index, count = int(experience.current_experience), len(experience.origin_stream)
+        if self.plan is not None:
+            return self.plan.experiences[index].steps
         sources = (index,) if self.learner is None else self.learner.training_experiences(index, count)
         total = sum(len(experience.origin_stream[i].dataset) for i in sources)
         size = self.train_mb_size
@@ -192,8 +202,8 @@ class Serving:
 
     def _count_batches(self) -> int:
         """Return the batches of the epoch."""
-        batches = len(self.dataloader)
-        return batches if self.limit_batches is None else min(batches, self.limit_batches)
+        limits = (limit for limit in (self.limit_batches, self._planned) if limit is not None)
+        return min((len(self.dataloader), *limits))
 
     def _sources(self) -> tuple[int, ...]:
         index = int(self.experience.current_experience)
@@ -217,6 +227,14 @@ class Serving:
                 f"LightningStrategy: '{self.pool_owner.name}' changes what the loader serves, but Avalanche's own "
                 f"loader is in use here; serve the data through benchmark=, without plugins that change it, or let "
                 f"replay join each batch"
+            )
+
+    def _refuse_foreign_loader(self) -> None:
+        """Refuse Avalanche's loaders where several processes share batches: theirs have other samples in each."""
+        if self.group is not None:
+            raise UnsupportedError(
+                "trainer.devices: several devices need data that our own loader serves, but this experience comes from "
+                "Avalanche's; train on one device"
             )
 
     def _experience_at(self, index: int) -> Any:

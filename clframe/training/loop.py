@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -180,6 +181,10 @@ class StrategyStep:
     adjusted: Output | None
     on_step: Callable[[Any], None] | None
     step_plugins: StepPlugins
+    average_gradients: Callable[[], None]
+    note_batch: Callable[[], None]
+    run_shared: Callable[..., Output]
+    sharing: Callable[[], AbstractContextManager[object]]
     in_precision: Callable[[Callable[[], Any]], Any]
     refresh_engine: Callable[[], None]
     _criterion: Callable[..., Any]
@@ -205,6 +210,7 @@ class StrategyStep:
             self.batch = joined = self.learner.make_batch(x, y, stored=stored)
             joined.x = self.convert_input(joined.x)
             self.use_batch()
+            self.note_batch()
         if self.step_capture is None:
             run_step(self)
         else:
@@ -273,15 +279,21 @@ class StrategyStep:
         if self.learner is None:
             self.engine.backward(loss, retain_graph=self.retain_graph)
             return
-        with self.learner.observer.around("backward", samples=len(self.mb_y)):
+        with self.learner.observer.around("backward", samples=len(self.mb_y)), self.sharing():
             self.engine.backward(loss, retain_graph=self.retain_graph)
+        read = self._filter is not None or self.learner.changes_gradients
+        if read or self._is_update_due():
+            self.average_gradients()
         if self._filter is None or self._filter.check_batch(self.learner, self.loss, self.optimizer):
             self.learner.modify_gradients()
+            if self.learner.changes_gradients:  # by sums that a GPU may round differently in each process
+                self.average_gradients()
 
     def optimizer_step(self) -> None:
         """Update once ``accumulate`` batches, or the last ones of the epoch, have been added up."""
+        due = self._is_update_due()
         self._step_in_update += 1
-        if self.accumulate == 1 or self._step_in_update == self.accumulate or self._is_last_batch():
+        if due:
             self.refresh_engine()
             self._step_in_update = 0
             if self.learner is None:
@@ -293,6 +305,10 @@ class StrategyStep:
             if self.accumulate > 1 and self._gradient_norm is None:
                 # By the next log entry the gradients may already be those of another update.
                 self._gradient_norm = gradient_norm(self.optimizer)
+
+    def _is_update_due(self) -> bool:
+        """Whether the current batch is the last one before an update."""
+        return self.accumulate == 1 or self._step_in_update + 1 == self.accumulate or self._is_last_batch()
 
     def gradient_norm(self) -> float | None:
         """Return the norm of the gradient of the last update; synchronizes with the device.
@@ -313,13 +329,11 @@ class StrategyStep:
         """Return the logits that Avalanche reads; ``output`` holds those of all exits."""
         if self.learner is None:
             return super().forward(**kwargs)  # type: ignore[misc]
-        spread = self.fabric.world_size > 1 and self.engine is not None
-        network = self.engine.module if spread else self.learner.network
         if self.is_training:
             with self.learner.observer.around("forward", "", len(self.mb_x)):
-                self.output = output = self.run_network(network, self.mb_x, parts=self.batch.parts)
+                self.output = output = self.run_shared(self.mb_x, parts=self.batch.parts)
             return output.last
-        self.output = output = self.run_network(network, self.mb_x)
+        self.output = output = self.run_shared(self.mb_x)
         self.adjusted = self.learner.adjust_logits(output)
         scores = self.learner.predict(self.adjusted)
         # Before the first experience no class has a column, but Avalanche's metrics take an arg-max.

@@ -17,6 +17,7 @@ from clframe.core.component import Component
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
+from clframe.training.averaging import WeightAverage
 from clframe.training.divergence import DivergenceGuard, gradient_norm
 from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_schedule
 from clframe.training.learner import Learner
@@ -48,6 +49,7 @@ class ContinualModule(LightningModule):
         seed: See :class:`~clframe.training.learner.Learner`.
         clip: Largest norm of the gradient; None never clips.
         on_nonfinite: See :class:`~clframe.training.divergence.DivergenceGuard`.
+        average: Average of the weights with which the module evaluates; None evaluates with the weights.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ContinualModule(LightningModule):
         seed: int | None = None,
         clip: float | None = None,
         on_nonfinite: Literal["stop", "warn", "skip"] = "stop",
+        average: WeightAverage | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -73,6 +76,7 @@ class ContinualModule(LightningModule):
             )
         self.network = network
         self.learner = Learner(network, composition, seed=seed)
+        self.learner.average = average
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self._groups = groups

@@ -37,6 +37,7 @@ class Monitor:
         log_every: Steps between two log entries; no step in between synchronizes with the device.
         progress: Whether to show a bar if stderr is a terminal.
         loggers: Loggers of Lightning, with a step that rises over the experiences.
+        log: Whether to write ``log.txt``.
 
     Attributes:
         on_losses: Called with the mean of each loss term, the experience and the step of every log entry.
@@ -54,6 +55,7 @@ class Monitor:
         log_every: int = 20,
         progress: bool = True,
         loggers: Sequence[Any] = (),
+        log: bool = True,
     ) -> None:
         self._folder, self._experiences = folder, experiences
         self._path = folder / "metrics.csv" if csv else None
@@ -62,7 +64,7 @@ class Monitor:
         self._log_every = log_every
         self.display: Display | None = None
         self._shows_progress = progress and is_shown()
-        self.log = RunLog(folder, experiences=experiences)
+        self.log = RunLog(folder, experiences=experiences, writes=log)
         self._rows: list[tuple[int, int, str, float]] = []
         self._loggers = loggers
         self._unlogged = 0

@@ -55,6 +55,18 @@ def draw_pictures(
     return found
 
 
+def figures_of(pictures: Mapping[str, PixelArray]) -> dict[str, PixelArray]:
+    """Return those pictures of :func:`draw_pictures` that are figures of a run folder as well, by the figures' names.
+
+    >>> sorted(figures_of({"2_pictures/neurons": 0, "exits/accuracy": 1, "2_pictures/exits_used": 2}))
+    ['exits_accuracy', 'neurons']
+    """
+    found = {"exits_curve": f"{PICTURES}/accuracy_and_cost"}
+    found |= {name: f"{PICTURES}/{name}" for name in ("accuracy_matrix", "confusion_matrix", "neurons")}
+    found |= {tag.replace("exits/", "exits_"): tag for tag in pictures if tag.startswith("exits/")}
+    return {name: pictures[tag] for name, tag in found.items() if tag in pictures}
+
+
 def exit_usage(costs: Predictions, *, names: Sequence[str], experiences: Sequence[int]) -> list[list[float]]:
     """Return the share of samples that stop at each exit, share_TK, of the experiences with samples."""
     counts: list[Mapping[str, int]] = [costs.samples_by_exit(experience=e) for e in experiences]

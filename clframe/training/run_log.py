@@ -25,11 +25,12 @@ class RunLog:
     Args:
         folder: The run folder.
         experiences: Number of experiences.
+        writes: Whether to write at all.
     """
 
-    def __init__(self, folder: Path, *, experiences: int) -> None:
+    def __init__(self, folder: Path, *, experiences: int, writes: bool = True) -> None:
         self._path, self._experiences = folder / NAME, experiences
-        self._failed = False
+        self._failed = not writes
         self._open = False
         self._finished = 0
 

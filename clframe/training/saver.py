@@ -89,6 +89,7 @@ class ExperienceSaver:
         config: The resolved config as text; a checkpoint of another one is refused.
         period: When to write; None only on a signal.
         foreign: Names of plugins or callbacks whose state cannot be saved; with any, nothing is written.
+        writes: Whether this process writes and handles signals; the others of several devices only read.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class ExperienceSaver:
         config: str,
         period: Period | None,
         foreign: str = "",
+        writes: bool = True,
     ) -> None:
         assert strategy.module is not None
         self.stop = DeferredSignals()
+        self.writes = writes
         self._strategy, self._costs, self._monitor = strategy, costs, monitor
         self._guard = strategy.module.divergence
         self._folder, self._config = folder, config
@@ -113,7 +116,8 @@ class ExperienceSaver:
         self._index, self._parts, self._first_step = 0, 1, 0
         self._baseline: dict[str, Any] | None = None
         self._meter = TrainingMeter(strategy.device)
-        strategy.on_boundary = self._reach
+        if writes:
+            strategy.on_boundary = self._reach
         if foreign and period is not None:
             _log.info("trainer.checkpoint: none inside experiences, as checkpoints lack the state of %s", foreign)
 
@@ -138,6 +142,7 @@ class ExperienceSaver:
 
     def finish(self) -> None:
         """Delete the checkpoints inside an experience that has been saved as a whole."""
+        assert self.writes
         remove_inside(self._folder, finished=self._index + 1)
 
     def load(self, *, finished: int) -> dict[str, Any] | None:
@@ -146,7 +151,8 @@ class ExperienceSaver:
         Raises:
             RunFolderError: It is of another config, or contradicts itself.
         """
-        remove_inside(self._folder, finished=finished)  # left by a kill between writing the last one and deleting them
+        if self.writes:  # left by a kill between writing the last one and deleting them
+            remove_inside(self._folder, finished=finished)
         content = load_inside(self._folder, finished=finished, device=self._strategy.device)
         if content is None:
             return None

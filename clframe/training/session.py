@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,17 +23,22 @@ from clframe.metrics import Tally
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.records import as_tree
 from clframe.sparsity.activity import ActivityRecord
+from clframe.training.budget import TOLERANCE, ExperienceCost
 from clframe.training.checkpoint import decode, load_latest, nbytes, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.evaluation import ActivityRecorder, ExitRecorder, Scores
+from clframe.training.experience_cost import count_costs
 from clframe.training.inside import Position
 from clframe.training.monitor import Monitor
-from clframe.training.pictures import draw_pictures, exit_usage
+from clframe.training.pictures import draw_pictures, exit_usage, figures_of
 from clframe.training.prediction_cost import policy_of
 from clframe.training.saver import ExperienceSaver, TrainingMeter
 from clframe.training.strategy import LightningStrategy
 from clframe.training.tensorboard import TensorBoard
 from clframe.training.trained import describe_data
+
+if TYPE_CHECKING:
+    from clframe.plotting.style import PixelArray
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +79,9 @@ class Session:
         record_activity: Whether to record active neurons and experts; None: where a component changes their activity.
         foreign: Names of plugins and callbacks whose state checkpoints inside an experience cannot hold.
         on_evaluated: Called with the progress after every experience.
+
+    Attributes:
+        figures: Figures of the newest experience that have been drawn for TensorBoard, by name.
     """
 
     def __init__(
@@ -100,6 +108,7 @@ class Session:
         changed = any(component.changes_activity for component in self.learner.composition)
         self._records_activity = changed if record_activity is None else record_activity
         self._figures = figures
+        self.figures: Mapping[str, PixelArray] = {}
         self._folder, self._config = checkpoints, config
         self._on_evaluated = on_evaluated
         self._costs = CostRecorder(self.learner, Ledger())
@@ -109,12 +118,14 @@ class Session:
         self._guard = guard = strategy.module.divergence
         self.progress.diverged = guard.found
         monitor.on_losses = lambda means, index, step: guard.check_losses(means, experience=index, step=step)
+        self._writes = strategy.group is None or strategy.group.is_first
         self._inside: Mapping[str, Any] | None = None
         self._saver: ExperienceSaver | None = None
         if checkpoints is not None:
             self._saver = ExperienceSaver(
-                strategy, self._costs, monitor, folder=checkpoints, config=config, period=period, foreign=foreign
-            )
+                strategy, self._costs, monitor, folder=checkpoints, config=config, period=period, foreign=foreign,
+                writes=self._writes,
+            )  # fmt: skip
 
     @property
     def ledger(self) -> Ledger:
@@ -130,12 +141,19 @@ class Session:
         """Resume from the newest checkpoint; returns the number of finished experiences (0: there is none)."""
         if self._folder is None or self._saver is None:
             return 0
-        content = load_latest(self._folder, device=self.strategy.device)
-        if content is not None:
-            self._resume_after(content)
-        self._inside = self._saver.load(finished=self.progress.finished)
+        group = self.strategy.group
+        # The first process deletes what a kill has left behind.
+        with nullcontext() if group is None else group.first_before_others():
+            content = load_latest(self._folder, device=self.strategy.device)
+            if content is not None:
+                self._resume_after(content)
+            self._inside = self._saver.load(finished=self.progress.finished)
         if self._inside is not None:
             self.progress.baseline = _tally(self._inside["baseline"])
+        if group is not None:
+            step = 0 if self.position is None else self.position.step
+            found = {"checkpoints": 1e9 * self.progress.finished + step}
+            group.check_equal(found, where="where they resume", advice="keep other processes from the run folder")
         return self.progress.finished
 
     def _resume_after(self, content: Mapping[str, Any]) -> None:
@@ -164,6 +182,8 @@ class Session:
         self.strategy.model.to(self.strategy.device)
         learner.past = tuple(content["past"])
         learner.state = decode(content["components"], learner.network)
+        if learner.average is not None:
+            learner.average.load_state_dict(content.get("average"), learner.network)
         exits = [ExitRecord.of(record) for record in content["exits"]]
         self.progress = Progress(
             finished=content["finished"],
@@ -202,7 +222,7 @@ class Session:
         )
         if inside is not None:
             self._monitor.log.note(f"resumed at {Position.of(inside['position'])}")
-        with nullcontext() if self._saver is None else self._saver.stop:
+        with nullcontext() if self._saver is None or not self._writes else self._saver.stop:
             for index in range(self.progress.finished, len(self.benchmark)):
                 if index == 0:
                     self._start_network()
@@ -223,6 +243,10 @@ class Session:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         self._monitor.log.fail(reason, word="diverged" if isinstance(error, DivergenceError) else "failed")
 
+    def note_stuck(self, reason: str) -> None:
+        """Write to log.txt why a process that is blocked ends itself."""
+        self._monitor.log.fail(reason)
+
     def close(self) -> None:
         """Close bar and files."""
         self._monitor.close()
@@ -242,16 +266,36 @@ class Session:
         except ClframeError:  # of an experience that cannot be trained, which is reported when it begins
             return [0] * len(benchmark)
 
+    def count_costs(self) -> tuple[ExperienceCost, ...]:
+        """Return what each experience costs; the session cannot be used for training afterwards."""
+        return count_costs(self.strategy, self.benchmark, self._costs, start=self._grow)
+
+    def _check_budget(self, index: int) -> None:
+        """Add the budget of a trained experience to the ledger, and report a deviation from it."""
+        plan = self.strategy.plan
+        if plan is None:
+            return
+        planned, spent = plan.experiences[index], self._costs.profiler.spent()
+        self.ledger.add_figure("budget", value=planned.budget, experience=index)
+        granularity = max(TOLERANCE * planned.budget, planned.cost.step)
+        if planned.steps and abs(spent - planned.budget) > granularity:
+            text = (f"trainer.budget: experience {index + 1} cost {spent:.4g} MACs, {spent / planned.budget:.1%} of "
+                    f"its budget of {planned.budget:.4g}")  # fmt: skip
+            _log.warning("%s", text)
+            self._monitor.log.note(text)
+
     def _learn(self, index: int) -> None:
         strategy, progress, monitor, benchmark = self.strategy, self.progress, self._monitor, self.benchmark
         stream = benchmark.avalanche.streams["train"]
         parts = [stream[i] for i in benchmark.sub_experiences(index)]  # one, unless the stream is online
+        strategy.begin_plan(index)
         epochs = int(strategy.train_epochs) if len(parts) == 1 else 0
         steps, done = sum(map(strategy.count_steps, parts)), 0
         if self._inside is not None:
             done = Position.of(self._inside["position"]).step
         monitor.begin_experience(index, steps=steps, epochs=epochs, done=done)
         seconds = self._train(parts, index)
+        self._check_budget(index)
         progress.train_seconds += seconds
         progress.loss_terms.append(monitor.end_experience())
         skipped = 0, 0
@@ -323,6 +367,7 @@ class Session:
             classes=[known[c] if c < len(known) else str(c) for c in self.benchmark.class_order],
         )  # fmt: skip
         board.pictures(found, accuracy_TE=accuracy_TE)
+        self.figures = figures_of(found)
 
     def _train(self, parts: list[Any], index: int) -> float:
         """Train on the parts of an experience; returns the seconds it took."""
@@ -350,13 +395,16 @@ class Session:
 
     def _start_network(self) -> None:
         """Grow the heads for the first experience and evaluate them at random initialization."""
-        self.learner.seed_everything("experience", 0)
-        self.learner.network.grow(self.benchmark.classes[0])
-        self.strategy.model.to(self.strategy.device)
+        self._grow()
         if self._inside is None:
             start = time.perf_counter()
             self.progress.baseline = self._evaluate()
             self._monitor.time_evaluation(time.perf_counter() - start)
+
+    def _grow(self) -> None:
+        self.learner.seed_everything("experience", 0)
+        self.learner.network.grow(self.benchmark.classes[0])
+        self.strategy.model.to(self.strategy.device)
 
     def _evaluate(self) -> Tally:
         # The experiences of an extended run have no samples where its earlier data are gone.
@@ -366,7 +414,7 @@ class Session:
 
     def _save(self) -> int | None:
         """Write a checkpoint; returns its size in bytes, or None where none is written."""
-        if self._folder is None:
+        if self._folder is None or not self._writes:
             return None
         progress, learner = self.progress, self.learner
         content: dict[str, Any] = {
@@ -389,6 +437,8 @@ class Session:
             "network": dict(learner.network.state_dict()),
             "components": learner.state,
         }
+        if learner.average is not None:
+            content["average"] = learner.average.state_dict(learner.network)
         if progress.confusion_CC is not None:
             content["confusion"] = progress.confusion_CC
         if self.strategy.engine_name == "fabric":  # the scale of 16-bit mixed precision, empty without one

@@ -57,11 +57,15 @@ class StepProfiler(StepObserver):
         self._learner = learner
         self._probe: Callable[[], int] | None = None
         self._probed: Charges = {}
+        self._counter: MacCounter | None = None
+        self._elsewhere = self._before_share = 0
+        self._share_begun = False
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; called when an experience begins."""
         self._learning = 0
+        self._before_epoch = 0
         self._combinations: dict[Any, int] = {}
         self._runs: Counter[Kind] = Counter()
         self._costs: dict[Kind, tuple[str, int, dict[str, int]]] = {}
@@ -75,6 +79,7 @@ class StepProfiler(StepObserver):
         """Return the counts of the experience so far."""
         return {
             "learning": self._learning,
+            "before_epoch": self._before_epoch,
             "combinations": dict(self._combinations),
             "runs": dict(self._runs),
             "costs": dict(self._costs),
@@ -87,7 +92,7 @@ class StepProfiler(StepObserver):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._learning = state["learning"]
+        self._learning, self._before_epoch = state["learning"], state.get("before_epoch", 0)
         self._combinations = dict(state["combinations"])
         self._runs = Counter(state["runs"])
         self._costs, self._declared = dict(state["costs"]), dict(state["declared"])
@@ -96,7 +101,8 @@ class StepProfiler(StepObserver):
         self._between_gaps = Counter(state["between_gaps"])
 
     def before_epoch(self) -> None:
-        """Note which parameters learn and which exits have a loss in the epoch that begins."""
+        """Note which parameters learn, which exits have a loss in the epoch that begins, and what was spent before."""
+        self._before_epoch = self.spent()
         network, weight_K = self._learner.network, self._learner.weight_K
         # Only zero weights change the cost: an exit without a loss has no backward pass.
         weighed = () if weight_K is None else tuple((weight_K != 0).tolist())
@@ -123,9 +129,30 @@ class StepProfiler(StepObserver):
         if section == "forward":
             self._declared[kind] = found = declared_costs(self._learner)
             self._replaying = {owner for (owner, key), count in found.items() if key == REPLAYED and count}
+        self._elsewhere = 0
         with MacCounter(keep_kernels=True) as counter:
-            yield
-        self._costs[kind] = self._phase(section, component), counter.macs, counter.uncounted()
+            self._counter = counter
+            try:
+                yield
+            finally:
+                self._counter = None
+        macs = counter.macs + self._elsewhere
+        self._costs[kind] = self._phase(section, component), macs, counter.uncounted()
+
+    @contextmanager
+    def sharing(self, *, rows: int, of: int) -> Iterator[None]:
+        """Add the MACs of the other processes' shares to the section that is counted."""
+        counter = self._counter
+        self._share_begun, self._before_share = False, 0 if counter is None else counter.macs
+        yield
+        if counter is not None:
+            own = counter.macs - self._before_share
+            self._elsewhere += own * of // rows - own  # MACs are proportional to rows
+
+    def begin_share(self) -> None:
+        """Leave out what has been counted of the section so far, the first time it is called in :meth:`sharing`."""
+        if self._counter is not None and not self._share_begun:
+            self._share_begun, self._before_share = True, self._counter.macs
 
     @contextmanager
     def _count_between(self, component: str) -> Iterator[None]:
@@ -165,6 +192,14 @@ class StepProfiler(StepObserver):
     def rows(self) -> int:
         """Samples of these batches, new and replayed ones."""
         return sum(count * kind[3] for kind, count in self._runs.items() if kind[1] == "forward")
+
+    def spent(self) -> int:
+        """Return the MACs of the experience so far."""
+        return sum(self.charges().values()) + sum(macs for _, _, macs in self.between)
+
+    def spent_before_epoch(self) -> int:
+        """Return the MACs of the experience before its current epoch."""
+        return self._before_epoch
 
     def charges(self) -> Charges:
         """Return the MACs of all steps, by phase and component, those that components declare included."""

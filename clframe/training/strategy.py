@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -28,16 +28,20 @@ from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.types import Output
+from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture, CudaGraphs, StepCapture
+from clframe.training.configured import configured_optimizer
+from clframe.training.distributed import Group
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
 from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
 from clframe.training.module import ContinualModule
+from clframe.training.sharing import SharedBatches
 from clframe.training.trainer import check_callbacks, fit_experience
 
 
-class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTemplate):
+class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabric, SupervisedTemplate):
     """An Avalanche strategy whose model is a :class:`ContinualModule`, or any other module.
 
     A :class:`ContinualModule` is trained by its components' hooks and, without ``optimizer``, by a new optimizer for
@@ -46,7 +50,9 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
 
     Args:
         model: The model.
-        optimizer: Used through the run, as in Avalanche; None has the module create one for each experience.
+        optimizer: Used through the run, as in Avalanche. None has a ``ContinualModule`` create one for each experience,
+            and takes that of ``configure_optimizers``, with its schedule, from another LightningModule. Its
+            ``training_step`` is not called: the loss is ``criterion`` of what its ``forward`` returns.
         criterion: Loss of a foreign module, and the loss that evaluation reports.
         benchmark: Its experiences are served from memory; those of other benchmarks go through Avalanche's loaders.
         fabric: Launched Fabric; None makes one for ``device``.
@@ -59,6 +65,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         drop_last: Leave out the last batch of an epoch if it has fewer samples.
         channels_last: Store the model's weights and batches of images with their channels last.
         capture: Whether to record training steps as CUDA graphs, see :mod:`clframe.training.capture`.
+        group: The processes that train the model together; None for one.
         train_mb_size: Samples per training batch.
         train_epochs: Epochs per experience.
         eval_mb_size: Samples per evaluation batch.
@@ -92,6 +99,8 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         drop_last: bool = False,
         channels_last: bool = False,
         capture: Capture = False,
+        plan: TrainingPlan | None = None,
+        group: Group | None = None,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = 1,
@@ -102,6 +111,9 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         peval_mode: str = "epoch",
     ) -> None:
         self.module = model if isinstance(model, ContinualModule) else None
+        configured = configured_optimizer(model) if optimizer is None and self.module is None else None
+        if configured is not None:
+            optimizer = configured[0]
         self._fresh_optimizer = optimizer is None
         if optimizer is None:
             if self.module is None:
@@ -132,6 +144,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
             refuse_schedulers(self.plugins)
         self._given_criterion = self._criterion
         self.learner = None if self.module is None else self.module.learner
+        self.share_batches(group)
         self.serve(benchmark)
         self.engine_name = engine
         self.trainer_options = trainer or {}
@@ -139,6 +152,8 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         self.early_stopping = early_stopping
         self.accumulate = accumulate
         self.limit_batches = limit_batches
+        self.plan: TrainingPlan | None = plan
+        self._planned: int | None = None
         self.drop_last = drop_last
         self.channels_last = channels_last
         if channels_last:
@@ -151,7 +166,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         self.on_step: Callable[[LightningStrategy], None] | None = None
         self.step_plugins = StepPlugins()
         self._metrics: EpochMetrics | None = None
-        self._scheduler: Any = None
+        self._scheduler: Any = None if configured is None else configured[1]
         self._kwargs: dict[str, Any] = {}
         self._step_in_update = 0
         self._gradient_norm: float | Tensor | None = None
@@ -201,6 +216,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         self.module.to(self.device)
         self.learner.begin(description, classes=tuple(sorted(classes)), epochs=epochs)
         self.module.to(self.device)
+        self.synchronize()
         if self._fresh_optimizer:
             former = self.optimizer
             self.optimizer = self.module.new_optimizer()
@@ -229,7 +245,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         network = self.learner.network
         return EpochMetrics(
             network,
-            lambda x: self.run_network(network, self.convert_input(x)),
+            lambda x: self.run_shared(self.convert_input(x)),
             self._held_out(self.experience)[-1:],
             batch_size=self.eval_mb_size or self.train_mb_size,
             limit_batches=self.limit_batches,
@@ -296,6 +312,23 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
             self.reach("part")
         super()._before_training_exp(**kwargs)
 
+    def begin_plan(self, index: int) -> None:
+        """Train for as many epochs of experience ``index`` as its budget affords."""
+        if self.plan is not None:
+            assert self.module is not None
+            self.train_epochs = self.plan.experiences[index].epochs
+            self.module.make_scheduler = self.plan.schedule(self.train_epochs)
+
+    def _plan_epoch(self, *, resumed: bool) -> None:
+        """Set the batches of the epoch that begins, or is resumed, from what the experience has cost before it."""
+        assert self.plan is not None and self.learner is not None
+        planned = self.plan.experiences[int(self.experience.current_experience)]
+        observer = self.learner.observer
+        spent = observer.spent_before_epoch() if resumed else observer.spent()
+        self._planned = None
+        batches = planned.batches_of(self._epoch, whole=self._count_batches(), spent=spent)
+        self._planned = int(self.agree({"batches": batches})["batches"])
+
     def _after_training_exp(self, **kwargs: Any) -> None:
         """Let components consolidate, then call Avalanche's plugins."""
         if self.module is not None and self._part + 1 == self._parts:
@@ -303,6 +336,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
             if self.step_capture is not None:
                 self.step_capture.end_experience()
             self.module.end(step=int(self.clock.train_iterations))
+            self.synchronize()
         super()._after_training_exp(**kwargs)
         self.part += 1
 
@@ -311,6 +345,8 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
         if resumption is None and self.clock.train_exp_epochs:
             self.reach("epoch")
         self._epoch = self._part * self.train_epochs + self.clock.train_exp_epochs
+        if self.plan is not None:
+            self._plan_epoch(resumed=resumption is not None and bool(resumption.position.batch))
         if self.learner is not None:
             self.learner.before_epoch(self._epoch, steps=self._count_batches())
         if self._own_loader is not None:
@@ -328,8 +364,10 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
             self._own_loader.skip(resumption.position.batch, resumption.content["augmentation"])
 
     def _after_training_epoch(self, **kwargs: Any) -> None:
+        self.check_replicas()
         if self._metrics is not None:
-            self.epoch_metrics = self._metrics.compute()
+            with self._averaged():
+                self.epoch_metrics = self.agree(self._metrics.compute())
         if self._scheduler is not None:
             step_schedule(self._scheduler, self.epoch_metrics)
         super()._after_training_epoch(**kwargs)
@@ -345,7 +383,7 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
 
     def _train_on_batches(self) -> None:
         done = int(self.clock.train_epoch_iterations)  # above 0 where the epoch is resumed
-        left = None if self.limit_batches is None else self.limit_batches - done
+        left = None if self.limit_batches is None and self.plan is None else self._count_batches() - done
         for batch in itertools.islice(self.dataloader, left):
             self.mbatch = batch
             if self._stop_training:
@@ -353,6 +391,17 @@ class LightningStrategy(Serving, StrategyStep, Resumable, OnFabric, SupervisedTe
             self.train_on(batch)
             if self.on_boundary is not None:
                 self.on_boundary("step")
+
+    def eval(self, exp_list: Any, **kwargs: Any) -> Any:
+        """Evaluate as Avalanche does, with the average of the weights if there is one."""
+        with self._averaged():
+            return super().eval(exp_list, **kwargs)
+
+    def _averaged(self) -> AbstractContextManager[object]:
+        learner = self.learner
+        if learner is None or learner.average is None:
+            return nullcontext()
+        return learner.average.shown(learner.network)
 
     def eval_epoch(self, **kwargs: Any) -> None:
         """Evaluate as Avalanche does, on at most ``limit_batches`` batches."""

@@ -17,6 +17,7 @@ from clframe.plotting.images import matrix_markdown
 from clframe.plotting.style import spaced_indices
 from clframe.sparsity.activity import ActivityRecord
 from clframe.sparsity.output import short_layer_name
+from clframe.training.custom_scalars import Chart, page
 from clframe.training.event_files import merge_events, wait_for_next_second
 from clframe.training.pictures import PICTURES, exit_usage
 
@@ -41,6 +42,9 @@ LARGEST_TEXT = 50
 GRADIENT_NORM = "gradient/norm"
 """Tag of the norm of the gradient; see :meth:`~clframe.training.loop.StrategyStep.gradient_norm`."""
 
+TRAINING = "training"
+"""Category of the curves over training steps. TensorBoard smooths these only: over the few experiences of a stream it
+would draw values that were never measured."""
 FAILURE = "calibration and failure prediction of exits"
 """Category of the metrics of :data:`~clframe.exits.failure.LABELS`, one chart each."""
 
@@ -48,12 +52,16 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
     "progress": {
         "accuracy over the experiences so far": rf"{PROGRESS}/accuracy$",
         "forgetting": rf"{PROGRESS}/forgetting$",
-        "losses by term": r"loss/.+",
         "MACs per prediction": rf"{PROGRESS}/macs_per_prediction$",
         "exit usage": r"exits_used/.+",
         "inactive neurons by layer": r"sparsity/.+",
         "experts per token by layer": r"experts_per_token/.+",
+    },
+    TRAINING: {
+        "losses by term": r"loss/.+",
         "samples per second": rf"{THROUGHPUT}$",
+        "learning rate": rf"{LEARNING_RATE}.*",
+        "gradient norm": rf"{GRADIENT_NORM}$",
     },
     "experiences": {
         "accuracy per experience": r"experience_accuracy/\d+$",
@@ -69,29 +77,30 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
         "similarity of taps": r"exit_similarity/.+",
     },
     FAILURE: {},
-    "training": {
-        "learning rate": rf"{LEARNING_RATE}.*",
-        "gradient norm": rf"{GRADIENT_NORM}$",
-    },
 }
 """Charts of the Custom Scalars page by category: a regular expression for their tags, matched from the start."""
 
 
-def layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
-    """The Custom Scalars page with those charts that have something to show, as ``SummaryWriter`` takes it.
+def layout(tags: Iterable[str], *, later: Sequence[str] = ()) -> dict[str, dict[str, Chart]]:
+    """The Custom Scalars page with those charts that have something to show.
 
-    >>> layout(["loss/task/ce", "train/learning_rate"])["training"]
-    {'learning rate': ['Multiline', ['train/learning_rate.*']]}
+    Charts list the tags themselves, in order, and those of ``later`` that a chart will get. TensorBoard shows a chart
+    of several runs once if they list the same.
+
+    >>> layout(["loss/task/ce", "exits_used/00_a", "exits_used/01_b"])["training"]
+    {'losses by term': Chart(tags=['loss/.+'], smoothed=True)}
     """
-    written = tuple(tags)
-    found: dict[str, dict[str, list[object]]] = {}
+    written = dict.fromkeys(tags)
+    found: dict[str, dict[str, Chart]] = {}
     per_exit: dict[str, dict[str, str]] = {"exits": {}, FAILURE: {}}
     for name, metric in all_exit_metrics().items():
         per_exit[FAILURE if name in LABELS else "exits"][f"{metric.label} per exit"] = rf"exit_{name}/.+"
     for category, charts in {name: {**per_exit.get(name, {}), **own} for name, own in CHARTS.items()}.items():
         for title, pattern in charts.items():
             if any(re.match(pattern, tag) for tag in written):
-                found.setdefault(category, {})[title] = ["Multiline", [pattern]]
+                shown = sorted(tag for tag in {**written, **dict.fromkeys(later)} if re.match(pattern, tag))
+                smoothed = category == TRAINING
+                found.setdefault(category, {})[title] = Chart([pattern] if smoothed else shown, smoothed)
     return found
 
 
@@ -149,7 +158,7 @@ class TensorBoard:
         experience = len(tallies) - 1
         accuracy_E = tallies[-1].accuracy_E
         for j in self._curves[: bisect_right(self._curves, experience)]:
-            self._number(f"experience_accuracy/{j:0{self._digits}d}", accuracy_E[j], experience)
+            self._number(self._experience_tag(j), accuracy_E[j], experience)
         found = scores(tallies, baseline=baseline, running=True)
         for name, metric in all_metrics().items():
             self._number(metric.tag or f"continual/{name}", found[name].value, experience)
@@ -226,15 +235,12 @@ class TensorBoard:
 
         TensorBoard shows the last page of a run.
         """
-        from torch.utils.tensorboard.summary import custom_scalars
-
-        untyped: Any = custom_scalars
         if len(self._tags) != self._laid_out:  # tags are only added
             self._laid_out = len(self._tags)
-            found = layout(self._tags)
+            found = layout(self._tags, later=[self._experience_tag(j) for j in self._curves])
             if found != self._layout:
                 self._layout = found
-                self._writer.file_writer.add_summary(untyped(found), finished)
+                self._writer.file_writer.add_summary(page(found), finished)
         self._writer.flush()
 
     def flush(self) -> None:
@@ -260,6 +266,9 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close the file; a second call has no effect."""
         self._writer.close()
+
+    def _experience_tag(self, j: int) -> str:
+        return f"experience_accuracy/{j:0{self._digits}d}"
 
     def _exit(self, k: int, names: Sequence[str]) -> str:
         return f"{k:0{self._digits}d}_{names[k]}"

@@ -24,6 +24,7 @@ from clframe.avalanche_bridge.imports import (
     lightning_loggers,
 )
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.own_code import is_dotted, load_class
 from clframe.training.checkpoint import encode
 from clframe.training.epochs import EarlyStopping, metric_names
 from clframe.training.module import ContinualModule
@@ -418,7 +419,10 @@ def _make_logger(name: str, options: Mapping[str, Any], folder: Path) -> Any:
     where = "trainer.loggers"
     if name in _REFUSED_LOGGERS:
         raise UnsupportedError(f"{where}: {name} cannot work: {_REFUSED_LOGGERS[name]}")
-    takes = inspect.signature(getattr(lightning_loggers, name, object)).parameters
+    kind = getattr(lightning_loggers, name, object)
+    if is_dotted(name):
+        kind = load_class(name, (lightning_loggers.Logger,), where=where)
+    takes = inspect.signature(kind).parameters
     home = {"save_dir": str(folder / name)} if "save_dir" in takes else {}
     logger = _make(lightning_loggers, name, {**home, **options}, where)
     if name == "WandbLogger":
@@ -445,6 +449,9 @@ def _check_wandb_key(options: Mapping[str, Any]) -> None:
 
 
 def _make(module: Any, name: str, options: Any, where: str) -> Any:
+    if is_dotted(name):
+        base = Callback if module is lightning_callbacks else module.Logger
+        return _instantiate(load_class(name, (base,), where=where), options, f"{where}.{name}")
     if name not in module.__all__:
         raise UnknownNameError(unknown_name("Lightning class", name, module.__all__, where=where))
     return _instantiate(getattr(module, name), options, f"{where}.{name}")

@@ -155,9 +155,9 @@ def test_cwr_star_consolidates_the_classifier_and_not_a_hidden_layer() -> None:
     ("plugins", "error", "message"),
     [
         ("[LwFplugin]", UnknownNameError, r"plugins\[0\]: unknown plugin of Avalanche's 'LwFplugin'; did you mean 'LwFPlugin'"),
-        ("[LwFPlugin, os.system]", UnknownNameError, r"plugins\[1\]: unknown plugin of Avalanche's 'os.system'; nothing is"),
+        ("[LwFPlugin, os.system]", ConfigError, r"plugins\[1\]: found 'os.system', code that is not allowed to be imported"),
         ("[{_target_: os.system}]", ConfigError, r"plugins\[0\]._target_: found 'os.system' \(text\); give a mapping"),
-        ("[avalanche.training.plugins.LwFPlugin]", UnknownNameError, "unknown plugin"),
+        ("[avalanche.training.plugins.LwFPlugin]", ConfigError, r"\[0\]: found 'avalanche.+', code that is not allowed"),
         ("[SupervisedPlugin]", UnknownNameError, "unknown plugin"),
         ("[{EWCPlugin: {ewc_lamda: 1}}]", ConfigError, r"EWCPlugin.ewc_lamda: unknown option; did you mean 'ewc_lambda'\?"),
         ("[EWCPlugin]", ConfigError, r"EWCPlugin.ewc_lambda: is missing and has no default; give a number"),

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("no_training")
 
 OVERRIDES = [
     # Unknown keys, at the top and below, and keys that live elsewhere.
-    ("foo=1", "unknown key 'foo'; keys are backbone, benchmark, components, name, optimizer"),
+    ("foo=1", "unknown key 'foo'; keys are backbone, benchmark, components, imports, name, optimizer"),
     ("_target_=os.system", "unknown key '_target_'; "),
     ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
     ("trainr.epochs=3", "unknown key 'trainr'; did you mean 'trainer'?"),
@@ -131,11 +131,12 @@ OVERRIDES = [
     ("backbone.depth=9", "backbone: small_cnn: found images of 8x8; use at least 512x512 or another"),
     ("backbone.width=999999999999", "backbone: found {'width': 999999999999}, torch fails (", "; give"),
     # Devices, precision, Lightning's own classes.
-    ("trainer.devices=2", "trainer.devices: found 2; a run trains on one device; give 1 or"),
-    ("trainer.devices=[0, 1]", "trainer.devices: found [0, 1] (a list); a run trains on one device"),
-    ("trainer.devices=[]", "trainer.devices: found [] (a list); a run trains on one device; "),
-    ("trainer.devices=[-1]", "trainer.devices: found [-1] (a list); a run trains on one device; "),
-    ("trainer.devices=[7]", "trainer.devices: found [7], an index, but the run is not on CUDA; give 1"),
+    ("trainer.devices=0", "trainer.devices: found 0; give at least 1"),
+    ("trainer.devices=[0, 0]", "trainer.devices: found [0, 0] (a list); give indices of different"),
+    ("trainer.devices=[]", "trainer.devices: found [] (a list); give indices of different GPUs"),
+    ("trainer.devices=[-1]", "trainer.devices: found [-1] (a list); give indices of different GPUs"),
+    ("trainer.devices=[7]", "trainer.devices: found [7], indices of GPUs, but the run is not on CUDA"),
+    ("trainer.strategy=fsdp", "trainer.strategy: found 'fsdp' (text); give auto or ddp"),
     ("trainer.devices=all", "trainer.devices: found 'all' (text); give a whole number or a list"),
     ("trainer.precision=16-mixed", "trainer.precision: found 16-mixed on the CPU, which has none; use"),
     ("trainer.callbacks.Timer={}", "trainer.callbacks: Timer needs a Lightning Trainer, which"),

@@ -24,7 +24,7 @@ from clframe.config.load import load_config
 from clframe.errors import ConfigError, UnsupportedError
 
 TINY = ("quickstart", "trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone=mlp", "backbone.width=4")
-LINE = re.compile(r"^TensorBoard: (http://localhost:\d+/)$", re.MULTILINE)
+LINE = re.compile(r"^TensorBoard: (http://localhost:\d+/)\?smoothing=0#custom_scalars&_smoothingWeight=0$", re.MULTILINE)
 
 
 def get(url, path=""):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from clframe.cli import seed_runs
+from clframe.cli import processes
 from clframe.cli.jobs import CONTEXT_BYTES, Memory, Plan, choose_jobs, parse_jobs
 from clframe.cli.side_by_side import SeedsInterrupted, SideBySide
 from clframe.errors import ClframeError, ConfigError
@@ -51,7 +51,7 @@ def fake(monkeypatch, tmp_path):
     """Make each process run ``code`` after the one above; returns an object that starts them."""
 
     def faking(code):
-        monkeypatch.setattr(seed_runs, "_CODE", FAKE + code)
+        monkeypatch.setattr(processes, "_CODE", FAKE + code)
         return SideBySide("quickstart", ["a=1"], output=str(tmp_path), quiet=False, rest=["clframe", "run", "my file"])
 
     return faking
@@ -82,7 +82,7 @@ def test_numbers_of_jobs():
      (8, 3, 8, None, (3, 2)), (2, 8, 8, None, (2, 4)), (8, 4, 2, None, (4, 1)), (8, 2, 8, 1, (2, 1))],
 )  # fmt: skip
 def test_cores_are_divided(seeds, jobs, cores, threads, expected):
-    found = choose_jobs(seeds=seeds, jobs=jobs, cores=cores, threads=threads)
+    found = choose_jobs(runs=seeds, jobs=jobs, cores=cores, threads=threads)
     assert (found.jobs, found.threads) == expected
     assert found.reason.endswith("more than the cores") == (expected[0] * expected[1] > cores)
     assert found.memory_share == (None if expected[0] == 1 else 0.9 / expected[0])
@@ -91,20 +91,20 @@ def test_cores_are_divided(seeds, jobs, cores, threads, expected):
 def test_memory_of_the_device_is_divided():
     """20 GiB free besides the context, 3 GiB a run with its context: 0.9 * 20 / 3 = 6 fit."""
     memory = Memory(peak=3 * GIB - CONTEXT_BYTES, free=20 * GIB - CONTEXT_BYTES, total=40 * GIB, captured=False)
-    found = choose_jobs(seeds=16, jobs=None, cores=16, threads=None, memory=memory)
+    found = choose_jobs(runs=16, jobs=None, cores=16, threads=None, memory=memory)
     assert (found.jobs, found.threads) == (6, 2)
     assert found.memory_share == pytest.approx(0.9 * 20 / 40 / 6)
     assert "(auto)" in found.reason and "6 fit, at most 8 are used" in found.reason
     captured = Memory(peak=GIB, free=20 * GIB, total=20 * GIB, captured=True)
-    found = choose_jobs(seeds=16, jobs=None, cores=16, threads=None, memory=captured)
+    found = choose_jobs(runs=16, jobs=None, cores=16, threads=None, memory=captured)
     assert found.jobs == 2 and "7 fit, at most 2 are used, since graphs fill the device" in found.reason
     assert int(0.9 * (20 * GIB + CONTEXT_BYTES) / (2 * GIB + CONTEXT_BYTES)) == 7
-    assert choose_jobs(seeds=1, jobs=None, cores=16, threads=None, memory=captured).jobs == 1
+    assert choose_jobs(runs=1, jobs=None, cores=16, threads=None, memory=captured).jobs == 1
     small = Memory(peak=2**20, free=80 * GIB, total=80 * GIB, captured=False)
-    assert choose_jobs(seeds=99, jobs=None, cores=64, threads=None, memory=small).jobs == 8
-    assert choose_jobs(seeds=99, jobs=None, cores=4, threads=None, memory=small).jobs == 4
+    assert choose_jobs(runs=99, jobs=None, cores=64, threads=None, memory=small).jobs == 8
+    assert choose_jobs(runs=99, jobs=None, cores=4, threads=None, memory=small).jobs == 4
     large = Memory(peak=30 * GIB, free=20 * GIB, total=80 * GIB, captured=False)
-    assert choose_jobs(seeds=9, jobs=None, cores=64, threads=None, memory=large).jobs == 1
+    assert choose_jobs(runs=9, jobs=None, cores=64, threads=None, memory=large).jobs == 1
 
 
 @pytest.mark.usefixtures("no_training")
@@ -202,7 +202,7 @@ send("interrupted", advice="resume with clframe run --resume a/b" if seed == 0 e
 def test_a_measurement(fake, tmp_path):
     code = FAKE.replace('request["overrides"][-1]', 'request["overrides"][1]')
     runs = fake("")
-    seed_runs._CODE = (
+    processes._CODE = (
         code
         + """
 short = ["trainer.fast_dev_run=true", "trainer.figures=none", "trainer.loggers=[]"]
@@ -212,9 +212,9 @@ send("measured", peak=5, free=7, total=9, device=0)
     )
     assert runs.measure(3, captured=True) == Memory(peak=5, free=7, total=9, captured=True)
     assert not list(tmp_path.iterdir())
-    seed_runs._CODE = code + 'send("measured", peak=None)'  # not on CUDA
+    processes._CODE = code + 'send("measured", peak=None)'  # not on CUDA
     assert runs.measure(3, captured=True) is None
-    seed_runs._CODE = code + 'send("failed", reason="a: b; c")'
+    processes._CODE = code + 'send("failed", reason="a: b; c")'
     with pytest.raises(ClframeError, match="^a: b; c$"):
         runs.measure(3, captured=True)
 
@@ -224,7 +224,7 @@ def test_memory_is_measured_and_bounded_on_cuda_only(monkeypatch):
 
     import clframe
     from clframe.build import build
-    from clframe.cli.seed_process import _prepare_device
+    from clframe.cli.child import _prepare_device
     from clframe.cli.side_by_side import plan_runs
 
     bounds = []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from clframe.cli.context import MOST_SEEDS, parse_seed, parse_seeds
+from clframe.cli.context import parse_seed, parse_seeds
 from clframe.errors import ConfigError
+from clframe.sweep.values import MOST_SEEDS
 
 
 @pytest.mark.parametrize(
     "text, seeds",
-    [("0..0", [0]), ("3..5", [3, 4, 5]), ("7", [7]), ("5,1,3", [5, 1, 3]), (" 0 .. 2 ", [0, 1, 2]), ("1, 2", [1, 2])],
+    [("0..0", [0]), ("3..5", [3, 4, 5]), ("7", [7]), ("5,1,3", [5, 1, 3]), (" 0 .. 2 ", [0, 1, 2]), ("1, 2", [1, 2]),
+     ("0..1,4", [0, 1, 4])],
 )
 def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
@@ -18,7 +20,7 @@ def test_seeds(text, seeds):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ",", "..", "1..", "..1", "a", "1,a", "-1", "-1..1", "1.5", "0...3", "0..1..2", "0..1,4", "٣", "0x1", "1e3",
+    ["", ",", "..", "1..", "..1", "a", "1,a", "-1", "-1..1", "1.5", "0...3", "0..1..2", "0..1,", "٣", "0x1", "1e3",
      "9" * 5000],
 )  # fmt: skip
 def test_what_is_no_list_of_seeds_is_shown(text):

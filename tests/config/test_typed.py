@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from clframe.config.schema import (
+    AverageConfig,
     BackboneConfig,
     BenchmarkConfig,
     CheckpointConfig,
@@ -41,8 +42,8 @@ def test_every_field_survives_a_round_trip():
                               fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",), drop_last=True,
                               on_nonfinite="warn", figures="none", record_activity=True, capture=False,
-                              checkpoint=CheckpointConfig(every="2h")),
-        output="o",
+                              checkpoint=CheckpointConfig(every="2h"), ema=AverageConfig(decay=0.5, warmup=False)),
+        output="o", imports=("a.b",),
         earlier=(EarlierConfig(run="/r", checkpoint="experience_002.ckpt", sha256="0f", experiences=((0, 2), (1,)),
                                class_names=("0", "no", "1e3"), input_shape=(1, 8, 8), dtype="uint8",
                                mean=(0.1 + 0.2, 1e-05), std=(1 / 3,), inputs={"kind": "image", "size": None},

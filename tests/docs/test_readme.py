@@ -116,3 +116,12 @@ def test_the_readme_shows_the_two_commands_of_a_fresh_clone() -> None:
     shown = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     assert "make quickstart" in shown
     assert "make test" in shown
+
+
+def test_every_experiment_is_listed_with_the_first_line_of_its_file() -> None:
+    """docs/experiments.md has one row per shipped experiment."""
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\.\./configs/experiment/(\w+)\.yaml\) \| (.+) \|$", text, flags=re.MULTILINE)
+    files = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+    first = [path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in files]
+    assert rows == [(path.stem, path.stem, line) for path, line in zip(files, first, strict=True)]

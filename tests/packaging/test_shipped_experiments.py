@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clframe
 from clframe.build import build
@@ -15,7 +17,28 @@ from clframe.config.load import load_config
 
 SETS = {"mnist": (10, (28, 28)), "cifar10": (10, (32, 32, 3)), "cifar100": (100, (32, 32, 3))}
 TEXT = "split_clinc150"
-EXPERIMENTS = [name.split("/")[1] for name in known_configs("experiment") if name != f"experiment/{TEXT}"]
+EXPERIMENTS = [name.split("/")[1] for name in known_configs("experiment")]
+IN_MEMORY = [name for name in EXPERIMENTS if load_config(name).benchmark.name in ("digits", *SETS)]
+SHORT = ["trainer.fast_dev_run=1", "trainer.batch_size=4", "trainer.eval_batch_size=16", "trainer.progress=false",
+         "trainer.loggers=[]", "trainer.precision=32-true"]  # fmt: skip
+TINY_VIT = ["backbone=vit_tiny", "backbone.patch=16", "backbone.width=16", "backbone.heads=2", "backbone.depth=12"]
+CUT = {
+    "auxiliary_classifiers": ["trainer.fast_dev_run=2", "backbone.width=4"],
+    "auxiliary_classifiers_5": ["backbone.width=4"],
+    # Its exits train after the backbone, which one epoch cannot hold.
+    "zero_time_waste": ["trainer.fast_dev_run=false", "trainer.epochs=2", "backbone.width=4", "benchmark.classes=4",
+                        "components.exits.fit_epochs=2"],
+    "zero_time_waste_vit": [*TINY_VIT, "components.exits.fit_epochs=2"],
+    "d2dmoe_vit": [*TINY_VIT, "backbone.depth=2", "components.moe.experts=4", "components.moe.epochs=1"],
+    "d2dmoe_text": ["components.moe.experts=4", "components.moe.epochs=1", "benchmark.experiences=1"],
+    "photographs": ["backbone.weights=null", "benchmark.experiences=2"],
+}  # fmt: skip
+"""Overrides that make an experiment short and small; its strategy is as shipped."""
+RUN_ELSEWHERE = {"quickstart", "split_mnist", TEXT, "auxiliary_classifiers_5"}
+"""Experiments that other tests of the default suite run, or that differ from another one in a number only."""
+HEADS = {"auxiliary_classifiers": 7, "auxiliary_classifiers_5": 7, "zero_time_waste": 16, "zero_time_waste_vit": 11,
+         "early_exits": 11}  # fmt: skip
+"""Exits by experiment; all others have one."""
 
 
 @pytest.fixture
@@ -30,11 +53,17 @@ def data_dir(tmp_path):
 
 
 def test_there_is_one_of_each_kind():
-    assert {"quickstart", "split_mnist", "split_cifar100"} <= set(EXPERIMENTS)
-    assert f"experiment/{TEXT}" in known_configs()
+    assert set(CUT) | {"quickstart", "split_mnist", "split_cifar100", "online", "activation_sparsity", TEXT} <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+def test_its_first_line_says_what_it_is_and_how_long_it_takes(name):
+    path = known_configs("experiment")[f"experiment/{name}"]
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert re.fullmatch(r"# [A-Z][^;]+; [^;]*(\d s|minutes?|hour|day)s? [^;]+(; not measured\))?\.", first), first
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_it_builds_from_files_that_are_there(name, data_dir):
     downloaded = load_config(name).benchmark.name in SETS
     overrides = [f"benchmark.data_dir={data_dir}", "benchmark.download=false"] if downloaded else []
@@ -66,6 +95,55 @@ def text_overrides(tmp_path):
     (folder / "domains.json").write_text(json.dumps({"all": [f"intent{c}" for c in range(4)]}))
     return [f"benchmark.tokens={tmp_path / 'model'}", f"benchmark.data_dir={tmp_path}", "benchmark.download=false",
             "benchmark.experiences=2", "components.er.memory=8", "trainer.progress=false"]  # fmt: skip
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Three images of each of four classes to train on and one to test, of 40x36 pixels."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for c in range(4):
+            folder = tmp_path / "photographs" / split / f"n{c:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photographs"
+
+
+def local(name, request):
+    """Overrides that replace an experiment's data, and pre-trained weights, by small ones without a download."""
+    source = load_config(name).benchmark.name
+    if source in SETS:
+        return [f"benchmark.data_dir={request.getfixturevalue('data_dir')}", "benchmark.download=false"]
+    if source == "clinc150":
+        return request.getfixturevalue("text_overrides")
+    if source == "digits":
+        return []
+    folder = request.getfixturevalue("photographs")
+    key = "path" if source == "image_folder" else "data_dir"
+    held_out = "benchmark.validation=0.34" if load_config(name).benchmark.validation else "benchmark.validation=0"
+    return [f"benchmark.{key}={folder}", "benchmark.size=32", held_out]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in RUN_ELSEWHERE)) for name in EXPERIMENTS]
+)
+def test_it_runs_cut_short(name, request, tmp_path):
+    shipped = load_config(name)
+    overrides = [key for key in local(name, request) if "components.er." not in key or "er" in shipped.components]
+    result = clframe.run(name, [*overrides, *SHORT, *CUT.get(name, [])], output=tmp_path / "runs")
+    assert sorted(result.strategy.split(" + ")) == sorted(shipped.strategy.split(" + "))
+    assert len(result.exit_names) == HEADS.get(name, 1)
+    assert len(result.accuracy_matrix) == (2 if name == "auxiliary_classifiers" else 1)
+    assert result.steps > 0 and 0 <= result.final_average_accuracy <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero_time_waste_vit", "d2dmoe_vit"])
+def test_the_shipped_transformer_takes_the_placement_and_the_experts(name, request, tmp_path):
+    overrides = [*local(name, request), *SHORT, "trainer.batch_size=2", "backbone.weights=null"]
+    result = clframe.run(name, overrides, output=tmp_path / "runs")
+    assert result.parameters > 85_000_000 and len(result.exit_names) == HEADS.get(name, 1)
 
 
 def test_fine_tuning_a_text_encoder_trains(text_overrides, tmp_path):

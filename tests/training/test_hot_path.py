@@ -138,11 +138,11 @@ def test_batches_of_an_evaluation_never_wait_for_the_device(expression: str, mon
         train(strategy, 2)
         read, loops = scores.after_eval, strategy.eval_epoch
 
-        def guarded(**kwargs: Any) -> None:
+        def guarded(loops: Any = loops, **kwargs: Any) -> None:
             with no_sync():
                 loops(**kwargs)
 
-        def after(of: Any, **kwargs: Any) -> None:
+        def after(of: Any, read: Any = read, **kwargs: Any) -> None:
             transfers[0] = 0
             with monkeypatch.context() as patch:
                 patch.setattr(torch.Tensor, "cpu", counted)

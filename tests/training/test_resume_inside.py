@@ -21,6 +21,7 @@ CASES = {
          "optimizer.groups.heads={lr: 0.02, weight_decay: 0.1}"], 4),
     "exits, sparsity": (["strategy=exits(weights=ramp) + sparsity", "trainer.gradient_clip=1"], 3),
     "experts": (["strategy=er(memory=20) + moe", *TRANSFORMER], 3),
+    "average of the weights": (["strategy=er(memory=20) + exits + lwf", "trainer.ema=0.9", "backbone=small_cnn"], 3),
     "live weights in a Trainer, TensorBoard": (
         ["strategy=ewc(samples=40) + si", "trainer.engine=trainer", "optimizer.schedule=plateau", "optimizer.patience=0",
          "benchmark.validation=0.2", "trainer.callbacks={EarlyStopping: {monitor: train/loss, patience: 2}}",

@@ -118,10 +118,11 @@ def test_every_chart_of_the_layout_finds_its_tags_and_the_last_layout_has_all(wr
     tags = written.Tags()["scalars"]
     shown = {
         chart.title: {tag for tag in tags for pattern in chart.multiline.tag if re.match(pattern, tag)}
+        | {series.value for series in chart.margin.series}
         for category in layout.category
         for chart in category.chart
     }
-    assert [category.title for category in layout.category] == ["progress", "experiences", "training"]
+    assert [category.title for category in layout.category] == ["progress", "training", "experiences"]
     assert shown == {
         "accuracy over the experiences so far": {"1_progress/accuracy"},
         "forgetting": {"1_progress/forgetting"},
@@ -130,6 +131,20 @@ def test_every_chart_of_the_layout_finds_its_tags_and_the_last_layout_has_all(wr
         "further metrics": CONTINUAL,
         "learning rate": {LEARNING_RATE},
     }
+
+
+def test_only_curves_over_training_steps_are_smoothed(written):
+    first, last = (
+        layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+        for event in written.Tensors("custom_scalars__config__")
+    )
+    for category in last.category:
+        for chart in category.chart:
+            assert bool(chart.multiline.tag) == (category.title == "training") != bool(chart.margin.series)
+            assert all(series.lower == series.value == series.upper for series in chart.margin.series)
+    experiences = [chart for layout in (first, last) for c in layout.category for chart in c.chart if "per experience" in chart.title]
+    # The chart is the same from the start: TensorBoard shows charts of several runs once if they are equal.
+    assert experiences[0] == experiences[1] and len(experiences[0].margin.series) == 3
 
 
 def test_the_first_page_comes_first():

@@ -37,6 +37,7 @@ def image_folder(
     size: int | None = None,
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
 ) -> Source:
     """User images in one folder per class: ``path/train/CLASS`` and ``path/test/CLASS``, or ``path/CLASS``.
 
@@ -50,6 +51,8 @@ def image_folder(
         size: Side in pixels to resize to (shorter side, then center crop); null: all images have one size.
         channels: 1 or 3 converts all images; null leaves them unchanged.
         memory_gb: Limit in GB up to which all images are stored in memory.
+        cache: Folder for the decoded images, so that later starts do not decode them again unless a file has changed
+            (another size or modification time); null decodes at every start.
 
     Raises:
         ConfigError: No path, or an invalid fraction, size or number of channels.
@@ -75,8 +78,9 @@ def image_folder(
     else:
         files, parts, class_names = _train_and_test(root / train, root / test, size=size, channels=channels)
     return image_source(
-        root.resolve().name, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True
-    )
+        root.resolve().name, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True,
+        cache=cache,
+    )  # fmt: skip
 
 
 def split_folder(root: Path, names: Iterable[str], meaning: Sequence[str]) -> str | None:
@@ -109,7 +113,9 @@ def refuse_ambiguous(root: Path, names: Sequence[str]) -> None:
 
 
 @SOURCES.register("imagenet")
-def imagenet(*, data_dir: str = "data/imagenet", size: int = 224, memory_gb: float = MEMORY_GB) -> Source:
+def imagenet(
+    *, data_dir: str = "data/imagenet", size: int = 224, memory_gb: float = MEMORY_GB, cache: str | None = None
+) -> Source:
     """ImageNet (ILSVRC 2012), 1,000 classes, from folders ``train/CLASS`` and ``val/CLASS`` in ``data_dir``.
 
     Its license forbids redistribution: get it from image-net.org, and sort the validation images into folders. Mean
@@ -120,8 +126,10 @@ def imagenet(*, data_dir: str = "data/imagenet", size: int = 224, memory_gb: flo
         data_dir: The folder.
         size: Side in pixels to resize to: shorter side, then center crop.
         memory_gb: Limit in GB up to which all images are stored in memory.
+        cache: Folder for the decoded images, so that later starts do not decode them again unless a file has changed
+            (another size or modification time); null decodes at every start.
     """
-    return _imagenet("imagenet", Path(data_dir).expanduser(), None, size=size, memory_gb=memory_gb)
+    return _imagenet("imagenet", Path(data_dir).expanduser(), None, size=size, memory_gb=memory_gb, cache=cache)
 
 
 @SOURCES.register("imagenet_subset")
@@ -133,6 +141,7 @@ def imagenet_subset(
     class_names: tuple[str, ...] = (),
     size: int = 224,
     memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
 ) -> Source:
     """Subset of the classes of ImageNet: by default the 100 that Hou et al. (2019) drew with numpy's seed 1993.
 
@@ -147,6 +156,8 @@ def imagenet_subset(
         class_names: Folder names of the classes; overrides the draw.
         size: Side in pixels to resize to: shorter side, then center crop.
         memory_gb: Limit in GB up to which all images are stored in memory.
+        cache: Folder for the decoded images, so that later starts do not decode them again unless a file has changed
+            (another size or modification time); null decodes at every start.
 
     Raises:
         ConfigError: More classes than there are, or a name without a folder.
@@ -164,15 +175,18 @@ def imagenet_subset(
             )
         draw = np.random.RandomState(class_seed).choice(len(known), n_classes, replace=False)
         class_names = tuple(known[i] for i in draw)
-    return _imagenet("imagenet_subset", root, set(class_names), size=size, memory_gb=memory_gb)
+    return _imagenet("imagenet_subset", root, set(class_names), size=size, memory_gb=memory_gb, cache=cache)
 
 
-def _imagenet(name: str, root: Path, keep: set[str] | None, *, size: int, memory_gb: float) -> Source:
+def _imagenet(
+    name: str, root: Path, keep: set[str] | None, *, size: int, memory_gb: float, cache: str | None
+) -> Source:
     train, test = (_imagenet_split(root, name) for name in ("train", "val"))
     files, parts, class_names = _train_and_test(train, test, size=size, channels=3, keep=keep)
     return image_source(
-        name, files, parts, class_names=class_names, memory_gb=memory_gb, normalization=PUBLISHED["imagenet"]
-    )
+        name, files, parts, class_names=class_names, memory_gb=memory_gb, normalization=PUBLISHED["imagenet"],
+        cache=cache,
+    )  # fmt: skip
 
 
 def _imagenet_split(root: Path, split: str) -> Path:
@@ -217,6 +231,7 @@ def csv_table(
     size: int | None = None,
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
 ) -> Source:
     """User images listed in a CSV file with columns ``path``, ``label`` and, optionally, ``split``.
 
@@ -229,6 +244,8 @@ def csv_table(
         size: Side in pixels to resize to (shorter side, then center crop); null: all images have one size.
         channels: 1 or 3 converts all images; null leaves them unchanged.
         memory_gb: Limit in GB up to which all images are stored in memory.
+        cache: Folder for the decoded images, so that later starts do not decode them again unless a file has changed
+            (another size or modification time); null decodes at every start.
 
     Raises:
         ConfigError: No path, or an invalid fraction, size or number of channels.
@@ -247,7 +264,9 @@ def csv_table(
         labels, _, class_names = relabel(names, names, where=str(file))
         parts = split_off_test(labels, fraction=test_fraction, name="csv", where=str(file), class_names=class_names)
     files = ImageFiles([row.path for row in rows], labels, size=size, channels=channels)
-    return image_source(file.stem, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True)
+    return image_source(
+        file.stem, files, parts, class_names=class_names, memory_gb=memory_gb, check_duplicates=True, cache=cache
+    )
 
 
 class _Row(NamedTuple):

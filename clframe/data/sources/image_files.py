@@ -25,6 +25,7 @@ from clframe.data.inputs import InputFormat
 from clframe.data.lazy import DatasetSamples
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
+from clframe.data.sources.image_cache import CachedImages, Pixels, open_cache
 from clframe.data.sources.labels import Normalization, evenly_spaced, measure_normalization, warn_of_duplicates
 from clframe.errors import ConfigError, DataError
 from clframe.progress import progress_bar
@@ -112,20 +113,44 @@ class ImageFiles(Dataset[Tensor]):
     def read_all(self, *, title: str) -> Tensor:
         """Read all images into one uint8 tensor [N, C, H, W], by several threads, with a progress bar."""
         images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        start = 0
+        for part in self._decode(title=title):
+            images[start : start + len(part)] = torch.from_numpy(part)
+            start += len(part)
+        return images
 
-        def read(start: int) -> int:
+    def cached(self, folder: str, *, title: str) -> CachedImages:
+        """Return the same images decoded, from the cache in a folder; see :mod:`clframe.data.sources.image_cache`.
+
+        Raises:
+            ConfigError: The folder cannot be written.
+        """
+        return open_cache(
+            folder, self.paths, shape=self.shape, options=(self.size, self._convert),
+            decode=lambda: self._decode(title=title), title=title,
+        )  # fmt: skip
+
+    def _decode(self, *, title: str) -> Iterator[Pixels]:
+        """Pixels of all images, chunk by chunk, decoded by several threads, with a progress bar."""
+        count = min(8, os.cpu_count() or 1)
+
+        def read(start: int) -> Pixels:
             stop = min(start + _CHUNK, len(self))
+            pixels = np.empty((stop - start, *self.shape), dtype=np.uint8)
             for i in range(start, stop):
-                images[i] = self[i]
-            return stop - start
+                pixels[i - start] = self[i].numpy()
+            return pixels
 
         bar = progress_bar(f"reading {title}", total=len(self), unit="image")
-        with warnings.catch_warnings(), bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        with warnings.catch_warnings(), bar, ThreadPoolExecutor(count) as threads:
             # Pillow warns about large images before open_image raises for them: raise instead of warning twice.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for count in threads.map(read, range(0, len(self), _CHUNK)):
-                bar.update(count)
-        return images
+            starts = range(0, len(self), _CHUNK)
+            # A few chunks per thread at a time: what has been decoded and not been taken needs memory.
+            for first in range(0, len(starts), 4 * count):
+                for pixels in threads.map(read, starts[first : first + 4 * count]):
+                    bar.update(len(pixels))
+                    yield pixels
 
 
 @contextmanager
@@ -211,6 +236,7 @@ def image_source(
     memory_gb: float,
     normalization: Normalization | None = None,
     check_duplicates: bool = False,
+    cache: str | None = None,
 ) -> Source:
     """Make a source of image files: in memory if they fit, read batch by batch otherwise.
 
@@ -222,11 +248,20 @@ def image_source(
         memory_gb: Limit for all images together.
         normalization: Mean and standard deviation; None: measured on up to 8192 equally spaced training images.
         check_duplicates: Warn of test images that are also training images, if the images are in memory.
+        cache: Folder for the decoded images; None decodes at every start.
+
+    Raises:
+        ConfigError: A cache that cannot be written.
     """
     train, test = (files.subset(index) for index in parts)
     samples: list[Data]
-    if fits_in_memory(name, nbytes=files.nbytes, memory_gb=memory_gb):
-        train_x, test_x = train.read_all(title=name), test.read_all(title=name)
+    in_memory = fits_in_memory(name, nbytes=files.nbytes, memory_gb=memory_gb)
+    decoded = None if cache is None else files.cached(cache, title=name)
+    if in_memory:
+        if decoded is None:
+            train_x, test_x = train.read_all(title=name), test.read_all(title=name)
+        else:
+            train_x, test_x = (decoded.take(index) for index in parts)
         mean, std = normalization or measure_normalization(train_x[evenly_spaced(len(train_x))])
         samples = [
             TensorSamples(train_x, train.labels, mean, std),
@@ -236,10 +271,14 @@ def image_source(
             warn_of_duplicates(train_x, test_x, where=name)
     else:
         if normalization is None:
-            sample = train.subset(evenly_spaced(len(train)))
-            normalization = measure_normalization(sample.read_all(title=f"{name}, a sample"))
+            index = evenly_spaced(len(train))
+            if decoded is None:
+                sample = train.subset(index).read_all(title=f"{name}, a sample")
+            else:
+                sample = decoded.take(parts[0][index])
+            normalization = measure_normalization(sample)
         mean, std = normalization
-        everything = DatasetSamples.of(files, files.labels, mean=mean, std=std)
+        everything = DatasetSamples.of(files if decoded is None else decoded, files.labels, mean=mean, std=std)
         samples = [everything.subset(index) for index in parts]
     inputs = InputFormat(kind="image", size=files.size)
     return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names, inputs=inputs)

@@ -46,7 +46,12 @@ _CORE50_CATEGORIES = (
 
 @SOURCES.register("tiny_imagenet")
 def tiny_imagenet(
-    *, size: int = 64, data_dir: str = "data", download: bool = True, memory_gb: float = MEMORY_GB
+    *,
+    size: int = 64,
+    data_dir: str = "data",
+    download: bool = True,
+    memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
 ) -> Source:
     """Tiny ImageNet, 100,000 + 10,000 color images of 64x64, 200 classes in the order of ``wnids.txt``.
 
@@ -58,6 +63,7 @@ def tiny_imagenet(
         data_dir: Folder of ``tiny-imagenet-200``.
         download: Download missing files, 248 MB.
         memory_gb: Limit in GB up to which all images are stored in memory; they take 1.4.
+        cache: Folder for the decoded images, as for ``image_folder``; null decodes at every start.
     """
     root = _download("Tiny ImageNet", data_dir, "tiny-imagenet-200", TINY_IMAGENET, download=download)
     names = read_text(root / "wnids.txt").split()
@@ -81,12 +87,19 @@ def tiny_imagenet(
     files = ImageFiles(paths, torch.tensor(labels), size=size, channels=3)
     return image_source(
         "tiny_imagenet", files, consecutive_indices(count, len(paths) - count), class_names=tuple(names),
-        memory_gb=memory_gb, normalization=PUBLISHED["tiny_imagenet"],
+        memory_gb=memory_gb, normalization=PUBLISHED["tiny_imagenet"], cache=cache,
     )  # fmt: skip
 
 
 @SOURCES.register("cub200")
-def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, memory_gb: float = MEMORY_GB) -> Source:
+def cub200(
+    *,
+    size: int = 224,
+    data_dir: str = "data",
+    download: bool = True,
+    memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
+) -> Source:
     """Birds (CUB-200-2011), 5,994 + 5,794 color images of many sizes, 200 classes. Wah et al. (2011).
 
     Mean and standard deviation are measured on the resized training images.
@@ -96,6 +109,7 @@ def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, me
         data_dir: Folder of ``CUB_200_2011``.
         download: Download missing files, 1.1 GB.
         memory_gb: Limit in GB up to which all images are stored in memory; at 224 pixels they take 1.8.
+        cache: Folder for the decoded images, as for ``image_folder``; null decodes at every start.
     """
     root = _download("CUB-200-2011", data_dir, "CUB_200_2011", CUB_200_2011, download=download)
     image, label, is_train = (
@@ -121,7 +135,7 @@ def cub200(*, size: int = 224, data_dir: str = "data", download: bool = True, me
     train = torch.tensor([is_train[key] == "1" for key in image])
     return image_source(
         "cub200", files, (train.nonzero().flatten(), (~train).nonzero().flatten()),
-        class_names=tuple(name.split(".", 1)[-1] for name in names.values()), memory_gb=memory_gb,
+        class_names=tuple(name.split(".", 1)[-1] for name in names.values()), memory_gb=memory_gb, cache=cache,
     )  # fmt: skip
 
 
@@ -133,6 +147,7 @@ def core50(
     data_dir: str = "data",
     download: bool = True,
     memory_gb: float = MEMORY_GB,
+    cache: str | None = None,
 ) -> Source:
     """Hand-held objects (CORe50) in 11 video sessions, 164,866 color images of 128x128, 50 objects in 10 categories.
 
@@ -145,6 +160,7 @@ def core50(
         data_dir: Folder of ``core50_128x128`` or ``core50_32x32``.
         download: Download missing files.
         memory_gb: Limit in GB up to which all images are stored in memory; at 128 pixels they take 8.1, at 32 0.5.
+        cache: Folder for the decoded images, as for ``image_folder``; null decodes at every start.
     """
     side = 32 if size <= 32 else 128
     root = _download("CORe50", data_dir, f"core50_{side}x{side}", CORE50[side], download=download)
@@ -167,6 +183,7 @@ def core50(
     return image_source(
         "core50", files, consecutive_indices(len(paths[0]), len(paths[1])),
         class_names=objects if labels == "object" else _CORE50_CATEGORIES, memory_gb=memory_gb,
+        cache=cache,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.nn.backbones.traced import default_layers, has_same_gradients, trace_stages
+from clframe.nn.backbones.traced_graph import BATCHES, starts_in_place
 from clframe.registry import Registry, call_problem
 
 Flow = Tensor | tuple[Tensor, ...]
@@ -129,7 +131,7 @@ def _dry_run(stages: Stages, x: Tensor, *, call: Callable[[nn.Module, Any], Any]
             # A version counts the writes to a tensor and to every view of it.
             written = [k for k, (tap, version) in enumerate(seen) if tap._version != version]
             seen = [(tap, tap._version) for tap, _ in seen]
-            if not written and _starts_in_place(stage):
+            if not written and starts_in_place(stage):
                 written = [index]
             yield _Ran(name, stage, shape, written[0] if written else None)
 
@@ -154,13 +156,6 @@ def _check_shape(value: Any, *, name: str, last: bool, where: str) -> tuple[int,
             f"{where}: stage '{name}' returns shape {tuple(tap.shape)} for {_SAMPLES} samples; keep the batch first"
         )
     return tuple(tap.shape[1:])
-
-
-def _starts_in_place(stage: nn.Module) -> bool:
-    """Whether the stage begins with a layer marked in-place, such as dropout, which the dry run does not execute."""
-    while isinstance(stage, nn.Sequential) and len(stage):
-        stage = stage[0]
-    return getattr(stage, "inplace", False) is True
 
 
 def _match_parameters(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
@@ -223,6 +218,7 @@ class Backbone(nn.Module):
         *,
         input_shape: tuple[int, ...],
         depth: int = 1,
+        taps: Sequence[str] = (),
     ) -> Backbone:
         """Make a backbone from any layers; tap shapes come from a dry run.
 
@@ -230,36 +226,87 @@ class Backbone(nn.Module):
         :func:`~clframe.nn.backbones.base.infer_shapes`); if the last tap is not flat, a stage ``flat`` is added.
 
         Args:
-            model: An ``nn.Sequential``, or another module that only runs its children in order, which is checked on
-                random numbers; names of children become names of stages. Or ``(name, module)`` pairs. Leave out the
-                classifier: the network adds its own.
+            model: A module; names of its children become names of stages. One that does more than run its children in
+                order, which is checked on random numbers, is traced by torch.fx and divided after those of its blocks
+                through which every path leads. Or ``(name, module)`` pairs. Leave out the classifier: the network adds
+                its own.
             input_shape: Shape of one sample.
             depth: Levels of nested ``nn.Sequential`` children to expand: with 2, ``layer1`` becomes ``layer1.0``,
                 ``layer1.1``, and so on.
+            taps: Names of layers, such as ``layer2.1``: the model is traced and divided after these, and nowhere else.
 
         Raises:
-            ConfigError: A stage that fails or drops the batch dimension, or a module that does more than run its
-                children in order.
+            ConfigError: A stage that fails or drops the batch dimension, a model that cannot be traced, or a tap that
+                is not on every path from the inputs to the features.
+            UnknownNameError: A tap that the model does not have.
 
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
         >>> Backbone.of(net, input_shape=(3, 32, 32)).tap_shapes
         {'0': (8, 30, 30), '1': (8, 30, 30), '2': (8, 2, 2), 'flat': (32,)}
         """
         require_at_least(depth, 1, where="backbone: depth")
-        stages = list(_expand(model, depth) if isinstance(model, nn.Module) else model)
+        if not isinstance(model, nn.Module):
+            if taps:
+                raise ConfigError("backbone: found taps for stages in pairs; give the module that contains the layers")
+            return cls._of_stages(infer_shapes(list(model), input_shape, where="backbone", compute=True), input_shape)
+        if taps:
+            return cls.traced(model, input_shape=input_shape, taps=taps)
+        stages = list(_expand(model, depth))
+        if type(model) is nn.Sequential:
+            return cls._of_stages(infer_shapes(stages, input_shape, where="backbone", compute=True), input_shape)
+        try:
+            shaped = infer_shapes(stages, input_shape, where="backbone", compute=True)
+        except ConfigError:  # the children do not accept each other's outputs
+            shaped = []
+        if shaped and is_equivalent(model, [stage for _, stage, _ in shaped], input_shape):
+            return cls._of_stages(shaped, input_shape)
+        return cls.traced(model, input_shape=input_shape, defaults=default_layers(model, depth=depth))
+
+    @classmethod
+    def traced(
+        cls,
+        model: nn.Module,
+        *,
+        input_shape: tuple[int, ...],
+        taps: Sequence[str] = (),
+        defaults: Sequence[str] = (),
+        where: str = "backbone",
+    ) -> Backbone:
+        """Make a backbone from a model whose forward torch.fx traces, see :func:`~.traced.trace_stages`.
+
+        Args:
+            model: The model.
+            input_shape: Shape of one sample.
+            taps: Names of layers after which it is divided.
+            defaults: Further ones, left out where that is impossible.
+            where: Prefix of messages.
+
+        Raises:
+            ConfigError: A model that cannot be traced, or cannot be divided after one of the taps.
+            UnknownNameError: A tap that the model does not have.
+        """
+        noise = torch.rand(max(BATCHES), *input_shape, generator=torch.Generator().manual_seed(0))
+        x, training = _match_parameters(noise, [model]), model.training
+        with preserving_state([model]):
+            stages = trace_stages(model, taps, x, where=where, defaults=defaults)
+            parts = [stage for _, stage in stages]
+            if not is_equivalent(model, parts, input_shape) or not has_same_gradients(model, parts, x):
+                found = f"{where}: the traced forward of {type(model).__name__} differs from the model"
+                raise ConfigError(
+                    f"{found}; give (name, module) pairs to Backbone.of, or use torch.no_grad() inside of layers only"
+                )
+        for _, stage in stages:
+            stage.training = training  # of the stage alone: the layers in it have their own
+        return cls._of_stages(infer_shapes(stages, input_shape, where=where, compute=True), input_shape)
+
+    @classmethod
+    def _of_stages(cls, stages: list[ShapedStage], input_shape: tuple[int, ...]) -> Backbone:
+        """A backbone of the stages; one that flattens the last tap is added where it is not flat."""
         if not stages:
             raise ConfigError("backbone: found no stages; give at least one")
-        taps = infer_shapes(stages, input_shape, where="backbone", compute=True)
-        parts = [stage for _, stage, _ in taps]
-        plain = type(model) is nn.Sequential
-        if isinstance(model, nn.Module) and not plain and not is_equivalent(model, parts, input_shape):
-            raise ConfigError(
-                f"backbone: {type(model).__name__} does more than run its children in order; "
-                f"give (name, module) pairs that do"
-            )
-        if len(taps[-1][2]) != 1:
-            taps.append(("flat", nn.Flatten(), (prod(taps[-1][2]),)))
-        return cls(taps, input_shape=input_shape)
+        shape = stages[-1][2]
+        flat = [] if len(shape) == 1 else [("flat", nn.Flatten(), (prod(shape),))]
+        return cls([*stages, *flat], input_shape=input_shape)
 
     @property
     def features(self) -> int:
@@ -358,6 +405,6 @@ def _problem(entry: Callable[..., Backbone]) -> str:
 
 
 BACKBONES: Registry[Callable[..., Backbone]] = Registry(
-    "backbone", group="clframe.backbones", load=load_backbone, problem=_problem
+    "backbone", group="clframe.backbones", load=load_backbone, problem=_problem, own=True
 )
 """Every backbone by name: functions ``(input_shape, *, options) -> Backbone``."""

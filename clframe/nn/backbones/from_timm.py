@@ -4,7 +4,7 @@ Convolutional and hierarchical models are cut at the modules of timm's ``feature
 names (``layer1``, ``blocks.2``, ``stages.0``); vision transformers are cut into ``embed`` and their blocks
 (``blocks.0``, ...). What follows, up to the classifier, is the last stage, ``head``. Whether the stages compute
 what the whole model does is checked on random images when the backbone is built: a model whose forward does more
-than run its parts in order is refused, never approximated.
+than run its parts in order is traced by torch.fx and divided after its blocks, never approximated.
 
 Taps are (channels, height, width), also where timm's maps are channels-last, or (tokens, width).
 """
@@ -16,14 +16,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, nearest
-from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, is_equivalent, require_image
-from clframe.nn.backbones.pretrained import ChannelsFirst, require_package
+from clframe.errors import ConfigError, DataError, UnknownNameError, nearest
+from clframe.nn.backbones.base import (
+    BACKBONES,
+    Backbone,
+    ShapedStage,
+    infer_shapes,
+    is_equivalent,
+    require_image,
+)
+from clframe.nn.backbones.pretrained import ChannelsFirst, require_package, with_channels_first
+from clframe.nn.backbones.traced import DEPTH, default_layers
 
 
 @BACKBONES.register("timm")
-def timm(input_shape: tuple[int, int, int], *, model: str, pretrained: bool = False) -> Backbone:
-    """Any timm model that can be cut into stages (needs the extra timm).
+def timm(
+    input_shape: tuple[int, int, int], *, model: str, pretrained: bool = False, taps: tuple[str, ...] = ()
+) -> Backbone:
+    """Any timm model that can be cut into stages or traced by torch.fx (needs the extra timm).
 
     Args:
         input_shape: (channels, height, width) of one image. timm adapts the first layer to the channels, and
@@ -31,27 +41,34 @@ def timm(input_shape: tuple[int, int, int], *, model: str, pretrained: bool = Fa
         model: Name in timm, such as ``resnet10t`` or ``vit_tiny_patch16_224``.
         pretrained: Whether to download timm's weights; otherwise they are random. Files are read as tensors
             only.
+        taps: Layers after which the model is divided, such as ``layer2.1``, next to its stages. Layers that
+            ``exits.at`` names are added. The model is traced if one of them is not the end of a stage.
 
     Raises:
-        UnsupportedError: timm is not installed, or the model cannot be cut into stages.
-        UnknownNameError: timm has no model of this name.
+        UnsupportedError: timm is not installed.
+        UnknownNameError: timm has no model of this name, or the model has no such layer.
         DataError: Weights that could not be downloaded.
-        ConfigError: Images that the model does not accept.
+        ConfigError: Images that the model does not accept, or a model that can neither be cut nor traced.
     """
     channels, _, _ = require_image(input_shape, 1, where="timm")
     whole = _created(model, pretrained=pretrained, input_shape=input_shape, channels=channels)
     infer_shapes([(model, whole)], input_shape, where="timm")  # raises for unsupported images
+    stages: list[ShapedStage] = []
     for cut in (_by_feature_info, _by_blocks):
         try:
-            taps = infer_shapes(cut(whole), input_shape, where="timm")
+            found = infer_shapes(cut(whole), input_shape, where="timm")
         except ConfigError:  # the modules do not accept each other's outputs
             continue
-        if taps and is_equivalent(whole, [stage for _, stage, _ in taps], input_shape):
-            return Backbone(taps, input_shape=input_shape)
-    raise UnsupportedError(
-        f"timm.model: {model} does more than run its modules in order and cannot be cut into stages; "
-        f"use another model, or pass its stages to Backbone.of"
-    )
+        if found and is_equivalent(whole, [stage for _, stage, _ in found], input_shape):
+            stages = found
+            break
+    names = [name for name, _, _ in stages]
+    if stages and set(taps) <= set(names):
+        return Backbone(stages, input_shape=input_shape)
+    layers = dict(whole.named_modules())
+    defaults = [name for name in names if name in layers] or default_layers(whole, depth=DEPTH)
+    traced = Backbone.traced(whole, input_shape=input_shape, taps=taps, defaults=defaults, where="timm")
+    return with_channels_first(traced) if getattr(whole, "output_fmt", "NCHW") == "NHWC" else traced
 
 
 def _created(name: str, *, pretrained: bool, input_shape: tuple[int, ...], channels: int) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.nn.backbones.base import Backbone
 
 
 def require_package(package: str, *, where: str) -> Any:
@@ -121,3 +122,11 @@ class ChannelsFirst(nn.Module):
         """Permute maps_BCHW, run the module, and permute its output back if it is a map."""
         out: Tensor = self.body(x if self.from_image else x.permute(0, 2, 3, 1))
         return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
+
+
+def with_channels_first(backbone: Backbone) -> Backbone:
+    """A backbone whose taps are (channels, height, width), of one whose maps are (height, width, channels)."""
+    stages: Sequence[Any] = [ChannelsFirst(stage, from_image=not i) for i, stage in enumerate(backbone.stages)]
+    shapes = [backbone.tap_shapes[name] for name in backbone.names]
+    turned = [(shape[2], shape[0], shape[1]) if len(shape) == 3 else shape for shape in shapes]
+    return Backbone(list(zip(backbone.names, stages, turned, strict=True)), input_shape=backbone.input_shape)

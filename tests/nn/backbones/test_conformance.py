@@ -20,6 +20,7 @@ OPTIONS = {
     "bert": {"vocabulary": 50, "width": 16, "dropout": 0.0},
     "small_cnn": {"width": 4},
     "timm": {"model": "test_resnet"},
+    "torchvision": {"model": "shufflenet_v2_x0_5"},
     "vgg11": {"width": 4, "hidden": 16, "dropout": 0.0},
     "vgg13": {"width": 4, "hidden": 16, "dropout": 0.0},
     "vgg16": {"width": 4, "hidden": 16, "dropout": 0.0},
@@ -90,7 +91,7 @@ def test_declared_taps_are_the_real_ones(name):
 def test_every_input_size_declares_its_own_shapes(name):
     declared = []
     for shape in shapes(name):
-        with torch.device("cpu" if name == "timm" else "meta"):  # timm's construction looks at numbers
+        with torch.device("cpu" if name in ("timm", "torchvision") else "meta"):  # construction looks at numbers
             backbone = build(name, shape)
             x = torch.zeros(3, *shape)
         with torch.no_grad():

@@ -105,10 +105,11 @@ class InOrder(nn.Module):
         return y + x if self.twice else y
 
 
-def test_other_modules_are_checked_to_run_their_children_in_order():
+def test_a_module_that_does_more_than_run_its_children_is_traced():
     assert Backbone.of(InOrder(twice=False), input_shape=(3,)).names == ("first", "second")
-    with pytest.raises(ConfigError, match=r"^backbone: InOrder does more than run its children in order; give \(name"):
-        Backbone.of(InOrder(twice=True), input_shape=(3,))
+    twice = InOrder(twice=True)
+    backbone, x = Backbone.of(twice, input_shape=(3,)), torch.randn(4, 3)
+    assert torch.equal(backbone(x), twice(x))
 
 
 class Carrying(nn.Module):

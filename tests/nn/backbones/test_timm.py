@@ -46,9 +46,29 @@ def test_channels_last_maps_are_turned():
     assert with_maps.tap_shapes["layers.3"] == (768, 2, 2)
 
 
-def test_a_model_whose_forward_is_no_sequence_is_refused():
-    with pytest.raises(UnsupportedError, match=r"^timm.model: hrnet_w18_small does more than run its modules in"):
-        timm((3, 32, 32), model="hrnet_w18_small")
+@pytest.mark.slow
+def test_a_model_whose_forward_is_no_sequence_is_traced():
+    torch.manual_seed(6)
+    backbone = timm((3, 64, 64), model="hrnet_w18_small").eval()
+    torch.manual_seed(6)
+    whole = library.create_model("hrnet_w18_small", num_classes=0).eval()
+    assert backbone.names == ("layer1.0", "global_pool", "output")  # between them it has several branches
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone(x), whole(x))
+
+
+def test_layers_inside_of_stages_are_taps_by_name():
+    torch.manual_seed(6)
+    backbone = timm((3, 40, 33), model="test_resnet", taps=("layer2.0",)).eval()
+    torch.manual_seed(6)
+    whole = library.create_model("test_resnet", num_classes=0).eval()
+    assert backbone.names == ("act1", "layer1", "layer2.0", "layer2", "layer3", "layer4", "output")
+    x = torch.randn(2, 3, 40, 33)
+    with torch.no_grad():
+        assert torch.equal(backbone(x), whole(x))
+    maps = timm((3, 64, 64), model="swin_tiny_patch4_window7_224", taps=("layers.1.blocks.0",))
+    assert maps.tap_shapes["layers.1.blocks.0"] == (192, 8, 8)  # (height, width, channels) in timm
 
 
 def test_an_unknown_model_offers_the_nearest():

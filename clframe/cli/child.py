@@ -1,8 +1,8 @@
-"""The process of one run of ``clframe run --seeds A..B --jobs N``; see :mod:`clframe.cli.side_by_side`.
+"""The process of one of several runs that one command trains; see :mod:`clframe.cli.pool`.
 
-It reads its request from the standard input and writes events to the standard output, both JSON, one object a line.
-When the standard input is closed, also because the process that started it was killed, the run stops as on SIGTERM: it
-finishes its step and saves.
+It is a run of ``clframe run --seeds A..B --jobs N`` or a cell of a sweep. It reads its request from the standard input
+and writes events to the standard output, both JSON, one object a line. When the standard input is closed, also because
+the process that started it was killed, the run stops as on SIGTERM: it finishes its step and saves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clframe.cli.context import notices, progress_line
@@ -26,12 +27,14 @@ from clframe.progress import BarState, hide_progress, relay_progress
 if TYPE_CHECKING:
     from clframe.build import Setup
 
+_KINDS = {"done": "finished", "failed": "failed", "locked": "locked"}
+"""Event by the outcome of a cell."""
 BEGIN = "begin"
 """The line after the request, on which the run begins."""
 
 
 def main() -> None:
-    """Run one seed."""
+    """Run what is requested."""
     events = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes to stderr
 
@@ -74,11 +77,20 @@ def _serve(send: Any) -> None:
         send("bar", bar=None if bar is None else bar._asdict())
 
     shown = relay_progress(show) if request["bars"] else hide_progress()
+
+    def evaluated(progress: Any) -> None:
+        send("experience", line=progress_line(progress))
+
     with notices(quiet=quiet) as data_notices, shown:
+        if request.get("cell") is not None:
+            from clframe.sweep.work import run_cell
+
+            outcome = run_cell(Path(request["sweep"]), request["cell"], on_built=begin, on_evaluated=evaluated)
+            send(_KINDS[outcome.state], folder=outcome.folder, reason=outcome.reason)
+            return
         result = clframe.api.run(
-            request["config"], request["overrides"], output=request["output"], on_built=begin,
-            on_evaluated=lambda progress: send("experience", line=progress_line(progress)),
-        )  # fmt: skip
+            request["config"], request["overrides"], output=request["output"], on_built=begin, on_evaluated=evaluated
+        )
     if measure:
         send("measured", peak=_peak(memory), **memory)
     else:

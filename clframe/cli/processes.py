@@ -1,4 +1,4 @@
-"""The processes that ``clframe run --jobs`` starts, as seen from the one that starts them."""
+"""The processes of several runs, as seen from the one that starts them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,46 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clframe.cli.seed_process import BEGIN
+from clframe.cli.child import BEGIN
 
-_CODE = "import sys; sys.path[:] = sys.argv[1].split(chr(10)); from clframe.cli.seed_process import main; main()"
+_CODE = "import sys; sys.path[:] = sys.argv[1].split(chr(10)); from clframe.cli.child import main; main()"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-Events = queue.SimpleQueue[tuple["SeedRun", str, Any]]
+Events = queue.SimpleQueue[tuple["RunProcess", str, Any]]
 
 
-class SeedRun:
+@dataclass(frozen=True)
+class Task:
+    """One run, and the request that its process reads first; see :mod:`clframe.cli.child`."""
+
+    key: int | str
+    """Its seed, or the key of its cell."""
+    label: str
+    """In front of its lines and bars."""
+    request: Mapping[str, Any]
+    reads: str = ""
+    """Equal for runs that read the same data: the others begin once the first of them has read it."""
+
+
+class RunProcess:
     """One process and what it has said so far.
 
     Args:
-        seed: Of its run.
-        request: What it reads first; see :mod:`clframe.cli.seed_process`.
+        task: Its run.
         threads: Its CPU threads; None leaves them to torch.
+        device: The one CUDA device that it sees; None shows it all.
         events: Receives what it says: the object itself, the kind of event and its values.
 
     Attributes:
         measures: Whether the run is a short one, for a measurement.
         built: Whether the run is ready to train.
         ended: Whether the process has ended.
+        locked: Whether another process trains the cell.
         folder: Of a finished run.
         reason: Why the run failed.
         advice: What continues a run that was stopped; None for one without a folder.
@@ -41,9 +57,9 @@ class SeedRun:
         position: Of its progress bar.
     """
 
-    def __init__(self, seed: int, request: dict[str, Any], *, threads: int | None, events: Events) -> None:
-        self.seed, self.measures = seed, bool(request["measure"])
-        self.built = self.ended = False
+    def __init__(self, task: Task, *, threads: int | None, events: Events, device: str | None = None) -> None:
+        self.task, self.device, self.measures = task, device, bool(task.request.get("measure"))
+        self.built = self.ended = self.locked = False
         self.folder: Path | None = None
         self.reason: str | None = None
         self.advice: str | None = None
@@ -53,10 +69,10 @@ class SeedRun:
         self._begun = self._stopped = False
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, "\n".join(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", env=_environment(threads),
+            stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", env=_environment(threads, device),
             start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which then stops the others
         )  # fmt: skip
-        self._write(json.dumps(request))
+        self._write(json.dumps(dict(task.request)))
         self._lines = threading.Thread(target=self._read_lines, daemon=True)
         self._lines.start()
         threading.Thread(target=self._read_events, daemon=True).start()
@@ -85,6 +101,8 @@ class SeedRun:
             self.folder = Path(values["folder"])
         elif kind == "failed":
             self.reason = values["reason"]
+        elif kind == "locked":
+            self.locked = True
         elif kind == "measured":
             self.found = values
         elif kind == "interrupted":
@@ -92,7 +110,8 @@ class SeedRun:
         elif kind == "ended":
             self.ended = True
             self._close()
-            if self.folder is None and self.reason is None and self.found is None and not self._stopped:
+            known = self.folder or self.reason or self.found or self.locked
+            if not known and not self._stopped:
                 how = f"its process ended {_describe_exit(values)}; see the lines above"
                 self.reason = how if self.advice is None else f"its process was stopped; {self.advice}"
 
@@ -125,9 +144,11 @@ class SeedRun:
                     self._events.put((self, "line", line.rstrip("\n")))
 
 
-def _environment(threads: int | None) -> dict[str, str]:
-    """The environment of a process, whose torch has at most ``threads`` threads."""
+def _environment(threads: int | None, device: str | None) -> dict[str, str]:
+    """The environment of a process, whose torch has at most ``threads`` threads and sees one device."""
     found = dict(os.environ)
+    if device is not None:
+        found["CUDA_VISIBLE_DEVICES"] = device
     if threads is not None:
         for name in _THREADS:
             before = found.get(name, "")

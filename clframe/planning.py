@@ -1,0 +1,92 @@
+"""Plan of a run with a training budget: how many steps of each experience it affords."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clframe.build import Setup, build_backbone
+from clframe.config.schema import CheckpointConfig
+from clframe.core import Composition
+from clframe.errors import ConfigError
+from clframe.nn import Network
+from clframe.optimization import build_scheduler
+from clframe.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from clframe.training.budget import ExperienceCost, TrainingPlan
+    from clframe.training.session import Session
+
+NewSession = Callable[[Setup, RunFolder, None], "Session"]
+"""Creates the session of a run in a folder."""
+
+
+def plan_training(setup: Setup, new_session: NewSession) -> TrainingPlan | None:
+    """Return the steps of each experience that the budget of a run affords; None without a budget.
+
+    Args:
+        setup: The objects of the run, before components have changed the network; they stay as they are.
+        new_session: Creates a session of copies, on which the costs are counted.
+
+    Raises:
+        ConfigError: The budget affords no step, or the run is an extension.
+    """
+    from clframe.training.budget import TrainingPlan, plan_steps
+
+    config, budget = setup.config, setup.config.trainer.budget
+    if not budget.is_set:
+        return None
+    if config.earlier:
+        key, value = ("macs", budget.macs) if budget.relative is None else ("relative", budget.relative)
+        raise ConfigError(
+            f"trainer.budget.{key}: found {value:.4g} for an extended run, whose earlier experiences cannot be "
+            f"counted; set trainer.budget.{key}=null"
+        )
+    if config.benchmark.online is not None:
+        raise ConfigError(
+            f"benchmark.online: found {config.benchmark.online} with trainer.budget, but such a stream takes every "
+            f"sample once and has a fixed number of steps; leave out one of them"
+        )
+    costs = _count_costs(setup, new_session)
+    if not any(cost.batches for cost in costs):
+        raise ConfigError(f"trainer.budget: {config.strategy} takes no training steps, whose number a budget would "
+                          f"set; set trainer.budget.macs=null and trainer.budget.relative=null")  # fmt: skip
+    if budget.macs is not None:
+        budgets = [round(budget.macs)] * len(costs)
+    else:
+        assert budget.relative is not None
+        budgets = [round(budget.relative * macs) for macs in naive_costs(setup, new_session)]
+    return TrainingPlan(plan_steps(costs, budgets), partial(build_scheduler, config.optimizer))
+
+
+def naive_costs(setup: Setup, new_session: NewSession) -> list[int]:
+    """Return the MACs of ``trainer.epochs`` epochs of each experience with ``naive`` and a network without exits."""
+    epochs, benchmark = setup.config.trainer.epochs, setup.benchmark
+    network = Network(build_backbone(setup.config.backbone)(benchmark.input_shape))
+    config = replace(setup.config, strategy="naive", components={})
+    costs = _count_costs(Setup(config, Composition(), benchmark, network), new_session)
+    return [epochs * cost.epoch for cost in costs]
+
+
+def _count_costs(setup: Setup, new_session: NewSession) -> tuple[ExperienceCost, ...]:
+    """Count what every experience costs, on a copy of the run that takes one step per epoch and writes nothing."""
+    from clframe.training.step_cost import keep_random_states
+
+    quiet = replace(
+        setup.config.trainer, loggers=(), figures="none", progress=False, on_nonfinite="warn",
+        checkpoint=CheckpointConfig(every=None),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(setup.config, trainer=quiet)
+        copied = replace(setup, config=config, network=copy.deepcopy(setup.network))
+        session = new_session(copied, RunFolder(Path(folder)), None)
+        try:
+            with keep_random_states(session.strategy.device):
+                return session.count_costs()
+        finally:
+            session.close()

@@ -1,0 +1,131 @@
+"""Training budgets: how many steps of a strategy cost a given number of MACs.
+
+A budget covers all that training on an experience executes: forward and backward passes, replayed samples, teachers,
+terms of components, and what components compute before and after it (importances, herding, routers). Evaluation is not
+part of it, because no step depends on it: budgets are refused together with what evaluates inside training.
+
+Costs are counted before the run, on a copy of it that takes one step per epoch (:func:`plan_steps` gets these counts).
+They depend on shapes, so the plan is exact up to smaller last batches and costs that change during an experience. The
+last epoch is therefore cut by what the run itself has counted so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from clframe.errors import ConfigError
+
+TOLERANCE: Final = 0.01
+"""Largest deviation from the budget of an experience, as a share of it, that is not reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceCost:
+    """Counted cost of training on one experience, in MACs."""
+
+    before: int
+    """Of components before the first step."""
+    step: int
+    """Mean of one step on a full batch."""
+    epoch: int
+    """Of an epoch; its last batch may be smaller."""
+    after: int
+    """Of components after the last step."""
+    batches: int
+    """Steps of an epoch; 0 where the strategy does not train on the experience."""
+
+    def steps(self, macs: int) -> int:
+        """Return the steps that cost ``macs``, to the nearest step: whole epochs, then full batches.
+
+        >>> cost = ExperienceCost(before=0, step=10, epoch=63, after=40, batches=7)
+        >>> cost.steps(62), cost.steps(63), cost.steps(63 + 24), cost.steps(63 + 25)
+        (6, 7, 9, 10)
+        """
+        epochs, rest = divmod(macs, self.epoch)
+        return epochs * self.batches + min((rest + self.step // 2) // self.step, self.batches)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedExperience:
+    """Training on one experience within a budget."""
+
+    budget: int
+    """MACs that may be spent."""
+    cost: ExperienceCost
+    epochs: int
+    """Epochs; the last one is cut where the budget ends."""
+    steps: int
+    """Expected steps of all epochs."""
+
+    def batches_of(self, epoch: int, *, whole: int, spent: int) -> int:
+        """Return the batches of an epoch.
+
+        Args:
+            epoch: Its number, from 0.
+            whole: Batches of a complete epoch.
+            spent: MACs of the experience before the epoch.
+
+        >>> cost = ExperienceCost(before=0, step=10, epoch=63, after=40, batches=7)
+        >>> planned = plan_steps([cost], [190])[0]
+        >>> planned.epochs, planned.steps
+        (3, 16)
+        >>> planned.batches_of(0, whole=7, spent=0), planned.batches_of(2, whole=7, spent=126)
+        (7, 2)
+        """
+        if epoch + 1 < self.epochs:
+            return whole
+        left = max(self.budget - self.cost.after - spent, 0)
+        return min(max(self.cost.steps(left), 1), whole)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Training of all experiences within their budgets.
+
+    Args:
+        experiences: The plan of each experience.
+        schedule: Returns the learning-rate schedule over a number of epochs, as ``scheduler`` of a ``ContinualModule``.
+    """
+
+    experiences: tuple[PlannedExperience, ...]
+    schedule: Callable[[int], Any]
+
+    def table(self) -> str:
+        """Return budget, cost of a step, fixed cost, epochs and steps of each experience, as text."""
+        heading = f"{'experience':<12}{'budget':>12}{'per step':>12}{'in between':>12}{'epochs':>9}{'steps':>9}"
+        rows = [
+            f"{index:<12}{one.budget:>12.4g}{one.cost.step:>12.4g}{one.cost.before + one.cost.after:>12.4g}"
+            f"{_epochs(one):>9}{one.steps:>9,}"
+            for index, one in enumerate(self.experiences)
+        ]
+        return "\n".join([f"{heading}   (MACs)", *rows])
+
+
+def _epochs(planned: PlannedExperience) -> str:
+    return f"{planned.steps / planned.cost.batches:.2f}" if planned.steps else "0"
+
+
+def plan_steps(costs: Sequence[ExperienceCost], budgets: Sequence[int]) -> tuple[PlannedExperience, ...]:
+    """Return as many steps of each experience as its budget affords, in epochs of which the last one may be cut.
+
+    Raises:
+        ConfigError: A budget affords not a single step.
+    """
+    found = []
+    for index, (cost, budget) in enumerate(zip(costs, budgets, strict=True)):
+        if not cost.batches:  # joint training takes all steps in the last experience
+            found.append(PlannedExperience(budget, cost, 1, 0))
+            continue
+        steps = cost.steps(max(budget - cost.before - cost.after, 0))
+        if steps < 1:
+            least = cost.before + cost.step + cost.after
+            raise ConfigError(
+                f"trainer.budget: found {budget:.4g} MACs for experience {index + 1}, but one step costs {least:.4g} "
+                f"with what components compute before and after training ({cost.before + cost.after:.4g}); give more, "
+                f"or components that cost less"
+            )
+        found.append(PlannedExperience(budget, cost, math.ceil(steps / cost.batches), steps))
+    return tuple(found)

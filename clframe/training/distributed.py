@@ -1,0 +1,479 @@
+"""One model trained by several processes, one per device: how they share a batch and stay identical.
+
+Every process draws the same batch: order, augmentation, replayed samples and heads are functions of (seed, experience,
+epoch, step), and all of them have all data. A process runs the network on its share of the rows, every n-th one, and
+gathers the outputs of all. So each computes the losses of the whole batch, whatever they are: means over parts of it,
+contrastive terms, penalties on weights. With n processes and the loss L of the whole batch::
+
+    rows r, r + n, r + 2n, ... of every part of the batch     the share of process r
+    gradient of the gathered outputs -> n * own rows          each process runs backward on the same L
+    mean over processes of the gradients of the weights       = dL/dw, as in one process
+
+A term on weights has the whole gradient in each process, and the mean leaves it as it is. Buffers, importances and
+metrics are computed from whole batches and whole data by every process.
+
+What is not as in one process: batch normalization uses the statistics of a share (unless ``trainer.sync_batchnorm``),
+whose running means and variances are averaged after each update, and dropout draws other masks. A batch with fewer than
+two rows per process, or with parts that cannot be divided evenly, is computed by every process as a whole.
+
+Shape suffixes: N rows of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from clframe.errors import DistributedError
+from clframe.nn.network import Network
+from clframe.nn.types import Output
+
+TIMEOUT = timedelta(minutes=30)
+"""Longest time for which a process waits for the others; one that has died is noticed within seconds."""
+BUCKET = 2**26
+"""Most values that are averaged in one call."""
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The rows of a batch that a process computes."""
+
+    size: int
+    """Rows of the whole batch."""
+    rows: Tensor
+    """Indices of the own rows."""
+    parts: tuple[int, ...]
+    """Own rows of each part; empty for a batch of one part."""
+    most: int
+    """Rows of the largest share."""
+    order: Tensor
+    """Place of every row of the batch among the gathered shares, each padded to ``most`` rows."""
+
+    @property
+    def count(self) -> int:
+        """Number of the own rows."""
+        return len(self.rows)
+
+    def on(self, device: torch.device) -> Share:
+        """Return the share with its indices on a device."""
+        if self.rows.device == device:
+            return self
+        return replace(self, rows=self.rows.to(device), order=self.order.to(device))
+
+
+def divide(size: int, parts: Sequence[int], *, rank: int, world: int) -> Share:
+    """Divide a batch: process r computes rows r, r + world, ... of every part.
+
+    Args:
+        size: Rows of the batch.
+        parts: Sizes of its parts; empty for one.
+        rank: The process.
+        world: Number of processes.
+
+    >>> [divide(5, (), rank=r, world=2).rows.tolist() for r in (0, 1)]
+    [[0, 2, 4], [1, 3]]
+    >>> divide(6, (4, 2), rank=1, world=2).rows.tolist(), divide(6, (4, 2), rank=1, world=2).parts
+    ([1, 3, 5], (2, 1))
+    >>> divide(5, (), rank=0, world=2).order.tolist()
+    [0, 3, 1, 4, 2]
+    """
+    sizes = tuple(parts) or (size,)
+    shares: list[list[int]] = [[] for _ in range(world)]
+    first = 0
+    for part in sizes:
+        for r, rows in enumerate(shares):
+            rows.extend(range(first + r, first + part, world))
+        first += part
+    most = max(map(len, shares))
+    order = [0] * size
+    for r, rows in enumerate(shares):
+        for place, row in enumerate(rows):
+            order[row] = r * most + place
+    own = tuple(len(range(rank, part, world)) for part in parts)
+    return Share(size, torch.tensor(shares[rank], dtype=torch.long), own, most, torch.tensor(order, dtype=torch.long))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of the whole batch from the shares; backward, n times the gradient of the own rows of n processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, share: Share, group: Group) -> Tensor:
+        ctx.share, ctx.group = share, group
+        return group.gather(own, share)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        # Autograd runs what was computed last first: the losses are done, and the own rows of the network follow.
+        ctx.group.on_own_rows()
+        return gradients[0].index_select(0, ctx.share.rows) * ctx.group.size, None, None
+
+
+class _Mean(torch.autograd.Function):
+    """Mean of means over the rows of each share; backward, n times the gradient of the own summand of n processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, share: Share, group: Group) -> Tensor:
+        ctx.factor = share.count / share.size
+        ctx.world = group.size
+        return group.sum(own * ctx.factor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * (ctx.factor * ctx.world), None, None
+
+
+class Group:
+    """The processes that train one model; torch.distributed is initialized.
+
+    Args:
+        rank: Number of this process, from 0.
+        devices: Those of all processes.
+
+    Attributes:
+        on_own_rows: Called when the backward pass reaches the rows of this process.
+    """
+
+    def __init__(self, rank: int, devices: Sequence[torch.device]) -> None:
+        self.on_own_rows: Callable[[], None] = lambda: None
+        self.rank, self.size, self.devices = rank, len(devices), tuple(devices)
+        self.device = self.devices[rank]
+        self._shares: dict[tuple[int, tuple[int, ...], int], Share | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """Return the group itself."""
+        return self
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    # --- a batch ----------------------------------------------------------------------------------
+
+    def share(self, size: int, parts: Sequence[int] = (), *, least: int = 1) -> Share | None:
+        """Return the share of a batch on the device; None where every process computes the whole batch.
+
+        Args:
+            size: Rows of the batch.
+            parts: Sizes of the parts that have separate batch statistics.
+            least: Fewest rows of each part for every process.
+        """
+        key = size, tuple(parts), least
+        if key not in self._shares:
+            sizes = key[1] or (size,)
+            whole = min(sizes) < least * self.size or (len(sizes) > 1 and any(part % self.size for part in sizes))
+            share = None
+            if not whole:
+                share = divide(size, key[1], rank=self.rank, world=self.size).on(self.device)
+            self._shares[key] = share
+        return self._shares[key]
+
+    def gather_output(self, own: Output, share: Share, *, stages: Collection[str]) -> Output:
+        """Return the output for the whole batch from the outputs of all shares.
+
+        Args:
+            own: Output for the own rows.
+            share: The share.
+            stages: Taps with one row per sample; others are means over the rows.
+        """
+        widths = [logits_BC.shape[1] for logits_BC in own.logits]
+        if not any(widths):
+            logits = tuple(logits_BC.new_zeros(share.size, 0) for logits_BC in own.logits)
+        else:
+            logits = self._gather(torch.cat(own.logits, dim=1), share).split(widths, dim=1)
+        taps = {
+            name: self._gather(tap, share) if name in stages else _Mean.apply(tap, share, self)
+            for name, tap in own.taps.items()
+        }
+        return own._replace(logits=tuple(logits), taps=taps)
+
+    def _gather(self, own: Tensor, share: Share) -> Tensor:
+        found: Tensor = _Gather.apply(own, share, self)
+        return found
+
+    def gather(self, own: Tensor, share: Share) -> Tensor:
+        """Return the rows of the whole batch from those of every share, without a gradient."""
+        if share.count < share.most:
+            own = torch.cat([own, own.new_zeros(share.most - share.count, *own.shape[1:])])
+        found = own.new_empty(self.size * share.most, *own.shape[1:])
+        # As bytes: gloo does not know every type of number.
+        dist.all_gather_into_tensor(_as_bytes(found), _as_bytes(own.contiguous()))
+        return found.index_select(0, share.order)
+
+    # --- gradients and statistics -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def average_gradients(
+        self, parameters: Iterable[nn.Parameter], *, norms: Sequence[nn.Module] = (), share: Share | None = None
+    ) -> None:
+        """Average the gradients over the processes, and the running statistics of batch normalization.
+
+        Args:
+            parameters: Those that learn, in the same order in every process.
+            norms: Modules whose running statistics are averaged, weighted by the rows of each process.
+            share: Of the batch; None where every process computed all of it.
+        """
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        present = [parameter.grad for parameter in learning]
+        # A parameter without a gradient here may have one elsewhere: sizes must be equal in every process.
+        tensors = [torch.zeros_like(p) if g is None else g for p, g in zip(learning, present, strict=True)]
+        weight = 1.0 if share is None else share.count * self.size / share.size
+        statistics = [value for norm in norms for value in _statistics(norm)]
+        if statistics and weight != 1:
+            torch._foreach_mul_(statistics, weight)
+        self._average([*tensors, *statistics])
+
+    def _average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their means over the processes, in a few calls."""
+        for bucket in _buckets(tensors):
+            # Sums of 16-bit numbers would lose digits, and gloo has none of them.
+            wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+            rows = [_in_memory_order(tensor) for tensor in bucket]
+            flat = torch.cat([row.reshape(-1).to(wide) for row in rows])
+            dist.all_reduce(flat)
+            flat.div_(self.size)
+            parts = flat.split([row.numel() for row in rows])
+            torch._foreach_copy_(rows, [part.view(row.shape) for part, row in zip(parts, rows, strict=True)])
+
+    # --- numbers ----------------------------------------------------------------------------------
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def total(self, number: int) -> int:
+        """Return the sum of a number over the processes."""
+        return int(self.sum(torch.tensor(number, dtype=torch.int64, device=self.device)))
+
+    def agree(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers of the first process, so that every process decides alike."""
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
+        dist.broadcast(values, 0)
+        return dict(zip(metrics, values.tolist(), strict=True))
+
+    def check_equal(self, values: Mapping[str, Tensor | float], *, where: str, advice: str) -> None:
+        """Check that numbers are equal in all processes.
+
+        Args:
+            values: By name.
+            where: Place in the run, for the message.
+            advice: What to do, for the message.
+
+        Raises:
+            DistributedError: They differ, so that the processes no longer train the same model.
+        """
+        own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()])
+        own = own.nan_to_num(nan=math.pi)
+        found = own.new_empty(self.size * len(own))
+        dist.all_gather_into_tensor(found, own)
+        different = (found.view(self.size, -1) != own).any(0).tolist()
+        names = [name for name, differs in zip(values, different, strict=True) if differs]
+        if names:
+            raise DistributedError(f"trainer.devices: the processes differ {where} ({', '.join(names)}); {advice}")
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Run a block in the first process, then in the others."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Return once every process is here."""
+        dist.all_reduce(torch.zeros(1, device=self.device))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def synchronize(self, network: Network, states: Mapping[str, Any]) -> dict[str, Any]:
+        """Give every process the weights, buffers and component states of the first one.
+
+        On a GPU, sums may differ in their last bits between processes, and with them selected samples and thresholds.
+
+        Args:
+            network: Its tensors are overwritten.
+            states: States by component name.
+
+        Returns:
+            The states.
+        """
+        plans = [_describe(states) if self.is_first else None]
+        dist.broadcast_object_list(plans, 0)
+        tensors = _tensors_of(network)
+        found = self._adopt(plans[0], states, tensors)
+        assert isinstance(found, dict)
+        self._send(tensors)
+        self.synchronize_generator()
+        return found
+
+    def synchronize_generator(self) -> None:
+        """Give the generator of every GPU the state of the first one's; those of the CPU are equal already."""
+        if self.device.type == "cuda":
+            state = torch.cuda.get_rng_state(self.device)
+            dist.broadcast(state, 0)
+            torch.cuda.set_rng_state(state, self.device)
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by those of the first process, in a few calls."""
+        for bucket in _buckets([tensor for tensor in tensors if tensor.numel()]):
+            parts = [_as_bytes(tensor.contiguous()) for tensor in bucket]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+            dist.broadcast(flat, 0)
+            if not self.is_first:
+                for tensor, part in zip(bucket, flat.split([len(part) for part in parts]), strict=True):
+                    tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+    def _adopt(self, plan: Any, own: Any, tensors: list[Tensor]) -> Any:
+        """Return the first process' value for ``own``, as described by ``plan``.
+
+        Args:
+            plan: The description.
+            own: Value of this process.
+            tensors: Is extended by the tensors of the value that are still to be sent.
+        """
+        kind, content = plan
+        if kind == "network":
+            if not isinstance(own, Network):
+                raise DistributedError(
+                    "trainer.devices: the processes differ in the networks that components keep; train on one device"
+                )
+            tensors += _tensors_of(own)
+            return own
+        if kind == "tensor":
+            shape, dtype, where = content
+            device = torch.device("cpu") if where == "cpu" else self.device
+            fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype and own.device == device
+            tensor = own if fits else torch.empty(shape, dtype=dtype, device=device)
+            tensors.append(tensor.data)
+            return tensor
+        if kind == "mapping":
+            mine = own if isinstance(own, Mapping) else {}
+            return {key: self._adopt(part, mine.get(key), tensors) for key, part in content.items()}
+        if kind in ("list", "tuple"):
+            values = list(own) if isinstance(own, (list, tuple)) else []
+            values += [None] * (len(content) - len(values))
+            parts = [self._adopt(part, value, tensors) for part, value in zip(content, values, strict=False)]
+            return parts if kind == "list" else tuple(parts)
+        return content
+
+    def close(self) -> None:
+        """Leave the group; the last call of a process."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _describe(value: Any) -> Any:
+    """Shapes of the tensors and networks in a state, and everything else in it."""
+    if isinstance(value, Network):
+        return "network", None
+    if isinstance(value, Tensor):
+        return "tensor", (value.shape, value.dtype, value.device.type)
+    if isinstance(value, Mapping):
+        return "mapping", {key: _describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [_describe(item) for item in value]
+    return "value", value
+
+
+def _tensors_of(network: Network) -> list[Tensor]:
+    return [tensor.data for tensor in (*network.parameters(), *network.buffers())]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a view whose elements are contiguous, where there is one: hundreds of copies are then one call."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).view(-1)
+    return tensor
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _statistics(norm: nn.Module) -> list[Tensor]:
+    values = [getattr(norm, "running_mean", None), getattr(norm, "running_var", None)]
+    return [value for value in values if value is not None]
+
+
+def learning_norms(network: nn.Module) -> list[nn.Module]:
+    """Return the batch normalizations that update running statistics of the rows that this process computes."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [
+        part for part in network.modules()
+        if isinstance(part, kinds) and part.training and not isinstance(part, nn.SyncBatchNorm)
+    ]  # fmt: skip
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into lists of one type and device and at most ``BUCKET`` values, or one tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or size + tensor.numel() > BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a number that differs, in all likelihood, between tensors that differ."""
+    sums = [tensor.detach().sum(dtype=torch.float64) for tensor in tensors if tensor.numel()]
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    values = torch.stack([value.to(sums[0].device) for value in sums])
+    return (values * torch.linspace(1, 2, len(sums), dtype=torch.float64, device=values.device)).sum()
+
+
+def open_store(port: int, *, size: int, first: bool) -> Any:
+    """Return the store through which the processes of this machine find each other; port 0 chooses one."""
+    return dist.TCPStore(  # type: ignore[attr-defined]  # torch declares it for builds with collectives only
+        "127.0.0.1", port, size, is_master=first, timeout=TIMEOUT, wait_for_workers=False)
+
+
+def join_group(store: Any, *, rank: int, devices: Sequence[torch.device]) -> Group:
+    """Initialize torch.distributed and return the group, once all processes have joined.
+
+    Args:
+        store: See :func:`open_store`.
+        rank: Number of this process.
+        devices: Devices of all processes, which communicate by NCCL on CUDA and by gloo on CPUs.
+
+    Raises:
+        DistributedError: torch.distributed is in use already.
+    """
+    if dist.is_initialized():
+        raise DistributedError(
+            "trainer.devices: torch.distributed is in use in this process already; start clframe once, it starts a "
+            "process for each device"
+        )
+    group = Group(rank, devices)
+    cuda = group.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(group.device)
+    hook = sys.excepthook
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=group.size, timeout=TIMEOUT
+    )
+    sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
+    return group

@@ -1,0 +1,156 @@
+"""Training within a budget of MACs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from power_cuts import TINY, assert_same_run, cut_run, without_pictures
+
+import clframe
+from clframe.errors import ConfigError
+from clframe.training.budget import ExperienceCost, plan_steps
+
+COST = ExperienceCost(before=5, step=10, epoch=63, after=40, batches=7)
+
+
+def spent(run: Path) -> list[int]:
+    """MACs of training by experience, added up from the ledger's entries."""
+    ledger = json.loads((run / "ledger.json").read_text())["ledger"]
+    found: Counter[int] = Counter()
+    for entry in ledger["entries"]:
+        if entry["phase"] != "evaluation":
+            found[entry["experience"]] += entry["macs"]
+    return [found[index] for index in sorted(found)]
+
+
+def budgets(run: Path) -> list[int]:
+    figures = json.loads((run / "ledger.json").read_text())["ledger"]["figures"]
+    return [row["value"] for row in figures if row["name"] == "budget"]
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    return Path(str(clframe.run("quickstart", [*TINY, *overrides], output=folder).run_folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    patch = without_pictures()
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize(
+    "budget, epochs, steps",
+    [
+        (5 + 10 + 40, 1, 1),
+        (5 + 63 + 40, 1, 7),
+        (5 + 63 + 14 + 40, 2, 8),
+        (5 + 63 + 15 + 40, 2, 9),  # to the nearest step
+        (5 + 2 * 63 + 40, 2, 14),
+    ],
+)
+def test_steps_are_those_that_the_budget_affords(budget, epochs, steps):
+    (planned,) = plan_steps([COST], [budget])
+    assert (planned.epochs, planned.steps) == (epochs, steps)
+    taken = [planned.batches_of(epoch, whole=7, spent=5 + 63 * epoch) for epoch in range(epochs)]
+    assert sum(taken) == steps
+
+
+def test_the_last_epoch_is_cut_by_what_was_really_spent():
+    (planned,) = plan_steps([COST], [5 + 63 + 50 + 40])
+    assert planned.batches_of(1, whole=7, spent=68) == 5
+    assert planned.batches_of(1, whole=7, spent=68 - 20) == 7
+    assert planned.batches_of(1, whole=7, spent=68 + 30) == 2
+
+
+def test_a_budget_below_one_step_is_refused():
+    with pytest.raises(ConfigError, match=r"found 49 MACs for experience 2, but one step costs 55 .*\(45\); give more"):
+        plan_steps([COST, COST], [60, 49])
+
+
+def test_joint_training_has_no_steps_before_the_last_experience():
+    nothing = ExperienceCost(before=0, step=1, epoch=1, after=0, batches=0)
+    assert [planned.steps for planned in plan_steps([nothing, COST], [1, 108])] == [0, 7]
+
+
+def test_a_relative_budget_of_one_is_naive_itself(tmp_path):
+    plain, equal = train(tmp_path / "a", "strategy=naive"), train(tmp_path / "b", "strategy=naive", "trainer.budget.relative=1")
+    assert budgets(equal) == spent(equal) == spent(plain)
+    rows = [(run / "metrics.csv").read_text() for run in (plain, equal)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("strategy", ["er(memory=20) + lwf", "ewc(samples=40)", "er(memory=20) + exits", "bic(memory=20)"])
+def test_strategies_cost_what_naive_costs(strategy, tmp_path):
+    """36 steps are few: half a step is the most that the cost may differ by."""
+    naive = spent(train(tmp_path / "a", "strategy=naive", "backbone.width=13"))
+    run = train(tmp_path / "b", f"strategy={strategy}", "backbone.width=13", "trainer.budget.relative=1")
+    assert budgets(run) == naive
+    for found, budget in zip(spent(run), naive, strict=True):
+        assert abs(found - budget) <= 0.04 * budget
+
+
+def test_twice_the_budget_is_twice_the_steps(tmp_path):
+    naive = spent(train(tmp_path / "a", "strategy=naive"))
+    run = train(tmp_path / "b", "strategy=naive", "trainer.budget.relative=2", "optimizer.schedule=cosine")
+    assert spent(run) == [2 * macs for macs in naive]
+
+
+def test_the_same_macs_for_every_experience(tmp_path):
+    run = train(tmp_path, "strategy=naive", "trainer.budget=2.5e6")
+    assert budgets(run) == [2_500_000, 2_500_000]
+    assert all(abs(found - 2_500_000) <= 60_000 for found in spent(run))
+
+
+def test_a_budgeted_run_resumes_exactly(tmp_path):
+    options = [*TINY, "strategy=er(memory=20) + lwf", "trainer.budget.relative=1.3", "optimizer.schedule=cosine"]
+    whole, copies = cut_run(options, tmp_path, cuts=4, seed="budget")
+    for _, folder in copies:
+        clframe.run(resume=folder)
+        assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["trainer.budget=0"], "trainer.budget.macs: found 0.0; give a number above 0"),
+        (["trainer.budget.macs=1e9", "trainer.budget.relative=1"], "leave out trainer.budget.macs, or this"),
+        (["trainer.budget=1e9", "trainer.engine=trainer"], "trainer.engine: found 'trainer' (text); with trainer.budget give trainer.engine=fabric"),
+        (["trainer.budget=1e9", "trainer.fast_dev_run=true"], "with trainer.budget give no development run"),
+        (["trainer.budget=1e9", "benchmark.online=10", "trainer.epochs=1"], "benchmark.online: found 10 with trainer.budget"),
+        (["trainer.budget=1e9", "strategy=slda"], "trainer.budget: slda takes no training steps"),
+        (["trainer.budget=10"], "found 10 MACs for experience 1, but one step costs"),
+    ],
+)  # fmt: skip
+def test_budgets_that_cannot_be_followed_are_refused(overrides, message, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        train(tmp_path, *overrides)
+    assert message in str(refused.value)
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_explain_shows_what_a_strategy_can_afford():
+    text = clframe.explain("quickstart", [*TINY, "strategy=ewc(samples=40)", "trainer.budget.relative=1"])
+    heading, *rows = text.partition("training within the budget\n")[2].splitlines()
+    assert heading.split() == ["experience", "budget", "per", "step", "in", "between", "epochs", "steps", "(MACs)"]
+    numbers = [[float(cell.replace(",", "")) for cell in row.split()] for row in rows]
+    for index, (found, budget, step, between, epochs, steps) in enumerate(numbers):
+        assert found == index and 0 < between < budget
+        assert abs(between + steps * step - budget) <= step
+        assert epochs < 2
+
+
+def test_torch_counts_the_macs_of_the_ledger(capsys):
+    """With a budget and without, by torch's own counter, which counts every step."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "perf"))
+    try:
+        import audit_macs
+    finally:
+        sys.path.pop(0)
+    assert audit_macs.main(["--strategies", "er + lwf", "ewc", "--", *TINY, "trainer.budget.relative=0.7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if " ledger " in line] == ["+0.000%", "+0.000%"]

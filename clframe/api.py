@@ -25,7 +25,7 @@ from clframe.data.source import Source
 from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, RunFolderError, UnsupportedError
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.optimization import build_average, build_groups, build_optimizer, build_scheduler
-from clframe.planning import plan_training
+from clframe.planning import fit_memory, plan_training
 from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
 from clframe.report.writing import write_figures
@@ -105,6 +105,8 @@ def run(
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     setup = build(config, needs_earlier=resume is None)
+    if resume is None:  # the config of a run has the size that was chosen
+        setup = fit_memory(setup, _session)
     resumes = resume is not None
     if resume is None:
         place, resumes = _new_folder(setup.config, folder)
@@ -317,6 +319,7 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
     if isinstance(config, str):
         config = load_checked(config, overrides)
     setup = build(config)
+    setup = fit_memory(setup, _session)
     network, plan = setup.network, plan_training(setup, _session)
     _set_up_only(setup)
     network.grow(range(len(setup.benchmark.class_order)))

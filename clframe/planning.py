@@ -1,8 +1,9 @@
-"""Plan of a run with a training budget: how many steps of each experience it affords."""
+"""Plan of a run with a budget: the steps of each experience that it affords, and the size of the replay buffer."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from clframe.run_folder import RunFolder
 if TYPE_CHECKING:
     from clframe.training.budget import ExperienceCost, TrainingPlan
     from clframe.training.session import Session
+
+_log = logging.getLogger("clframe.api")
 
 NewSession = Callable[[Setup, RunFolder, None], "Session"]
 """Creates the session of a run in a folder."""
@@ -62,6 +65,43 @@ def plan_training(setup: Setup, new_session: NewSession) -> TrainingPlan | None:
         assert budget.relative is not None
         budgets = [round(budget.relative * macs) for macs in naive_costs(setup, new_session)]
     return TrainingPlan(plan_steps(costs, budgets), partial(build_scheduler, config.optimizer))
+
+
+def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
+    """Return the objects of a run whose components keep as much as ``trainer.memory`` allows.
+
+    The replay buffer gets what teachers and importances leave of it. Without a limit the setup is returned as it is.
+
+    Args:
+        setup: The objects of the run, before components have changed the network.
+        new_session: As for :func:`plan_training`.
+
+    Raises:
+        ConfigError: The strategy cannot keep so little, or has no buffer whose size can be chosen.
+    """
+    from clframe.training.budget import fit_buffer
+
+    limit = setup.config.trainer.memory.bytes
+    if limit is None:
+        return setup
+    where = f"trainer.memory: found {limit:.4g} bytes"
+    if setup.config.earlier:
+        raise ConfigError(f"{where} for an extended run, which keeps the buffer of the run before; set "
+                          f"trainer.memory.bytes=null")  # fmt: skip
+    owner = next((component for component in setup.composition if component.keeps_memory), None)
+    if owner is None or not hasattr(owner, "memory"):
+        raise ConfigError(f"{where}, but {setup.config.strategy} has no replay buffer whose size it would set; set "
+                          f"trainer.memory.bytes=null or add er")  # fmt: skip
+    costs = _count_costs(setup, new_session)
+    size = fit_buffer(costs, int(limit), per_class=getattr(owner, "budget", "total") == "per_class")
+    if size < 1:
+        others, sample = max(cost.others for cost in costs), max(cost.buffer // max(cost.stored, 1) for cost in costs)
+        raise ConfigError(f"{where}, but teachers and importances take {others:,} and a stored sample {sample:,}; give "
+                          f"more, or components that keep less")  # fmt: skip
+    _log.info("trainer.memory: components.%s.memory=%d", owner.name, size)
+    changed = setup.composition.replace(lambda c: replace(c, memory=size) if c.keeps_memory else c)  # type: ignore[call-arg]  # checked above
+    options = {**setup.config.components, owner.name: {**setup.config.components[owner.name], "memory": size}}
+    return replace(setup, composition=changed, config=replace(setup.config, components=options))
 
 
 def naive_costs(setup: Setup, new_session: NewSession) -> list[int]:

@@ -435,6 +435,26 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Memory for what a strategy keeps between experiences, which sets the size of its replay buffer.
+
+    Counted are the tensors in the states of all components after each experience: stored samples with their labels and
+    logits, teachers, importances. ``trainer.memory=2e6`` sets ``bytes``.
+    """
+
+    shorthand: ClassVar[str] = "bytes"
+
+    bytes: float | None = None
+    """The most bytes after any experience; null leaves the option ``memory`` of the component as it is."""
+
+    @_every_check()
+    def __post_init__(self) -> None:
+        """Refuse sizes that are not positive."""
+        allowed = self.bytes is None or 0 < self.bytes < LARGEST_FLOAT
+        _require(allowed, "trainer.memory.bytes", self.bytes, "give a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Training: engine, device, precision, epochs, batches, logging."""
 
@@ -505,6 +525,8 @@ class TrainerConfig:
     """Average of the weights, with which a run evaluates and predicts."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Cost of training on each experience; ``epochs`` is then only what ``relative`` refers to."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Memory for replay buffer, teachers and importances together; sets the option ``memory`` of the buffer's owner."""
     progress: bool = True
     """Show a progress bar if the output is a terminal."""
     callbacks: dict[str, Any] = field(default_factory=dict)

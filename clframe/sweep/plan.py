@@ -81,12 +81,12 @@ def check_axes(checked: Sequence[Checked]) -> None:
         if block == "components" and name in COMPONENTS and name not in used:
             raise ConfigError(f"{key}: found options of {name}, which no cell's strategy has; add it or leave them out")
     for key in dict.fromkeys(key for one in checked for key in one.setting):
-        digests: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        digests: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         for one in checked:
             others = tuple((k, v) for k, v in one.setting.items() if k != key)
-            digests.setdefault(others, []).append(one.digest)
+            digests.setdefault(others, {})[one.setting.get(key, "")] = one.digest
         compared = [found for found in digests.values() if len(found) > 1]
-        if compared and all(len(set(found)) == 1 for found in compared):
+        if compared and all(len(set(found.values())) == 1 for found in compared):
             raise ConfigError(
                 f"{key}: found {len(compared[0])} values that make no difference to any cell; give one, or leave it out"
             )

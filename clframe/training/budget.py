@@ -24,7 +24,7 @@ TOLERANCE: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ExperienceCost:
-    """Counted cost of training on one experience, in MACs."""
+    """Counted cost of training on one experience, in MACs, and what the components keep after it."""
 
     before: int
     """Of components before the first step."""
@@ -36,6 +36,14 @@ class ExperienceCost:
     """Of components after the last step."""
     batches: int
     """Steps of an epoch; 0 where the strategy does not train on the experience."""
+    stored: int = 0
+    """Samples in the replay buffer after it."""
+    buffer: int = 0
+    """Bytes of the replay buffer."""
+    others: int = 0
+    """Bytes of the other components' states: teachers, importances."""
+    classes: int = 0
+    """Classes seen so far."""
 
     def steps(self, macs: int) -> int:
         """Return the steps that cost ``macs``, to the nearest step: whole epochs, then full batches.
@@ -129,3 +137,27 @@ def plan_steps(costs: Sequence[ExperienceCost], budgets: Sequence[int]) -> tuple
             )
         found.append(PlannedExperience(budget, cost, math.ceil(steps / cost.batches), steps))
     return tuple(found)
+
+
+def fit_buffer(costs: Sequence[ExperienceCost], limit: int, *, per_class: bool) -> int:
+    """Return the largest buffer with which the components keep at most ``limit`` bytes after every experience.
+
+    M = min over experiences of floor((limit - others) / bytes of a stored sample), divided by the classes so far where
+    the buffer has its size for each class.
+
+    Args:
+        costs: Counted with any size of the buffer.
+        limit: In bytes.
+        per_class: Whether the size of the buffer is that of each class.
+
+    >>> cost = {"before": 0, "step": 1, "epoch": 1, "after": 0, "batches": 1}
+    >>> kept = ExperienceCost(**cost, stored=20, buffer=2000, others=500, classes=4)
+    >>> fit_buffer([kept], 1750, per_class=False), fit_buffer([kept], 1750, per_class=True)
+    (12, 3)
+    """
+    sizes = [
+        (limit - cost.others) * cost.stored // (cost.buffer * (cost.classes if per_class else 1))
+        for cost in costs
+        if cost.stored
+    ]
+    return max(min(sizes), 0)

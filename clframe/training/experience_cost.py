@@ -9,7 +9,9 @@ from typing import Any
 from clframe.data.benchmark import Benchmark
 from clframe.data.samples import EpochLoader
 from clframe.training.budget import ExperienceCost
+from clframe.training.checkpoint import nbytes
 from clframe.training.cost_recorder import CostRecorder
+from clframe.training.learner import Learner
 from clframe.training.strategy import LightningStrategy
 
 
@@ -28,6 +30,8 @@ def count_costs(
         start: Called before the first experience.
     """
     profiler, stream = costs.profiler, benchmark.avalanche.streams["train"]
+    assert strategy.learner is not None
+    learner = strategy.learner
     before: list[int] = []
     batches = 0.0
 
@@ -52,5 +56,16 @@ def count_costs(
         step = max(sum(profiler.charges().values()) // max(steps, 1), 1)
         first = before[0] if before else between
         found.append(ExperienceCost(before=first, step=step, epoch=max(round(step * batches), 1), after=between - first,
-                                    batches=math.ceil(batches) if steps else 0))  # fmt: skip
+                                    batches=math.ceil(batches) if steps else 0, **_kept(learner)))  # fmt: skip
     return tuple(found)
+
+
+def _kept(learner: Learner) -> dict[str, int]:
+    """Sizes of what the components keep."""
+    kept = {"stored": 0, "buffer": 0, "others": 0, "classes": len(learner.past)}
+    for component in learner.composition:
+        state = learner.state[component.name]
+        if component.keeps_memory:
+            kept["stored"] = 0 if state["y"] is None else len(state["y"])
+        kept["buffer" if component.keeps_memory else "others"] += nbytes(state)
+    return kept

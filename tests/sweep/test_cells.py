@@ -110,3 +110,10 @@ def test_all_configs_are_checked_before_anything_is_written(small, tmp_path):
     with pytest.raises(ConfigError, match=r"^trainer\.fast_dev_run: found a development run"):
         plan_cells(folder, small(grid={"trainer.fast_dev_run": ("true",)}))
     assert not folder.exists()
+
+
+def test_values_that_a_strategy_replaces_are_one_cell(small, tmp_path):
+    """Other keys of such cells are not taken for keys without an effect."""
+    grid = {"strategy": ("naive", "er"), "trainer.memory.bytes": ("16000", "32000"), "trainer.epochs": ("3",)}
+    cells = plan_cells(tmp_path, small(grid=grid, strategies={"naive": {"trainer.memory.bytes": ("null",)}}))
+    assert [cell.label for cell in cells] == ["naive, bytes null", "er, bytes 16000.0", "er, bytes 32000.0"]

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from power_cuts import TINY, assert_same_run, cut_run, without_pictures
 
 import clframe
@@ -154,3 +155,48 @@ def test_torch_counts_the_macs_of_the_ledger(capsys):
     assert audit_macs.main(["--strategies", "er + lwf", "ewc", "--", *TINY, "trainer.budget.relative=0.7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines if " ledger " in line] == ["+0.000%", "+0.000%"]
+
+
+def kept(run: Path) -> list[int]:
+    """Bytes of all components' states after each experience."""
+    rows = json.loads((run / "ledger.json").read_text())["ledger"]["bytes"]
+    found: Counter[int] = Counter()
+    for row in rows:
+        if row["component"]:
+            found[row["experience"]] += row["bytes"]
+    return [found[index] for index in sorted(found)]
+
+
+@pytest.mark.parametrize(
+    "strategy, owner", [("er", "er"), ("er(budget=per_class) + lwf", "er"), ("derpp", "derpp"), ("er + ewc(samples=40)", "er")]
+)
+def test_memory_is_divided_between_teachers_importances_and_samples(strategy, owner, tmp_path):
+    limit = 40_000
+    run = train(tmp_path / "a", f"strategy={strategy}", f"trainer.memory={limit}")
+    size = yaml.safe_load((run / "config.yaml").read_text())["components"][owner]["memory"]
+    most = max(kept(run))
+    assert 0.93 * limit <= most <= limit
+    more = train(tmp_path / "b", f"strategy={strategy}", f"components.{owner}.memory={size + 1}")
+    assert max(kept(more)) > limit
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["strategy=naive"], "trainer.memory: found 500 bytes, but naive has no replay buffer whose size it would set"),
+        (["strategy=er + lwf"], "but teachers and importances take"),
+        (["trainer.memory=0"], "trainer.memory.bytes: found 0.0; give a number above 0"),
+    ],
+)
+def test_memory_that_is_too_small_is_refused(overrides, message, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        train(tmp_path, "trainer.memory=500", *overrides)
+    assert message in str(refused.value)
+
+
+def test_a_run_with_fitted_memory_resumes_exactly(tmp_path):
+    options = [*TINY, "strategy=er + lwf", "trainer.memory=40000", "trainer.budget.relative=1"]
+    whole, copies = cut_run(options, tmp_path, cuts=2, seed="memory")
+    for _, folder in copies:
+        clframe.run(resume=folder)
+        assert_same_run(whole, folder)

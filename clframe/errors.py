@@ -125,14 +125,14 @@ class Problems:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to ``name``, or None if none is close.
+    """The known name closest to ``name``, or None if none is close; a single letter is close to none.
 
     >>> nearest("lwff", ["er", "lwf"])
     'lwf'
     >>> nearest("zzz", ["er", "lwf"]) is None
     True
     """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if len(name) > 1 else []
     return matches[0] if matches else None
 
 

@@ -57,7 +57,7 @@ def refused(call, here, contents):
 def no_training(monkeypatch):
     """Fail where a session is made."""
 
-    def reached(*_):
+    def reached(*_, **__):
         pytest.fail("a session was made: the input was not refused in time")
 
     monkeypatch.setattr(clframe.api, "_session", reached)

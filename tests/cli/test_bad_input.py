@@ -20,7 +20,7 @@ COMMAND_LINES = [
     (["rn", "quickstart"], "unknown verb 'rn'; did you mean 'run'?"),
     (
         ["zzz"],
-        "unknown verb 'zzz'; nothing is close to it (known: analyze, card, check, evaluate, exits, explain, export, extend, latency, list, moefy, predict, report, run, runs)",
+        "unknown verb 'zzz'; nothing is close to it (known: analyze, card, check, evaluate, exits, explain, export, extend, latency, list, moefy, predict, report, reproduce, run, runs, sweep)",
     ),
     (["--bogus"], "unknown option '--bogus'; did you mean '--debug'?"),
     (["run"], "run: found no config; begin with one, such as clframe run quickstart"),
@@ -42,7 +42,7 @@ COMMAND_LINES = [
     (["run", "quickstart", "--seeds", "3..1"], "--seeds: found '3..1', which counts down; write 1..3"),
     (["run", "quickstart", "--seeds", "0,2,0"], "--seeds: found '0,2,0'", "a seed twice; give each"),
     (["run", "quickstart", "--seeds=-1..1"], "--seeds: found '-1..1'; give a range"),
-    (["run", "quickstart", "--seeds", "0..1,4"], "--seeds: found '0..1,4'; give a range"),
+    (["run", "quickstart", "--seeds", "0..1,x"], "--seeds: found '0..1,x'; give a range such as 0..4 or a list such as 0,3,7"),
     (["run", "quickstart", "--seeds", "0..99999999999"], "--seeds: found '0..99999999999'; give at most"),
     (["run", "quickstart", "--device", "cud"], "--device: found 'cud'; did you mean 'cuda'?"),
     (["run", "quickstart", "--device", "cuda:x"], "--device: found 'cuda:x'; give cpu, cuda, cuda:N, mps"),
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing(refused, here, monkeypatch):
 
 
 def test_a_session_that_cannot_begin_leaves_nothing(refused, here, monkeypatch):
-    def refusing(*_):
+    def refusing(*_, **__):
         raise UnsupportedError("trainer: found something; choose others")
 
     monkeypatch.setattr(clframe.api, "_session", refusing)

@@ -41,7 +41,7 @@ def test_explain_says_it_beside_what_it_prints(call, mine):
 def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsys):
     before = []
 
-    def session(*_):
+    def session(*_, **__):
         before.append(capsys.readouterr().err)
         raise KeyboardInterrupt
 

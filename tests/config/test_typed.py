@@ -11,9 +11,11 @@ from clframe.config.schema import (
     AverageConfig,
     BackboneConfig,
     BenchmarkConfig,
+    BudgetConfig,
     CheckpointConfig,
     Config,
     EarlierConfig,
+    MemoryConfig,
     OptimizerConfig,
     TrainerConfig,
 )
@@ -42,7 +44,8 @@ def test_every_field_survives_a_round_trip():
                               fast_dev_run=True, channels_last=True, threads=7, deterministic=False, progress=False,
                               callbacks={"Timer": {"duration": {"days": 1}}}, loggers=("csv",), drop_last=True,
                               on_nonfinite="warn", figures="none", record_activity=True, capture=False,
-                              checkpoint=CheckpointConfig(every="2h"), ema=AverageConfig(decay=0.5, warmup=False)),
+                              checkpoint=CheckpointConfig(every="2h"), ema=AverageConfig(decay=0.5, warmup=False),
+                              strategy="ddp", sync_batchnorm=True, memory=MemoryConfig(bytes=2e6)),
         output="o", imports=("a.b",),
         earlier=(EarlierConfig(run="/r", checkpoint="experience_002.ckpt", sha256="0f", experiences=((0, 2), (1,)),
                                class_names=("0", "no", "1e3"), input_shape=(1, 8, 8), dtype="uint8",
@@ -52,8 +55,12 @@ def test_every_field_survives_a_round_trip():
     plain = Config(benchmark=BenchmarkConfig(name="digits"), backbone=BackboneConfig(name="mlp"))
     for block in (None, "trainer"):
         one, other = (getattr(c, block) if block else c for c in (config, plain))
-        assert [f.name for f in dataclasses.fields(one) if getattr(one, f.name) == getattr(other, f.name)] == []
+        same = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) == getattr(other, f.name)]
+        assert same == (["budget"] if block else [])  # which excludes the engine
     assert round_trip(config) == config
+    for budget in (BudgetConfig(macs=2e9), BudgetConfig(relative=0.5)):
+        limited = dataclasses.replace(plain, trainer=TrainerConfig(budget=budget))
+        assert round_trip(limited) == limited
 
 
 def test_every_field_of_the_optimizer_survives_a_round_trip():

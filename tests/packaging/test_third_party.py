@@ -92,7 +92,7 @@ def test_one_run_uses_every_kind_of_entry_by_name(installed, tmp_path):
     (folder,) = tmp_path.glob("out/quickstart/*")
     results = json.loads((folder / "results.json").read_text())
     assert (results["benchmark"], results["backbone"]) == ("stripes", "lenet")
-    assert results["strategy"] == "anchor + early_exit + exits"
+    assert results["strategy"] == "anchor + exits + early_exit"
     matrix = results["accuracy_matrix"]
     assert results["metrics"]["worst_accuracy"] == min(matrix[-1])
     config = (folder / "config.yaml").read_text()

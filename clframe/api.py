@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from clframe.accounting import count_macs, count_parameters
 from clframe.build import Setup, build, lightning_options, load_checked, on_cuda
 from clframe.config.load import change_config
-from clframe.config.schema import Config, TrainerConfig, named_plugins
+from clframe.config.named import named_plugins
+from clframe.config.schema import Config
+from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import PLACEMENT, as_tree, to_yaml
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark

@@ -15,15 +15,10 @@ from typing import Any
 import torch
 
 from clframe.config.load import load_config, readable_blocks
+from clframe.config.named import BLOCK, lightning_loggers, named_plugins
 from clframe.config.optimizers import optimizer_class
-from clframe.config.schema import (
-    BLOCK,
-    BackboneConfig,
-    Config,
-    TrainerConfig,
-    lightning_loggers,
-    named_plugins,
-)
+from clframe.config.schema import BackboneConfig, Config
+from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import block_keys
 from clframe.core import COMPONENTS, Component, Composition, parse
 from clframe.core.expression import names_in_order

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from clframe.config.optimizers import optimizer_class
-from clframe.config.schema import DEFAULT_GAMMA, Config, OptimizerConfig, TrainerConfig, rate_of
+from clframe.config.schema import DEFAULT_GAMMA, Config, OptimizerConfig, rate_of
+from clframe.config.trainer import TrainerConfig
 from clframe.core import Composition
 from clframe.errors import ConfigError, nearest
 from clframe.nn.network import Network

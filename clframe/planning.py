@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.build import Setup, build_backbone
-from clframe.config.schema import CheckpointConfig
+from clframe.config.trainer import CheckpointConfig
 from clframe.core import Composition
 from clframe.errors import ConfigError
 from clframe.nn import Network

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clframe.build import with_device_defaults
-from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig
+from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import same_config, to_yaml
 from clframe.seeding import torch_settings
 

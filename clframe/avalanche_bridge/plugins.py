@@ -14,7 +14,7 @@ from torch import nn
 
 from clframe.accounting import measure_cost
 from clframe.avalanche_bridge.repairs import repair
-from clframe.config.schema import WHERE
+from clframe.config.named import WHERE
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, nearest, unknown_name
 from clframe.options import check_options
 from clframe.own_code import is_dotted, load_class
@@ -82,7 +82,7 @@ def cost_metrics(*, epoch: bool = False, experience: bool = True) -> list[MacsPl
 
 
 Named = Sequence[tuple[str, Mapping[str, Any]]]
-"""Class names of plugins with their options, as :func:`clframe.config.schema.named_plugins` reads them."""
+"""Class names of plugins with their options, as :func:`clframe.config.named.named_plugins` reads them."""
 
 _PLAIN = "which a Network is not; from Python use it on a plain module with LightningStrategy(plugins=[...])"
 _GENERATOR = "needs a second strategy that trains a generator; from Python pass it to LightningStrategy(plugins=[...])"

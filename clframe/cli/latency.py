@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def act(options: argparse.Namespace) -> int:
     """Measure, write and print."""
-    from clframe.config.schema import MOST_THREADS
+    from clframe.config.trainer import MOST_THREADS
     from clframe.seeding import torch_settings
     from clframe.targets.latency import time_run
 

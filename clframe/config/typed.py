@@ -10,8 +10,9 @@ from typing import Any, NoReturn, get_type_hints
 from omegaconf import OmegaConf
 
 from clframe.config.files import parse_yaml
+from clframe.config.named import BLOCK
 from clframe.config.optimizers import optimizer_options
-from clframe.config.schema import BLOCK, OPEN_BLOCKS, RENAMED, WITH_OPTIONS, BenchmarkConfig, Config, EarlierConfig
+from clframe.config.schema import OPEN_BLOCKS, RENAMED, WITH_OPTIONS, BenchmarkConfig, Config, EarlierConfig
 from clframe.core import Composition, parse
 from clframe.errors import ConfigError, Problems, nearest
 from clframe.options import convert, format_value, rename_options

@@ -25,7 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from clframe.config.schema import BLOCK, BackboneConfig, BenchmarkConfig, Config, OptimizerConfig, TrainerConfig
+from clframe.config.named import BLOCK
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig
+from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import as_tree, from_mapping
 from clframe.core import Component, parse
 from clframe.errors import ClframeError, RunFolderError

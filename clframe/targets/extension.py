@@ -21,7 +21,8 @@ import torch
 
 from clframe.build import Setup, build
 from clframe.config.load import change_config
-from clframe.config.schema import BenchmarkConfig, Config, EarlierConfig, named_plugins
+from clframe.config.named import named_plugins
+from clframe.config.schema import BenchmarkConfig, Config, EarlierConfig
 from clframe.config.typed import to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.chain import Stored, count_classes, name_classes

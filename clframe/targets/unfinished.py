@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from clframe.config.schema import Config, named_plugins
+from clframe.config.named import named_plugins
+from clframe.config.schema import Config
 from clframe.config.typed import as_tree, same_config, to_yaml
 from clframe.errors import ClframeError, RunFolderError
 from clframe.report.loading import flatten

@@ -7,7 +7,9 @@ import os
 import torch
 from torch import distributed
 
-from clframe.config.schema import Config, TrainerConfig, named_plugins
+from clframe.config.named import named_plugins
+from clframe.config.schema import Config
+from clframe.config.trainer import TrainerConfig
 from clframe.core import Composition
 from clframe.environment import available_cores
 from clframe.errors import ConfigError, UnsupportedError

@@ -7,18 +7,8 @@ import dataclasses
 import pytest
 import yaml
 
-from clframe.config.schema import (
-    AverageConfig,
-    BackboneConfig,
-    BenchmarkConfig,
-    BudgetConfig,
-    CheckpointConfig,
-    Config,
-    EarlierConfig,
-    MemoryConfig,
-    OptimizerConfig,
-    TrainerConfig,
-)
+from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, EarlierConfig, OptimizerConfig
+from clframe.config.trainer import AverageConfig, BudgetConfig, CheckpointConfig, MemoryConfig, TrainerConfig
 from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
 from clframe.errors import ConfigError
 

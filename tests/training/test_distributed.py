@@ -9,7 +9,8 @@ import torch
 from device_pair import BATCH, differences, expression_of, run_pair, train_case
 from torch import nn
 
-from clframe.config.schema import Config, TrainerConfig
+from clframe.config.schema import Config
+from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import from_mapping
 from clframe.core import COMPONENTS, parse
 from clframe.errors import ClframeError

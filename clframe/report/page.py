@@ -60,10 +60,12 @@ figcaption { color: var(--muted); font-size: 13px; line-height: 1.4; margin: 0 2
 figure svg { display: block; width: 100%; height: auto; max-width: 520px; margin: 0 auto; }
 .tables { display: grid; gap: 14px; grid-template-columns: minmax(0, 1fr); }
 .table { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  overflow-x: auto; margin: 0 0 2px; }
+  overflow-x: auto; margin: 0 0 2px; container-type: inline-size; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 12px 14px 6px; font-weight: 620; }
-caption small { display: block; font-weight: 400; font-size: 13px; color: var(--muted); line-height: 1.4; }
+/* As wide as the visible part of a table that scrolls. */
+caption small { display: block; font-weight: 400; font-size: 13px; color: var(--muted); line-height: 1.4;
+  position: sticky; left: 14px; max-width: calc(100cqw - 28px); }
 th, td { padding: 6px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   overflow-wrap: normal; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; border-top: 0; vertical-align: bottom; }

@@ -187,6 +187,7 @@ def extend(
             "extend: found data in memory for several devices, each of whose processes reads its data; write the data "
             "to files, or set trainer.devices=1"
         )
+    fit_memory(planned.setup, _session)  # refuses a limit, since the buffer has its size already
     if on_planned is not None:
         on_planned(planned)
     return _execute(planned.setup, planned.create(), resumes=True, on_evaluated=on_evaluated)

@@ -200,3 +200,15 @@ def test_a_run_with_fitted_memory_resumes_exactly(tmp_path):
     for _, folder in copies:
         clframe.run(resume=folder)
         assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("limit, key", [("trainer.budget.relative=1", "trainer.budget.relative"), ("trainer.memory=40000", "trainer.memory.bytes")])
+def test_limits_of_a_run_are_not_those_of_its_extension(limit, key, tmp_path):
+    data = ["benchmark=digits", "benchmark.classes=6", "benchmark.experiences=3"]
+    first = train(tmp_path / "a", "strategy=er", "benchmark.classes=4", limit)
+    before = sorted(tmp_path.rglob("config.yaml"))
+    with pytest.raises(ConfigError, match=f"for an extended run.* set {key}=null"):
+        clframe.api.extend(first, data, output=tmp_path / "b")
+    assert sorted(tmp_path.rglob("config.yaml")) == before
+    extended = clframe.api.extend(first, [*data, f"{key}=null"], output=tmp_path / "b")
+    assert len(extended.accuracy_matrix) > 2

@@ -32,7 +32,7 @@ from clframe.report.confusion import write_confusion
 from clframe.report.explanation import explanation
 from clframe.report.writing import write_figures
 from clframe.results import Result, summarize
-from clframe.run_folder import RunFolder, strategy_label
+from clframe.run_folder import DEVELOPMENT, RunFolder, strategy_label
 from clframe.seeding import torch_settings
 from clframe.stream import check_trained_data
 from clframe.training.devices import process_count, threads_of_process, training_devices
@@ -424,7 +424,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     result = summarize(
         progress.tallies,
         # In the name, so that no table or figure shows its numbers as those of a run.
-        name=f"{config.name} (development run)" if config.trainer.fast_dev_run else config.name,
+        name=f"{config.name} {DEVELOPMENT}" if config.trainer.fast_dev_run else config.name,
         strategy=setup.config.strategy,
         benchmark=benchmark.name,
         backbone=config.backbone.name,

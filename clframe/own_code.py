@@ -85,10 +85,11 @@ def load_own(name: str, *, where: str) -> Any:
         UnknownNameError: It contains nothing of this name.
     """
     if not is_allowed(name):
-        package = name.partition(".")[0]
+        allowed = ", ".join(allowed_packages())
+        known = f" (allowed: {allowed})" if allowed else ""
         raise ConfigError(
-            f"{where}: found '{name}', code that is not allowed to be imported; if you trust it, add --allow-imports "
-            f"{package}"
+            f"{where}: found '{name}', code that is not allowed to be imported{known}; if you trust it, add "
+            f"--allow-imports {name.partition('.')[0]}"
         )
     outer, _, last = name.rpartition(".")
     try:

@@ -84,7 +84,7 @@ def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
     limit = setup.config.trainer.memory.bytes
     if limit is None:
         return setup
-    where = f"trainer.memory: found {limit:.4g} bytes"
+    where = f"trainer.memory: found {limit:,.0f} bytes"
     if setup.config.earlier:
         raise ConfigError(f"{where} for an extended run, which keeps the buffer of the run before; set "
                           f"trainer.memory.bytes=null")  # fmt: skip
@@ -98,7 +98,11 @@ def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
         others, sample = max(cost.others for cost in costs), max(cost.buffer // max(cost.stored, 1) for cost in costs)
         raise ConfigError(f"{where}, but teachers and importances take {others:,} and a stored sample {sample:,}; give "
                           f"more, or components that keep less")  # fmt: skip
-    _log.info("trainer.memory: components.%s.memory=%d", owner.name, size)
+    _log.info("trainer.memory: components.%s.memory=%d, not %d", owner.name, size, owner.memory)
+    samples, per_class = sum(map(len, setup.benchmark.train)), getattr(owner, "budget", "total") == "per_class"
+    if size * (len(setup.benchmark.class_order) if per_class else 1) > samples:
+        _log.warning("trainer.memory: %s bytes hold more than the %s samples of the stream and are not used up",
+                     f"{limit:,.0f}", f"{samples:,}")  # fmt: skip
     changed = setup.composition.replace(lambda c: replace(c, memory=size) if c.keeps_memory else c)  # type: ignore[call-arg]  # checked above
     options = {**setup.config.components, owner.name: {**setup.config.components[owner.name], "memory": size}}
     return replace(setup, composition=changed, config=replace(setup.config, components=options))

@@ -42,6 +42,8 @@ SWEEP_RECORDS = ".sweep"
 """Folder with the records of a sweep, in the folder with its runs; see :mod:`clframe.sweep.cells`."""
 SELECTION = "selection"
 """Folder of a sweep with the runs of a selection, on validation data; reports of the sweep leave them out."""
+DEVELOPMENT = "(development run)"
+"""End of the name of a development run in its results."""
 LONGEST_LABEL = 80
 """Characters of a strategy's label; file systems allow 255 bytes for the whole name."""
 _STAMP = re.compile(r"\d{8}-\d{6}")

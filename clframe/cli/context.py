@@ -75,7 +75,8 @@ def parse_seed(text: str) -> int:
     3
     """
     if not values.is_seed(text):
-        raise ConfigError(f"--seed: found '{text}'; give a whole number from 0")
+        several = ", or several seeds with --seeds" if text.replace(".", "").replace(",", "").isdigit() else ""
+        raise ConfigError(f"--seed: found '{text}'; give a whole number from 0{several}")
     return int(text)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clframe.files import read_json, read_text
-from clframe.run_folder import RunFolder, started_at
+from clframe.run_folder import DEVELOPMENT, RunFolder, started_at
 
 DEEPEST: Final = 5
 """Folders below the one with all runs in which runs are looked for."""
@@ -109,7 +109,9 @@ def _finished(path: Path, *, age: float) -> RunState:
             benchmark=_text(found["benchmark"]), seed=_seed(found["seed"]),
             accuracy=_number(metrics["final_average_accuracy"]),
             forgetting=_number(metrics["forgetting"]), macs=_number(found["macs"]) if mean is None else mean,
-            state="diverged" if diverged else "finished", detail=str(diverged[0]) if diverged else "", age=age,
+            state="diverged" if diverged else "finished",
+            detail=str(diverged[0]) if diverged else DEVELOPMENT[1:-1] * _text(found["name"]).endswith(DEVELOPMENT),
+            age=age,
         )  # fmt: skip
     except KeyError as error:
         raise _Damaged(f"results.json: no field {error}") from None

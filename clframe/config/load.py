@@ -27,7 +27,7 @@ from clframe.config.files import (
     shipped_configs,
 )
 from clframe.config.schema import OPEN_BLOCKS, Config
-from clframe.config.typed import as_tree, check_keys, from_mapping, read_blocks, rename_keys
+from clframe.config.typed import as_tree, check_keys, expand_shorthands, from_mapping, read_blocks, rename_keys
 from clframe.errors import ClframeError, ConfigError, Problems
 from clframe.options import format_value
 
@@ -172,7 +172,7 @@ def _read_layers(
 
 
 def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
-    contents = rename_keys(_raw_contents(layer))
+    contents = expand_shorthands(rename_keys(_raw_contents(layer)))
     _refuse_calls(contents, where)
     check_keys(contents, where=where)
     try:

@@ -148,6 +148,26 @@ def _is_option(name: str, block: str) -> bool:
     return own or block in OPEN_BLOCKS or (block == "optimizer" and name in optimizer_options())
 
 
+def expand_shorthands(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Replace the value of a block that can be written as one value by the mapping that it is short for.
+
+    So it merges with other keys of the block, and does not replace them.
+
+    >>> expand_shorthands({"trainer": {"ema": 0.9, "budget": {"relative": 1}}})
+    {'trainer': {'ema': {'decay': 0.9}, 'budget': {'relative': 1}}}
+    """
+    found = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for path, kind in _nested_blocks(Config, ""):
+        outer, _, key = path.rpartition(".")
+        block = found.get(outer)
+        if not hasattr(kind, "shorthand") or not isinstance(block, dict) or key not in block:
+            continue
+        value = block[key]
+        if not isinstance(value, dict) and "${" not in str(value):  # which may refer to a mapping
+            block[key] = {kind.shorthand: value}
+    return found
+
+
 def block_keys(block: str) -> tuple[str, ...]:
     """Names of a block's keys in the schema."""
     return _blocks()[block]

@@ -91,6 +91,6 @@ def check_devices(config: Config, composition: Composition, *, cuda: bool) -> No
     unable = [component.name for component in composition if not component.distributed]
     if unable:
         raise UnsupportedError(
-            f"{found}, but the component '{unable[0]}' does not compute the same in every process; give 1 or use "
-            f"another component"
+            f"{found}, but the component '{unable[0]}' does not declare that it computes the same in every process; "
+            f"give 1, or set distributed = True in its class if it does"
         )

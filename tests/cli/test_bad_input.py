@@ -142,7 +142,7 @@ def test_a_session_that_cannot_begin_leaves_nothing(refused, here, monkeypatch):
 def test_debug_shows_where_it_came_from(call):
     code, _, err = call("run", "quickstart", "seed=-1", "--debug")
     assert code == 2
-    assert "Traceback (most recent call last)" in err and "schema.py" in err
+    assert "Traceback (most recent call last)" in err and "checks.py" in err
     assert err.splitlines()[-1] == "clframe: error: seed: found -1; give a whole number from 0 to 2**63 - 1"
     assert "Traceback" in call("--debug", "list", "strategis").err
 

@@ -198,7 +198,7 @@ def test_a_real_run(finished, call):
     assert folder.name.startswith("er+lwf-seed3-20")
     result = json.loads((folder / "results.json").read_text())
     out = call("runs", "--output", str(cwd / "out")).out
-    assert f"{100 * result['metrics']['final_average_accuracy']:.1f}" in out and out.rstrip().endswith("finished")
+    assert f"{100 * result['metrics']['final_average_accuracy']:.1f}" in out and out.rstrip().endswith("finished: development run")
 
 
 def test_a_run_that_fails_says_why(call, here):

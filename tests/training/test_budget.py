@@ -12,6 +12,7 @@ import yaml
 from power_cuts import TINY, assert_same_run, cut_run, without_pictures
 
 import clframe
+from clframe.config.load import load_config
 from clframe.errors import ConfigError
 from clframe.training.budget import ExperienceCost, plan_steps
 
@@ -120,6 +121,7 @@ def test_a_budgeted_run_resumes_exactly(tmp_path):
     [
         (["trainer.budget=0"], "trainer.budget.macs: found 0.0; give a number above 0"),
         (["trainer.budget.macs=1e9", "trainer.budget.relative=1"], "leave out trainer.budget.macs, or this"),
+        (["trainer.budget=1e9", "trainer.budget.relative=1"], "leave out trainer.budget.macs, or this"),
         (["trainer.budget=1e9", "trainer.engine=trainer"], "trainer.engine: found 'trainer' (text); with trainer.budget give trainer.engine=fabric"),
         (["trainer.budget=1e9", "trainer.fast_dev_run=true"], "with trainer.budget give no development run"),
         (["trainer.budget=1e9", "benchmark.online=10", "trainer.epochs=1"], "benchmark.online: found 10 with trainer.budget"),
@@ -212,3 +214,17 @@ def test_limits_of_a_run_are_not_those_of_its_extension(limit, key, tmp_path):
     assert sorted(tmp_path.rglob("config.yaml")) == before
     extended = clframe.api.extend(first, [*data, f"{key}=null"], output=tmp_path / "b")
     assert len(extended.accuracy_matrix) > 2
+
+
+def test_a_value_that_is_short_for_a_block_merges_with_its_other_keys():
+    averaged = load_config("quickstart", ["trainer.ema.warmup=false", "trainer.ema=0.9"]).trainer.ema
+    assert (averaged.decay, averaged.warmup) == (0.9, False)
+    assert load_config("quickstart", ["trainer.ema=0.9", "trainer.ema=null"]).trainer.ema.decay is None
+
+
+def test_memory_beyond_the_stream_is_reported(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="clframe.api"):
+        run = train(tmp_path, "strategy=er", "trainer.memory=1e6")
+    size = yaml.safe_load((run / "config.yaml").read_text())["components"]["er"]["memory"]
+    assert f"trainer.memory: components.er.memory={size}, not 200" in caplog.text
+    assert "trainer.memory: 1,000,000 bytes hold more than the" in caplog.text

@@ -158,8 +158,8 @@ def config(**trainer) -> Config:
         ({"devices": 2, "engine": "trainer"}, "er", False,
          "trainer.devices: found 2 with engine trainer, which trains on one; set trainer.engine=fabric"),
         ({"devices": 2}, "mir", False,
-         "trainer.devices: found 2, but the component 'mir' does not compute the same in every process; give 1 or use "
-         "another component"),
+         "trainer.devices: found 2, but the component 'mir' does not declare that it computes the same in every process; "
+         "give 1, or set distributed = True in its class if it does"),
         ({"devices": 2, "batch_size": 3}, "er", False,
          "trainer.batch_size: found 3 for 2 devices, which divide a batch; give at least 4"),
         ({"devices": 2, "sync_batchnorm": True}, "er", False,

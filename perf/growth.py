@@ -5,7 +5,7 @@
 
 Two tables. Streams: two new classes of 60 samples in each experience, so a step costs the same in all of them; the exponent of a column
 is the slope of log(value) over log(experiences). Classes: one experience, as many steps with 10 as with 1,000 classes. Every row
-is a process of its own, with one thread. Columns:
+is a separate process, with one thread. Columns:
 
 step           seconds of training per step, mean of the last fifth of the experiences, in ms
 first          the same of the first fifth, which shows growth inside a run
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiences", type=int, nargs="*", default=[5, 20, 50, 100])
     parser.add_argument("--classes", type=int, nargs="*", default=[10, 100, 1000])
-    parser.add_argument("--strategy", default="er(memory=200)")
+    parser.add_argument("--strategy", default="er(memory=1000)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--one", type=int, nargs=2, metavar=("EXPERIENCES", "CLASSES"), help=argparse.SUPPRESS)
     parser.add_argument("--override", nargs="*", default=[], help="key=value for every run")

@@ -4,7 +4,7 @@
     python perf/growth.py --experiences 5 50 500 --classes 10 1000 --strategy "er + exits" --json growth.json
 
 Two tables. Streams: two new classes of 60 samples in each experience, so a step costs the same in all of them; the exponent of a column
-is the slope of log(value) over log(experiences). Classes: one experience, as many steps with 10 as with 1,000 classes. Every row
+is the slope of log(value) over log(experiences). Classes: one experience, of which the mean step is shown. Every row
 is a separate process, with one thread. Columns:
 
 step           seconds of training per step, mean of the last fifth of the experiences, in ms

@@ -75,7 +75,7 @@ def parse_seed(text: str) -> int:
     3
     """
     if not values.is_seed(text):
-        several = ", or several seeds with --seeds" if text.replace(".", "").replace(",", "").isdigit() else ""
+        several = ", or several seeds with --seeds" if ".." in text or "," in text else ""
         raise ConfigError(f"--seed: found '{text}'; give a whole number from 0{several}")
     return int(text)
 

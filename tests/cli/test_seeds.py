@@ -48,3 +48,6 @@ def test_one_seed():
     for text in ("", "x", "-1", "1.5", "1 2", "²", "9" * 20):
         with pytest.raises(ConfigError, match=r"^--seed: found '.*'; give a whole number from 0$"):
             parse_seed(text)
+    for text in ("0..2", "1,2"):
+        with pytest.raises(ConfigError, match="; give a whole number from 0, or several seeds with --seeds$"):
+            parse_seed(text)

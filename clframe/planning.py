@@ -93,13 +93,14 @@ def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
         raise ConfigError(f"{where}, but {setup.config.strategy} has no replay buffer whose size it would set; set "
                           f"trainer.memory.bytes=null or add er")  # fmt: skip
     costs = _count_costs(setup, new_session)
-    size = fit_buffer(costs, int(limit), per_class=getattr(owner, "budget", "total") == "per_class")
+    per_class = getattr(owner, "budget", "total") == "per_class"
+    size = fit_buffer(costs, int(limit), per_class=per_class)
     if size < 1:
         others, sample = max(cost.others for cost in costs), max(cost.buffer // max(cost.stored, 1) for cost in costs)
         raise ConfigError(f"{where}, but teachers and importances take {others:,} and a stored sample {sample:,}; give "
                           f"more, or components that keep less")  # fmt: skip
     _log.info("trainer.memory: components.%s.memory=%d, not %d", owner.name, size, owner.memory)
-    samples, per_class = sum(map(len, setup.benchmark.train)), getattr(owner, "budget", "total") == "per_class"
+    samples = sum(map(len, setup.benchmark.train))
     if size * (len(setup.benchmark.class_order) if per_class else 1) > samples:
         _log.warning("trainer.memory: %s bytes hold more than the %s samples of the stream and are not used up",
                      f"{limit:,.0f}", f"{samples:,}")  # fmt: skip

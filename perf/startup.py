@@ -4,7 +4,7 @@
     python perf/startup.py --repeats 5 split_cifar100 backbone=resnet32 trainer.fast_dev_run=1
 
 Each repetition is a process. Wall time depends on what else the machine does; processor time does less so. The first
-row, `import torch`, is what no change of clframe can shorten. Compiled modules are kept in a folder of their own, as an
+row, `import torch`, is what no change of clframe can shorten. Compiled modules are kept in a separate folder, as an
 installed package has them; the first process, which compiles them, is not counted.
 """
 

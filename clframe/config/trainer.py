@@ -125,8 +125,8 @@ class TrainerConfig:
     devices: int | tuple[int, ...] = 1
     """Number of devices, or indices of GPUs such as [1] or [0, 2]. Several train one model, with a process for each."""
     strategy: Literal["auto", "ddp"] = "auto"
-    """How several devices share the training: ``ddp``, also chosen by ``auto``, gives each a part of every batch and
-    averages the gradients. See docs/scaling.md."""
+    """Division of the training among several devices: ``ddp``, also chosen by ``auto``, gives each a part of a batch
+    and averages the gradients. See docs/scaling.md."""
     sync_batchnorm: bool = False
     """Whether batch normalization uses the statistics of the whole batch rather than of a device's part; on GPUs."""
     precision: PRECISIONS = "32-true"
@@ -142,7 +142,7 @@ class TrainerConfig:
     gradient_clip: float | None = None
     """Maximum gradient norm; null does not clip."""
     on_nonfinite: Literal["stop", "warn", "skip"] = "stop"
-    """What to do when losses, gradients or weights are not finite.
+    """Reaction to losses, gradients or weights that are not finite.
 
     ``stop`` ends the run, ``warn`` trains on and marks its results: both check losses at log entries and weights after
     each experience, never inside a step. ``skip`` checks loss and gradients of every batch, makes no update from those

@@ -109,4 +109,4 @@ _COMPILER: Final = {
     "graph_break": _break_graph,
     "OptimizedModule": Deferred("torch._dynamo.eval_frame", "OptimizedModule", home="torch._dynamo"),
 }
-"""What optimizers and Lightning use of torch's compiler, without which it takes three seconds to import."""
+"""Names of torch's compiler that optimizers and Lightning use; importing all of it takes three seconds."""

@@ -139,9 +139,7 @@ def make_cell(sweep: Path, config: Config, *, values: Sequence[str] = (), stage:
         write_atomically(path, json.dumps({**record, "name": cell.name}, indent=1), sync=False)
         cell = read_cell(sweep, key)
     if cell.stage != stage or digest(cell.config) != digest(config):
-        raise RunFolderError(
-            f"{path}: was recorded by a version of clframe with other defaults; give another --folder"
-        )
+        raise RunFolderError(f"{path}: was recorded by a version of clframe with other defaults; give another --folder")
     return cell
 
 
@@ -160,9 +158,7 @@ def write_new(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise RunFolderError(
-            f"{path.parent}: cannot be written ({error.strerror}); give another --folder"
-        ) from None
+        raise RunFolderError(f"{path.parent}: cannot be written ({error.strerror}); give another --folder") from None
 
 
 def _record_path(sweep: Path, key: str) -> Path:

@@ -47,7 +47,7 @@ class Expected:
     """Stored numbers of a table."""
 
     source: str
-    """Where they are published."""
+    """Page and section that publish them."""
     tolerance: Mapping[str, float]
     """Largest difference by metric."""
     rows: tuple[ExpectedRow, ...]

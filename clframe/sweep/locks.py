@@ -100,9 +100,7 @@ def _take(path: Path, mine: Holder) -> bool:
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
-        raise RunFolderError(
-            f"{path.parent}: cannot be written ({error.strerror}); give another --folder"
-        ) from None
+        raise RunFolderError(f"{path.parent}: cannot be written ({error.strerror}); give another --folder") from None
     return True
 
 

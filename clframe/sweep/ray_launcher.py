@@ -113,11 +113,16 @@ class RayLauncher:
         except ray.exceptions.RayError as error:
             state, reason = "failed", f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
-        name = f"{cell.label}, seed {cell.seed}"
-        if state == "failed":
-            self._say(f"clframe: error: {name}: {reason}", error=True)
-        elif state == "done":
-            self._say(f"{count}  {name}: finished, {cell.folder}")
+        say_end(self._say, cell, state=state, reason=reason, count=count)
+
+
+def say_end(say: Say, cell: Cell, *, state: str, reason: str, count: str) -> None:
+    """Print how the attempt to train a cell on a cluster ended, if it has finished or failed."""
+    name = f"{cell.label}, seed {cell.seed}"
+    if state == "failed":
+        say(f"clframe: error: {name}: {reason}", error=True)
+    elif state == "done":
+        say(f"{count}  {name}: finished, {cell.folder}")
 
 
 def train(sweep: str, key: str, directory: str, packages: Sequence[str] = ()) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from clframe.errors import ConfigError, UnsupportedError
 from clframe.own_code import allowed_packages
 from clframe.run_folder import SWEEP_RECORDS
 from clframe.sweep.cells import Cell, record_attempt
-from clframe.sweep.ray_launcher import Say, read_options, train
+from clframe.sweep.ray_launcher import Say, read_options, say_end, train
 
 OPTIONS: Final[Mapping[str, Any]] = {
     "cluster": "slurm", "timeout_min": 240, "signal_delay_s": 120, "cpus": 1, "gpus": 0, "mem_gb": 0, "partition": "",
@@ -134,11 +134,7 @@ class SlurmLauncher:
         if error is not None:
             reason = f"job {job.job_id}: {' '.join(str(error).split())[:300]}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
-        name = f"{cell.label}, seed {cell.seed}"
-        if state == "failed":
-            self._say(f"clframe: error: {name}: {reason}", error=True)
-        elif state == "done":
-            self._say(f"{count}  {name}: finished, {cell.folder}")
+        say_end(self._say, cell, state=state, reason=reason, count=count)
 
 
 class CellJob:

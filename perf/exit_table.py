@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cells import Cell, run_cells
@@ -22,17 +23,53 @@ from cells import Cell, run_cells
 from clframe.metrics.statistics import paired
 
 EXITS = "exits"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy of the table and its options."""
+
+    strategy: str
+    options: tuple[str, ...] = ()
+    with_exits: tuple[str, ...] = ()
+    """Options added in the variants with exits."""
+
+
 STRATEGIES = {
-    "naive": ("naive", ()),
-    "ft_memory": ("er", ("components.er={memory: 2000, replay: concatenate, selection: random}",)),
-    "er": ("er", ("components.er={memory: 2000, replay: half, selection: random}",)),
-    "derpp": ("derpp", ("components.derpp={memory: 2000}",)),
-    "bic": ("bic", ("components.bic={memory: 2000}",)),
-    "lwf": ("lwf", ()),
-    "ssil": ("ssil + er", ("components.er={memory: 2000, replay: fixed, replayed: 32, selection: random}",)),
-    "icarl": ("icarl + er", ("components.er={memory: 2000, replay: concatenate, selection: herding}",)),
-}
-"""Row -> (strategy, overrides), memory 2000 where one is kept."""
+    "naive": Row("naive"),
+    "ft_memory": Row("er", ("components.er={memory: 2000, replay: concatenate, selection: random}",)),
+    "er": Row("er", ("components.er={memory: 2000, replay: half, selection: random}",)),
+    "derpp": Row("derpp", ("components.derpp={memory: 2000}",)),
+    "bic": Row("bic", ("components.bic={memory: 2000}",)),
+    "lwf": Row("lwf"),
+    "ssil": Row("ssil + er", ("components.er={memory: 2000, replay: fixed, replayed: 32, selection: random}",)),
+    "icarl": Row("icarl + er", ("components.er={memory: 2000, replay: concatenate, selection: herding}",)),
+    "lode": Row("lode + er", ("components.er={memory: 2000, replay: half, selection: random}",)),
+    # SGD with learning rate 0.1 is stable up to importances of 2 / (0.1 * 100).
+    "ewc": Row("ewc", ("components.ewc={lamb: 100, samples: 1000, ceiling: 0.1}",)),
+    "derpp_published": Row(
+        "derpp",
+        ("components.derpp={memory: 2000, alpha: 0.5, beta: 0.5, draws: two, selection: random, replay: half, batches: apart}",),
+        ("components.derpp.beta=1",),
+    ),
+    "icarl_published": Row(
+        "icarl + er",
+        ("components.er={memory: 2000, replay: concatenate, selection: herding}",
+         "components.icarl={loss: softmax, pooling: max, scores: fourth}"),
+    ),
+    "lode_published": Row(
+        "lode + er",
+        ("components.er={memory: 2000, replay: half, batches: apart, selection: random}",),
+        ("components.lode={c: 4, rho: 0.5}",),
+    ),
+    "ewc_published": Row(
+        "ewc",
+        ("components.ewc={lamb: 10000, mode: merged, alpha: 0.5, heads: free, labels: predicted, estimate: published, scope: block}",),
+    ),
+    "lwf_published": Row("lwf", (), ("components.lwf.alpha=0.5",)),
+}  # fmt: skip
+"""Name of a row -> its strategy; memory 2000 where one is kept. Rows that end in ``published`` have the options of the
+paper on auxiliary classifiers (Szatkowski et al., 2025), for 10 experiences, and the estimate of its code."""
 
 VARIANTS = {
     "": ("", ()),
@@ -48,10 +85,11 @@ def cells(names: Sequence[str], variants: Sequence[str], shared: Sequence[str], 
     found = []
     for seed in seeds:
         for name in names:
-            strategy, options = STRATEGIES[name]
+            base = STRATEGIES[name]
             for variant in variants:
                 added, more = VARIANTS[variant]
-                expression = " + ".join(part for part in (strategy, added) if part)
+                expression = " + ".join(part for part in (base.strategy, added) if part)
+                options = (*base.options, *base.with_exits) if added else base.options
                 label = f"{name} + {variant}" if variant else name
                 overrides = (f"strategy={expression}", *options, *more, *shared)
                 found.append(Cell(label, config, overrides, seed))

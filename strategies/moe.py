@@ -48,15 +48,18 @@ class MoE(Component):
         split: Grouping of neurons, once, after the first experience: ``kmeans`` by similar input weights (those of the
             gate in gated networks); ``coactivation`` by activity on the same tokens; ``random``.
         router: Quantity that routers predict: ``norm``, the norm of an expert's output; ``activation``, the sum of its
-            activations.
+            activations. ``analytical`` computes one representative neuron of each expert and is not trained (Pei et
+            al., "CMoE", 2025).
         router_width: Width of a router's hidden layer; none takes a twenty-fourth of the network's, at least 16.
+        shared: Number of experts that always run, made of the neurons that are active in most tokens; the gate chooses
+            among the others, ``k`` in addition.
         gate: Selection of experts: ``dynamic_k``; ``cumulative``, the best experts until their fraction of the total
             score reaches tau; ``top_k``.
         tau: Setting of the first two gates: 1 runs all experts, 0 only the best one.
         k: Setting of ``top_k``.
         fit: Whether routers are trained once, after the ``first`` experience, or after ``each``.
-        epochs: Epochs of router training.
-        lr: Initial learning rate of its Adam; cosine decay to a thousandth.
+        epochs: Epochs of router training; none: 7.
+        lr: Initial learning rate of its Adam, with cosine decay to a thousandth; none: 1e-3.
         samples: Samples for router training, drawn at random from the experience's training data and the replay
             buffer, if there is one; 0 takes all.
         batch_size: Batch size of router training.
@@ -66,7 +69,9 @@ class MoE(Component):
 
     name: ClassVar[str] = "moe"
     changes_activity: ClassVar[bool] = True
+    compilable: ClassVar[bool] = False
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True
     phase: ClassVar[str] = "router"
 
@@ -75,12 +80,13 @@ class MoE(Component):
     split: Split = "kmeans"
     router: RouterKind = "norm"
     router_width: int | None = None
+    shared: int = 0
     gate: GateKind = "dynamic_k"
     tau: float = 0.8
     k: int = 8
     fit: Literal["first", "each"] = "first"
-    epochs: int = 7
-    lr: float = 1e-3
+    epochs: int | None = None
+    lr: float | None = None
     samples: int = 2000
     batch_size: int = 64
     training: Literal["dense", "gated"] = "dense"
@@ -95,19 +101,26 @@ class MoE(Component):
             ("router_width", self.router_width is None or self.router_width >= 1, "give at least 1"),
             ("tau", 0 <= self.tau <= 1, "give a number from 0 (one expert a token) to 1 (all of them)"),
             ("k", self.k >= 1, "give at least 1"),
-            ("epochs", self.epochs >= 1, "give at least 1"),
-            ("lr", self.lr > 0, "give a number above 0"),
+            ("shared", self.shared >= 0, "give 0 or more"),
+            ("epochs", self.epochs is None or self.epochs >= 1, "give at least 1"),
+            ("lr", self.lr is None or self.lr > 0, "give a number above 0"),
             ("samples", self.samples >= 0, "give a number of samples, or 0 for all"),
             ("batch_size", self.batch_size >= 1, "give at least 1"),
         ):
             if not ok:
                 raise ConfigError(f"components.moe.{key}: found {getattr(self, key)}; {advice}")
+        for key in ("epochs", "lr", "router_width"):
+            if self.router == "analytical" and getattr(self, key) is not None:
+                raise ConfigError(
+                    f"components.moe.{key}: found {getattr(self, key)} for analytical routers, which are not trained "
+                    f"and have no hidden layer; leave it out"
+                )
 
     def setup_network(self, network: Network) -> None:
         """Replace every feed-forward network by experts, with neurons in their present order and all experts active."""
         recipe = Recipe(
             experts=self.experts, expert_size=self.expert_size, most=default_most(self.experts, self.expert_size),
-            router=self.router, router_width=self.router_width,
+            router=self.router, router_width=self.router_width, shared=self.shared,
         )  # fmt: skip
         try:
             layers = recipe.make_experts(network)
@@ -142,8 +155,8 @@ class MoE(Component):
         if not batches or not (first or self.fit == "each"):
             return state
         losses = fit_experts(
-            network, batches, split=self.split if first else None, generator=context.generator, epochs=self.epochs,
-            learning_rate=self.lr, call=_run,
+            network, batches, split=self.split if first else None, generator=context.generator,
+            epochs=self.epochs or 7, learning_rate=self.lr or 1e-3, call=_run,
         )  # fmt: skip
         with preserving_state([network]), count_usage(network) as usage:
             for batch in batches:
@@ -151,7 +164,7 @@ class MoE(Component):
             used = usage()
         return {
             "fitted": state["fitted"] + 1,
-            "loss": losses[-1],
+            "loss": losses[-1] if losses else None,
             "experts_per_token": tuple(used[name].experts_per_token for name in routed_layers(network)),
         }
 

@@ -11,10 +11,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError, DivergenceError, UnsupportedError
+from clframe.moe.analytical import most_active
 from clframe.moe.dense import find_dense_ffns
 from clframe.moe.experts import ExpertLayer
 from clframe.moe.routed import RoutedExperts, override, routed_layers
-from clframe.moe.router import ALL, ROUTERS, RouterKind
+from clframe.moe.router import ALL, ROUTERS, RouterKind, make_router
 from clframe.seeding import generator_for
 
 Split = Literal["kmeans", "random", "coactivation"]
@@ -140,7 +141,7 @@ def assign_evenly(similarity_FE: Tensor) -> Tensor:
 
 
 TOKENS = 4096
-"""Maximum number of tokens used for the split by co-activation."""
+"""Maximum number of tokens on which activations are recorded."""
 
 Call = Callable[[nn.Module, Any], Any]
 """Function that runs a model on one batch."""
@@ -160,6 +161,7 @@ def to_experts(
     split: Split | None = "kmeans",
     router: RouterKind = "norm",
     router_width: int | None = 128,
+    shared: int = 0,
     batches: Sequence[Any] = (),
     call: Call = plain_call,
     seed: int = 0,
@@ -175,9 +177,10 @@ def to_experts(
         expert_size: Neurons of an expert. Published choices are 24 x 128 for speed, 512 x 6 for accuracy.
         most: Upper limit: each network gets the largest number of equal experts up to this.
         split: Grouping of neurons; None keeps their order, until :func:`regroup`.
-        router: Quantity that routers predict.
+        router: Kind of router; :func:`~clframe.moe.pipeline.fit_experts` trains it, or reads it from activations.
         router_width: Width of a router's hidden layer; None takes a twenty-fourth of the network's, at least 16.
-        batches: Inputs for ``coactivation``.
+        shared: Number of experts that always run, made of the neurons that are active in most tokens.
+        batches: Inputs for ``coactivation`` and for shared experts.
         call: Runs the model on one of them.
         seed: Seed of the split and the routers' weights.
 
@@ -198,7 +201,7 @@ def to_experts(
       (activation): ReLU()
     )
     """
-    _check(model, split=split, router=router, router_width=router_width, batches=batches)
+    _check(model, split=split, router=router, router_width=router_width, shared=shared, batches=batches)
     networks = find_dense_ffns(model)
     counts = [
         expert_count(
@@ -206,6 +209,14 @@ def to_experts(
         )
         for n in networks
     ]
+    wrong = next((n for n, count in zip(networks, counts, strict=True) if not 0 <= shared < count), None)
+    if wrong is not None:
+        count = counts[networks.index(wrong)]
+        raise ConfigError(
+            f"moe.shared: found {shared} of the {count} experts of {wrong.name or 'the model'}; give fewer than experts"
+        )
+    # Activations are recorded on the installed experts.
+    after = split is not None and (split == "coactivation" or shared > 0)
     layers = []
     # Everything that can fail comes before the first installation, so that an error leaves the model unchanged.
     for number, (network, count) in enumerate(zip(networks, counts, strict=True)):
@@ -217,18 +228,19 @@ def to_experts(
             gate=network.gate,
             dropout=network.inner_dropout,
         )
-        if split is not None and split != "coactivation":
+        if split is not None and not after:
             _regroup_layer(layer, split, generator_for(seed, "moe", "split", number), where=f"moe: {network.name}")
         weight = network.up[0]
         width = max(16, len(weight) // 24) if router_width is None else router_width
         generator = generator_for(seed, "moe", "router", number)
-        new_router = ROUTERS[router](layer.inputs, count, width=width, generator=generator)
+        new_router = make_router(router, layer, routed=count - shared, width=width, generator=generator)
         new_router.to(weight.device, weight.dtype)
-        routed = RoutedExperts(layer, new_router, gate=ALL, dropout=network.outer_dropout)
+        routed = RoutedExperts(layer, new_router, gate=ALL, dropout=network.outer_dropout, shared=shared)
         layers.append(routed.train(model.training))
     for network, routed in zip(networks, layers, strict=True):
         network.install(routed)
-    if split == "coactivation":
+    if after:
+        assert split is not None
         generator = generator_for(seed, "moe", "split")
         regroup(model, split=split, generator=generator, batches=batches, call=call)
     names = {id(layer): name for name, layer in routed_layers(model).items()}
@@ -261,32 +273,57 @@ def regroup(
         model: Converted model.
         split: Grouping of neurons.
         generator: On the CPU.
-        batches: Inputs for ``coactivation``, run with all experts; at most 4096 of their tokens, evenly spaced, are
-            used.
+        batches: Inputs for ``coactivation`` and shared experts, run with all experts; at most 4096 of their tokens,
+            evenly spaced, are used.
         call: Runs the model on one batch.
 
     Raises:
         DivergenceError: Weights that are not finite.
     """
-    seen = _collect_inputs(model, batches, call) if split == "coactivation" else {}
-    for name, layer in routed_layers(model).items():
-        _regroup_layer(layer.experts, split, generator, x_ND=seen.get(name), where=f"moe: {name}")
+    layers = routed_layers(model)
+    needed = split == "coactivation" or any(layer.shared for layer in layers.values())
+    seen = collect_inputs(model, batches, call=call) if needed else {}
+    for name, layer in layers.items():
+        _regroup_layer(layer.experts, split, generator, x_ND=seen.get(name), shared=layer.shared, where=f"moe: {name}")
 
 
 def _regroup_layer(
-    experts: ExpertLayer, split: Split, generator: Generator, *, x_ND: Tensor | None = None, where: str
+    experts: ExpertLayer,
+    split: Split,
+    generator: Generator,
+    *,
+    x_ND: Tensor | None = None,
+    shared: int = 0,
+    where: str,
 ) -> None:
-    """Regroup by activations on ``x_ND``, or by the rows of the gate (of the input weights without a gate)."""
-    if x_ND is not None:
-        features_FD = experts.hidden(x_ND[:: -(-len(x_ND) // TOKENS)]).flatten(1).t()
+    """Regroup by activations on ``x_ND``, or by the rows of the gate (of the input weights without a gate).
+
+    The neurons that are active in most tokens form the first ``shared`` experts.
+    """
+    hidden_NF = None if x_ND is None else experts.hidden(x_ND).flatten(1)
+    if split == "coactivation" and hidden_NF is not None:
+        features_FD = hidden_NF.t()
     else:
         features_FD = (experts.up if experts.gate is None else experts.gate).detach().flatten(0, 1)
-    order_F = split_neurons(features_FD, experts=experts.experts, split=split, generator=generator, where=where)
-    experts.regroup(order_F)
+    often_S = torch.empty(0, dtype=torch.long, device=features_FD.device)
+    if shared and hidden_NF is not None:
+        often_S = most_active(hidden_NF, shared * experts.expert_size)
+    rest_F = torch.ones(len(features_FD), dtype=torch.bool, device=features_FD.device)
+    rest_F[often_S] = False
+    left_F = rest_F.nonzero().flatten()
+    routed = experts.experts - shared
+    order_F = split_neurons(features_FD[left_F], experts=routed, split=split, generator=generator, where=where)
+    experts.regroup(torch.cat([often_S, left_F[order_F.to(left_F.device)]]))
 
 
 def _check(
-    model: nn.Module, *, split: str | None, router: str, router_width: int | None, batches: Sequence[Any]
+    model: nn.Module,
+    *,
+    split: str | None,
+    router: str,
+    router_width: int | None,
+    shared: int,
+    batches: Sequence[Any],
 ) -> None:
     if split is not None and split not in SPLITS:
         raise ConfigError(f"moe.split: found '{split}'; choose from {', '.join(SPLITS)}")
@@ -296,6 +333,8 @@ def _check(
         raise ConfigError(f"moe.router_width: found {router_width}; give 1 or more")
     if split == "coactivation" and not len(batches):
         raise ConfigError("moe.split: found 'coactivation' without batches; give inputs to record activations on")
+    if shared and split is not None and not len(batches):
+        raise ConfigError(f"moe.shared: found {shared} without batches; give inputs to record activations on")
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedError(
             f"moe: found {type(model).__name__} on the meta device, without weights; load them first"
@@ -322,14 +361,15 @@ def require_finite_weights(model: nn.Module, *, where: str) -> None:
         )
 
 
-def _collect_inputs(model: nn.Module, batches: Sequence[Any], call: Call) -> dict[str, Tensor]:
-    """Inputs x_ND of every layer over all batches, in evaluation mode with all experts active."""
+def collect_inputs(model: nn.Module, batches: Sequence[Any], *, call: Call = plain_call) -> dict[str, Tensor]:
+    """Inputs x_ND of every layer over all batches with all experts active: at most 4096 tokens, evenly spaced."""
     seen: dict[str, list[Tensor]] = {}
     with all_experts_on(model):
         for batch in batches:
             for name, x_ND in layer_inputs(model, batch, call=call).items():
                 seen.setdefault(name, []).append(x_ND)
-    return {name: torch.cat(xs) for name, xs in seen.items()}
+    joined = {name: torch.cat(xs) for name, xs in seen.items()}
+    return {name: x_ND[:: -(-len(x_ND) // TOKENS)] for name, x_ND in joined.items() if len(x_ND)}
 
 
 @contextmanager

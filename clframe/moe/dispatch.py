@@ -26,7 +26,9 @@ from clframe.moe.executors import (
     per_token,
     reference,
 )
-from clframe.moe.triton_experts import run_triton, triton_works
+from clframe.moe.kernel_check import kernels_agree
+from clframe.moe.triton_experts import run_masked, run_triton, triton_works
+from clframe.moe.triton_launch import FUSED_NEURONS
 
 Name = Literal["reference", "dense", "per_token", "grouped", "grouped_mm", "triton"]
 
@@ -100,12 +102,17 @@ DENSE = Choice("dense")
 """Compute all experts and mask the inactive ones."""
 
 
-def choose(weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan()) -> Choice:
-    """Choose the executor with the lowest estimated cost; on CUDA without synchronizing with the device."""
+def choose(
+    weights: Weights, x_ND: Tensor, keep_NE: Tensor, *, plan: Plan = Plan(), share: float | None = None
+) -> Choice:
+    """Choose the executor with the lowest estimated cost; on CUDA without synchronizing with the device.
+
+    There ``share`` is used instead of a count, the expected fraction of pairs; None: unknown, the kernels are used.
+    """
     if not x_ND.numel() or is_functorch_wrapped_tensor(x_ND):  # a transformed function cannot branch on its values
         return DENSE
     if x_ND.device.type == "cuda":  # counting pairs would synchronize
-        return Choice(_on_cuda(weights, x_ND))
+        return Choice(_on_cuda(weights, x_ND, share))
     tokens, experts, neurons = *keep_NE.shape, weights.up_EHD.shape[1]
     counts: list[int] = keep_NE.sum(0).tolist()
     pairs, active = sum(counts), sum(map(bool, counts))
@@ -160,6 +167,7 @@ def run(
     *,
     plan: Plan = Plan(),
     executor: Name | None = None,
+    share: float | None = None,
 ) -> Tensor:
     """Compute y_NO with the named executor, or with the one chosen by ``plan``.
 
@@ -170,20 +178,31 @@ def run(
         weight_NE: Factors of the experts' outputs; None is 1.
         plan: Cost model for the choice.
         executor: Overrides the choice.
+        share: Expected fraction of pairs that ``keep_NE`` selects, for the choice on CUDA.
     """
     if keep_NE is None:
         if executor is None:
             return dense(weights, x_ND, None, weight_NE)
         keep_NE = x_ND.new_ones((), dtype=torch.bool).expand(x_ND.shape[0], len(weights.up_EHD))
-    choice = choose(weights, x_ND, keep_NE, plan=plan) if executor is None else Choice(executor)
+    choice = choose(weights, x_ND, keep_NE, plan=plan, share=share) if executor is None else Choice(executor)
     if choice.merged > 1:
         return merged_groups(weights, x_ND, keep_NE, weight_NE, many=choice.merged)
+    uses_kernels = executor is None and choice.name in KERNELS and x_ND.is_cuda
+    if uses_kernels and not kernels_agree(EXECUTORS[choice.name], weights, x_ND, keep_NE, weight_NE):
+        return dense(weights, x_ND, keep_NE, weight_NE)
     return EXECUTORS[choice.name](weights, x_ND, keep_NE, weight_NE)
+
+
+def run_dense(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Compute all experts and mask them; on CUDA without gradients in the kernel of the activation."""
+    if x_ND.is_cuda and not torch.is_grad_enabled() and x_ND.numel() and triton_works(weights, x_ND):
+        return run_masked(weights, x_ND, keep_NE, weight_NE)
+    return dense(weights, x_ND, keep_NE, weight_NE)
 
 
 EXECUTORS: Mapping[Name, Executor] = {
     "reference": reference,
-    "dense": dense,
+    "dense": run_dense,
     "per_token": per_token,
     "grouped": grouped,
     "grouped_mm": grouped_mm,
@@ -191,8 +210,18 @@ EXECUTORS: Mapping[Name, Executor] = {
 }
 
 
-def _on_cuda(weights: Weights, x_ND: Tensor) -> Name:
-    """Choose by size and type alone; few tokens are faster densely. Measured on an H100 (docs/performance.md)."""
-    if not triton_works(weights, x_ND) or torch.are_deterministic_algorithms_enabled():
+KERNELS: tuple[Name, ...] = ("dense", "triton")
+"""Executors with own kernels on a GPU, which are compared with plain products before they are chosen."""
+BREAK_EVEN = 0.4
+"""Fraction of pairs up to which the kernels are faster on a GPU than all experts with masking; docs/performance.md."""
+
+
+def _on_cuda(weights: Weights, x_ND: Tensor, share: float | None) -> Name:
+    """Choose by size, type and expected share; few tokens are faster densely. Measured on an H200."""
+    # Factors of experts with several tiles get their gradient by atomics.
+    exact = torch.are_deterministic_algorithms_enabled() and weights.up_EHD.shape[1] > FUSED_NEURONS
+    if not triton_works(weights, x_ND) or exact:
         return "grouped_mm" if grouped_mm_works(weights, x_ND) else "grouped"
+    if share is not None and share > BREAK_EVEN:
+        return "dense"
     return "triton" if len(x_ND) > (512 if x_ND.dtype is torch.float32 else 4096) else "dense"

@@ -62,6 +62,13 @@ class Weights(NamedTuple):
         """Views of each expert's weights; differentiable while gradients are enabled."""
         return self.by_expert if self.by_expert is not None and not torch.is_grad_enabled() else split_by_expert(self)
 
+    def to(self, dtype: torch.dtype) -> Weights:
+        """Weights of another dtype; differentiable."""
+        if dtype == self.up_EHD.dtype:
+            return self
+        parts = (None if part is None else part.to(dtype) for part in self.tensors())
+        return Weights(activation=self.activation, **dict(zip(TENSORS, parts, strict=True)))  # type: ignore[arg-type]
+
     def merge(self, many: int) -> Weights:
         """View the weights with ``many`` neighboring experts as one expert."""
 

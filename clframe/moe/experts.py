@@ -142,29 +142,50 @@ class ExpertLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def forward(self, x_ND: Tensor, keep_NE: Tensor | None = None, weight_NE: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        keep_NE: Tensor | None = None,
+        weight_NE: Tensor | None = None,
+        *,
+        executor: Name | None = None,
+        share: float | None = None,
+    ) -> Tensor:
         """Compute y_NO of the active experts; ``keep_NE`` None runs all.
 
-        With all experts active, autocast applies as in a dense network; otherwise it is disabled, because it would copy
-        the weights of all experts for the few that run.
+        See :func:`~clframe.moe.dispatch.run` for ``executor`` and ``share``. With all experts active, and on CUDA,
+        autocast applies as in a dense network; otherwise it is disabled, because it would copy the weights of all
+        experts for the few that run.
         """
         weights = self.weights()
         plain = keep_NE is None and torch.is_autocast_enabled(x_ND.device.type)
         with nullcontext() if plain else without_autocast(x_ND.device.type):
             if not plain:
-                x_ND = x_ND.to(weights.up_EHD.dtype)
+                weights, x_ND = weights.to(self._dtype(x_ND)), x_ND.to(self._dtype(x_ND))
             if self._computes_all():
                 dropout = self.dropout if self.training else 0.0
                 return dense(weights, x_ND, keep_NE, weight_NE, dropout=dropout)
-            return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=self.executor)
+            executor = self.executor or executor
+            return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=executor, share=share)
 
-    def computed(self, x_ND: Tensor, keep_NE: Tensor | None) -> int | Tensor:
+    def _dtype(self, x_ND: Tensor) -> torch.dtype:
+        """Dtype of routed execution: that of autocast on CUDA, where a copy of the weights takes microseconds."""
+        if x_ND.is_cuda and torch.is_autocast_enabled("cuda"):
+            return torch.get_autocast_dtype("cuda")
+        return self.up.dtype
+
+    def computed(
+        self, x_ND: Tensor, keep_NE: Tensor | None, *, executor: Name | None = None, share: float | None = None
+    ) -> int | Tensor:
         """Number of (token, expert) pairs that :meth:`forward` computes; a tensor on CUDA, to avoid synchronizing."""
         if keep_NE is None or self._computes_all():
             return len(x_ND) * self.experts
-        if self.executor is not None:
-            return count_computed_pairs(Choice(self.executor), keep_NE)
-        return count_computed_pairs(choose(self.weights(), x_ND.to(self.up.dtype), keep_NE, plan=self.plan), keep_NE)
+        executor = self.executor or executor
+        if executor is not None:
+            return count_computed_pairs(Choice(executor), keep_NE)
+        dtype = self._dtype(x_ND)
+        choice = choose(self.weights().to(dtype), x_ND.to(dtype), keep_NE, plan=self.plan, share=share)
+        return count_computed_pairs(choice, keep_NE)
 
     def _computes_all(self) -> bool:
         """Whether :meth:`forward` computes all hidden neurons.

@@ -144,4 +144,5 @@ class MixtureOfExperts(nn.Module):
             gate_EHD=self.gate,
             bias_O=self.bias,
         )
-        return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=self.executor)
+        share = self.choice.k / self.experts if isinstance(self.choice, TopK) else None
+        return run(weights, x_ND, keep_NE, weight_NE, plan=self.plan, executor=self.executor, share=share)

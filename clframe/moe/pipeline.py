@@ -11,10 +11,20 @@ import torch
 from torch import Generator, Tensor, nn
 
 from clframe.errors import ConfigError, DivergenceError, RunFolderError, UnsupportedError
-from clframe.moe.convert import Call, Split, all_experts_on, layer_inputs, plain_call, regroup, to_experts
+from clframe.moe.analytical import RepresentativeRouter
+from clframe.moe.convert import (
+    Call,
+    Split,
+    all_experts_on,
+    collect_inputs,
+    layer_inputs,
+    plain_call,
+    regroup,
+    to_experts,
+)
 from clframe.moe.projections import ProjectionSite, rebuild_projections
 from clframe.moe.routed import RoutedExperts, routed_layers, set_gate
-from clframe.moe.router import ALL, CumulativeShare, DynamicK, Gate, Router, RouterKind, TopK
+from clframe.moe.router import ALL, CumulativeShare, DynamicK, Gate, RouterKind, TopK, TrainedRouter
 from clframe.seeding import generator_for
 from clframe.sparsity.penalties import swap_for_relu
 
@@ -29,6 +39,7 @@ def moefy(
     split: Split = "kmeans",
     router: RouterKind = "norm",
     router_width: int = 128,
+    shared: int = 0,
     epochs: int = 7,
     learning_rate: float = 1e-3,
     gate: Gate = ALL,
@@ -38,7 +49,8 @@ def moefy(
     """Sparsify a dense model, convert it to experts, train the routers and set the gate; changes the model in place.
 
     Szatkowski et al., "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion" (2024).
-    With ``router="activation"`` and a gate ``TopK``: MoEfication (Zhang et al., 2022).
+    With ``router="activation"`` and a gate ``TopK``: MoEfication (Zhang et al., 2022). With ``router="analytical"``,
+    ``shared`` experts and a gate ``TopK``: after CMoE (Pei et al., 2025), without training.
 
     Args:
         model: Dense model.
@@ -48,8 +60,9 @@ def moefy(
         sparsify: Fine-tunes the dense model for sparse activations, after replacing activations if needed; None skips
             this step.
         split: Grouping of neurons.
-        router: Quantity that routers predict.
+        router: Kind of router.
         router_width: Width of their hidden layer.
+        shared: Number of experts that always run; the gate chooses among the others.
         epochs: Epochs of router training.
         learning_rate: Initial rate of Adam; cosine decay to a thousandth.
         gate: Gate after the conversion.
@@ -61,7 +74,9 @@ def moefy(
     """
     if sparsify is not None:
         sparsify(model)
-    recipe = Recipe(experts=experts, expert_size=expert_size, router=router, router_width=router_width)
+    recipe = Recipe(
+        experts=experts, expert_size=expert_size, router=router, router_width=router_width, shared=shared
+    )
     layers = recipe.make_experts(model, split=split, batches=batches, call=call, seed=seed)
     fit_experts(model, batches, epochs=epochs, learning_rate=learning_rate, call=call)
     set_gate(model, gate)
@@ -93,7 +108,7 @@ def fit_experts(
         call: Runs the model on a batch.
 
     Returns:
-        The mean loss of each epoch.
+        The mean loss of each epoch; none for analytical routers, which are not trained.
 
     Raises:
         ClframeError: See :func:`~clframe.moe.convert.regroup` and :func:`fit_routers`.
@@ -104,6 +119,12 @@ def fit_experts(
         for layer in routed_layers(model).values():
             layer.router.draw(generator)
             layer.ready = True
+    layers = routed_layers(model)
+    routers = {name: one.router for name, one in layers.items() if isinstance(one.router, RepresentativeRouter)}
+    if routers:
+        for name, x_ND in collect_inputs(model, batches, call=call).items():
+            routers[name].fit(layers[name].experts, x_ND)
+        return []
     return fit_routers(model, batches, epochs=epochs, learning_rate=learning_rate, call=call)
 
 
@@ -138,7 +159,7 @@ def fit_routers(
         raise UnsupportedError(f"moe: found no experts in {type(model).__name__}; convert it first")
     if not len(batches) or epochs < 1:
         raise ConfigError(f"moe: found {len(batches)} batches for {epochs} epochs of router training; give one or more")
-    step = _make_step([layer.router for layer in layers.values()], learning_rate, epochs * len(batches))
+    step = _make_step([_trained(layer) for layer in layers.values()], learning_rate, epochs * len(batches))
     losses = []
     with all_experts_on(model), torch.enable_grad():
         for _ in range(epochs):
@@ -187,7 +208,7 @@ def fit_router(
             f"moe: found {len(x_ND)} tokens in batches of {batch_size} for {epochs} epochs; give one or more of each"
         )
     generator = generator_for(0, "moe", "fit") if generator is None else generator
-    step = _make_step([layer.router], learning_rate, epochs * -(-len(x_ND) // batch_size))
+    step = _make_step([_trained(layer)], learning_rate, epochs * -(-len(x_ND) // batch_size))
     losses = []
     with torch.enable_grad():
         for _ in range(epochs):
@@ -200,14 +221,21 @@ def fit_router(
     return losses
 
 
+def _trained(layer: RoutedExperts) -> TrainedRouter:
+    if isinstance(layer.router, RepresentativeRouter):
+        raise UnsupportedError("moe: found analytical routers, which are not trained; use fit_experts")
+    return layer.router
+
+
 def _loss(layer: RoutedExperts, x_ND: Tensor) -> Tensor:
+    router = _trained(layer)
     with torch.no_grad():
-        target_NE = layer.router.targets(layer.experts, x_ND)
-    return layer.router.loss(x_ND, target_NE)
+        target_NE = router.targets(layer.experts, x_ND)[:, layer.shared :]
+    return router.loss(x_ND, target_NE)
 
 
 def _make_step(
-    routers: Iterable[Router], learning_rate: float, steps: int
+    routers: Iterable[TrainedRouter], learning_rate: float, steps: int
 ) -> Callable[[Sequence[Tensor]], Tensor]:
     """Create a function for one Adam step on the mean of given losses; it returns the mean, detached on the CPU."""
     parameters = [parameter for router in routers for parameter in router.parameters()]
@@ -279,8 +307,9 @@ class Recipe:
         experts: Experts of each network. One of this, ``expert_size`` and ``most`` is set.
         expert_size: Neurons of an expert.
         most: Upper limit on the number of experts, see :func:`~clframe.moe.convert.to_experts`.
-        router: Quantity that routers predict.
+        router: Kind of router.
         router_width: Width of their hidden layer; None derives it from the network's.
+        shared: Number of experts that always run.
         gate: Kind of gate.
         tau: Of the gate.
         k: Of the gate.
@@ -294,6 +323,7 @@ class Recipe:
     most: int | None = None
     router: RouterKind = "norm"
     router_width: int | None = None
+    shared: int = 0
     gate: GateKind = "dynamic_k"
     tau: float = 1.0
     k: int | None = None
@@ -330,7 +360,7 @@ class Recipe:
         """Replace the feed-forward networks of ``body`` by experts; see :func:`~clframe.moe.convert.to_experts`."""
         return to_experts(
             body, experts=self.experts, expert_size=self.expert_size, most=self.most, split=split, router=self.router,
-            router_width=self.router_width, batches=batches, call=call, seed=seed,
+            router_width=self.router_width, shared=self.shared, batches=batches, call=call, seed=seed,
         )  # fmt: skip
 
     def as_tree(self) -> dict[str, Any]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from clframe.moe.dispatch import Name
 from clframe.moe.experts import ExpertLayer
-from clframe.moe.router import DynamicK, Gate, Router
-from clframe.moe.routing import expert_macs, router_macs
+from clframe.moe.router import CumulativeShare, DynamicK, Gate, NormRouter, Router, TopK
+from clframe.moe.routing import expert_macs
+from clframe.moe.triton_router import can_route, route_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,14 @@ class Usage:
         return self.total_macs / self.dense_macs if self.tokens else float("nan")
 
 
+class Measured(NamedTuple):
+    """The fastest executor for a gate and a number of tokens; ``all`` runs all experts without the router."""
+
+    gate: Gate
+    tokens: int
+    executor: str
+
+
 When = Literal["always", "evaluation"]
 """When the gate is applied: always, or in evaluation mode only, with all experts active in training."""
 
@@ -101,9 +112,10 @@ class RoutedExperts(nn.Module):
 
     Args:
         experts: Neurons of the network.
-        router: Predicts the contribution of each expert.
-        gate: Selects the active experts; may be changed at any time.
+        router: Predicts the contribution of each expert that is not shared.
+        gate: Selects the active experts among these; may be changed at any time.
         dropout: Dropout probability of the outputs in training.
+        shared: Number of experts, the first ones, that always run.
 
     Attributes:
         when: When the gate is applied.
@@ -113,10 +125,14 @@ class RoutedExperts(nn.Module):
         ran: Usage counters, if usage is counted: tokens by expert, then the number of tokens, of tokens for which the
             router was evaluated, and of computed pairs.
         chosen: Called with the number of active experts of each token, in the shape of the tokens, if set.
+        measured: Executors to use instead of the plan's choice, see :func:`~clframe.moe.tuning.tune`.
     """
 
-    def __init__(self, experts: ExpertLayer, router: Router, *, gate: Gate, dropout: float = 0.0) -> None:
+    def __init__(
+        self, experts: ExpertLayer, router: Router, *, gate: Gate, dropout: float = 0.0, shared: int = 0
+    ) -> None:
         super().__init__()
+        self.shared = shared
         self.experts = experts
         self.router = router
         self.gate = gate
@@ -126,6 +142,7 @@ class RoutedExperts(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         self.ran: Tensor | None = None
         self.chosen: Callable[[Tensor], None] | None = None
+        self.measured: tuple[Measured, ...] = ()
 
     @property
     def routes(self) -> bool:
@@ -138,15 +155,21 @@ class RoutedExperts(nn.Module):
         if self.observer is not None:
             self.observer(x_ND)
         watched = self.ran is not None or self.chosen is not None
-        routes = self.routes
+        fastest = self._fastest(len(x_ND)) if self.measured else None
+        routes = self.routes and fastest != "all"
         # For a single token the overhead of small operators dominates; this path has the fewest.
         if routes and not watched and x_ND.shape[0] == 1 and self.experts.can_run_one(x_ND):
-            y_1O = self.experts.run_one(x_ND, self.gate.select(self.router(x_ND)[0]))
+            chosen = self.gate.select(self.router(x_ND)[0])
+            if self.shared:
+                chosen = [*range(self.shared), *(expert + self.shared for expert in chosen)]
+            y_1O = self.experts.run_one(x_ND, chosen)
             return y_1O if x.dim() == 2 else y_1O.reshape(*x.shape[:-1], -1)
         keep_NE = self.keep(x_ND) if routes else None
+        executor = cast("Name | None", fastest) if routes else None
+        share = (self.gate.k + self.shared) / self.experts.experts if isinstance(self.gate, TopK) else None
         if watched:
-            self._count(x_ND, keep_NE, x.shape[:-1])
-        y_NO: Tensor = self.experts(x_ND, keep_NE)
+            self._count(x_ND, keep_NE, x.shape[:-1], executor=executor, share=share)
+        y_NO: Tensor = self.experts(x_ND, keep_NE, executor=executor, share=share)
         if self.dropout:
             y_NO = nn.functional.dropout(y_NO, self.dropout, self.training)
         return y_NO if x.dim() == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
@@ -164,8 +187,12 @@ class RoutedExperts(nn.Module):
         if torch.is_grad_enabled():  # entering no_grad takes microseconds, which matter for one token
             with torch.no_grad():
                 return self.keep(x_ND)
-        keep_NE: Tensor = self.gate(self.router(x_ND))
-        return keep_NE
+        if can_route(self.router, self.gate, x_ND):
+            assert isinstance(self.router, NormRouter) and not isinstance(self.gate, CumulativeShare)
+            keep_NE = route_tokens(self.router, self.gate, x_ND)
+        else:
+            keep_NE = self.gate(self.router(x_ND))
+        return F.pad(keep_NE, (self.shared, 0), value=True) if self.shared else keep_NE
 
     def macs(self) -> Macs:
         """MACs per token, by formula."""
@@ -175,12 +202,23 @@ class RoutedExperts(nn.Module):
                 inputs=e.inputs, outputs=e.outputs, neurons=e.expert_size, gated=e.gate is not None
             ),
             experts=e.experts,
-            router=router_macs(
-                inputs=e.inputs, width=len(self.router.hidden), experts=e.experts
-            ),
+            router=self.router.macs,
         )
 
-    def _count(self, x_ND: Tensor, keep_NE: Tensor | None, shape: Sequence[int]) -> None:
+    def _fastest(self, tokens: int) -> str | None:
+        """The executor measured for this gate and about as many tokens, the last measurement first."""
+        known = (one for one in reversed(self.measured) if one.gate == self.gate)
+        return next((one.executor for one in known if one.tokens <= 2 * tokens and tokens <= 2 * one.tokens), None)
+
+    def _count(
+        self,
+        x_ND: Tensor,
+        keep_NE: Tensor | None,
+        shape: Sequence[int],
+        *,
+        executor: Name | None,
+        share: float | None,
+    ) -> None:
         if self.chosen is not None:
             all_N = torch.full((len(x_ND),), self.experts.experts, device=x_ND.device)
             self.chosen((all_N if keep_NE is None else keep_NE.sum(1)).view(shape))
@@ -189,7 +227,7 @@ class RoutedExperts(nn.Module):
             self.ran[:-3] += tokens if keep_NE is None else keep_NE.sum(0)
             self.ran[-3] += tokens
             self.ran[-2] += 0 if keep_NE is None else tokens
-            self.ran[-1] += self.experts.computed(x_ND, keep_NE)
+            self.ran[-1] += self.experts.computed(x_ND, keep_NE, executor=executor, share=share)
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedExperts]:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from ctypes import c_float
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
+from clframe.moe.analytical import RepresentativeRouter
 from clframe.moe.experts import ExpertLayer
-from clframe.moe.routing import cumulative_share, dynamic_k, share_loss, top_k
+from clframe.moe.routing import cumulative_share, dynamic_k, router_macs, share_loss, top_k
 
-RouterKind = Literal["norm", "activation"]
-"""Quantity that a router predicts: the norm of an expert's output (D2DMoE), or its summed activations (MoEfication)."""
+RouterKind = Literal["norm", "activation", "analytical"]
+"""Kind of router: predicts the norm of an expert's output (D2DMoE) or its summed activations (MoEfication), or computes
+one neuron of each expert, without training (CMoE)."""
+
+ROUTERS: tuple[RouterKind, ...] = get_args(RouterKind)
 
 
 class _TwoLayers(nn.Module):
@@ -40,6 +44,12 @@ class _TwoLayers(nn.Module):
         self.hidden = nn.Parameter(torch.empty(width, inputs))
         self.score = nn.Parameter(torch.empty(experts, width))
         self.draw(generator)
+
+    @property
+    def macs(self) -> int:
+        """MACs per token."""
+        width, inputs = self.hidden.shape
+        return router_macs(inputs=inputs, width=width, experts=len(self.score))
 
     @torch.no_grad()
     def draw(self, generator: Generator | None) -> None:
@@ -93,11 +103,26 @@ class ActivationRouter(_TwoLayers):
 FEW = 64
 """Number of experts up to which Python lists are faster than tensor operators."""
 
-Router = NormRouter | ActivationRouter
-ROUTERS: dict[str, type[NormRouter] | type[ActivationRouter]] = {
-    "norm": NormRouter,
-    "activation": ActivationRouter,
-}
+TrainedRouter = NormRouter | ActivationRouter
+Router = TrainedRouter | RepresentativeRouter
+
+
+def make_router(
+    kind: RouterKind, experts: ExpertLayer, *, routed: int, width: int, generator: Generator | None
+) -> Router:
+    """Create a router.
+
+    Args:
+        kind: Its kind.
+        experts: Layer to route to.
+        routed: Number of experts with a score.
+        width: Width of the hidden layer of a router that is trained.
+        generator: CPU generator for its weights.
+    """
+    if kind == "analytical":
+        return RepresentativeRouter(experts, routed)
+    make = NormRouter if kind == "norm" else ActivationRouter
+    return make(experts.inputs, routed, width=width, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,40 +1,41 @@
-"""Executor of experts on CUDA with two fused Triton kernels and no synchronization with the device.
+"""Executor of experts with Triton kernels, forward and backward, without synchronization with the device.
 
-The routing mask is converted to a list of tokens for each expert on the device. Outputs are accumulated with atomics,
-so results are not deterministic to the last bit; deterministic mode uses another executor. Backward recomputes with
-:func:`~clframe.moe.executors.grouped`.
+The routing mask becomes a list of (token, expert) pairs on the device; kernels gather each pair's token, multiply it by
+both layers of the expert, and add up the rows of each token in a fixed order. Atomics are not used, so that results are
+deterministic (except the gradient of ``weight_NE`` where experts have more than 128 neurons).
 
-Shape suffixes as in ``executors.py``.
+Shape suffixes as in ``executors.py``; P is the largest possible number of pairs, N * E.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from clframe.moe.executors import TENSORS, Activation, Weights, grouped
+from clframe.moe.executors import TENSORS, Activation, Weights, input_tensors, reference
+from clframe.moe.triton_launch import (
+    FUSED_NEURONS,
+    Layer,
+    Pairs,
+    Tiles,
+    add_up,
+    hidden_gradients,
+    list_pairs,
+    mask_rows,
+    run_first,
+    run_fused,
+    run_second,
+    weight_gradients,
+)
 
-
-class Tiles(NamedTuple):
-    """Tile of one kernel program: tokens, columns, and the depth of one inner product."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int = 4
-    stages: int = 3
-
-
-def tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """Tile sizes for a number of tokens and a dtype; the fastest of six on an H100."""
-    if dtype is not torch.float32:
-        return Tiles(64, 128, 64)
-    return Tiles(32, 32, 32) if tokens <= 512 else Tiles(64, 64, 16)
+LARGEST = 2**29
+"""Entries of the rows of all pairs, from which on tokens are computed in several parts, to bound the memory."""
 
 
 def activation_code(activation: Activation) -> int | None:
@@ -57,11 +58,76 @@ def activation_code(activation: Activation) -> int | None:
 def triton_works(weights: Weights, x_ND: Tensor) -> bool:
     """Whether the kernels support these dtypes and this activation, and Triton is installed."""
     fits = x_ND.dtype == weights.up_EHD.dtype and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return fits and _installed() and _code(weights.activation) is not None
+    return fits and triton_installed() and _code(weights.activation) is not None
 
 
 def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
     """Compute y_NO; see :data:`~clframe.moe.executors.Executor`."""
+    if not x_ND.numel():
+        return reference(weights, x_ND, keep_NE, weight_NE)
+    experts, _, width = weights.up_EHD.shape
+    most = max(1, LARGEST // (experts * max(width, weights.down_EHO.shape[2])))
+    size = -(-len(x_ND) // -(-len(x_ND) // most))
+    if size == len(x_ND):
+        return _run(weights, x_ND, keep_NE, weight_NE)
+    xs, keeps = x_ND.split(size), keep_NE.split(size)
+    scales = (None,) * len(xs) if weight_NE is None else weight_NE.split(size)
+    return torch.cat([_run(weights, *part) for part in zip(xs, keeps, scales, strict=True)])
+
+
+def forward(
+    weights: Weights,
+    x_ND: Tensor,
+    keep_NE: Tensor,
+    weight_NE: Tensor | None = None,
+    *,
+    fused: bool | None = None,
+    tile: Tiles | None = None,
+) -> Tensor:
+    """Compute y_NO without gradients.
+
+    Args:
+        weights: Of the experts.
+        x_ND: Tokens.
+        keep_NE: Mask of experts to run.
+        weight_NE: Factors of the experts' outputs.
+        fused: Whether one kernel computes both layers; None: up to :data:`~clframe.moe.triton_launch.FUSED_NEURONS`.
+        tile: Tile sizes; None: those for the dtype.
+    """
+    layer, pairs = _layer(weights, tile), list_pairs(keep_NE)
+    x_ND, weight_NE = x_ND.contiguous(), None if weight_NE is None else weight_NE.contiguous()
+    if fused is None:
+        fused = layer.sizes[1] <= FUSED_NEURONS
+    if fused:
+        y_PO = run_fused(layer, x_ND, pairs, weight_NE)
+    else:
+        hidden_PH, _, _ = run_first(layer, x_ND, pairs, weight_NE, save=False)
+        y_PO = run_second(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
+    return add_up(y_PO, pairs, weights.bias_O)
+
+
+def run_masked(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
+    """Compute all experts with PyTorch's products and mask them in the kernel of the activation; without gradients."""
+    up_FD, up_bias_F, gate_FD, gate_bias_F = (
+        None if part is None else part.flatten(0, 1) for part in input_tensors(weights)
+    )
+    assert up_FD is not None
+    up_NF = F.linear(x_ND, up_FD, up_bias_F)
+    gate_NF = None if gate_FD is None else F.linear(x_ND, gate_FD, gate_bias_F)
+    mask_rows(_layer(weights), up_NF, gate_NF, keep_NE, weight_NE)
+    down_FO = weights.down_EHO.flatten(0, 1)
+    return up_NF @ down_FO if weights.bias_O is None else torch.addmm(weights.bias_O, up_NF, down_FO)
+
+
+def _layer(weights: Weights, tile: Tiles | None = None) -> Layer:
+    code = _code(weights.activation)
+    assert code is not None
+    return Layer.of(weights, code, tile=tile)
+
+
+def _run(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(weights, x_ND, keep_NE, weight_NE)
     y_NO: Tensor = _Experts.apply(weights.activation, x_ND, keep_NE, weight_NE, *weights.tensors())
     return y_NO
 
@@ -76,91 +142,52 @@ class _Experts(torch.autograd.Function):
         weight_NE: Tensor | None,
         *parts: Tensor | None,
     ) -> Tensor:
+        weights = _weights(activation, parts)
+        if not any(ctx.needs_input_grad):
+            return forward(weights, x_ND, keep_NE, weight_NE)
+        layer, pairs = _layer(weights), list_pairs(keep_NE)
+        x_ND, weight_NE = x_ND.contiguous(), None if weight_NE is None else weight_NE.contiguous()
+        hidden_PH, up_PH, gate_PH = run_first(layer, x_ND, pairs, weight_NE, save=True)
         ctx.activation = activation
-        ctx.save_for_backward(x_ND, keep_NE, weight_NE, *parts)
-        return _launch(_weights(activation, parts), x_ND, keep_NE, weight_NE)
+        ctx.save_for_backward(x_ND, weight_NE, up_PH, gate_PH, *pairs, *parts)
+        y_PO = run_second(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
+        return add_up(y_PO, pairs, weights.bias_O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_NO: Tensor) -> Any:
-        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-        needed = (ctx.needs_input_grad[1], False, *ctx.needs_input_grad[3:])
-        inputs = [
-            None if value is None else value.detach().requires_grad_(needs)
-            for value, needs in zip(saved, needed, strict=True)
-        ]
-        x_ND, keep_NE, weight_NE, *parts = inputs
-        assert x_ND is not None and keep_NE is not None
-        # Recomputing stores no hidden activations; the kernels have no backward.
-        with torch.enable_grad():
-            y_NO = grouped(_weights(ctx.activation, tuple(parts)), x_ND, keep_NE, weight_NE)
-        wanted = [value for value in inputs if value is not None and value.requires_grad]
-        found = iter(torch.autograd.grad(y_NO, wanted, gradient_NO, allow_unused=True))
-        gradients = [next(found) if value is not None and value.requires_grad else None for value in inputs]
-        return (None, *gradients)
+        x_ND, weight_NE, up_PH, gate_PH, token_P, pair_NE, count_N, end_E, *parts = ctx.saved_tensors
+        layer, pairs = _layer(_weights(ctx.activation, parts)), Pairs(token_P, pair_NE, count_N, end_E)
+        _, x_needed, _, weight_needed, up_needed, down_needed, up_bias, gate_needed, gate_bias, bias_needed = (
+            ctx.needs_input_grad
+        )
+        gradient_NO, tile, w = gradient_NO.contiguous(), layer.tile("gradient"), layer.weights
+        up_grad_PH, gate_grad_PH, hidden_PH, weight_grad_NE = hidden_gradients(
+            layer, gradient_NO, pairs, weight_NE, up_PH, gate_PH
+        )
+        x_grad = down_grad = up_grad = up_sum = gate_grad = gate_sum = None
+        if x_needed:
+            other = None if gate_grad_PH is None or w.gate_EHD is None else (gate_grad_PH, w.gate_EHD)
+            rows_PD = run_second(up_grad_PH, w.up_EHD, pairs, tile=layer.tile("split"), other=other)
+            x_grad = add_up(rows_PD, pairs, None)
+        if down_needed:
+            down_grad, _ = weight_gradients(hidden_PH, gradient_NO, pairs, tile=tile)
+        if up_needed or up_bias:
+            up_grad, up_sum = weight_gradients(up_grad_PH, x_ND, pairs, tile=tile, sums=up_bias)
+        if gate_grad_PH is not None and (gate_needed or gate_bias):
+            gate_grad, gate_sum = weight_gradients(gate_grad_PH, x_ND, pairs, tile=tile, sums=gate_bias)
+        weight_grad = weight_grad_NE.to(weight_NE.dtype) if weight_needed and weight_grad_NE is not None else None
+        bias_grad = gradient_NO.sum(0) if bias_needed else None
+        return None, x_grad, None, weight_grad, up_grad, down_grad, up_sum, gate_grad, gate_sum, bias_grad
 
 
-def _weights(activation: Activation, parts: tuple[Tensor | None, ...]) -> Weights:
-    return Weights(activation=activation, **dict(zip(TENSORS, parts, strict=True)))  # type: ignore[arg-type]
-
-
-def _launch(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None) -> Tensor:
-    from clframe.moe.triton_kernels import add_outputs, make_hidden
-
-    code = _code(weights.activation)
-    assert code is not None
-    experts, neurons, width = weights.up_EHD.shape
-    tokens, outputs = len(x_ND), weights.down_EHO.shape[2]
-    x_ND = x_ND.contiguous()
-    order_EM, count_E = tokens_of_experts(keep_NE)
-    hidden_ENH = x_ND.new_empty(experts, tokens, neurons)
-    empty = x_ND.new_empty(0)
-    gate_EHD, up_bias_EH, gate_bias_EH = (
-        empty if part is None else part.contiguous()
-        for part in (weights.gate_EHD, weights.up_bias_EH, weights.gate_bias_EH)
-    )
-    tile = tiles(tokens, x_ND.dtype)
-    how = {
-        "precision": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    blocks = -(-tokens // tile.rows)
-    make_hidden[(-(-neurons // tile.columns), blocks, experts)](
-        x_ND, order_EM, count_E, weights.up_EHD.contiguous(), up_bias_EH, gate_EHD, gate_bias_EH,
-        empty if weight_NE is None else weight_NE.contiguous(), hidden_ENH, tokens, experts, neurons, width,
-        biased=weights.up_bias_EH is not None, gated=weights.gate_EHD is not None,
-        gate_biased=weights.gate_bias_EH is not None, weighted=weight_NE is not None, code=code, **how,
-    )  # fmt: skip
-    y_NO = torch.zeros(tokens, outputs, device=x_ND.device)  # accumulates in float32 for any weight dtype
-    add_outputs[(-(-outputs // tile.columns), blocks, experts)](
-        hidden_ENH, order_EM, count_E, weights.down_EHO.contiguous(), y_NO, tokens, neurons, outputs, **how
-    )
-    if weights.bias_O is not None:
-        y_NO += weights.bias_O
-    return y_NO.to(x_ND.dtype)
-
-
-def tokens_of_experts(keep_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """Token indices of each expert, at the front of its row of order_EM, M = N + 1, and their numbers count_E.
-
-    Entries after the first count_E of a row are undefined. Uses cumulative sums instead of sorting, without
-    synchronization.
-
-    >>> order_EM, count_E = tokens_of_experts(torch.tensor([[True, False], [False, False], [True, True]]))
-    >>> count_E.tolist(), order_EM[0, :2].tolist(), order_EM[1, :1].tolist()
-    ([2, 1], [0, 2], [2])
-    """
-    tokens, experts = keep_NE.shape
-    rank_EN = keep_NE.t().cumsum(1, dtype=torch.int32)
-    place_EN = torch.where(keep_NE.t(), rank_EN - 1, tokens).long()
-    order_EM = torch.empty(experts, tokens + 1, dtype=torch.int32, device=keep_NE.device)
-    token_N = torch.arange(tokens, dtype=torch.int32, device=keep_NE.device)
-    order_EM.scatter_(1, place_EN, token_N.expand(experts, tokens))
-    return order_EM, rank_EN[:, -1].contiguous()
+def _weights(activation: Activation, parts: Any) -> Weights:
+    return Weights(activation=activation, **dict(zip(TENSORS, parts, strict=True)))
 
 
 @cache
-def _installed() -> bool:
+def triton_installed() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

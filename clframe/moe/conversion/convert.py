@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from clframe.data.target import IGNORED, Batch, Batches, DataSplit, Target
 from clframe.errors import DataError
+from clframe.functional.chance import above_chance
 from clframe.moe.conversion.options import Options, check_model, check_numbers
 from clframe.moe.conversion.training import ConversionData, FineTuning, Progress, choose_data, fine_tune
 from clframe.moe.dense import find_dense_ffns
@@ -26,6 +26,7 @@ from clframe.moe.routed import RoutedExperts
 from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity import swap_for_relu
+from clframe.sparsity.scores import LanguageScores, language_scores, token_sums
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Conversion:
         layers: Converted layers by their names in the model.
         replaced: Dense MACs per token of replaced attention projections, by the names of the layers of experts.
         accuracies: Test accuracy after each step: ``dense``, ``projections``, ``sparsified``.
+        perplexities: The same for the perplexity of a language model; empty for other models.
         distilled: Loss of each epoch of projection distillation.
         tuned: Losses of fine-tuning; None without.
         router_losses: Loss of each epoch of router training.
@@ -55,6 +57,7 @@ class Conversion:
     layers: Mapping[str, RoutedExperts]
     replaced: Mapping[str, int]
     accuracies: Mapping[str, float]
+    perplexities: Mapping[str, float]
     distilled: tuple[float, ...]
     tuned: FineTuning | None
     router_losses: tuple[float, ...]
@@ -80,15 +83,18 @@ def convert(target: Target, options: Options, *, progress: Progress | None = Non
     found = choose_data(target, on=options.on, seed=options.seed)
     batches = found.fit.batches(size=options.batch, limit=options.samples or None)
     call = _call(target)
-    check_numbers(_hidden_widths(target, options, batches), experts=options.experts, expert_size=options.expert_size)
+    check_numbers(
+        _hidden_widths(target, options, batches), experts=options.experts, expert_size=options.expert_size,
+        shared=options.shared,
+    )  # fmt: skip
     dense = copy.deepcopy(target.model)  # reference for costs and latency
     body, prefix = target.body, f"{target.body_name}." if target.body_name else ""
-    accuracies = {"dense": _accuracy(target, options)}
-    found = _warn_near_chance(target, found, options, accuracies["dense"])
+    scores = {"dense": _test_scores(target, options)}
+    found = _warn_near_chance(target, found, options, scores["dense"])
     recipe = Recipe(
         body=target.body_name, relu=options.swaps, experts=options.experts, expert_size=options.expert_size,
         most=default_most(options.experts, options.expert_size), router=options.router_kind,
-        router_width=options.router_width, gate=options.gate_kind, k=options.k,
+        router_width=options.router_width, shared=options.shared, gate=options.gate_kind, k=options.k,
     )  # fmt: skip
     distilled: tuple[float, ...] = ()
     replaced: dict[str, int] = {}
@@ -101,20 +107,22 @@ def convert(target: Target, options: Options, *, progress: Progress | None = Non
         replaced = {
             prefix + name: part.up.in_features * part.down.out_features for name, part in made.projections.items()
         }
-        accuracies["projections"] = _accuracy(target, options)
+        scores["projections"] = _test_scores(target, options)
     if options.swaps:
         swap_for_relu(body)
     tuned = _fine_tune(target, found.fit, options, progress) if options.sparsify else None
     if options.swaps or options.sparsify:
-        accuracies["sparsified"] = _accuracy(target, options)
+        scores["sparsified"] = _test_scores(target, options)
     layers = recipe.make_experts(body, split=options.split, batches=batches, call=call, seed=options.seed)
     losses = fit_experts(
-        target.model, ProgressBatches(batches, "routers", options.epochs, progress), epochs=options.epochs,
-        learning_rate=options.lr, call=call,
+        target.model, ProgressBatches(batches, "routers", options.router_epochs, progress),
+        epochs=options.router_epochs, learning_rate=options.router_lr, call=call,
     )  # fmt: skip
     target.model.eval()
     return Conversion(
-        target=target, dense=dense, options=options, recipe=recipe, replaced=replaced, accuracies=accuracies,
+        target=target, dense=dense, options=options, recipe=recipe, replaced=replaced,
+        accuracies={step: one if isinstance(one, float) else one.accuracy for step, one in scores.items()},
+        perplexities={step: one.perplexity for step, one in scores.items() if not isinstance(one, float)},
         layers={prefix + name: layer for name, layer in layers.items()}, distilled=distilled, tuned=tuned,
         router_losses=tuple(losses), data=found,
     )  # fmt: skip
@@ -196,36 +204,50 @@ def test_batches(target: Target, options: Options) -> list[Batches]:
     return [part.batches(size=options.batch, limit=limit) for part in parts]
 
 
-def _accuracy(target: Target, options: Options) -> float:
-    """Test accuracy of the last exit."""
-    correct, count = 0, 0
+def _test_scores(target: Target, options: Options) -> float | LanguageScores:
+    """Test accuracy of the last exit; of a language model also perplexity."""
+    correct, count, sums = 0, 0, []
     with evaluating(target.model):
         for batch in (batch for part in test_batches(target, options) for batch in part):
             y = require_targets(batch)
-            choice = exit_logits(target, target.model, batch.inputs)[-1].argmax(-1)
-            correct += int(((choice == y) & (y != IGNORED)).sum())
-            count += int((y != IGNORED).sum())
+            asked = y != IGNORED
+            logits = exit_logits(target, target.model, batch.inputs)[-1]
+            if target.logits_at is not None:
+                sums.append(token_sums(logits[asked], y[asked]))
+                continue
+            correct += int(((logits.argmax(-1) == y) & asked).sum())
+            count += int(asked.sum())
+    if sums:
+        return language_scores(sums)
     if not count:
         raise DataError(f"{target.name}: found no test data; give some")
     return correct / count
 
 
-def _warn_near_chance(target: Target, data: ConversionData, options: Options, accuracy: float) -> ConversionData:
+def _warn_near_chance(
+    target: Target, data: ConversionData, options: Options, scores: float | LanguageScores
+) -> ConversionData:
     """Log a warning and add a note if the dense model is not significantly above chance, which makes any curve flat.
 
-    Chance is the frequency of the most frequent target in the test data; the test is one-sided at 95 %.
+    See :func:`~clframe.functional.chance.above_chance`, on test data.
     """
-    y_N = torch.cat([require_targets(batch).flatten() for part in test_batches(target, options) for batch in part])
-    count = int((y_N != IGNORED).sum())
-    chance = int(y_N[y_N != IGNORED].unique(return_counts=True)[1].max()) / count
-    if accuracy > chance + 1.645 * sqrt(chance * (1 - chance) / count):
+    note = _chance_note(target, options, scores) if isinstance(scores, float) else scores.note
+    if not note:
         return data
-    note = (
-        f"the dense model has {100 * accuracy:.1f} % accuracy on {count} test targets, not above that of the most "
-        f"frequent one ({100 * chance:.1f} %): accuracies after conversion have no meaning"
-    )
     _log.warning("moefy: %s; check the model and its data", note)
     return replace(data, notes=(*data.notes, note))
+
+
+def _chance_note(target: Target, options: Options, accuracy: float) -> str:
+    y_N = torch.cat([require_targets(batch).flatten() for part in test_batches(target, options) for batch in part])
+    y_N = y_N[y_N != IGNORED]
+    chance = above_chance(accuracy, y_N)
+    if chance is None:
+        return ""
+    return (
+        f"the dense model has {100 * accuracy:.1f} % accuracy on {len(y_N)} test targets, not above that of the most "
+        f"frequent one ({100 * chance:.1f} %): accuracies after conversion have no meaning"
+    )
 
 
 def require_targets(batch: Batch) -> Tensor:

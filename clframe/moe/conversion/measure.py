@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from clframe.accounting import MacCounter
 from clframe.data.target import IGNORED, Batch, Batches
 from clframe.errors import DataError, UnsupportedError
+from clframe.functional.language import perplexity
 from clframe.moe.routed import RoutedExperts, override, routed_layers
 from clframe.moe.router import ALL, Gate
 from clframe.nn.frozen import evaluating
 from clframe.nn.network import Network
 from clframe.nn.types import Inputs
+from clframe.sparsity.scores import ROWS
 
 ExitLogits = Callable[[nn.Module, Inputs], Sequence[Tensor]]
 """Function to scores_BC of each exit, or to scores_BTC of the next token."""
@@ -89,6 +91,8 @@ class Pass:
         ffn_N: MACs of experts and routers.
         dense_N: MACs of the dense model.
         dense_ffn_N: MACs of the converted networks in the dense model.
+        nats_N: Negative log-likelihood of the targets of a text of a language model under its last exit, in nats; empty
+            for other models.
     """
 
     correct_KN: Tensor
@@ -103,6 +107,17 @@ class Pass:
     ffn_N: Tensor
     dense_N: Tensor
     dense_ffn_N: Tensor
+    nats_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+
+    @property
+    def perplexity(self) -> float | None:
+        """``exp`` of the mean of nats over all targets; None for a model that is not a language model."""
+        return perplexity(float(self.nats_N.sum() / self.targets_N.sum())) if len(self.nats_N) else None
+
+    @property
+    def macs_per_token(self) -> float:
+        """MACs of the model per token of a text of its batch, padding included."""
+        return float(self.cost_KN[-1].sum() / self.tokens_NL[:, 0].sum())
 
     @property
     def accuracy(self) -> float:
@@ -130,7 +145,7 @@ class Pass:
 
 def concatenate_passes(passes: Sequence[Pass]) -> Pass:
     """Concatenate passes of one setting over several data sets."""
-    parts = {field.name: [getattr(one, field.name) for one in passes] for field in fields(Pass)}
+    parts = {entry.name: [getattr(one, entry.name) for one in passes] for entry in fields(Pass)}
     return Pass(**{name: torch.cat(own, dim=1 if name.endswith("_KN") else 0) for name, own in parts.items()})
 
 
@@ -185,7 +200,7 @@ class GateEvaluator:
         tokens_BL, ran_BL, real_BL, real_ran_BL = (
             torch.stack(list(column), 1) for column in zip(*seen.values(), strict=True)
         )
-        right_KB, confidence_KB = zip(*(_score(each, batch.targets) for each in scores), strict=True)
+        right_KB, confidence_KB, nats_KB = zip(*(_score(each, batch.targets) for each in scores), strict=True)
         experts_BL = ran_BL.double() * self._expert_L
         if routed:
             experts_BL += tokens_BL.double() * self._router_L
@@ -205,6 +220,7 @@ class GateEvaluator:
             ffn_N=experts_BL.sum(1),
             dense_N=dense_K[-1].expand(size),
             dense_ffn_N=(tokens_BL.double() * self._before_L).sum(1),
+            nats_N=nats_KB[-1].cpu(),
         )
 
     def _full_cost(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -259,11 +275,23 @@ def _mask(batch: Batch) -> Tensor | None:
     return torch.stack(kinds).any(0).long().cpu()
 
 
-def _score(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(correct_B, confidence_B)."""
-    best, choice = scores.float().softmax(-1).max(-1)
-    right = (choice == targets) & (targets != IGNORED)
+def _score(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(correct_B, confidence_B, nats_B); nats are empty where targets are classes of samples."""
     if targets.dim() == 1:
-        return right.double(), best.double()
-    asked = targets != IGNORED
-    return right.sum(1).double(), (best * asked).sum(1).double() / asked.sum(1).clamp_min(1)
+        best, choice = scores.float().softmax(-1).max(-1)
+        right = (choice == targets) & (targets != IGNORED)
+        return right.double(), best.double(), scores.new_empty(0, dtype=torch.float64)
+    asked_BT = targets != IGNORED
+    text_N = asked_BT.nonzero()[:, 0]
+    sums_3B = torch.zeros(3, len(targets), dtype=torch.float64, device=scores.device)
+    # In parts, because the softmax in float32 may need several GB for all tokens of a batch.
+    for own_NV, own_N, own_text_N in zip(
+        scores[asked_BT].split(ROWS), targets[asked_BT].split(ROWS), text_N.split(ROWS), strict=True
+    ):
+        log_NV = own_NV.float().log_softmax(-1)
+        best_N, choice_N = log_NV.max(-1)
+        nats_N = -log_NV.gather(1, own_N[:, None])[:, 0]
+        values_3N = torch.stack([(choice_N == own_N).float(), best_N.exp(), nats_N]).double()
+        sums_3B.index_add_(1, own_text_N, values_3N)
+    right_B, best_B, nats_B = sums_3B
+    return right_B, best_B / asked_BT.sum(1).clamp_min(1), nats_B

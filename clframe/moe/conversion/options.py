@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from clframe.data.target import Target
 from clframe.errors import ConfigError
 from clframe.moe.conversion.training import On, Ramp, Regularizer
-from clframe.moe.convert import SPLITS, Split
+from clframe.moe.convert import SPLITS, Split, expert_count
 from clframe.moe.dense import find_dense_ffns
-from clframe.moe.pipeline import GATES, GateKind
+from clframe.moe.pipeline import GATES, MOST, GateKind
 from clframe.moe.projections import check_dense
 from clframe.moe.router import ROUTERS, RouterKind
 from clframe.nn.network import Network
@@ -44,10 +44,13 @@ class Options:
             up to 24 that divides a network's neurons.
         expert_size: Neurons of an expert.
         split: Grouping of neurons.
-        router: Quantity that routers predict; None: by method.
+        router: Kind of router; None: by method. ``norm`` and ``activation`` predict an expert's output norm or summed
+            activations; ``analytical`` is one neuron of each expert, without training (CMoE).
         router_width: Width of a router's hidden layer; None: a twenty-fourth of the network's, at least 16.
-        epochs: Epochs of router training.
-        lr: Initial learning rate of router training.
+        shared: Number of experts that always run, made of the neurons that are active in most tokens; the gate chooses
+            among the others, ``k`` in addition.
+        epochs: Epochs of router training; None: 7.
+        lr: Initial learning rate of router training; None: 1e-3.
         samples: Maximum number of samples for distillation and router training, evenly spaced; 0: all.
         gate: Kind of gate; None: by method.
         tau: Setting of the converted model; None: the one closest to half of the networks' cost on validation data.
@@ -74,8 +77,9 @@ class Options:
     split: Split = "kmeans"
     router: RouterKind | None = None
     router_width: int | None = None
-    epochs: int = 7
-    lr: float = 1e-3
+    shared: int = 0
+    epochs: int | None = None
+    lr: float | None = None
     samples: int = 0
     gate: GateKind | None = None
     tau: float | None = None
@@ -97,14 +101,14 @@ class Options:
         least = {
             "projection_epochs": 0, "sparsify": 0, "router_width": 1, "epochs": 1, "batch": 1, "limit": 1, "k": 1,
             "samples": 0,
-            "strength": 0,
+            "strength": 0, "shared": 0,
         }  # fmt: skip
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:
                 raise ConfigError(f"moefy.{name}: found {value}; give {smallest} or more")
         for name in ("projection_lr", "sparsify_lr", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"moefy.{name}: found {getattr(self, name)}; give a number above 0")
         if self.tau is not None and not 0 <= self.tau <= 1:
             raise ConfigError(f"moefy.tau: found {self.tau}; give a number from 0 (one expert a token) to 1 (all)")
@@ -114,6 +118,12 @@ class Options:
             raise ConfigError(f"moefy.k: found one for the gate {self.gate_kind}; give tau, or --gate top_k")
         if self.experts is not None and self.expert_size is not None:
             raise ConfigError("moefy: found both experts and expert_size; give one of them")
+        for name in ("epochs", "lr", "router_width"):
+            if self.router == "analytical" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"moefy.{name}: found {getattr(self, name)} for analytical routers, which are not trained and have "
+                    f"no hidden layer; leave it out"
+                )
 
     @property
     def gate_kind(self) -> GateKind:
@@ -124,6 +134,16 @@ class Options:
     def router_kind(self) -> RouterKind:
         """The router, by default that of the method."""
         return self.router or ("norm" if self.method == "d2dmoe" else "activation")
+
+    @property
+    def router_epochs(self) -> int:
+        """Epochs of router training, by default 7."""
+        return self.epochs or 7
+
+    @property
+    def router_lr(self) -> float:
+        """Initial learning rate of router training, by default 1e-3."""
+        return self.lr or 1e-3
 
     @property
     def penalty(self) -> float:
@@ -151,6 +171,7 @@ class Options:
         return {
             **asdict(self), "router": self.router_kind, "gate": self.gate_kind, "strength": self.penalty,
             "relu": self.swaps,
+            **({} if self.router == "analytical" else {"epochs": self.router_epochs, "lr": self.router_lr}),
         }  # fmt: skip
 
 
@@ -167,8 +188,10 @@ def check_model(target: Target) -> None:
         find_dense_ffns(target.model)  # refuses exits on converted stages, which the body alone does not contain
 
 
-def check_numbers(widths: Mapping[str, int], *, experts: int | None, expert_size: int | None) -> None:
-    """Refuse a number or size of experts that does not divide the hidden widths of all networks.
+def check_numbers(
+    widths: Mapping[str, int], *, experts: int | None, expert_size: int | None, shared: int = 0
+) -> None:
+    """Refuse a number or size of experts that does not divide the hidden widths of all networks, or too many shared.
 
     Raises:
         ConfigError: Names the nearest valid values.
@@ -178,6 +201,7 @@ def check_numbers(widths: Mapping[str, int], *, experts: int | None, expert_size
     clframe.errors.ConfigError: moefy.experts: found 24, no divisor of the 256 hidden neurons of a; give 16 or 32
     """
     if experts is None and expert_size is None:
+        _check_shared(widths, shared, experts=None, expert_size=None, most=MOST)
         return
     common = 0
     for width in widths.values():
@@ -191,6 +215,18 @@ def check_numbers(widths: Mapping[str, int], *, experts: int | None, expert_size
             f"moefy.{option}: found {value}, no divisor of the {widths[wrong]} hidden neurons of {wrong}; give "
             f"{_nearest(divisors, value)}"
         )
+    _check_shared(widths, shared, experts=experts, expert_size=expert_size)
+
+
+def _check_shared(
+    widths: Mapping[str, int], shared: int, *, experts: int | None, expert_size: int | None, most: int | None = None
+) -> None:
+    for name, width in widths.items():
+        count = expert_count(width, experts=experts, expert_size=expert_size, most=most)
+        if shared >= count:
+            raise ConfigError(
+                f"moefy.shared: found {shared} of the {count} experts of {name}; give fewer than experts"
+            )
 
 
 def _nearest(divisors: Sequence[int], value: int) -> str:

@@ -26,7 +26,9 @@ def summary(tree: Mapping[str, Any]) -> str:
 def markdown(tree: Mapping[str, Any]) -> str:
     """The tables in Markdown, with the whole curve."""
     blocks = [f"# {_heading(tree)}", _steps(tree)]
-    for table in (points_table(tree), curve_table(tree), layers_table(tree), exits_table(tree)):
+    for table in (
+        points_table(tree), curve_table(tree), language_table(tree), layers_table(tree), exits_table(tree)
+    ):  # fmt: skip
         if table.rows:
             blocks.append(to_markdown(table).rstrip())
     blocks += [f"Note: {note}." for note in tree["notes"]]
@@ -36,7 +38,7 @@ def markdown(tree: Mapping[str, Any]) -> str:
 def curve_csv(tree: Mapping[str, Any]) -> str:
     """Every setting on validation and test data as CSV, with the experts per token of each layer."""
     file, name = io.StringIO(), setting_name(tree)
-    columns = ["accuracy", "ffn_share", "share"]
+    columns = ["accuracy", "ffn_share", "share", *(["perplexity", "macs_per_token"] if tree["perplexity"] else [])]
     writer = csv.writer(file, lineterminator="\n")
     layers = [layer["name"] for layer in tree["layers"]]
     writer.writerow([name, *(f"{part}_{c}" for part in ("validation", "test") for c in columns), *layers])
@@ -58,23 +60,32 @@ def _table(name: str, title: str, heading: Sequence[str], rows: Sequence[Sequenc
 def points_table(tree: Mapping[str, Any]) -> Table:
     """Budgets with their test results, and the speedup at the same setting."""
     name = setting_name(tree)
-    dense = tree["accuracy"]["dense"]
-    heading = ["cost of", "budget", name, "accuracy", "to dense", "FFNs", "model", "batch 1", "batch"]
+    language = bool(tree["perplexity"])
+    score = "perplexity" if language else "accuracy"
+    dense = tree[score]["dense"]
+    heading = ["cost of", "budget", name, score, "to dense", "FFNs", "model", "batch 1", "batch"]
+    heading += ["decode 1", "decode"] if language else []
     rows = []
     for point in tree["points"]:
         scope = {"ffn": "FFNs", "model": "model"}[point["scope"]]
         if point["test"] is None:
             cheapest = f"cheapest is {_percent(point['cheapest'])}"
-            rows.append([scope, _percent(point["budget"], 0), "-", cheapest, *["-"] * 5])
+            rows.append([scope, _percent(point["budget"], 0), "-", cheapest, *["-"] * (len(heading) - 4)])
             continue
         test = point["test"]
-        times = {one["batch"] > 1: one for one in tree["times"] if one[name] == point[name]}
-        speed = [f"{times[large]['speedup']:.2f}x" if large in times else "-" for large in (False, True)]
+        times = {(one["phase"] == "decode", one["batch"] > 1): one for one in tree["times"] if one[name] == point[name]}
+        columns = [(decode, large) for decode in ((False, True) if language else (False,)) for large in (False, True)]
+        speed = [f"{times[column]['speedup']:.2f}x" if column in times else "-" for column in columns]
         rows.append([
-            scope, _percent(point["budget"], 0), f"{point[name]:.4g}", _percent(test["accuracy"]),
-            f"{100 * (test['accuracy'] - dense):+.1f}", _percent(test["ffn_share"]), _percent(test["share"]), *speed,
+            scope, _percent(point["budget"], 0), f"{point[name]:.4g}",
+            *(
+                [_perplexity(test["perplexity"]), _rise(test["perplexity"], dense)] if language
+                else [_percent(test["accuracy"]), f"{100 * (test['accuracy'] - dense):+.1f}"]
+            ),
+            _percent(test["ffn_share"]), _percent(test["share"]), *speed,
         ])  # fmt: skip
-    return _table("points", "Accuracy within a budget, the setting chosen on validation data", heading, rows)
+    title = f"{score.capitalize()} within a budget, the setting chosen on validation data"
+    return _table("points", title, heading, rows)
 
 
 def curve_table(tree: Mapping[str, Any]) -> Table:
@@ -86,6 +97,20 @@ def curve_table(tree: Mapping[str, Any]) -> Table:
         for row in tree["curve"]
     ]  # fmt: skip
     return _table("curve", "The curve on test data", [name, "accuracy", "FFNs", "model"], rows)
+
+
+def language_table(tree: Mapping[str, Any]) -> Table:
+    """Perplexity and cost per token of every setting on test data, and of top-k; no rows for other models."""
+    name = setting_name(tree)
+    rows = [
+        [label, _perplexity(row["test"]["perplexity"]), _percent(row["test"]["accuracy"]),
+         f"{row['test']['macs_per_token']:,.0f}", _percent(row["test"]["ffn_share"])]
+        for of, key in (("curve", name), ("top_k", "k"))
+        for row in (tree[of] if tree["perplexity"] else [])
+        for label in [f"{key} {row[key]:.4g}"]
+    ]  # fmt: skip
+    heading = ["setting", "perplexity", "accuracy", "MACs per token", "FFNs"]
+    return _table("language", "Perplexity against cost on test data", heading, rows)
 
 
 def layers_table(tree: Mapping[str, Any]) -> Table:
@@ -126,6 +151,9 @@ def _heading(tree: Mapping[str, Any]) -> str:
 def _steps(tree: Mapping[str, Any]) -> str:
     steps = ", ".join(f"{name} {_percent(value)}" for name, value in tree["accuracy"].items())
     lines = [f"accuracy on test data: {steps}"]
+    if tree["perplexity"]:
+        steps = ", ".join(f"{name} {_perplexity(value)}" for name, value in tree["perplexity"].items())
+        lines.append(f"perplexity on test data: {steps}")
     lines.append(
         f"networks that became experts: {_percent(tree['ffn_macs'] / tree['dense_macs'])} of "
         f"{tree['dense_macs']:,.0f} MACs a sample; their routers add {_percent(tree['router_share'])} of theirs"
@@ -144,6 +172,15 @@ def _percent(value: float, decimals: int = 1) -> str:
     return f"{100 * value:.{decimals}f} %"
 
 
+def _perplexity(value: float | None) -> str:
+    """A perplexity; None where it exceeds the range of a float."""
+    return "infinite" if value is None else f"{value:,.2f}"
+
+
+def _rise(value: float | None, dense: float | None) -> str:
+    return "-" if value is None or dense is None else f"{100 * (value / dense - 1):+.1f} %"
+
+
 SHARE = "cost in % of the dense model's"
 
 
@@ -151,6 +188,9 @@ def pictures(tree: Mapping[str, Any]) -> Iterator[Picture]:
     """Figures: accuracy against cost, experts per token by layer, class and experience, and the cost of routers."""
     text = "Accuracy against cost as the gate's setting moves, on test data."
     yield Picture("accuracy_cost", text, partial(_draw_curve, tree))
+    if tree["perplexity"]:
+        text = "Perplexity against cost as the gate's setting moves, and with the k best experts, on test data."
+        yield Picture("perplexity_cost", text, partial(_draw_perplexity, tree))
     yield Picture("experts_by_layer", "Experts a token runs, by layer, at each setting.", partial(_draw_by_layer, tree))
     text = "The router's cost in % of its dense network's."
     yield Picture("router_share", text, partial(_draw_routers, tree), _figure_height(tree))
@@ -176,6 +216,21 @@ def _draw_curve(tree: Mapping[str, Any], figure: Any) -> None:
         axes.plot(costs, scores, label=f"cost {name}", **series_style(n))
     axes.axhline(tree["accuracy"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
     _label_cost_axes(axes)
+    legend(figure, axes)
+
+
+def _draw_perplexity(tree: Mapping[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    for n, (of, name) in enumerate((("curve", tree["setting"]["gate"]), ("top_k", "top_k, the same routers"))):
+        rows = [row["test"] for row in tree[of] if row["test"]["perplexity"] is not None]
+        if rows:
+            costs, scores = [row["macs_per_token"] for row in rows], [row["perplexity"] for row in rows]
+            axes.plot(costs, scores, label=name, **series_style(n))
+    axes.axhline(tree["perplexity"]["dense"], color=MUTED, linestyle=":", linewidth=1.2, label="dense model")
+    axes.set_xlabel("MACs per token")
+    axes.set_ylabel("perplexity")
+    axes.set_yscale("log")
+    axes.set_xlim(left=0)
     legend(figure, axes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from clframe.moe.conversion.sweep import (
     gate_at,
     pareto_front,
     points,
+    setting_grid,
     sweep,
+    time_decoding,
     time_pair,
 )
 from clframe.moe.conversion.training import Progress
@@ -49,6 +51,7 @@ class Study:
         setting: Setting of the final model.
         times: Latency by setting, for one sample and for a batch.
         experience_N: Experience of each test sample; None for a model without experiences.
+        top_k: For a language model, passes over test data with the k best experts of each token instead of its gate.
     """
 
     converted: Conversion
@@ -57,6 +60,7 @@ class Study:
     setting: float
     times: Mapping[float, tuple[PairedTiming, ...]]
     experience_N: Tensor | None
+    top_k: Mapping[int, Pass] = field(default_factory=dict)
 
     def test_pass(self, setting: float) -> Pass:
         """The pass over test data at a setting."""
@@ -88,7 +92,7 @@ def measure_conversion(converted: Conversion, *, progress: Progress | None = Non
     )
     validation = converted.data.validation.batches(size=options.batch, limit=options.limit)
     tests = test_batches(target, options)
-    most = max(layer.experts.experts for layer in converted.layers.values())
+    most = max(layer.experts.experts - layer.shared for layer in converted.layers.values())
     done = 0
 
     def run_pass(gate: Gate, parts: Sequence[Batches]) -> Pass:
@@ -102,6 +106,9 @@ def measure_conversion(converted: Conversion, *, progress: Progress | None = Non
         options.gate_kind, most=most, validation=lambda gate: run_pass(gate, [validation]),
         test=lambda gate: run_pass(gate, tests), also=() if options.asked is None else (options.asked,),
     )  # fmt: skip
+    top_k = {}
+    if target.logits_at is not None and options.gate_kind != "top_k":
+        top_k = {int(k): run_pass(gate_at("top_k", k), tests) for k in sorted(setting_grid("top_k", most))}
     found = points(swept)
     setting = options.asked
     if setting is None:
@@ -123,7 +130,7 @@ def measure_conversion(converted: Conversion, *, progress: Progress | None = Non
         experience_N = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     return Study(
         converted=replace(converted, recipe=recipe), swept=swept, points=found, setting=setting, times=times,
-        experience_N=experience_N,
+        experience_N=experience_N, top_k=top_k,
     )  # fmt: skip
 
 
@@ -141,7 +148,15 @@ def _time_setting(
     for size in sizes:
         inputs = target.batches("test", size=size, limit=size)[0].inputs
         batch = min(size, len(target.splits.test))
-        found.append(time_pair(converted.dense, target.model, inputs, batch=batch, call=converted.exit_logits))
+        language = target.logits_at is not None
+        found.append(
+            time_pair(
+                converted.dense, target.model, inputs, batch=batch, call=converted.exit_logits,
+                phase="prefill" if language else "forward",
+            )
+        )  # fmt: skip
+        if language:
+            found.append(time_decoding(converted.dense, target.model, inputs, batch=batch))
     if progress is not None:
         progress("time", *of)
     return tuple(found)
@@ -170,6 +185,7 @@ def record(study: Study) -> dict[str, Any]:
         "layers": layers_of(study),
         "router_share": router_share(study),
         "accuracy": dict(converted.accuracies),
+        "perplexity": dict(converted.perplexities),
         "losses": {
             "projections": list(converted.distilled), "routers": list(converted.router_losses),
             "task": list(converted.tuned.task if converted.tuned else ()),
@@ -179,6 +195,7 @@ def record(study: Study) -> dict[str, Any]:
         "ffn_macs": float(study.swept.test[0].dense_ffn_N.mean()),
         "setting": {"gate": study.swept.kind, setting_name(study): study.setting},
         "curve": curve(study),
+        "top_k": [{"k": k, "test": _numbers(one)} for k, one in study.top_k.items()],
         "points": [_point(study, point) for point in study.points],
         "times": [
             {setting_name(study): value, **asdict(one)} for value, times in study.times.items() for one in times
@@ -282,7 +299,10 @@ def exits(study: Study) -> dict[str, Any] | None:
 
 
 def _numbers(one: Pass) -> dict[str, float]:
-    return {"accuracy": one.accuracy, "ffn_share": one.ffn_share, "share": one.share}
+    found = {"accuracy": one.accuracy, "ffn_share": one.ffn_share, "share": one.share}
+    if one.perplexity is not None:
+        found |= {"perplexity": one.perplexity, "macs_per_token": one.macs_per_token}
+    return found
 
 
 def _point(study: Study, point: BudgetPoint) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Shape suffixes: K exits, N samples.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -23,6 +24,7 @@ from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 
 Call = Callable[[nn.Module, Inputs], object]
+Phase = Literal["forward", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class PairedTiming:
             the gate where dense execution with masking is faster, or where small experts are executed in groups.
         threads: Number of threads of PyTorch.
         device: Device of the measurement.
+        phase: ``forward``; of a language model ``prefill``, whole windows, or ``decode``, one token of each text with
+            the KV cache of the tokens before it.
     """
 
     batch: int
@@ -49,6 +53,7 @@ class PairedTiming:
     computed: float
     threads: int
     device: str
+    phase: Phase = "forward"
 
 
 def time_pair(
@@ -62,6 +67,7 @@ def time_pair(
     least: int = 5,
     seconds: float = 5.0,
     warmup: int = 2,
+    phase: Phase = "forward",
 ) -> PairedTiming:
     """Time both models on the same inputs, in alternation, so that fluctuations of the machine affect both.
 
@@ -75,6 +81,7 @@ def time_pair(
         least: Minimum number of timed pairs.
         seconds: Time budget after which no further pair starts, if the minimum is reached.
         warmup: Pairs that are not timed.
+        phase: Recorded with the result.
     """
     device = next(converted.parameters()).device
     took: list[tuple[float, float]] = []
@@ -89,8 +96,42 @@ def time_pair(
         batch=batch, dense=median(one for one, _ in took), converted=median(other for _, other in took),
         speedup=median(one / other for one, other in took), pairs=len(took),
         computed=sum(each.executed_macs for each in used) / max(1, sum(each.dense_macs for each in used)),
-        threads=torch.get_num_threads(), device=str(device),
+        threads=torch.get_num_threads(), device=str(device), phase=phase,
     )  # fmt: skip
+
+
+def time_decoding(
+    dense: nn.Module, converted: nn.Module, inputs: Inputs, *, batch: int, pairs: int = 20
+) -> PairedTiming:
+    """Time the decoding of one token of each text by two language models of transformers, each with its KV cache.
+
+    The caches begin with the texts and grow by a token with each call, those of both models alike.
+
+    Args:
+        dense: The dense model.
+        converted: The converted model with the gate to measure.
+        inputs: Texts of one batch; padding is read as text.
+        batch: Its number of texts.
+        pairs: Maximum number of timed pairs of calls.
+    """
+    assert isinstance(inputs, Mapping)
+    ids_BT, calls = inputs["input_ids"], pairs + 5
+    most = getattr(getattr(dense, "config", None), "max_position_embeddings", None)
+    if most is not None:
+        ids_BT = ids_BT[:, : max(1, most - calls)]
+    # Renamed in transformers 5; the old name is deprecated.
+    name = "cache" if "cache" in inspect.signature(dense.forward).parameters else "past_key_values"
+    caches: dict[int, object] = {}
+    for model in (dense, converted):
+        with evaluating(model):
+            caches[id(model)] = getattr(model(input_ids=ids_BT, use_cache=True), name)
+
+    def decode(model: nn.Module, inputs: Inputs) -> object:
+        assert isinstance(inputs, Mapping)
+        return model(**inputs, **{name: caches[id(model)]}, use_cache=True)
+
+    last = {"input_ids": ids_BT[:, -1:]}
+    return time_pair(dense, converted, last, batch=batch, call=decode, pairs=pairs, phase="decode")
 
 
 def _once(model: nn.Module, inputs: Inputs, call: Call, device: torch.device) -> float:
@@ -177,7 +218,7 @@ def sweep(
             found[value] = validation(gate_at(kind, value))
         return found[value]
 
-    grid = _grid(kind, most) | set(also)
+    grid = setting_grid(kind, most) | set(also)
     for value in sorted(grid):
         evaluate(value)
     scopes: tuple[Scope, ...] = ("ffn", "model")
@@ -304,7 +345,8 @@ def _approach(
         evaluate(middle)
 
 
-def _grid(kind: GateKind, most: int) -> set[float]:
+def setting_grid(kind: GateKind, most: int) -> set[float]:
+    """Settings that are always evaluated: k up to ``most`` experts, or tau."""
     if kind != "top_k":
         return set(TAUS)
     step = max(1, most // 16)

@@ -38,11 +38,14 @@ class Model(RunModel):
         budget: float | None = None,
         top: int = 1,
         batch_size: int = 64,
+        graphs: bool = True,
     ) -> Predictions:
         """Predict files, folders, arrays or texts; see :func:`clframe.targets.prediction.predict`."""
         from clframe.targets.prediction import predict
 
-        return predict(self, inputs, threshold=threshold, budget=budget, top=top, batch_size=batch_size)
+        return predict(
+            self, inputs, threshold=threshold, budget=budget, top=top, batch_size=batch_size, graphs=graphs
+        )  # fmt: skip
 
     def extend(
         self,

@@ -11,8 +11,8 @@ HELP = "time the predictions of a run"
 WORDS = "RUN [RUN ...]"
 DESCRIPTION = """\
 Times the trained model of each run on its own test samples, after a warm-up and with device synchronization: the whole
-network, the network up to each exit, and the exit policy of early_exit. Prints medians, 95th percentiles and MACs, and
-writes them to RUN/latency.json, which `clframe report` includes.
+network, the network up to each exit, and the exit policy of early_exit, on CUDA also by CUDA graphs. Prints medians,
+95th percentiles and MACs, and writes them to RUN/latency.json, which `clframe report` includes.
 
   clframe latency runs/quickstart/er+lwf-seed0-20260101-120000                     batches of 1 and 32, on the CPU
   clframe latency RUN --batches 1,8,256 --device cuda --repeats 200

@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--top", default="1", metavar="N", help="number of classes to show (default: 1)")
     add("--batch-size", default="64", metavar="N", help="inputs per batch (default: 64)")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
+    add("--no-graphs", action="store_true", help="early exit on CUDA without CUDA graphs, which are used where faster")
     add("--json", metavar="FILE", help="write JSON to a file, or to the standard output (-) instead of the table")
     add("--csv", metavar="FILE", help="write CSV to a file, or to the standard output (-) instead of the table")
 
@@ -63,7 +64,7 @@ def act(options: argparse.Namespace) -> int:
     with progress_bars(unit="input") as show:
         found = prediction.predict(
             model, inputs, threshold=threshold, budget=budget, top=top, batch_size=size,
-            progress=partial(show, "predict"),
+            graphs=not options.no_graphs, progress=partial(show, "predict"),
         )  # fmt: skip
     for reason in found.skipped.values():
         print(printable(f"clframe: skipped {reason}"), file=sys.stderr)

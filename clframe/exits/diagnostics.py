@@ -217,6 +217,8 @@ class ExitRecord:
     """MACs of one sample up to and including each exit, with the heads passed on the way."""
     accuracy_KE: tuple[tuple[float, ...], ...]
     """Accuracy of each exit on every test experience, later ones included, when it predicts every sample."""
+    nll_KE: tuple[tuple[float, ...], ...] = ()
+    """Nats per token of each exit of a language model on every test experience; empty for classifiers."""
     metrics: Mapping[str, tuple[float, ...]]
     """One value per exit by name in :data:`EXIT_METRICS`."""
     static: Mapping[str, float] = field(default_factory=dict)
@@ -282,6 +284,7 @@ def make_exit_record(
     simulated: str = "",
     budgets: Sequence[float] = BUDGETS,
     most: int = 41,
+    nll_KE: tuple[tuple[float, ...], ...] = (),
 ) -> ExitRecord:
     """Make the record of one evaluation.
 
@@ -296,6 +299,7 @@ def make_exit_record(
         simulated: See :class:`ExitRecord`.
         budgets: Shares of the bare backbone's MACs with a budget point each.
         most: Largest number of thresholds in the curve.
+        nll_KE: Nats per token of each exit of a language model on every test experience.
     """
     points = budget_points(validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule)
     outcomes = [
@@ -307,6 +311,7 @@ def make_exit_record(
         backbone_macs=backbone_macs,
         macs_K=tuple(int(cost) for cost in test.cost_K),
         accuracy_KE=accuracy_KE,
+        nll_KE=nll_KE,
         metrics=compute_exit_metrics(test),
         static=static_accuracies(test, correct=correct),
         curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most),

@@ -16,6 +16,7 @@ from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.exits.decisions import Prediction
 from clframe.exits.ensembles import RunningEnsemble
 from clframe.exits.policies import ExitPolicy
+from clframe.exits.row_buffers import is_channels_last
 from clframe.nn.backbones.base import Flow, tap_of
 from clframe.nn.network import Carried, Ensemble, Network, Single
 
@@ -62,6 +63,33 @@ class ActiveSamples:
         higher_n = confidence_n > self.best_n
         self.best_n = torch.maximum(self.best_n, confidence_n)
         return higher_n if fires_n is None else higher_n | fires_n
+
+    def carried(self, *, confident: bool) -> list[Tensor]:
+        """All tensors that the next stages and exits need, batch first; with the fallback ``confident`` also scores."""
+        found: list[Tensor] = []
+
+        def note(values: Tensor) -> Tensor:
+            found.append(values)
+            return values
+
+        self.map(note, confident=confident)
+        return found
+
+    def map(self, call: Callable[[Tensor], Tensor], *, confident: bool) -> ActiveSamples:
+        """Apply ``call`` to every tensor of :meth:`carried`, in its order; the result has nothing else."""
+
+        def optional(values: Tensor | None) -> Tensor | None:
+            return None if values is None else call(values)
+
+        return ActiveSamples(
+            call(self.value) if isinstance(self.value, Tensor) else tuple(map(call, self.value)),
+            previous_nC=optional(self.previous_nC),
+            ensembled=tuple(map(call, self.ensembled)),
+            measured=tuple(map(call, self.measured)),
+            scores_nC=optional(self.scores_nC) if confident else None,
+            exit_n=optional(self.exit_n) if confident else None,
+            best_n=optional(self.best_n) if confident else None,
+        )
 
     def keep(self, keep_r: Tensor) -> None:
         """Remove all rows but those with these indices."""
@@ -113,7 +141,7 @@ def rows_of_flow(value: Flow, keep_r: Tensor) -> Flow:
 def _rows(values: Tensor, keep_r: Tensor) -> Tensor:
     """Rows of a tensor in its memory format."""
     # index_select returns contiguous tensors: every later convolution would convert them back to channels-last.
-    if values.dim() == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(values):
         return values.permute(0, 2, 3, 1).index_select(0, keep_r).permute(0, 3, 1, 2)
     return values.index_select(0, keep_r)
 
@@ -184,7 +212,7 @@ class DynamicNetwork(nn.Module):
         self.enabled = None if exits is None else frozenset(_exit_index(exit, names) for exit in exits)
         policy.of_exits(count)
         self._cache_key: tuple[object, ...] | None = None
-        self._cached_stops: tuple[tuple[_Stop, ...], ...] = ()
+        self._cached_stops: tuple[tuple[Stop, ...], ...] = ()
 
     @property
     def confidence_exits(self) -> tuple[int, ...]:
@@ -215,20 +243,42 @@ class DynamicNetwork(nn.Module):
         with torch.no_grad():
             if not self.network.training:
                 return self._run(x)
-            with _evaluating(self.network):
+            with evaluating(self.network):
                 return self._run(x)
 
     def _run(self, x: Tensor) -> Prediction:
         rows, predictions = ActiveSamples(x), PredictionBuffer()
-        for stage, stops in zip(self.network.backbone.stages, self._stops(), strict=True):
+        for stage, stops in zip(self.network.backbone.stages, self.stops(), strict=True):
             rows.value = stage(rows.value)
             for stop in stops:
                 if self._visit(stop, rows, predictions):
                     return predictions.finish(rows)
         return predictions.finish(rows)
 
-    def _visit(self, stop: _Stop, rows: ActiveSamples, predictions: PredictionBuffer) -> bool:
+    def _visit(self, stop: Stop, rows: ActiveSamples, predictions: PredictionBuffer) -> bool:
         """Classify at one exit and remove samples that stop; True if all have stopped."""
+        scores_nC, fires_n = self.classify(stop, rows)
+        if fires_n is None:
+            return False
+        done_n = fires_n if rows.done_n is None else rows.done_n | fires_n
+        keep_r = done_n.logical_not().nonzero()  # synchronizes: the number of rows must be known on the host
+        remaining, size = len(keep_r), len(done_n)
+        if remaining == size and size:
+            return False
+        if self.policy.fallback != "confident":
+            rows.take(stop.exit, scores_nC, fires_n)
+        rows.done_n = done_n
+        if remaining and size - remaining >= self.compact * size:
+            predictions.write(rows)
+            rows.keep(keep_r.squeeze(1))
+        return not remaining
+
+    def classify(self, stop: Stop, rows: ActiveSamples) -> tuple[Tensor, Tensor | None]:
+        """Classify at one exit: its scores_nC, and whether it fires, None where it cannot stop a sample.
+
+        Never synchronizes. Where an exit fires and the fallback is ``last``, the caller sets the scores of samples that
+        stop (:meth:`ActiveSamples.take`): only it knows whether there are some.
+        """
         network, confident = self.network, self.policy.fallback == "confident"
         tap = tap_of(rows.value)
         logits_nC = network.classify(stop.exit, tap, rows.previous_nC)
@@ -239,27 +289,14 @@ class DynamicNetwork(nn.Module):
         if not stop.has_confidence:
             if stop.last:
                 rows.take(stop.exit, scores_nC, None)
-            return False
+            return scores_nC, None
         confidence_n, rows.measured = self.measure(stop.exit, scores_nC, rows.measured)
         fires_n = None if stop.threshold is None else confidence_n >= stop.threshold
         if confident:
             rows.take(stop.exit, scores_nC, rows.update_best(confidence_n, fires_n))
-        if fires_n is None:
-            return False
-        done_n = fires_n if rows.done_n is None else rows.done_n | fires_n
-        keep_r = done_n.logical_not().nonzero()  # synchronizes: the number of rows must be known on the host
-        remaining, size = len(keep_r), len(done_n)
-        if remaining == size and size:
-            return False
-        if not confident:
-            rows.take(stop.exit, scores_nC, fires_n)
-        rows.done_n = done_n
-        if remaining and size - remaining >= self.compact * size:
-            predictions.write(rows)
-            rows.keep(keep_r.squeeze(1))
-        return not remaining
+        return scores_nC, fires_n
 
-    def _stops(self) -> tuple[tuple[_Stop, ...], ...]:
+    def stops(self) -> tuple[tuple[Stop, ...], ...]:
         """For each stage, the exits to visit after it; cached until the network's exits or ensemble change."""
         network = self.network
         key = (network.heads, network.ensemble, network.boosted)  # modules compare by identity
@@ -267,11 +304,11 @@ class DynamicNetwork(nn.Module):
             self._cache_key, self._cached_stops = key, tuple(map(self._stops_at, network.exits_at))
         return self._cached_stops
 
-    def _stops_at(self, exits: Sequence[int]) -> tuple[_Stop, ...]:
+    def _stops_at(self, exits: Sequence[int]) -> tuple[Stop, ...]:
         heads, boosted = self.network.heads, self.network.boosted
         thresholds, last = self.policy.of_exits(len(heads)), len(heads) - 1
         return tuple(
-            _Stop(
+            Stop(
                 exit=exit,
                 tap=self.network.exit_taps[exit],
                 last=exit == last,
@@ -285,7 +322,7 @@ class DynamicNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Stop:
+class Stop:
     """Operations at one exit."""
 
     exit: int
@@ -300,7 +337,7 @@ class _Stop:
 
 
 @contextmanager
-def _evaluating(network: Network) -> Iterator[None]:
+def evaluating(network: Network) -> Iterator[None]:
     """Context in which the network is in evaluation mode; restores the mode of every module."""
     training = [module for module in network.modules() if module.training]
     for module in training:

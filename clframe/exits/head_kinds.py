@@ -84,6 +84,7 @@ def make_head(
     token_norm: bool = True,
     pooling: Pooling = "2x2",
     as_published: bool = False,
+    per_token: bool = False,
 ) -> ExitHead | PerExperienceHead:
     """Make a head for a tap; it starts without outputs.
 
@@ -101,6 +102,8 @@ def make_head(
             length up by adaptive pooling, ``4x4``.
         as_published: Whether ``conv`` and ``conv_large`` follow the authors' code of ZTW: the convolution of
             ``conv_large`` has no padding, and maps smaller than 4x4 are repeated to 4x4.
+        per_token: Whether the head classifies every token, as exits of a language model do: ``token`` is then an
+            RMSNorm of each, ``hidden`` a hidden layer on each.
 
     Raises:
         UnknownNameError: An unknown kind.
@@ -120,7 +123,9 @@ def make_head(
         raise ConfigError("exits.cascade_norm: found true without a cascade; set exits.cascade too or leave it out")
     if pooling not in get_args(Pooling):
         raise ConfigError(f"exits.pooling: found {pooling!r}; give one of {', '.join(get_args(Pooling))}")
-    recipe = _Recipe(kind, tap_shape, hidden, token, token_norm, cascade, cascade_norm, pooling, as_published)
+    recipe = _Recipe(
+        kind, tap_shape, hidden, token, token_norm, cascade, cascade_norm, pooling, as_published, per_token=per_token
+    )
     recipe = replace(recipe, features=recipe.width())
     if not per_experience:
         return recipe.whole_head()
@@ -215,9 +220,12 @@ class _Recipe:
     pooling: Pooling
     as_published: bool
     features: int = 0
+    per_token: bool = False
 
     def common(self) -> list[nn.Module]:
         """The first layers, which have no parameters, so that heads per experience share them."""
+        if self.per_token:
+            return []
         if self.kind == "pool" and self.tap_shape[1:] != (1, 1):
             _, rows, columns = self.tap_shape
             if self.pooling == "2x2_ceil":
@@ -231,6 +239,11 @@ class _Recipe:
 
     def own(self) -> list[nn.Module]:
         """The layers after them, up to flat features, newly initialized."""
+        if self.per_token:
+            width = self.tap_shape[-1]
+            if self.kind == "hidden":
+                return [nn.Linear(width, self.hidden), nn.ReLU(inplace=True)]
+            return [nn.RMSNorm(width, eps=1e-6)] if self.token_norm else []
         channels, pool = self.tap_shape[0], partial(SDNPool, size=4, upsample=self.as_published)
         if self.kind == "pool" and self.tap_shape[1:] != (1, 1):
             return [Blend(), nn.Flatten()]
@@ -253,7 +266,7 @@ class _Recipe:
         with torch.device("meta"), torch.no_grad():
             layers = nn.Sequential(*self.common(), *self.own())
             features_BF: Tensor = layers(torch.empty(1, *self.tap_shape))
-        return features_BF.shape[1]
+        return features_BF.shape[-1]
 
     def whole_head(self) -> ExitHead:
         """A head from the tap to the logits."""

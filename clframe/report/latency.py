@@ -21,7 +21,7 @@ class Timed:
 
     way: str
     """``whole network``, every exit computed; ``exit/<name>``, all samples exit there and earlier exits are not
-    computed; ``policy``, the run's exit policy."""
+    computed; ``policy``, the run's exit policy; ``policy, CUDA graphs``, the same by graphs, on CUDA only."""
     batch: int
     p50: float
     """Median, in seconds per call."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from clframe.accounting import MacCounter, latency
 from clframe.errors import ConfigError, RunFolderError
 from clframe.exits import ExitPolicy
-from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.captured import CapturedNetwork
+from clframe.exits.captured_segments import WARM
+from clframe.exits.dynamic import AdjustLogits, DynamicNetwork
 from clframe.report.latency import Setting, Timed, Timings, write_timings
 from clframe.targets.opening import open_target
 from clframe.training.learner import Learner
@@ -66,6 +68,7 @@ def time_run(
                   macs=_macs(module, x, found.batch))
             for found in latency(module, x, batches=batches, warmup=warmup, repeats=repeats)
         ]  # fmt: skip
+    rows += _graph_rows(target.run.learner, x, batches=batches, warmup=warmup, repeats=repeats)
     setting = Setting(
         device=_device_name(x.device), processor=platform.machine(), threads=torch.get_num_threads(),
         torch=str(torch.__version__), dtype=str(x.dtype).removeprefix("torch."), warmup=warmup, repeats=repeats,
@@ -80,8 +83,7 @@ def _variants(learner: Learner) -> Iterator[tuple[str, nn.Module]]:
     """Modules to time: the whole network, the network up to each exit, and the network under its exit policy."""
     network, policy = learner.network, policy_of(learner)
     yield "whole network", network
-    # A correction of all exits together cannot be applied to one exit: these times are then without it.
-    adjust = None if learner.composition.acting_at("adjust_logits") else learner.exit_corrector()
+    adjust = _corrector(learner)
     last = len(network.heads) - 1
     if last:
         for exit, name in enumerate(network.exit_names):
@@ -89,6 +91,36 @@ def _variants(learner: Learner) -> Iterator[tuple[str, nn.Module]]:
             yield f"exit/{name}", DynamicNetwork(network, ExitPolicy(thresholds=thresholds), adjust=adjust)
     if policy is not None:
         yield "policy", DynamicNetwork(network, policy, adjust=adjust)
+
+
+def _graph_rows(
+    learner: Learner, x: Tensor, *, batches: Sequence[int], warmup: int, repeats: int
+) -> Iterator[Timed]:
+    """The exit policy by CUDA graphs, recorded for each batch size; nothing on other devices or without a policy."""
+    policy = policy_of(learner)
+    if x.device.type != "cuda" or policy is None:
+        return
+    dynamic = DynamicNetwork(learner.network, policy, adjust=_corrector(learner))
+    for size in batches:
+        graphs = CapturedNetwork(dynamic, batch=size)
+        graphs.choose_removals(x[:size])
+        for _ in range(WARM + 1):  # records every bucket that the samples lead to
+            for part in x.split(size):
+                graphs(part)
+        if graphs.failure:
+            return
+        (found,) = latency(graphs, x, batches=[size], warmup=warmup, repeats=repeats)
+        # Graphs run no operator of torch that could be counted, and the same stages, but for padding.
+        yield Timed(way="policy, CUDA graphs", batch=size, p50=found.p50, p95=found.p95, throughput=found.throughput,
+                    macs=_macs(dynamic, x, size))  # fmt: skip
+
+
+def _corrector(learner: Learner) -> AdjustLogits | None:
+    """Correction of each exit's logits.
+
+    One of all exits together cannot be applied to one exit: times are then without it.
+    """
+    return None if learner.composition.acting_at("adjust_logits") else learner.exit_corrector()
 
 
 def _macs(module: nn.Module, x: Tensor, size: int) -> float:

@@ -18,6 +18,7 @@ from clframe.errors import ConfigError, DataError
 from clframe.printable import csv_cell
 from clframe.records import to_plain
 from clframe.tables import Quantity, Table
+from clframe.targets.loading import refuse_language_model
 from clframe.targets.reading import InputReader, open_inputs
 from clframe.targets.rules import Decisions, PredictionRule
 from clframe.training.trained import TrainedModel
@@ -104,6 +105,7 @@ def predict(
     budget: float | None = None,
     top: int = 1,
     batch_size: int = 64,
+    graphs: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> Predictions:
     """Predict the class of every input.
@@ -121,6 +123,7 @@ def predict(
         budget: Mean cost as a share of the bare backbone's MACs, with the threshold that the run has recorded.
         top: Number of classes in ``top`` of each prediction.
         batch_size: Inputs per batch.
+        graphs: Whether early exit on CUDA uses graphs where they are measured to be faster; predictions are the same.
         progress: Called after each batch with the number of inputs that have been processed, and of all inputs.
 
     Raises:
@@ -131,9 +134,10 @@ def predict(
     for name, found in (("--top", top), ("--batch-size", batch_size)):
         if found < 1:
             raise ConfigError(f"{name}: found {found}; give at least 1")
+    refuse_language_model(model.network, where="predict")
     if not model.learner.past:
         raise DataError("predict: the model has not learned any class yet; finish an experience first")
-    rule = PredictionRule(model, threshold=threshold, budget=budget)
+    rule = PredictionRule(model, threshold=threshold, budget=budget, graphs=graphs)
     reader = open_inputs(model, inputs)
     rows: list[Prediction] = []
     for index, stored in _read(reader, batch_size):
@@ -143,7 +147,7 @@ def predict(
             progress(index[-1] + 1, len(reader))
     return Predictions(
         rows=tuple(rows), skipped=dict(reader.skipped), rule=rule.description, threshold=rule.threshold,
-        simulated=rule.simulated, notes=tuple(note for note in (rule.note, reader.note) if note),
+        simulated=rule.simulated, notes=tuple(note for note in (rule.note, rule.times, reader.note) if note),
         exit_names=model.network.exit_names, backbone_macs=backbone_macs(model.network),
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ from clframe.accounting import MacCounter, cumulative_macs
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.exits import ALWAYS, NEVER, STATIC, DynamicNetwork, ExitPolicy, select
 from clframe.exits.curves import BudgetPoint
+from clframe.exits.measured import MeasuredNetwork
 from clframe.moe import routed_layers
+from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.training.prediction_cost import prediction_cost, stops_B
 from clframe.training.trained import TrainedModel
@@ -44,6 +46,8 @@ class PredictionRule:
             early.
         budget: Mean cost of a prediction as a share of the bare backbone's MACs; its threshold is the one that the run
             has recorded, chosen on its validation data.
+        graphs: Whether dynamic inference on CUDA uses graphs where they are measured to be faster
+            (:class:`~clframe.exits.measured.MeasuredNetwork`).
 
     Raises:
         ConfigError: Both, a threshold outside 0 to 1, or a budget for which the run has recorded no threshold.
@@ -57,7 +61,14 @@ class PredictionRule:
         note: Restriction of the MACs; empty where there is none.
     """
 
-    def __init__(self, model: TrainedModel, *, threshold: float | None = None, budget: float | None = None) -> None:
+    def __init__(
+        self,
+        model: TrainedModel,
+        *,
+        threshold: float | None = None,
+        budget: float | None = None,
+        graphs: bool = True,
+    ) -> None:
         if threshold is not None and budget is not None:
             raise ConfigError("predict: found a threshold and a budget; give one of them")
         self._model, self._learner, self._network = model, model.learner, model.network
@@ -72,6 +83,15 @@ class PredictionRule:
         else:
             self._use_strategy()
         self._skip_exits()
+        self._measured: MeasuredNetwork | None = None
+        # Graphs run no operator of torch whose MACs could be counted, as those of experts are.
+        if graphs and self._dynamic is not None and not self.counts_experts and _can_record(self._network):
+            self._measured = MeasuredNetwork(self._dynamic)
+
+    @property
+    def times(self) -> str:
+        """Measured times of plain inference and graphs, of which the shorter one was chosen; empty before."""
+        return "" if self._measured is None else self._measured.note
 
     def __call__(self, x: Tensor) -> Decisions:
         """Predict a batch of prepared inputs.
@@ -90,7 +110,8 @@ class PredictionRule:
     def _predict(self, x: Tensor) -> Decisions:
         if self._dynamic is None:
             return self.decide(self._outputs(x), x)
-        scores_BC, exit_B = self._dynamic(x)
+        run = self._dynamic if self._measured is None else self._measured
+        scores_BC, exit_B = run(x)
         return self._checked(scores_BC, exit_B, exit_B, x)
 
     def decide(self, output: Output, x: Tensor) -> Decisions:
@@ -172,6 +193,10 @@ class PredictionRule:
                 cost_K = prediction_cost(self._learner, x[:1], policy=policy).cost_K
             self._costs[shape] = torch.tensor(cost_K)
         return self._costs[shape]
+
+
+def _can_record(network: Network) -> bool:
+    return network.final.weight.device.type == "cuda"
 
 
 def _describe(threshold: float) -> str:

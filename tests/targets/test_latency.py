@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from clframe import load, run
+from clframe.data import digits
 from clframe.errors import ConfigError, RunFolderError
+from clframe.exits import measured
+from clframe.exits.captured import CapturedNetwork
+from clframe.exits.measured import MeasuredNetwork
 from clframe.report.latency import read_timings
+from clframe.targets import rules
 from clframe.targets.latency import time_run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+try:
+    from recorded_graphs import RecordedGraphs
+finally:
+    sys.path.pop(0)
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +88,33 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
         time_run(tmp_path)
 
 
+def graphs_on_a_cpu(dynamic, batch):
+    return CapturedNetwork(dynamic, batch=batch, graphs=RecordedGraphs())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_predictions_by_graphs_are_those_without(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = graphs_on_a_cpu if device == "cpu" else None
+    monkeypatch.setattr(rules, "_can_record", lambda network: True)
+    monkeypatch.setattr(rules, "MeasuredNetwork", partial(MeasuredNetwork, after=0.0, make=make))
+    monkeypatch.setattr(measured, "_timed", lambda call, x: (call(x), float(not isinstance(call, CapturedNetwork))))
+    model, x = load(folder, device=device), digits().test.x[:70]
+    plain, graphs = (model.predict(x, batch_size=32, graphs=wanted) for wanted in (False, True))
+    assert [row.exit for row in graphs.rows] == [row.exit for row in plain.rows]
+    assert [row.macs for row in graphs.rows] == [row.macs for row in plain.rows]
+    assert graphs.class_ids == plain.class_ids and len({row.exit for row in plain.rows}) > 1
+    assert plain.notes == ()
+    assert [note.partition(":")[0] for note in graphs.notes] == ["CUDA graphs"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(folder: Path) -> None:
     timings = time_run(folder, batches=(1, 32), device="cuda", repeats=5)
     assert timings.setting.device.startswith("cuda:0 (")
     on_cpu = time_run(folder, batches=(1, 32), repeats=1)
-    assert [(row.way, row.batch) for row in timings.rows] == [(row.way, row.batch) for row in on_cpu.rows]
-    assert [row.macs for row in timings.rows if row.way != "policy"] == [
+    by_graphs = [("policy, CUDA graphs", size) for size in (1, 32)]
+    assert [(row.way, row.batch) for row in timings.rows] == [(row.way, row.batch) for row in on_cpu.rows] + by_graphs
+    assert [row.macs for row in timings.rows if "policy" not in row.way] == [
         row.macs for row in on_cpu.rows if row.way != "policy"
     ]

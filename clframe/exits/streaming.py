@@ -1,0 +1,294 @@
+"""Early exit for requests that arrive one by one: early answers return, other samples continue in a shared batch.
+
+Requests that have arrived are computed together, segment by segment (:mod:`clframe.exits.segments`). After the exit at
+the end of a segment the samples that stop are answered, the others wait, with everything carried for them, for the next
+segment, where those of several batches meet. So an easy request never waits for a hard one of its batch.
+
+Shape suffixes: n samples of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from time import monotonic
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clframe.errors import ClframeError, ConfigError, DataError
+from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.requests import Answer, Chunk, Request, join_rows
+from clframe.exits.row_buffers import HostCopy
+from clframe.exits.segment_runners import PlainRunner, SegmentRunner
+
+
+class BusyError(ClframeError):
+    """The queue of a server is full."""
+
+
+class ClosedError(ClframeError):
+    """The server has been closed."""
+
+
+class ExitServer:
+    """Answers single requests by early exit, in batches that samples join and leave between segments.
+
+    Use it as an asynchronous context, which closes it at the end::
+
+        async with ExitServer(dynamic, max_batch=32) as server:
+            answer = await server.predict(x)
+
+    Answers are those of the :class:`DynamicNetwork`, up to the rounding of kernels that depend on the batch size. If a
+    batch fails, its samples are computed one by one, and only those that fail get the error. The oldest request is
+    served first, where every exit that it has passed counts as ``slack`` seconds of waiting less: with 0 a batch is
+    finished before the next one starts, with a large value new requests always run first. On CUDA segments are launched
+    from the event loop, which then looks after every turn whether they are complete; elsewhere they are computed in
+    another thread.
+
+    Args:
+        dynamic: The network and its policy.
+        max_batch: Most samples that are computed together.
+        max_waiting: Most requests that have not been answered; further ones are refused.
+        slack: Seconds, see above.
+        runner: Runs the segments; those of ``dynamic`` as they are if not given.
+
+    Attributes:
+        events: The last segments that ran: ``(segment, numbers of the requests)``; requests count from 0.
+
+    Raises:
+        ConfigError: A limit below 1, or a negative slack.
+
+    >>> from clframe.exits.policies import ExitPolicy
+    >>> from clframe.nn import GrowingLinear, Network
+    >>> from clframe.nn.backbones import mlp
+    >>> network = Network(mlp((4,), width=8), exits=[("layer1", GrowingLinear(8))])
+    >>> network.grow([0, 1, 2])
+    True
+    >>> async def main():
+    ...     async with ExitServer(DynamicNetwork(network.eval(), ExitPolicy(thresholds=0.0))) as server:
+    ...         return await asyncio.gather(*(server.predict(x) for x in torch.zeros(3, 4)))
+    >>> [answer.exit for answer in asyncio.run(main())]
+    [0, 0, 0]
+    """
+
+    def __init__(
+        self,
+        dynamic: DynamicNetwork,
+        *,
+        max_batch: int = 32,
+        max_waiting: int = 1024,
+        slack: float = 0.0,
+        runner: SegmentRunner | None = None,
+    ) -> None:
+        if max_batch < 1 or max_waiting < 1 or not slack >= 0:
+            raise ConfigError(
+                f"server: found max_batch={max_batch}, max_waiting={max_waiting}, slack={slack}; give limits of 1 or "
+                "more and 0 seconds or more"
+            )
+        self.max_batch, self.max_waiting, self.slack = max_batch, max_waiting, slack
+        self._runner = PlainRunner(dynamic) if runner is None else runner
+        self._network, self._confident = dynamic.network, dynamic.policy.fallback == "confident"
+        self._requests: deque[Request] = deque()
+        self._pools: list[deque[Chunk]] = [deque() for _ in range(self._runner.segments)]  # the first is not used
+        self._on_cuda = dynamic.network.final.weight.device.type == "cuda"
+        self._numbers, self._waiting = count(), 0
+        self._arrived = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._closed = self._refusing = False
+        self.events: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=1000)
+
+    async def __aenter__(self) -> ExitServer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def predict(self, x: Tensor) -> Answer:
+        """Answer one sample, prepared as the network expects it, without a batch dimension.
+
+        If the caller is cancelled, the sample is dropped before the next segment.
+
+        Raises:
+            DataError: An input of another shape than the network expects; other requests are not affected.
+            BusyError: As many requests as allowed are waiting.
+            ClosedError: The server is closed.
+        """
+        if self._closed:
+            raise ClosedError("server: found a request after it was closed; make another server")
+        expected = tuple(self._network.input_shape)
+        if x.dim() != len(expected) or (x.is_floating_point() and tuple(x.shape) != expected):
+            raise DataError(f"server: found an input of shape {tuple(x.shape)}; give one sample of shape {expected}")
+        if self._waiting >= self.max_waiting:
+            raise BusyError(f"server: found {self._waiting} requests waiting; try again later or raise max_waiting")
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._requests.append(Request(x, next(self._numbers), monotonic(), answer))
+        self._waiting += 1
+        self._arrived.set()
+        if self._worker is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="exit-server")
+            self._worker = asyncio.create_task(self._serve())
+        try:
+            return await answer
+        finally:
+            self._waiting -= 1
+
+    async def close(self, *, waiting: Literal["answer", "refuse"] = "answer") -> None:
+        """Refuse further requests and end the thread.
+
+        Args:
+            waiting: Whether requests that wait are answered first, or raise :class:`ClosedError` after the segment that
+                is running.
+        """
+        self._closed = True
+        if waiting == "refuse":
+            self._refusing = True
+            self._fail(_refusal())
+        self._arrived.set()
+        if self._worker is not None:
+            await self._worker
+            self._worker = None
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    async def _serve(self) -> None:
+        """Run one segment after the other until the server is closed and nothing waits."""
+        try:
+            while True:
+                segment, requests, chunks = self._take()
+                if requests:
+                    self.events.append((segment, tuple(request.number for request in requests)))
+                    await self._run(segment, requests, chunks)
+                elif self._closed:
+                    return
+                else:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except BaseException as error:
+            self._closed = True
+            self._fail(ClosedError(f"server: ended by {type(error).__name__}; make another server"))
+            raise
+
+    def _take(self) -> tuple[int, list[Request], list[Chunk]]:
+        """The segment to run next, its samples, and the chunks that they are in after the first segment."""
+        self._drop_cancelled()
+        waiting = [(self._requests[0].since, 0)] if self._requests else []
+        waiting += [
+            (pool[0].requests[0].since + segment * self.slack, -segment)
+            for segment, pool in enumerate(self._pools)
+            if pool
+        ]
+        if not waiting:
+            return 0, [], []
+        segment = -min(waiting)[1]
+        if segment == 0:
+            return 0, self._take_requests(), []
+        pool = self._pools[segment]
+        chunks = [pool.popleft()]
+        size = len(chunks[0].requests)
+        while pool and pool[0].kind == chunks[0].kind and size + len(pool[0].requests) <= self.max_batch:
+            chunks.append(pool.popleft())
+            size += len(chunks[-1].requests)
+        return segment, [request for chunk in chunks for request in chunk.requests], chunks
+
+    def _take_requests(self) -> list[Request]:
+        """The oldest request and others with inputs of its shape, type and device."""
+        batch, others = list[Request](), list[Request]()
+        while self._requests and len(batch) < self.max_batch:
+            request = self._requests.popleft()
+            (batch if not batch or request.kind == batch[0].kind else others).append(request)
+        self._requests.extendleft(reversed(others))
+        return batch
+
+    def _drop_cancelled(self) -> None:
+        if any(request.answer.done() for request in self._requests):
+            self._requests = deque(request for request in self._requests if not request.answer.done())
+        for pool in self._pools:
+            for _ in range(len(pool)):
+                chunk = pool.popleft()
+                keep = [at for at, request in enumerate(chunk.requests) if not request.answer.done()]
+                if keep:
+                    complete = len(keep) == len(chunk.requests)
+                    pool.append(chunk if complete else chunk.pick(keep, confident=self._confident))
+
+    async def _run(self, segment: int, requests: list[Request], chunks: list[Chunk]) -> None:
+        """Run a segment, answer the samples that stop, and pass on the others."""
+        try:
+            if self._on_cuda:
+                rows, host = self._compute(segment, requests, chunks)
+                while not host.is_ready():
+                    await asyncio.sleep(0)
+            else:
+                loop = asyncio.get_running_loop()
+                rows, host = await loop.run_in_executor(self._thread, self._compute, segment, requests, chunks)
+        except Exception as error:  # of a model or an input, of any kind
+            await self._run_apart(segment, requests, chunks, error)
+            return
+        scores_nC, exit_n, *stops_n = host.tensors
+        stops = stops_n[0].tolist() if stops_n else [True] * len(requests)
+        found = zip(requests, scores_nC.unbind(0), exit_n.tolist(), stops, strict=True)
+        for request, scores_C, exit, stopped in found:
+            if stopped:
+                _set(request.answer, Answer(scores_C, exit))
+            elif self._refusing:
+                _set(request.answer, _refusal())
+        keep = [at for at, request in enumerate(requests) if not request.answer.done()]
+        if keep:
+            self._pools[segment + 1].append(Chunk(rows, requests).pick(keep, confident=self._confident))
+
+    async def _run_apart(self, segment: int, requests: list[Request], chunks: list[Chunk], error: Exception) -> None:
+        """Run the samples of a batch that has failed one by one; a single one gets the error."""
+        if len(requests) == 1:
+            _set(requests[0].answer, error)
+            return
+        if not chunks:
+            for request in requests:
+                await self._run(segment, [request], [])
+        for chunk in chunks:
+            for at, request in enumerate(chunk.requests):
+                await self._run(segment, [request], [chunk.pick([at], confident=self._confident)])
+
+    @torch.no_grad()
+    def _compute(
+        self, segment: int, requests: Sequence[Request], chunks: Sequence[Chunk]
+    ) -> tuple[ActiveSamples, HostCopy]:
+        """Run a segment: the rows, and scores, exits and, before the last segment, which samples stop."""
+        if segment == 0:
+            rows = ActiveSamples(self._network.to_device(torch.stack([request.x for request in requests])))
+        else:
+            rows = join_rows([chunk.rows for chunk in chunks], confident=self._confident)
+        rows = self._runner.run(segment, rows)
+        assert rows.exit_n is not None and rows.scores_nC is not None
+        found = [rows.scores_nC, rows.exit_n]
+        if rows.done_n is not None and segment < self._runner.segments - 1:
+            found.append(rows.done_n)
+        return rows, HostCopy(found)
+
+    def _fail(self, error: Exception) -> None:
+        """Give all waiting requests an error."""
+        requests = [*self._requests, *(request for pool in self._pools for chunk in pool for request in chunk.requests)]
+        for request in requests:
+            _set(request.answer, error)
+        self._requests.clear()
+        for pool in self._pools:
+            pool.clear()
+
+
+def _refusal() -> ClosedError:
+    return ClosedError("server: closed before the answer; make another server")
+
+
+def _set(answer: asyncio.Future[Answer], found: Answer | Exception) -> None:
+    """Set an answer or an error, unless the caller has been cancelled."""
+    if answer.done():
+        return
+    if isinstance(found, Exception):
+        answer.set_exception(found)
+    else:
+        answer.set_result(found)

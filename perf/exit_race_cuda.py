@@ -1,0 +1,367 @@
+"""The exit race on a GPU: dynamic inference against the bare backbone, paired and interleaved.
+
+    python perf/exit_race_cuda.py --seconds 150 --json exits.json
+    python perf/exit_race_cuda.py --model vit_b_16 --batch 256 --budget 0.5
+
+Weights and inputs are random but fixed, float32 with TF32; convolutional networks have batch normalization folded and
+channels last, for all contestants. Exits are at 12.5, 25, 50 and 75 % of the MACs. As in MSDNet, exit k answers a share
+of the samples proportional to q^k, with q such that their mean MACs are the budget; thresholds are quantiles of the
+confidences. Contestants of a cell take turns in every lap; medians of milliseconds a batch, synchronized:
+
+- eager, captured: the bare backbone, as it is and as one CUDA graph;
+- dynamic: ``DynamicNetwork``; static: all exits computed, as one graph with the policy;
+- fast: ``CapturedNetwork`` that removes samples after every exit; chosen removals: where measured times say so;
+- fewer exits: the same with the one to three exits that measured times expect to be fastest within the budget.
+
+``kept`` is the speed-up over the captured backbone as a share of what MACs promise. ``agree``: share of the samples for
+which the fast runner stops at the exit of the plain reference (rounding differs between batch sizes).
+
+Cells run in order of importance until the time is used up. Then, in the time left, the backbone under ``torch.compile``
+(default and reduce-overhead), and the fast runner with compiled stages, are compared with the captured backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import itertools
+import json
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from exit_race import Costs, chosen, macs, shares_for, thresholds_for
+from torch import Tensor
+
+from clframe.accounting.macs import stage_macs
+from clframe.exits.captured import CapturedNetwork
+from clframe.exits.decisions import select
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.fusion import fuse_batch_norm
+from clframe.exits.head_kinds import make_head
+from clframe.exits.placement import at_cost
+from clframe.exits.policies import ExitPolicy, max_probability
+from clframe.nn import BACKBONES, Network
+from clframe.nn.backbones.base import tap_of
+
+CLASSES = 100
+EXITS = (0.125, 0.25, 0.5, 0.75)
+MODELS: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {
+    "vit_b_16": ("vit_b_16", {}, (3, 224, 224)),
+    "resnet50": ("resnet50", {}, (3, 224, 224)),
+    "resnet32": ("resnet32", {}, (3, 32, 32)),
+    "vit_s": ("vit_tiny", {"patch": 16, "width": 384, "depth": 12, "heads": 6}, (3, 224, 224)),
+}
+ORDER = [(model, batch) for batch in (256, 1024, 32, 1) for model in MODELS]
+CALLS = {1: 32, 32: 4, 256: 1, 1024: 1}
+"""Batches of a lap; twice as many take turns, for 1,024 samples two."""
+Run = Callable[[Tensor], Any]
+
+
+@functools.cache
+def on_host(model: str) -> Network:
+    """The network with exits, random weights and outputs for all classes."""
+    torch.manual_seed(0)
+    name, options, shape = MODELS[model]
+    backbone = BACKBONES.get(name)(shape, **options)
+    taps = at_cost(stage_macs(Network(backbone)), EXITS).taps
+    network = Network(backbone, exits=[(tap, make_head("auto", backbone.tap_shapes[tap])) for tap in taps])
+    network.grow(range(CLASSES))
+    network.eval().requires_grad_(False)
+    return fuse_batch_norm(network, memory_format="channels_last") if model.startswith("resnet") else network
+
+
+def build(model: str, device: torch.device) -> Network:
+    """A copy of the network on a device."""
+    return copy.deepcopy(on_host(model)).to(device)
+
+
+def bare(network: Network) -> Run:
+    def run(x: Tensor) -> Tensor:
+        value: Any = x
+        for stage in network.backbone.stages:
+            value = stage(value)
+        return network.heads[-1](value)
+
+    return run
+
+
+def captured(call: Run, example: Tensor) -> Run:
+    """A call as one CUDA graph, its input copied to it."""
+    inputs = example.clone()
+    for _ in range(3):
+        call(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(inputs)
+
+    def run(x: Tensor) -> Any:
+        inputs.copy_(x)
+        graph.replay()
+        return found
+
+    return run
+
+
+def replays(call: Callable[[], Any], *, repeats: int = 7) -> float:
+    """Median seconds of a call as a graph."""
+    run = captured(lambda _: call(), torch.zeros(1, device="cuda"))
+    taken = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(torch.zeros(1, device="cuda"))
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def stage_times(network: Network, x: Tensor, work: Costs) -> Costs:
+    """Seconds a batch of every stage, and of every head with its confidence, each as a graph."""
+    value: Any = x
+    stages, heads = [], []
+    for stage, exits in zip(network.backbone.stages, network.exits_at, strict=True):
+        stages.append(replays(lambda s=stage, v=value: s(v)))
+        value = stage(value)
+        tap = tap_of(value)
+        heads += [replays(lambda e=e, v=tap: max_probability(e, network.heads[e](v), ())) for e in exits]
+    return Costs(tuple(stages), tuple(heads), work.stage_of)
+
+
+def race(runs: dict[str, Run], batches: Sequence[Tensor], *, calls: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds of a batch, in turns; at least three laps, at most 15."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.monotonic() + seconds
+    for lap in range(15):
+        some = [batches[(lap * calls + k) % len(batches)] for k in range(calls)]
+        for name in runs if lap % 2 else reversed(runs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for x in some:
+                runs[name](x)
+            torch.cuda.synchronize()
+            taken[name].append(1e3 * (time.perf_counter() - start) / calls)
+        if lap >= 2 and time.monotonic() > end:
+            break
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def cell(model: str, batch: int, budgets: Sequence[float], *, seconds: float) -> list[dict[str, Any]]:
+    """One row for every budget."""
+    network = build(model, torch.device("cuda"))
+    clean()
+    calls = CALLS[batch]
+    torch.manual_seed(1)
+    batches = [torch.randn(batch, *network.input_shape, device="cuda") for _ in range(2 * calls)]
+    work = macs(network)
+    with torch.no_grad():
+        scores = [network(x).logits for part in batches for x in part.split(256)]
+        reference = [torch.cat(parts) for parts in zip(*scores, strict=True)]
+        on_host = [scores_NC.cpu() for scores_NC in reference]
+        times = stage_times(network, batches[0][:256], work)
+        whole = captured(bare(network), batches[0])
+        exits = tuple(range(len(work.heads) - 1))
+        rows = []
+        for budget in budgets:
+            shares = shares_for(work, exits, budget)
+            if shares is None:
+                continue
+            policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
+            dynamic = DynamicNetwork(network, policy)
+            fast, removing = CapturedNetwork(dynamic, batch=batch), CapturedNetwork(dynamic, batch=batch)
+            start = time.perf_counter()
+            removals = removing.choose_removals(batches[0])
+            choosing = time.perf_counter() - start
+            runs: dict[str, Run] = {"captured": whole, "dynamic": dynamic, "fast": fast}
+            if removals != dynamic.stopping_exits:
+                runs["chosen removals"] = removing
+            if budget == budgets[0]:  # their times do not depend on the budget
+                runs["eager"], runs["static"] = bare(network), CapturedNetwork(dynamic, batch=batch, removals=())
+            some = chosen(work, times, budget)
+            few = shares if some is None else shares_for(work, some, budget)
+            if some is not None and few is not None and some != exits:
+                fewer = DynamicNetwork(network, ExitPolicy(thresholds=thresholds_for(on_host, few)), exits=some)
+                runs["fewer exits"] = CapturedNetwork(fewer, batch=batch)
+            for _, run, x in itertools.product(range(3), runs.values(), batches[:8]):
+                run(x)
+            taken = race(runs, batches, calls=calls, seconds=seconds / len(budgets))
+            wanted_N = select(reference, policy).exit_B
+            found_N = torch.cat([fast(x).exit_B for x in batches])
+            row = {"model": model, "batch": batch, "budget": budget, "ms": taken, "removals": removals,
+                   "macs": mean_cost(work, found_N, exits) / work.bare, "time": mean_cost(times, found_N, exits) / times.bare,
+                   "agree": float((wanted_N == found_N).float().mean()), "choosing_s": choosing,
+                   "recorded": fast.recorded, "buffers_mb": fast.memory / 1e6, "failure": fast.failure}  # fmt: skip
+            if "fewer exits" in runs and some is not None:
+                exit_N = torch.cat([runs["fewer exits"](x).exit_B for x in batches])
+                row |= {"fewer": some, "fewer_macs": mean_cost(work, exit_N, some) / work.bare}
+            rows.append(row)
+            print(line(row), flush=True)
+            del fast, removing, runs
+            clean()
+    return rows
+
+
+def mean_cost(costs: Costs, exit_N: Tensor, enabled: Sequence[int]) -> float:
+    counts = exit_N.bincount(minlength=len(costs.heads)).tolist()
+    return sum(count * costs.of_exit(exit, enabled) for exit, count in enumerate(counts)) / len(exit_N)
+
+
+def clean() -> None:
+    """Free what is unused. What remains is left out of later collections, of which every recorded graph makes one."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    torch.cuda.empty_cache()
+
+
+def line(row: dict[str, Any]) -> str:
+    taken = row["ms"]
+    best = min((name for name in ("fast", "chosen removals", "fewer exits") if name in taken), key=taken.__getitem__)
+    share = row["fewer_macs"] if best == "fewer exits" else row["macs"]
+    kept = taken["captured"] * share / taken[best]
+    times = ", ".join(f"{name} {ms:.3f}" for name, ms in taken.items())
+    return (
+        f"{row['model']} {row['batch']} {row['budget']:.0%}: {times}; MACs {row['macs']:.3f}, stages and heads "
+        f"{row['time']:.3f}; {best} {taken['captured'] / taken[best]:.2f}x, kept {kept:.2f}; removals {row['removals']}, "
+        f"fewer {row.get('fewer')}, agree {row['agree']:.4f}, {row['recorded']} recorded {row['failure']}"
+    )
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after some seconds."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"not compiled within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compiled_cell(model: str, batch: int, budgets: Sequence[float], *, limit: float, seconds: float) -> dict[str, Any]:
+    """The captured backbone against torch.compile, and the fast runner with compiled stages and heads."""
+    network = build(model, torch.device("cuda"))
+    torch.manual_seed(1)
+    batches = [torch.randn(batch, *network.input_shape, device="cuda") for _ in range(2 * CALLS[batch])]
+    row: dict[str, Any] = {"model": model, "batch": batch, "compiling_s": {}}
+    with torch.no_grad():
+        reference = [
+            torch.cat(parts) for parts in zip(*(network(x).logits for p in batches for x in p.split(256)), strict=True)
+        ]
+        on_host, work = [scores_NC.cpu() for scores_NC in reference], macs(network)
+        runs: dict[str, Run] = {"captured": captured(bare(network), batches[0])}
+        for mode in ("default", "reduce-overhead"):
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            try:
+                with within(limit):
+                    run = torch.compile(bare(network), mode=mode, dynamic=False)
+                    for _ in range(3):
+                        run(batches[0])
+                runs[f"compiled {mode}"] = run
+            except Exception as error:  # the compiler raises anything; the others still race
+                row[f"failed {mode}"] = f"{type(error).__name__}: {str(error)[:200]}"
+            row["compiling_s"][mode] = time.perf_counter() - start
+        start = time.perf_counter()
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # stages of one class share their code, and the limit
+        try:
+            with within(2 * limit):
+                own = build(model, torch.device("cuda"))
+                for part in (*own.backbone.stages, *own.heads):
+                    part.compile(dynamic=True)
+                exits = tuple(range(len(work.heads) - 1))
+                for budget in budgets:
+                    shares = shares_for(work, exits, budget)
+                    if shares is None:
+                        continue
+                    policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
+                    fast = CapturedNetwork(DynamicNetwork(own, policy), batch=batch)
+                    for _, x in itertools.product(range(4), batches):
+                        fast(x)
+                    runs[f"fast compiled {budget:.0%}"] = fast
+                    row[f"failure {budget:.0%}"] = fast.failure
+                runs["captured compiled"] = captured(bare(own), batches[0])
+        except Exception as error:
+            row["failed stages"] = f"{type(error).__name__}: {str(error)[:200]}"
+        row["compiling_s"]["stages"] = time.perf_counter() - start
+        row["ms"] = race(runs, batches, calls=CALLS[batch], seconds=seconds)
+    print(f"{model} {batch} compiled: {row}", flush=True)
+    return row
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", type=int, nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--seconds", type=float, default=600, help="time for everything (default: 600)")
+    parser.add_argument(
+        "--cell", type=float, default=3, help="seconds of laps for every network and batch (default: 3)"
+    )
+    parser.add_argument("--compile", type=float, default=60, metavar="S",
+                        help="seconds at most to compile a backbone, twice as many for stages; 0 for none (default: 60)")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("exit_race_cuda: found no CUDA device; perf/exit_race.py is the race on CPUs")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    end = time.monotonic() + options.seconds
+    cells = [(m, b) for m, b in ORDER if m in options.model and b in options.batch]
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [], "compiled": [], "left_out": []
+    }  # fmt: skip
+    print(f"{found['device']}, torch {found['torch']}", flush=True)
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    def write() -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    reserve = min(0.4 * options.seconds, 4 * options.compile)  # for the compiled contestants
+    longest = 5.0
+    for model, batch in cells:
+        if left() < reserve + longest:
+            found["left_out"].append([model, batch])
+            continue
+        start = time.monotonic()
+        try:
+            found["rows"] += cell(model, batch, options.budget, seconds=options.cell)
+        except RuntimeError as error:
+            found["left_out"].append([model, batch, str(error)[:200]])
+            print(f"{model} {batch}: {str(error)[:300]}", flush=True)
+        longest = max(longest, time.monotonic() - start)
+        clean()
+        write()
+    # Convolutional networks first: fusing their element-wise operations is what a compiler can do here.
+    for model, batch in sorted(cells, key=lambda found: (found[1] != 256, not found[0].startswith("resnet"))):
+        if options.compile and batch in (256, 1024) and left() > 15:
+            limit = min(options.compile, left() / 4)
+            found["compiled"].append(compiled_cell(model, batch, options.budget, limit=limit, seconds=1))
+            torch._dynamo.reset()
+            clean()
+            write()
+    write()
+
+
+if __name__ == "__main__":
+    main()

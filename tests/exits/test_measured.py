@@ -1,0 +1,86 @@
+"""Graphs are used where they were measured to be faster, after plain inference has taken as long as recording them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clframe.exits import captured, captured_segments, measured
+from clframe.exits.captured import CapturedNetwork
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.measured import MeasuredNetwork
+from clframe.exits.policies import ExitPolicy
+
+from .test_dynamic import assert_same, inputs, network, reference, split
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+try:
+    from recorded_graphs import RecordedGraphs
+finally:
+    sys.path.pop(0)
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """A network, its runner, and the seconds that calls of the plain network and of graphs are said to take."""
+    net = network("mlp")
+    confidence, thresholds = split(net, "margin", inputs(net, 33))
+    dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds))
+    seconds = {DynamicNetwork: 2.0, CapturedNetwork: 1.0}
+    calls = []
+
+    def timed(call, x):
+        calls.append(type(call))
+        return call(x), seconds[type(call)]
+
+    monkeypatch.setattr(measured, "_timed", timed)
+    for module in (captured, captured_segments, measured):
+        monkeypatch.setattr(module, "WARM", 0)
+    made = []
+
+    def make(dynamic, batch):
+        made.append(CapturedNetwork(dynamic, batch=batch, graphs=RecordedGraphs()))
+        return made[-1]
+
+    return net, MeasuredNetwork(dynamic, after=3.0, make=make), seconds, made
+
+
+@pytest.mark.parametrize("own", [1.0, 4.0])
+def test_the_faster_one_is_used_once_it_is_worth_a_measurement(prepared, own):
+    net, runner, seconds, made = prepared
+    seconds[CapturedNetwork] = own
+    for number in range(4):
+        x = inputs(net, 9)
+        assert_same(runner(x), reference(net, runner.dynamic.policy, x))
+        assert len(made) == (number >= 2)  # two calls of two seconds each
+    assert isinstance(runner._chosen, CapturedNetwork if own < 2 else DynamicNetwork)
+    start = "CUDA graphs: 1000.00 ms for 9 inputs, 2000.00 without; stopped inputs removed after " if own < 2 else (
+        "no CUDA graphs: 4000.00 ms with them for 9 inputs, 2000.00 without"
+    )  # fmt: skip
+    assert runner.note.startswith(start)
+    x = inputs(net, 4)  # the last batch is smaller
+    assert_same(runner(x), reference(net, runner.dynamic.policy, x))
+    assert len(made) == 1
+
+
+def test_what_cannot_be_recorded_stays_plain(prepared, monkeypatch):
+    net, runner, _, made = prepared
+
+    def refuse(graphs, work):
+        raise RuntimeError("waits for the device")
+
+    monkeypatch.setattr(RecordedGraphs, "record", refuse)
+    for _ in range(5):
+        x = inputs(net, 9)
+        assert_same(runner(x), reference(net, runner.dynamic.policy, x))
+    assert len(made) == 1 and made[0].failure and runner._chosen is runner.dynamic and not runner.note
+
+
+def test_empty_batches_choose_nothing(prepared):
+    _, runner, _, made = prepared
+    runner._spent = 100.0
+    assert runner(torch.zeros(0, 12)).scores_BC.shape == (0, 6)
+    assert not made

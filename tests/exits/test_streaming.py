@@ -1,0 +1,234 @@
+"""Requests one by one: every answer is that of a batch of one, and an early one does not wait for later stages.
+
+The order of events is tested, never a time: a stage that must not have run is held until the answer has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clframe.errors import ConfigError, DataError
+from clframe.exits import segment_runners
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.policies import ExitPolicy
+from clframe.exits.segment_runners import GraphRunner, PlainRunner
+from clframe.exits.streaming import BusyError, ClosedError, ExitServer
+from clframe.nn import Head, Network
+from clframe.nn.backbones import Backbone
+
+from .test_dynamic import inputs, network, reference, split
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+try:
+    from recorded_graphs import RecordedGraphs
+finally:
+    sys.path.pop(0)
+
+EASY, HARD = 20 * torch.eye(6)[2], torch.zeros(6)
+
+
+class AsItIs(Head):
+    def grow(self, classes):
+        return False
+
+    def forward(self, features, previous_BC=None):
+        return features
+
+
+def two_segments() -> DynamicNetwork:
+    """An exit on the input itself: EASY stops there, HARD does not."""
+    stages = [("in", nn.Identity(), (6,)), ("out", nn.Linear(6, 6), (6,))]
+    net = Network(Backbone(stages, input_shape=(6,)), exits=[("in", AsItIs())]).eval()
+    net.grow(range(6))
+    return DynamicNetwork(net, ExitPolicy(thresholds=0.9))
+
+
+class Held(PlainRunner):
+    """Waits before a segment until it is released."""
+
+    def __init__(self, dynamic, segment):
+        super().__init__(dynamic)
+        self.segment, self.started, self.release = segment, threading.Event(), threading.Event()
+
+    def run(self, segment, rows):
+        if segment == self.segment:
+            self.started.set()
+            assert self.release.wait(30)
+        return super().run(segment, rows)
+
+    async def reached(self):
+        await asyncio.to_thread(self.started.wait, 30)
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def turns(count=20):
+    """Let other tasks of the event loop run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "variant", "name", "fallback"),
+    [("cnn", "plain", "margin", "last"), ("masked", "cascade", "patience", "confident"),
+     ("mlp", "geometric", "patience", "last")],
+)  # fmt: skip
+@pytest.mark.parametrize("slack", [0.0, 1e9])
+def test_answers_are_those_of_the_plain_reference(kind, variant, name, fallback, slack, graphs, monkeypatch):
+    monkeypatch.setattr(segment_runners, "WARM", 0)
+    net = network(kind, variant)
+    confidence, thresholds = split(net, name, inputs(net, 33))
+    dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds, fallback=fallback))
+    runner = GraphRunner(dynamic, max_batch=5, graphs=RecordedGraphs()) if graphs else None
+    x = inputs(net, 23)
+
+    async def main():
+        async with ExitServer(dynamic, max_batch=5, slack=slack, runner=runner) as server:
+            server._on_cuda = graphs  # launched from the event loop, as graphs are
+            return await asyncio.gather(*(server.predict(sample) for sample in x)), list(server.events)
+
+    answers, events = run(main())
+    expected = reference(net, dynamic.policy, x)
+    assert [answer.exit for answer in answers] == expected.exit_B.tolist()
+    torch.testing.assert_close(torch.stack([answer.scores_C for answer in answers]), expected.scores_BC)
+    assert len({answer.exit for answer in answers}) > 1
+    assert max(len(numbers) for _, numbers in events) == 5
+    assert runner is None or (runner._recorded and not runner.failure)
+
+
+def test_an_early_answer_arrives_before_the_next_segment_has_run():
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=1)
+
+    async def main():
+        async with ExitServer(dynamic, runner=runner) as server:
+            hard, easy = (asyncio.create_task(server.predict(x)) for x in (HARD, EASY))
+            assert (await easy).exit == 0  # would never arrive if it waited for segment 1
+            assert not hard.done()
+            runner.release.set()
+            assert (await hard).exit == 1
+            assert list(server.events) == [(0, (0, 1)), (1, (0,))]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("slack", "expected"),
+    [(0.0, [(0, (0,)), (1, (0,)), (0, (1,)), (1, (1,))]), (1e9, [(0, (0,)), (0, (1,)), (1, (0, 1))])],
+)
+def test_new_requests_join_at_the_first_segment(slack, expected):
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+
+    async def main():
+        async with ExitServer(dynamic, slack=slack, runner=runner) as server:
+            first = asyncio.create_task(server.predict(HARD))
+            await runner.reached()
+            second = asyncio.create_task(server.predict(HARD))
+            await turns()
+            runner.release.set()
+            assert [(await task).exit for task in (first, second)] == [1, 1]
+            assert list(server.events) == expected
+
+    run(main())
+
+
+def test_batches_are_bounded_and_so_is_the_queue():
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+
+    async def main():
+        async with ExitServer(dynamic, max_batch=2, max_waiting=5, runner=runner) as server:
+            tasks = [asyncio.create_task(server.predict(EASY)) for _ in range(5)]
+            await turns()
+            with pytest.raises(BusyError, match=r"^server: found 5 requests waiting; try again later or raise max_wai"):
+                await server.predict(EASY)
+            runner.release.set()
+            await asyncio.gather(*tasks)
+            assert (await server.predict(EASY)).exit == 0  # answered requests wait no longer
+            assert [len(numbers) for _, numbers in server.events] == [2, 2, 1, 1]
+
+    run(main())
+
+
+def test_an_error_of_one_sample_leaves_the_others_alone():
+    dynamic = two_segments()
+
+    class Failing(PlainRunner):
+        def run(self, segment, rows):
+            if bool(rows.value.isnan().any()):
+                raise ValueError("not a number")
+            return super().run(segment, rows)
+
+    async def main():
+        async with ExitServer(dynamic, runner=Failing(dynamic)) as server:
+            samples = [EASY, torch.full((6,), torch.nan), HARD, EASY]
+            found = await asyncio.gather(*(server.predict(x) for x in samples), return_exceptions=True)
+            assert [getattr(answer, "exit", None) for answer in found] == [0, None, 1, 0]
+            assert isinstance(found[1], ValueError)
+            with pytest.raises(DataError, match=r"^server: found an input of shape \(5,\); give one sample of shape \(6,\)$"):
+                await server.predict(torch.zeros(5))
+            assert (await server.predict(HARD)).exit == 1
+
+    run(main())
+
+
+def test_a_cancelled_request_is_dropped_before_the_next_segment():
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+
+    async def main():
+        async with ExitServer(dynamic, runner=runner, max_batch=1) as server:
+            tasks = [asyncio.create_task(server.predict(HARD)) for _ in range(3)]
+            await runner.reached()
+            for task in tasks[:2]:  # one that is computed, and one that waits
+                task.cancel()
+            await turns()
+            runner.release.set()
+            assert (await tasks[2]).exit == 1
+            assert all(task.cancelled() for task in tasks[:2])
+            assert list(server.events) == [(0, (0,)), (0, (2,)), (1, (2,))]
+
+    run(main())
+
+
+@pytest.mark.parametrize("waiting", ["answer", "refuse"])
+def test_closing_answers_or_refuses_what_waits(waiting):
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+
+    async def main():
+        server = ExitServer(dynamic, runner=runner, max_batch=1)
+        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
+        await runner.reached()
+        closing = asyncio.create_task(server.close(waiting=waiting))
+        await turns()
+        with pytest.raises(ClosedError, match=r"^server: found a request after it was closed; make another server$"):
+            await server.predict(EASY)
+        runner.release.set()
+        await closing
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        if waiting == "answer":
+            assert [answer.exit for answer in found] == [1, 0, 0]
+        else:
+            assert [type(answer) for answer in found] == [ClosedError] * 3
+            assert list(server.events) == [(0, (0,))]
+        await server.close()  # a second time changes nothing
+
+    run(main())
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_waiting": 0}, {"slack": -1.0}, {"slack": float("nan")}])
+def test_limits_that_do_not_fit_are_one_line(wrong):
+    with pytest.raises(ConfigError, match=r"^server: found max_batch=.*; give limits of 1 or more and 0 seconds or more$"):
+        ExitServer(two_segments(), **wrong)

@@ -26,9 +26,11 @@ calibrations, confidence measures and experiences of many runs. Scores are cache
   clframe analyze proxy runs/quickstart --output proxy
 
 sparsity: measures which share of the inputs and outputs of the hidden layers of a trained model's feed-forward
-networks can be set to zero before its score falls below 99 %. Nothing is trained and the model is not changed. A rule
-keeps the largest entries of each token, with one value for all layers, swept over 26 values. Each sparsity is
-compared with that of a dense Gaussian vector under the same rule: only the excess is a property of the model.
+networks can be set to zero before its score is more than 1 % worse (--tolerance). Nothing is trained and the model is
+not changed. A rule keeps the largest entries of each token, with one value for all layers, swept over 26 values. Each
+sparsity is compared with that of a dense Gaussian vector under the same rule: only the excess is a property of the
+model. A table of the neurons that batches of 1, 2, 4 ... tokens or samples activate shows up to which batch size
+skipping them saves.
 
 TARGET is a run folder, scored on its validation data if it has some, else on test data; for several experiences,
 active neurons, their overlap and forgetting are compared. Or TARGET is the folder or hub name of a model of
@@ -39,34 +41,52 @@ encoder without a classifier predicts the class of the nearest mean embedding of
   clframe analyze sparsity sentence-transformers/all-MiniLM-L6-v2 --data clinc150 --limit 1500
   clframe analyze sparsity ./my_encoder --data banking77 --rule top_p,max_p --roles input,intermediate
   clframe analyze sparsity Qwen/Qwen3-0.6B --data prompts.txt --generate 16
+  clframe analyze sparsity ./my_language_model --data news.txt,code.txt --document file --score perplexity
   clframe analyze sparsity timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --data cifar100 --limit 2000
 
 Rules, token by token: top_p keeps the smallest set of largest |v| with a share p of their sum; top_k the k largest;
 max_p |v| >= p max|v|; threshold |v| >= t. Roles: input of the feed-forward network; up and gate, the two factors of a
-gated one; intermediate, the input of its last layer; all, input and intermediate together.
+gated one; intermediate, the input of its last layer; all, input and intermediate together. On request also attention,
+the input of an attention's projections, and heads, the outputs of its heads.
+
+Scores (--score): accuracy, the share of right predictions, of a language model those of the next token (default where
+there are labels); perplexity, exp of the mean negative log-likelihood per token in nats, all tokens weighed alike
+(language models); agreement, the share of predictions equal to the dense model's. A language model reads texts longer
+than --length tokens in windows that begin every --stride tokens; each token but the first of a text is scored once,
+with at least length - stride tokens before it. Accuracy and agreement may fall, perplexity may rise, by --tolerance
+times the dense value. A dense model near chance is reported. Several files are domains: their active neurons are
+compared. On questions (--data FILE.jsonl, lines {"question": "...", "choices": ["...", "..."], "answer": 0}): choices,
+the share of questions whose right choice has the highest log-likelihood given the question, a sum over its tokens;
+choices_normalized, the same with sums divided by the number of characters of the choice.
 
 Writes sparsity.json, tables (CSV, Markdown) and figures (SVG, PNG) to RUN/sparsity, or sparsity/MODEL-DATA-ID. See
 docs/analysis.md.
 """
 
 _KINDS = ("sparsity", "exits", "proxy")
-_ONLY_SPARSITY = ("rule", "roles", "data", "tokens", "generate", "length", "score", "share", "batch")
+_ONLY_SPARSITY = (
+    "rule", "roles", "data", "tokens", "generate", "length", "stride", "document", "score", "share", "tolerance",
+    "batch",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add = parser.add_argument
     add("--rule", metavar="NAME", default="top_p", help="top_p, top_k, max_p, threshold, or several: top_p,max_p")
-    add("--roles", metavar="NAMES", default="", help="input,up,gate,intermediate,all (default: all)")
-    add("--data", metavar="NAME", help="benchmark config or text file (.txt) to measure a model of a hub on")
+    add("--roles", metavar="NAMES", default="", help="input,up,gate,intermediate,all (default), attention,heads")
+    add("--data", metavar="NAME", help="benchmark, text files (a.txt,b.txt) or questions (.jsonl) for a hub model")
     add("--limit", metavar="N", help="samples to score on, evenly spaced (default: all)")
     add("--texts", metavar="N", dest="limit", help="the same as --limit")
     add("--tokens", metavar="NAMES", default="prompt,generated", help="kinds of tokens of a language model")
     add("--generate", metavar="N", default="0", help="tokens to generate after each text (default: 0)")
-    add("--length", metavar="N", default="64", help="maximum number of tokens of a text (default: 64)")
-    add("--score", metavar="NAME", help="accuracy, or agreement with the dense model (default without labels)")
-    add("--share", metavar="X", default="0.99", help="share of the dense score to keep (default: 0.99)")
-    add("--batch", metavar="N", default="64", help="samples per batch (default: 64)")
+    add("--length", metavar="N", default="64", help="tokens of a text, or of a window of a longer text (default: 64)")
+    add("--stride", metavar="N", help="tokens from one window of a text to the next (default: half of --length)")
+    add("--document", metavar="UNIT", default="line", help="a text is a line (default) or a file")
+    add("--score", metavar="NAME", help="accuracy, perplexity, or agreement with the dense model (see above)")
+    add("--tolerance", metavar="X", help="loss relative to the dense score that is tolerated (default: 0.01)")
+    add("--share", metavar="X", help="1 - tolerance: share of the dense score to keep (default: 0.99)")
+    add("--batch", metavar="N", help="samples per batch (default: 64; 16 for a language model)")
     add("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
     add("--output", metavar="DIR", help="folder to write to (default: RUN/sparsity, or sparsity/MODEL-DATA-ID)")
 
@@ -82,8 +102,8 @@ def act(options: argparse.Namespace) -> int:
         raise ConfigError("analyze: found no target; give a run folder, or a model's folder or hub name")
     if what != "sparsity":
         return _analyze_exits(options, what, rest)
-    numbers = {name: _number(options, name) for name in ("limit", "generate", "length", "batch")}
-    share = _share(options.share)
+    numbers = {name: _number(options, name) for name in ("limit", "generate", "length", "stride", "batch")}
+    share = _share(options)
     from pathlib import Path
 
     from clframe.sparsity.output import describe_study, tables
@@ -98,18 +118,19 @@ def act(options: argparse.Namespace) -> int:
     with notices(quiet=False) as spoken:
         target = open_target(
             target_name, data=options.data, overrides=overrides, device=options.device,
-            max_length=numbers["length"] or 64, generate=numbers["generate"] or 0,
+            max_length=numbers["length"] or 64, generate=numbers["generate"] or 0, stride=numbers["stride"],
+            document=options.document,
         )  # fmt: skip
         spoken.show()
         with progress_bars(unit="pass") as show:
             study = study_sparsity(
                 target, rules=_names(options.rule), roles=_names(options.roles), tokens=_names(options.tokens),
-                score=options.score, share=share, limit=numbers["limit"], size=numbers["batch"] or 64,
+                score=options.score, share=share, limit=numbers["limit"], size=numbers["batch"],
                 on_pass=partial(show, "sweep"),
             )  # fmt: skip
     written = write_sparsity_study(study, folder or default_folder(target), command=_command(options))
     print(f"{describe_study(study)}\n")
-    shown = [table for table in tables(study) if table.name in ("critical", "parts", "experiences")]
+    shown = [table for table in tables(study) if table.name in ("critical", "parts", "experiences", "domains", "union")]
     print("\n\n".join(to_text(replace(table, note="")) for table in shown))
     print(f"\n{written}")
     return 0
@@ -174,11 +195,21 @@ def _number(options: argparse.Namespace, name: str) -> int | None:
     return int(given)
 
 
-def _share(given: str) -> float:
+def _share(options: argparse.Namespace) -> float:
+    """Share of the dense score to keep, from one of ``--share`` and ``--tolerance``."""
+    if options.share is not None and options.tolerance is not None:
+        raise ConfigError("--tolerance: found one next to --share, which is 1 - tolerance; give one of them")
+    name, given = ("tolerance", options.tolerance) if options.share is None else ("share", options.share)
     try:
-        return float(given)
+        number = 0.01 if given is None else float(given)
     except ValueError:
-        raise ConfigError(f"--share: found '{given}'; give a share above 0, at most 1") from None
+        number = -1.0
+    if name == "tolerance" and 0 <= number < 1:
+        return 1 - number
+    if name == "share" and 0 < number <= 1:
+        return number
+    range_ = "a share above 0, at most 1" if name == "share" else "0 or more, less than 1"
+    raise ConfigError(f"--{name}: found '{given}'; give {range_}")
 
 
 def _command(options: argparse.Namespace) -> list[str]:

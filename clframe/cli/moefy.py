@@ -28,6 +28,12 @@ data and evaluated on test data. MACs include routers, active experts and the re
   clframe moefy RUN --method moefication                                  baseline: k experts for every token
   clframe moefy RUN --on all                                              all training data, no longer continual
   clframe moefy ./minilm --data clinc150 benchmark.data_dir=DIR           a text encoder
+  clframe moefy ./llama --data texts.txt --document file --length 256     a causal language model
+
+A language model is converted on the first 60 % of the texts (of the text, with --document file), settings are chosen
+on the next 20 % and measured on the last 20 %: perplexity and next-token accuracy against MACs per token as the gate's
+setting moves, and with top-k instead of it. Windows as in clframe analyze sparsity. The folder has the config and the
+tokenizer: clframe.targets.converted.load_language_model(FOLDER) returns a model whose generate works with its cache.
 """
 
 
@@ -50,8 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--experts", type=int, metavar="N", help="experts of each network (the largest divisor up to 24)", **given)
     add("--expert-size", "--expert_size", type=int, metavar="N", help="or the neurons of an expert", **given)
     add("--split", metavar="NAME", help="kmeans (default), random, coactivation", **given)
-    add("--router", metavar="NAME", help="norm or activation (by the method)", **given)
+    add("--router", metavar="NAME", help="norm or activation (by the method), analytical (untrained, as CMoE)", **given)
     add("--router-width", "--router_width", type=int, metavar="N", help="hidden units of a router (d_ff / 24)", **given)
+    add("--shared", type=int, metavar="N", help="experts that always run, of the most active neurons (0)", **given)
     add("--epochs", type=int, metavar="N", help="epochs of router training (7)", **given)
     add("--lr", type=float, metavar="RATE", help="its learning rate (1e-3)", **given)
     add("--samples", type=int, metavar="N", help="training samples of projections and routers; 0: all", **given)
@@ -61,7 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, metavar="N", help="batch size (64)", **given)
     add("--limit", type=int, metavar="N", help="maximum number of validation and of test samples", **given)
     add("--seed", type=int, metavar="N", help="random seed (0)", **given)
-    parser.add_argument("--data", metavar="CONFIG", help="data of a model that is not a run, such as clinc150")
+    parser.add_argument("--data", metavar="CONFIG", help="data of a model that is not a run: clinc150, texts.txt")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window of a language model (64)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (half of --length)")
+    parser.add_argument("--document", default="line", metavar="UNIT", help="a text is a line (default) or a file")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, mps, auto")
     parser.add_argument("--output", metavar="DIR", help="folder to write to (default: RUN/moefy/<id>)")
     parser.add_argument("--quiet", action="store_true", help="print the folder only")
@@ -80,7 +90,12 @@ def act(options: argparse.Namespace) -> int:
     if not options.words:
         raise ConfigError("moefy: found no model; give a run folder, or a model's folder or hub name")
     wanted = Options(**{key: value for key, value in vars(options).items() if key in {f.name for f in fields(Options)}})
-    target = open_target(options.words[0], data=options.data, overrides=options.words[1:], device=options.device)
+    target = open_target(
+        options.words[0], data=options.data, overrides=options.words[1:], device=options.device, stride=options.stride,
+        max_length=64 if options.length is None else options.length, document=options.document, divide=True,
+    )  # fmt: skip
+    if options.length is not None and target.kind in ("run", "images"):
+        raise ConfigError(f"--length: found {options.length} for {target.name}, which reads no texts; leave it out")
     folder = folder_for(target, wanted, output=options.output)
     with progress_bars() as show:
 

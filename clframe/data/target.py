@@ -32,10 +32,11 @@ class TextSplit:
 
     Args:
         rows: Token ids of each text.
-        y: targets_N; None without labels, as for a language model.
+        y: One number of each text that ``make`` receives: its target, or the number of ids of a language model's window
+            that only are context; None without.
         padding: Id of the padding token.
         device: Device of the batches.
-        make: Function from ids_BT, mask_BT and targets_B to a batch.
+        make: Function from ids_BT, mask_BT and y_B to a batch.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ def strided_indices(count: int, limit: int | None) -> Tensor:
 Kind = Literal["run", "encoder", "causal", "images"]
 SplitName = Literal["fit", "validation", "test"]
 ScoreFunction = Callable[[nn.Module, Inputs], Tensor]
+LogitsFunction = Callable[[nn.Module, Inputs, Tensor], Tensor]
+"""From a language model, inputs and a mask of positions where_BT to the logits_NV of these positions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +200,8 @@ class Target:
         predict: Function from a model (this one or a modified copy) and the inputs of a batch to scores_BC of its last
             exit, or scores_BTC of the next token; classes of a run are in learning order.
         splits: The data.
+        logits_at: Logits of chosen positions of a language model, without the others; None for other models.
+        domains: Texts of each of several files by name, of a language model.
         run: Result of ``clframe.load`` for a run.
         config: Config of the run or of the data; None for data without one.
         accuracy_matrix: Accuracy on each experience after each experience, of a finished run.
@@ -211,6 +216,8 @@ class Target:
     body_name: str
     predict: ScoreFunction
     splits: DataSplits
+    logits_at: LogitsFunction | None = None
+    domains: Mapping[str, DataSplit] = field(default_factory=dict)
     run: Any = None  # clframe.training.trained.TrainedModel | None: training is above data
     config: Any = None  # clframe.config.schema.Config | None
     accuracy_matrix: Sequence[Sequence[float]] | None = None

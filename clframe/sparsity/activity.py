@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,7 @@ def activity(
     *,
     kind: MaskKind = "top_p",
     value: float = 0.99,
+    predict: Callable[[nn.Module, Inputs], Any] = call_model,
 ) -> Activity:
     """Measure how often each hidden neuron is active, in the unmasked model.
 
@@ -137,6 +138,7 @@ def activity(
         batches: (inputs, mask of the tokens that count, None for all).
         kind: The rule.
         value: p, the threshold or the share of neurons kept.
+        predict: Runs the model on the inputs of a batch.
 
     Raises:
         ConfigError: No batches, or a mask that does not fit.
@@ -151,7 +153,7 @@ def activity(
         for inputs, mask in batches:
             for count in counts:
                 count.masks = {"all": mask}
-            call_model(model, inputs)
+            predict(model, inputs)
     return Activity({count.point.layer: count.active_N for count in counts if count.parts})
 
 

@@ -13,7 +13,17 @@ from clframe.errors import ConfigError
 from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity.functional import MaskKind, baseline_sparsity, critical_point
-from clframe.sparsity.masking import ROLES, HookPoint, Masker, Recorder, find_hook_points, replacing, require_weights
+from clframe.sparsity.masking import (
+    ATTENTION_ROLES,
+    ROLES,
+    HookPoint,
+    Masker,
+    Recorder,
+    find_attention_points,
+    find_hook_points,
+    replacing,
+    require_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,8 @@ def analyze(
     rank_tokens: int = 1024,
     inside: nn.Module | None = None,
     predict: Callable[[nn.Module, Inputs], Any] = call_model,
+    evaluate: Callable[[nn.Module, Inputs, Any], Tensor] | None = None,
+    least: Callable[[float], float] | None = None,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> SparsityReport:
     """Measure where a model's activations are sparse and how much sparser they may become.
@@ -123,11 +135,15 @@ def analyze(
         kinds: Rules; see :func:`~clframe.sparsity.functional.keep`.
         sweep: Values of a rule; 26 by default: shares from 1 to 0 (p of top-p, neurons kept of top-k), from 0 to 1
             (max-p), or quantiles of the magnitudes found (threshold).
-        roles: Some of the five roles.
+        roles: Some of the five roles of feed-forward networks, and of ``attention`` and ``heads``, the inputs of
+            attentions and the outputs of their heads, which are measured on request only.
         share: Share of the dense score to keep at the critical sparsity.
         rank_tokens: Tokens of each hook point for its effective rank.
         inside: Submodule to search for hook points; names are relative to it. None searches the model.
         predict: Maps the model and the inputs of a batch to the output that is scored.
+        evaluate: Maps the model, inputs and targets of a batch to the values whose mean is the score; None is ``score``
+            of ``predict``.
+        least: Maps the dense score to the lowest one at the critical sparsity; None is ``share`` times it.
         on_pass: Called with the finished and the total number of passes, after each pass over the batches.
 
     Raises:
@@ -135,12 +151,21 @@ def analyze(
         ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
     """
     require_weights(model)
-    points = find_hook_points(model if inside is None else inside)
-    scorer = _Scorer(model, batches if isinstance(batches, Sequence) else list(batches), score, predict, on_pass)
+    body = model if inside is None else inside
+    points = find_hook_points(body)
+    if set(roles) & set(ATTENTION_ROLES):
+        points = (*points, *find_attention_points(body))
+    if evaluate is None:
+
+        def evaluate(model: nn.Module, inputs: Inputs, targets: Any) -> Tensor:
+            return score(predict(model, inputs), targets)
+
+    scorer = _Scorer(model, batches if isinstance(batches, Sequence) else list(batches), evaluate, on_pass)
     if not scorer.batches:
         raise ConfigError("sparsity.batches: found none; give at least one")
     seen = [Recorder(point, limit=rank_tokens) for point in points]
     dense = scorer.score_with([(one.point, one) for one in seen])
+    lowest = None if least is None else least(dense)
     by_role = {role: [one for one in seen if _belongs(one.point, role) and one.tokens] for role in roles}
     chosen = [
         (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))
@@ -150,7 +175,7 @@ def analyze(
     ]
     scorer.expect(sum(len(values) for *_, values in chosen))
     curves = [
-        _sweep(scorer, there, role=role, kind=kind, values=values, dense=dense, share=share)
+        _sweep(scorer, there, role=role, kind=kind, values=values, dense=dense, share=share, least=lowest)
         for role, kind, there, values in chosen
     ]
     ranks = {role: {one.point.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
@@ -164,11 +189,10 @@ class _Scorer:
         self,
         model: nn.Module,
         batches: Sequence[tuple[Inputs, Any, Any]],
-        score: Score,
-        predict: Callable[[nn.Module, Inputs], Any],
+        evaluate: Callable[[nn.Module, Inputs, Any], Tensor],
         on_pass: Callable[[int, int], None] | None,
     ) -> None:
-        self.model, self.batches, self.score, self.predict, self.on_pass = model, batches, score, predict, on_pass
+        self.model, self.batches, self.evaluate, self.on_pass = model, batches, evaluate, on_pass
         self.done, self.all = 0, 1
 
     def expect(self, passes: int) -> None:
@@ -183,7 +207,7 @@ class _Scorer:
                 masks = mask if isinstance(mask, Mapping) else {"all": mask}
                 for _, change in changes:
                     change.masks = masks
-                found.append(self.score(self.predict(self.model, inputs), targets).flatten().double())
+                found.append(self.evaluate(self.model, inputs, targets).flatten().double())
         values = torch.cat(found)
         if not len(values):
             raise ConfigError("sparsity.batches: found no samples; give at least one")
@@ -210,6 +234,7 @@ def _sweep(
     values: tuple[float, ...],
     dense: float,
     share: float,
+    least: float | None,
 ) -> SparsityCurve:
     points = _Points()
     for value in values:
@@ -223,7 +248,7 @@ def _sweep(
             points.parts.setdefault(part, []).append(_mean([mask.sparsity(part) for mask in masks]))
     achieved = [_mean(found) for found in zip(*points.layers.values(), strict=True)]
     gaussian = [_mean(found) for found in zip(*points.gaussian.values(), strict=True)]
-    i, j, way = critical_point(achieved, points.scores, dense=dense, share=share)
+    i, j, way = critical_point(achieved, points.scores, dense=dense, share=share, least=least)
 
     def there_of(curves: Mapping[str, Sequence[float]]) -> Mapping[str, float]:
         return {name: _between(curve, i, j, way) for name, curve in curves.items()}

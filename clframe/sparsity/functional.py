@@ -131,20 +131,26 @@ def sparsity(x_TN: Tensor) -> Tensor:
 
 
 def critical_point(
-    sparsities: Sequence[float], scores: Sequence[float], *, dense: float, share: float = 0.99
+    sparsities: Sequence[float],
+    scores: Sequence[float],
+    *,
+    dense: float,
+    share: float = 0.99,
+    least: float | None = None,
 ) -> tuple[int, int, float]:
     """Find where a sweep falls below ``share`` of the dense score: points i and j and the fraction of the way between.
 
-    Interpolation is linear in order of sparsity; i is the curve's last point at or above ``share * dense``.
+    Interpolation is linear in order of sparsity; i is the curve's last point at or above ``share * dense``, or at or
+    above ``least`` if it is given.
 
     Raises:
-        ConfigError: No points, or a dense score that is not above 0.
+        ConfigError: No points, or without ``least`` a dense score that is not above 0.
     """
-    if not dense > 0:
+    if least is None and not dense > 0:
         raise ConfigError(f"sparsity.score: found {dense} for the dense model; give one above 0 where higher is better")
     if not sparsities:
         raise ConfigError("sparsity.sweep: found no values; give some")
-    least = share * dense
+    least = share * dense if least is None else least
     order = sorted(range(len(sparsities)), key=lambda at: (sparsities[at], scores[at]))
     last = max((place for place, at in enumerate(order) if scores[at] >= least), default=0)
     i, j = order[last], order[min(last + 1, len(order) - 1)]

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnsupportedError
+from clframe.sparsity.attention import AttentionLayers, find_attentions
 from clframe.sparsity.ffn import FFN
 from clframe.sparsity.functional import MaskKind, effective_rank, keep
 from clframe.sparsity.sites import Site, find_sites
 
-Role = Literal["input", "up", "gate", "intermediate"]
+Role = Literal["input", "up", "gate", "intermediate", "attention", "heads"]
 ROLES: tuple[Role, ...] = ("input", "up", "gate", "intermediate")
+"""Roles in a feed-forward network."""
+ATTENTION_ROLES: tuple[Role, ...] = ("attention", "heads")
+"""Input of an attention's projections to queries, keys and values; outputs of its heads, before their projection."""
 Change = Callable[[Tensor], Tensor]
 """Maps x, neurons last, to its replacement."""
 
@@ -28,7 +32,7 @@ class HookPoint:
 
     layer: str
     role: Role
-    site: Site
+    site: Site | AttentionLayers
 
 
 def find_hook_points(model: nn.Module) -> tuple[HookPoint, ...]:
@@ -46,6 +50,11 @@ def find_hook_points(model: nn.Module) -> tuple[HookPoint, ...]:
             roles = ["input", *gated, "intermediate"]
         found += [HookPoint(site.name, role, site) for role in roles]
     return tuple(found)
+
+
+def find_attention_points(model: nn.Module) -> tuple[HookPoint, ...]:
+    """Find the hook points of a model's attentions in order of depth; none in a model without."""
+    return tuple(HookPoint(one.name, role, one) for one in find_attentions(model) for role in ATTENTION_ROLES)
 
 
 def require_weights(model: nn.Module) -> None:
@@ -82,23 +91,25 @@ def select_tokens(x: Tensor, mask: Tensor | None, *, layer: str) -> Tensor:
 
 
 def _hooks(point: HookPoint, change: Change) -> Iterator[Any]:
-    site, ffn = point.site, point.site.ffn
-
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(inputs[0]), *inputs[1:])
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return change(output)
 
+    site = point.site
+    if isinstance(site, AttentionLayers):
+        if point.role == "heads":
+            yield site.output.register_forward_pre_hook(before)
+        else:
+            yield from _shared_input(site.inputs, change)
+        return
+    ffn = site.ffn
     if ffn is None:
         assert site.module is not None
         yield site.module.register_forward_hook(lambda _, __, output: _on_maps(change, output))
     elif point.role == "input":
-        yield ffn.up.register_forward_pre_hook(before)
-        if ffn.gate is not None:
-            # The gate has the same input and gets the same mask, but must not be counted twice.
-            apply = getattr(change, "apply", change)
-            yield ffn.gate.register_forward_pre_hook(lambda _, inputs: (apply(inputs[0]), *inputs[1:]))
+        yield from _shared_input([ffn.up] if ffn.gate is None else [ffn.up, ffn.gate], change)
     elif point.role == "up":
         yield ffn.up.register_forward_hook(lambda _, __, output: _on_value_half(ffn, change, output))
     elif point.role == "gate":
@@ -106,6 +117,13 @@ def _hooks(point: HookPoint, change: Change) -> Iterator[Any]:
         yield site.module.register_forward_hook(after)
     else:
         yield ffn.down.register_forward_pre_hook(before)
+
+
+def _shared_input(layers: Sequence[nn.Module], change: Change) -> Iterator[Any]:
+    """Hook layers with the same input: all get the same mask, which is counted once."""
+    apply = getattr(change, "apply", change)
+    for function, layer in zip((change, *[apply] * (len(layers) - 1)), layers, strict=True):
+        yield layer.register_forward_pre_hook(lambda _, inputs, function=function: (function(inputs[0]), *inputs[1:]))
 
 
 def _on_maps(change: Change, output: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +25,8 @@ from clframe.plotting.style import (
 )
 from clframe.sparsity.activity import ActivityRecord
 from clframe.sparsity.analysis import ALL, SparsityCurve
-from clframe.sparsity.study import ACTIVE, Experiences, SparsityStudy
+from clframe.sparsity.study import ACTIVE, Domains, Experiences, SparsityStudy
+from clframe.sparsity.union import PAYS, ActiveUnion
 from clframe.tables import Cell, Quantity, Table
 
 if TYPE_CHECKING:
@@ -46,18 +48,28 @@ def to_json(study: SparsityStudy, *, command: Sequence[str], versions: Mapping[s
         "versions": dict(versions),
         **{
             name: getattr(study, name)
-            for name in ("target", "kind", "origin", "part", "samples", "tokens", "score", "share")
+            for name in ("target", "kind", "origin", "part", "samples", "tokens", "score", "share", "tolerance")
         },
         "dense": report.dense,
+        "language": None if study.language is None else asdict(study.language),
         "curves": [{**asdict(curve), "excess": curve.excess} for curve in report.curves],
         "effective_rank": report.ranks,
+        "union": _union_tree(study.union),
         "experiences": None,
+        "domains": None,
     }
     if found is not None:
         content["experiences"] = {
             "rule": "top_p", "value": ACTIVE, **asdict(found), "mean_sparsity": found.mean_sparsity,
             "mean_overlap": found.mean_overlap,
         }  # fmt: skip
+    if study.domains is not None:
+        content["domains"] = {
+            "rule": "top_p", "value": ACTIVE, **asdict(study.domains), "mean_sparsity": study.domains.mean_sparsity,
+            "mean_overlap": study.domains.mean_overlap,
+        }  # fmt: skip
+    for curve in content["curves"]:  # a perplexity may exceed the range of a float
+        curve["scores"] = [score if math.isfinite(score) else None for score in curve["scores"]]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -68,19 +80,35 @@ def tables(study: SparsityStudy) -> tuple[Table, ...]:
         found.append(parts_table(study))
     if study.experiences is not None:
         found.append(experiences_table(study))
-    return (*found, points_table(study))
+    if study.domains is not None:
+        found.append(domains_table(study.domains))
+    return (*found, union_table(study.union), points_table(study))
 
 
 def describe_study(study: SparsityStudy) -> str:
     """Describe the target, its score and the data in one line."""
     tokens = "" if study.tokens is None else f", {study.tokens:,} tokens"
-    of = "agreement with the dense model" if study.score == "agreement" else "accuracy"
-    if study.kind == "causal" and study.score == "accuracy":
-        of = "accuracy of the next token"
-    return (
-        f"{study.target}: {of} of the dense model {100 * study.report.dense:.2f} % on {study.samples:,} {study.part} "
-        f"samples{tokens}"
-    )
+    on = f"on {study.samples:,} {study.part} samples{tokens}"
+    percent = f"{100 * study.report.dense:.2f} %"
+    if study.score == "agreement":
+        found = f"agreement with the dense model of the dense model {percent}"
+    elif study.score.startswith("choices"):
+        by = " per character" if study.score == "choices_normalized" else ""
+        found = f"questions whose right choice has the highest log-likelihood{by} under the dense model {percent}"
+    elif study.language is None:
+        found = f"accuracy of the dense model {percent}"
+    else:
+        scores = [f"perplexity of the dense model {study.language.perplexity:,.4g}",
+                  f"accuracy of the next token {100 * study.language.accuracy:.2f} %"]  # fmt: skip
+        found = " and ".join(scores if study.score == "perplexity" else scores[::-1])
+    return f"{study.target}: {found} {on}"
+
+
+def describe_limit(study: SparsityStudy) -> str:
+    """State the tolerated loss of the score."""
+    if study.score == "perplexity":
+        return f"has a perplexity of at most {study.limit_score:,.5g}, {100 * study.tolerance:g} % above the dense one"
+    return f"keeps {100 * study.share:g} % of the dense score"
 
 
 def critical_table(study: SparsityStudy) -> Table:
@@ -93,7 +121,7 @@ def critical_table(study: SparsityStudy) -> Table:
         for curve in study.report.curves
     ]  # fmt: skip
     note = (
-        f"The highest mean sparsity that keeps {100 * study.share:g} % of the dense score, the sparsity of a dense "
+        f"The highest mean sparsity that {describe_limit(study)}, the sparsity of a dense "
         f"Gaussian vector under the same rule, and the excess over it. {describe_study(study)}."
     )
     columns = ("rule", "role", "at", "critical, %", "Gaussian, %", "excess, points")
@@ -155,21 +183,71 @@ def experiences_table(study: SparsityStudy) -> Table:
     return Table(name="experiences", title="Active neurons by experience", note=note, columns=columns, rows=tuple(rows))
 
 
+def domains_table(found: Domains) -> Table:
+    """Make a row per domain: sparsity, and the overlap of its active neurons with those of every domain."""
+    rows: list[tuple[Cell, ...]] = [
+        (name, *_with_gaussian(sparse, found.gaussian), *map(Quantity, overlaps))
+        for name, sparse, overlaps in zip(found.names, found.mean_sparsity, found.mean_overlap, strict=True)
+    ]
+    note = (
+        f"Neurons on each text file, means over layers; active if kept by top-p {ACTIVE}. Overlap: Jaccard index of "
+        f"the rates of activity."
+    )
+    columns = ("domain", "sparsity, %", "Gaussian, %", "excess, points",
+               *(f"overlap with {name}, %" for name in found.names))  # fmt: skip
+    return Table(name="domains", title="Active neurons by domain", note=note, columns=columns, rows=tuple(rows))
+
+
 def points_table(study: SparsityStudy) -> Table:
     """Make a row per point of every sweep."""
+    lower = study.score == "perplexity"
     rows = [
-        (curve.kind, role_name(curve), f"{value:.6g}", Quantity(score), *_with_gaussian(share, gauss))
+        (
+            curve.kind, role_name(curve), f"{value:.6g}",
+            Quantity(score, kind="fine" if lower else "percent", undefined="not finite"), *_with_gaussian(share, gauss),
+        )
         for curve in study.report.curves
         for value, score, share, gauss in zip(curve.values, curve.scores, curve.achieved, curve.gaussian, strict=True)
-    ]
-    columns = ("rule", "role", "value", f"{study.score}, %", "achieved, %", "Gaussian, %", "excess, points")
+    ]  # fmt: skip
+    score_column = study.score if lower else f"{study.score}, %"
+    columns = ("rule", "role", "value", score_column, "achieved, %", "Gaussian, %", "excess, points")
     return Table(name="points", title="All points of the sweeps", note=f"{describe_study(study)}.", columns=columns,
                  rows=tuple(rows))  # fmt: skip
+
+
+def union_table(union: ActiveUnion) -> Table:
+    """Make a row per batch size: neurons that a batch activates, and the share of the cost that is saved."""
+    rows: list[tuple[Cell, ...]] = []
+    for at, size in enumerate(union.sizes):
+        cells: list[Cell] = [f"{size:,}"]
+        for shares in (union.mean_tokens, union.mean_samples):
+            share = shares[at] if at < len(shares) else NAN
+            cells += [Quantity(share, undefined="not so many"), Quantity(1 - share, undefined="not so many")]
+        rows.append(tuple(cells))
+    found = [union.largest_that_pays(shares) for shares in (union.mean_tokens, union.mean_samples)]
+    tokens, samples = ("none" if size is None else f"{size:,}" for size in found)
+    note = (
+        f"Neurons that at least one token of a random batch activates (kept by top-p {union.value:.4g}), mean over "
+        f"layers; the others need not be computed, which saves that share of the layers' cost. Largest batch that "
+        f"saves {100 * PAYS:g} %: {tokens} (tokens), {samples} (samples)."
+    )
+    columns = ("batch size", "active by tokens, %", "saved by tokens, %", "active by samples, %", "saved by samples, %")
+    return Table(name="union", title="Active neurons by batch size", note=note, columns=columns, rows=tuple(rows))
 
 
 def role_name(curve: SparsityCurve) -> str:
     """Return the name of a curve's role in tables."""
     return "input + intermediate" if curve.role == ALL else curve.role
+
+
+def _union_tree(union: ActiveUnion) -> dict[str, Any]:
+    return {
+        "rule": "top_p", **asdict(union), "mean_tokens": union.mean_tokens, "mean_samples": union.mean_samples,
+        "largest_that_pays": {
+            "least": PAYS, "tokens": union.largest_that_pays(union.mean_tokens),
+            "samples": union.largest_that_pays(union.mean_samples),
+        },
+    }  # fmt: skip
 
 
 def _with_gaussian(share: float, gaussian: float) -> tuple[Quantity, Quantity, Quantity]:
@@ -220,6 +298,7 @@ def pictures(study: SparsityStudy) -> list[Picture]:
             Picture(f"layers_{rule}", f"sparsity by layer at the critical point, {rule}",
                     partial(draw_layers, curves), HEIGHT + 0.3),
         ]  # fmt: skip
+    found.append(Picture("union", "active neurons by batch size", partial(draw_union, study.union)))
     if study.experiences is not None:
         height = max(HEIGHT, 1.2 + 0.3 * min(len(study.experiences), 14))
         found += [
@@ -227,13 +306,17 @@ def pictures(study: SparsityStudy) -> list[Picture]:
                     partial(draw_overlap, study.experiences), height),
             Picture("experiences", "sparsity by experience", partial(draw_experiences, study.experiences)),
         ]  # fmt: skip
+    if study.domains is not None:
+        height = max(HEIGHT, 1.2 + 0.3 * len(study.domains.names))
+        text = "Jaccard overlap of active neurons between domains"
+        found.append(Picture("domains", text, partial(draw_domains, study.domains), height))
     return found
 
 
 def draw_curves(study: SparsityStudy, curves: Sequence[SparsityCurve], figure: Figure) -> None:
     """Draw the score against sparsity, and against a Gaussian vector's (dashed); rings are critical points."""
     axes: Any = figure.add_subplot()
-    least = study.share * study.report.dense
+    least, lower = study.limit_score, study.score == "perplexity"
     for n, curve in enumerate(curves):
         color = series_style(n)["color"]
         points = sorted(zip(curve.achieved, curve.scores, strict=True))
@@ -243,11 +326,26 @@ def draw_curves(study: SparsityStudy, curves: Sequence[SparsityCurve], figure: F
         axes.plot([curve.critical], [least], "o", markersize=9, markerfacecolor="none", markeredgecolor=color)
     axes.axhline(least, color=MUTED, linewidth=0.9)
     axes.plot([], [], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label="Gaussian vector")
-    axes.set(xlabel="achieved sparsity, %", ylabel=f"{study.score}, %", xlim=(-0.02, 1.02))
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="achieved sparsity, %", ylabel=study.score if lower else f"{study.score}, %", xlim=(-0.02, 1.02))
     percent(axes.xaxis)
-    percent(axes.yaxis)
+    if lower:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+        percent(axes.yaxis)
     legend(figure, axes)
+
+
+def draw_domains(found: Domains, figure: Figure) -> None:
+    """Draw the mean overlap over layers between domains."""
+    values = found.mean_overlap
+    axes = figure.subplots()
+    names = [label(name, most=18) for name in found.names]
+    draw_heat_map(
+        axes, values, rows=names, columns=names, lowest=min(0.99, *map(min, values)), percent=True,
+        most=LARGEST_WITH_DIGITS,
+    )  # fmt: skip
+    axes.set(title="overlap, %")
 
 
 def draw_layers(curves: Sequence[SparsityCurve], figure: Figure) -> None:
@@ -262,6 +360,21 @@ def draw_layers(curves: Sequence[SparsityCurve], figure: Figure) -> None:
     axes.plot([], [], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label="Gaussian vector")
     axes.set(xlabel="layer", ylabel="sparsity, %", ylim=(0, 1.02))
     integer_ticks(axes.xaxis, max(len(curve.layers) for curve in alone))
+    percent(axes.yaxis)
+    legend(figure, axes)
+
+
+def draw_union(union: ActiveUnion, figure: Figure) -> None:
+    """Draw the share of neurons that a batch activates: means over layers of tokens and samples, and layers in gray."""
+    axes: Any = figure.add_subplot()
+    for shares in list(union.tokens.values())[:MOST_LAYERS]:
+        axes.plot(union.sizes[: len(shares)], shares, color=GRID, linewidth=1.2)
+    for n, (name, shares) in enumerate({"tokens": union.mean_tokens, "samples": union.mean_samples}.items()):
+        if shares:
+            axes.plot(union.sizes[: len(shares)], shares, label=f"batch of {name}", **series_style(n))
+    axes.axhline(1 - PAYS, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0, label=f"{100 * PAYS:g} % saved")
+    axes.set(xlabel="batch size", ylabel="active neurons, %", ylim=(0, 1.02))
+    axes.set_xscale("log", base=2)
     percent(axes.yaxis)
     legend(figure, axes)
 

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clframe.data.choices import ChoiceSplit
 from clframe.data.target import IGNORED, Batch, Batches, SplitName, Target
-from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.metrics.continual import forgetting_E
 from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity import activity
-from clframe.sparsity.activity import overlap
+from clframe.sparsity.activity import Activity, overlap
 from clframe.sparsity.analysis import ALL, SparsityReport, analyze
 from clframe.sparsity.functional import MaskKind, baseline_sparsity
-from clframe.sparsity.masking import ROLES, find_hook_points
+from clframe.sparsity.masking import ATTENTION_ROLES, ROLES, find_attention_points, find_hook_points
+from clframe.sparsity.scores import (
+    SCORES,
+    LanguageScores,
+    ScoreName,
+    choice_note,
+    choice_values,
+    language_scores,
+    lowest_mean,
+    reported_score,
+    token_sums,
+    token_values,
+)
+from clframe.sparsity.union import ActiveUnion, measure_union
+
+_log = logging.getLogger(__name__)
 
 RULES: tuple[MaskKind, ...] = ("top_p", "top_k", "max_p", "threshold")
 TOKENS = ("prompt", "generated")
-ScoreName = Literal["accuracy", "agreement"]
-SCORES: tuple[ScoreName, ...] = ("accuracy", "agreement")
 
 ACTIVE = 0.99
 """A neuron is active in a token if top-p with this p keeps it."""
@@ -51,13 +67,48 @@ class Experiences:
     @property
     def mean_sparsity(self) -> tuple[float, ...]:
         """Sparsity on each experience, mean over layers."""
-        return tuple(sum(values) / len(values) for values in zip(*self.sparsity.values(), strict=True))
+        return _mean_sparsity(self.sparsity)
 
     @property
     def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
         """Overlap between experiences, mean over layers."""
-        stacked = torch.tensor(list(self.overlap.values()), dtype=torch.float64)
-        return tuple(tuple(row) for row in stacked.mean(0).tolist())
+        return _mean_overlap(self.overlap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domains:
+    """Activity of a language model on each of several text files.
+
+    Attributes:
+        names: Of the files.
+        sparsity: By layer, the share of inactive neurons per token on each domain.
+        gaussian: Sparsity of a Gaussian vector under the same rule.
+        overlap: By layer, Jaccard overlap of the rates of activity between domains.
+    """
+
+    names: tuple[str, ...]
+    sparsity: Mapping[str, tuple[float, ...]]
+    gaussian: float
+    overlap: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    @property
+    def mean_sparsity(self) -> tuple[float, ...]:
+        """Sparsity on each domain, mean over layers."""
+        return _mean_sparsity(self.sparsity)
+
+    @property
+    def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
+        """Overlap between domains, mean over layers."""
+        return _mean_overlap(self.overlap)
+
+
+def _mean_sparsity(sparsity: Mapping[str, tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(values) / len(values) for values in zip(*sparsity.values(), strict=True))
+
+
+def _mean_overlap(overlap: Mapping[str, tuple[tuple[float, ...], ...]]) -> tuple[tuple[float, ...], ...]:
+    stacked = torch.tensor(list(overlap.values()), dtype=torch.float64)
+    return tuple(tuple(row) for row in stacked.mean(0).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +121,14 @@ class SparsityStudy:
         part: Split of the data that was scored.
         samples: Number of samples.
         tokens: Number of unmasked tokens if samples are texts, else None.
-        score: ``accuracy``, or ``agreement`` with the dense model.
-        share: Share of the dense score that critical sparsity keeps.
-        report: Curves and ranks.
+        score: Its name, see :mod:`~clframe.sparsity.scores`.
+        share: Share of the dense score that critical sparsity keeps; of a perplexity, see :attr:`tolerance`.
+        report: Curves and ranks. Lower is better if ``score`` is ``perplexity``.
         experiences: For runs with several experiences.
+        union: Neurons that batches of tokens or samples activate, on the same data, by top-p at its critical value for
+            intermediate activations, or with p = :data:`ACTIVE` where that was not swept.
+        language: Both scores of a dense language model.
+        domains: For a language model measured on several files.
         origin: See :class:`~clframe.data.target.Target`.
     """
 
@@ -86,7 +141,21 @@ class SparsityStudy:
     share: float
     report: SparsityReport
     experiences: Experiences | None
+    union: ActiveUnion
+    language: LanguageScores | None = None
+    domains: Domains | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        """Tolerated loss relative to the dense score: accuracy may fall, and perplexity rise, by this share of it."""
+        return round(1 - self.share, 12)
+
+    @property
+    def limit_score(self) -> float:
+        """The worst tolerated score."""
+        dense = self.report.dense
+        return dense * (1 + self.tolerance) if self.score == "perplexity" else dense * self.share
 
 
 def study_sparsity(
@@ -98,7 +167,7 @@ def study_sparsity(
     score: ScoreName | None = None,
     share: float = 0.99,
     limit: int | None = None,
-    size: int = 64,
+    size: int | None = None,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> SparsityStudy:
     """Sweep rules over roles; for a run with several experiences, also measure the active neurons on each.
@@ -108,17 +177,22 @@ def study_sparsity(
     Args:
         target: See :func:`~clframe.targets.opening.open_target`.
         rules: Some of :data:`RULES`.
-        roles: Some of input, up, gate, intermediate and ``all`` (input and intermediate together); empty for all.
+        roles: Some of input, up, gate, intermediate, ``all`` (input and intermediate together), attention and heads;
+            empty for all but the last two.
         tokens: For a language model that generates: ``prompt``, ``generated`` or both, counted separately.
-        score: ``accuracy`` where there are labels (of a language model: the next token), else ``agreement``.
-        share: Share of the dense score to keep at the critical sparsity.
+        score: ``accuracy`` where there are labels (of a language model: the next token), else ``agreement``; or
+            ``perplexity`` of a language model; on questions ``choices`` or ``choices_normalized``, the share of
+            questions whose right choice has the highest log-likelihood, or the highest per character.
+        share: Share of the dense score to keep at the critical sparsity: accuracy and agreement may fall to ``share``
+            times that of the dense model, perplexity may rise to ``2 - share`` times.
         limit: Samples to score on, evenly spaced; None for all. Applies to each experience's test data too.
-        size: Samples per batch.
+        size: Samples per batch; None: 64, and 16 for a language model, whose texts need less padding then.
         on_pass: Called with the finished and the total number of passes.
 
     Raises:
         UnknownNameError: An unknown rule, role or kind of tokens.
         ConfigError: A role that the model lacks, no labels for accuracy, or a dense score of 0.
+        DivergenceError: A language model whose logits contain NaN.
         UnsupportedError: A model without feed-forward networks or activations.
     """
     kinds = [_known("rule", rule, RULES) for rule in dict.fromkeys(rules)]
@@ -134,25 +208,105 @@ def study_sparsity(
         raise ConfigError(f"--tokens: found {found} for {target.name}, which is not a language model; leave it out")
     if not 0 < share <= 1:
         raise ConfigError(f"--share: found {share}; give a share above 0, at most 1")
+    size = size or (64 if target.logits_at is None else 16)
     part: SplitName = "test" if target.splits.validation is None else "validation"
     batches = target.batches(part, size=size, limit=limit)
     if not batches:
         raise ConfigError(f"{target.name}: its {part} data are empty; give some samples")
     batches = _restrict_tokens(batches, kept)
     samples, counted, labeled = _count(batches)
-    score = score or ("accuracy" if labeled else "agreement")
+    questions = target.splits.test if isinstance(target.splits.test, ChoiceSplit) else None
+    score = score or ("choices" if questions is not None else "accuracy" if labeled else "agreement")
     if score == "accuracy" and not labeled:
         raise ConfigError("--score: found accuracy for data without labels; take agreement")
+    if score == "perplexity" and target.logits_at is None:
+        raise ConfigError(f"--score: found perplexity for {target.name}, which is not a language model; use accuracy")
+    if score.startswith("choices") and questions is None:
+        raise ConfigError(f"--score: found {score}, but --data has no questions; give a .jsonl file with choices")
+    language = None if target.logits_at is None else _language_scores(target, batches)
+    scored: Any = batches
+    if questions is not None and score.startswith("choices"):
+        divided = questions.choices(size=size, limit=limit)
+        samples = sum(len(one.counts) for one in divided)
+        scored = [(one.inputs, (one.targets, own), one.tokens) for one, own in zip(batches, divided, strict=True)]
+        note = _choice_note(target, scored, normalized=score == "choices_normalized")
+        language = None if language is None else replace(language, note=note)
+    if language is not None and language.note:
+        _log.warning("analyze: %s; check the model and its data", language.note)
     if score == "agreement":
-        batches = _with_predictions(target, batches)
+        scored = _with_predictions(target, batches)
     report = analyze(
-        target.model, batches, score=_correct, kinds=kinds, roles=wanted, share=share, inside=target.body,
-        predict=target.predict, on_pass=on_pass,
+        target.model, scored, evaluate=partial(_values, target, score), kinds=kinds, roles=wanted, inside=target.body,
+        least=partial(lowest_mean, score, share=share), on_pass=on_pass,
     )  # fmt: skip
+    if not report.curves:
+        raise UnsupportedError(
+            f"sparsity: found no feed-forward network in {type(target.model).__name__}, and its activations do not run "
+            f"as modules; give a transformer or another model with one"
+        )
     return SparsityStudy(
         target=target.name, kind=target.kind, part=part, samples=samples, tokens=counted, score=score, share=share,
-        report=report, experiences=_experiences(target, limit=limit, size=size), origin=target.origin,
+        report=_reported(report, score), experiences=_experiences(target, limit=limit, size=size), language=language,
+        union=measure_union(
+            target.model, batches, value=_critical_p(report), inside=target.body, predict=partial(_run, target)
+        ),
+        domains=_domains(target, limit=limit, size=size), origin=target.origin,
     )  # fmt: skip
+
+
+def _critical_p(report: SparsityReport) -> float:
+    """The critical p of top-p on intermediate activations; :data:`ACTIVE` where that was not swept."""
+    found = (one for one in report.curves if (one.kind, one.role) == ("top_p", "intermediate"))
+    return next((one.critical_value for one in found), ACTIVE)
+
+
+def _values(target: Target, score: ScoreName, model: nn.Module, inputs: Inputs, targets: Any) -> Tensor:
+    """Values of all targets that are not ignored; of a language model, logits are computed for these only."""
+    if score.startswith("choices"):
+        assert target.logits_at is not None
+        targets, choices = targets
+        logits_NV = target.logits_at(model, inputs, targets != IGNORED)
+        return choice_values(logits_NV, targets, choices, normalized=score == "choices_normalized")
+    valid = targets != IGNORED
+    if target.logits_at is not None:
+        return token_values(score, target.logits_at(model, inputs, valid), targets[valid])
+    right: Tensor = target.predict(model, inputs).argmax(-1)[valid] == targets[valid]
+    return right.float()
+
+
+def _run(target: Target, model: nn.Module, inputs: Inputs) -> object:
+    """Run a model for its activations, a language model without its head."""
+    if target.logits_at is None:
+        return target.predict(model, inputs)
+    assert isinstance(inputs, Mapping)
+    return target.logits_at(model, inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
+
+
+def _language_scores(target: Target, batches: Batches) -> LanguageScores:
+    assert target.logits_at is not None
+    with evaluating(target.model):
+        found = []
+        for inputs, targets, _ in batches:
+            assert targets is not None
+            valid = targets != IGNORED
+            found.append(token_sums(target.logits_at(target.model, inputs, valid), targets[valid]))
+    return language_scores(found)
+
+
+def _choice_note(target: Target, scored: Sequence[Any], *, normalized: bool) -> str:
+    name: ScoreName = "choices_normalized" if normalized else "choices"
+    with evaluating(target.model):
+        right_Q = torch.cat([_values(target, name, target.model, inputs, given) for inputs, given, _ in scored])
+    counts = [count for _, (_, choices), _ in scored for count in choices.counts]
+    return choice_note(float(right_Q.mean()), counts)
+
+
+def _reported(report: SparsityReport, score: ScoreName) -> SparsityReport:
+    """The report with scores as users read them."""
+    curves = tuple(
+        replace(curve, scores=tuple(reported_score(score, mean) for mean in curve.scores)) for curve in report.curves
+    )
+    return replace(report, dense=reported_score(score, report.dense), curves=curves)
 
 
 def _known(kind: str, name: str, known: Sequence[Any]) -> Any:
@@ -164,12 +318,14 @@ def _known(kind: str, name: str, known: Sequence[Any]) -> Any:
 def _roles(target: Target, roles: Sequence[str]) -> tuple[str, ...]:
     there = {point.role for point in find_hook_points(target.body)}
     both = ["all"] if {"input", "intermediate"} <= there else []
-    known = [*(role for role in ROLES if role in there), *both]
+    there |= {point.role for point in find_attention_points(target.body)}
+    known = [*(role for role in (*ROLES, *ATTENTION_ROLES) if role in there), *both]
     for role in roles:
-        _known("roles", role, [*ROLES, "all"])
+        _known("roles", role, [*ROLES, *ATTENTION_ROLES, "all"])
         if role not in known:
             raise ConfigError(f"--roles: found {role}, which {target.name} lacks; choose from {', '.join(known)}")
-    return tuple(ALL if role == "all" else role for role in known if not roles or role in roles)
+    chosen = roles or [role for role in known if role not in ATTENTION_ROLES]
+    return tuple(ALL if role == "all" else role for role in known if role in chosen)
 
 
 def _restrict_tokens(batches: Batches, tokens: Sequence[str]) -> Batches:
@@ -214,13 +370,6 @@ def _with_predictions(target: Target, batches: Batches) -> Batches:
     return Batches([lambda at=at: batches[at]._replace(targets=predictions[at]) for at in range(len(predictions))])  # type: ignore[misc]
 
 
-def _correct(output: Any, targets: Any) -> Tensor:
-    """Return 1 where the largest score is the target's, else 0, for all targets that are not ignored."""
-    valid = targets != IGNORED
-    right: Tensor = output.argmax(-1)[valid] == targets[valid]
-    return right.float()
-
-
 def _experiences(target: Target, *, limit: int | None, size: int) -> Experiences | None:
     if target.run is None or len(target.experiences) < 2:
         return None
@@ -228,21 +377,39 @@ def _experiences(target: Target, *, limit: int | None, size: int) -> Experiences
         activity(target.body, [_with_mask(batch) for batch in part.batches(size=size, limit=limit)], value=ACTIVE)
         for part in target.experiences
     ]
+    return Experiences(**_compared(found), forgetting=_forgetting(target))
+
+
+def _domains(target: Target, *, limit: int | None, size: int) -> Domains | None:
+    if not target.domains:
+        return None
+    found = [
+        activity(
+            target.model, [_with_mask(batch) for batch in part.batches(size=size, limit=limit)], value=ACTIVE,
+            predict=partial(_run, target),
+        )
+        for part in target.domains.values()
+    ]  # fmt: skip
+    return Domains(names=tuple(target.domains), **_compared(found))
+
+
+def _compared(found: Sequence[Activity]) -> dict[str, Any]:
+    """Sparsity, its Gaussian baseline and overlaps of several activities of one model."""
     layers = list(found[0].active)
     widths = [len(rate_N) for rate_N in found[0].active.values()]
     gaussian = [baseline_sparsity(ACTIVE, kind="top_p", neurons=width) for width in widths]
-    return Experiences(
-        sparsity={layer: tuple(one.sparsity[layer] for one in found) for layer in layers},
-        gaussian=sum(gaussian) / len(gaussian),
-        overlap={
+    return {
+        "sparsity": {layer: tuple(one.sparsity[layer] for one in found) for layer in layers},
+        "gaussian": sum(gaussian) / len(gaussian),
+        "overlap": {
             layer: tuple(tuple(row) for row in jaccard_EE.tolist()) for layer, jaccard_EE in overlap(found).items()
         },
-        forgetting=_forgetting(target),
-    )
+    }
 
 
 def _with_mask(batch: Batch) -> tuple[Inputs, Tensor | None]:
-    assert not isinstance(batch.tokens, Mapping)  # only language models have token kinds, and a run is not one
+    if isinstance(batch.tokens, Mapping):
+        return batch.inputs, torch.stack(list(batch.tokens.values())).any(0)
     return batch.inputs, batch.tokens
 
 

@@ -27,6 +27,7 @@ from clframe.plotting.style import render_picture
 from clframe.sparsity import output as sparsity_output
 from clframe.sparsity.study import SparsityStudy
 from clframe.tables import to_csv, to_markdown
+from clframe.targets.language import write_architecture
 from clframe.training.checkpoint import load_archive, save_checkpoint
 from clframe.training.trained import CONVERTED, load_newest, read_recipe
 
@@ -132,6 +133,8 @@ def _write_model(study: Study, folder: Path) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(folder / WEIGHTS, buffer.getvalue())
+        if target.kind == "causal":
+            write_architecture(target, folder)
         return
     run = Path(target.name).expanduser()
     content = load_newest(run, device=torch.device("cpu"))

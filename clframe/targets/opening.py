@@ -27,7 +27,8 @@ from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
 from clframe.results import Result
 from clframe.stream import build_stream
-from clframe.targets.loading import load_model, run_config
+from clframe.targets.loading import load_model, refuse_language_model, run_config
+from clframe.targets.text_files import Document, text_files
 
 _LOCATIONS = ("data_dir", "path", "tokens")
 """Options of data sets that name a file or folder."""
@@ -42,6 +43,9 @@ def open_target(
     max_length: int = 64,
     per_class: int = 20,
     generate: int = 0,
+    stride: int | None = None,
+    document: Document = "line",
+    divide: bool = False,
 ) -> Target:
     """Open a run or a model by name.
 
@@ -49,12 +53,18 @@ def open_target(
         name: A run folder; or the folder or hub name of a model of transformers (text encoders, causal language models)
             or timm. Weights are read from safetensors only, and code that comes with a model is not executed.
         data: Data for a model that is not a run: a benchmark config such as ``clinc150``, or for a language model also
-            a text file with one text per line.
+            a text file with one text per line, or several such files (domains): ``news.txt,code.txt``.
         overrides: Changes of the benchmark block, such as ``benchmark.data_dir=DIR``.
         device: Device of the model.
-        max_length: Maximum number of tokens of a text.
+        max_length: Maximum number of tokens of a text; of a language model, length of the windows of longer texts.
         per_class: Training samples per class for the mean embedding, for models without a classifier.
-        generate: Number of tokens that a language model generates greedily after each text.
+        generate: Number of tokens that a language model generates greedily after the start of each text, which are its
+            first ``max_length`` tokens.
+        stride: Distance of the windows of a language model, see
+            :func:`~clframe.functional.language.strided_windows`; None: half of ``max_length``.
+        document: Whether a ``line`` of a text file is a text, or the whole ``file``.
+        divide: Whether text files are divided into training, validation and test data (60, 20 and 20 %, in order);
+            otherwise all texts are both training and test data.
 
     Raises:
         RunFolderError: No such folder, or a run that does not match its data.
@@ -68,6 +78,7 @@ def open_target(
     if (folder / "config.yaml").is_file():
         if data is not None:
             raise ConfigError(f"--data: found {data} for a run, which has its own data; leave it out")
+        _refuse_reading(name, stride=stride, document=document)
         return _run_target(name, folder, overrides, device=usable_device(device))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RunFolderError(f"{name}: found neither a run's config.yaml nor a model's config.json; give such a folder")
@@ -82,15 +93,26 @@ def open_target(
 
     place = usable_device(device)
     if is_timm(name):
+        _refuse_reading(name, stride=stride, document=document)
         config = data_config(data, overrides)
         target = images_target(name, config=config, device=place, per_class=per_class)
-        options = {"per_class": per_class}
+        options: dict[str, Any] = {"per_class": per_class}
     else:
         target = text_target(
-            name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate
-        )
+            name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate,
+            stride=stride, document=document, divide=divide,
+        )  # fmt: skip
         options = {"max_length": max_length, "per_class": per_class, "generate": generate}
+        if target.kind == "causal":
+            options |= {"stride": stride, "document": document, "divide": divide}
     return replace(target, origin={**_origin(name, data, target.config), **target.origin, "options": options})
+
+
+def _refuse_reading(name: str, *, stride: int | None, document: str) -> None:
+    """Refuse options of a language model's texts for another target."""
+    for option, given in (("stride", stride), ("document", None if document == "line" else document)):
+        if given is not None:
+            raise ConfigError(f"--{option}: found {given} for {name}, which is not a language model; leave it out")
 
 
 def _origin(name: str, data: str | None, config: Config | None) -> dict[str, Any]:
@@ -99,9 +121,13 @@ def _origin(name: str, data: str | None, config: Config | None) -> dict[str, Any
     found: dict[str, Any] = {"model": str(folder.resolve()) if folder.is_dir() else name, "revision": None}
     if config is None:
         assert data is not None
-        file = Path(data).expanduser().resolve()
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        return {**found, "data": {"name": file.stem, "path": str(file), "sha256": content}}
+        files = [file.resolve() for file in text_files(data)]
+        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        named = {
+            "name": "+".join(file.stem for file in files), "path": ",".join(map(str, files)),
+            "sha256": ",".join(contents),
+        }  # fmt: skip
+        return {**found, "data": named}
     block = asdict(config.benchmark)
     for key in _LOCATIONS:
         if isinstance(block["options"].get(key), str):
@@ -130,6 +156,7 @@ def usable_device(name: str) -> torch.device:
 
 def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: torch.device) -> Target:
     trained = load_model(folder, device=str(device))
+    refuse_language_model(trained.network, where=str(folder))
     config = _relocate_data(run_config(folder), overrides)
     benchmark = build_stream(config)[1]
     named = bool(trained.class_names and benchmark.class_names)

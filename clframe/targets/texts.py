@@ -1,6 +1,6 @@
-"""Text encoders and causal language models of transformers as targets.
+"""Text encoders and causal language models of transformers, opened with their texts.
 
-Shape suffixes: B batch, T tokens, C classes or vocabulary.
+Shape suffixes: B batch, T tokens, C classes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from clframe.config.load import data_config
 from clframe.config.schema import Config
+from clframe.data.choices import read_questions
 from clframe.data.protocol import hold_out
 from clframe.data.source import SOURCES
-from clframe.data.sources.paths import read_text
 from clframe.data.sources.text import CORPORA, load_tokenizer, token_ids
-from clframe.data.target import IGNORED, Batch, DataSplits, Target, TextSplit
+from clframe.data.target import Batch, DataSplits, Target, TextSplit
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.nn.backbones.pretrained import require_package
-from clframe.nn.types import Inputs
 from clframe.options import check_options
 from clframe.targets.images import MeanTokens, NearestMean, class_scores
+from clframe.targets.language import CausalRows, Reading, causal_target, choice_target
+from clframe.targets.text_files import Document, divide_rows, read_texts, text_files
 
 Corpus = Mapping[str, tuple[Sequence[str], Tensor | None]]
 """Texts and their classes of ``fit``, ``test`` and, if held out, ``validation``."""
@@ -58,20 +59,6 @@ def labeled_texts(config: Config) -> Corpus:
     return found
 
 
-def read_lines(file: Path) -> Corpus:
-    """Texts of a file, one per line, unlabeled; the same texts are used to fit and to test.
-
-    Raises:
-        DataError: No file, or an empty one.
-    """
-    if not file.is_file():
-        raise DataError(f"--data: no file {file}; give a text file with one text per line, or a benchmark")
-    texts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not texts:
-        raise DataError(f"--data: {file} contains no text; give one text per line")
-    return {"fit": (texts, None), "test": (texts, None)}
-
-
 def text_target(
     name: str,
     data: str,
@@ -81,34 +68,56 @@ def text_target(
     max_length: int,
     per_class: int,
     generate: int,
+    stride: int | None = None,
+    document: Document = "line",
+    divide: bool = False,
 ) -> Target:
     """Open a model of transformers on texts; see :func:`~clframe.targets.opening.open_target`.
 
     An encoder predicts the class with the nearest mean embedding; a causal language model predicts the next token.
     """
     library = require_package("transformers", where="target")
-    settings = _load(name, partial(library.AutoConfig.from_pretrained, trust_remote_code=False), library)
+    settings = load_quietly(name, partial(library.AutoConfig.from_pretrained, trust_remote_code=False), library)
     if getattr(settings, "is_encoder_decoder", False):
         raise UnsupportedError(f"{name}: found an encoder-decoder model ({settings.model_type}); use one of the two")
-    config = None if data.endswith(".txt") else data_config(data, overrides)
-    corpus = read_lines(Path(data).expanduser()) if config is None else labeled_texts(config)
+    files = text_files(data)
+    config = None if files else data_config(data, overrides)
+    asked = data.endswith(".jsonl")
+    questions = read_questions(files[0]) if asked else ()
+    texts = read_texts(files, document=document) if config is None and not asked else {}
+    corpus = {} if config is None else labeled_texts(config)
     causal = any("CausalLM" in kind or "LMHead" in kind for kind in settings.architectures or ())
-    if generate and not causal:
-        raise ConfigError(f"--generate: found {generate} for {name}, which is not a language model; leave it out")
+    for option, given in (("generate", generate), ("stride", stride)):
+        if given and not causal:
+            raise ConfigError(f"--{option}: found {given} for {name}, which is not a language model; leave it out")
     if config is None and not causal:
         raise ConfigError(f"--data: found {data} without labels for an encoder; give a benchmark such as clinc150")
+    for option, value in (("generate", generate), ("stride", stride), ("document", document != "line" and document)):
+        if asked and value:
+            raise ConfigError(f"--{option}: found {value} for questions ({data}), which are read whole; leave it out")
+    if asked and divide:
+        raise ConfigError(f"--data: found questions ({data}), which a model cannot be converted on; give texts")
+    if config is not None and document != "line":
+        raise ConfigError(f"--document: found {document} for {data}, which is not a text file; leave it out")
     tokenizer = load_tokenizer(name, where=name)
     loader = library.AutoModelForCausalLM if causal else library.AutoModel
     options = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
-    model = _load(name, partial(loader.from_pretrained, **options), library).to(device)
+    model = load_quietly(name, partial(loader.from_pretrained, **options), library).to(device)
     model.eval().requires_grad_(False)
     most = getattr(settings, "max_position_embeddings", None) or max_length
-    encode = partial(token_ids, tokenizer=tokenizer, max_length=min(max_length, most - generate))
+    length = min(max_length, most - generate)
     padding = tokenizer.pad_token_id or 0
-    if causal:
-        target = _causal(name, model, corpus, encode, padding=padding, device=device, generate=generate, config=config)
+    if asked:
+        target = choice_target(name, model, questions, tokenizer, window=length, device=device)
+    elif causal:
+        reading = Reading(window=length, stride=stride, generate=generate)
+        target = causal_target(
+            name, model, _causal_rows(texts, corpus, partial(_all_ids, tokenizer, library), divide=divide),
+            reading=reading, padding=padding, device=device, config=config,
+        )  # fmt: skip
     else:
         assert config is not None
+        encode = partial(token_ids, tokenizer=tokenizer, max_length=length)
         target = _encoder(
             name, model, corpus, encode, padding=padding, device=device, per_class=per_class, config=config
         )
@@ -117,6 +126,28 @@ def text_target(
 
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+def _all_ids(tokenizer: Any, library: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of whole texts, without the warning that some are longer than the model's context."""
+    with _quiet(library):
+        ids: list[list[int]] = tokenizer(list(texts), truncation=False)["input_ids"]
+    return ids
+
+
+def _causal_rows(texts: Mapping[str, Sequence[str]], corpus: Corpus, encode: Encode, *, divide: bool) -> CausalRows:
+    """Ids of the data splits of a corpus, or of text files: divided, or all texts to train and to test on."""
+    if not texts:
+        return CausalRows({part: encode(given) for part, (given, _) in corpus.items()})
+    domains = {domain: encode(given) for domain, given in texts.items()}
+    parts: dict[str, list[list[int]]] = {}
+    if divide:
+        divided = [divide_rows(rows, name=domain) for domain, rows in domains.items()]
+        parts = {part: [row for each in divided for row in each[part]] for part in ("fit", "validation", "test")}
+    else:
+        every = [row for rows in domains.values() for row in rows]
+        parts = {"fit": every, "test": every}
+    return CausalRows(parts, domains if len(domains) > 1 and not divide else {})
 
 
 def _encoder(
@@ -152,70 +183,6 @@ def _encoder(
     )  # fmt: skip
 
 
-def _causal(
-    name: str,
-    model: nn.Module,
-    corpus: Corpus,
-    encode: Encode,
-    *,
-    padding: int,
-    device: torch.device,
-    generate: int,
-    config: Config | None,
-) -> Target:
-    def make(ids_BT: Tensor, mask_BT: Tensor, _: Tensor | None) -> Batch:
-        return generate_greedily(model, ids_BT, mask_BT, tokens=generate)
-
-    parts = {
-        part: TextSplit(encode(texts), None, padding=padding, device=device, make=make)
-        for part, (texts, _) in corpus.items()
-    }
-    return Target(
-        name=name, kind="causal", model=model, body_name="", predict=_next_tokens, config=config,
-        splits=DataSplits(parts["fit"], parts.get("validation"), parts["test"]),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def generate_greedily(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, *, tokens: int) -> Batch:
-    """Continue texts greedily with a language model; the target of each token is the next token.
-
-    Tokens of the text are masked as ``prompt``, new ones as ``generated``; tokens after end-of-text are ignored. Runs
-    the whole sequence for each new token without a cache, which equals a later pass over the sequence exactly.
-
-    Args:
-        model: Returns an output with logits.
-        ids_BT: Texts, padded at the end.
-        mask_BT: Tokens that are not padding.
-        tokens: Number of tokens to generate.
-    """
-    stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = torch.tensor(stop if isinstance(stop, list) else [] if stop is None else [stop], device=ids_BT.device)
-    prompt_BT = mask_BT = torch.nn.functional.pad(mask_BT, (0, tokens))
-    ids_BT = torch.nn.functional.pad(ids_BT, (0, tokens))
-    row_B = torch.arange(len(ids_BT), device=ids_BT.device)
-    at_B = prompt_BT.sum(1)
-    alive_B = torch.ones_like(at_B, dtype=torch.bool)
-    for _ in range(tokens):
-        logits_BTC = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
-        written_B = logits_BTC[row_B, at_B - 1].argmax(-1)
-        ids_BT[row_B[alive_B], at_B[alive_B]] = written_B[alive_B]
-        mask_BT = mask_BT.clone()
-        mask_BT[row_B[alive_B], at_B[alive_B]] = True
-        at_B = at_B + alive_B
-        alive_B = alive_B & ~torch.isin(written_B, ends)
-    targets_BT = torch.full_like(ids_BT, IGNORED)
-    targets_BT[:, :-1] = ids_BT[:, 1:].where(mask_BT[:, 1:], IGNORED)
-    masks: Tensor | Mapping[str, Tensor] = {"prompt": prompt_BT, "generated": mask_BT & ~prompt_BT}
-    return Batch({"input_ids": ids_BT, "attention_mask": mask_BT.long()}, targets_BT, masks if tokens else mask_BT)
-
-
-def _next_tokens(model: nn.Module, inputs: Inputs) -> Tensor:
-    assert isinstance(inputs, Mapping)
-    logits_BTC: Tensor = model(**inputs, use_cache=False).logits
-    return logits_BTC
-
-
 @contextmanager
 def _quiet(library: Any) -> Iterator[None]:
     """Context without progress bars and without reports of unused weights."""
@@ -231,7 +198,12 @@ def _quiet(library: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load(name: str, load: Callable[..., Any], library: Any) -> Any:
+def load_quietly(name: str, load: Callable[..., Any], library: Any) -> Any:
+    """Call ``load`` with a folder or hub name, without progress bars.
+
+    Raises:
+        DataError: Whatever the library raises, in one line.
+    """
     folder = Path(name).expanduser()
     try:
         with _quiet(library):

@@ -193,6 +193,22 @@ def test_a_loaded_model_answers_as_the_one_in_memory(run, tmp_path):
     assert len(rows) == 1 + len(tree["curve"]) and rows[0].startswith("k,validation_accuracy")
 
 
+def test_experts_without_training_are_written_and_loaded(run, tmp_path):
+    target = open_target(str(run))
+    options = Options(sparsify=0, router="analytical", gate="top_k", k=1, experts=4, shared=1, batch=60, limit=30)
+    folder = write_conversion(moefy_target(target, options), tmp_path / "m")
+    network, tree = clframe.load(folder).network, json.loads((folder / "moefy.json").read_text())
+    assert tree["losses"]["routers"] == [] and tree["setting"]["k"] == 1
+    assert max(point["k"] for point in tree["curve"]) == 3  # of 4 experts one is shared
+    x = target.run.network.to_device(target.splits.test.samples[0].prepare(target.splits.test.samples[0].raw(torch.arange(20))))
+    with torch.no_grad(), count_usage(network) as usage:
+        torch.testing.assert_close(network(x).logits, target.model(x).logits)
+        for name, used in usage().items():
+            assert used.ran_E[0] == used.tokens and sum(used.ran_E) == 2 * used.tokens
+            layer = network.get_submodule(name)
+            assert used.macs.router == 3 * layer.experts.inputs and layer.experts.experts == 4
+
+
 def test_projections_come_before_and_count_as_what_they_were(run):
     target = open_target(str(run))
     dense = copy.deepcopy(target.model)

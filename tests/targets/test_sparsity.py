@@ -140,9 +140,15 @@ def test_what_is_written_is_what_python_gives(finished, tmp_path):
         assert found == json.loads(json.dumps(asdict(expected)))
     assert content["effective_rank"] == plain.ranks and content["experiences"]["forgetting"][1] is None
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    drawn = {"curves_top_k", "layers_top_k", "overlap", "experiences"}
-    made = {"critical", "layers", "experiences", "points"}
+    drawn = {"curves_top_k", "layers_top_k", "overlap", "experiences", "union"}
+    made = {"critical", "layers", "experiences", "points", "union"}
     assert names == {"sparsity.json", *(f"{n}.{e}" for n in drawn for e in ("svg", "png")), *(f"{n}.{e}" for n in made for e in ("csv", "md"))}
+    union = content["union"]
+    rows = list(csv.DictReader((tmp_path / "out" / "union.csv").read_text().splitlines()))
+    assert [int(row["batch size"]) for row in rows] == union["sizes"] == [1, 2, 4, 8, 16]
+    assert [float(row["active by tokens"]) for row in rows] == union["mean_tokens"] == sorted(union["mean_tokens"])
+    assert union["tokens"] == union["samples"]  # images have one token each in this network
+    assert union["largest_that_pays"]["tokens"] == study.union.largest_that_pays(study.union.mean_tokens)
     rows = list(csv.DictReader((tmp_path / "out" / "critical.csv").read_text().splitlines()))
     assert [float(row["critical"]) for row in rows] == [curve.critical for curve in plain.curves]
     assert [float(row["excess"]) for row in rows] == [pytest.approx(curve.excess) for curve in plain.curves]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clframe.data.target import IGNORED
 from clframe.errors import ClframeError, ConfigError, DataError, RunFolderError, UnsupportedError
 from clframe.targets import open_target
-from clframe.targets.texts import generate_greedily
+from clframe.targets.language import generate_greedily
 
 
 def share_right(target, part):

@@ -21,6 +21,7 @@ class Cumulative(Component):
     name: ClassVar[str] = "cumulative"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
 
     def training_experiences(self, index: int, count: int) -> Sequence[int]:

@@ -22,7 +22,8 @@ class DER(ReplayComponent):
     The loss is ``CE(new) + alpha * mean (logits - stored)^2``: every exit is compared with its own logits, stored with
     each sample of the buffer; replayed samples do not enter the cross-entropy. Use it as a stronger form of replay if
     logits fit in memory. Cost: classes times exits numbers per stored sample, no teacher and no additional forward
-    pass. Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline" (2020).
+    pass; of a language model, the 16 largest logits of every token are stored and matched. Buzzega et al., "Dark
+    Experience for General Continual Learning: a Strong, Simple Baseline" (2020).
 
     With ``update: experience``, samples and logits are stored at the end of each experience, not augmented and in
     evaluation mode, as in the code of the paper on auxiliary classifiers (Szatkowski et al., 2025) and in Avalanche.
@@ -54,6 +55,7 @@ class DER(ReplayComponent):
     name: ClassVar[str] = "der"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("logits",)
     weight: ClassVar[str] = "alpha"
     stores_logits: ClassVar[bool] = True
@@ -75,4 +77,5 @@ class DER(ReplayComponent):
         if stored_RKC is None:
             return {}
         old = [logits_BC[-stored_RKC.shape[0] :] for logits_BC in step.output.logits]
+        old = self.at_stored(old, step.batch.extras)
         return {"logits": self.alpha * logit_matching(old, stored_RKC, columns=self.columns)}

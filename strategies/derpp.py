@@ -22,8 +22,8 @@ class DERpp(ReplayComponent):
     The loss is ``CE(new) + alpha * mean (logits(m1) - stored(m1))^2 + beta * CE(m2)`` for two draws m1 and m2 from the
     buffer: every exit against its own logits, stored with each sample, and against the labels. Use it if logits fit in
     memory; it is the usual choice among replay methods. Cost: classes times exits numbers per stored sample, and
-    batches longer by both draws. Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple
-    Baseline" (2020).
+    batches longer by both draws; of a language model, the 16 largest logits of every token are stored and matched.
+    Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline" (2020).
 
     With ``update: experience``, samples and logits are stored at the end of each experience, not augmented and in
     evaluation mode, as in the code of the paper on auxiliary classifiers (Szatkowski et al., 2025) and in Avalanche.
@@ -56,6 +56,7 @@ class DERpp(ReplayComponent):
     name: ClassVar[str] = "derpp"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("logits", "replay")
     stores_logits: ClassVar[bool] = True
 
@@ -86,6 +87,7 @@ class DERpp(ReplayComponent):
         end, drawn = step.batch.y.shape[0], stored_RKC.shape[0]
         first = end - drawn if self.draws == "one" else end - 2 * drawn
         matched = [logits_BC[first : first + drawn] for logits_BC in step.output.logits]
+        matched = self.at_stored(matched, step.batch.extras)
         replayed = [logits_BC[end - drawn :] for logits_BC in step.output.logits]
         return {
             "logits": self.alpha * logit_matching(matched, stored_RKC, columns=self.columns),

@@ -64,6 +64,7 @@ class EarlyExit(Component):
     name: ClassVar[str] = "early_exit"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"prediction"})
 
     rule: Literal["first", "last", "confident", "mean", "vote"] = "first"

@@ -48,6 +48,7 @@ class ER(ReplayComponent):
     name: ClassVar[str] = "er"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     weight: ClassVar[str] = "scale"
 
     scale: float = 1.0

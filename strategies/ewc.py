@@ -61,6 +61,8 @@ class EWC(Component):
     name: ClassVar[str] = "ewc"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
+    remembers_weights: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "lamb"
 

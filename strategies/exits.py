@@ -50,8 +50,9 @@ class Exits(Component):
         at_latency: Alternative to ``at``: exits on the taps nearest to these shares of its run time on this machine.
         control: ``last`` puts heads of the same size on the last tap: equal parameters without different depths.
         head: ``pool``: SDN pooling and a linear layer; ``conv``: a convolution before them; ``conv_large``: a
-            convolution that halves the map; ``token``: LayerNorm on the first token; ``token_raw``: without it;
-            ``hidden``: a hidden layer; ``linear``; ``auto``: ``pool``, ``token`` or ``linear`` by the tap's shape.
+            convolution that halves the map; ``token``: LayerNorm on the first token, in a language model RMSNorm on
+            every token; ``token_raw``: without it; ``hidden``: a hidden layer; ``linear``; ``auto``: ``pool``,
+            ``token`` or ``linear`` by the tap's shape.
         hidden: Units of the hidden layer of ``hidden``.
         as_published: Whether heads equal those of the authors' code where it differs: windows of ``pool`` in the
             published placements of ResNet18 (odd maps rounded up) and WRN16-2 (4x4); no padding in ``conv_large``;
@@ -81,6 +82,7 @@ class Exits(Component):
     name: ClassVar[str] = "exits"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"exit_weights"})
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "scale"
@@ -159,15 +161,20 @@ class Exits(Component):
         Raises:
             UnsupportedError: The network has been trained: new heads would lack the classes it has learned.
         """
-        if network.classes:
+        if network.classes and not network.vocabulary:
             raise UnsupportedError(
                 f"components.exits: found a network that has learned {network.classes} classes; its exits would be "
                 f"replaced by untrained ones: use a new network, or clframe.run(resume=...) to continue a run"
             )
+        if network.vocabulary and self.control == "last":
+            raise UnsupportedError(
+                "components.exits.control: found last with a language model, whose taps all have one size; set none"
+            )
         backbone, placement = network.backbone, self._placement(network)
         exits: list[tuple[str, Head]] = []
         for number, tap in enumerate(placement.taps):
-            per_experience = self.heads == "per_experience"
+            # All domains of a text have the same tokens: the head of the first experience is that of all.
+            per_experience = self.heads == "per_experience" and not network.vocabulary
             head = make_head(
                 "token" if self.head == "token_raw" else self.head,
                 backbone.tap_shapes[tap],
@@ -178,6 +185,7 @@ class Exits(Component):
                 token_norm=self.head != "token_raw",
                 pooling=placement.pooling[number] if self.as_published and placement.pooling else "2x2",
                 as_published=self.as_published,
+                per_token=bool(network.vocabulary),
             )
             if self.control == "last":
                 tap = _last_tap_of_rank(len(backbone.tap_shapes[tap]), backbone)

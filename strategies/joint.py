@@ -21,6 +21,7 @@ class Joint(Component):
     name: ClassVar[str] = "joint"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"batch"})
 
     def training_experiences(self, index: int, count: int) -> Sequence[int]:

@@ -28,6 +28,7 @@ class LabelSmoothing(Component):
     name: ClassVar[str] = "label_smoothing"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     slots: ClassVar[frozenset[str]] = frozenset({"task_loss"})
     weight: ClassVar[str] = "smoothing"
 

@@ -35,6 +35,7 @@ class LwF(Component):
     name: ClassVar[str] = "lwf"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("distill",)
     weight: ClassVar[str] = "alpha"
 
@@ -65,5 +66,6 @@ class LwF(Component):
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Store a frozen copy as the next teacher; a class stays in the group of its first experience."""
         known = {c for group in state["groups"] for c in group}
-        new = tuple(sorted(set(context.experience.classes) - known))
+        brought = range(network.vocabulary) or context.experience.classes  # every domain of a text has all tokens
+        new = tuple(sorted(set(brought) - known))
         return {"teacher": freeze(network), "groups": (*state["groups"], new) if new else state["groups"]}

@@ -48,6 +48,8 @@ class MAS(Component):
     name: ClassVar[str] = "mas"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
+    remembers_weights: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "lamb"
 

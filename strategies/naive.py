@@ -18,6 +18,7 @@ class Naive(Component):
     name: ClassVar[str] = "naive"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
 
     @property
     def is_identity(self) -> bool:

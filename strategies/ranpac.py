@@ -20,6 +20,7 @@ from clframe.functional.prototypes import (
     random_features,
     ridge_regression,
     to_double,
+    to_single,
 )
 from clframe.nn.features import embed_tap, exit_features
 from clframe.nn.network import Network
@@ -90,7 +91,7 @@ class RanPAC(Component):
             targets_BC = F.one_hot(y_B, classes)
             count_C = pad_classes(count_C.to(y_B.device), classes) + targets_BC.sum(0)
             for sums, rows, values_BF in zip(exits, first, features, strict=True):
-                h_BM = to_double(random_features(values_BF, sums["projection"]))
+                h_BM = to_double(random_features(values_BF.to(sums["projection"]), sums["projection"]))
                 sums["gram"].addmm_(h_BM.T, h_BM)
                 sums["cross"] = pad_classes(sums["cross"].T, classes).T + h_BM.T @ targets_BC.to(h_BM)
                 if seen < self.projection:
@@ -117,7 +118,7 @@ class RanPAC(Component):
         projection_FM = torch.randn(features_BF.shape[1], self.projection, generator=generator)
         empty_MM = to_double(features_BF).new_zeros(self.projection, self.projection)
         return {
-            "projection": projection_FM.to(features_BF),
+            "projection": projection_FM.to(to_single(features_BF)),
             "gram": empty_MM,
             "cross": empty_MM[:, :0],
             "ridge": self.ridges[len(self.ridges) // 2],

@@ -13,6 +13,7 @@ from torch import Tensor
 from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
+from clframe.functional.prototypes import to_single
 from clframe.moe.usage import neuron_orders, reorder_values
 from clframe.nn.network import Network
 from clframe.regularization.importance import flatten, path_importance, quadratic
@@ -46,6 +47,8 @@ class SI(Component):
     name: ClassVar[str] = "si"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
+    remembers_weights: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "c"
 
@@ -73,7 +76,7 @@ class SI(Component):
     def before_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Resize the penalty to the grown classifiers and start a new path."""
         state = self._penalty.resize(network, state)
-        start_P = flatten(state["live"])
+        start_P = to_single(flatten(state["live"]))
         path = {"start": start_P, "latest": start_P.clone(), "path": torch.zeros_like(start_P)}
         return {**state, **path, "orders": neuron_orders(network)}
 
@@ -84,11 +87,11 @@ class SI(Component):
     def after_step(self, network: Network, step: Step, state: State) -> State:
         """Accumulate minus gradient times step along the path."""
         live, latest_P = state["live"], state["latest"]
-        gradient_P = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in live])
+        gradient_P = to_single(flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in live]))
         if self.path == "task" and state["terms"]:
             (term,) = state["terms"]
             gradient_P.sub_(2 * self.c * term["importance"] * (latest_P - term["center"]))
-        now_P = flatten(live)
+        now_P = to_single(flatten(live))
         step_P = now_P - latest_P
         # A step that the loss scaler of 16-mixed skips leaves infinite gradients behind, and infinity times 0 is NaN.
         gradient_P.masked_fill_(step_P == 0, 0)

@@ -18,6 +18,7 @@ from clframe.functional.prototypes import (
     pad_classes,
     scatter_update,
     to_double,
+    to_single,
     update_means,
 )
 from clframe.nn.features import embed_tap, exit_features
@@ -78,7 +79,7 @@ class SLDA(Component):
         means, scatters = list(state["mean"]), list(state["scatter"])
         for features, y_B in exit_features(network, context.experience.samples):
             for exit, values_BF in enumerate(features):
-                new_BF, dtype = to_double(values_BF), values_BF.dtype
+                new_BF, dtype = to_double(values_BF), to_single(values_BF).dtype
                 y_B, width = y_B.to(new_BF.device), new_BF.shape[1]
                 if exit == len(means):
                     means.append(new_BF.new_zeros(classes, width))

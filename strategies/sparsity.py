@@ -55,6 +55,7 @@ class Sparsity(Component):
     changes_activity: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("penalty",)
     weight: ClassVar[str] = "strength"
 

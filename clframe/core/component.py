@@ -89,10 +89,16 @@ class Component:
             every number that changes between the steps of an experience comes from ``step_values``, tensors of the
             state that they read are only written in place, and ``before_epoch`` changes nothing but ``requires_grad``,
             training modes and ``network.gradient``. Other hooks are not recorded.
+        compilable: Whether the stages of the network may run as code compiled once (``trainer.compile``): what the
+            component adds to them, such as modules and hooks, decides nothing by values on the host. Heads, losses and
+            other hooks are not compiled.
         distributed: Whether it may train in several processes, one per device, each of which calls every hook: given
             equal batches, outputs and generators of contexts, it computes the same in all of them. Draws from other
             generators differ, and so may choices between samples inside a step, which a GPU rounds differently from
             call to call. Losses run a teacher by ``step.run``, which divides the batch among the processes.
+        per_token: Whether it is defined for a language model, whose batches are windows of ids and whose logits and
+            targets have one row per token: losses of logits and targets are; what reads classes of samples is not.
+        remembers_weights: Whether its state has values for single weights, such as importances.
         phase: Phase of ``before_experience`` and ``after_experience`` in the ledger; ``router`` if they train one.
         renamed: Options by their former names, which configs and expressions may still use.
     """
@@ -106,13 +112,21 @@ class Component:
     changes_activity: ClassVar[bool] = False
     changes_network: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    compilable: ClassVar[bool] = True
     distributed: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
+    remembers_weights: ClassVar[bool] = False
     phase: ClassVar[str] = "auxiliary"
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.component.compose`."""
         return compose(self, other)
+
+    @property
+    def renews_weights(self) -> bool:
+        """Whether it trains other weights in every experience, for which values of earlier ones are void."""
+        return False
 
     @property
     def fewest_epochs(self) -> int:
@@ -304,7 +318,14 @@ class Composition:
         return next((component for component in self.components if slot in component.slots), None)
 
     def check_needs(self) -> None:
-        """Raise ComposeError if a component needs a replay buffer and no component has one."""
+        """Raise ComposeError for a component without the replay buffer, or the lasting weights, that it needs."""
+        renewing = next((component for component in self.components if component.renews_weights), None)
+        remembering = next((component for component in self.components if component.remembers_weights), None)
+        if renewing is not None and remembering is not None:
+            raise ComposeError(
+                f"strategy: '{remembering.name}' keeps values of single weights, and '{renewing.name}' trains new ones "
+                f"in every experience; keep one of them"
+            )
         keeps = any(component.keeps_memory for component in self.components)
         for component in self.components:
             if component.needs_memory and not keeps:

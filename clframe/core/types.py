@@ -6,12 +6,13 @@ Shape suffixes: B batch, C classes, K exits, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from clframe.functional.language import next_token_targets
 from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples
 
@@ -67,6 +68,17 @@ class Batch:
     stored: Callable[[], Tensor] | None = None
     """Returns the inputs of the new samples as stored, before augmentation and normalization; None if the loader
     cannot provide them. The new samples come first in ``x``."""
+
+    def by_token(self) -> Batch:
+        """Return a batch of windows of ids with a target for each token, as the logits of a language model have rows.
+
+        The weight of a window is that of each of its tokens, and extras [R, T, ...] become [R T, ...]. The batch itself
+        has the domain of each window as target.
+        """
+        weight_B = self.weight_B
+        weight_N = None if weight_B is None else weight_B.repeat_interleave(self.x.shape[1] - 1)
+        extras = {name: values.flatten(0, 1) for name, values in self.extras.items()}
+        return replace(self, y=next_token_targets(self.x), weight_B=weight_N, extras=extras)
 
 
 @dataclass(frozen=True, slots=True)

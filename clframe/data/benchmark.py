@@ -62,6 +62,10 @@ class Benchmark:
     """Name of each class, by its id in the data set; empty if unknown."""
     inputs: InputFormat = field(default_factory=InputFormat)
     """Conversion of files to inputs."""
+    vocabulary: int = 0
+    """Token ids of text for a language model, whose classes are the domains; 0 for other data."""
+    tokenizer: str = ""
+    """Content of the ``tokenizer.json`` that encoded the text."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for evaluation data that is not there, and for task labels that reveal boundaries."""
@@ -113,6 +117,8 @@ class Benchmark:
         """Title of an experience: its domain, or its classes by their ids in the data set."""
         if self.domains:
             return self.domains[experience]
+        if self.vocabulary:
+            return ", ".join(self.class_names[self.class_order[c]] for c in self.classes[experience])
         return f"classes {' '.join(str(self.class_order[c]) for c in self.classes[experience])}"
 
     @property
@@ -193,6 +199,8 @@ def class_incremental(
         task_labels=task_labels,
         class_names=source.class_names,
         inputs=source.inputs,
+        vocabulary=source.vocabulary,
+        tokenizer=source.tokenizer,
     )
 
 

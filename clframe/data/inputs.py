@@ -13,9 +13,10 @@ from clframe.records import read_record
 class InputFormat:
     """The file format behind the inputs of a data set, and the parameters of its conversion."""
 
-    kind: Literal["image", "words", "tokens", "array"] = "array"
+    kind: Literal["image", "words", "tokens", "language", "array"] = "array"
     """``image``: pixels of image files; ``words``: texts as hashed words; ``tokens``: texts as token ids of a
-    tokenizer; ``array``: numbers without a file format, given as arrays."""
+    tokenizer; ``language``: windows of running text for a language model; ``array``: numbers without a file format,
+    given as arrays."""
     size: int | None = None
     """Side in pixels to which the data set's images were resized; None where all had one size."""
     largest: int = 255

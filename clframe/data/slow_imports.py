@@ -2,7 +2,8 @@
 
 Of a run's first seconds, these imports took half: ``wandb`` and ``gdown`` for one logger and one data set of
 Avalanche; all metrics of torchmetrics, with matplotlib and scipy.signal, of which Lightning needs one base class; and
-torch's compiler, which torchvision and every optimizer import, for two functions that do nothing without it. Nothing is
+torch's compiler, which torchvision and every optimizer import, for two functions that do nothing without it; and the
+models and operations of torchvision, of which Avalanche needs transforms and data sets. Nothing is
 replaced for good: the modules are loaded when something in them is used, by Avalanche or by anybody else.
 """
 
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
-from clframe.lazy_imports import Deferred, defer_imports, defer_package, use_stand_in, without_collection
+from clframe.lazy_imports import Deferred, defer_package, use_stand_in, without_collection
 
 _DEFERRED: Final = ("GPUtil", "gdown", "qpsolvers", "wandb")
 """Packages that Avalanche 0.6 imports as a whole, and whose attributes it uses only inside functions."""
@@ -29,6 +30,8 @@ _TORCHMETRICS: Final = {
     "__version__": "torchmetrics.__about__",
 }
 """Attributes of torchmetrics that Lightning and Avalanche read when they are imported, and where they are defined."""
+_TORCHVISION: Final = ("torchvision.transforms", "torchvision.datasets", "torchvision.utils")
+"""Subpackages of torchvision that Avalanche reads when it is imported."""
 _STAND_INS: Final = (
     ("torchmetrics.functional", ("accuracy",), None),
     ("torchmetrics.utilities.plot", ("_AX_TYPE", "_PLOT_OUT_TYPE", "plot_single_or_multi_val"), "matplotlib"),
@@ -37,6 +40,8 @@ _STAND_INS: Final = (
     ("matplotlib.figure", ("Figure",), None),
     ("matplotlib.pyplot", ("Figure", "subplots"), "matplotlib"),
     ("torch._dynamo.utils", ("is_compile_supported",), None),
+    ("torchvision.models", ("mobilenet_v2",), None),
+    ("torchvision.models.feature_extraction", ("create_feature_extractor", "get_graph_node_names"), None),
     ("triton.runtime.jit", ("JITFunction",), "triton"),
 )
 """Functions and types that Avalanche's metrics and loggers, torchmetrics, torchvision and torch's counter of operations
@@ -65,17 +70,24 @@ def quick_imports() -> Iterator[None]:
     """Have imports of Avalanche and Lightning in this block import only what they need of other packages."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_collection())
-        stack.enter_context(defer_imports(_DEFERRED))
+        for name in _DEFERRED:
+            stack.enter_context(defer_package(name, {}))
         stack.enter_context(defer_package("torch._dynamo", {}, _COMPILER))
         logger = {"_logger": logging.getLogger("torchmetrics")}
         stack.enter_context(defer_package("torchmetrics", _TORCHMETRICS, logger))
+        stack.enter_context(defer_package("torchvision", {}, within=_without_compiler))
         for module, attributes, home in _STAND_INS:
             stack.enter_context(use_stand_in(module, attributes, home=home))
         # Here, because Lightning, which needs these, may be imported later. The first module imports that of Metric,
         # which cannot be imported before it.
-        for name in ("torchmetrics.utilities", *_TORCHMETRICS.values()):
+        for name in ("torchmetrics.utilities", *_TORCHMETRICS.values(), *_TORCHVISION):
             importlib.import_module(name)
         yield
+
+
+def _without_compiler() -> contextlib.AbstractContextManager[None]:
+    """Have an import of torchvision's operations not load the compiler."""
+    return use_stand_in("torch._dynamo.utils", ("is_compile_supported",))
 
 
 def _disable_compiler(function: Any = None, *args: Any, **options: Any) -> Any:

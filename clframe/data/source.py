@@ -34,6 +34,11 @@ class Source:
     """Name of each class in the data set, by id; empty if unknown."""
     inputs: InputFormat = field(default_factory=InputFormat)
     """Conversion of files to inputs."""
+    vocabulary: int = 0
+    """Token ids of text for a language model, whose samples are windows of ids and whose classes are the domains; 0 for
+    other data."""
+    tokenizer: str = ""
+    """Content of the ``tokenizer.json`` that encoded the text."""
 
     def __post_init__(self) -> None:
         """Raise DataError for labels out of range, classes without samples and names that are not one per class."""

@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint
 from typing import Final, Literal
 
 from clframe.errors import ClframeError
+from clframe.functional.language import perplexity
 from clframe.metrics import continual
 from clframe.metrics.continual import NAN, Matrix, Score
 from clframe.metrics.tally import Tally
@@ -47,6 +48,16 @@ class Evaluations:
         """Task-aware accuracy matrix."""
         return [tally.accuracy_aware_E for tally in self.tallies]
 
+    @cached_property
+    def log_likelihood_TE(self) -> Matrix:
+        """Mean log-likelihood of a token, in nats: after experience t, on test experience e; of a language model."""
+        return [[-nats for nats in tally.nll_E] for tally in self.tallies]
+
+    @property
+    def baseline_log_likelihood_E(self) -> Sequence[float] | None:
+        """Mean log-likelihood of a token under the untrained model on each test experience."""
+        return None if self.baseline is None else [-nats for nats in self.baseline.nll_E]
+
     @property
     def baseline_E(self) -> Sequence[float] | None:
         """Accuracy of the untrained model on each test experience."""
@@ -71,6 +82,8 @@ class Metric:
     """Short heading in the terminal's table over seeds; empty leaves the metric out of that table."""
     compared: bool = False
     """If true, reports compare groups of runs by this metric."""
+    per_token: bool = False
+    """If true, it is computed for language models only."""
 
 
 def _load_metric(point: EntryPoint) -> Iterator[tuple[str, Metric]]:
@@ -134,14 +147,65 @@ OWN_METRICS: Final[Mapping[str, Metric]] = {
     ),
 }  # fmt: skip
 
-for _name, _metric in OWN_METRICS.items():
+
+
+def _negative(score: Score) -> Score:
+    return Score(-score.value, score.undefined)
+
+
+def _perplexity(score: Score) -> Score:
+    return Score(perplexity(-score.value), score.undefined) if not score.undefined else score
+
+
+TOKEN_METRICS: Final[Mapping[str, Metric]] = {
+    "final_perplexity": Metric(
+        label="final perplexity", column="perplexity", compared=True, better="lower", kind="decimal", per_token=True,
+        tag="1_progress/perplexity",
+        score=lambda found: _perplexity(continual.final_average_accuracy(found.log_likelihood_TE)),
+        running=lambda found: _perplexity(continual.average_seen_accuracy(found.log_likelihood_TE)),
+    ),
+    "final_nats_per_token": Metric(
+        label="final nats per token", column="nats/token", compared=True, better="lower", kind="fine", per_token=True,
+        tag="1_progress/nats_per_token",
+        score=lambda found: _negative(continual.final_average_accuracy(found.log_likelihood_TE)),
+        running=lambda found: _negative(continual.average_seen_accuracy(found.log_likelihood_TE)),
+    ),
+    "learning_nats": Metric(
+        label="nats per token just after learning", better="lower", kind="fine", per_token=True,
+        score=lambda found: _negative(continual.learning_accuracy(found.log_likelihood_TE)),
+    ),
+    "forgetting_nats": Metric(
+        label="forgetting, nats per token", column="forgetting", compared=True, better="lower", kind="fine",
+        per_token=True, tag="1_progress/forgetting_nats",
+        score=lambda found: continual.forgetting(found.log_likelihood_TE),
+    ),
+    "backward_transfer_nats": Metric(
+        label="backward transfer, nats per token", column="backward", kind="fine", per_token=True,
+        score=lambda found: continual.backward_transfer(found.log_likelihood_TE),
+    ),
+    "forward_transfer_nats": Metric(
+        label="forward transfer, nats per token", kind="fine", per_token=True,
+        score=lambda found: continual.forward_transfer(found.log_likelihood_TE, found.baseline_log_likelihood_E),
+    ),
+}
+"""Of language models: the metrics of classifiers on the matrix of log-likelihoods, which rise as accuracies do; losses
+of them are positive, as forgetting is. Domains have the same weight, so the final perplexity is the geometric mean of
+those of the domains."""
+
+for _name, _metric in {**OWN_METRICS, **TOKEN_METRICS}.items():
     METRICS.add(_name, _metric)
 
 
 def all_metrics() -> dict[str, Metric]:
     """Return every metric by name: clframe's in the order of this file, then others in alphabetical order."""
     found = dict(METRICS.items())
-    return {**{name: found[name] for name in OWN_METRICS}, **found}
+    return {**{name: found[name] for name in (*OWN_METRICS, *TOKEN_METRICS)}, **found}
+
+
+def metrics_of(tallies: Sequence[Tally]) -> dict[str, Metric]:
+    """Return the metrics that are defined for these evaluations: those of tokens for language models only."""
+    by_token = bool(tallies) and bool(tallies[-1].nats_E)
+    return {name: metric for name, metric in all_metrics().items() if by_token or not metric.per_token}
 
 
 def scores(
@@ -167,7 +231,8 @@ def scores(
     _check_shapes([*tallies, baseline] if baseline else tallies, found=len(tallies))
     found = Evaluations(tallies, baseline)
     return {
-        name: _score((running and metric.running) or metric.score, found) for name, metric in all_metrics().items()
+        name: _score((running and metric.running) or metric.score, found)
+        for name, metric in metrics_of(tallies).items()
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError
+from clframe.functional.language import token_nll
 from clframe.metrics.counts import Counts
 
 
@@ -37,20 +38,33 @@ class Tally:
     """Correct with the arg-max over all classes learned so far (task-agnostic)."""
     correct_aware_EC: Counts
     """Correct with the arg-max over the classes of the sample's experience only (task-aware)."""
+    nats_E: tuple[float, ...] = ()
+    """Of a language model, whose samples are tokens: the sum of their negative log-likelihoods on each experience, in
+    nats; empty for classifiers."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "nats_E", tuple(float(nats) for nats in self.nats_E))
         for name in ("total_EC", "correct_EC", "correct_aware_EC"):
             object.__setattr__(self, name, Counts.of(getattr(self, name)))
+        if self.nats_E and len(self.nats_E) != self.total_EC.shape[0]:
+            raise ClframeError("tally: nats_E and total_EC differ in length; give one sum per experience")
         for name, counts in (("correct_EC", self.correct_EC), ("correct_aware_EC", self.correct_aware_EC)):
             if counts.shape != self.total_EC.shape:
                 raise ClframeError(f"tally: {name} and total_EC differ in shape; give experiences x classes")
             for right, total in counts.excess(self.total_EC):
                 raise ClframeError(f"tally: {name} has {right} of {total} samples; count each once")
 
-    def as_tree(self) -> dict[str, dict[str, Any]]:
+    def as_tree(self) -> dict[str, Any]:
         """Return plain values, of the same size as the tally; ``Tally(**tree)`` is the inverse."""
         counts = {"total_EC": self.total_EC, "correct_EC": self.correct_EC, "correct_aware_EC": self.correct_aware_EC}
-        return {name: each.as_tree() for name, each in counts.items()}
+        tree: dict[str, Any] = {name: each.as_tree() for name, each in counts.items()}
+        return {**tree, "nats_E": list(self.nats_E)} if self.nats_E else tree
+
+    @property
+    def nll_E(self) -> tuple[float, ...]:
+        """Nats per token on each test experience, NaN where nothing was evaluated; empty for classifiers."""
+        tokens_E = self.samples_E if self.nats_E else ()
+        return tuple(nats / n if n else float("nan") for nats, n in zip(self.nats_E, tokens_E, strict=True))
 
     @property
     def samples_E(self) -> tuple[int, ...]:
@@ -125,6 +139,50 @@ class TallyCounter:
                 index_K = index_K.pin_memory().to(logits_BC.device, non_blocking=True)
             index_K = self._index_K[known] = index_K.to(logits_BC.device)
         return _right_B(logits_BC.index_select(1, index_K), y_B, names_K=index_K)
+
+
+class TokenCounter:
+    """Counts the next tokens that a language model predicts, and sums their negative log-likelihoods.
+
+    The classes of the tally are the domains, as in the stream. Every domain has the same vocabulary, so task-aware
+    counts are the task-agnostic ones.
+
+    Args:
+        experiences: Number of test experiences, E.
+        domains: Number of domains of the whole benchmark, D.
+        device: Device of logits and targets.
+
+    >>> counter = TokenCounter(1, 2, device="cpu")
+    >>> counter.update(0, torch.zeros(2, 4), torch.tensor([0, 3]), torch.tensor([1]))
+    >>> counter.result().correct_EC, round(counter.result().nats_E[0], 4)
+    (((0, 1),), 2.7726)
+    """
+
+    def __init__(self, experiences: int, domains: int, *, device: torch.device | str) -> None:
+        self._counts_2ED = torch.zeros(2, experiences, domains, dtype=torch.int64, device=device)
+        self._nats_E = torch.zeros(experiences, dtype=torch.float64, device=device)
+
+    def update(self, experience: int, logits_NV: Tensor, y_N: Tensor, domain_B: Tensor) -> None:
+        """Count the tokens of B windows of test experience ``experience``.
+
+        Logits that are not finite predict nothing.
+
+        Args:
+            experience: Its index.
+            logits_NV: Logits of the tokens, window by window.
+            y_N: Their targets.
+            domain_B: The domain of each window.
+        """
+        right_B = _right_B(logits_NV, y_N).reshape(len(domain_B), -1).sum(1)
+        tokens_B = torch.full_like(right_B, y_N.numel() // max(len(domain_B), 1))
+        for counts_D, count_B in zip(self._counts_2ED[:, experience], (tokens_B, right_B), strict=True):
+            counts_D.index_add_(0, domain_B.long(), count_B)
+        self._nats_E[experience] += token_nll(logits_NV, y_N).sum(dtype=torch.float64)
+
+    def result(self) -> Tally:
+        """Return the counts so far."""
+        total_EC, right_EC = (Counts.of(counts_ED.numpy()) for counts_ED in self._counts_2ED.cpu())
+        return Tally(total_EC, right_EC, right_EC, nats_E=tuple(self._nats_E.tolist()))
 
 
 def _right_B(logits_BK: Tensor, y_B: Tensor, *, names_K: Tensor | None = None) -> Tensor:

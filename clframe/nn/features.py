@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clframe.functional.language import next_token_targets
+from clframe.functional.prototypes import to_single
 from clframe.nn.backbones.base import preserving_state
 from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples
 
 TapPooling = Literal["mean", "max"]
+MOST_TOKENS = 8192
+"""Tokens of a text whose logits are held in memory together."""
 
 
 def feature_reader(
     network: Network, samples: Samples, *, batch_size: int = 256
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from index_N to the last-tap features_NF of ``samples``.
+    """Return a function from index_N to the last-tap features_NF of ``samples``, of a text their mean over its tokens.
 
     It uses a frozen copy of the network, made at the first call, so that an unused reader costs nothing.
     """
@@ -31,7 +35,8 @@ def feature_reader(
             frozen.append(freeze(network))
         parts = [network.to_device(samples.prepare(samples.raw(index))) for index in index_N.split(batch_size)]
         with torch.no_grad():
-            return torch.cat([frozen[0].backbone(x) for x in parts])
+            found = torch.cat([frozen[0].backbone(x) for x in parts])
+        return found.mean(1) if network.vocabulary else found
 
     return features
 
@@ -45,19 +50,31 @@ def exit_logits(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Compute K tensors logits_NC, one per exit, of all samples of all ``parts``, and their targets_N.
 
+    Of text, N are the tokens of at most :data:`MOST_TOKENS` in evenly spaced windows of each part, since logits over a
+    vocabulary take thousands of numbers per token.
+
     Modules return to their own mode afterwards. ``answer`` replaces the plain forward pass where a component adjusts
     logits (``context.corrected_output``).
     """
     device = network.final.weight.device
     forward = network if answer is None else answer
+    outputs, targets = [], []
     with preserving_state([network]):
-        outputs = [
-            forward(network.to_device(samples.prepare(samples.raw(index)))).logits
-            for samples in parts
-            for index in torch.arange(len(samples)).split(batch_size)
-        ]
-    targets_N = torch.cat([samples.y.to(device) for samples in parts])
+        for samples in parts:
+            chosen = _windows(network, len(samples)) if network.vocabulary else torch.arange(len(samples))
+            for index in chosen.split(batch_size):
+                x = network.to_device(samples.prepare(samples.raw(index)))
+                outputs.append(forward(x).logits)
+                y_B = samples.y[index.to(samples.y.device)].to(device)
+                targets.append(next_token_targets(x) if network.vocabulary else y_B)
+    targets_N = torch.cat(targets)
     return tuple(torch.cat(logits) for logits in zip(*outputs, strict=True)), targets_N
+
+
+def _windows(network: Network, count: int) -> Tensor:
+    """Indices of evenly spaced windows with at most MOST_TOKENS tokens in all."""
+    most = max(1, MOST_TOKENS // (network.input_shape[0] - 1))
+    return torch.arange(min(count, most)) * count // min(count, most)
 
 
 def embed_tap(tap: Tensor, *, pooling: TapPooling = "mean") -> Tensor:
@@ -120,7 +137,8 @@ def class_sums(
     for features, y_B in exit_features(network, samples, batch_size=batch_size, pooling=pooling):
         # A matrix product, because index_add_ has no fixed order of summation on GPUs.
         one_hot_CB = F.one_hot(y_B, classes).T
-        parts = [one_hot_CB.to(f_BF.dtype) @ F.normalize(f_BF, dim=1) for f_BF in features]
+        singles = [to_single(f_BF) for f_BF in features]
+        parts = [one_hot_CB.to(f_BF.dtype) @ F.normalize(f_BF, dim=1) for f_BF in singles]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
         count_C += one_hot_CB.sum(1)
     return tuple(sums), count_C

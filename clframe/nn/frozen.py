@@ -87,6 +87,39 @@ def logits_reader(network: Network, samples: Samples, *, batch_size: int = 256) 
     return logits
 
 
+TOP_LOGITS = 16
+"""Largest logits of a token that are stored: all would be thousands of numbers per token and exit."""
+
+
+def top_logits_reader(
+    network: Network, samples: Samples, *, batch_size: int = 16
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return a function from index_N to the largest logits of a language model for windows of text.
+
+    ``logits`` is [N, tokens, exits, :data:`TOP_LOGITS`], in descending order, and ``tokens`` the ids that they belong
+    to, on the device of ``samples``; the network is in evaluation mode and returns to its own mode.
+    """
+    exits, context = len(network.heads), network.input_shape[0] - 1
+    top = min(TOP_LOGITS, network.vocabulary)
+
+    @torch.no_grad()
+    def read(index_N: Tensor) -> dict[str, Tensor]:
+        device, training = samples.raw(index_N[:0]).device, network.training
+        shape = (0, context, exits, top)
+        found = [(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))]
+        network.eval()
+        for index in index_N.split(batch_size) if len(index_N) else ():
+            output: Output = network(network.to_device(samples.prepare(samples.raw(index))))
+            best = [logits_NV.topk(top, dim=1) for logits_NV in output.logits]
+            values, ids = (torch.stack([each[part] for each in best], dim=1) for part in (0, 1))
+            size = (-1, *shape[1:])
+            found.append((values.float().reshape(size).to(device), ids.int().reshape(size).to(device)))
+        network.train(training)
+        return {name: torch.cat([each[part] for each in found]) for part, name in enumerate(("logits", "tokens"))}
+
+    return read
+
+
 def forward_preserving_buffers(
     network: Network, x: Tensor, *, parameters: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Output:

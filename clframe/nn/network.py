@@ -6,7 +6,7 @@ Shape suffixes: B batch, C classes, K exits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clframe.errors import ConfigError
 from clframe.nn.backbones.base import Backbone, Flow, tap_of
 from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head
+from clframe.nn.token_heads import TokenLinear
 from clframe.nn.types import Output
 
 if TYPE_CHECKING:
@@ -90,6 +91,11 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 Gradient = Literal["through", "detached", "equilibrium"]
 
+StageValues = tuple[tuple[Tensor, ...], dict[str, Tensor]]
+"""The inputs of the heads of all exits in order, and the requested stage outputs by name."""
+StageRunner = Callable[["Network", Tensor, Sequence[str]], StageValues]
+"""Computes ``network.run_stages(x, taps)``."""
+
 FINAL = "final"
 """Name of the last exit, the backbone's own classifier."""
 
@@ -134,7 +140,8 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, *, exits: Sequence[tuple[str, Head]] = ()) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleList([GrowingLinear(backbone.features)])
+        make = self._token_classifier if backbone.vocabulary else GrowingLinear
+        self.heads = nn.ModuleList([make(backbone.features)])
         self.exit_names: tuple[str, ...] = ()
         self.exits_at: tuple[tuple[int, ...], ...] = ()
         self.ensemble: Ensemble = Single()
@@ -156,6 +163,11 @@ class Network(nn.Module):
     def classes(self) -> int:
         """Number of outputs of the final exit."""
         return self.final.classes
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids of a language model, whose logits have one row per token; 0 for a classifier of samples."""
+        return self.backbone.vocabulary
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -182,8 +194,10 @@ class Network(nn.Module):
         if stages != sorted(stages):
             found = ", ".join(tap for tap, _ in exits)
             raise ConfigError(f"exits: found taps {found}; list them in order of depth")
-        make = self._make_classifier
-        self.heads = nn.ModuleList([*(head if make is None else head.use(make) for _, head in exits), own])
+        make = self._token_classifier if self.vocabulary else self._make_classifier
+        done = [make is None or isinstance(head, TokenLinear) for _, head in exits]
+        made = [head if kept else head.use(make) for (_, head), kept in zip(exits, done, strict=True)]  # type: ignore[arg-type]
+        self.heads = nn.ModuleList([*made, own])
         self.exit_names = (*_numbered([tap for tap, _ in exits]), FINAL)
         self.exits_at = tuple(
             tuple(exit for exit, at in enumerate(stages) if at == stage) for stage in range(len(backbone.names))
@@ -212,7 +226,7 @@ class Network(nn.Module):
 
         The final exit draws its new rows first, so that its weights do not depend on whether there are other exits.
         """
-        wanted = tuple(classes)
+        wanted = tuple(range(self.vocabulary)) or tuple(classes)  # the samples' classes are not those of tokens
         grown = [head.grow(wanted) for head in reversed(self.heads)]  # type: ignore[operator]
         return any([*grown, self.ensemble.grow(wanted)])
 
@@ -258,7 +272,9 @@ class Network(nn.Module):
         logits_BC = head(tap, previous_BC.detach()) if head.cascades else head(tap)
         return logits_BC + previous_BC.detach() if self.boosted else logits_BC
 
-    def forward(self, x: Tensor, *, taps: Collection[str] = (), parts: Sequence[int] = ()) -> Output:
+    def forward(
+        self, x: Tensor, *, taps: Collection[str] = (), parts: Sequence[int] = (), stages: StageRunner | None = None
+    ) -> Output:
         """Run all stages and classify at every exit.
 
         Args:
@@ -266,22 +282,47 @@ class Network(nn.Module):
             taps: Names of the stages whose outputs are returned as well.
             parts: Sizes of the parts of ``x`` to run one after the other, each with its own batch statistics; empty
                 runs all samples together.
+            stages: Runs all stages, such as a compiled form of :meth:`run_stages`; None runs them one by one.
 
         Raises:
             UnknownNameError: The backbone has no such tap.
         """
         if len(parts) > 1:
-            outputs = [self._run(part, taps) for part in x.split(list(parts))]
+            outputs = [self._run(part, taps, stages) for part in x.split(list(parts))]
             logits = tuple(torch.cat(found) for found in zip(*(output.logits for output in outputs), strict=True))
             return Output(logits, {name: torch.cat([output.taps[name] for output in outputs]) for name in taps})
-        return self._run(x, taps)
+        return self._run(x, taps, stages)
 
-    def _run(self, x: Tensor, taps: Collection[str]) -> Output:
+    def run_stages(self, x: Tensor, taps: Sequence[str]) -> StageValues:
+        """Run all stages without classifying.
+
+        Args:
+            x: Inputs, batch first.
+            taps: Names of the stages whose outputs are returned as well.
+        """
+        inputs: list[Tensor] = []
+        kept: dict[str, Tensor] = {}
+        value: Flow = x
+        for name, stage, exits in zip(self.backbone.names, self.backbone.stages, self.exits_at, strict=True):
+            value = stage(value)
+            for exit in exits:
+                tap, value = self._branch(exit, value)
+                inputs.append(tap)
+            if name in taps:
+                kept[name] = tap_of(value)
+        return tuple(inputs), kept
+
+    def _run(self, x: Tensor, taps: Collection[str], stages: StageRunner | None) -> Output:
         backbone = self.backbone
         for name in taps:
             backbone.tap(name)
         logits: list[Tensor] = []
-        kept: dict[str, Tensor] = {}
+        if stages is not None:
+            inputs, kept = stages(self, x, tuple(taps))
+            for exit, tap in enumerate(inputs):
+                logits.append(self.classify(exit, tap, logits[-1] if logits else None))
+            return Output(tuple(logits), kept)
+        kept = {}
         value: Flow = x
         for name, stage, exits in zip(backbone.names, backbone.stages, self.exits_at, strict=True):
             value = stage(value)
@@ -291,6 +332,11 @@ class Network(nn.Module):
             if name in taps:
                 kept[name] = tap_of(value)
         return Output(tuple(logits), kept)
+
+    def _token_classifier(self, features: int) -> TokenLinear:
+        """Make the classifier of an exit of a language model, tied to the embedding where the widths agree."""
+        tied = self.backbone.embedding if features == self.backbone.features else None
+        return TokenLinear(features, vocabulary=self.vocabulary, tied=tied)
 
     def _branch(self, exit: int, value: Flow) -> tuple[Tensor, Flow]:
         """Inputs of the exit's head and of the next stage: the same values with different gradients."""

@@ -5,6 +5,7 @@ Shape suffixes: B batch, M stored samples, R replayed samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -16,8 +17,9 @@ from clframe.core.component import Component
 from clframe.core.types import Batch, Pool, State, Step, StepContext
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.features import feature_reader
-from clframe.nn.frozen import first_logits, logits_reader
+from clframe.nn.frozen import first_logits, logits_reader, top_logits_reader
 from clframe.nn.network import Network
+from clframe.nn.types import Samples
 from clframe.replay.buffers import Budget, MemoryPolicy, Selection, add_to_reservoir, sample_indices
 
 Joining = Literal["extra", "fixed", "half", "concatenate"]
@@ -37,6 +39,12 @@ def check_room(component: str, memory: int, classes: int) -> None:
             f"components.{component}.memory: found {memory} for {classes} classes; give at least "
             f"{classes}, one sample of each"
         )
+
+
+def _logits_column(network: Network, samples: Samples) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Return a function from index_N to the column ``logits`` of a buffer."""
+    read = logits_reader(network, samples)
+    return lambda index: {"logits": read(index)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +94,13 @@ class BufferComponent(Component):
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Trim the buffer, then add samples of this experience."""
         samples = context.experience.samples
-        read = logits_reader(network, samples)
+        read = top_logits_reader(network, samples) if network.vocabulary else _logits_column(network, samples)
         return self.policy.update(
             state,
             context.experience,
             generator=context.generator,
             features=feature_reader(network, samples),
-            targets=(lambda index: {"logits": read(index)}) if self.stores_logits else None,
+            targets=read if self.stores_logits else None,
         )
 
 
@@ -180,17 +188,42 @@ class ReplayComponent(BufferComponent):
     def make_batch(self, batch: Batch, context: StepContext, state: State, network: Network) -> Batch:
         """Return new samples, then replayed ones, drawn with replacement; the batch itself while the buffer is empty.
 
-        With ``stores_logits``, ``batch.extras`` has the stored logits of the first draw.
+        With ``stores_logits``, ``batch.extras`` has the stored logits of the first draw, of a language model with the
+        ``tokens`` that they belong to.
         """
         if state["x"] is None:
             return batch
         draws = [self.draw(batch, context, state) for _ in range(self.draws_per_batch)]
         joined = self.join(batch, torch.cat(draws), context, state)
         extras = {}
-        if self.stores_logits:
-            extras["logits"] = state["logits"].index_select(0, draws[0]).to(batch.x.device)
+        for column in ("logits", "tokens") if self.stores_logits else ():
+            if column in state:
+                extras[column] = state[column].index_select(0, draws[0]).to(batch.x.device)
         parts = (len(batch.x), *map(len, draws)) if self.batches == "apart" else ()
         return replace(joined, extras=extras, parts=parts)
+
+    def at_stored(self, logits: Sequence[Tensor], extras: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return, of each exit's logits of replayed samples, those that were stored.
+
+        All of a classifier; of a language model, whose samples are tokens here, the largest ones at the time.
+        """
+        tokens_RKW = extras.get("tokens")
+        if tokens_RKW is None:
+            return list(logits)
+        return [logits_RV.gather(1, tokens_RKW[:, k].long()) for k, logits_RV in enumerate(logits)]
+
+    def init_state(self, network: Network) -> State:
+        """Return an empty buffer.
+
+        Raises:
+            UnsupportedError: A language model whose logits were to be stored after every step.
+        """
+        if self.stores_logits and self.update == "step" and network.vocabulary:
+            raise UnsupportedError(
+                f"components.{self.name}.update: found step for a language model, whose largest logits are read at the "
+                f"end of a domain; use update experience"
+            )
+        return super().init_state(network)
 
     def draw(self, batch: Batch, context: StepContext, state: State) -> Tensor:
         """index_R of the stored samples of one draw."""

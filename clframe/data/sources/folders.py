@@ -37,7 +37,7 @@ def image_folder(
     size: int | None = None,
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """User images in one folder per class: ``path/train/CLASS`` and ``path/test/CLASS``, or ``path/CLASS``.
 
@@ -114,7 +114,7 @@ def refuse_ambiguous(root: Path, names: Sequence[str]) -> None:
 
 @SOURCES.register("imagenet")
 def imagenet(
-    *, data_dir: str = "data/imagenet", size: int = 224, memory_gb: float = MEMORY_GB, cache: str | None = None
+    *, data_dir: str = "data/imagenet", size: int = 224, memory_gb: float = MEMORY_GB, cache: Path | None = None
 ) -> Source:
     """ImageNet (ILSVRC 2012), 1,000 classes, from folders ``train/CLASS`` and ``val/CLASS`` in ``data_dir``.
 
@@ -141,7 +141,7 @@ def imagenet_subset(
     class_names: tuple[str, ...] = (),
     size: int = 224,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """Subset of the classes of ImageNet: by default the 100 that Hou et al. (2019) drew with numpy's seed 1993.
 
@@ -179,7 +179,7 @@ def imagenet_subset(
 
 
 def _imagenet(
-    name: str, root: Path, keep: set[str] | None, *, size: int, memory_gb: float, cache: str | None
+    name: str, root: Path, keep: set[str] | None, *, size: int, memory_gb: float, cache: Path | None
 ) -> Source:
     train, test = (_imagenet_split(root, name) for name in ("train", "val"))
     files, parts, class_names = _train_and_test(train, test, size=size, channels=3, keep=keep)
@@ -231,7 +231,7 @@ def csv_table(
     size: int | None = None,
     channels: int | None = None,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """User images listed in a CSV file with columns ``path``, ``label`` and, optionally, ``split``.
 

@@ -80,7 +80,7 @@ class CachedImages(Dataset[Tensor]):
 
 
 def open_cache(
-    folder: str,
+    folder: str | Path,
     paths: tuple[str, ...],
     *,
     shape: tuple[int, ...],
@@ -121,6 +121,8 @@ def open_cache(
                 with contextlib.suppress(OSError):
                     old.unlink()
         _log.info("%s: decoded images are cached in %s (%.3f GB)", title, path, path.stat().st_size / 1e9)
+    else:
+        _log.info("%s: decoded images are read from %s", title, path)
     return CachedImages(path, shape)
 
 

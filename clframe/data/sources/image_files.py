@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class ImageFiles(Dataset[Tensor]):
             start += len(part)
         return images
 
-    def cached(self, folder: str, *, title: str) -> CachedImages:
+    def cached(self, folder: str | Path, *, title: str) -> CachedImages:
         """Return the same images decoded, from the cache in a folder; see :mod:`clframe.data.sources.image_cache`.
 
         Raises:
@@ -236,7 +237,7 @@ def image_source(
     memory_gb: float,
     normalization: Normalization | None = None,
     check_duplicates: bool = False,
-    cache: str | None = None,
+    cache: str | Path | None = None,
 ) -> Source:
     """Make a source of image files: in memory if they fit, read batch by batch otherwise.
 

@@ -51,7 +51,7 @@ def tiny_imagenet(
     data_dir: str = "data",
     download: bool = True,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """Tiny ImageNet, 100,000 + 10,000 color images of 64x64, 200 classes in the order of ``wnids.txt``.
 
@@ -98,7 +98,7 @@ def cub200(
     data_dir: str = "data",
     download: bool = True,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """Birds (CUB-200-2011), 5,994 + 5,794 color images of many sizes, 200 classes. Wah et al. (2011).
 
@@ -147,7 +147,7 @@ def core50(
     data_dir: str = "data",
     download: bool = True,
     memory_gb: float = MEMORY_GB,
-    cache: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """Hand-held objects (CORe50) in 11 video sessions, 164,866 color images of 128x128, 50 objects in 10 categories.
 

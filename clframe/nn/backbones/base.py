@@ -178,6 +178,11 @@ class Backbone(nn.Module):
         stages: ``(name, module, tap shape)`` in order, with the shape for one sample. A later stage must not write into
             its input.
         input_shape: Shape of one sample, such as (channels, height, width).
+        vocabulary: Number of token ids of a language model, see below; 0 for other backbones.
+        tied: Whether its classifiers share the weights of the embedding, the only one of its first stage.
+
+    The samples of a language model are windows of ids: its first stage leaves out the last id, which is only a target,
+    and every tap is (tokens, width). Its network computes one row of logits over the vocabulary for each token.
 
     Attributes:
         names: Names of the stages and of their taps. They may contain dots.
@@ -186,7 +191,7 @@ class Backbone(nn.Module):
         input_shape: Shape of one input sample.
 
     Raises:
-        ConfigError: No stages, a duplicate name, or a last tap that is not flat.
+        ConfigError: No stages, a duplicate name, or a last tap that is not flat (of a language model: not tokens).
 
     >>> stages = [("flat", nn.Flatten(), (12,)), ("out", nn.Linear(12, 5), (5,))]
     >>> net = Backbone(stages, input_shape=(3, 2, 2))
@@ -195,20 +200,28 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, stages: Sequence[tuple[str, nn.Module, tuple[int, ...]]], *, input_shape: tuple[int, ...]
+        self,
+        stages: Sequence[tuple[str, nn.Module, tuple[int, ...]]],
+        *,
+        input_shape: tuple[int, ...],
+        vocabulary: int = 0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         self.names: tuple[str, ...] = tuple(name for name, _, _ in stages)
         self.tap_shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, _, shape in stages}
         self.input_shape: tuple[int, ...] = tuple(input_shape)
+        self.vocabulary = vocabulary
+        self.tied = tied
         if not stages:
             raise ConfigError("backbone: found no stages; give at least one")
         if len(self.tap_shapes) != len(stages):
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise ConfigError(f"backbone: found stage '{twice}' twice; give every stage its own name")
-        if len(self.tap_shapes[self.names[-1]]) != 1:
+        if len(self.tap_shapes[self.names[-1]]) != (2 if vocabulary else 1):
             last, shape = self.names[-1], self.tap_shapes[self.names[-1]]
-            raise ConfigError(f"backbone: found last tap '{last}' of shape {shape}; end in a flat vector")
+            wanted = "(tokens, width)" if vocabulary else "a flat vector"
+            raise ConfigError(f"backbone: found last tap '{last}' of shape {shape}; end in {wanted}")
         self.stages = nn.ModuleList(module for _, module, _ in stages)
 
     @classmethod
@@ -311,7 +324,16 @@ class Backbone(nn.Module):
     @property
     def features(self) -> int:
         """Width of the last tap."""
-        return self.tap_shapes[self.names[-1]][0]
+        return self.tap_shapes[self.names[-1]][-1]
+
+    @property
+    def embedding(self) -> nn.Parameter | None:
+        """Weights that the classifiers share; None if they have their own."""
+        if not self.tied:
+            return None
+        (weight,) = (part.weight for part in self.stages[0].modules() if isinstance(part, nn.Embedding))
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def tap(self, name: str, *, where: str = "") -> int:
         """Index of the stage ``name``; an unknown one is an UnknownNameError that names ``where`` and the nearest."""

@@ -18,6 +18,7 @@ from clframe.options import check_options, missing_options
 
 OPTIONS = {
     "bert": {"vocabulary": 50, "width": 16, "dropout": 0.0},
+    "decoder": {"vocabulary": 50, "width": 16, "depth": 2, "heads": 2},
     "small_cnn": {"width": 4},
     "timm": {"model": "test_resnet"},
     "torchvision": {"model": "shufflenet_v2_x0_5"},
@@ -29,8 +30,9 @@ OPTIONS = {
     "wide_resnet": {"depth": 10, "widen": 1},
 }
 """Small ones, without dropout: it would make two runs differ."""
-SHAPES = {"bert": ((7,), (12,)), "vit_b_16": ((3, 224, 224), (1, 32, 32))}
+SHAPES = {"bert": ((7,), (12,)), "decoder": ((7,), (12,)), "vit_b_16": ((3, 224, 224), (1, 32, 32))}
 IMAGES = ((3, 32, 32), (1, 64, 64))
+TEXT = ("bert", "decoder")
 FULL_SIZE = {
     "convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "resnet34", "resnet50", "swin_t", "swin_v2_s", "vit_b_16"
 }  # fmt: skip
@@ -59,7 +61,7 @@ def built(name):
 
 
 def samples(name, shape, count):
-    return torch.randint(0, 50, (count, *shape)).float() if name == "bert" else torch.randn(count, *shape)
+    return torch.randint(0, 50, (count, *shape)).float() if name in TEXT else torch.randn(count, *shape)
 
 
 def run(backbone, x):

@@ -40,7 +40,7 @@ from clframe.nn.types import Output
 TIMEOUT = timedelta(minutes=30)
 """Longest time for which a process waits for the others; one that has died is noticed within seconds."""
 BUCKET = 2**26
-"""Most values that are averaged in one call."""
+"""Most values that are sent in one call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,40 +209,25 @@ class Group:
         dist.all_gather_into_tensor(_as_bytes(found), _as_bytes(own.contiguous()))
         return found.index_select(0, share.order)
 
-    # --- gradients and statistics -----------------------------------------------------------------
+    # --- statistics -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def average_gradients(
-        self, parameters: Iterable[nn.Parameter], *, norms: Sequence[nn.Module] = (), share: Share | None = None
-    ) -> None:
-        """Average the gradients over the processes, and the running statistics of batch normalization.
+    def average_statistics(self, norms: Sequence[nn.Module], share: Share | None) -> None:
+        """Average the running statistics of batch normalization over the processes.
 
         Args:
-            parameters: Those that learn, in the same order in every process.
-            norms: Modules whose running statistics are averaged, weighted by the rows of each process.
+            norms: Modules whose running means and variances are averaged, weighted by the rows of each process.
             share: Of the batch; None where every process computed all of it.
         """
-        learning = [parameter for parameter in parameters if parameter.requires_grad]
-        present = [parameter.grad for parameter in learning]
-        # A parameter without a gradient here may have one elsewhere: sizes must be equal in every process.
-        tensors = [torch.zeros_like(p) if g is None else g for p, g in zip(learning, present, strict=True)]
         weight = 1.0 if share is None else share.count * self.size / share.size
         statistics = [value for norm in norms for value in _statistics(norm)]
         if statistics and weight != 1:
             torch._foreach_mul_(statistics, weight)
-        self._average([*tensors, *statistics])
-
-    def _average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the processes, in a few calls."""
-        for bucket in _buckets(tensors):
-            # Sums of 16-bit numbers would lose digits, and gloo has none of them.
-            wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
-            rows = [_in_memory_order(tensor) for tensor in bucket]
-            flat = torch.cat([row.reshape(-1).to(wide) for row in rows])
+        for bucket in _buckets(statistics):
+            flat = torch.cat([value.reshape(-1).float() for value in bucket])
             dist.all_reduce(flat)
             flat.div_(self.size)
-            parts = flat.split([row.numel() for row in rows])
-            torch._foreach_copy_(rows, [part.view(row.shape) for part, row in zip(parts, rows, strict=True)])
+            torch._foreach_copy_(bucket, list(flat.split([value.numel() for value in bucket])))
 
     # --- numbers ----------------------------------------------------------------------------------
 
@@ -392,15 +377,6 @@ def _describe(value: Any) -> Any:
 
 def _tensors_of(network: Network) -> list[Tensor]:
     return [tensor.data for tensor in (*network.parameters(), *network.buffers())]
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Return a view whose elements are contiguous, where there is one: hundreds of copies are then one call."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).view(-1)
-    return tensor
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

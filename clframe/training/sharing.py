@@ -15,6 +15,7 @@ from clframe.nn.types import Output
 from clframe.seeding import derive_seed
 from clframe.training.distributed import Group, Share, fingerprint, learning_norms
 from clframe.training.learner import UNOBSERVED, Learner
+from clframe.training.reduction import GradientReduction
 
 
 class SharedBatches:
@@ -41,6 +42,7 @@ class SharedBatches:
     _draws: bool | None = None
     _listed: Any = None
     _norms: Sequence[nn.Module] = ()
+    _reduction: GradientReduction | None = None
 
     def share_batches(self, group: Group | None) -> None:
         """Share batches among the processes of a group."""
@@ -100,15 +102,31 @@ class SharedBatches:
         batch, weight = self.batch, 1 + self.learner.step_counts()[0] % 13
         self._batches += weight * (batch.y.mean(dtype=torch.float64) + batch.x[..., 0].mean(dtype=torch.float64))
 
+    def begin_average(self) -> None:
+        """Let the backward pass that follows average gradients over the processes as they become complete."""
+        if self.group is not None:
+            self._current_reduction().begin()
+
     def average_gradients(self) -> None:
         """Average gradients, and the running statistics of batch normalization, over the processes."""
         if self.group is None:
             return
         assert self.learner is not None
-        network, position = self.learner.network, (self.learner.experience, self._epoch)
+        position = (self.learner.experience, self._epoch)
         if position != self._listed:
-            self._listed, self._norms = position, learning_norms(network)
-        self.group.average_gradients(network.parameters(), norms=self._norms, share=self._share)
+            self._listed, self._norms = position, learning_norms(self.learner.network)
+        self._current_reduction().finish()
+        self.group.average_statistics(self._norms, self._share)
+
+    def _current_reduction(self) -> GradientReduction:
+        """Return what averages the gradients of the parameters that learn now."""
+        assert self.group is not None and self.learner is not None
+        learning = [parameter for parameter in self.learner.network.parameters() if parameter.requires_grad]
+        if self._reduction is None or list(map(id, learning)) != list(map(id, self._reduction.parameters)):
+            if self._reduction is not None:
+                self._reduction.close()
+            self._reduction = GradientReduction(learning, world=self.group.size)
+        return self._reduction
 
     def synchronize(self) -> None:
         """Give every process the weights and states of the first one."""

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,29 @@ def test_draws_in_a_loss_are_refused():
     loop, experiences = capturing(Drawing(), required=True)
     with pytest.raises(UnsupportedError, match="a loss draws random numbers in Python"):
         loop.train(experiences[0])
+
+
+def test_processes_use_a_recording_only_if_all_of_them_have_it(caplog, monkeypatch):
+    record = capture.StepCapture._record
+    for failed in (0, 1):
+        loop, experiences = capturing(compose())
+        told = []
+
+        def total(number, loop=loop, failed=failed, told=told):
+            loop.group = None
+            told.append(number)
+            return number + failed
+
+        def record_in_a_group(self, loop=loop, total=total):
+            found = record(self)
+            loop.group = SimpleNamespace(total=total)  # from here until the decision
+            return found
+
+        monkeypatch.setattr(capture.StepCapture, "_record", record_in_a_group)
+        with caplog.at_level("INFO", logger="clframe"):
+            loop.train(experiences[0])
+        assert bool(loop.step_capture.recorded) is not bool(failed) and set(told) == {0}
+    assert caplog.text.count("another process cannot record the step") == 1
 
 
 def test_a_required_recording_that_did_not_happen_is_reported(caplog, monkeypatch):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +19,10 @@ from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import from_mapping
 from clframe.core import COMPONENTS, parse
 from clframe.errors import ClframeError
+from clframe.training import reduction
 from clframe.training.devices import check_devices, process_count, training_devices
-from clframe.training.distributed import Group, _in_memory_order, divide, fingerprint, learning_norms
+from clframe.training.distributed import Group, divide, fingerprint, learning_norms
+from clframe.training.reduction import GradientReduction, in_memory_order
 
 SMALL = {"per_class": 5, "epochs": 1, "experiences": 2}
 CASES = {
@@ -40,6 +47,7 @@ SLOW = {
     "apart, odd": {"expression": "er(batches=apart, ratio=0.4) + sparsity"},
     "reservoir": {"expression": "derpp(update=step, selection=reservoir)"},
     "float32": {"expression": "er + exits + lwf", "precision": "32-true"},
+    "compiled": {"expression": "er + exits + lwf", "compile": "aot_eager"},
 }  # fmt: skip
 
 
@@ -82,10 +90,51 @@ def test_a_fingerprint_notices_a_changed_or_exchanged_tensor() -> None:
 def test_gradients_are_written_through_their_views() -> None:
     plain, images = torch.zeros(2, 3), torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     for tensor in (plain, images, torch.zeros(3, 2).t()):
-        row = _in_memory_order(tensor)
+        row = in_memory_order(tensor)
         row.copy_(torch.arange(tensor.numel()).view(row.shape))
         assert row.data_ptr() == tensor.data_ptr() and sorted(tensor.flatten().tolist()) == list(range(tensor.numel()))
-    assert _in_memory_order(images).is_contiguous() and float(images[0, 1, 0, 0]) == 1.0  # channels are neighbors
+    assert in_memory_order(images).is_contiguous() and float(images[0, 1, 0, 0]) == 1.0  # channels are neighbors
+
+
+class _Twins:
+    """Stands for two processes with the same gradients: a sum over them is twice the own value, seen after ``wait``."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def broadcast_object_list(self, objects, source) -> None:
+        assert source == 0
+
+    def all_reduce(self, flat, async_op):
+        assert async_op
+        self.sizes.append(flat.numel())
+        return SimpleNamespace(wait=lambda: flat.mul_(2))
+
+
+def test_sums_of_gradients_start_during_the_backward_pass(monkeypatch) -> None:
+    processes = _Twins()
+    monkeypatch.setattr(reduction, "dist", processes)
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(5, 2, bias=False))
+    unused = nn.Parameter(torch.zeros(7))
+    average = GradientReduction([unused, *net.parameters()], world=2, size=20)
+    x = torch.randn(6, 3)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    for step in range(3):
+        net.zero_grad()
+        processes.sizes.clear()
+        average.begin()
+        net(x).square().sum().backward()
+        # Gradients of the last layer are complete first; the first pass only shows that order.
+        assert processes.sizes == ([] if step == 0 else [10, 20])
+        average.finish()
+        assert processes.sizes == [10, 20, 19]  # 12 values of the first layer and 7 of what has no gradient
+        for parameter, gradient in zip(net.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+        assert unused.grad is None
+    average.begin()
+    average.close()
+    net(x).sum().backward()
+    assert processes.sizes == [10, 20, 19]
 
 
 def test_only_batch_normalization_of_shares_is_averaged() -> None:
@@ -198,3 +247,21 @@ def test_devices_of_the_processes() -> None:
         torch.device("cuda", 2), torch.device("cuda", 0),
     )  # fmt: skip
     assert process_count(TrainerConfig(devices=(2, 0))) == 2 and process_count(TrainerConfig(devices=3)) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_agree_and_equal_one(tmp_path) -> None:
+    script, found = Path(__file__).parents[2] / "perf" / "data_parallel.py", tmp_path / "found.json"
+    command = [sys.executable, str(script), "--only", "checks", "--minutes", "5", "--json", str(found)]
+    subprocess.run(command, check=True, timeout=360)
+    rows = {row["check"]: row for row in json.loads(found.read_text())["rows"]}
+    resumed = rows.pop("resume 2 -> 1 -> 2")
+    assert resumed["fine"] and resumed["accuracies_equal"]
+    recorded = {name: row["equal"] for name, row in rows.items() if name.startswith("recorded ")}
+    assert len(recorded) == 5 and all(recorded.values())
+    for name in rows.keys() - recorded.keys():
+        row = rows[name]
+        assert row["equal_in_all_processes"] and row["equal_to_one_device"] and row["accuracies_equal"], name
+        assert row["new_samples_once_per_epoch"] is not False
+    assert rows["lwf"]["new_samples_once_per_epoch"] is True

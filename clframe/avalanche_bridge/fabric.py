@@ -27,8 +27,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, retain_graph: bool) -> None:
         """Run the backward pass; in 16-bit mixed precision the gradients are scaled afterwards."""
 
-    def step(self) -> None:
-        """Unscale and clip the gradients where asked for, then update."""
+    def step(self) -> bool:
+        """Unscale and clip the gradients where asked for, then update.
+
+        Returns False where the scaler of 16-bit mixed precision has left the update out, as gradients are not finite.
+        """
 
     def skip(self) -> None:
         """Adapt the loss scale of 16-bit mixed precision to gradients that are not finite, without an update."""
@@ -62,18 +65,18 @@ class FabricEngine:
         else:
             self._fabric.backward(loss, retain_graph=retain_graph)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Clip, which unscales first, then update."""
         if self._clip is not None:
             # error_if_nonfinite=True would synchronize with the device at every step.
             self.norm = self._fabric.clip_gradients(
                 self.module, self._optimizer, max_norm=self._clip, error_if_nonfinite=False
             )
-        self._optimizer.step()
+        return scaled_step(scaler_of(self._fabric._precision), self._optimizer.step)
 
     def skip(self) -> None:
         """Have the gradient scaler find the gradients that are not finite, if there is one: it makes no update then."""
-        if getattr(self._fabric._precision, "scaler", None) is not None:
+        if scaler_of(self._fabric._precision) is not None:
             self._optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -89,6 +92,25 @@ def needs_wrapper(fabric: Fabric) -> bool:
 def wraps_modules(fabric: Fabric) -> bool:
     """Whether Fabric's strategy wraps modules to synchronize several processes."""
     return fabric.world_size > 1 and bool(getattr(fabric.strategy, "wraps_modules", True))
+
+
+def scaler_of(precision: Any) -> Any:
+    """Return the gradient scaler of Lightning's precision plugin; None unless it is that of 16-bit mixed precision."""
+    return getattr(precision, "scaler", None)
+
+
+def scaled_step(scaler: Any, step: Callable[[], Any]) -> bool:
+    """Run an optimizer's step through a scaler; returns whether it was made.
+
+    A scaler lowers its scale exactly where it leaves a step out. Reading the scale waits for the device, as the
+    scaler itself does.
+    """
+    if scaler is None:
+        step()
+        return True
+    before = scaler.get_scale()
+    step()
+    return bool(scaler.get_scale() >= before)
 
 
 class TrainerEngine:
@@ -107,15 +129,16 @@ class TrainerEngine:
         """Run ``LightningModule.manual_backward``."""
         self._module.manual_backward(loss, retain_graph=retain_graph)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Run the Trainer's optimizer step, which unscales, calls ``on_before_optimizer_step`` and updates."""
         optimizer: Any = self._module.optimizers()
-        optimizer.step()
+        made = scaled_step(scaler_of(self._module.trainer.precision_plugin), optimizer.step)
         self.norm = getattr(self._module, "norm_before_clipping", None)
+        return made
 
     def skip(self) -> None:
         """Have the gradient scaler find the gradients that are not finite, if there is one: it makes no update then."""
-        if getattr(self._module.trainer.precision_plugin, "scaler", None) is not None:
+        if scaler_of(self._module.trainer.precision_plugin) is not None:
             self.step()
 
     def autocast(self) -> AbstractContextManager[Any]:

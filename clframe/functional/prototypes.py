@@ -54,6 +54,15 @@ def consolidate_rows(kept_CF: Tensor, kept_C: Tensor, fresh_CF: Tensor, fresh_C:
     return torch.where(now_C.unsqueeze(1), merged_CF, kept_CF), kept_C + fresh_C
 
 
+def to_single(x: Tensor) -> Tensor:
+    """Convert half to single precision; others stay. Sums over many samples do not grow any more in half precision.
+
+    >>> to_single(torch.zeros(2, dtype=torch.bfloat16)).dtype, to_single(torch.zeros(2, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def to_double(values: Tensor) -> Tensor:
     """Convert to double precision, on the CPU if the device has none (MPS)."""
     return (values.cpu() if values.device.type == "mps" else values).double()

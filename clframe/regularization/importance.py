@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clframe.functional.prototypes import to_single
+
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the tensors in a flat vector, in order."""
 
@@ -167,7 +169,7 @@ def gradient_sums(
     """
     one = torch.func.grad(loss_of)
     many = torch.func.vmap(one, in_dims=(None, 0, 0))
-    sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    sums = {name: torch.zeros_like(to_single(value)) for name, value in parameters.items()}
     for x_B, label_B in zip(x.split(chunk), labels.split(chunk), strict=True):
         try:
             with warnings.catch_warnings():  # torch warns of each operation that it batches by a loop
@@ -176,6 +178,7 @@ def gradient_sums(
         except RuntimeError:  # an operation without a batching rule, or a custom autograd function
             return gradient_sums_by_loop(loss_of, parameters, x, labels, power=power)
         for name, gradient_B in gradients.items():
+            gradient_B = to_single(gradient_B)
             sums[name] += (gradient_B.square() if power == 2 else gradient_B.abs()).sum(0)
     return sums
 
@@ -185,14 +188,14 @@ def gradient_sums_by_loop(
 ) -> dict[str, Tensor]:
     """Compute :func:`gradient_sums` by one backward pass per sample: slow, but works for any model."""
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    sums = {name: torch.zeros_like(to_single(value)) for name, value in parameters.items()}
     with torch.enable_grad():
         for sample, label in zip(x, labels, strict=True):
             loss = loss_of(leaves, sample, label)
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += gradient.abs() ** power
+                    sums[name] += to_single(gradient).abs() ** power
     return sums
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
+from clframe.functional.prototypes import to_single
 from clframe.nn.network import Network
 from clframe.regularization.importance import (
     Layout,
@@ -166,7 +167,7 @@ class QuadraticPenalty:
         for number, names in enumerate(state["scopes"]):
             layout: Layout = tuple((name, tuple(network.get_parameter(name).shape)) for name in names)
             importance_P = flatten([importances[number][name] for name in names])
-            center_P = flatten([network.get_parameter(name) for name in names])
+            center_P = to_single(flatten([network.get_parameter(name) for name in names]))
             old = state["terms"][number] if state["terms"] else None
             if not bool(torch.isfinite(importance_P).all() & torch.isfinite(center_P).all()):
                 raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
+from clframe.functional.prototypes import to_single
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
 from clframe.regularization.importance import gradient_sums
@@ -80,7 +81,8 @@ def sensitivities(
     """Return, for each objective, the mean over samples of ``|gradient of the sample's loss|^power``, by weight.
 
     Samples are not augmented and the network is in evaluation mode, with running statistics of batch normalization;
-    gradients pass between exits as in training. The network is not changed. The cost is a forward and a backward pass
+    gradients pass between exits as in training. The network is not changed. The sample of a language model is a window
+    of text, its loss the mean over its tokens. The cost is a forward and a backward pass
     of every sample for each objective, about ten training epochs on a CPU (convolutional nets and small transformers,
     all exits) and more with large linear layers, because each sample needs a gradient of all weights; ``limit`` bounds
     it.
@@ -103,7 +105,7 @@ def sensitivities(
     index_N = torch.randperm(len(samples), generator=generator)
     index_N = index_N[:limit] if limit else index_N
     weights = {name: value.detach() for name, value in network.named_parameters()}
-    found = [{name: torch.zeros_like(weights[name]) for name in names} for _, names in measured]
+    found = [{name: torch.zeros_like(to_single(weights[name])) for name in names} for _, names in measured]
     training, device = network.training, network.final.weight.device
     network.eval()
     try:
@@ -112,6 +114,7 @@ def sensitivities(
                 x = network.to_device(samples.prepare(samples.raw(index)))
                 x = x.to(network.final.weight.dtype) if x.is_floating_point() else x
                 y_B = samples.y[index.to(samples.y.device)].to(device)
+                y_B = x[:, 1:] if network.vocabulary else y_B  # of each token of a window
                 label_BK = _labels(network, x, y_B, labels, generator)
                 for sums, (exits, names) in zip(found, measured, strict=True):
                     own = {name: weights[name] for name in names}
@@ -139,7 +142,7 @@ def _add(
 
     def batch_loss(values: dict[str, Tensor], x_B: Tensor, labels_BK: Tensor) -> Tensor:
         logits = functional_call(network, values, (x_B,)).logits
-        total: Tensor = sum((loss(logits[k], labels_BK[:, k]) for k in exits), start=x.new_zeros(()))
+        total: Tensor = sum((loss(logits[k], labels_BK[:, k].flatten()) for k in exits), start=logits[0].new_zeros(()))
         return total
 
     def sample_loss(values: dict[str, Tensor], x_1: Tensor, label_K: Tensor) -> Tensor:
@@ -153,17 +156,18 @@ def _add(
         return
     gradients = torch.func.grad(batch_loss)(dict(weights), x, label_BK)
     for name, gradient in gradients.items():
-        sums[name] += gradient.abs() ** power * (len(x) if estimate == "published" else len(x) / count)
+        sums[name] += to_single(gradient).abs() ** power * (len(x) if estimate == "published" else len(x) / count)
         if estimate == "published":
             sums[name] /= count
 
 
 def _labels(network: Network, x: Tensor, y_B: Tensor, labels: Labels, generator: Generator) -> Tensor:
-    """Return label_BK of every exit."""
+    """Return label_BK of every exit; label_BKT of a language model, with the labels of the T tokens of each window."""
+    shape = y_B.shape
     if labels == "given":
-        return y_B[:, None].expand(-1, len(network.heads))
+        return y_B[:, None].expand(-1, len(network.heads), *shape[1:])
     logits = network(x).logits
     if labels == "predicted":
-        return torch.stack([logits_BC.argmax(1) for logits_BC in logits], 1)
+        return torch.stack([logits_BC.argmax(1).reshape(shape) for logits_BC in logits], 1)
     drawn = [torch.multinomial(logits_BC.softmax(1).cpu(), 1, generator=generator) for logits_BC in logits]
-    return torch.cat(drawn, 1).to(x.device)
+    return torch.stack([label_N1.reshape(shape) for label_N1 in drawn], 1).to(x.device)

@@ -20,15 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
+from clframe.avalanche_bridge.fabric import scaler_of
 from clframe.core import Batch, Step
 from clframe.errors import UnsupportedError
+from clframe.nn.graphs import Graphs
 from clframe.nn.types import Output
 from clframe.training.learner import Inputs, Section, StepObserver
 
@@ -45,56 +47,6 @@ AFTER: Final = ("after_update", "after_training_iteration")
 """Events of plugins that follow the recorded work, whose results they find where an eager step leaves them."""
 OPTIMIZERS: Final = (SGD, Adam, AdamW, RMSprop)
 """Optimizers whose update never waits for the device."""
-
-
-class Graphs(Protocol):
-    """Records and replays work: :class:`CudaGraphs`, or a stand-in for tests on a CPU."""
-
-    def epoch(self) -> AbstractContextManager[Any]:
-        """Return the context in which an epoch runs: its eager steps, recordings and replays."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record ``work`` without running it; returns the function that runs it.
-
-        Raises:
-            RuntimeError: ``work`` waits for the device.
-        """
-
-    def release(self) -> None:
-        """Free the memory of unreferenced graphs."""
-
-
-class CudaGraphs:
-    """Graphs on one CUDA device. They share a memory pool, since only one of them runs at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def epoch(self) -> Iterator[None]:
-        """Return a context on the stream that records: autograd remembers the stream on which a parameter was used."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record ``work``; see :class:`Graphs`."""
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog may query events in its own thread, which other modes forbid.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        replay: Callable[[], None] = graph.replay
-        return replay
-
-    def release(self) -> None:
-        """Free the memory of unreferenced graphs."""
-        torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +168,7 @@ class StepCapture:
         key = _shapes(strategy.batch)
         recording = self._recordings.get(key)
         if recording is None and self._seen[key] >= WARM and self._comes_often():
-            recording = self._record()
+            recording = self._record_everywhere()
         if recording is not None:
             self._recordings[key] = recording
             self._replay(recording)
@@ -234,6 +186,17 @@ class StepCapture:
         epochs = int(strategy.train_epochs) * parts - int(strategy.clock.train_exp_epochs)
         left: int = epochs if number + 1 == batches else epochs * (batches - 1) - number
         return left >= FEWEST
+
+    def _record_everywhere(self) -> Recording | None:
+        """Record a step in all processes of the run; None in all where one of them cannot record it."""
+        recording, group = self._record(), self._strategy.group
+        if group is None or group.total(int(recording is None)) == 0:
+            return recording
+        if recording is not None:
+            self.recorded -= 1
+            self._failure = self._obstacle = "another process cannot record the step"
+            self._report(self._obstacle)
+        return None
 
     def _record(self) -> Recording | None:
         """Record a step; None where it cannot be recorded, which is reported."""
@@ -331,15 +294,13 @@ class StepCapture:
 def find_obstacle(strategy: Any) -> str:
     """Return what prevents a strategy's steps from being recorded, or an empty text."""
     learner, fabric = strategy.learner, strategy.fabric
-    required = strategy.step_capture is not None and strategy.step_capture.required
     components = [component.name for component in learner.composition if not component.capturable]
     calls = {event: found for event, found in strategy.step_plugins.calls.items() if event not in AFTER}
     acting = sorted({type(call.__self__).__name__ for found in calls.values() for call in found})
-    scaled = getattr(fabric._precision, "scaler", None) is not None
+    scaled = scaler_of(fabric._precision) is not None
     skips = strategy.module.divergence.filter is not None
     found = {
         "engine trainer calls Lightning's hooks in every step": strategy.engine_name != "fabric",
-        "several devices record steps with trainer.capture=true only": strategy.group is not None and not required,
         "gradients of several batches are accumulated": strategy.accumulate > 1,
         "on_nonfinite: skip looks at every loss and gradient": skips,
         "the loss scaler of 16-mixed decides on the host": scaled,

@@ -120,18 +120,23 @@ class DivergenceGuard:
     Attributes:
         found: One line for each experience that diverged.
         filter: Skips updates and counts them; None unless ``action`` is ``"skip"``.
+        updates: Updates that were due, by experience; with a filter, its own.
+        skipped: Those of them that the scaler of 16-bit mixed precision has left out.
     """
 
     def __init__(self, action: Literal["stop", "warn", "skip"] = "stop") -> None:
         self.action = action
         self.found: list[str] = []
         self.filter = UpdateFilter() if action == "skip" else None
+        self.updates: Counter[int] = Counter()
+        self.skipped: Counter[int] = Counter()
         self._experience: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the findings so far, the experience of the last one, and the counts of skipped updates."""
         filter = {} if self.filter is None else self.filter.state_dict()
-        return {"found": list(self.found), "experience": self._experience, "filter": filter}
+        scaler = {"updates": dict(self.updates), "skipped": dict(self.skipped)}
+        return {"found": list(self.found), "experience": self._experience, "filter": filter, "scaler": scaler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; :attr:`found` remains the same list."""
@@ -139,6 +144,25 @@ class DivergenceGuard:
         self._experience = state["experience"]
         if self.filter is not None and state.get("filter"):
             self.filter.load_state_dict(state["filter"])
+        scaler = state.get("scaler", {})  # missing in checkpoints of an early version
+        self.updates, self.skipped = Counter(scaler.get("updates")), Counter(scaler.get("skipped"))
+
+    def count_update(self, learner: Learner, *, made: bool) -> None:
+        """Count an update that was due, and whether the gradient scaler has made it."""
+        assert learner.experience is not None
+        index = learner.experience.index
+        self.updates[index] += 1
+        self.skipped[index] += not made
+
+    def count_skipped(self, index: int) -> tuple[int, int] | None:
+        """Return the updates of an experience that were skipped, and all of them; None if none was looked for or found.
+
+        Args:
+            index: Index of the experience.
+        """
+        if self.filter is not None:
+            return self.filter.skipped[index], self.filter.updates[index]
+        return (self.skipped[index], self.updates[index]) if self.skipped[index] else None
 
     def check_updates(self, learner: Learner) -> None:
         """Report an experience all of whose updates were skipped."""

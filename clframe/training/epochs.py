@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from clframe.data.samples import EpochLoader
 from clframe.errors import UnsupportedError
+from clframe.functional.language import next_token_targets
 from clframe.nn.backbones.base import preserving_state
 from clframe.nn.types import Output
 
@@ -76,6 +77,7 @@ class EpochMetrics:
         held_out: Held-out samples of the experience; empty if there are none.
         batch_size: Samples per batch of these.
         limit_batches: Batches after which the rest is left out.
+        by_token: Whether the samples are windows of ids, of which every token is predicted.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class EpochMetrics:
         *,
         batch_size: int,
         limit_batches: int | None = None,
+        by_token: bool = False,
     ) -> None:
         self._network, self._call, self._held_out = network, call, [part for part in held_out if len(part)]
         self._batch_size, self._limit_batches = batch_size, limit_batches
+        self._by_token = by_token
         self._loss = MeanLoss()
 
     def add_loss(self, loss: Tensor) -> None:
@@ -112,6 +116,7 @@ class EpochMetrics:
                 batches = EpochLoader(samples, self._batch_size)
                 for x, y in itertools.islice(batches, self._limit_batches):
                     logits = self._call(x).last.float()
+                    y = next_token_targets(x) if self._by_token else y
                     loss = loss.to(y.device) + nn.functional.cross_entropy(logits, y, reduction="sum")
                     right = right.to(y.device) + (logits.argmax(1) == y).sum()
                     count += len(y)

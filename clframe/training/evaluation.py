@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clframe.accounting import backbone_macs, cumulative_macs
+from clframe.accounting import backbone_macs, cumulative_macs, stage_macs
 from clframe.avalanche_bridge.imports import SupervisedPlugin
 from clframe.data.benchmark import Benchmark
 from clframe.exits import STATIC, ExitEvaluation
 from clframe.exits.curves import BUDGETS
 from clframe.exits.diagnostics import ExitRecord, make_exit_record
 from clframe.exits.failure import brier_N, nll_N
+from clframe.functional.language import next_token_targets
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
-from clframe.metrics import Tally, TallyCounter
+from clframe.metrics import Tally, TallyCounter, TokenCounter
 from clframe.metrics.confusion import MOST_CLASSES, ConfusionCounter
 from clframe.moe import Usage, count_usage
 from clframe.moe.usage import active_rates, overlaps
@@ -49,6 +50,9 @@ class ExitPredictions:
     """Brier score of each exit."""
 
 
+MOST_TOKENS, MOST_TOKENS_OF_ONE_EXIT = 4096, 256
+"""Tokens of each test experience of text, the first ones, whose predictions are stored one by one as those of other
+samples are: comparing exits costs more than computing them. Accuracies and likelihoods are those of all tokens."""
 JOINED = 256
 """Samples from which on the predictions of an evaluation's batches are compared, in one batch."""
 
@@ -67,8 +71,9 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
     def __init__(self, benchmark: Benchmark) -> None:
         super().__init__()
         self._benchmark = benchmark
-        self._counter: TallyCounter | None = None
-        self._exits: list[TallyCounter] = []
+        self._counter: TallyCounter | TokenCounter | None = None
+        self._exits: list[TallyCounter | TokenCounter] = []
+        self._stored_E: list[int] = []
         self._confusion: ConfusionCounter | None = None
         self._waiting: list[tuple[int, Tensor, tuple[Tensor, ...]]] = []
         self._batches: list[ExitPredictions] = []
@@ -82,19 +87,25 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
         self._counter = self._new_counter(strategy)
         self._exits = [self._new_counter(strategy) for _ in strategy.learner.network.heads]
         classes = len(self._benchmark.class_order)
-        self._confusion = ConfusionCounter(classes, device=strategy.device) if classes <= MOST_CLASSES else None
+        confused = classes <= MOST_CLASSES and not self._benchmark.vocabulary
+        self._confusion = ConfusionCounter(classes, device=strategy.device) if confused else None
         self._waiting, self._batches = [], []
+        self._stored_E = [0] * len(self._benchmark)
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Count one batch."""
-        assert self._counter is not None
         index, y_B = strategy.experience.current_experience, strategy.mb_y
+        if self._benchmark.vocabulary:
+            self._count_tokens(strategy, index)
+            return
+        assert isinstance(self._counter, TallyCounter)
         classes = self._benchmark.classes[index]
         self._counter.update(index, strategy.mb_output, y_B, classes)
         if self._confusion is not None:
             self._confusion.update(strategy.mb_output, y_B)
         scores = strategy.adjusted.logits
         for counter, scores_BC in zip(self._exits, scores, strict=True):
+            assert isinstance(counter, TallyCounter)
             counter.update(index, scores_BC, y_B, classes)
         if scores[0].shape[1]:
             self._waiting.append((index, y_B, scores))
@@ -110,6 +121,21 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
         self.predictions = self._gather(len(self._exits))
         self.confusion_CC = None if self._confusion is None else self._confusion.result()
         self._batches = []
+
+    def _count_tokens(self, strategy: Any, index: int) -> None:
+        """Count one batch of windows of text, and store the predictions of the first tokens of an experience."""
+        assert isinstance(self._counter, TokenCounter)
+        y_N, scores = next_token_targets(strategy.mb_x), strategy.adjusted.logits
+        self._counter.update(index, strategy.mb_output, y_N, strategy.mb_y)
+        for counter, scores_NV in zip(self._exits, scores, strict=True):
+            assert isinstance(counter, TokenCounter)
+            counter.update(index, scores_NV, y_N, strategy.mb_y)
+        most = MOST_TOKENS if len(scores) > 1 else MOST_TOKENS_OF_ONE_EXIT
+        room = min(most - self._stored_E[index], len(y_N))
+        if room > 0:
+            self._stored_E[index] += room
+            self._waiting.append((index, y_N[:room], tuple(scores_NV[:room] for scores_NV in scores)))
+            self._compare()
 
     def _compare(self) -> None:
         """Compute the exits' predictions of the samples that wait for it, in one batch.
@@ -132,8 +158,10 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
         confidence_KB = torch.stack([p_B for p_B, _ in best])
         self._batches.append(ExitPredictions(confidence_KB, correct_KB, experience_B, static, nll_KB, brier_KB))
 
-    def _new_counter(self, strategy: Any) -> TallyCounter:
+    def _new_counter(self, strategy: Any) -> TallyCounter | TokenCounter:
         benchmark = self._benchmark
+        if benchmark.vocabulary:
+            return TokenCounter(len(benchmark), len(benchmark.class_order), device=strategy.device)
         return TallyCounter(len(benchmark), len(benchmark.class_order), device=strategy.device)
 
     def _gather(self, exits: int) -> ExitPredictions:
@@ -185,7 +213,8 @@ class ExitRecorder:
         """Return the record after experience ``index``, right after its evaluation."""
         learner: Learner = strategy.learner
         network = learner.network
-        cost_K = cumulative_macs(network)
+        counts = stage_macs(network)
+        cost_K = cumulative_macs(network, counts=counts)
         predictions, owner = self._scores.predictions, learner.composition.owner("prediction")
         assert predictions is not None
         wanted = getattr(owner, "budgets", ())
@@ -194,8 +223,9 @@ class ExitRecorder:
         return make_exit_record(
             _exit_evaluation(predictions, cost_K, seen_N),
             self._validation(strategy, index, cost_K),
-            backbone_macs=backbone_macs(network),
+            backbone_macs=backbone_macs(network, counts=counts),
             accuracy_KE=accuracy_KE,
+            nll_KE=tuple(tally.nll_E for tally in self._scores.exits) if self._benchmark.vocabulary else (),
             correct={name: right_N[seen_N] for name, right_N in predictions.static.items()},
             similarity_K=self._similarity(network, index),
             rule=getattr(owner, "budget_rule", "best"),

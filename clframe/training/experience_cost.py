@@ -46,6 +46,7 @@ def count_costs(
 
     strategy.on_step = note
     strategy.limit_batches = 1
+    strategy.stages = None  # compiling them would take longer than these steps
     start()
     found = []
     for index, experience in enumerate(stream):

@@ -26,7 +26,7 @@ from clframe.training.module import ContinualModule, GroupsFactory, OptimizerFac
 from clframe.training.monitor import Monitor
 from clframe.training.session import Progress, Session
 from clframe.training.strategy import LightningStrategy
-from clframe.training.trainer import refuse_to_save
+from clframe.training.trainer_options import refuse_to_save
 
 
 def launch(
@@ -53,6 +53,7 @@ def launch(
     limit_batches: int | None,
     channels_last: bool,
     capture: Capture,
+    compile: bool,
     plan: TrainingPlan | None,
     trainer_options: dict[str, Any],
     early_stopping: EarlyStopping | None,
@@ -109,6 +110,7 @@ def launch(
         drop_last=drop_last,
         channels_last=channels_last,
         capture=capture,
+        compile=compile,
         plan=plan,
         train_mb_size=batch_size,
         train_epochs=epochs,

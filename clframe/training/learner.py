@@ -215,6 +215,8 @@ class Learner:
             batch, output, self._task_context, self.network, weight_K, self._number, shared_run=self.shared_run
         )
         self._number += 1
+        if self.network.vocabulary:  # hooks after the losses see the windows again
+            step = replace(step, batch=batch.by_token())
         terms = {"task/ce": self._task_loss(step, values)}
         for component in self._losses:
             with around("losses", component.name, size):

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from clframe.avalanche_bridge.fabric import Engine
 from clframe.avalanche_bridge.imports import EvaluationPlugin, PeriodicEval, SupervisedPlugin
+from clframe.functional.language import next_token_targets
 from clframe.nn.types import Output
-from clframe.training.divergence import UpdateFilter, gradient_norm
+from clframe.training.compiled import CompiledStages
+from clframe.training.divergence import DivergenceGuard, UpdateFilter, gradient_norm
 from clframe.training.epochs import EpochMetrics
 from clframe.training.learner import Learner
 
@@ -95,25 +97,27 @@ def run_step(step: TrainingStep) -> None:
     step.call_plugins("after_training_iteration")
 
 
-def update(
-    learner: Learner, engine: Engine, optimizer: Any, filter: UpdateFilter | None, *, plugins: bool = False
-) -> bool:
-    """Update the weights and the states of components; returns False where ``filter`` has skipped it.
+def update(learner: Learner, engine: Engine, optimizer: Any, guard: DivergenceGuard, *, plugins: bool = False) -> bool:
+    """Update the weights and the states of components; returns False where the update was skipped.
 
     Args:
         learner: The learner.
-        engine: Makes the update.
+        engine: Makes the update, unless its scaler finds gradients that are not finite.
         optimizer: Of the weights.
-        filter: Skips updates that are not finite; None skips none.
+        guard: Its filter, if it has one, skips updates that are not finite.
         plugins: Whether a plugin may have changed the gradients.
     """
+    filter = guard.filter
     if filter is not None and not filter.admit(
         learner, engine, optimizer, changed=plugins or learner.changes_gradients
     ):
         return False
-    engine.step()
-    learner.after_step()
-    return True
+    made = engine.step()
+    if filter is None:
+        guard.count_update(learner, made=made)
+    if made:
+        learner.after_step()
+    return made
 
 
 class StepPlugins:
@@ -176,11 +180,13 @@ class StrategyStep:
     accumulate: int
     channels_last: bool
     step_capture: Any
+    stages: CompiledStages | None
     batch: Any
     output: Output | None
     adjusted: Output | None
     on_step: Callable[[Any], None] | None
     step_plugins: StepPlugins
+    begin_average: Callable[[], None]
     average_gradients: Callable[[], None]
     note_batch: Callable[[], None]
     run_shared: Callable[..., Output]
@@ -189,6 +195,7 @@ class StrategyStep:
     refresh_engine: Callable[[], None]
     _criterion: Callable[..., Any]
     _filter: UpdateFilter | None
+    _guard: DivergenceGuard | None
     _is_last_batch: Callable[[], bool]
     _kwargs: dict[str, Any]
     _make_empty_loss: Callable[[], Tensor]
@@ -279,10 +286,12 @@ class StrategyStep:
         if self.learner is None:
             self.engine.backward(loss, retain_graph=self.retain_graph)
             return
+        averages = self._filter is not None or self.learner.changes_gradients or self._is_update_due()
+        if averages:
+            self.begin_average()
         with self.learner.observer.around("backward", samples=len(self.mb_y)), self.sharing():
             self.engine.backward(loss, retain_graph=self.retain_graph)
-        read = self._filter is not None or self.learner.changes_gradients
-        if read or self._is_update_due():
+        if averages:
             self.average_gradients()
         if self._filter is None or self._filter.check_batch(self.learner, self.loss, self.optimizer):
             self.learner.modify_gradients()
@@ -300,7 +309,8 @@ class StrategyStep:
                 self.engine.step()
                 return
             plugins = self.step_plugins.touch_gradients
-            updated = update(self.learner, self.engine, self.optimizer, self._filter, plugins=plugins)
+            assert self._guard is not None
+            updated = update(self.learner, self.engine, self.optimizer, self._guard, plugins=plugins)
             self._gradient_norm = self.engine.norm if updated else math.nan
             if self.accumulate > 1 and self._gradient_norm is None:
                 # By the next log entry the gradients may already be those of another update.
@@ -343,9 +353,7 @@ class StrategyStep:
         """Return the output of ``network`` with the taps that components ask for, in the strategy's precision."""
         assert self.learner is not None
         taps = self.learner.taps
-        # ``parts`` is passed only if needed, so that a compiled network keeps one signature.
-        keywords: dict[str, Any] = {"taps": taps, "parts": parts} if parts else {"taps": taps}
-        output: Output = self.in_precision(lambda: network(x, **keywords))
+        output: Output = self.in_precision(lambda: network(x, taps=taps, parts=parts, stages=self.stages))
         if taps and output.last.dtype != self.learner.network.final.weight.dtype:
             # Fabric converts outputs to single precision, but components run taps through layers of the network.
             place = self.learner.network.to_device
@@ -362,6 +370,8 @@ class StrategyStep:
             with self.engine.autocast():
                 return self.learner.loss(self.batch, self.output)
         known = self.mb_output.shape[1]
+        if self.learner.network.vocabulary:
+            return self._criterion(self.mb_output, next_token_targets(self.mb_x))  # type: ignore[no-any-return]
         if max(self.experience.classes_in_this_experience) < known:
             return self._criterion(self.mb_output, self.mb_y)  # type: ignore[no-any-return]
         # The loss on a class without a column is undefined.

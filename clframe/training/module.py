@@ -233,4 +233,4 @@ class PlainDriver:
     def optimizer_step(self) -> None:
         """Clip and update."""
         learner = self._module.learner
-        update(learner, self._engine, self._optimizer, self._module.divergence.filter)
+        update(learner, self._engine, self._optimizer, self._module.divergence)

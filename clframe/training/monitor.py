@@ -252,7 +252,7 @@ class Monitor:
         self.log.experience(
             finished=len(tallies), title=title, accuracies=accuracies, losses=losses, steps=steps,
             train_seconds=train_seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
-            skipped=skipped,
+            skipped=skipped, nats=tallies[-1].nll_E,
         )  # fmt: skip
         if self.display is not None:
             self.display.end_evaluation(average_seen_accuracy(accuracies).value)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clframe.functional.language import perplexity
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.printable import printable
 
@@ -51,6 +52,7 @@ class RunLog:
         evaluation_seconds: float,
         checkpoint_bytes: int | None,
         skipped: tuple[int, int] = (0, 0),
+        nats: Sequence[float] = (),
     ) -> None:
         """Write the line of an experience.
 
@@ -64,15 +66,19 @@ class RunLog:
             evaluation_seconds: Time of evaluating after it.
             checkpoint_bytes: Size of its checkpoint; None where none was written.
             skipped: Its updates that were skipped, and all of them.
+            nats: Nats per token of a language model on each experience, after this one.
         """
         self._finished = finished
         own, seen = accuracies[-1][finished - 1], average_seen_accuracy(accuracies).value
+        text = f"accuracy {100 * own:.2f} %, {100 * seen:.2f} % over the experiences so far"
+        if nats:
+            every = perplexity(sum(nats[:finished]) / finished)
+            text = f"perplexity {perplexity(nats[finished - 1]):.2f}, {every:.2f} over the domains so far"
         terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items()) or "no training step"
         without = f"{skipped[0]} of {skipped[1]} updates skipped as not finite; " if skipped[0] else ""
         size = "none" if checkpoint_bytes is None else f"{checkpoint_bytes / 1e6:,.3f} MB"
         self._add(
-            f"experience {finished}/{self._experiences} ({title}): accuracy {100 * own:.2f} %, "
-            f"{100 * seen:.2f} % over the experiences so far; {terms}; {steps} steps so far; {without}"
+            f"experience {finished}/{self._experiences} ({title}): {text}; {terms}; {steps} steps so far; {without}"
             f"training {train_seconds:.1f} s, evaluation {evaluation_seconds:.1f} s; checkpoint {size}"
         )
 

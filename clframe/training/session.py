@@ -298,10 +298,10 @@ class Session:
         self._check_budget(index)
         progress.train_seconds += seconds
         progress.loss_terms.append(monitor.end_experience())
-        skipped = 0, 0
-        if self._guard.filter is not None:
-            skipped = self._guard.filter.skipped[index], self._guard.filter.updates[index]
-            # An extended run may not have counted before.
+        counted = self._guard.count_skipped(index)
+        skipped = (0, 0) if counted is None else counted
+        if counted is not None or progress.skipped:
+            # An extended run, or one without a skipped update before this, has not counted.
             progress.skipped += [0] * (index - len(progress.skipped)) + [skipped[0]]
         progress.steps = int(strategy.clock.train_iterations)
         start = time.perf_counter()
@@ -316,6 +316,7 @@ class Session:
                 progress.activity.append(self._activity.record(self.learner.network, index))
         with self._timing("exits", index):
             progress.exits.append(self._watch.record(strategy, index))
+        self._note_compilation(index)
         self._costs.finish()
         progress.finished = index + 1
         if monitor.tensorboard is not None:
@@ -336,6 +337,16 @@ class Session:
         )  # fmt: skip
         if self._on_evaluated is not None:
             self._on_evaluated(progress)
+
+    def _note_compilation(self, index: int) -> None:
+        """Write to ledger and log what has been compiled since the experience before."""
+        stages = self.strategy.stages
+        graphs, seconds = (0, 0.0) if stages is None else stages.take()
+        if graphs:
+            self.ledger.add_time("compile", seconds=seconds, experience=index)
+            self.ledger.add_figure("compiled_graphs", value=graphs, experience=index)
+            again = "again " if index else ""
+            self._monitor.log.note(f"trainer.compile: {graphs} graph(s) compiled {again}in {seconds:.1f} s")
 
     @contextmanager
     def _timing(self, recorder: str, index: int) -> Iterator[None]:
@@ -441,8 +452,8 @@ class Session:
             content["average"] = learner.average.state_dict(learner.network)
         if progress.confusion_CC is not None:
             content["confusion"] = progress.confusion_CC
-        if self.strategy.engine_name == "fabric":  # the scale of 16-bit mixed precision, empty without one
-            content["precision"] = dict(self.strategy.fabric._precision.state_dict())
+        # The scale of 16-bit mixed precision, which a Trainer shares with Fabric; empty without one.
+        content["precision"] = dict(self.strategy.fabric._precision.state_dict())
         path = save_checkpoint(self._folder, content, finished=progress.finished)
         assert self._saver is not None
         self._saver.finish()

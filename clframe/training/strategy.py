@@ -27,9 +27,11 @@ from clframe.avalanche_bridge.repairs import refuse_schedulers
 from clframe.data.avalanche import classes_in, describe
 from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
+from clframe.nn.graphs import CudaGraphs
 from clframe.nn.types import Output
 from clframe.training.budget import TrainingPlan
-from clframe.training.capture import Capture, CudaGraphs, StepCapture
+from clframe.training.capture import Capture, StepCapture
+from clframe.training.compiled import CompiledStages, refuse_to_compile
 from clframe.training.configured import configured_optimizer
 from clframe.training.distributed import Group
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
@@ -38,7 +40,8 @@ from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
 from clframe.training.module import ContinualModule
 from clframe.training.sharing import SharedBatches
-from clframe.training.trainer import check_callbacks, fit_experience
+from clframe.training.trainer import fit_experience
+from clframe.training.trainer_options import check_callbacks
 
 
 class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabric, SupervisedTemplate):
@@ -65,6 +68,8 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         drop_last: Leave out the last batch of an epoch if it has fewer samples.
         channels_last: Store the model's weights and batches of images with their channels last.
         capture: Whether to record training steps as CUDA graphs, see :mod:`clframe.training.capture`.
+        compile: Whether to compile the network's stages, see :mod:`clframe.training.compiled`; a name is that of
+            another backend of ``torch.compile``.
         group: The processes that train the model together; None for one.
         train_mb_size: Samples per training batch.
         train_epochs: Epochs per experience.
@@ -99,6 +104,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         drop_last: bool = False,
         channels_last: bool = False,
         capture: Capture = False,
+        compile: bool | str = False,
         plan: TrainingPlan | None = None,
         group: Group | None = None,
         train_mb_size: int = 1,
@@ -170,11 +176,13 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         self._kwargs: dict[str, Any] = {}
         self._step_in_update = 0
         self._gradient_norm: float | Tensor | None = None
-        self._filter = None if self.module is None else self.module.divergence.filter
+        self._guard = None if self.module is None else self.module.divergence
+        self._filter = None if self._guard is None else self._guard.filter
         self._epoch = 0
         self._part, self._parts = 0, 1
         self._resumed_epoch: Resumption | None = None
         self.step_capture = self._new_capture(capture)
+        self.stages = self._new_stages(compile)
 
     def _new_capture(self, wanted: Capture) -> StepCapture | None:
         """Return what records steps, where the device can.
@@ -191,6 +199,21 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
                 f"trainer.capture=auto"
             )
         return None
+
+    def _new_stages(self, wanted: bool | str) -> CompiledStages | None:
+        """Return what runs the network's stages as compiled code.
+
+        Raises:
+            UnsupportedError: The device, a component, or a model without components does not allow it.
+        """
+        if not wanted:
+            return None
+        if self.learner is None:
+            raise UnsupportedError(
+                "trainer.compile: found true with a model without components; pass the model through torch.compile"
+            )
+        refuse_to_compile(self.learner.composition, self.device)
+        return CompiledStages() if wanted is True else CompiledStages(backend=wanted)
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Begin an experience: grow the network, call the components, create the optimizer; else as Avalanche does."""
@@ -249,6 +272,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
             self._held_out(self.experience)[-1:],
             batch_size=self.eval_mb_size or self.train_mb_size,
             limit_batches=self.limit_batches,
+            by_token=bool(network.vocabulary),
         )
 
     def _load_replaced_model(self) -> None:
@@ -356,6 +380,9 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         if self.dataloader is not self._own_loader:
             self._refuse_pool()
         self.step_plugins = StepPlugins(self.plugins)  # a plugin may have added or removed others
+        if self.stages is not None:
+            assert self.module is not None
+            self.stages.watch(self.module.network)
         if self.step_capture is not None:
             self.step_capture.begin_epoch()
         if resumption is not None and resumption.position.batch:
@@ -394,6 +421,9 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
 
     def eval(self, exp_list: Any, **kwargs: Any) -> Any:
         """Evaluate as Avalanche does, with the average of the weights if there is one."""
+        if self.stages is not None:
+            assert self.module is not None
+            self.stages.watch(self.module.network)
         with self._averaged():
             return super().eval(exp_list, **kwargs)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from clframe.accounting import Predictions
 from clframe.exits.diagnostics import ExitRecord, all_exit_metrics, forgetting_by_exit
 from clframe.exits.failure import LABELS
-from clframe.metrics import Tally, all_metrics, scores
+from clframe.functional.language import perplexity
+from clframe.metrics import Tally, metrics_of, scores
 from clframe.plotting.images import matrix_markdown
 from clframe.plotting.style import spaced_indices
 from clframe.sparsity.activity import ActivityRecord
@@ -160,7 +161,9 @@ class TensorBoard:
         for j in self._curves[: bisect_right(self._curves, experience)]:
             self._number(self._experience_tag(j), accuracy_E[j], experience)
         found = scores(tallies, baseline=baseline, running=True)
-        for name, metric in all_metrics().items():
+        for j, nats in enumerate(tallies[-1].nll_E[: experience + 1]):
+            self._number(f"perplexity/{j:0{self._digits}d}", perplexity(nats), experience)
+        for name, metric in metrics_of(tallies).items():
             self._number(metric.tag or f"continual/{name}", found[name].value, experience)
 
     def predictions(

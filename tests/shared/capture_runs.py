@@ -6,6 +6,7 @@ import itertools
 from functools import partial
 
 import torch
+from conformance_runs import NEEDS_TOKENS
 from recorded_graphs import RecordedGraphs
 
 from clframe.accounting import Ledger
@@ -13,7 +14,8 @@ from clframe.core import COMPONENTS, parse
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.exits import make_head
 from clframe.nn import BACKBONES, Network
-from clframe.training.capture import CudaGraphs, StepCapture
+from clframe.nn.graphs import CudaGraphs
+from clframe.training.capture import StepCapture
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
@@ -46,12 +48,13 @@ def prepare(expression, *, data, device="cpu", epochs=3, optimizer=SGD, clip=Non
         composition = composition + COMPONENTS.get("er")()
     torch.manual_seed(3)
     names = {component.name for component in composition}
-    if "l2p" in names:
+    tokens = bool(names & NEEDS_TOKENS)
+    if tokens:
         net = BACKBONES.get("vit_tiny")(data.input_shape, patch=2, width=12, depth=2, heads=2)
     else:
         net = BACKBONES.get(backbone)(data.input_shape, width=16)
-    tap = net.names[0] if "l2p" not in names else "encoder.0"
-    heads = [] if "exits" in names else [(tap, make_head("token" if "l2p" in names else "auto", net.tap_shapes[tap]))]
+    tap = "encoder.0" if tokens else net.names[0]
+    heads = [] if "exits" in names else [(tap, make_head("token" if tokens else "auto", net.tap_shapes[tap]))]
     module = ContinualModule(
         Network(net, exits=heads), composition, optimizer=optimizer, seed=3, clip=clip,
         scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.8),

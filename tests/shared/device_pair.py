@@ -40,7 +40,7 @@ def expression_of(name):
 
 
 def train_case(expression, *, group=None, backbone="mlp", accumulate=1, precision="64-true", per_class=13, epochs=2, experiences=3,
-               clip=None, lazy=False):  # fmt: skip
+               clip=None, lazy=False, compile=False):  # fmt: skip
     """Everything that a run has computed, and the samples that its network has trained on in each epoch."""
     # By default 26 samples in each experience: last batches of 2, which every process computes.
     shape = (1, 8, 8) if backbone != "mlp" else (1, 4, 4)
@@ -56,7 +56,7 @@ def train_case(expression, *, group=None, backbone="mlp", accumulate=1, precisio
     fabric = _fabric("cpu", 1, precision) if group is None else _joined_fabric(group, precision)
     loop = LightningStrategy(
         model=module, benchmark=data, fabric=fabric, group=group, train_mb_size=BATCH, train_epochs=epochs,
-        eval_mb_size=7, evaluator=None, plugins=[costs, scores], accumulate=accumulate,
+        eval_mb_size=7, evaluator=None, plugins=[costs, scores], accumulate=accumulate, compile=compile,
     )  # fmt: skip
     seen, terms, tallies = [], [], []
 

@@ -30,7 +30,7 @@ class Recorder:
     """A launcher that does not train: ``accuracy`` of a cell is a number, or an error with which it fails."""
 
     def __init__(self, accuracy=lambda cell: 0.5):
-        self.accuracy, self.launched, self.jobs = accuracy, [], 1
+        self.accuracy, self.launched, self.jobs, self.reported = accuracy, [], 1, set()
 
     def launch(self, cells):
         for cell in cells:

@@ -59,7 +59,7 @@ def _storages(values: Any) -> set[int]:
 
 
 class RecordedGraphs:
-    """The protocol of ``clframe.training.capture.Graphs`` on a CPU."""
+    """The protocol of ``clframe.nn.graphs.Graphs`` on a CPU."""
 
     def __init__(self) -> None:
         self.released = 0

@@ -45,6 +45,18 @@ def fast():
     patch.undo()
 
 
+@pytest.fixture(scope="module")
+def naive(fast, tmp_path_factory) -> Path:
+    """A run without a budget."""
+    return train(tmp_path_factory.mktemp("naive"), "strategy=naive")
+
+
+@pytest.fixture(scope="module")
+def naive_of_13(fast, tmp_path_factory) -> Path:
+    """The same of another width."""
+    return train(tmp_path_factory.mktemp("naive"), "strategy=naive", "backbone.width=13")
+
+
 @pytest.mark.parametrize(
     "budget, epochs, steps",
     [
@@ -79,27 +91,25 @@ def test_joint_training_has_no_steps_before_the_last_experience():
     assert [planned.steps for planned in plan_steps([nothing, COST], [1, 108])] == [0, 7]
 
 
-def test_a_relative_budget_of_one_is_naive_itself(tmp_path):
-    plain, equal = train(tmp_path / "a", "strategy=naive"), train(tmp_path / "b", "strategy=naive", "trainer.budget.relative=1")
-    assert budgets(equal) == spent(equal) == spent(plain)
-    rows = [(run / "metrics.csv").read_text() for run in (plain, equal)]
+def test_a_relative_budget_of_one_is_naive_itself(naive, tmp_path):
+    equal = train(tmp_path, "strategy=naive", "trainer.budget.relative=1")
+    assert budgets(equal) == spent(equal) == spent(naive)
+    rows = [(run / "metrics.csv").read_text() for run in (naive, equal)]
     assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("strategy", ["er(memory=20) + lwf", "ewc(samples=40)", "er(memory=20) + exits", "bic(memory=20)"])
-def test_strategies_cost_what_naive_costs(strategy, tmp_path):
+def test_strategies_cost_what_naive_costs(strategy, naive_of_13, tmp_path):
     """36 steps are few: half a step is the most that the cost may differ by."""
-    naive = spent(train(tmp_path / "a", "strategy=naive", "backbone.width=13"))
-    run = train(tmp_path / "b", f"strategy={strategy}", "backbone.width=13", "trainer.budget.relative=1")
-    assert budgets(run) == naive
-    for found, budget in zip(spent(run), naive, strict=True):
+    run = train(tmp_path, f"strategy={strategy}", "backbone.width=13", "trainer.budget.relative=1")
+    assert budgets(run) == spent(naive_of_13)
+    for found, budget in zip(spent(run), budgets(run), strict=True):
         assert abs(found - budget) <= 0.04 * budget
 
 
-def test_twice_the_budget_is_twice_the_steps(tmp_path):
-    naive = spent(train(tmp_path / "a", "strategy=naive"))
-    run = train(tmp_path / "b", "strategy=naive", "trainer.budget.relative=2", "optimizer.schedule=cosine")
-    assert spent(run) == [2 * macs for macs in naive]
+def test_twice_the_budget_is_twice_the_steps(naive, tmp_path):
+    run = train(tmp_path, "strategy=naive", "trainer.budget.relative=2", "optimizer.schedule=cosine")
+    assert spent(run) == [2 * macs for macs in spent(naive)]
 
 
 def test_the_same_macs_for_every_experience(tmp_path):

@@ -390,7 +390,7 @@ HALF: Any = {"precision": "bf16-mixed"}
 @pytest.mark.parametrize(
     ("expression", "options"),
     [
-        *((expression, {}) for expression in EXPRESSIONS),
+        *(pytest.param(expression, {}, marks=[pytest.mark.slow] * (i % 2)) for i, expression in enumerate(EXPRESSIONS)),
         ("er(memory=12) + lwf", {"engine": "trainer"}),
         ("ewc", {"engine": "trainer"}),
         ("er(memory=12) + lwf", {"accumulate": 2}),

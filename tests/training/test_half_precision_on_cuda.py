@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from power_cuts import TINY, assert_same_run, cut_run, without_pictures
 
 import clframe
+from clframe.errors import UnsupportedError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -39,12 +41,7 @@ def test_clipping_acts_on_gradients_without_the_loss_scale(tmp_path):
 @pytest.mark.parametrize("strategy", ["si", "ewc", "mas", "agem", "er + exits + lwf", "er + sparsity"])
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 def test_steps_that_the_scaler_skips_leave_states_finite(strategy, engine, tmp_path, monkeypatch):
-    scaler = torch.amp.GradScaler.__init__
-
-    def too_large(self, *args, **kwargs):
-        scaler(self, *args, **{**kwargs, "init_scale": 2.0**40})  # overflows until it has been halved often enough
-
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", too_large)
+    too_large(monkeypatch, 2.0**40)
     options = [*QUICK, f"strategy={strategy}", f"trainer.engine={engine}", "trainer.precision=16-mixed"]
     result = clframe.run("quickstart", options, output=tmp_path)
     assert result.metrics["final_average_accuracy"] > 0.2
@@ -62,3 +59,62 @@ def test_steps_that_the_scaler_skips_leave_states_finite(strategy, engine, tmp_p
     content = weights(result)
     check(content["network"])
     check(content["components"])
+
+
+def too_large(monkeypatch, scale):
+    """Begin with a scale that overflows until it has been halved often enough."""
+    scaler = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", lambda self, *a, **k: scaler(self, *a, **{**k, "init_scale": scale}))
+
+
+def test_both_engines_skip_count_and_scale_alike(tmp_path, monkeypatch):
+    """The scale lasts for the run, so that only the first experience has skipped updates."""
+    too_large(monkeypatch, 2.0**30)
+    found = {}
+    for engine in ("fabric", "trainer"):
+        options = [*QUICK, "strategy=er + si", f"trainer.engine={engine}", "trainer.precision=16-mixed", "trainer.deterministic=true"]
+        result = clframe.run("quickstart", options, output=tmp_path / engine)
+        content = weights(result)
+        found[engine] = content["network"], content["precision"]["scale"], tuple(result.skipped_updates)
+        first, second = result.skipped_updates
+        assert first > 3 and second == 0 and 2.0**30 / content["precision"]["scale"] == 2.0**first
+        log = (Path(result.run_folder) / "log.txt").read_text()
+        assert f"{first} of " in log and "updates skipped as not finite" in log
+    one, other = found["fabric"], found["trainer"]
+    assert one[1:] == other[1:]
+    assert all(torch.equal(value, other[0][name]) for name, value in one[0].items())
+
+
+@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+def test_accumulated_and_clipped_gradients_are_those_of_full_precision(engine, tmp_path):
+    networks = []
+    for precision in ("32-true", "16-mixed"):
+        options = [*QUICK, "strategy=er", "trainer.accumulate=2", "trainer.gradient_clip=0.5", f"trainer.engine={engine}",
+                   "optimizer={name: sgd, lr: 0.05}", f"trainer.precision={precision}"]  # fmt: skip
+        networks.append(weights(clframe.run("quickstart", options, output=tmp_path / precision))["network"])
+    for name, value in networks[0].items():
+        torch.testing.assert_close(networks[1][name].cpu(), value.cpu(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+def test_a_run_stopped_at_any_instant_ends_as_if_it_had_not_been(engine, tmp_path, monkeypatch):
+    too_large(monkeypatch, 2.0**28)
+    patch = without_pictures()
+    options = [*TINY, "strategy=er(memory=20) + si", "trainer.precision=16-mixed", f"trainer.engine={engine}",
+               "trainer.accelerator=gpu", "trainer.deterministic=true"]  # fmt: skip
+    try:
+        whole, copies = cut_run(options, tmp_path, cuts=4, seed=engine)
+        for _, folder in copies:
+            clframe.run(resume=folder)
+            assert_same_run(whole, folder, sizes=False)
+    finally:
+        patch.undo()
+
+
+def test_steps_with_a_scaler_are_not_recorded(tmp_path, caplog):
+    options = [*QUICK, "strategy=naive", "benchmark.experiences=1", "trainer.precision=16-mixed"]
+    with caplog.at_level("INFO", logger="clframe"):
+        clframe.run("quickstart", options, output=tmp_path)
+    assert "one kernel at a time: the loss scaler of 16-mixed decides on the host" in caplog.text
+    with pytest.raises(UnsupportedError, match="trainer.capture: found true, but the loss scaler of 16-mixed decides on the host"):
+        clframe.run("quickstart", [*options, "trainer.capture=true"], output=tmp_path)

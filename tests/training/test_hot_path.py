@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import sampled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.data.avalanche import import_avalanche
@@ -101,14 +102,13 @@ def test_the_guard_catches_every_read(read: Any) -> None:
         read(torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "naive", "er", "lwf", "er(memory=12, scale=0.5) + lwf", "joint", "cumulative", "gdumb(memory=12)",
-        "der(memory=12)", "derpp(memory=12) + label_smoothing", "er + er_ace", "agem(memory=12, sample=4)",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+STRATEGIES = [
+    "naive", "er", "lwf", "er(memory=12, scale=0.5) + lwf", "joint", "cumulative", "gdumb(memory=12)",
+    "der(memory=12)", "derpp(memory=12) + label_smoothing", "er + er_ace", "agem(memory=12, sample=4)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression, engine", sampled(STRATEGIES, ["fabric", "trainer"]))
 def test_steps_never_wait_for_the_device(expression: str, engine: Any) -> None:
     strategy = strategy_for(expression, engine=engine)
     guarded = strategy.train_on

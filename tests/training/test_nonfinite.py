@@ -35,7 +35,7 @@ from clframe.results import Result
 
 import_avalanche()
 
-from clframe.training.divergence import UpdateFilter
+from clframe.training.divergence import DivergenceGuard, UpdateFilter
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 
@@ -230,6 +230,24 @@ def test_skips_of_the_gradient_scaler_are_counted_once(engine, clip, term):
     assert skipped == halved + (1 if term else 0)  # in the first epoch the gradients of that step overflow as well
     assert run.module.learner.state["spoiler"] == {"updates": updates - skipped}
     assert all(value.isfinite().all() for value in run.module.network.state_dict().values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_a_filter_the_scaler_skips_alone_and_lasts_for_the_run(engine):
+    """A Trainer brings another scaler for each experience; that of the run is used, so only the first one has skips."""
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=2.0**24) for _ in range(2))
+    own = {"trainer": {"plugins": [TrainerPrecision("16-mixed", "cpu", scaler=other)]}} if engine == "trainer" else {}
+    fabric = Fabric(accelerator="cpu", plugins=[FabricPrecision("16-mixed", "cpu", scaler=scaler)])
+    run = Run(benchmark=bench(bad=()), fabric=fabric, engine=engine, action="stop", **own)
+    for experience in run.benchmark.avalanche.train_stream:
+        run.strategy.train(experience)
+    guard, halved = run.module.divergence, math.log2(2.0**24 / scaler.get_scale())
+    assert 0 < halved < 12 and guard.count_skipped(0) == (halved, 12) and guard.count_skipped(1) is None
+    assert run.module.learner.state["spoiler"] == {"updates": 24 - halved}
+    assert other.get_scale() == 2.0**24
+    restored = DivergenceGuard()
+    restored.load_state_dict(guard.state_dict())
+    assert restored.count_skipped(0) == (halved, 12)
 
 
 @pytest.mark.parametrize("action", ["stop", "warn"])

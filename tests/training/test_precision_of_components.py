@@ -9,11 +9,21 @@ from clframe.core import COMPONENTS
 
 FAST = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "benchmark.experiences=2", "benchmark.classes=4",
         "benchmark.validation=0.2", "trainer.progress=false", "trainer.loggers=[]", "trainer.accelerator=cpu",
-        "trainer.fast_dev_run=true"]  # fmt: skip
+        "trainer.fast_dev_run=2"]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-@pytest.mark.parametrize("name", [name for name in COMPONENTS.names() if name != "l2p"])
+NAMES = [name for name in COMPONENTS.names() if name != "l2p"]
+ALSO_IN_64_BITS = ("naive", "er", "exits")
+"""Of the default suite; tests/golden trains steps of every component in float64."""
+
+
+@pytest.mark.parametrize(
+    "name, precision",
+    [
+        *((name, "bf16-true") for name in NAMES),
+        *(pytest.param(name, "64-true", marks=[pytest.mark.slow] * (name not in ALSO_IN_64_BITS)) for name in NAMES),
+    ],
+)
 def test_it_runs_in_that_precision(name, precision, tmp_path):
     strategy = f"{name} + er" if COMPONENTS.get(name).needs_memory else name
     if name == "early_exit":

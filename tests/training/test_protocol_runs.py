@@ -227,7 +227,9 @@ class Killed(BaseException):
     """Stands for a power cut."""
 
 
-@pytest.mark.parametrize("options", [["benchmark.online=16"], ["benchmark.online=16", "benchmark.boundaries=false"],
+# tests/training/test_resume_inside.py resumes an online stream with known boundaries as well.
+@pytest.mark.parametrize("options", [pytest.param(["benchmark.online=16"], marks=pytest.mark.slow),
+                                     ["benchmark.online=16", "benchmark.boundaries=false"],
                                      ["benchmark.online=16", "benchmark.blurry=0.5"]])  # fmt: skip
 def test_an_online_run_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
     options = [*SMALL, *options, "strategy=er", "components.er.selection=reservoir", "optimizer.lr=0.01"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def run_cells(
 ) -> Iterator[tuple[Any, Path]]:
     """Every cell with its results, finished ones first, the others as they end.
 
-    A cell that fails is named at the end, after all others have been run.
+    A cell that fails is named when it fails, and again after all others have been run.
 
     Args:
         cells: What to run; each has a ``label`` and a ``seed``.
@@ -100,5 +101,6 @@ def run_cells(
                 yield cell, job.result()
             else:
                 failures.append(f"{cell.label}, seed {cell.seed}: {error}")
+                print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
     if failures:
         raise SystemExit("cells failed, call again to go on:\n" + "\n".join(failures))

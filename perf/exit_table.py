@@ -11,6 +11,7 @@ thresholds of the budgets are chosen on the validation part of the training data
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import time
@@ -170,6 +171,51 @@ def table(found: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
+def answer(result: dict, label: str) -> float:
+    """Final accuracy in percent: of the most confident exit, or of the only one."""
+    return 100 * result["exits"][-1]["static"]["confident" if " + " in label else "last"]
+
+
+def differences(found: dict[str, dict[int, dict]]) -> str:
+    """Paired differences between the variants of each strategy, as Markdown: mean and half-width of the 95 % interval."""
+    pairs = [("exits", ""), ("control", ""), ("exits", "control"), ("exits", "probe")]
+    heading = ["strategy", *(f"{first} - {second or 'base'}" for first, second in pairs)]
+    lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * len(pairs)]
+    for name in dict.fromkeys(label.partition(" + ")[0] for label in found):
+        cells = [name]
+        for first, second in pairs:
+            labels = f"{name} + {first}", f"{name} + {second}" if second else name
+            values = [{seed: answer(result, label) for seed, result in found.get(label, {}).items()} for label in labels]
+            if len(values[0].keys() & values[1].keys()) < 2:
+                cells.append("-")
+                continue
+            by = paired(values[1], values[0])
+            cells.append(f"{by.mean:+.1f} ± {by.half_width:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_runs(found: dict[str, dict[int, dict]], path: Path) -> None:
+    """Write a line for every run, in percent."""
+    rows = []
+    for label, by_seed in sorted(found.items()):
+        for seed, result in sorted(by_seed.items()):
+            record = result["exits"][-1]
+            row = {"row": label, "seed": seed, "parameters": result["parameters"],
+                   "forgetting": round(100 * result["metrics"]["forgetting"], 2)}  # fmt: skip
+            row |= {name: round(100 * record["static"][name], 2) for name in ("last", "confident", "mean", "oracle")}
+            row["train_seconds"] = round(result["train_seconds"], 1)
+            for point in record["points"]["points"] or ():
+                for name in ("accuracy", "cost"):
+                    value = point[name]
+                    row[f"{name} at {point['name']}"] = "" if value is None else round(100 * value, 2)
+            rows.append(row)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +227,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--variants", nargs="+", choices=[v for v in VARIANTS if v], default=["exits"])
     parser.add_argument("--override", nargs="*", default=[], help="key=value for every run")
+    parser.add_argument("--csv", type=Path, help="write a line for every run to this file")
     parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
     options = parser.parse_args()
     data = [f"benchmark.data_dir={options.data_dir}"] if options.data_dir else []
@@ -199,7 +246,10 @@ def main() -> None:
         if path is not None:
             found[cell.label][cell.seed] = json.loads(Path(path).read_text())
             print(f"{time.perf_counter() - start:7.0f} s  {cell.label}, seed {cell.seed}", flush=True)
-    print("\n" + table({label: by_seed for label, by_seed in found.items() if by_seed}))
+    found = {label: by_seed for label, by_seed in found.items() if by_seed}
+    print("\n" + table(found) + "\n\nPaired differences of the final accuracy, in points (95 %):\n\n" + differences(found))
+    if options.csv is not None:
+        write_runs(found, options.csv)
 
 
 if __name__ == "__main__":

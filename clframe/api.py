@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clframe.accounting import count_macs, count_parameters
+from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.build import Setup, build, lightning_options, load_checked, on_cuda
 from clframe.config.load import change_config
 from clframe.config.named import named_plugins
@@ -25,6 +25,7 @@ from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ClframeError, ConfigError, DivergenceError, Interrupted, RunFolderError, UnsupportedError
+from clframe.files import write_atomically
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.optimization import build_average, build_groups, build_optimizer, build_scheduler
 from clframe.planning import fit_memory, plan_training
@@ -219,6 +220,10 @@ def _execute(
                 folder.prepare_resume()
             if not resumes or read_config(folder).trainer.devices != trainer.devices:
                 folder.write_config(to_yaml(config))
+                if setup.benchmark.tokenizer:
+                    write_atomically(folder.path / "tokenizer.json", setup.benchmark.tokenizer)
+                if setup.benchmark.tokenizer:
+                    write_atomically(folder.path / "tokenizer.json", setup.benchmark.tokenizer)
             group, peers = None, None
             if process_count(trainer) > 1:
                 group, peers = stack.enter_context(_processes(trainer, folder, resumes=resumes))
@@ -249,9 +254,11 @@ def _execute(
                 epochs = _development_epochs(setup.composition)
                 _log.info(
                     "development run: %d experience(s), %s of %d batches each, evaluation on %d batches per "
-                    "experience; its results are not those of the config",
+                    "experience; its results are not those of the config%s",
                     len(setup.benchmark), "one epoch" if epochs == 1 else f"{epochs} epochs", DEVELOPMENT_BATCHES,
                     DEVELOPMENT_BATCHES,
+                    "; trainer.fast_dev_run=2 adds the second experience, where replay and distillation begin"
+                    if trainer.fast_dev_run is True and setup.config.benchmark.experiences > 1 else "",
                 )  # fmt: skip
             with nullcontext() if peers is None else peers.explain_failures():
                 progress = session.run()
@@ -356,7 +363,7 @@ def _session(
     plan: TrainingPlan | None = None,
 ) -> Session:
     from clframe.training.launch import launch
-    from clframe.training.trainer import early_stopping
+    from clframe.training.trainer_options import early_stopping
 
     config, trainer = setup.config, setup.config.trainer
     options = lightning_options(trainer, folder.path)
@@ -384,6 +391,7 @@ def _session(
         limit_batches=DEVELOPMENT_BATCHES if trainer.fast_dev_run else None,
         channels_last=trainer.channels_last is True,
         capture=trainer.capture,
+        compile=trainer.compile,
         plan=plan,
         trainer_options=options,
         early_stopping=None if trainer.engine == "trainer" else early_stopping(trainer.callbacks),
@@ -451,8 +459,9 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     if len(confusion) > MOST_SHOWN:
         write_confusion(confusion, benchmark.class_order, folder.path)
     write_ledger = partial(
-        folder.write_ledger, network, progress.steps, progress.train_seconds, result.state_bytes, ledger=session.ledger
-    )
+        folder.write_ledger, network, progress.steps, progress.train_seconds, result.state_bytes,
+        ledger=session.ledger, counts=stage_macs(network),
+    )  # fmt: skip
     write_ledger()
     result.write(folder.path / "results.json")
     # After the results: a failure to draw must not lose a run that took hours.

@@ -36,13 +36,16 @@ from clframe.options import check_options, format_value, missing_options, option
 from clframe.own_code import load_own
 from clframe.seeding import derive_seed
 from clframe.stream import build_stream, check_source
-from clframe.training.devices import check_devices
+from clframe.training.compiled import refuse_to_compile, require_compiler
+from clframe.training.devices import check_devices, process_count
 
 FUSED = ("sgd", "adam", "adamw")
 """Optimizers with an update of all weights in one CUDA kernel."""
 EVALUATION_BATCH, MOST_EVALUATION_BATCH = 256, 1024
 """Samples per batch of an evaluation on every device; the most on CUDA."""
 PHOTOGRAPH = (3, 224, 224)
+MOST_LOGITS = {False: 2**24, True: 2**27}
+"""Logits of a batch of text in an evaluation, on the CPU and on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
     torch.manual_seed(derive_seed(config.seed, "network"))
     network = Network(backbone(benchmark.input_shape))
     _check_token_ids(source, network)
+    _check_language(config, composition, source, network)
     resolved = composition.replace(lambda component: component.resolve(network))
-    return Setup(_resolved_config(config, resolved, benchmark.input_shape), resolved, benchmark, network)
+    return Setup(_resolved_config(config, resolved, benchmark), resolved, benchmark, network)
 
 
 def check_config(config: Config, *, source: bool = True) -> Composition:
@@ -106,6 +110,10 @@ def check_config(config: Config, *, source: bool = True) -> Composition:
             check(config)
     with problems.attempt():
         check_devices(config, composition, cuda=on_cuda(config.trainer))
+    with problems.attempt():
+        if config.trainer.compile:
+            kind = "mps" if config.trainer.accelerator == "mps" else "cpu"  # CUDA refuses what a CPU does
+            refuse_to_compile(composition, torch.device(kind))
     with problems.attempt():
         build_backbone(config.backbone)
     if source:
@@ -144,13 +152,15 @@ def load_checked(name: str, overrides: Sequence[str] = ()) -> Config:
         raise AssertionError("unreachable") from None
 
 
-def _resolved_config(config: Config, composition: Composition, input_shape: Sequence[int]) -> Config:
+def _resolved_config(config: Config, composition: Composition, benchmark: Benchmark) -> Config:
     """Return the config with every option of the components in use, and without those of others."""
     components: dict[str, dict[str, Any]] = {component.name: asdict(component) for component in composition}
     if BLOCK in config.components:
         components[BLOCK] = dict(config.components[BLOCK])
     config = replace(config, strategy=names_in_order(config.strategy, composition), components=components)
-    return with_device_defaults(config, cuda=on_cuda(config.trainer), input_shape=input_shape)
+    return with_device_defaults(
+        config, cuda=on_cuda(config.trainer), input_shape=benchmark.input_shape, vocabulary=benchmark.vocabulary
+    )
 
 
 def on_cuda(config: TrainerConfig) -> bool:
@@ -158,7 +168,9 @@ def on_cuda(config: TrainerConfig) -> bool:
     return config.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
 
 
-def with_device_defaults(config: Config, *, cuda: bool, input_shape: Sequence[int] = ()) -> Config:
+def with_device_defaults(
+    config: Config, *, cuda: bool, input_shape: Sequence[int] = (), vocabulary: int = 0
+) -> Config:
     """Return the config with every ``auto`` replaced by the choice for the device, measured in perf/gpu_race.py.
 
     ``trainer.capture`` stays as it is: whether steps can be recorded may change between experiences.
@@ -170,23 +182,31 @@ def with_device_defaults(config: Config, *, cuda: bool, input_shape: Sequence[in
         channels_last=cuda if trainer.channels_last == "auto" else trainer.channels_last,
         deterministic=not cuda if trainer.deterministic == "auto" else trainer.deterministic,
         eval_batch_size=(
-            evaluation_batch(input_shape, cuda=cuda) if trainer.eval_batch_size == "auto" else trainer.eval_batch_size
+            evaluation_batch(input_shape, cuda=cuda, vocabulary=vocabulary)
+            if trainer.eval_batch_size == "auto"
+            else trainer.eval_batch_size
         ),
     )
     optimizer = replace(optimizer, fused=fused if optimizer.fused == "auto" else optimizer.fused)
     return replace(config, trainer=trainer, optimizer=optimizer)
 
 
-def evaluation_batch(input_shape: Sequence[int], *, cuda: bool) -> int:
+def evaluation_batch(input_shape: Sequence[int], *, cuda: bool, vocabulary: int = 0) -> int:
     """Samples per batch of an evaluation: 256, and on CUDA as many as need no more memory than 256 photographs.
 
-    Small batches leave a GPU idle; more than 1,024 samples of 3x32x32 do not shorten an evaluation of ResNet32.
+    Small batches leave a GPU idle; more than 1,024 samples of 3x32x32 do not shorten an evaluation of ResNet32. Of a
+    language model with this ``vocabulary``, as many windows as have 2^24 logits (64 MiB), on CUDA 2^27.
 
     >>> evaluation_batch((3, 32, 32), cuda=True), evaluation_batch((3, 112, 112), cuda=True)
     (1024, 1024)
     >>> evaluation_batch((3, 224, 224), cuda=True), evaluation_batch((3, 32, 32), cuda=False)
     (256, 256)
+    >>> evaluation_batch((129,), cuda=False, vocabulary=2048)
+    64
     """
+    if vocabulary:
+        logits = (input_shape[0] - 1) * vocabulary
+        return min(max(MOST_LOGITS[cuda] // logits, 1), MOST_EVALUATION_BATCH)
     if not cuda:
         return EVALUATION_BATCH
     photographs = EVALUATION_BATCH * math.prod(PHOTOGRAPH) // max(math.prod(input_shape), 1)
@@ -218,7 +238,7 @@ def build_backbone(
             return made if isinstance(made, Backbone) else _divided(made, input_shape, composition)
         except ClframeError as error:
             key = next((key for tap, key in named.items() if f"layer '{tap}'" in str(error)), "backbone")
-            raise type(error)(f"{key}: {error}") from None
+            raise type(error)(f"{key}: {str(error).removeprefix('backbone: ')}") from None  # Backbone.of names itself
         except (RuntimeError, TypeError, MemoryError) as error:  # more weights than torch can hold or count
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error
@@ -279,9 +299,49 @@ def _check_token_ids(source: Source, network: Network) -> None:
         )
 
 
+def _check_language(config: Config, composition: Composition, source: Source, network: Network) -> None:
+    """Refuse what is not defined for a language model, and a model that does not fit the text."""
+    found, known = network.vocabulary, source.vocabulary
+    if found and not known:
+        raise ConfigError(
+            f"backbone.name: found {config.backbone.name}, a language model, for {source.name}, which has one label "
+            f"per sample; use another backbone, or benchmark=language_model"
+        )
+    if not known:
+        return
+    if not found:
+        raise ConfigError(
+            f"backbone.name: found {config.backbone.name} for {source.name}, of which every token is predicted; use "
+            f"backbone=decoder"
+        )
+    if found != known:
+        raise ConfigError(
+            f"backbone.vocabulary: found {found}, but the tokenizer of {source.name} has {known} ids; set "
+            f"backbone.vocabulary={known}"
+        )
+    problems = Problems()
+    for component in composition:
+        if not component.per_token:
+            problems.add(ConfigError(
+                f"strategy: '{component.name}' is not defined for a language model, which predicts tokens and no "
+                f"classes; leave it out, or set per_token = True in its class if it is"
+            ))  # fmt: skip
+    if named_plugins(config.components):
+        problems.add(ConfigError("components.avalanche: found plugins, which expect classes; leave them out"))
+    if config.benchmark.protocol in ("permuted", "rotated"):
+        problems.add(ConfigError(
+            f"benchmark.protocol: found {config.benchmark.protocol} for text; use class_incremental, in which every "
+            f"domain is a class"
+        ))  # fmt: skip
+    if process_count(config.trainer) > 1:
+        found_devices = f"trainer.devices: found {config.trainer.devices} for a language model"
+        problems.add(UnsupportedError(f"{found_devices}, which trains on one; set 1"))
+    problems.raise_found()
+
+
 def _check_callbacks(config: Config) -> None:
     if config.trainer.callbacks:
-        from clframe.training.trainer import check_monitors, early_stopping
+        from clframe.training.trainer_options import check_monitors, early_stopping
 
         if config.trainer.engine != "trainer":
             early_stopping(config.trainer.callbacks)  # refuses options that it does not take
@@ -347,6 +407,13 @@ def _check_trainer(whole: Config) -> None:
             raise UnsupportedError(f"{found}, but torch sees {count} GPUs; count from 0")
     if config.precision == "16-mixed" and not on_gpu and wanted != "mps":
         raise UnsupportedError("trainer.precision: found 16-mixed on the CPU, which has none; use bf16-mixed")
+    if config.precision == "16-mixed" and whole.optimizer.fused is True:
+        raise UnsupportedError(
+            "optimizer.fused: found true with trainer.precision=16-mixed, where a fused update leaves the gradients "
+            "scaled, which clipping, logs and components read; set optimizer.fused=false"
+        )
+    if config.compile:
+        require_compiler(cuda=on_gpu)
     lightning_options(config, Path())
 
 
@@ -354,7 +421,7 @@ def lightning_options(config: TrainerConfig, folder: Path) -> dict[str, Any]:
     """Options for the Lightning Trainer; empty for the Fabric engine."""
     if config.engine != "trainer":
         return {}
-    from clframe.training.trainer import trainer_options
+    from clframe.training.trainer_options import trainer_options
 
     loggers = lightning_loggers(config.loggers)
     return trainer_options(config.callbacks, loggers, precision=config.precision, folder=folder)

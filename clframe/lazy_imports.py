@@ -11,7 +11,7 @@ import gc
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -36,40 +36,12 @@ def without_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def defer_imports(names: Sequence[str]) -> Iterator[None]:
-    """Have packages that are first imported in this block load when one of their attributes is first used.
-
-    They are in ``sys.modules`` and are the modules that later imports return, as :class:`importlib.util.LazyLoader`
-    describes. A package that is missing is missing as ever.
-    """
-    finder = _DeferringFinder(names)
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
-class _DeferringFinder(MetaPathFinder):
-    """Finds top-level packages as usual, with loaders that load on first use."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self._names:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        return spec
-
-
-@contextlib.contextmanager
 def defer_package(
-    name: str, attributes: Mapping[str, str], values: Mapping[str, object] | None = None
+    name: str,
+    attributes: Mapping[str, str],
+    values: Mapping[str, object] | None = None,
+    *,
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[None]:
     """Have a package that is first imported in this block run its ``__init__`` when that is first needed.
 
@@ -82,6 +54,7 @@ def defer_package(
         name: A package.
         attributes: The submodule that defines each attribute.
         values: Attributes that the package has from the start.
+        within: Returns the context in which ``__init__`` runs.
     """
     spec = None if name in sys.modules else importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
@@ -89,7 +62,7 @@ def defer_package(
         return
     package = _DeferredPackage(spec)
     package.__dict__.update(values or {})
-    state = package.__dict__[_STATE] = _Initialization(package, attributes)
+    state = package.__dict__[_STATE] = _Initialization(package, attributes, within)
     sys.modules[name] = package
     parent, _, last = name.rpartition(".")
     if parent:
@@ -119,8 +92,13 @@ _STATE = "__clframe_initialization__"
 class _Initialization(MetaPathFinder, Loader):
     """Runs the ``__init__`` of a package before its attributes and submodules are used."""
 
-    def __init__(self, package: ModuleType, attributes: Mapping[str, str]) -> None:
-        self._package, self._attributes = package, attributes
+    def __init__(
+        self,
+        package: ModuleType,
+        attributes: Mapping[str, str],
+        within: Callable[[], contextlib.AbstractContextManager[object]],
+    ) -> None:
+        self._package, self._attributes, self._within = package, attributes, within
 
     def guard(self) -> None:
         """Run ``__init__`` before any further submodule is imported."""
@@ -147,7 +125,8 @@ class _Initialization(MetaPathFinder, Loader):
         assert spec is not None and spec.loader is not None
         package.__class__ = ModuleType
         try:
-            spec.loader.exec_module(package)
+            with self._within():
+                spec.loader.exec_module(package)
         except BaseException:
             sys.modules.pop(spec.name, None)  # as after any import that fails
             raise
@@ -192,15 +171,20 @@ def use_stand_in(name: str, attributes: Sequence[str], *, home: str | None = Non
     stand_in = _StandIn(name)
     for attribute in attributes:
         setattr(stand_in, attribute, Deferred(name, attribute, home=home))
-    parent, _, last = name.rpartition(".")
-    if isinstance(sys.modules.get(parent), _StandIn):
-        setattr(sys.modules[parent], last, stand_in)  # ``import a.b as c`` reads the attribute of a
+    parent_name, _, last = name.rpartition(".")
+    parent = sys.modules.get(parent_name)
+    if isinstance(parent, (_StandIn, _DeferredPackage)):
+        setattr(parent, last, stand_in)  # ``import a.b as c`` reads the attribute of a
     sys.modules[name] = stand_in
     try:
         yield
     finally:
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
+        if parent is not None and not isinstance(parent, _StandIn) and parent.__dict__.get(last) is stand_in:
+            delattr(parent, last)
+            if _STATE not in parent.__dict__:  # its __init__ has run in this block and taken the stand-in
+                importlib.import_module(name)
 
 
 def _find_top(name: str) -> ModuleSpec | None:

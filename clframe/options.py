@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -53,6 +53,7 @@ def check_options(
     *,
     where: str,
     block_keys: Iterable[str] = (),
+    elsewhere: Callable[[str], Sequence[str]] = lambda _: (),
     complete: bool = True,
 ) -> dict[str, Any]:
     """Convert options to their declared types.
@@ -62,6 +63,7 @@ def check_options(
         given: Options from a config or a strategy expression.
         where: Key prefix for messages, such as ``components.er``.
         block_keys: Further keys of the same config block, for the suggestions in messages.
+        elsewhere: Returns the names of what has an option that ``constructor`` does not have, for messages.
         complete: Whether options without a default must be given.
 
     Raises:
@@ -80,6 +82,8 @@ def check_options(
             if name not in known:
                 close = nearest(str(name), (*known, *block_keys))
                 advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
+                if others := elsewhere(str(name)):
+                    advice = f"it is an option of {', '.join(others)}"
                 raise ConfigError(f"{where}.{name}: unknown option; {advice}")
             annotation, _ = known[name]
             checked[name] = convert(value, annotation, where=f"{where}.{name}")

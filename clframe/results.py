@@ -14,6 +14,7 @@ from typing import Any, Final
 from clframe.errors import ClframeError, RunFolderError, nearest
 from clframe.exits.diagnostics import ExitRecord, forgetting_by_exit
 from clframe.files import read_json, write_atomically
+from clframe.functional.language import perplexity
 from clframe.metrics.confusion import MOST_SHOWN
 from clframe.metrics.continual import NAN, Score
 from clframe.metrics.registry import scores
@@ -76,6 +77,15 @@ class Result:
     beyond :data:`~clframe.metrics.confusion.MOST_SHOWN` classes, where the file would take megabytes."""
     class_names: tuple[str, ...] = field(default=())
     """Name of each class, by the data set's own id; empty where it has none."""
+    nll_matrix: tuple[tuple[float, ...], ...] = field(default=())
+    """Nats per token of a language model: rows after experience i, columns on test experience j; empty for others."""
+    exit_forgetting_nats: tuple[float, ...] = field(default=())
+    """Forgetting of each exit of a language model, in nats per token."""
+
+    @property
+    def perplexity_matrix(self) -> tuple[tuple[float, ...], ...]:
+        """The exponentials of :attr:`nll_matrix`."""
+        return tuple(tuple(map(perplexity, row)) for row in self.nll_matrix)
 
     def __getattr__(self, name: str) -> float:
         """Return the metric called ``name``."""
@@ -234,6 +244,8 @@ def summarize(
         activity=tuple(activity),
         confusion=tuple(tuple(row) for row in confusion) if len(confusion) <= MOST_SHOWN else (),
         class_names=tuple(class_names),
+        nll_matrix=tuple(tally.nll_E for tally in tallies) if last.nats_E else (),
+        exit_forgetting_nats=_exit_forgetting_nats(exits),
     )  # fmt: skip
 
 
@@ -241,6 +253,13 @@ def _exit_forgetting(exits: Sequence[ExitRecord]) -> tuple[float, ...]:
     """Compute forgetting of each exit's own accuracy matrix."""
     matrices = zip(*(record.accuracy_KE for record in exits), strict=True)
     return tuple(score.value for score in forgetting_by_exit([tuple(matrix) for matrix in matrices]))
+
+
+def _exit_forgetting_nats(exits: Sequence[ExitRecord]) -> tuple[float, ...]:
+    """Compute forgetting of each exit's own matrix of log-likelihoods; empty for classifiers."""
+    matrices = zip(*(record.nll_KE for record in exits), strict=True)
+    likelihood_KTE = [[[-nats for nats in row] for row in matrix] for matrix in matrices]
+    return tuple(score.value for score in forgetting_by_exit(likelihood_KTE))
 
 
 def aggregate(results: Sequence[Result]) -> Aggregate:

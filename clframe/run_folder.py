@@ -265,15 +265,20 @@ class RunFolder:
         state_bytes: Mapping[str, int],
         *,
         ledger: Ledger | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry."""
+        """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry.
+
+        ``counts`` are the network's :func:`~clframe.accounting.stage_macs`, if they have been counted before.
+        """
         from clframe.accounting import cumulative_macs, stage_macs
 
-        names, cost_K = network.exit_names, cumulative_macs(network)
+        counts = counts or stage_macs(network)
+        names, cost_K = network.exit_names, cumulative_macs(network, counts=counts)
         costs: dict[str, Any] = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
             "training": {"steps": steps, "seconds": train_seconds},
-            "inference_macs": stage_macs(network),
+            "inference_macs": dict(counts),
             "exit_macs": dict(zip(names, cost_K, strict=True)),
             "state_bytes": dict(state_bytes),
         }

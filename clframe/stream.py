@@ -16,14 +16,12 @@ from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.streams import blurry_stream, online_stream, permuted_stream, rotated_stream
 from clframe.errors import ClframeError, DataError
-from clframe.options import check_options
+from clframe.options import check_options, option_types
 
 _log = logging.getLogger("clframe.data")
 
 LOCATIONS: Final = ("path", "data_dir", "tokens")
 """Options of data sets that name a file or folder."""
-DEVELOPMENT_EXPERIENCES: Final = 2
-"""Experiences of a development run: replay, distillation and importances first act in the second."""
 
 
 def development_experiences(config: Config) -> int:
@@ -34,7 +32,7 @@ def development_experiences(config: Config) -> int:
     wanted = config.trainer.fast_dev_run
     if config.earlier or not wanted:
         return 0
-    return DEVELOPMENT_EXPERIENCES if wanted is True else int(wanted)
+    return int(wanted)
 
 
 def build_stream(
@@ -161,7 +159,15 @@ def build_data(config: BenchmarkConfig, *, seed: int) -> tuple[Source, Benchmark
 def check_source(config: BenchmarkConfig) -> tuple[Callable[..., Source], dict[str, Any]]:
     """The data set of a benchmark block with its options, checked without reading data."""
     source_of = SOURCES.get(config.name, where="benchmark.name")
-    return source_of, check_options(source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"))
+    options = check_options(
+        source_of, config.options, where="benchmark", block_keys=block_keys("benchmark"), elsewhere=_sources_with
+    )
+    return source_of, options
+
+
+def _sources_with(option: str) -> list[str]:
+    """Names of the data sets that have an option."""
+    return [name for name in SOURCES.names() if option in option_types(SOURCES.get(name))]
 
 
 def build_source(config: BenchmarkConfig) -> Source:

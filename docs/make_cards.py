@@ -20,7 +20,7 @@ FILE = Path(__file__).parent / "strategies.md"
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Bounds and baselines": ("naive", "joint", "cumulative", "freeze"),
     "Replay": ("er", "er_ace", "der", "derpp", "mir", "gss", "agem", "gdumb"),
-    "Regularization": ("ewc", "si", "mas", "label_smoothing"),
+    "Regularization": ("ewc", "si", "mas", "label_smoothing", "lora"),
     "Distillation": ("lwf", "ancl"),
     "Balance between old and new classes": ("bic", "icarl", "lode", "ssil", "wa", "cwr", "ncm"),
     "Representations": ("lucir", "podnet", "prd"),

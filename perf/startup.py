@@ -1,7 +1,7 @@
 """Seconds from a command to its first training step and to its end.
 
     python perf/startup.py                                          # quickstart as a development run
-    python perf/startup.py --repeats 5 split_cifar100 backbone=resnet32 trainer.fast_dev_run=1
+    python perf/startup.py --repeats 5 split_cifar100 backbone=resnet32 trainer.fast_dev_run=true
 
 Each repetition is a process. Wall time depends on what else the machine does; processor time does less so. The first
 row, `import torch`, is what no change of clframe can shorten. Compiled modules are kept in a separate folder, as an

@@ -36,6 +36,8 @@ _drawing = False
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "figures: runs draw their figures, which other tests leave out to save time")
+    # A power cut ends the tests as well, and a run of half a second waits for the disk forty times.
+    os.fsync = lambda handle: None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

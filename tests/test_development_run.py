@@ -15,7 +15,7 @@ FAST = ("backbone=mlp", "backbone.width=8", "trainer.progress=false", "trainer.l
         "trainer.batch_size=16")  # fmt: skip
 
 
-@pytest.mark.parametrize(("wanted", "count"), [("false", 5), ("true", 2), ("1", 1), ("3", 3), ("9", 5)])
+@pytest.mark.parametrize(("wanted", "count"), [("false", 5), ("true", 1), ("1", 1), ("3", 3), ("9", 5)])
 def test_the_stream_is_cut_off(wanted, count):
     config = load_config("quickstart", [f"trainer.fast_dev_run={wanted}"])
     source, benchmark = build_stream(config)
@@ -36,8 +36,9 @@ def test_an_online_stream_is_cut_off_after_the_parts_of_its_experiences():
 
 def test_a_run_trains_and_evaluates_few_batches_and_says_so(tmp_path, caplog):
     with caplog.at_level("INFO", logger="clframe.api"):
-        result = clframe.run("quickstart", [*FAST, "trainer.fast_dev_run=true"], output=tmp_path)
+        result = clframe.run("quickstart", [*FAST, "trainer.fast_dev_run=2"], output=tmp_path)
     assert "development run: 2 experience(s), one epoch of 2 batches each" in caplog.text
+    assert "trainer.fast_dev_run=2" not in caplog.text
     assert result.name == "quickstart (development run)"
     assert result.steps == 4 and len(result.accuracy_matrix) == 2
     # Accuracies are fractions of two batches of 16, though the tests have 90 samples and evaluation batches 256.
@@ -45,6 +46,15 @@ def test_a_run_trains_and_evaluates_few_batches_and_says_so(tmp_path, caplog):
     assert all(a * 32 == pytest.approx(round(a * 32), abs=1e-9) for a in accuracies)
     with pytest.raises(RunFolderError, match=r"is a development run .* of the first 2 experiences; extend a complete"):
         clframe.api.extend(result.run_folder, ["benchmark=digits"])
+
+
+@pytest.mark.parametrize(("experiences", "advised"), [(5, True), (1, False)])
+def test_one_experience_unless_asked(experiences, advised, tmp_path, caplog):
+    overrides = [*FAST, "trainer.fast_dev_run=true", f"benchmark.experiences={experiences}"]
+    with caplog.at_level("INFO", logger="clframe.api"):
+        result = clframe.run("quickstart", overrides, output=tmp_path)
+    assert result.steps == 2 and len(result.accuracy_matrix) == 1
+    assert ("trainer.fast_dev_run=2 adds the second experience" in caplog.text) is advised
 
 
 def test_strategies_with_epochs_of_their_own_take_the_fewest_that_they_need(tmp_path, caplog):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clframe.build import with_device_defaults
+from clframe.build import check_config, with_device_defaults
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig
 from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import same_config, to_yaml
+from clframe.errors import UnsupportedError
 from clframe.seeding import torch_settings
 
 PLAIN = Config(benchmark=BenchmarkConfig(name="digits"), backbone=BackboneConfig(name="mlp"))
@@ -64,3 +65,12 @@ def test_settings_of_cuda_are_set_and_restored():
         with torch_settings(deterministic=deterministic, cuda=True):
             assert (cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == expected
         assert (cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+
+
+def test_a_fused_update_is_refused_where_it_would_leave_gradients_scaled(monkeypatch):
+    monkeypatch.setattr("clframe.build.on_cuda", lambda trainer: True)
+    scaled = replace(PLAIN, trainer=TrainerConfig(precision="16-mixed"))
+    for fused in ("auto", False):
+        check_config(replace(scaled, optimizer=OptimizerConfig(fused=fused)), source=False)
+    with pytest.raises(UnsupportedError, match="^optimizer.fused: found true with trainer.precision=16-mixed, .* set optimizer.fused=false$"):
+        check_config(replace(scaled, optimizer=OptimizerConfig(fused=True)), source=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clframe.lazy_imports import Deferred, defer_imports, defer_package, use_stand_in, without_collection
+from clframe.lazy_imports import Deferred, defer_package, use_stand_in, without_collection
 
 NAME = "clframe_slow_package"
 
@@ -35,18 +38,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         del sys.part_runs
 
 
-def test_a_deferred_import_loads_on_first_use_and_is_then_the_package(package: str) -> None:
-    with defer_imports([package]):
+def test_looking_for_the_module_of_an_object_loads_no_deferred_package(package: str) -> None:
+    with defer_package(package, {}):
         module = __import__(package)
-    assert type(module).__name__ == "_LazyModule"
-    assert importlib.import_module(f"{package}.part").VALUE == 5
-    assert sys.modules[package] is module and module.LOADED is True
-    assert type(module).__name__ == "module"
+    assert inspect.getmodule(types.FunctionType(compile("0", "nowhere.py", "exec"), {})) is None  # asks all modules
+    assert "LOADED" not in module.__dict__ and module.LOADED is True
 
 
 def test_a_missing_package_is_missing_as_ever() -> None:
-    with defer_imports(["clframe_no_such_package"]), pytest.raises(ModuleNotFoundError):
-        import clframe_no_such_package
     with use_stand_in("clframe_no_such_package", ["Model"]), pytest.raises(ModuleNotFoundError):
         import clframe_no_such_package
     with defer_package("clframe_no_such_package", {}), pytest.raises(ModuleNotFoundError):
@@ -94,6 +93,34 @@ def test_a_deferred_package_that_fails_fails_like_any_other(package: str) -> Non
     with pytest.raises(ValueError, match="broken"):
         module.Model  # noqa: B018
     assert package not in sys.modules
+
+
+def test_init_of_a_deferred_package_runs_in_its_context(package: str) -> None:
+    entered: list[bool] = []
+
+    @contextlib.contextmanager
+    def within():
+        entered.append("LOADED" in sys.modules[package].__dict__)
+        yield
+        entered.append("LOADED" in sys.modules[package].__dict__)
+
+    with defer_package(package, {}, within=within):
+        __import__(package)
+    assert entered == [] and sys.modules[package].LOADED is True and entered == [False, True]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_submodule_of_a_deferred_package_has_a_stand_in(package: str, inside: bool) -> None:
+    with defer_package(package, {}), use_stand_in(f"{package}.part", ["Part"]):
+        namespace: dict[str, object] = {}
+        exec(f"import {package}.part as part\nfrom {package}.part import Part", namespace)
+        assert "LOADED" not in sys.modules[package].__dict__
+        if inside:  # something else in the block needs the package
+            sys.modules[package].LOADED  # noqa: B018
+    module = sys.modules[package]
+    found = importlib.import_module(f"{package}.part")
+    assert module.LOADED is True and module.part is found and sys.part_runs == 1
+    assert namespace["part"].VALUE == 5 and isinstance(namespace["Part"](), found.Part)
 
 
 def test_a_stand_in_gives_objects_that_import_on_first_use(package: str) -> None:

@@ -131,6 +131,17 @@ def test_a_run_with_own_code_needs_the_flag_and_so_does_loading_it(package, caps
     assert model.network(torch.zeros(2, 1, 8, 8)).last.shape == (2, 2)
 
 
+def test_a_backbone_that_fails_is_refused_in_one_line(package, capsys):
+    (package / "own_things_broken.py").write_text(
+        "from torch import nn\n\ndef net(input_shape):\n    return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n"
+    )
+    assert main(["run", "quickstart", "backbone=own_things_broken.net", "--allow-imports", "own_things_broken"]) == 2
+    assert capsys.readouterr().err == (
+        "clframe: error: backbone: stage '1' fails on inputs of shape (64,) (addmm: mat1 and mat2 shapes cannot be "
+        "multiplied (2x64 and 5x3)); give stages that accept each other's outputs\n"
+    )
+
+
 def test_what_is_allowed_is_a_package_and_nothing_next_to_it(package):
     (package / "own_things_too.py").write_text("value = 1")
     with allow_imports(["own_things"]):

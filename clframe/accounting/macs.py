@@ -103,7 +103,9 @@ def stage_macs(network: Staged, *, batch: int = 1, convention: Convention = "mac
     return counts
 
 
-def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tuple[int, ...]:
+def cumulative_macs(
+    network: Staged, *, convention: Convention = "macs", counts: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
     """Return cost_K, the MACs of one sample up to and including exit k and the heads of all earlier exits.
 
     Stages behind the last exit are left out; there are none if it is the backbone's own classifier.
@@ -111,6 +113,7 @@ def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tupl
     Args:
         network: A network with stages and exits.
         convention: Operations that count.
+        counts: What :func:`stage_macs` returns for this network, if it has been counted before.
 
     >>> from clframe.nn import GrowingLinear, Network
     >>> from clframe.nn.backbones import mlp
@@ -118,7 +121,7 @@ def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tupl
     >>> network.grow(range(3)), cumulative_macs(network)
     (True, (70, 200))
     """
-    counts = stage_macs(network, convention=convention)
+    counts = counts or stage_macs(network, convention=convention)
     spent, costs = 0, {}
     for stage, _, exits in network.plan():
         spent += counts[stage]
@@ -128,12 +131,13 @@ def cumulative_macs(network: Staged, *, convention: Convention = "macs") -> tupl
     return tuple(costs[exit] for exit in sorted(costs))
 
 
-def backbone_macs(network: Staged, *, convention: Convention = "macs") -> int:
+def backbone_macs(network: Staged, *, convention: Convention = "macs", counts: Mapping[str, int] | None = None) -> int:
     """Count the MACs of one sample through the backbone and its own classifier, the reference for budgets.
 
     Args:
         network: A network with stages and exits.
         convention: Operations that count.
+        counts: What :func:`stage_macs` returns for this network, if it has been counted before.
 
     >>> from clframe.nn import GrowingLinear, Network
     >>> from clframe.nn.backbones import mlp
@@ -141,7 +145,7 @@ def backbone_macs(network: Staged, *, convention: Convention = "macs") -> int:
     >>> network.grow(range(3)), backbone_macs(network)
     (True, 170)
     """
-    counts, plan = stage_macs(network, convention=convention), network.plan()
+    counts, plan = counts or stage_macs(network, convention=convention), network.plan()
     last, _ = plan[-1][2][-1]
     return sum(counts[stage] for stage, _, _ in plan) + counts[f"exit/{last}"]
 

@@ -94,6 +94,15 @@ def progress_line(progress: Any) -> str:
     tally, index = progress.tallies[-1], progress.finished - 1
     seen = [a for j, a in enumerate(tally.accuracy_E) if j <= index and a == a]
     count = len(tally.accuracy_E)
+    if tally.nats_E:
+        from clframe.functional.language import perplexity  # here, because torch is slow to import
+
+        nats = [n for n in tally.nll_E[: index + 1] if n == n]
+        every = perplexity(sum(nats) / len(nats))
+        return (
+            f"experience {progress.finished}/{count}: perplexity {every:8.2f} over the domains so far, "
+            f"{perplexity(tally.nll_E[index]):8.2f} on this one   ({progress.train_seconds:.1f} s training)"
+        )
     gone = index + 1 - len(seen)
     return (
         f"experience {progress.finished}/{count}: {100 * sum(seen) / len(seen):5.1f} % over the experiences "

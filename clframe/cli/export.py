@@ -20,6 +20,7 @@ is compared with the model before it is written.
   clframe export RUN --staged --threshold 0.9         for a strategy without early_exit
   clframe export RUN --format pt2                     torch.export, for torch without clframe
   clframe export RUN --format safetensors             weights and config, which clframe.load reads
+  clframe export RUN --format transformers            a language model as a Llama, with its tokenizer
 
 ONNX needs the extra export: pip install 'clframe[export]'.
 """
@@ -27,7 +28,9 @@ ONNX needs the extra export: pip install 'clframe[export]'.
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    parser.add_argument("--format", default="onnx", metavar="NAME", help="onnx, pt2 or safetensors (default: onnx)")
+    parser.add_argument(
+        "--format", default="onnx", metavar="NAME", help="onnx, pt2, safetensors or transformers (default: onnx)"
+    )
     parser.add_argument("--output", metavar="DIR", help="the folder to create (default: RUN/export/FORMAT[-staged])")
     parser.add_argument("--staged", action="store_true", help="one graph for each exit, with a runner that stops early")
     parser.add_argument("--threshold", metavar="P", help="confidence from which an exit stops a sample (with --staged)")

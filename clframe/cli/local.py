@@ -34,6 +34,7 @@ class LocalLauncher:
     def __init__(self, *, quiet: bool, jobs: int | None, per_device: int | None) -> None:
         self._quiet, self._jobs, self._per_device = quiet, jobs, per_device
         self._pool = Pool(quiet=quiet)
+        self.reported: set[str] = set()
         self._plan: Plan | None = None
         self._memory: Memory | None = None
         self._measured = False
@@ -70,6 +71,7 @@ class LocalLauncher:
     def _report(self, run: RunProcess, cell: Cell, count: str) -> None:
         if run.reason is not None:
             self._pool.say(f"clframe: error: {run.task.label}: {run.reason}", error=True)
+            self.reported.add(cell.key)
         elif run.folder is not None and not self._quiet:
             accuracy = Result.from_json(cell.results).score("final_average_accuracy").value
             self._pool.say(f"{count}  {run.task.label}: {100 * accuracy:.1f} %, {cell.folder}")

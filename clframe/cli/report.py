@@ -14,9 +14,11 @@ Writes report.html, a self-contained page, and its tables (CSV, Markdown, LaTeX)
 RUN is a run folder, or a parent folder, which selects all finished runs below it. Runs that differ only in their seed
 form a group: mean and standard deviation. One table has a row per group: parameters, accuracy and its gain with a
 paired 95 % confidence interval, accuracy at 25, 50, 75 and 100 % of the cost, cost at equal accuracy, forgetting.
-Strategies with exits are compared with the same strategy without them; --against compares all groups with one. Groups
-that are not comparable, because class orders or splits differ, are marked and not subtracted; other benchmarks are
-refused. From 60 runs on figures of single groups are drawn for the first ones only; --all-figures draws all.
+Strategies with exits are compared with the same strategy without them, and all groups with that which most others are
+comparable with; --against chooses another. Groups that are not comparable, because class orders or splits differ, are
+named and not subtracted; other benchmarks are refused. Names of groups say what differs; where they would be long, they
+leave out what most groups share. From 60 runs on figures of single groups are drawn for the first ones only;
+--all-figures draws all.
 
   clframe report runs/quickstart/er+lwf-seed0-20260101-120000       one run
   clframe report runs/quickstart                             all of an experiment

@@ -34,6 +34,9 @@ class RunState:
     name: str = ""
     strategy: str = ""
     benchmark: str = ""
+    backbone: str = ""
+    devices: str = ""
+    """Number of devices, or the indices of GPUs; empty where unknown."""
     seed: int | None = None
     accuracy: float = math.nan
     """Final average accuracy."""
@@ -106,7 +109,8 @@ def _finished(path: Path, *, age: float) -> RunState:
         mean = RunFolder(path).mean_prediction_macs()
         return RunState(
             path=path, name=_text(found["name"]), strategy=_text(found["strategy"]),
-            benchmark=_text(found["benchmark"]), seed=_seed(found["seed"]),
+            benchmark=_text(found["benchmark"]), backbone=_text(found.get("backbone", "")),
+            devices=_devices_of_finished(path), seed=_seed(found["seed"]),
             accuracy=_number(metrics["final_average_accuracy"]),
             forgetting=_number(metrics["forgetting"]), macs=_number(found["macs"]) if mean is None else mean,
             state="diverged" if diverged else "finished",
@@ -122,11 +126,11 @@ def _finished(path: Path, *, age: float) -> RunState:
 def _unfinished(path: Path, lines: Sequence[str], *, age: float) -> RunState:
     config = _config(path / "config.yaml")
     state, detail = _progress(path, lines)
-    benchmark = config.get("benchmark")
     try:
         return RunState(
             path=path, name=_text(config["name"]), strategy=_text(config["strategy"]),
-            benchmark=_text(benchmark["name"] if isinstance(benchmark, Mapping) else benchmark),
+            benchmark=_name_in(config, "benchmark"),
+            backbone=_name_in(config, "backbone") if "backbone" in config else "", devices=_devices(config),
             seed=_seed(config["seed"]), state=state, detail=detail, age=age,
         )  # fmt: skip
     except KeyError as error:
@@ -150,6 +154,26 @@ def _config(file: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise _Damaged("config.yaml: not a mapping")
     return found
+
+
+def _name_in(config: Mapping[str, Any], block: str) -> str:
+    """The name in a block, which may be written as the name alone."""
+    found = config.get(block)
+    return _text(found["name"] if isinstance(found, Mapping) else found)
+
+
+def _devices_of_finished(path: Path) -> str:
+    try:
+        return _devices(_config(path / "config.yaml"))
+    except _Damaged:  # the results are known all the same
+        return ""
+
+
+def _devices(config: Mapping[str, Any]) -> str:
+    trainer = config.get("trainer")
+    found = trainer.get("devices") if isinstance(trainer, Mapping) else None
+    numbers = found if isinstance(found, list) else [found]
+    return ", ".join(map(str, numbers)) if all(type(number) is int for number in numbers) else ""
 
 
 def _progress(path: Path, lines: Sequence[str]) -> tuple[str, str]:

@@ -19,11 +19,13 @@ WORDS = "[FILTER ...]"
 DESCRIPTION = """\
 Lists the runs in ./runs, newest first: their folder, strategy, benchmark, seed, final average accuracy, forgetting,
 MACs per prediction, state (running, finished, stopped, failed, diverged, damaged) and age, which is the time since
-the last line of the log. A run is shown where each word of FILTER occurs in its name, strategy or benchmark.
+the last line of the log; backbone and devices as well where they differ between the runs listed. A run is shown where
+each word of FILTER occurs in its name, strategy, benchmark or backbone.
 
   clframe runs
   clframe runs er exits                  runs with er and exits
   clframe runs --sort accuracy           the most accurate first
+  clframe runs resnet32                  runs with this backbone
   clframe runs cifar100 --best 3         the three most accurate finished runs of each benchmark
   clframe runs --output results
 """
@@ -33,6 +35,8 @@ _KEYS: dict[str, Callable[[RunState], Any]] = {
     "name": lambda run: run.name,
     "strategy": lambda run: run.strategy,
     "benchmark": lambda run: run.benchmark,
+    "backbone": lambda run: run.backbone,
+    "devices": lambda run: run.devices,
     "seed": lambda run: math.nan if run.seed is None else run.seed,
     "accuracy": lambda run: -run.accuracy,
     "forgetting": lambda run: run.forgetting,
@@ -42,9 +46,12 @@ _KEYS: dict[str, Callable[[RunState], Any]] = {
 }
 """Keys of ``--sort``: the best, smallest or first one comes first."""
 _COLUMNS = (
-    "run", "strategy", "benchmark", "seed", "accuracy, %", "forgetting, %", "MACs per prediction", "age", "state",
+    "run", "strategy", "benchmark", "backbone", "devices", "seed", "accuracy, %", "forgetting, %",
+    "MACs per prediction", "age", "state",
 )  # fmt: skip
-_LEFT = (0, 1, 2, 8)
+_LEFT = ("run", "strategy", "benchmark", "backbone", "state")
+_WHERE_DIFFERENT = ("backbone", "devices")
+"""Columns that are shown only if two runs differ in them."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +94,10 @@ def act(options: argparse.Namespace) -> int:
 
 
 def select(runs: Sequence[RunState], words: Sequence[str]) -> list[RunState]:
-    """Return the runs in whose name, strategy or benchmark each word occurs; of damaged ones, in the folder's name."""
+    """Return the runs in whose name, strategy, benchmark or backbone each word occurs; folders of damaged ones."""
 
     def text(run: RunState) -> str:
-        known = (run.name, run.strategy, run.benchmark)
+        known = (run.name, run.strategy, run.benchmark, run.backbone)
         return "\n".join(known if any(known) else (run.path.parent.name, run.path.name)).lower()
 
     return [run for run in runs if all(word.lower() in text(run) for word in words)]
@@ -119,10 +126,15 @@ def sort(runs: Sequence[RunState], *, key: str) -> list[RunState]:
 
 def table(runs: Sequence[RunState], *, output: Path) -> str:
     """Render one line a run, however wide, so that it can be searched."""
-    rows = [_COLUMNS, *(_cells(run, output) for run in runs)]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]
+    cells = [_cells(run, output) for run in runs]
+    shown = [
+        k for k, name in enumerate(_COLUMNS)
+        if name not in _WHERE_DIFFERENT or len({row[k] for row in cells} - {"-"}) > 1
+    ]  # fmt: skip
+    rows = [_COLUMNS, *cells]
+    widths = {k: max(len(row[k]) for row in rows) for k in shown}
     lines = [
-        "  ".join(row[k].ljust(width) if k in _LEFT else row[k].rjust(width) for k, width in enumerate(widths))
+        "  ".join(row[k].ljust(widths[k]) if _COLUMNS[k] in _LEFT else row[k].rjust(widths[k]) for k in shown)
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -134,7 +146,10 @@ def _cells(run: RunState, output: Path) -> tuple[str, ...]:
     def number(value: float, form: str) -> str:
         return "-" if math.isnan(value) else format(value, form)
 
-    texts = (str(run.path.relative_to(output)), run.strategy or "-", run.benchmark or "-")
+    texts = (
+        str(run.path.relative_to(output)), run.strategy or "-", run.benchmark or "-", run.backbone or "-",
+        run.devices or "-",
+    )  # fmt: skip
     return (
         *map(printable, texts), "-" if run.seed is None else str(run.seed), number(100 * run.accuracy, ".1f"),
         number(100 * run.forgetting, ".1f"), number(run.macs, ",.0f"), format_age(run.age),

@@ -22,8 +22,8 @@ from clframe.errors import ClframeError, Interrupted
 if TYPE_CHECKING:
     from clframe.config.schema import Config
 
-SHORT = ("trainer.fast_dev_run=true", "trainer.figures=none", "trainer.loggers=[]")
-"""Overrides of a run that is measured."""
+SHORT = ("trainer.fast_dev_run=2", "trainer.figures=none", "trainer.loggers=[]")
+"""Overrides of a run that is measured; replay and teachers need memory from the second experience on."""
 
 
 class SeedsInterrupted(Interrupted):

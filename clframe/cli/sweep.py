@@ -205,7 +205,7 @@ def train_cells(cells: Sequence[Cell], folder: Path, launcher: Launcher, *, retr
     failed = _train_left(folder, launcher, retry, quiet, cells)
     print_summary(cells)
     for cell in cells:
-        if cell.key in failed:
+        if cell.key in failed and cell.key not in launcher.reported:  # it failed before, or in another process
             print(f"clframe: error: {cell.label}, seed {cell.seed}: {failed[cell.key]}", file=sys.stderr)
     if failed:
         print(f"clframe: {len(failed)} of {len(cells)} cells failed; try them again with --retry", file=sys.stderr)

@@ -162,8 +162,8 @@ class TrainerConfig:
     strategy has ``sparsity`` or ``moe``."""
     fast_dev_run: bool | int = False
     """Development run, to test a setup: one epoch of two batches per experience (two where a strategy needs them, such
-    as ``exits(regime=disjoint)``), and evaluation of two batches per experience. ``true`` runs the first two
-    experiences, since replay and distillation begin in the second; a number runs as many."""
+    as ``exits(regime=disjoint)``), and evaluation of two batches per experience. ``true`` runs the first
+    experience; a number runs as many. Replay and distillation begin in the second."""
     threads: int | None = None
     """CPU threads; null is torch's choice. Small models are fastest with 1."""
     channels_last: Automatic = "auto"
@@ -179,6 +179,12 @@ class TrainerConfig:
 
     ``auto`` does so on one CUDA device where every component and plugin allows it, and says once which one does not;
     ``true`` also does so on several, and refuses such a strategy.
+    """
+    compile: bool = False
+    """Compile the network's stages by ``torch.compile``, once: they remain compiled while the heads of the exits grow.
+
+    Losses, heads and update are not compiled. Compiling takes seconds to minutes when training begins, which log and
+    ledger state; it needs a C++ compiler on a CPU, a C compiler and Triton on CUDA.
     """
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints inside an experience."""
@@ -225,6 +231,8 @@ class TrainerConfig:
             require_at_least(1, "trainer.devices", self.devices)
         require(self.figures != "experience" or "tensorboard" in self.loggers, "trainer.figures", self.figures,
                  "add tensorboard to trainer.loggers or give end")  # fmt: skip
+        require(not (self.compile and self.sync_batchnorm), "trainer.compile", self.compile,
+                 "set trainer.sync_batchnorm=false, whose communication cannot be compiled")  # fmt: skip
         if self.budget.is_set:
             for key, used, advice in (
                 ("engine", self.engine == "trainer", "trainer.engine=fabric"),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from clframe.errors import ClframeError
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.statistics import NAN, Point, mean
+from clframe.report.labels import labels_of
 from clframe.report.loading import Run
 from clframe.results import Result
 
 TRAINING_ONLY = ("benchmark.augment",)
 """Keys of the benchmark that change training but not the samples."""
-
-INLINE = {"exits.control": "none", "exits.gradient": "through"}
-"""Options that make exits a control or probes, with their defaults."""
 
 WHOLE = "whole network"
 """Name of the operating point without early exit."""
@@ -71,55 +69,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     members = [_one_a_seed(group, notices) for group in found.values()]
     labels = labels_of([group[0].settings for group in members], written=[group[0].strategy for group in members])
     groups = [Group(label=label, runs=tuple(group)) for label, group in zip(labels, members, strict=True)]
-    return groups, [*notices, *_inside(groups), *_between(groups)]
-
-
-def labels_of(settings: Sequence[Mapping[str, str]], *, written: Sequence[str] = ()) -> list[str]:
-    """Name each group by what differs: the strategy, then other keys, then the experiment's name.
-
-    A key differs where two groups have it with different values. Options that make exits probes or a control are
-    written into the strategy.
-
-    Args:
-        settings: Flat config of each group.
-        written: Strategy of each group in the order in which it was written; empty for that of the config.
-
-    >>> labels_of([{"strategy": "er", "er.memory": "50"}, {"strategy": "er", "er.memory": "200"}])
-    ['er.memory=50', 'er.memory=200']
-    >>> labels_of([{"strategy": "er", "er.memory": "50"}, {"strategy": "naive"}])
-    ['er', 'naive']
-    """
-    keys = sorted({key for flat in settings for key in flat})
-    differing = [key for key in keys if len({flat[key] for flat in settings if key in flat}) > 1]
-    inline = [key for key in INLINE if key in differing]
-    differs = "strategy" in differing or bool(inline)
-    differing = [key for key in differing if key not in ("strategy", "name", *inline)]
-    names = [
-        _with_options(text, flat, inline)
-        for text, flat in zip(written or [flat["strategy"] for flat in settings], settings, strict=True)
-    ]
-    short = {
-        key: key.removeprefix("trainer.").removeprefix("benchmark.").removeprefix("optimizer.") for key in differing
-    }
-    labels = [
-        ", ".join([name] * differs + [f"{short[key]}={flat[key]}" for key in differing if key in flat]) or name
-        for name, flat in zip(names, settings, strict=True)
-    ]
-    if len(set(labels)) < len(labels):
-        labels = [f"{flat.get('name', 'run')}: {label}" for label, flat in zip(labels, settings, strict=True)]
-    return [label if labels.count(label) == 1 else f"{label} ({n + 1})" for n, label in enumerate(labels)]
-
-
-def _with_options(strategy: str, flat: Mapping[str, str], keys: Sequence[str]) -> str:
-    """Write options that are not at their default into an expression of names."""
-    terms = []
-    for name in strategy.split(" + "):
-        options = [
-            f"{key.removeprefix(f'{name}.')}={flat[key]}"
-            for key in keys if key.startswith(f"{name}.") and flat.get(key, INLINE[key]) != INLINE[key]
-        ]  # fmt: skip
-        terms.append(f"{name}({', '.join(options)})" if options else name)
-    return " + ".join(terms)
+    return groups, [*notices, *_inside(groups)]
 
 
 def mismatch(first: Group, second: Group) -> str:
@@ -216,23 +166,4 @@ def _inside(groups: Sequence[Group]) -> list[str]:
     different = sorted({k for found in versions for k in found if len({v.get(k) for v in versions}) > 1})
     if different:
         notices.append(f"Runs differ in their versions of {', '.join(different)}.")
-    return notices
-
-
-def _between(groups: Sequence[Group]) -> list[str]:
-    notices = []
-    every = sorted({seed for group in groups for seed in group.seeds})
-    for group in groups:
-        missing = [str(seed) for seed in every if seed not in group.seeds]
-        if missing:
-            notices.append(
-                f"'{group.label}' has no seed {', '.join(missing)}: its means are over {len(group.seeds)} of "
-                f"{len(every)} seeds. Differences are over common seeds only."
-            )
-    for group in groups[1:]:
-        why = mismatch(groups[0], group)
-        if why:
-            notices.append(
-                f"'{groups[0].label}' and '{group.label}' are not comparable: {why}. No difference is shown."
-            )
     return notices

@@ -11,6 +11,7 @@ from clframe.environment import versions
 from clframe.metrics.continual import average_seen_accuracy, forgetting
 from clframe.metrics.statistics import NAN
 from clframe.plotting.style import Picture, RenderedPicture, render_picture
+from clframe.report.comparable import choose_base, notices_of, settings_table
 from clframe.report.comparison import Group, mismatch
 from clframe.report.confusion import confusion_parts
 from clframe.report.cost_figures import cost_pictures
@@ -41,6 +42,7 @@ from clframe.report.tables import (
     macs_over_seeds,
     matrix_table,
     metric_over_seeds,
+    perplexity_tables,
     seeds_text,
     shown_metrics,
     summary_table,
@@ -143,7 +145,7 @@ def make_page(
         running: Unfinished runs.
         notices: Texts shown at the top.
         reference: The group that the others are compared with; None compares strategies with exits with the same
-            strategy without them, and the tables of differences with the first group.
+            strategy without them, and the tables of differences with the group that most others are comparable with.
         all_figures: Whether all groups get figures; else the first ones, up to :data:`MOST_FIGURES`.
     """
     files = Files()
@@ -155,7 +157,9 @@ def make_page(
             f"Figures are drawn for the first {drawn} of {len(groups)} groups only; --all-figures draws those of all.",
         ]
     if len(groups) > 1:
-        sections.append(_comparison(groups, files, reference=reference))
+        base = reference or choose_base(groups)
+        sections.append(_comparison(groups, files, reference=reference, base=base))
+        notices = [*notices, *notices_of(groups, base)]
     fold: Fold = "never" if len(groups) < 2 else "open" if len(groups) <= MOST_OPEN else "closed"
     for n, group in enumerate(groups):
         prefix = f"group{n + 1}_" if len(groups) + len(running) > 1 else ""
@@ -216,16 +220,17 @@ def _with_losses(notices: Sequence[str], runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _comparison(groups: Sequence[Group], files: Files, *, reference: Group | None) -> Section:
+def _comparison(groups: Sequence[Group], files: Files, *, reference: Group | None, base: Group) -> Section:
     comparable = not any(mismatch(first, second) for first, second in itertools.combinations(groups, 2))
     pictures = _render(group_pictures(groups, comparable=comparable))
-    base = reference or groups[0]
     rows: list[Member] = members(groups, reference=reference)
     compared = exits_compared_table(rows)
     shown = [strategies_table(rows, reference=reference), *([compared] if compared is not None else [])]
     folded = [groups_table(groups), differences_table(groups, base), equal_accuracy_table(groups, base)]
+    settings = settings_table(groups)
+    folded += [] if settings is None else [settings]
     files.add(pictures, [*shown, *folded])
-    first = ", the first" if reference is None else ""
+    first = ", the first" if reference is None and base is groups[0] else ""
     return Section(
         title="Comparison", pictures=pictures, tables=shown, folded=folded,
         intro=f"{len(groups)} groups. Paired differences and cost at equal accuracy below are against "
@@ -238,7 +243,8 @@ def _group(group: Group, files: Files, *, prefix: str, drawn: bool) -> list[Sect
     pictures = _render(run_pictures(group.runs, prefix=prefix), drawn=drawn)
     once = all(map(trained_once, results))
     folded = [summary_table(group), *(() if once else (matrix_table(group.runs),))]
-    files.add(pictures, folded, prefix=prefix)
+    shown = perplexity_tables(results)
+    files.add(pictures, [*shown, *folded], prefix=prefix)
     seeds = f"Seed{'s' if len(group.seeds) > 1 else ''} {seeds_text(group.seeds)}"
     intro = f"{seeds}. Mean ± sample standard deviation over seeds." if len(group.seeds) > 1 else f"{seeds}."
     of = f": {group.label}" if prefix else ""
@@ -247,7 +253,7 @@ def _group(group: Group, files: Files, *, prefix: str, drawn: bool) -> list[Sect
     for section in about_exits:
         files.add(section.pictures, [*section.tables, *section.folded], prefix=prefix)
     return [
-        Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, folded=folded),
+        Section(title=group.label, intro=intro, tiles=_tiles(group), pictures=pictures, tables=shown, folded=folded),
         *about_exits,
         *_confusion_section(group, files, title=f"Confusion matrix{of}", prefix=prefix, drawn=drawn),
         *_exit_study(group, files, title=f"Study of exits{of}", prefix=prefix, drawn=drawn),

@@ -285,7 +285,7 @@ def explanation(
             ("strategy", str(composition)),
             ("hooks (which component acts where)", _timetable(composition)),
             ("loss terms", "\n".join(_terms(composition))),
-            ("slots", "\n".join(f"{slot:<10} {_owner(composition, slot)}" for slot in SLOTS)),
+            ("slots", _aligned([(slot, _owner(composition, slot)) for slot in SLOTS])),
             *([("Avalanche plugins, in addition to the components", _plugins(plugins))] if plugins else ()),
             ("network with all classes", _network(network)),
             *([("training within the budget", budget)] if budget else ()),
@@ -315,11 +315,19 @@ def _stream(benchmark: Benchmark) -> str:
 
 
 def _timetable(composition: Composition) -> str:
-    lines = []
-    for hook in HOOKS:
-        names = " + ".join(component.name for component in composition.acting_at(hook))
-        lines.append(f"{hook:<11} {_WHEN[hook]:<30} {names or '-'}")
-    return "\n".join(lines)
+    names = {hook: " + ".join(component.name for component in composition.acting_at(hook)) for hook in HOOKS}
+    return _aligned([(hook, _WHEN[hook], names[hook] or "-") for hook in HOOKS])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Render rows of texts with every column but the last as wide as its longest entry.
+
+    >>> print(_aligned([("a", "x"), ("bcd", "y")]))
+    a   x
+    bcd y
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return "\n".join(" ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
 
 
 def _terms(composition: Composition) -> list[str]:

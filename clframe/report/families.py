@@ -11,6 +11,7 @@ from clframe.core import parse
 from clframe.core.expression import split_terms
 from clframe.errors import ClframeError, nearest
 from clframe.report.comparison import Group, mismatch
+from clframe.report.labels import listed_labels
 from clframe.report.loading import flatten
 
 BASE: Final = "base"
@@ -22,10 +23,6 @@ KINDS: Final = (BASE, EXITS, PROBES, CONTROL)
 
 ON_EXITS: Final = ("exits", "early_exit")
 """Components that a strategy with exits has in addition to its base."""
-
-
-MOST_NAMED: Final = 8
-"""Groups that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +106,12 @@ def choose_reference(groups: Sequence[Group], against: str) -> Group:
         return found[0]
     if not found:
         close = nearest(against, labels)
-        advice = f"did you mean '{close}'?" if close else f"give one of {_listed(labels)}"
+        advice = f"did you mean '{close}'?" if close else f"give one of {listed_labels(labels)}"
         raise ClframeError(f"report: --against: found '{against}', which is not a group; {advice}")
     raise ClframeError(
         f"report: --against: found '{against}', which fits several groups; give one of "
-        f"{_listed([group.label for group in found])}"
+        f"{listed_labels([group.label for group in found])}"
     )
-
-
-def _listed(labels: Sequence[str]) -> str:
-    """Return the first names, quoted."""
-    more = f" and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else ""
-    return ", ".join(f"'{label}'" for label in labels[:MOST_NAMED]) + more
 
 
 def _in_order(expression: str) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Final
 from clframe.exits.curves import wilson_interval
 from clframe.exits.diagnostics import ExitMetric, ExitRecord, all_exit_metrics
 from clframe.exits.failure import LABELS, undefined_reason
+from clframe.functional.language import perplexity
 from clframe.metrics.continual import average_seen_accuracy
-from clframe.metrics.registry import OWN_METRICS, Kind, Metric, all_metrics
+from clframe.metrics.registry import OWN_METRICS, TOKEN_METRICS, Kind, Metric, all_metrics
 from clframe.metrics.statistics import NAN, Difference, Point, cost_at, deviation, mean, paired
 from clframe.report.comparison import Group, mean_points, mismatch, operating_points
 from clframe.report.loading import Run
@@ -28,19 +29,33 @@ def shown_metrics(results: Sequence[Result]) -> dict[str, Metric]:
     """Return the metrics to show for runs, by name.
 
     For runs with one experience, where all averages over experiences are equal, and forgetting and transfer undefined,
-    these are the accuracy and the metrics of other packages.
+    these are the accuracy and the metrics of other packages. For language models they are perplexity and nats per token
+    instead of accuracies.
     """
     every = all_metrics()
+    if results and all(result.nll_matrix for result in results):
+        text = {ACCURACY: replace(every[ACCURACY], label="next-token accuracy", compared=False)}
+        every = {**TOKEN_METRICS, **text, **_of_others(every)}
+    else:
+        every = {name: metric for name, metric in every.items() if not metric.per_token}
     if not results or not all(map(trained_once, results)):
         return every
-    others = {name: metric for name, metric in every.items() if name not in OWN_METRICS}
-    return {ACCURACY: replace(every[ACCURACY], label="accuracy"), **others}
+    first = "final_perplexity" if "final_perplexity" in every else ACCURACY
+    label = "perplexity" if first in TOKEN_METRICS else "accuracy"
+    return {first: replace(every[first], label=label), **_of_others(every)}
+
+
+def _of_others(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    return {name: m for name, m in metrics.items() if name not in OWN_METRICS and name not in TOKEN_METRICS}
 
 
 def _compared(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Name and heading of the metrics that groups are compared by."""
     metrics = shown_metrics([result for group in groups for result in group.results])
-    return [(name, f"{metric.label}, %") for name, metric in metrics.items() if metric.compared]
+    return [
+        (name, f"{metric.label}, %" if metric.kind == "percent" else metric.label)
+        for name, metric in metrics.items() if metric.compared
+    ]  # fmt: skip
 
 
 def metric_over_seeds(results: Sequence[Result], name: str) -> Quantity:
@@ -84,9 +99,12 @@ def differences_table(groups: Sequence[Group], base: Group) -> Table:
         why = mismatch(base, group)
         for name, heading in _compared(groups):
             found = paired(base.metric(name), group.metric(name))
-            rows.append((group.label, heading.removesuffix(", %"), *_difference_cells(found, why)))
-    columns = ("group", "metric", "seeds", f"{base.label}, %", "difference, points", "95 % CI from, points",
-               "to, points", "excludes 0", "relative change, %")  # fmt: skip
+            kind = all_metrics()[name].kind
+            rows.append((group.label, heading.removesuffix(", %"), *_difference_cells(found, why, kind)))
+    shares = all(heading.endswith(", %") for _, heading in _compared(groups))
+    percent, points = (", %", ", points") if shares else ("", "")
+    columns = ("group", "metric", "seeds", f"{base.label}{percent}", f"difference{points}", f"95 % CI from{points}",
+               f"to{points}", "excludes 0", "relative change, %")  # fmt: skip
     metrics = shown_metrics([result for group in groups for result in group.results])
     lower = [metric.label for metric in metrics.values() if metric.compared and metric.better == "lower"]
     note = (
@@ -97,15 +115,16 @@ def differences_table(groups: Sequence[Group], base: Group) -> Table:
     return Table(name="differences", title=title, note=note, columns=columns, rows=tuple(rows))
 
 
-def _difference_cells(found: Difference, why: str) -> tuple[Cell, ...]:
+def _difference_cells(found: Difference, why: str, kind: Kind) -> tuple[Cell, ...]:
+    change: Kind = "points" if kind == "percent" else kind
     why = why or found.undefined
     seeds = seeds_text(found.seeds)
     if why:
         return (seeds, Quantity(NAN, undefined=why), *("-" for _ in range(5)))
     low, high = (found.mean + sign * found.half_width for sign in (-1, 1))
     excludes = "-" if math.isnan(low) else "yes" if low > 0 or high < 0 else "no"
-    ends = (Quantity(end, kind="points", undefined="one seed in common") for end in (low, high))
-    return (seeds, Quantity(found.base), Quantity(found.mean, kind="points"), *ends, excludes,
+    ends = (Quantity(end, kind=change, undefined="one seed in common") for end in (low, high))
+    return (seeds, Quantity(found.base, kind=kind), Quantity(found.mean, kind=change), *ends, excludes,
             Quantity(found.relative, kind="points", undefined="the mean it is relative to is 0"))  # fmt: skip
 
 
@@ -181,6 +200,58 @@ def matrix_table(runs: Sequence[Run]) -> Table:
     columns = ("", *(f"on {j}, %" for j in range(len(matrices[0][0]))), "so far, %")
     note = _over(len(runs))
     return Table(name="accuracy_matrix", title="Accuracy matrix", note=note, columns=columns, rows=tuple(rows))
+
+
+def perplexity_table(results: Sequence[Result]) -> Table:
+    """Make the perplexity matrix of language models, averaged over seeds: after domain i (rows), on domain j.
+
+    ``so far`` is the exponential of the mean nats per token over the domains learned by then.
+    """
+    first = results[0]
+    domains = _domains(first)
+    rows: list[tuple[Cell, ...]] = []
+    for i, row in enumerate(first.nll_matrix):
+        cells = [_decimal_mean([r.perplexity_matrix[i][j] for r in results]) for j in range(len(row))]
+        seen = [perplexity(mean(list(r.nll_matrix[i][: i + 1]))) for r in results]
+        rows.append((f"after {domains[i]}", *cells, _decimal_mean(seen)))
+    title = "Perplexity: after each domain (rows), on each domain (columns)"
+    return Table(
+        name="perplexity_matrix", title=title, note=_over(len(results)), columns=("", *domains, "so far"),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def perplexity_tables(results: Sequence[Result]) -> list[Table]:
+    """List the perplexity matrix and, with several exits, those of each exit after the last domain.
+
+    Empty for results of classifiers.
+    """
+    first = results[0]
+    if not all(result.nll_matrix for result in results):
+        return []
+    if len(first.exit_names) < 2:
+        return [perplexity_table(results)]
+    domains = _domains(first)
+    rows: list[tuple[Cell, ...]] = []
+    for k, exit in enumerate(first.exit_names):
+        final = [result.exits[-1].nll_KE[k] for result in results]
+        cells = [_decimal_mean([perplexity(nll_E[j]) for nll_E in final]) for j in range(len(domains))]
+        lost = over_seeds({r.seed: r.exit_forgetting_nats[k] for r in results}, kind="fine", reason="one domain")
+        rows.append((exit, *cells, lost))
+    each = Table(
+        name="exit_perplexity", title="Perplexity of each exit after the last domain", note=_over(len(results)),
+        columns=("exit", *domains, "forgetting, nats per token"), rows=tuple(rows),
+    )  # fmt: skip
+    return [perplexity_table(results), each]
+
+
+def _domains(result: Result) -> list[str]:
+    """Name of each experience of a language model: its domains."""
+    return [", ".join(result.class_label(c) for c in brought) for brought in result.experiences]
+
+
+def _decimal_mean(values: Sequence[float]) -> Quantity:
+    return over_seeds(dict(enumerate(values)), kind="decimal", reason="not evaluated")
 
 
 def trained_once(result: Result) -> bool:

@@ -11,7 +11,14 @@ from clframe.errors import ClframeError
 from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import all_metrics
-from clframe.report.tables import budgets_table, exits_table, metric_over_seeds, shown_metrics, trained_once
+from clframe.report.tables import (
+    budgets_table,
+    exits_table,
+    metric_over_seeds,
+    perplexity_tables,
+    shown_metrics,
+    trained_once,
+)
 from clframe.results import Result, aggregate
 from clframe.run_folder import RunFolder
 from clframe.tables import WIDTH, Cell, Quantity, Table, to_text
@@ -51,7 +58,8 @@ def accuracy_text(result: Result, *, task_aware: bool = False) -> str:
 
 def result_text(result: Result) -> str:
     """Render a finished run: accuracy matrix, exits, summary; without a matrix where it has one experience."""
-    matrix = "" if trained_once(result) else accuracy_text(result)
+    matrix = accuracy_text(result) if not result.nll_matrix else "\n\n".join(map(to_text, perplexity_tables([result])))
+    matrix = "" if trained_once(result) else matrix
     return "\n\n".join(filter(None, (matrix, exits_text(result), summary_text(result))))
 
 
@@ -130,7 +138,9 @@ def seeds_table(results: Sequence[Result]) -> str:
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.strategy, result.benchmark, result.backbone), []).append(result)
-    shown = {name: metric.column for name, metric in all_metrics().items() if metric.column}
+    by_token = all(result.nll_matrix for result in results)
+    columns = {name: metric for name, metric in all_metrics().items() if metric.column}
+    shown = {name: metric.column for name, metric in columns.items() if metric.per_token == by_token}
     rows: list[tuple[Cell, ...]] = []
     for label, group in zip(_labels(list(groups)), groups.values(), strict=True):
         aggregate(group)  # refuses a seed that is given twice
@@ -139,9 +149,13 @@ def seeds_table(results: Sequence[Result]) -> str:
         plain = [Quantity(cell.value, deviation=cell.deviation, kind=cell.kind) for cell in cells]
         rows.append((label, Quantity(len(group), kind="whole"), *plain))
     return to_text(Table(
-        name="seeds", title="Mean ± sample standard deviation over seeds, in %",
+        name="seeds", title=f"Mean ± sample standard deviation over seeds{_unit(results)}",
         columns=("", "seeds", *shown.values()), rows=tuple(rows),
     ))  # fmt: skip
+
+
+def _unit(results: Sequence[Result]) -> str:
+    return "; forgetting and backward transfer in nats per token" if results[0].nll_matrix else ", in %"
 
 
 def _matrix_width(count: int, step: int, *, cell: int) -> int:

@@ -45,7 +45,8 @@ def write_report(
         output: Folder to write to; None uses ``report`` in the one folder given, or in the parent of several.
         watch: Whether to include unfinished runs, and to rewrite the report until all are finished.
         against: Name or strategy of the group that the others are compared with; None compares strategies with exits
-            with the same strategy without them, and the tables of differences with the first group.
+            with the same strategy without them, and the tables of differences with the group that most others are
+            comparable with, the first one of several.
         all_figures: Whether all groups get their own figures, however many there are.
         every: Seconds between two checks of the folders, with ``watch``.
         on_written: Called with the page's path each time it has been written.

@@ -18,6 +18,9 @@ _MOST_LAUNCHES = 3
 class Launcher(Protocol):
     """Trains cells somewhere."""
 
+    reported: set[str]
+    """Keys of cells whose failure it has printed."""
+
     @property
     def jobs(self) -> int:
         """Cells that are trained at a time, about."""

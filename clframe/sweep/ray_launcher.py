@@ -43,6 +43,7 @@ class RayLauncher:
     def __init__(self, *, address: str, cpus: float, gpus: float, retries: int, say: Say) -> None:
         self._address, self._cpus, self._gpus, self._retries = address, cpus, gpus, retries
         self._say = say
+        self.reported: set[str] = set()
 
     @classmethod
     def of(cls, given: Mapping[str, str], *, say: Say) -> RayLauncher:
@@ -113,6 +114,7 @@ class RayLauncher:
         except ray.exceptions.RayError as error:
             state, reason = "failed", f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
+        self.reported |= {cell.key} if state == "failed" else set()
         say_end(self._say, cell, state=state, reason=reason, count=count)
 
 

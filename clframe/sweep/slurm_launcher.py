@@ -45,6 +45,7 @@ class SlurmLauncher:
 
     def __init__(self, options: Mapping[str, Any], *, jobs: int | None, say: Say) -> None:
         self._options, self._jobs, self._say = options, jobs, say
+        self.reported: set[str] = set()
 
     @classmethod
     def of(cls, given: Mapping[str, str], *, jobs: int | None, say: Say) -> SlurmLauncher:
@@ -134,6 +135,7 @@ class SlurmLauncher:
         if error is not None:
             reason = f"job {job.job_id}: {' '.join(str(error).split())[:300]}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
+        self.reported |= {cell.key} if state == "failed" else set()
         say_end(self._say, cell, state=state, reason=reason, count=count)
 
 

@@ -27,7 +27,7 @@ from clframe.tables import Quantity, Table, to_markdown
 from clframe.targets.export import DESCRIPTION, describe, write_weights
 from clframe.targets.export_folder import new_folder
 from clframe.targets.export_graphs import stored_dtype
-from clframe.targets.loading import RunModel, load_run
+from clframe.targets.loading import RunModel, load_run, refuse_language_model
 from clframe.targets.portable import is_portable
 
 CARD = "README.md"
@@ -54,6 +54,7 @@ def write_card(run: str | Path, *, output: str | Path | None = None, license: st
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ConfigError(f"card: --license found '{license}'; give an identifier such as mit, apache-2.0 or other")
     model = load_run(run, kind=RunModel, where="card")
+    refuse_language_model(model.network, where="card")
     results = model.folder / "results.json"
     if is_portable(model.folder):
         raise RunFolderError(f"card: {run} is a copy of a model without the results of its run; give the run itself")

@@ -33,7 +33,7 @@ from clframe.targets.evaluation_data import (
     stored_batches,
     trained_on,
 )
-from clframe.targets.loading import load_model, run_config
+from clframe.targets.loading import load_model, refuse_language_model, run_config
 from clframe.targets.opening import open_target, usable_device
 from clframe.targets.prediction import class_label
 from clframe.targets.reading import InputReader, image_reader
@@ -167,6 +167,7 @@ def evaluate(
     given = [text for text in overrides if text.partition("=")[0] == "benchmark"]
     if given:
         model = load_model(run, device=str(usable_device(device)), where="evaluate")
+        refuse_language_model(model.network, where=str(run))
         rule = PredictionRule(model, threshold=threshold, budget=budget)
         return _evaluate_other(model, run, given[-1].partition("=")[2], overrides, rule, batch_size, seed, progress)
     run_config(run, where="evaluate")  # refuses a folder that is not one of a run, by the name of this verb

@@ -48,11 +48,12 @@ from clframe.targets.export_programs import (
     write_onnx,
     write_pt2,
 )
-from clframe.targets.loading import RunModel, load_model, load_run
+from clframe.targets.export_transformers import write_llama
+from clframe.targets.loading import RunModel, load_model, load_run, refuse_language_model
 from clframe.targets.portable import write_portable
 from clframe.training.trained import CONVERTED, TrainedModel, read_recipe
 
-Format = Literal["onnx", "pt2", "safetensors"]
+Format = Literal["onnx", "pt2", "safetensors", "transformers"]
 FORMATS: tuple[str, ...] = get_args(Format)
 DESCRIPTION = "model.json"
 RUNNER = "run_staged.py"
@@ -76,7 +77,8 @@ def export(
     Args:
         model: As returned by ``clframe.load``, on the CPU.
         folder: The folder to create.
-        format: ``onnx``, ``pt2`` (``torch.export``) or ``safetensors`` (weights that ``clframe.load`` reads).
+        format: ``onnx``, ``pt2`` (``torch.export``) or ``safetensors`` (weights that ``clframe.load`` reads); of a
+            language model ``transformers``, a folder with a Llama and its tokenizer.
         staged: Whether to write one graph for each exit, with a runner that stops early.
         threshold: Confidence from which an exit stops a sample, for ``staged``; None takes the policy of
             ``early_exit``.
@@ -95,6 +97,9 @@ def export(
     """
     _check_options(format, staged=staged, threshold=threshold, opset=opset, dtype=dtype)
     folder = Path(folder).expanduser()
+    if format == "transformers":
+        return _export_text(model, folder)
+    refuse_language_model(model.network, where="export", advice="--format transformers writes it")
     config: Config | None = getattr(model, "config", None)
     if next(model.network.parameters()).device.type != "cpu":
         raise UnsupportedError("export: found a model on an accelerator; load it with device='cpu'")
@@ -116,6 +121,18 @@ def export(
                 else:
                     _write_whole(model, fresh, description, write)
         write_atomically(fresh / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    return folder
+
+
+def _export_text(model: TrainedModel, folder: Path) -> Path:
+    """Export a language model as a folder of transformers."""
+    if not model.network.vocabulary:
+        raise UnsupportedError("export: found --format transformers for a classifier; use onnx, pt2 or safetensors")
+    source = getattr(model, "folder", None)
+    file = None if source is None else Path(source) / "tokenizer.json"
+    text = file.read_text(encoding="utf-8") if file is not None and file.is_file() else ""
+    with new_folder(folder, where="export") as fresh:
+        write_llama(model.network, fresh, tokenizer=text)
     return folder
 
 
@@ -359,6 +376,6 @@ def _check_options(
         raise ConfigError(f"export: --opset found for --format {format}; leave it out, or use --format onnx")
     if opset is not None and opset not in OPSETS:
         raise ConfigError(f"export: --opset found {opset}; give {OPSETS[0]} to {OPSETS[-1]}")
-    if format == "safetensors" and (staged or dtype is not None):
+    if format in ("safetensors", "transformers") and (staged or dtype is not None):
         option = "--staged" if staged else "--input"
-        raise ConfigError(f"export: {option} found for --format safetensors, which has no graph; leave it out")
+        raise ConfigError(f"export: {option} found for --format {format}, which has no graph; leave it out")

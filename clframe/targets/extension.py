@@ -117,6 +117,10 @@ def plan_extension(
     """
     folder = RunFolder.open(Path(run), where="extend")
     config, result, content = _read_parent(folder)
+    if result.nll_matrix:
+        raise UnsupportedError(
+            f"extend: {run} is the run of a language model, which cannot be extended; give all domains to one run"
+        )
     data, split = _as_source(data)
     _check_overrides(overrides, data)
     changed = _new_config(config, content, [*overrides, *split], data=data, output=output)

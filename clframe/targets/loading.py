@@ -17,7 +17,7 @@ from clframe.build import build_backbone, build_strategy, register_imports
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
-from clframe.errors import ClframeError, ConfigError, RunFolderError
+from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
 from clframe.exits.curves import BudgetPoints
 from clframe.metrics import Tally
 from clframe.nn import Network
@@ -101,6 +101,17 @@ def _warn_if_unfinished(folder: RunFolder, content: Mapping[str, Any]) -> None:
             "%s: has learned %d of %d experiences; finish it with clframe run --resume %s",
             folder.path, finished, count, shlex.quote(str(folder.path)),
         )  # fmt: skip
+
+
+def refuse_language_model(
+    network: Network, *, where: str, advice: str = "clframe export RUN --format transformers writes a model to analyze"
+) -> None:
+    """Refuse a verb that predicts classes for a language model (UnsupportedError); ``advice`` ends the message."""
+    if network.vocabulary:
+        raise UnsupportedError(
+            f"{where}: found the run of a language model, which predicts tokens instead of classes; clframe report "
+            f"shows its perplexities, {advice}"
+        )
 
 
 def run_config(run: str | Path, *, where: str = "load") -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from clframe.accounting import Energy, Ledger
+from clframe.accounting import Energy, Ledger, backbone_macs, cumulative_macs
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp
 from clframe.run_folder import RunFolder
@@ -25,6 +25,14 @@ def test_without_entries(tmp_path):
         "exit_macs": {"layer1": 70, "final": 200},
         "state_bytes": {"er": 12},
     }
+
+
+def test_counts_that_are_known_are_not_counted_again(tmp_path):
+    counts = {"layer1": 1, "exit/layer1": 20, "layer2": 300, "exit/final": 4000}
+    tree = written(tmp_path, counts=counts)
+    assert tree["inference_macs"] == counts and tree["exit_macs"] == {"layer1": 21, "final": 4321}
+    network = Network(mlp((1, 2, 2), width=10), exits=[("layer1", GrowingLinear(10))])
+    assert cumulative_macs(network, counts=counts) == (21, 4321) and backbone_macs(network, counts=counts) == 4301
 
 
 def test_with_the_ledger_of_a_run(tmp_path):

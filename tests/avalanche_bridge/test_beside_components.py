@@ -13,6 +13,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training import Naive
 from avalanche.training import plugins as P
+from sampled import sampled
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -74,8 +75,14 @@ def finish(toy: SimpleNamespace, name: str, strategy: type[Any], **options: Any)
     return toy.weights(trained.model), toy.random_states()
 
 
-@pytest.mark.parametrize("engine", ["fabric", "trainer"])
-@pytest.mark.parametrize("name", ["none", *PLUGINS])
+# That a Trainer gives the weights of Fabric is tested with components, too, for plugins that do not copy the model.
+IN_A_TRAINER = [
+    pytest.param(name, "trainer", marks=[pytest.mark.slow] * (name not in ("none", *COPIES_IN_TRAINING)))
+    for name in ("none", *PLUGINS)
+]
+
+
+@pytest.mark.parametrize(("name", "engine"), [*((name, "fabric") for name in ("none", *PLUGINS)), *IN_A_TRAINER])
 def test_a_continual_module_ends_with_the_weights_that_avalanches_loop_gives_it(
     toy: SimpleNamespace,
     in_avalanche: Callable[[str], tuple[Any, ...]],
@@ -142,7 +149,10 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
     return {}
 
 
-@pytest.mark.parametrize("name", [name for name in PLUGINS if name not in COPIES_IN_TRAINING])
+@pytest.mark.parametrize(
+    ("name", "world"),
+    sampled([name for name in PLUGINS if name not in COPIES_IN_TRAINING], ["avalanche's", "ours"]), indirect=["world"],
+)  # fmt: skip
 def test_plugins_and_components_act_together_the_same_in_both_engines(
     toy: SimpleNamespace,
     world: SimpleNamespace,
@@ -350,3 +360,21 @@ def test_every_sample_of_a_batch_has_a_task_label(toy: SimpleNamespace, world: S
         trained.train(experience)
     assert labels and all(tasks == samples for tasks, samples in labels)
     assert len({samples for _, samples in labels}) > 1  # batches grow once there is a memory
+
+
+def test_a_plugin_may_train_on_what_it_saw_in_evaluation(toy: SimpleNamespace) -> None:
+    """Inference mode would refuse the backward pass: its tensors cannot be saved for gradients."""
+    kept = []
+
+    class Keeping(SupervisedPlugin, supports_distributed=True):
+        def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            kept.append((strategy.mb_x, strategy.mb_output, strategy.adjusted.last))
+
+    trained = learner(toy, toy.module(grown=True), lambda m, o: Keeping())
+    trained.eval(toy.benchmark("new").test_stream[:1])
+    x, output_BC, last_BC = kept[0]
+    weight_C = torch.ones(output_BC.shape[1], requires_grad=True)
+    trained.model.zero_grad()
+    ((output_BC + last_BC) * weight_C + trained.model(x)).sum().backward()
+    assert torch.allclose(weight_C.grad, (output_BC + last_BC).sum(0))
+    assert all(p.grad is not None for p in trained.model.parameters() if p.requires_grad)

@@ -22,6 +22,7 @@ from avalanche.evaluation.metrics import (
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, LwFPlugin, ReplayPlugin
+from sampled import sampled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -161,10 +162,9 @@ def story(
     return told
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("eval_every", "peval_mode"),
-    [(-1, "epoch"), (0, "epoch"), (1, "epoch"), (2, "epoch"), (3, "iteration")],
+    ("engine", "eval_every", "peval_mode"),
+    sampled(list(ENGINES), [(-1, "epoch"), (0, "epoch"), (1, "epoch"), (2, "epoch"), (3, "iteration")]),
 )
 def test_callbacks_come_in_avalanches_order_and_see_the_same(
     story: Callable[..., Any], engine: str, eval_every: int, peval_mode: str
@@ -202,8 +202,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if "Naive" not in name])
-@pytest.mark.parametrize("when", STOPS)
+@pytest.mark.parametrize(
+    ("engine", "when"), sampled([name for name in ENGINES if "Naive" not in name], list(STOPS))
+)
 def test_stop_training_stops_where_avalanche_does(story: Callable[..., Any], engine: str, when: str) -> None:
     # In one call for all experiences a stop late in one reaches into the next, in Avalanche too.
     options = {"at": {STOPS[when]: stop}, "at_once": "last" in when, "eval_every": 1}
@@ -294,8 +295,7 @@ def log(
     }
 
 
-@pytest.mark.parametrize("kind", ["new", "tasks"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "kind"), sampled(list(ENGINES), ["new", "tasks"]))
 def test_metrics_and_loggers_say_what_they_say_in_avalanche(
     toy: SimpleNamespace,
     theirs: Callable[..., Any],

@@ -29,11 +29,12 @@ from clframe.training.strategy import LightningStrategy
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated function:DeprecationWarning")
 
 TINY = [
-    "backbone=mlp", "backbone.width=16", "benchmark.experiences=3", "trainer.epochs=1", "trainer.batch_size=64",
+    "backbone=mlp", "backbone.width=16", "benchmark.classes=6", "benchmark.experiences=3", "trainer.epochs=1",
+    "trainer.batch_size=64",
     "trainer.progress=false", "trainer.loggers=[]", "optimizer={name: adam, lr: 0.002}",
 ]  # fmt: skip
 BOTH = "er(memory=20) + lwf"
-RAR = {"batch_size_mem": 10, "name_ext_layer": "network.backbone.stages.0", "iter_fgsm": 1}
+RAR = {"batch_size_mem": 10, "mem_size": 20, "name_ext_layer": "network.backbone.stages.0", "iter_fgsm": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "AGEMPlugin": {"patterns_per_experience": 10, "sample_size": 10},
     "BiCPlugin": {"mem_size": 40, "stage_2_epochs": 3, "val_percentage": 0.3},

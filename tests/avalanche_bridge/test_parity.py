@@ -17,6 +17,7 @@ from avalanche.training import plugins as P
 from avalanche.training.losses import MaskedCrossEntropy
 from avalanche.training.supervised.feature_replay import FeatureReplay
 from avalanche.training.supervised.lamaml_v2 import LaMAML
+from sampled import sampled
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -243,7 +244,11 @@ def test_a_plugin_ends_with_avalanches_weights(
 @pytest.mark.filterwarnings("ignore:Avalanche is transitioning")  # LaMAML passes its arguments by position
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # and indexes tensors with lists
 @pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in STRATEGIES for kind in KINDS.get(name, ["new", "tasks"])]
+    ("name", "kind"),
+    [
+        *((name, kind) for name, kinds in KINDS.items() for kind in kinds),
+        *sampled([name for name in STRATEGIES if name not in KINDS], ["new", "tasks"]),
+    ],
 )
 def test_a_strategy_class_ends_with_avalanches_weights(
     toy: SimpleNamespace, naive: dict[str, Ended], name: str, kind: str

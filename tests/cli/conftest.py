@@ -12,7 +12,7 @@ import pytest
 import clframe.api
 from clframe.cli import main
 
-TINY = ("trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone.width=4")
+TINY = ("trainer.fast_dev_run=2", "benchmark.experiences=2", "backbone.width=4")
 
 
 class Called(NamedTuple):

@@ -33,6 +33,7 @@ OVERRIDES = [
     ("benchmark.name=digts", "benchmark.name: unknown benchmark 'digts'; did you mean 'digits'?"),
     ("benchmark.experience=3", "benchmark.experience: unknown option; did you mean 'experiences'?"),
     ("benchmark.test_fracton=0.1", "benchmark.test_fracton: unknown option; did you mean 'test_fraction'?"),
+    ("benchmark.cache=true", "benchmark.cache: unknown option; it is an option of core50, csv, "),
     ("backbone=mlpp", "override 'backbone=mlpp': unknown backbone 'mlpp'; did you mean 'mlp'?"),
     ("backbone.name=resnet21", "backbone.name: unknown backbone 'resnet21'; did you mean 'resnet"),
     ("backbone.widht=3", "backbone.widht: unknown option; did you mean 'width'?"),

@@ -23,7 +23,7 @@ from clframe.cli.board import Board
 from clframe.config.load import load_config
 from clframe.errors import ConfigError, UnsupportedError
 
-TINY = ("quickstart", "trainer.fast_dev_run=true", "benchmark.experiences=2", "backbone=mlp", "backbone.width=4")
+TINY = ("quickstart", "trainer.fast_dev_run=2", "benchmark.experiences=2", "backbone=mlp", "backbone.width=4")
 LINE = re.compile(r"^TensorBoard: (http://localhost:\d+/)\?smoothing=0#custom_scalars&_smoothingWeight=0$", re.MULTILINE)
 
 

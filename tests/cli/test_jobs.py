@@ -205,7 +205,7 @@ def test_a_measurement(fake, tmp_path):
     processes._CODE = (
         code
         + """
-short = ["trainer.fast_dev_run=true", "trainer.figures=none", "trainer.loggers=[]"]
+short = ["trainer.fast_dev_run=2", "trainer.figures=none", "trainer.loggers=[]"]
 assert request["overrides"] == ["a=1", "seed=3", *short] and request["measure"]
 send("measured", peak=5, free=7, total=9, device=0)
 """

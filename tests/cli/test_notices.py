@@ -55,7 +55,7 @@ def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsy
 
 
 def test_a_resumed_run_says_it_too(call, here):
-    call("run", "quickstart", "benchmark.experiences=3", "trainer.fast_dev_run=true", "backbone.width=2")
+    call("run", "quickstart", "benchmark.experiences=3", "trainer.fast_dev_run=2", "backbone.width=2")
     (folder,) = here.glob("runs/quickstart/*")
     said = f"{UNEVEN}{folder}: is finished; nothing to train\n{DEVELOPMENT.format(2)}"
     assert call("run", "--resume", str(folder)).err == said

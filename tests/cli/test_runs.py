@@ -26,7 +26,8 @@ def add(folder, *, log=(), results=None, checkpoints=(), **config):
     for name in checkpoints:
         (folder / "checkpoints" / name).touch()
     if results is not None:
-        values = {"schema_version": 2, **config, "benchmark": config["benchmark"]["name"], "macs": 1000, "diverged": [],
+        values = {"schema_version": 2, **config, "benchmark": config["benchmark"]["name"],
+                  "backbone": config.get("backbone", {}).get("name", ""), "macs": 1000, "diverged": [],
                   "metrics": {"final_average_accuracy": results[0], "forgetting": results[1]}}  # fmt: skip
         (folder / "results.json").write_text(json.dumps(values))
     return folder
@@ -66,6 +67,26 @@ def test_the_table(call, several):
     assert rows[2][1:7] == ["er", "digits", "0", "50.0", "25.0", "1,000"]
     assert rows[3][4:7] == ["62.5", "-", "1,000"]
     assert rows[0][4:7] == ["-", "-", "-"] and rows[0][-5:] == ["stopped", "before", "its", "first", "checkpoint"]
+
+
+def test_backbone_and_devices_are_columns_where_they_differ(call, here):
+    root = here / "runs" / "m"
+    mlp, cnn = {"backbone": {"name": "mlp"}}, {"backbone": {"name": "small_cnn"}}
+    add(root / "a", log=[(1, "finished")], results=(0.5, 0.25), **cnn, trainer={"devices": 1})
+    add(root / "b", log=[(0, "finished")], results=(0.75, None), **cnn, trainer={"devices": 1}, seed=11)
+    assert "backbone" not in call("runs").out and "devices" not in call("runs").out
+    add(root / "c", log=[(2, "started")], **mlp, trainer={"devices": [0, 2]})
+    columns = [line[:67].rstrip() for line in call("runs", "--sort", "run").out.splitlines()]
+    assert columns == [
+        "run  strategy  benchmark  backbone   devices  seed  accuracy, %  fo",
+        "m/a  er        digits     small_cnn        1     0         50.0",
+        "m/b  er        digits     small_cnn        1    11         75.0",
+        "m/c  er        digits     mlp           0, 2     0            -",
+    ]
+    assert [line[:3] for line in call("runs", "--sort", "backbone").out.splitlines()] == ["run", "m/c", "m/a", "m/b"]
+    assert [line[:3] for line in call("runs", "small_cnn", "--sort", "accuracy").out.splitlines()] == ["run", "m/b", "m/a"]
+    (root / "a" / "config.yaml").unlink()  # its results are listed without
+    assert call("runs", "--sort", "run").out.splitlines()[1].startswith("m/a  er        digits     small_cnn        -     0  ")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -103,17 +104,40 @@ def test_a_sweep_its_continuation_and_its_failures(call, launched):
     command = ["sweep", "quickstart", *WORDS, "strategy=naive,er", "seed=0..1", "--folder", "s"]
     code, out, err = call(*command)
     assert code == 2 and "4 cells, 0 of them finished\n" in out
-    assert "clframe: error: er, seed 1: data: is odd; repair it\n" in err
-    assert "clframe: 1 of 4 cells failed; try them again with --retry\n" in err
+    failures = (
+        "clframe: error: er, seed 1: data: is odd; repair it\n"
+        "clframe: 1 of 4 cells failed; try them again with --retry\n"
+    )
+    assert err == failures
     assert re.search(r"^naive +2 +37\.5 ± 17\.7$", out, re.MULTILINE) and re.search(r"^er +1 +50\.0$", out, re.MULTILINE)
     launched.launched.clear()
-    assert call(*command).code == 2 and not launched.launched
+    code, _, err = call(*command)
+    assert code == 2 and err == failures and not launched.launched
     launched.accuracy = lambda cell: 0.5
     code, out, err = call(*command, "--retry")
     assert code == 0 and [cell.seed for cell in launched.launched] == [1] and not err
     assert "4 cells, 3 of them finished\n" in out
     out = call("sweep", "--status", "s").out
     assert out.startswith("4 cells: 4 done, 0 running, 0 failed\n")
+
+
+def test_a_failure_is_printed_once(call, monkeypatch):
+    """When it happens; by the command that does not try the cell again, at the end."""
+
+    def run(pool, tasks, plan, *, on_ended):
+        for task in tasks:
+            on_ended(SimpleNamespace(task=task, reason="data: is odd; repair it", locked=False, folder=None))
+
+    monkeypatch.setattr(local.Pool, "run", run)
+    command = ["sweep", "quickstart", *WORDS, "seed=0..1", "--folder", "s", "--jobs", "1"]
+    failures = (
+        "clframe: error: er + lwf, seed 0: data: is odd; repair it\n"
+        "clframe: error: er + lwf, seed 1: data: is odd; repair it\n"
+        "clframe: 2 of 2 cells failed; try them again with --retry\n"
+    )
+    for again in ([], [], ["--retry"]):
+        code, _, err = call(*command, *again)
+        assert (code, err) == (2, failures)
 
 
 def test_the_status_of_every_kind_of_cell(call, here):

@@ -34,6 +34,17 @@ def test_problems_that_only_building_finds():
     assert places == ["optimizer.gamma", "components.early_exit.budget", "trainer.precision", "backbone.widht", "benchmark.tset"]
 
 
+def test_options_of_a_block_with_an_unknown_name_are_not_compared_with_those_of_another_block(capsys):
+    overrides = ["benchmark=digts", "benchmark.resize=8", "benchmark.experiences=0", "backbone=smal_cnn", "backbone.depht=3",
+                 "optimizer.lr=-1"]  # fmt: skip
+    assert main(["run", "quickstart", *overrides]) == 2
+    assert [line.partition(" (known: ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "clframe: error: override 'benchmark=digts': unknown benchmark 'digts'; did you mean 'digits'?",
+        "clframe: error: override 'backbone=smal_cnn': unknown backbone 'smal_cnn'; did you mean 'small_cnn'?",
+        "clframe: error: optimizer.lr: found -1.0; give a number above 0",
+    ]
+
+
 def test_one_problem_keeps_its_type_and_equal_ones_are_one():
     problems = Problems()
     for _ in range(2):

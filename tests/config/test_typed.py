@@ -46,11 +46,13 @@ def test_every_field_survives_a_round_trip():
     for block in (None, "trainer"):
         one, other = (getattr(c, block) if block else c for c in (config, plain))
         same = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) == getattr(other, f.name)]
-        assert same == (["budget"] if block else [])  # which excludes the engine
+        assert same == (["compile", "budget"] if block else [])  # which exclude sync_batchnorm and the engine
     assert round_trip(config) == config
-    for budget in (BudgetConfig(macs=2e9), BudgetConfig(relative=0.5)):
-        limited = dataclasses.replace(plain, trainer=TrainerConfig(budget=budget))
-        assert round_trip(limited) == limited
+    for trainer in (
+        TrainerConfig(budget=BudgetConfig(macs=2e9)), TrainerConfig(budget=BudgetConfig(relative=0.5)), TrainerConfig(compile=True)
+    ):  # fmt: skip
+        other = dataclasses.replace(plain, trainer=trainer)
+        assert round_trip(other) == other
 
 
 def test_every_field_of_the_optimizer_survives_a_round_trip():

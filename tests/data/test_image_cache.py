@@ -17,6 +17,7 @@ from clframe.data import SOURCES, ImageFiles
 from clframe.data.lazy import DatasetSamples
 from clframe.data.sources import image_files
 from clframe.errors import ConfigError, DataError
+from clframe.options import check_options
 
 image_folder, csv = SOURCES.get("image_folder"), SOURCES.get("csv")
 
@@ -183,3 +184,13 @@ def test_chunks_of_all_threads_are_in_order(photographs, tmp_path, monkeypatch):
     assert torch.equal(source.train.x, torch.stack([source.train.x[i] for i in range(10)]))
     paths = [str(photographs / "train" / name / f"{i}{'.jpg' if i % 2 else '.png'}") for name in "ab" for i in range(5)]
     assert torch.equal(source.train.x, torch.stack(list(ImageFiles(paths, torch.zeros(10), size=6))))
+
+
+def test_it_is_said_where_the_images_are_and_what_a_cache_is(photographs, tmp_path, caplog):
+    caplog.set_level("INFO", logger="clframe.data")
+    for verb in ("are cached in", "are read from"):
+        caplog.clear()
+        image_folder(path=str(photographs), size=6, cache=str(tmp_path / "cache"))
+        assert f"photographs: decoded images {verb} {tmp_path / 'cache'}" in caplog.text
+    with pytest.raises(ConfigError, match=r"^benchmark\.cache: found true; give a path or null$"):
+        check_options(image_folder, {"cache": True}, where="benchmark")

@@ -36,10 +36,27 @@ assert result.macs > 0
 unused = (
     "torch._inductor", "torch._dynamo.utils", "triton", "sympy", "scipy.signal", "matplotlib", "sklearn", "pandas",
     "torchmetrics.functional", "transformers", "timm", "wandb.sdk", "bs4", "GPUtil.GPUtil", "onnx",
+    "torchvision.models", "torchvision.ops", "torch.onnx",
 )
 print([name for name in unused if name in sys.modules])
 """
     assert _python(code).splitlines()[-1] == "[]"
+
+
+def test_torchvision_is_whole_when_something_in_it_is_used() -> None:
+    code = (
+        "import sys, torch\nfrom clframe.data.avalanche import import_avalanche\nimport_avalanche()\n"
+        "import clframe.avalanche_bridge.imports\nimport avalanche.models.slda_resnet as slda\n"
+        "assert not any(n in sys.modules for n in ('torchvision.models', 'torchvision.ops'))\n"
+        "import torchvision.models\nfrom torchvision import ops\n"
+        "from avalanche.training.plugins.rar import get_graph_node_names\n"
+        "assert torchvision.models is sys.modules['torchvision.models'] and torchvision.__version__\n"
+        "assert slda.models.resnet18 is torchvision.models.resnet18\n"
+        "assert get_graph_node_names(torchvision.models.mobilenet_v2())[0][0] == 'x'\n"
+        "assert ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([0.5]), 0.5).tolist() == [0]\n"
+        "print('torch._dynamo.utils' in sys.modules)"
+    )
+    assert _python(code) == "False"
 
 
 def test_verbs_that_do_not_train_import_neither_avalanche_nor_lightning() -> None:

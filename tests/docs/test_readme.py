@@ -10,11 +10,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 
 from clframe.config.files import shipped_configs
+from clframe.report.terminal import accuracy_text
+from clframe.results import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -125,3 +128,15 @@ def test_every_experiment_is_listed_with_the_first_line_of_its_file() -> None:
     files = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
     first = [path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in files]
     assert rows == [(path.stem, path.stem, line) for path, line in zip(files, first, strict=True)]
+
+
+def test_the_readme_shows_the_accuracies_as_the_program_prints_them() -> None:
+    """The matrix of its numbers, from which shares of the test samples are restored, rendered again."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = (block.code for block in blocks(text) if block.language == "text" and "Accuracy in %" in block.code)
+    numbers = [[float(cell) for cell in line.split()[1:-1]] for line in shown.splitlines()[4:]]
+    sizes = (91, 89, 89, 91, 90)  # test samples of the quickstart's experiences, as clframe explain lists them
+    matrix = [
+        [round(cell / 100 * size) / size for cell, size in zip(row, sizes, strict=True)] for row in numbers
+    ]  # fmt: skip
+    assert accuracy_text(cast(Result, SimpleNamespace(accuracy_matrix=matrix))) == shown.rstrip("\n")

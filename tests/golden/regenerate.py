@@ -44,8 +44,8 @@ EXITS = (1, 3)
 STEPS = 5
 """Steps of each experience that are kept."""
 
-TOKENS = {"l2p", "moe"}
-"""Components that take a vision transformer only, or no exit on the first layer of two."""
+TOKENS = {"l2p", "lora", "moe"}
+"""Components that refuse a small MLP, or an exit on the first layer of two."""
 
 MEMORY = 8
 """Buffer size: less than the ten samples of the first experience, so that samples have to be selected."""

@@ -32,6 +32,7 @@ CUT = {
     "d2dmoe_vit": [*TINY_VIT, "backbone.depth=2", "components.moe.experts=4", "components.moe.epochs=1"],
     "d2dmoe_text": ["components.moe.experts=4", "components.moe.epochs=1", "benchmark.experiences=1"],
     "photographs": ["backbone.weights=null", "benchmark.experiences=2"],
+    "language_model": ["backbone.width=16", "benchmark.vocabulary=290", "benchmark.context=8"],
 }  # fmt: skip
 """Overrides that make an experiment short and small; its strategy is as shipped."""
 RUN_ELSEWHERE = {"quickstart", "split_mnist", TEXT, "auxiliary_classifiers_5"}
@@ -110,6 +111,15 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
+@pytest.fixture
+def texts(tmp_path):
+    """Four domains of a few sentences."""
+    for number, words in enumerate(("one fish two fish", "red fish blue fish", "x = x + 1", "for (;;) { i++; }")):
+        for part, count in (("train", 40), ("test", 10)):
+            (tmp_path / f"d{number}_{part}.txt").write_text(f"{words}, line {number}\n" * count, encoding="utf-8")
+    return tmp_path
+
+
 def local(name, request):
     """Overrides that replace an experiment's data, and pre-trained weights, by small ones without a download."""
     source = load_config(name).benchmark.name
@@ -119,6 +129,8 @@ def local(name, request):
         return request.getfixturevalue("text_overrides")
     if source == "digits":
         return []
+    if source == "language_model":
+        return [f"benchmark.path={request.getfixturevalue('texts')}"]
     folder = request.getfixturevalue("photographs")
     key = "path" if source == "image_folder" else "data_dir"
     held_out = "benchmark.validation=0.34" if load_config(name).benchmark.validation else "benchmark.validation=0"

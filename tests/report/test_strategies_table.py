@@ -10,8 +10,9 @@ import pytest
 
 from clframe.cli import main
 from clframe.report import content, figures, loading, write_report
-from clframe.report.comparison import group_runs, labels_of
+from clframe.report.comparison import group_runs
 from clframe.report.families import BASE, CONTROL, EXITS, PROBES, kind_of
+from clframe.report.labels import labels_of
 from clframe.report.loading import as_written
 from tests.report.test_report import Page
 

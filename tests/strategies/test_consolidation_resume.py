@@ -9,7 +9,8 @@ import torch
 
 import clframe
 
-SMALL = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "trainer.progress=false", "trainer.batch_size=64"]
+SMALL = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "trainer.progress=false", "trainer.batch_size=64",
+         "benchmark.classes=6", "benchmark.experiences=3"]  # fmt: skip
 STRATEGIES = [
     "ewc(samples=40) + exits",
     "ewc(mode='online', labels='sampled', samples=40) + si + mas(samples=40)",
@@ -24,7 +25,7 @@ class Killed(BaseException):
 
 def final_weights(folder: Path):
     (run,) = folder.glob("quickstart/*")
-    return run, torch.load(run / "checkpoints" / "experience_005.ckpt", weights_only=True)["network"]
+    return run, torch.load(run / "checkpoints" / "experience_003.ckpt", weights_only=True)["network"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -276,13 +276,13 @@ def test_wandb_without_a_key_is_refused_before_training(login, monkeypatch):
     wandb = SimpleNamespace(login=login, api=SimpleNamespace(api_key=None))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    from clframe.training import trainer
+    from clframe.training.trainer_options import _check_wandb_key
 
     with pytest.raises(ConfigError, match=r"^trainer\.loggers\.WandbLogger: found no API key .*offline: true"):
-        trainer._check_wandb_key({})
-    trainer._check_wandb_key({"offline": True})
+        _check_wandb_key({})
+    _check_wandb_key({"offline": True})
     monkeypatch.setenv("WANDB_MODE", "offline")
-    trainer._check_wandb_key({})
+    _check_wandb_key({})
 
 
 @pytest.mark.parametrize(

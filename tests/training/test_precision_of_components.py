@@ -12,6 +12,7 @@ FAST = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "benchmark.expe
         "trainer.fast_dev_run=2"]  # fmt: skip
 
 
+TRANSFORMER = ["backbone=vit_tiny", "backbone.width=8", "backbone.depth=1", "backbone.patch=4", "backbone.heads=2"]
 NAMES = [name for name in COMPONENTS.names() if name != "l2p"]
 ALSO_IN_64_BITS = ("naive", "er", "exits")
 """Of the default suite; tests/golden trains steps of every component in float64."""
@@ -28,5 +29,9 @@ def test_it_runs_in_that_precision(name, precision, tmp_path):
     strategy = f"{name} + er" if COMPONENTS.get(name).needs_memory else name
     if name == "early_exit":
         strategy = "exits + early_exit(budget=0.9)"
-    result = clframe.run("quickstart", [*FAST, f"strategy={strategy}", f"trainer.precision={precision}"], output=tmp_path)
+    backbone = TRANSFORMER if name == "lora" else FAST[:2]
+    options = [*backbone, *FAST[2:], f"strategy={strategy}", f"trainer.precision={precision}"]
+    if name == "lora":
+        options.append("components.lora.rank=2")
+    result = clframe.run("quickstart", options, output=tmp_path)
     assert len(result.accuracy_matrix) == 2

@@ -222,8 +222,6 @@ def _execute(
                 folder.write_config(to_yaml(config))
                 if setup.benchmark.tokenizer:
                     write_atomically(folder.path / "tokenizer.json", setup.benchmark.tokenizer)
-                if setup.benchmark.tokenizer:
-                    write_atomically(folder.path / "tokenizer.json", setup.benchmark.tokenizer)
             group, peers = None, None
             if process_count(trainer) > 1:
                 group, peers = stack.enter_context(_processes(trainer, folder, resumes=resumes))

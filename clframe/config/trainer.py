@@ -177,8 +177,8 @@ class TrainerConfig:
     capture: Automatic = "auto"
     """Record training steps as CUDA graphs, which are replayed without Python in between.
 
-    ``auto`` does so on one CUDA device where every component and plugin allows it, and says once which one does not;
-    ``true`` also does so on several, and refuses such a strategy.
+    ``auto`` does so on CUDA where every component and plugin allows it, and says once which one does not; ``true``
+    refuses such a strategy.
     """
     compile: bool = False
     """Compile the network's stages by ``torch.compile``, once: they remain compiled while the heads of the exits grow.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from clframe.errors import ConfigError
 from clframe.nn.heads import sort_classes
 
+EXPORTS_LERP: Final = TorchVersion(torch.__version__) >= "2.7"
+"""Whether ``torch.export`` can decompose ``torch.lerp`` with a dynamic batch: torch 2.6 fails."""
 Pair = tuple[Tensor, Tensor]
 """A map after max pooling, and after average pooling."""
 
@@ -69,14 +72,21 @@ class Blend(nn.Module):
     def forward(self, pooled: Pair) -> Tensor:
         """The blended map, of the same shape."""
         maximum, average = pooled
-        return torch.lerp(average, maximum, self.a.to(average.dtype))  # maps may be bfloat16 under autocast
+        return _interpolate(average, maximum, self.a.to(average.dtype))  # maps may be bfloat16 under autocast
 
 
 def blend_all(blends: Sequence[Blend], pooled: Pair) -> Tensor:
     """Outputs of T ``blends`` for the same two maps, stacked, by one operation."""
     maximum, average = pooled
     a_T = torch.stack([blend.a for blend in blends]).to(average.dtype)
-    return torch.lerp(average, maximum, a_T.reshape(-1, *(1,) * average.dim()))
+    return _interpolate(average, maximum, a_T.reshape(-1, *(1,) * average.dim()))
+
+
+def _interpolate(start: Tensor, end: Tensor, a: Tensor) -> Tensor:
+    """``start + a (end - start)``."""
+    if EXPORTS_LERP or not torch.compiler.is_compiling():
+        return torch.lerp(start, end, a)
+    return start + a * (end - start)
 
 
 class SDNPool(nn.Module):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch.torch_version import TorchVersion
 
 import clframe
 from clframe.core import Component, Experience, compose, parse
@@ -241,7 +242,16 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+OLD = TorchVersion(torch.__version__) < "2.7"
+NOT_IN_OLD = (
+    "bias correction", "nearest class means", "discriminant analysis", "isotonic", "temperature, gate", "experts",
+)  # fmt: skip
+"""What torch 2.6 does not trace with a dynamic batch; ``clframe export`` refuses it there in one line."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.skipif(OLD, reason="torch 2.6")] * (n in NOT_IN_OLD)) for n in VARIANTS]
+)
 def test_corrections_ensembles_calibration_and_experts_are_part_of_the_graph(name):
     strategy, options = VARIANTS[name]
     model = learn(strategy, **options)
@@ -315,6 +325,7 @@ def test_a_graph_that_differs_from_the_model_is_not_written(model, tmp_path, mon
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 does not trace it with a dynamic batch")
 def test_text_models_take_token_ids():
     pytest.importorskip("transformers")
     torch.manual_seed(0)

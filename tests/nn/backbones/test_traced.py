@@ -18,6 +18,17 @@ from clframe.nn.backbones import BACKBONES
 from clframe.nn.backbones.traced import drop_classifier
 
 
+def _traces_factories() -> bool:
+    try:
+        torch.fx.symbolic_trace(lambda x: torch.arange(1.0, device=x.device))
+    except TypeError:
+        return False
+    return True
+
+
+FACTORIES = pytest.mark.skipif(not _traces_factories(), reason="torch.fx of torch 2.6 does not trace torch.arange")
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -99,6 +110,7 @@ def assert_equal(model, backbone, shape, *, ids=False):
     assert all(torch.equal(buffers[name], value) for name, value in reference.named_buffers())
 
 
+@FACTORIES
 def test_a_model_with_branches_is_divided_bit_for_bit():
     torch.manual_seed(1)
     model = Branches()
@@ -111,6 +123,7 @@ def test_a_model_with_branches_is_divided_bit_for_bit():
     assert_equal(model, copy.deepcopy(backbone), (2, 13, 9))
 
 
+@FACTORIES
 def test_without_names_it_is_divided_after_its_blocks():
     model = Branches()
     # The branches are no taps, and neither is what is not called.
@@ -118,6 +131,7 @@ def test_without_names_it_is_divided_after_its_blocks():
     assert Backbone.of(model, input_shape=(2, 13, 9)).names == ("body", "output")
 
 
+@FACTORIES
 def test_a_mask_is_carried_and_leaves_with_its_samples():
     torch.manual_seed(2)
     model = Masked().double()
@@ -155,6 +169,7 @@ def test_torchvision_models_as_they_come(name, taps, features, shape):
     assert_equal(model, backbone, shape)
 
 
+@FACTORIES
 def test_exits_stop_early_and_cost_what_their_stages_cost():
     torch.manual_seed(4)
     network = Network(
@@ -180,6 +195,7 @@ class FlatHead(GrowingLinear):
         return super().forward(x.flatten(1))
 
 
+@FACTORIES
 @pytest.mark.parametrize(
     ("taps", "message"),
     [

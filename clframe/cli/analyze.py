@@ -80,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--texts", metavar="N", dest="limit", help="the same as --limit")
     add("--tokens", metavar="NAMES", default="prompt,generated", help="kinds of tokens of a language model")
     add("--generate", metavar="N", default="0", help="tokens to generate after each text (default: 0)")
-    add("--length", metavar="N", default="64", help="tokens of a text, or of a window of a longer text (default: 64)")
+    add("--length", metavar="N", help="tokens of a text, or of a window of a longer text (default: 64)")
     add("--stride", metavar="N", help="tokens from one window of a text to the next (default: half of --length)")
     add("--document", metavar="UNIT", default="line", help="a text is a line (default) or a file")
     add("--score", metavar="NAME", help="accuracy, perplexity, or agreement with the dense model (see above)")
@@ -118,7 +118,7 @@ def act(options: argparse.Namespace) -> int:
     with notices(quiet=False) as spoken:
         target = open_target(
             target_name, data=options.data, overrides=overrides, device=options.device,
-            max_length=numbers["length"] or 64, generate=numbers["generate"] or 0, stride=numbers["stride"],
+            max_length=numbers["length"], generate=numbers["generate"] or 0, stride=numbers["stride"],
             document=options.document,
         )  # fmt: skip
         spoken.show()

@@ -92,10 +92,8 @@ def act(options: argparse.Namespace) -> int:
     wanted = Options(**{key: value for key, value in vars(options).items() if key in {f.name for f in fields(Options)}})
     target = open_target(
         options.words[0], data=options.data, overrides=options.words[1:], device=options.device, stride=options.stride,
-        max_length=64 if options.length is None else options.length, document=options.document, divide=True,
+        max_length=options.length, document=options.document, divide=True,
     )  # fmt: skip
-    if options.length is not None and target.kind in ("run", "images"):
-        raise ConfigError(f"--length: found {options.length} for {target.name}, which reads no texts; leave it out")
     folder = folder_for(target, wanted, output=options.output)
     with progress_bars() as show:
 

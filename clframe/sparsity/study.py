@@ -46,69 +46,54 @@ ACTIVE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiences:
-    """Activity of a run's final model on the test data of each experience.
+class PartActivity:
+    """Activity of a model on each of several parts of its data.
 
     Attributes:
-        sparsity: By layer, the share of inactive neurons per token on each experience.
+        sparsity: By layer, the share of inactive neurons per token on each part.
         gaussian: Sparsity of a Gaussian vector under the same rule.
-        overlap: By layer, Jaccard overlap of the rates of activity between experiences.
-        forgetting: Forgetting of each experience; None for the last one and for an unfinished run.
+        overlap: By layer, Jaccard overlap of the rates of activity between parts.
     """
 
     sparsity: Mapping[str, tuple[float, ...]]
     gaussian: float
     overlap: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    @property
+    def mean_sparsity(self) -> tuple[float, ...]:
+        """Sparsity on each part, mean over layers."""
+        return tuple(sum(values) / len(values) for values in zip(*self.sparsity.values(), strict=True))
+
+    @property
+    def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
+        """Overlap between parts, mean over layers."""
+        stacked = torch.tensor(list(self.overlap.values()), dtype=torch.float64)
+        return tuple(tuple(row) for row in stacked.mean(0).tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiences(PartActivity):
+    """Activity of a run's final model on the test data of each experience.
+
+    Attributes:
+        forgetting: Forgetting of each experience; None for the last one and for an unfinished run.
+    """
+
     forgetting: tuple[float | None, ...]
 
     def __len__(self) -> int:
         return len(self.forgetting)
 
-    @property
-    def mean_sparsity(self) -> tuple[float, ...]:
-        """Sparsity on each experience, mean over layers."""
-        return _mean_sparsity(self.sparsity)
-
-    @property
-    def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
-        """Overlap between experiences, mean over layers."""
-        return _mean_overlap(self.overlap)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Domains:
+class Domains(PartActivity):
     """Activity of a language model on each of several text files.
 
     Attributes:
         names: Of the files.
-        sparsity: By layer, the share of inactive neurons per token on each domain.
-        gaussian: Sparsity of a Gaussian vector under the same rule.
-        overlap: By layer, Jaccard overlap of the rates of activity between domains.
     """
 
     names: tuple[str, ...]
-    sparsity: Mapping[str, tuple[float, ...]]
-    gaussian: float
-    overlap: Mapping[str, tuple[tuple[float, ...], ...]]
-
-    @property
-    def mean_sparsity(self) -> tuple[float, ...]:
-        """Sparsity on each domain, mean over layers."""
-        return _mean_sparsity(self.sparsity)
-
-    @property
-    def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
-        """Overlap between domains, mean over layers."""
-        return _mean_overlap(self.overlap)
-
-
-def _mean_sparsity(sparsity: Mapping[str, tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(sum(values) / len(values) for values in zip(*sparsity.values(), strict=True))
-
-
-def _mean_overlap(overlap: Mapping[str, tuple[tuple[float, ...], ...]]) -> tuple[tuple[float, ...], ...]:
-    stacked = torch.tensor(list(overlap.values()), dtype=torch.float64)
-    return tuple(tuple(row) for row in stacked.mean(0).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)

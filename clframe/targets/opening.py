@@ -40,7 +40,7 @@ def open_target(
     data: str | None = None,
     overrides: Sequence[str] = (),
     device: str = "cpu",
-    max_length: int = 64,
+    max_length: int | None = None,
     per_class: int = 20,
     generate: int = 0,
     stride: int | None = None,
@@ -56,7 +56,8 @@ def open_target(
             a text file with one text per line, or several such files (domains): ``news.txt,code.txt``.
         overrides: Changes of the benchmark block, such as ``benchmark.data_dir=DIR``.
         device: Device of the model.
-        max_length: Maximum number of tokens of a text; of a language model, length of the windows of longer texts.
+        max_length: Maximum number of tokens of a text; of a language model, length of the windows of longer texts;
+            None: 64.
         per_class: Training samples per class for the mean embedding, for models without a classifier.
         generate: Number of tokens that a language model generates greedily after the start of each text, which are its
             first ``max_length`` tokens.
@@ -78,7 +79,7 @@ def open_target(
     if (folder / "config.yaml").is_file():
         if data is not None:
             raise ConfigError(f"--data: found {data} for a run, which has its own data; leave it out")
-        _refuse_reading(name, stride=stride, document=document)
+        _refuse_reading(name, length=max_length, generate=generate, stride=stride, document=document)
         return _run_target(name, folder, overrides, device=usable_device(device))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RunFolderError(f"{name}: found neither a run's config.yaml nor a model's config.json; give such a folder")
@@ -93,11 +94,12 @@ def open_target(
 
     place = usable_device(device)
     if is_timm(name):
-        _refuse_reading(name, stride=stride, document=document)
+        _refuse_reading(name, length=max_length, generate=generate, stride=stride, document=document)
         config = data_config(data, overrides)
         target = images_target(name, config=config, device=place, per_class=per_class)
         options: dict[str, Any] = {"per_class": per_class}
     else:
+        max_length = 64 if max_length is None else max_length
         target = text_target(
             name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate,
             stride=stride, document=document, divide=divide,
@@ -108,11 +110,13 @@ def open_target(
     return replace(target, origin={**_origin(name, data, target.config), **target.origin, "options": options})
 
 
-def _refuse_reading(name: str, *, stride: int | None, document: str) -> None:
+def _refuse_reading(name: str, *, length: int | None, generate: int, stride: int | None, document: str) -> None:
     """Refuse options of a language model's texts for another target."""
-    for option, given in (("stride", stride), ("document", None if document == "line" else document)):
-        if given is not None:
-            raise ConfigError(f"--{option}: found {given} for {name}, which is not a language model; leave it out")
+    given = {"length": length, "generate": generate or None, "stride": stride,
+             "document": None if document == "line" else document}  # fmt: skip
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"--{option}: found {value} for {name}, which is not a language model; leave it out")
 
 
 def _origin(name: str, data: str | None, config: Config | None) -> dict[str, Any]:

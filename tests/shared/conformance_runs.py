@@ -25,7 +25,7 @@ def benchmark(classes=6, per_class=8, experiences=3):
 
 
 def fed(strategy):
-    """The strategy with a memory beside it, where one of its components needs one that none keeps."""
+    """The strategy, with `er` added if a component needs a memory and none has one."""
     composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
     lacks = any(c.needs_memory for c in composition) and not any(c.keeps_memory for c in composition)
     return composition + COMPONENTS.get("er")() if lacks and composition.owner("batch") is None else composition

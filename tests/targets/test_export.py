@@ -246,7 +246,7 @@ OLD = TorchVersion(torch.__version__) < "2.7"
 NOT_IN_OLD = (
     "bias correction", "nearest class means", "discriminant analysis", "isotonic", "temperature, gate", "experts",
 )  # fmt: skip
-"""What torch 2.6 does not trace with a dynamic batch; ``clframe export`` refuses it there in one line."""
+"""Variants that torch 2.6 does not trace with a dynamic batch; ``clframe export`` then refuses them with one line."""
 
 
 @pytest.mark.parametrize(

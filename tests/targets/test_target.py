@@ -175,6 +175,8 @@ def test_what_is_refused(finished, encoder, texts, tmp_path):
         (dict(name=str(tmp_path / "empty")), RunFolderError, "found neither a run's config.yaml nor"),
         (dict(name=model), ConfigError, "--data: found none"),
         (dict(name=run, data="clinc150"), ConfigError, "--data: found clinc150 for a run"),
+        (dict(name=run, generate=2), ConfigError, "--generate: found 2 for .*, which is not a language model"),
+        (dict(name=run, max_length=64), ConfigError, "--length: found 64 for .*, which is not a language model"),
         (dict(name=run, overrides=["benchmark.classes=2"]), ConfigError, "a run uses its own config"),
         (dict(name=run, device="cud"), UnsupportedError, "--device: found cud"),
         (dict(name=run, device="meta"), UnsupportedError, "has no values"),

@@ -35,7 +35,7 @@ def backbone_of(expression, device):
 
 
 def both(expression, backend, *, device="cpu", recorded=False, experiences=2, **options):
-    """What runs with uncompiled and with compiled stages lead to, and the graphs of each experience."""
+    """Results of runs with uncompiled and with compiled stages, and the graphs of each experience."""
     shape, more = backbone_of(expression, device)
     data = runs.stream(shape=shape)
     found, graphs = [], []
@@ -94,7 +94,7 @@ def test_generated_code_computes_the_same(expression):
 @pytest.mark.filterwarnings("default")  # torch's advice on kernels differs from GPU to GPU
 @pytest.mark.parametrize("expression", [pytest.param(name, marks=GPU) for name in (*runs.COMPOSED, *COMPILABLE)])
 def test_generated_kernels_compute_the_same_on_a_gpu(expression, monkeypatch):
-    """Where a component can be recorded, what was compiled becomes part of CUDA graphs."""
+    """Compiled code becomes part of CUDA graphs if the component can be recorded."""
     monkeypatch.setattr(capture, "WARM", 2)
     monkeypatch.setattr(capture, "FEWEST", 2)
     components = list(parse(expression))

@@ -45,10 +45,15 @@ def act(options: argparse.Namespace) -> int:
         if getattr(options, name) not in choices:
             raise ConfigError(f"--{name}: found '{getattr(options, name)}'; give one of {', '.join(choices)}")
 
+    from pathlib import Path
+
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import exit_points
+    from clframe.targets.folders import require_writable
 
+    if options.output is not None:
+        require_writable(Path(options.output).expanduser())
     with notices(quiet=True), progress_bars(unit="batch") as show:
         found = exit_points.solve_run(
             run, budgets=budgets, drops=drops, measure=options.measure, solver=options.solver,

@@ -20,10 +20,9 @@ from clframe.exits.decisions import NEVER, Outcome, evaluate_thresholds
 from clframe.exits.policies import Fallback
 from clframe.exits.proxy import evaluations
 from clframe.exits.study import Progress, collect_scores
-from clframe.files import write_atomically
 from clframe.records import to_plain
 from clframe.tables import Cell, Quantity, Table
-from clframe.targets.folders import require_writable
+from clframe.targets.folders import write_files
 from clframe.targets.opening import open_target
 
 SCHEMA_VERSION = 1
@@ -214,8 +213,7 @@ def write_points(found: ExitPoints, *, command: Sequence[str], output: str | Pat
         RunFolderError: The folder cannot be written.
     """
     folder = Path(found.run).expanduser() / "exits" if output is None else Path(output).expanduser()
-    file = folder / f"operating_points_{found.measure}.json"
+    name = f"operating_points_{found.measure}.json"
     content = {"schema_version": SCHEMA_VERSION, "command": list(command), "versions": versions(), **asdict(found)}
-    require_writable(folder)
-    write_atomically(file, json.dumps(to_plain(content), indent=2, ensure_ascii=False) + "\n")
-    return file
+    write_files(folder, {name: json.dumps(to_plain(content), indent=2, ensure_ascii=False) + "\n"})
+    return folder / name

@@ -28,6 +28,15 @@ def run(tmp_path_factory):
     return clframe.run("quickstart", OPTIONS, output=tmp_path_factory.mktemp("runs"))
 
 
+def test_a_folder_for_the_file_is_created_and_a_file_in_its_place_is_refused(run, call, tmp_path):
+    folder = tmp_path / "new" / "points"
+    code, out, err = call("exits", str(run.run_folder), "--budget", "0.4", "--output", str(folder))
+    (file,) = folder.iterdir()
+    assert (code, err) == (0, "") and str(file) in out and json.loads(file.read_text())["points"][0]["goal"] == "budget 40%"
+    code, out, err = call("exits", str(run.run_folder), "--budget", "0.4", "--output", str(file))
+    assert (code, out) == (2, "") and err == f"clframe: error: --output: {file} is not a folder; choose another\n"
+
+
 def test_budgets_and_drops_are_kept_on_validation_and_measured_on_test_data(run, call):
     folder = str(run.run_folder)
     code, out, err = call(

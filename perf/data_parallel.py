@@ -9,8 +9,9 @@ weights, replay buffers and other states are equal in all processes and those of
 are those of one device; a run that is stopped on two devices, continued on one and finished on two ends like one that
 was not stopped. On GPUs also, in single precision: recorded steps on all devices end with the weights of eager ones.
 
-Throughput, in new samples a second, with random images in the memory of each device: ResNet32 on 3x32x32 and ViT-B/16
-on 3x224x224, for each strategy in its second experience, so that there are teachers and full replay buffers.
+Throughput, in new samples a second, with random images (``--data``: CIFAR-100) in the memory of each device: ResNet32
+on 3x32x32 and ViT-B/16 on 3x224x224, for each strategy in its second experience, so that there are teachers and full
+replay buffers.
 
 one          one device; steps recorded as CUDA graphs where possible
 same share   all devices, and as many samples for each as for one
@@ -43,6 +44,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 
@@ -51,10 +53,11 @@ from clframe.data import Source, TensorSamples, class_incremental
 from clframe.data.augmentation import AUGMENTATIONS
 from clframe.nn import BACKBONES, Network
 from clframe.seeding import torch_settings
-from clframe.training.distributed import Group, join_group, open_store
+from clframe.training.distributed import Group
 from clframe.training.evaluation import Scores
 from clframe.training.launch import _fabric, _joined_fabric
 from clframe.training.module import ContinualModule
+from clframe.training.rendezvous import join_group, open_store
 from clframe.training.strategy import LightningStrategy
 
 WARM = 10
@@ -82,14 +85,15 @@ class Settings:
         backbone: Its name.
         tiny: Whether to replace it by one that a CPU trains in milliseconds.
         batch: Samples of a batch.
+        data: The file ``cifar100.npz`` for real images, enlarged where the backbone takes larger ones; none: random images.
     """
 
-    def __init__(self, backbone: str, *, tiny: bool, batch: int) -> None:
-        self.backbone, self.batch = backbone, batch
+    def __init__(self, backbone: str, *, tiny: bool, batch: int, data: Path | None = None) -> None:
+        self.backbone, self.batch, self.data = backbone, batch, data
         self.options: dict[str, Any] = {}
         side = 224 if backbone == "vit_b_16" else 32
         # Whole batches of every size that is measured, so that all steps of a setting are alike.
-        self.images = 2_048 if backbone == "vit_b_16" else 5_120
+        self.images = 2_048 if backbone == "vit_b_16" else 4_864 if data else 5_120
         if tiny:
             side, self.images = 8, 64
             small = {"width": 8, "depth": 1, "patch": 4, "heads": 2}
@@ -107,16 +111,27 @@ class Settings:
 
     @cached_property
     def benchmark(self) -> Any:
-        """Random images in two experiences of ten classes."""
-        generator = torch.Generator().manual_seed(0)
-        count = 2 * self.images
-        x = torch.randint(256, (count, *self.shape), generator=generator, dtype=torch.uint8)
-        y = torch.arange(count) % 20
+        """Two experiences of ten classes."""
+        x, y = self._real_images() if self.data else self._random_images()
         scale = {"mean": (125.0,), "std": (63.0,)}
         augment = AUGMENTATIONS.get("cifar") if self.shape[1] == 32 else ()
         train = TensorSamples(x, y, augment=augment, **scale)
         test = TensorSamples(x[: self.images], y[: self.images], **scale)
-        return class_incremental(Source("noise", train, test, classes=20), experiences=2, order="sorted")
+        return class_incremental(Source("images", train, test, classes=20), experiences=2, order="sorted")
+
+    def _random_images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        count = 2 * self.images
+        x = torch.randint(256, (count, *self.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return x, torch.arange(count) % 20
+
+    def _real_images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of the first 20 classes, each pixel repeated up to the size that the backbone takes."""
+        with np.load(self.data) as file:
+            x, y = torch.from_numpy(file["train_x"]), torch.from_numpy(file["train_y"])
+        rows = torch.stack([(y // 10 == ten).nonzero()[: self.images, 0] for ten in range(2)]).T.flatten()
+        times = self.shape[1] // x.shape[1]
+        x = x[rows].permute(0, 3, 1, 2)
+        return x.repeat_interleave(times, 2).repeat_interleave(times, 3).contiguous(), y[rows]
 
 
 make_settings = cache(Settings)
@@ -240,7 +255,6 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
 
 def check_resumption(*, cuda: bool, devices: int) -> dict[str, Any]:
     """Stop a run on all devices, continue it on one, finish it on all; compare with one that was not stopped."""
-    import numpy as np
 
     import clframe
 
@@ -432,7 +446,7 @@ def _measure_row(
     options: argparse.Namespace, backbone: str, expression: str, device: torch.device, group: Group, attempt: Any
 ) -> None:
     batch = options.batch[backbone]
-    settings = make_settings(backbone, tiny=options.tiny, batch=batch)
+    settings = make_settings(backbone, tiny=options.tiny, batch=batch, data=options.data)
     precision = "32-true" if options.cpu or backbone == "resnet32" else options.precision
     base = {"backbone": backbone, "strategy": expression, "precision": precision}
     settings_of: list[tuple[str, int, Any]] = [
@@ -485,6 +499,7 @@ def main() -> None:
     parser.add_argument("--vit-batch", type=int, default=64)
     parser.add_argument("--resnet-batch", type=int, default=128)
     parser.add_argument("--precision", default="bf16-mixed", help="of vit_b_16")
+    parser.add_argument("--data", type=Path, help="cifar100.npz: throughput on real images, not on random ones")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # rank, port, file of rows, time of the start
     options = parser.parse_args()

@@ -1,24 +1,20 @@
 """Generation of text by a decoder with exits: greedy, with early exit per token, and self-speculative.
 
-A token that stops at an exit leaves the keys and values of later blocks open. They are computed when a later token
-needs them, for all open positions in one pass (recomputed, not copied from the exit): the state is that of a model
-that computes every block for every token, and only the choice of the early tokens differs.
-
-Shape suffixes: T positions, D width, H heads, E width of a head, V vocabulary.
+Shape suffixes: T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clframe.errors import ConfigError, DataError, UnsupportedError
-from clframe.nn.backbones.decoder import DecoderBlock, KeysValues, TokenEmbedding
+from clframe.errors import ConfigError
 from clframe.nn.frozen import evaluating
-from clframe.nn.network import Network, Single
+from clframe.nn.lazy_decoder import LazyDecoder
+from clframe.nn.network import Carried, Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,82 +31,50 @@ class Generation:
     """Calls of each stage; fewer calls with more positions each take less time."""
 
 
-class LazyDecoder:
-    """State of a decoder while it reads and writes one text; stages compute a position when they are asked for it.
+class TokenRule(Protocol):
+    """The rule by which exits decide the next token, one exit after the other."""
 
-    Args:
-        network: A network with the backbone ``decoder``, in evaluation mode.
+    @property
+    def exits(self) -> Sequence[int]:
+        """The exits before the last that may decide, in order; others are not computed."""
 
-    Raises:
-        UnsupportedError: Another backbone, or exits whose scores depend on those of other exits.
-    """
+    def stops(self, exit: int, logits_1V: Tensor, carried: Carried) -> tuple[bool, Carried]:
+        """Return whether the exit decides, and the values for the next exit."""
 
-    def __init__(self, network: Network) -> None:
-        first, *rest = network.backbone.stages
-        self._blocks = [list(stage) if isinstance(stage, nn.Sequential) else [stage] for stage in rest]
-        known = all(isinstance(parts[0], DecoderBlock) for parts in self._blocks)
-        if not isinstance(first, TokenEmbedding) or not known:
-            raise UnsupportedError("generate: found a network that is not a decoder; use backbone=decoder")
-        joined = network.boosted or not isinstance(network.ensemble, Single)
-        if joined or any(head.cascades for head in network.heads):
-            raise UnsupportedError("generate: found exits that use the scores of others; use single exits, no cascade")
-        self.network = network
-        self.stage_of = [s for s, exits in enumerate(network.exits_at) for _ in exits]
-        self.positions, self.passes = [0] * (1 + len(rest)), [0] * (1 + len(rest))
-        self._embed = first.table
-        nothing = self._embed.weight.new_zeros(0, network.backbone.features)
-        self._states: list[Tensor] = [nothing for _ in self.positions]
-        self._past: list[KeysValues | None] = [None] * len(rest)
+    def decide(self, logits: Sequence[Tensor]) -> int:
+        """Return which of the computed exits decides, of ``exits`` and the last one, where none has stopped."""
 
-    def __len__(self) -> int:
-        return len(self._states[0])
 
-    def append(self, ids: Sequence[int]) -> None:
-        """Add tokens at the end.
+@dataclass(frozen=True)
+class LastExit:
+    """The last exit decides every token."""
 
-        Raises:
-            DataError: More tokens than the context, whose positions the model has not learned.
-        """
-        most = self.network.input_shape[0] - 1
-        if len(self) + len(ids) > most:
-            raise DataError(f"generate: found {len(self) + len(ids)} tokens for a context of {most}; give fewer")
-        new_TD = self._embed(torch.tensor(ids, dtype=torch.long, device=self._embed.weight.device))
-        self._add(0, new_TD)
+    exits: Sequence[int] = ()
 
-    def truncate(self, length: int) -> None:
-        """Remove all positions from ``length`` on."""
-        self._states = [state[:length] for state in self._states]
-        self._past = [None if past is None else (past[0][:, :, :length], past[1][:, :, :length]) for past in self._past]
+    def stops(self, exit: int, logits_1V: Tensor, carried: Carried) -> tuple[bool, Carried]:
+        """Return False."""
+        return False, ()
 
-    def logits(self, exit: int, first: int) -> Tensor:
-        """Return logits_TV of an exit for the positions from ``first`` on; its stage and those before it catch up."""
-        stage = self.stage_of[exit]
-        for number in range(1, stage + 1):
-            self._catch_up(number)
-        tap_1TD = self._states[stage][None, first:]
-        for part in self._blocks[stage - 1][1:] if stage else ():  # the normalization of the last stage
-            tap_1TD = part(tap_1TD)
-        return self.network.classify(exit, tap_1TD, None)
+    def decide(self, logits: Sequence[Tensor]) -> int:
+        """Return the last one."""
+        return len(logits) - 1
 
-    def _catch_up(self, stage: int) -> None:
-        """Compute the open positions of a stage in one pass."""
-        open_1TD = self._states[stage - 1][None, len(self._states[stage]) :]
-        if not open_1TD.shape[1]:
-            return
-        block = self._blocks[stage - 1][0]
-        assert isinstance(block, DecoderBlock)
-        out_1TD, self._past[stage - 1] = block.extend(open_1TD, self._past[stage - 1])
-        self._add(stage, out_1TD[0])
 
-    def _add(self, stage: int, new_TD: Tensor) -> None:
-        self._states[stage] = torch.cat([self._states[stage], new_TD])
-        self.positions[stage] += len(new_TD)
-        self.passes[stage] += 1
+@dataclass(frozen=True)
+class Threshold(LastExit):
+    """The first exit whose largest probability reaches a threshold decides, otherwise the last one."""
+
+    threshold: float = 1.0
+
+    def stops(self, exit: int, logits_1V: Tensor, carried: Carried) -> tuple[bool, Carried]:
+        """Compare the largest probability, in at least single precision."""
+        return float(logits_1V.float().softmax(1).amax()) >= self.threshold, ()
 
 
 def generate(
-    network: Network, prompt: Sequence[int], tokens: int, *, threshold: float | None = None
-) -> Generation:
+    network: Network, prompt: Sequence[int], tokens: int, *, threshold: float | None = None,
+    rule: TokenRule | None = None,
+) -> Generation:  # fmt: skip
     """Generate the most likely next token, one after the other.
 
     Args:
@@ -118,29 +82,45 @@ def generate(
         prompt: Ids to continue, at least one.
         tokens: Number of ids to generate.
         threshold: Probability of a token from which on an exit decides; None: the last exit decides all.
+        rule: Another rule by which exits decide, in the place of a threshold.
 
     Raises:
         ConfigError: A threshold outside of [0, 1], or no prompt.
         DataError: More tokens than the context.
-        UnsupportedError: See :class:`LazyDecoder`.
+        UnsupportedError: See :class:`~clframe.nn.lazy_decoder.LazyDecoder`.
     """
+    last = len(network.heads) - 1
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"generate.threshold: found {threshold}; give a probability")
+    if threshold is not None and rule is not None:
+        raise ConfigError("generate: found a threshold and a rule; give one of them")
+    rule = rule or (LastExit() if threshold is None else Threshold(range(last), threshold))
     with evaluating(network):
         state = _read(network, prompt)
-        last = len(network.heads) - 1
         ids: list[int] = []
         chosen: list[int] = []
         for number in range(tokens):
-            for exit in range(last + 1) if threshold is not None else (last,):
-                logits_V = state.logits(exit, len(state) - 1)[-1]
-                if exit == last or float(logits_V.float().softmax(0).max()) >= float(threshold or 0.0):
-                    break
-            ids.append(int(logits_V.argmax()))
+            exit, logits_1V = _next_token(state, rule, last)
+            ids.append(int(logits_1V.argmax()))
             chosen.append(exit)
             if number < tokens - 1:
                 state.append(ids[-1:])
     return _result(state, ids, chosen)
+
+
+def _next_token(state: LazyDecoder, rule: TokenRule, last: int) -> tuple[int, Tensor]:
+    """The exit that decides the token after the last position, and its logits_1V."""
+    computed: list[Tensor] = []
+    carried: Carried = ()
+    exits = [*rule.exits, last]
+    for exit in exits:
+        computed.append(state.logits(exit, len(state) - 1)[-1:])
+        if exit < last:
+            stops, carried = rule.stops(exit, computed[-1], carried)
+            if stops:
+                return exit, computed[-1]
+    number = rule.decide(computed)
+    return exits[number], computed[number]
 
 
 def speculate(

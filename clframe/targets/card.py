@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from clframe.environment import versions
-from clframe.errors import ConfigError, RunFolderError, UnsupportedError
+from clframe.errors import ConfigError, RunFolderError, UnsupportedError, reason_of
 from clframe.files import write_atomically
 from clframe.metrics.registry import all_metrics
 from clframe.results import Result
@@ -94,7 +94,7 @@ def push_to_hub(folder: str | Path, repo: str, *, public: bool = False, client: 
         address = str(client.create_repo(repo, private=not public, exist_ok=True))
         client.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Model card and weights")
     except Exception as error:  # connection, login, permission: the client has many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, most=200)
         raise UnsupportedError(
             f"card: the hub refused {repo} ({reason}); log in with 'hf auth login'; the card is in {folder}"
         ) from error

@@ -23,6 +23,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from clframe.environment import available_cores
+from clframe.errors import reason_of
 
 MALICIOUS: Mapping[str, tuple[str, ...]] = {"lightning": ("2.6.2", "2.6.3")}
 """Releases that steal credentials when they are imported (GHSA-w37p-236h-pfx3)."""
@@ -248,7 +249,7 @@ def check_trial(run: Callable[..., Any]) -> Finding:
 
 
 def _first_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    return reason_of(error, most=200)
 
 
 def is_safe(findings: Sequence[Finding]) -> bool:

@@ -33,11 +33,12 @@ from clframe.targets.evaluation_data import (
     stored_batches,
     trained_on,
 )
-from clframe.targets.loading import load_model, refuse_language_model, run_config
-from clframe.targets.opening import open_target, usable_device
+from clframe.targets.loading import RunModel, load_run
+from clframe.targets.opening import run_target, usable_device
 from clframe.targets.prediction import class_label
 from clframe.targets.reading import InputReader, image_reader
 from clframe.targets.rules import PredictionRule
+from clframe.targets.text_evaluation import TextEvaluation, evaluate_text
 from clframe.training.trained import TrainedModel
 
 SCHEMA_VERSION = 1
@@ -140,13 +141,14 @@ def evaluate(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
-) -> Evaluation:
-    """Measure the model of a run on labeled data.
+) -> Evaluation | TextEvaluation:
+    """Measure the model of a run on labeled data, or on text if it is a language model.
 
     Without ``benchmark=NAME`` these are the run's own test data, of the experiences it has learned, and the numbers
     equal those of ``results.json``. With it they are other data: all samples of ``image_folder``, ``csv`` and ``npz``
     without a test part, and the test part of any other data set. Classes are matched by name, or by id where they have
-    none; images are converted as in training.
+    none; images are converted as in training. For language models see
+    :func:`~clframe.targets.text_evaluation.evaluate_text`.
 
     Args:
         run: A run folder.
@@ -165,19 +167,21 @@ def evaluate(
         DataError: Data that cannot be used: an unknown class, no samples.
     """
     given = [text for text in overrides if text.partition("=")[0] == "benchmark"]
+    model = load_run(run, kind=RunModel, device=str(usable_device(device)), where="evaluate")
+    if model.network.vocabulary:
+        return evaluate_text(
+            model, overrides, threshold=threshold, budget=budget, batch_size=batch_size, progress=progress
+        )
     if given:
-        model = load_model(run, device=str(usable_device(device)), where="evaluate")
-        refuse_language_model(model.network, where=str(run))
         rule = PredictionRule(model, threshold=threshold, budget=budget)
         return _evaluate_other(model, run, given[-1].partition("=")[2], overrides, rule, batch_size, seed, progress)
-    run_config(run, where="evaluate")  # refuses a folder that is not one of a run, by the name of this verb
-    target = open_target(str(run), overrides=overrides, device=device)
+    target = run_target(str(run), model, overrides)
     check_unchanged(target)
-    rule = PredictionRule(target.run, threshold=threshold, budget=budget)
+    rule = PredictionRule(model, threshold=threshold, budget=budget)
     total = sum(map(len, target.experiences))
     if not total:
         raise DataError(f"{run}: has no test samples; add benchmark=NAME to evaluate on other data")
-    counts = _Counts(target.run, rule)
+    counts = _Counts(model, rule)
     counts.add_all(own_batches(target, batch_size), total=total, progress=progress)
     return counts.result(str(run), "own test data", seed=seed, experiences=len(target.experiences), progress=progress)
 

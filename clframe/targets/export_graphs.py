@@ -19,7 +19,7 @@ from clframe.data.inputs import InputFormat
 from clframe.errors import UnsupportedError
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe.routed import RoutedExperts, override, routed_layers
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 from clframe.nn.network import Network
 from clframe.training.trained import TrainedModel
 

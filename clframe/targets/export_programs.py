@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 
 TOLERANCE = 1e-4
 """Largest difference between a graph and the model at which the graph is written."""
@@ -185,7 +185,7 @@ def _is_variadic(module: nn.Module) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error)
     return text if len(text) <= 160 else f"{text[:160]}..."
 
 

@@ -36,6 +36,11 @@ def write_llama(network: Network, folder: Path, *, tokenizer: str = "") -> None:
     Raises:
         UnsupportedError: Another network, or transformers is not installed.
     """
+    if network.choice is not None:
+        raise UnsupportedError(
+            f"export: found the adapters of several domains (components.{network.choice.owner}), between which a Llama "
+            f"cannot choose; train with merge=experience or merge=never"
+        )
     library = require_package("transformers", where="export")
     blocks = _blocks(network)
     attention, ffn = blocks[0].attention, blocks[0].mlp

@@ -16,7 +16,7 @@ from torch import nn
 
 from clframe.data.target import Target
 from clframe.environment import versions
-from clframe.errors import RunFolderError, UnsupportedError
+from clframe.errors import RunFolderError, UnsupportedError, reason_of
 from clframe.files import write_atomically
 from clframe.moe import routed_layers
 from clframe.moe.conversion.options import Options
@@ -25,6 +25,7 @@ from clframe.moe.conversion.study import Study, record
 from clframe.moe.pipeline import Recipe
 from clframe.plotting.style import render_picture
 from clframe.sparsity import output as sparsity_output
+from clframe.sparsity import plots as sparsity_plots
 from clframe.sparsity.study import SparsityStudy
 from clframe.tables import to_csv, to_markdown
 from clframe.targets.language import write_architecture
@@ -120,7 +121,7 @@ def restore_model(folder: str | Path, model: nn.Module) -> nn.Module:
         state = load_archive(path / WEIGHTS, device=torch.device("cpu"))
         model.load_state_dict(state)
     except Exception as error:  # a damaged archive or pickle may raise anything
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error, most=160)
         raise RunFolderError(f"{path / WEIGHTS}: does not fit the model ({reason})") from None
     return model.eval().requires_grad_(False)
 
@@ -190,7 +191,7 @@ def write_sparsity_study(study: SparsityStudy, folder: Path, *, command: Sequenc
     files: dict[str, str | bytes] = {}
     for table in sparsity_output.tables(study):
         files |= {f"{table.name}.csv": to_csv(table), f"{table.name}.md": to_markdown(table)}
-    for picture in map(render_picture, sparsity_output.pictures(study)):
+    for picture in map(render_picture, sparsity_plots.pictures(study)):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     files["sparsity.json"] = sparsity_output.to_json(study, command=command, versions=versions())
     write_files(folder, files)

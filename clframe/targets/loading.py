@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
 
 from clframe.build import build_backbone, build_strategy, register_imports
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
-from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError, reason_of
 from clframe.exits.curves import BudgetPoints
 from clframe.metrics import Tally
 from clframe.nn import Network
@@ -72,7 +71,7 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
     except ClframeError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, most=200)
         raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
     network.to(device)
     _warn_if_unfinished(folder, content)
@@ -109,7 +108,7 @@ def refuse_language_model(
     """Refuse a verb that predicts classes for a language model (UnsupportedError); ``advice`` ends the message."""
     if network.vocabulary:
         raise UnsupportedError(
-            f"{where}: found the run of a language model, which predicts tokens instead of classes; clframe report "
+            f"{where}: found the run of a language model, which predicts tokens instead of classes; clframe evaluate "
             f"shows its perplexities, {advice}"
         )
 
@@ -130,8 +129,7 @@ def read_config(folder: RunFolder) -> Config:
     Raises:
         ConfigError: A config that cannot be read.
     """
-    tree = OmegaConf.to_container(read_yaml(folder.config_path), resolve=False)
-    assert isinstance(tree, dict)
+    tree = read_yaml(folder.config_path)
     try:
         return from_mapping({str(key): value for key, value in tree.items()})
     except ConfigError as error:

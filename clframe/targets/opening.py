@@ -29,6 +29,7 @@ from clframe.results import Result
 from clframe.stream import build_stream
 from clframe.targets.loading import load_model, refuse_language_model, run_config
 from clframe.targets.text_files import Document, text_files
+from clframe.training.trained import TrainedModel
 
 _LOCATIONS = ("data_dir", "path", "tokens")
 """Options of data sets that name a file or folder."""
@@ -80,7 +81,9 @@ def open_target(
         if data is not None:
             raise ConfigError(f"--data: found {data} for a run, which has its own data; leave it out")
         _refuse_reading(name, length=max_length, generate=generate, stride=stride, document=document)
-        return _run_target(name, folder, overrides, device=usable_device(device))
+        trained = load_model(folder, device=str(usable_device(device)))
+        refuse_language_model(trained.network, where=str(folder))
+        return run_target(name, trained, overrides)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RunFolderError(f"{name}: found neither a run's config.yaml nor a model's config.json; give such a folder")
     # With an existing parent folder the name is a mistyped path, not a hub id.
@@ -158,10 +161,20 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _run_target(name: str, folder: Path, overrides: Sequence[str], *, device: torch.device) -> Target:
-    trained = load_model(folder, device=str(device))
-    refuse_language_model(trained.network, where=str(folder))
-    config = _relocate_data(run_config(folder), overrides)
+def run_target(name: str, trained: TrainedModel, overrides: Sequence[str] = ()) -> Target:
+    """Create the target of a run.
+
+    Args:
+        name: The run folder.
+        trained: Its model, a classifier.
+        overrides: Other locations of its data, such as ``benchmark.data_dir=DIR``.
+
+    Raises:
+        RunFolderError: The run does not match its data.
+        ConfigError: Another override.
+    """
+    folder = Path(name).expanduser()
+    config = relocate_data(run_config(folder), overrides)
     benchmark = build_stream(config)[1]
     named = bool(trained.class_names and benchmark.class_names)
     if (
@@ -214,8 +227,8 @@ def _training(benchmark: Benchmark) -> tuple[Data, ...]:
     return tuple(replace(samples, augment=()) for samples in benchmark.original or benchmark.train)
 
 
-def _relocate_data(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with other locations of the data; no other override is allowed for a trained run."""
+def relocate_data(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the config with other locations of the data; another override of a trained run is a ConfigError."""
     options = dict(config.benchmark.options)
     for text in overrides:
         key, equals, value = text.partition("=")

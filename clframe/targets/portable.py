@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clframe.config.schema import Config
-from clframe.errors import RunFolderError, UnsupportedError
+from clframe.errors import RunFolderError, UnsupportedError, reason_of
 from clframe.exits.curves import BudgetPoints
 from clframe.files import parse_json, write_atomically
 from clframe.moe.pipeline import Recipe
@@ -114,7 +114,7 @@ def read_portable(folder: Path) -> tuple[dict[str, Any], Recipe | None, BudgetPo
     except RunFolderError:
         raise
     except Exception as error:  # a damaged file may raise anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = reason_of(error, most=120)
         raise RunFolderError(f"{path}: cannot be read as a model of clframe ({reason}); export it again") from None
 
 

@@ -134,7 +134,7 @@ def predict(
     for name, found in (("--top", top), ("--batch-size", batch_size)):
         if found < 1:
             raise ConfigError(f"{name}: found {found}; give at least 1")
-    refuse_language_model(model.network, where="predict")
+    refuse_language_model(model.network, where="predict", advice="and its methods generate and score take text")
     if not model.learner.past:
         raise DataError("predict: the model has not learned any class yet; finish an experience first")
     rule = PredictionRule(model, threshold=threshold, budget=budget, graphs=graphs)

@@ -257,13 +257,23 @@ def _read_column(file: str, names: Sequence[str]) -> list[str]:
 
 
 def _find_texts(given: str, reader: InputReader, model: TrainedModel) -> list[str]:
-    """Texts of an argument: lines of a ``.txt`` file or of the standard input (``-``), a CSV column, or itself."""
+    """Texts of an argument, see :func:`find_lines`; arrays of an ``.npz`` file are added to the reader."""
     path = os.path.expanduser(given)
-    if given == "-":
-        return [line.strip() for line in sys.stdin if line.strip()]
     if path.lower().endswith(".npz") and os.path.exists(path):
         _add_arrays(reader, model, _read_array(path), name=path)
         return []
+    return find_lines(given)
+
+
+def find_lines(given: str) -> list[str]:
+    """Texts of an argument: lines of a ``.txt`` file or of the standard input (``-``), a CSV column, or itself.
+
+    Raises:
+        DataError: A folder, or a file without text.
+    """
+    path = os.path.expanduser(given)
+    if given == "-":
+        return [line.strip() for line in sys.stdin if line.strip()]
     if os.path.isdir(path):
         raise DataError(f"{shorten_path(path)}: is a folder; give texts, a .txt file with one a line, or a .csv file")
     if path.lower().endswith(".csv"):

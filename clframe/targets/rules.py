@@ -89,6 +89,11 @@ class PredictionRule:
             self._measured = MeasuredNetwork(self._dynamic)
 
     @property
+    def policy(self) -> ExitPolicy | None:
+        """The policy by which exits decide; None where the last exit or a combination of all exits does."""
+        return self._policy
+
+    @property
     def times(self) -> str:
         """Measured times of plain inference and graphs, of which the shorter one was chosen; empty before."""
         return "" if self._measured is None else self._measured.note
@@ -123,7 +128,8 @@ class PredictionRule:
         if policy is not None:
             scores_BC, exit_B = select(output.logits, policy)
             return self._checked(scores_BC, exit_B, stops_B(output.logits, policy), x)
-        exit_B = torch.full((len(x),), last, dtype=torch.long, device=output.last.device)
+        rows = output.last.shape[0]  # of a language model the tokens of all windows
+        exit_B = torch.full((rows,), last, dtype=torch.long, device=output.last.device)
         owner: Any = self._learner.composition.owner("prediction")
         static = STATIC.get(getattr(owner, "rule", "")) if owner is not None else None
         if static is not None:

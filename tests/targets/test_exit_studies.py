@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blank_figures import leave_figures_blank
 
 import clframe
 from clframe.data.target import DataSplits
@@ -138,7 +139,8 @@ def test_an_incomplete_cache_is_computed_again(copies, passes):
     assert len(passes) == 4
 
 
-def test_what_is_written(copies, tmp_path):
+def test_what_is_written(copies, tmp_path, monkeypatch):
+    leave_figures_blank(monkeypatch, exit_studies, but=("confidences",))
     path = write_exit_study(study_run(copies[0]), tmp_path / "out", command=["clframe", "analyze"])
     content = json.loads(path.read_text())
     assert content["metrics"]["eefp"][-1] is None and 0 <= content["metrics"]["eefp"][0] <= 1
@@ -169,7 +171,9 @@ def test_event_files_have_the_numbers_of_the_last_study(copies, tmp_path):
     assert "study/exit_metrics/text_summary" in events.Tags()["tensors"]
 
 
-def test_the_report_of_a_run_shows_its_study(copies):
+def test_the_report_of_a_run_shows_its_study(copies, monkeypatch):
+    leave_figures_blank(monkeypatch)  # those of the report itself
+    leave_figures_blank(monkeypatch, exit_studies)
     before = write_report([copies[0]]).read_text()
     path = write_exit_study(study_run(copies[0]), Path(copies[0]) / "exits", command=["clframe"])
     (path.parent / "reliability.svg").write_text("<svg><script>alert(1)</script></svg>")
@@ -208,7 +212,8 @@ def test_no_validation_samples_and_empty_validation_leave_budgets_undefined(unus
         study_exits(dataclasses.replace(target, splits=DataSplits(target.splits.fit, None, Empty())))
 
 
-def test_variants_of_all_runs_and_reasons_for_the_others(copies, unusable, tmp_path):
+def test_variants_of_all_runs_and_reasons_for_the_others(copies, unusable, tmp_path, monkeypatch):
+    leave_figures_blank(monkeypatch, exit_studies, but=("proxy_eefp",))
     study = study_proxies([*copies, *unusable], resamples=20)
     assert [v.run for v in study.variants] == [run for run in copies for _ in range(VARIANTS)]
     assert list(study.skipped) == unusable

@@ -119,9 +119,9 @@ def assert_staged(model, runner, x, *, threshold=None, given=None):
 
 
 def test_a_whole_onnx_graph_computes_every_exit_and_the_prediction(model, whole):
-    for count in BATCHES:
-        for x in images(count):
-            assert_whole(model, onnx_outputs(whole / "model.onnx", [[x]])[0], x)
+    samples = [x for count in BATCHES for x in images(count)]
+    for x, found in zip(samples, onnx_outputs(whole / "model.onnx", [[x] for x in samples]), strict=True):
+        assert_whole(model, found, x)
 
 
 def test_a_staged_onnx_export_decides_as_dynamic_inference(model, staged):
@@ -193,10 +193,10 @@ def test_the_runner_imports_nothing_else():
 def test_pt2_programs_decide_as_clframe(model, tmp_path):
     folder = export(model, tmp_path / "pt2", format="pt2")
     stages = StagedModel(export(model, tmp_path / "staged", format="pt2", staged=True))
-    for count in BATCHES:
-        for x in images(count):
-            assert_whole(model, pt2_outputs(folder / "model.pt2", [[x]])[0], x)
-            assert_staged(model, stages, x)
+    samples = [x for count in BATCHES for x in images(count)]
+    for x, found in zip(samples, pt2_outputs(folder / "model.pt2", [[x] for x in samples]), strict=True):
+        assert_whole(model, found, x)
+        assert_staged(model, stages, x)
     extra = {"model.json": ""}
     torch.export.load(str(folder / "model.pt2"), extra_files=extra)
     assert json.loads(extra["model.json"])["classes"] == stages.description["classes"]
@@ -247,11 +247,16 @@ NOT_IN_OLD = (
     "bias correction", "nearest class means", "discriminant analysis", "isotonic", "temperature, gate", "experts",
 )  # fmt: skip
 """Variants that torch 2.6 does not trace with a dynamic batch; ``clframe export`` then refuses them with one line."""
+OTHER_ENSEMBLES = ("product, patience", "boosted")
+"""Left to the slow suite: the default one exports the geometric ensemble and a cascade."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.skipif(OLD, reason="torch 2.6")] * (n in NOT_IN_OLD)) for n in VARIANTS]
-)
+def marks_of(name):
+    skipped = [pytest.mark.skipif(OLD, reason="torch 2.6")] * (name in NOT_IN_OLD)
+    return [*skipped, *[pytest.mark.slow] * (name in OTHER_ENSEMBLES)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in VARIANTS])
 def test_corrections_ensembles_calibration_and_experts_are_part_of_the_graph(name):
     strategy, options = VARIANTS[name]
     model = learn(strategy, **options)

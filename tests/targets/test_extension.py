@@ -47,7 +47,7 @@ def part_of_digits(*, only: tuple[int, ...] = (), names: tuple[str, ...] = (), a
 def _registered() -> Iterator[None]:
     SOURCES.register("digits_part")(part_of_digits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clframe.api.write_figures", lambda *_: None)  # takes longer than training
+        patch.setattr("clframe.execution.write_figures", lambda *_: None)  # takes longer than training
         yield
     del SOURCES._entries["digits_part"]
 

@@ -14,7 +14,7 @@ from clframe.data.target import IGNORED
 from clframe.errors import DataError, RunFolderError
 from clframe.moe import DynamicK, TopK, routed_layers, set_gate, to_experts
 from clframe.moe.conversion.options import Options
-from clframe.moe.conversion.study import moefy_target, record
+from clframe.moe.conversion.study import measure_conversion, moefy_target, record
 from clframe.moe.router import ALL
 from clframe.targets import open_target
 from clframe.targets.converted import load_language_model
@@ -68,6 +68,9 @@ def test_perplexity_against_cost(llama, lines):
     # Two layers lose two of four experts, each with 24 / 4 neurons of three weight rows, and gain their routers.
     saved = 2 * (2 * 6 * 3 * 16 - 4 * (16 + 4))
     assert by_k[2]["macs_per_token"] == pytest.approx(tree["dense_macs"] / length - saved)
+    untimed = measure_conversion(study.converted, sizes=())
+    assert untimed.points == study.points and untimed.times.keys() == study.times.keys()
+    assert not any(untimed.times.values())
 
 
 def test_generation_with_a_cache(llama):

@@ -97,7 +97,7 @@ def test_predictions_by_graphs_are_those_without(folder: Path, device: str, monk
     make = graphs_on_a_cpu if device == "cpu" else None
     monkeypatch.setattr(rules, "_can_record", lambda network: True)
     monkeypatch.setattr(rules, "MeasuredNetwork", partial(MeasuredNetwork, after=0.0, make=make))
-    monkeypatch.setattr(measured, "_timed", lambda call, x: (call(x), float(not isinstance(call, CapturedNetwork))))
+    monkeypatch.setattr(measured, "time_call", lambda call, _: (call(), float(not isinstance(call.func, CapturedNetwork))))
     model, x = load(folder, device=device), digits().test.x[:70]
     plain, graphs = (model.predict(x, batch_size=32, graphs=wanted) for wanted in (False, True))
     assert [row.exit for row in graphs.rows] == [row.exit for row in plain.rows]

@@ -1,0 +1,133 @@
+"""``clframe predict`` of a language model: continuations of prompts, or scores of texts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from clframe.cli.numbers import decimal, whole_number
+from clframe.errors import ConfigError, DataError
+from clframe.printable import printable
+
+if TYPE_CHECKING:
+    from clframe.targets.loading import RunModel
+
+TEXT_OPTIONS = ("generate", "score", "stride", "draft", "draft_exit", "document", "domain")
+"""Options that only a language model has."""
+CLASS_OPTIONS = ("top", "no_graphs")
+"""Options that only a classifier has."""
+TOKENS = 32
+"""Tokens of a continuation where none are given, or the context if that is shorter."""
+
+
+def refuse_options(options: argparse.Namespace, names: Sequence[str], *, model: str) -> None:
+    """Refuse options that have no effect on a model (ConfigError).
+
+    Args:
+        options: Those of the verb.
+        names: Options that do not apply.
+        model: The kind of the model.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value not in (None, False):
+            found = "it" if value is True else value
+            raise ConfigError(f"--{name.replace('_', '-')}: found {found} for {model}; leave it out")
+
+
+def act(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+    """Generate or score, print and write."""
+    refuse_options(options, CLASS_OPTIONS, model="a language model, which predicts tokens")
+    if options.score:
+        refuse_options(options, ("generate", "draft", "draft_exit"), model="the scores of given texts")
+        return _score(model, inputs, options)
+    refuse_options(options, ("stride", "batch_size"), model="generation, which continues one prompt at a time")
+    return _generate(model, inputs, options)
+
+
+def _generate(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+    from clframe.progress import progress_bars
+    from clframe.tables import to_csv
+    from clframe.targets import text_generation
+
+    context = model.network.input_shape[0] - 1
+    tokens = min(TOKENS, context) if options.generate is None else whole_number("--generate", options.generate)
+    draft = 0 if options.draft is None else whole_number("--draft", options.draft)
+    threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
+    prompts = [text for _, text in _read(inputs, options)]
+    with progress_bars(unit="prompt") as show:
+        found = text_generation.continue_prompts(
+            model, prompts, tokens=tokens, threshold=threshold, budget=budget, draft=draft,
+            draft_exit=options.draft_exit, domain=options.domain, progress=partial(show, "generate"),
+        )  # fmt: skip
+    _write(
+        options, as_json=lambda: text_generation.to_json(found, run=str(model.folder)),
+        as_csv=lambda: to_csv(text_generation.table(found)), shown=lambda: text_generation.describe(found),
+    )  # fmt: skip
+    return 0
+
+
+def _score(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+    from clframe.progress import progress_bars
+    from clframe.tables import to_csv, to_text
+    from clframe.targets import text_scoring
+
+    stride = None if options.stride is None else whole_number("--stride", options.stride)
+    size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
+    threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
+    texts = dict(_read(inputs, options))
+    with progress_bars(unit="text") as show:
+        found = text_scoring.score_texts(
+            model, texts, threshold=threshold, budget=budget, stride=stride, batch_size=size,
+            domain=options.domain, progress=partial(show, "score"),
+        )  # fmt: skip
+    for reason in found.skipped.values():
+        print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
+    _write(
+        options, as_json=lambda: text_scoring.to_json(found, run=str(model.folder)),
+        as_csv=lambda: to_csv(text_scoring.table(found)),
+        shown=lambda: "\n".join([to_text(text_scoring.table(found)), *found.notes]),
+    )  # fmt: skip
+    return 3 if found.skipped else 0
+
+
+def _read(inputs: Sequence[str], options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Names and texts of the arguments: lines, or whole files."""
+    from pathlib import Path
+
+    from clframe.data.sources.paths import read_text
+    from clframe.targets.reading import find_lines
+
+    document = options.document or "line"
+    if document not in ("line", "file"):
+        raise ConfigError(f"--document: found '{document}'; choose from line, file")
+    if document == "line":
+        found = [(text, text) for given in inputs for text in find_lines(given)]
+    else:
+        files = [os.path.expanduser(given) for given in inputs]
+        missing = next((file for file in files if not os.path.isfile(file)), None)
+        if missing is not None:
+            raise DataError(f"{missing}: no such file; give text files, or leave --document file out")
+        found = [(file, read_text(Path(file))) for file in files]
+    if not found:
+        raise DataError("predict: found no text; give prompts, or files with one a line")
+    return found
+
+
+def _write(
+    options: argparse.Namespace, *, as_json: Callable[[], str], as_csv: Callable[[], str], shown: Callable[[], Any]
+) -> None:
+    """Write what ``--json`` and ``--csv`` ask for, and print."""
+    from clframe.files import write_atomically
+
+    for target, render in ((options.json, as_json), (options.csv, as_csv)):
+        if target == "-":
+            sys.stdout.write(render())
+        elif target is not None:
+            write_atomically(target, render())
+    if "-" not in (options.json, options.csv):
+        print(shown())

@@ -90,6 +90,7 @@ class Steps(SupervisedPlugin):
         self.count += 1
 
 
+@pytest.mark.slow
 def test_changes_of_bic_are_named_ones(monkeypatch):
     def answers(made):
         steps = Steps()

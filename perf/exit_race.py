@@ -3,6 +3,7 @@
     python perf/exit_race.py                     # ResNet32 with 6 heads and a small ViT with 5, 1 and 2 threads
     python perf/exit_race.py --model resnet32 --threads 1 --batch 256
     python perf/exit_race.py --quick             # fewer repetitions, wider spread
+    python perf/exit_race.py --model mlp --batch 1 --choices chosen timed --samples 16      # a minute on a busy machine
 
 Weights and inputs are random but fixed. Budgets are met as in MSDNet: exit k answers a share of the samples
 proportional to q^k, with q such that the samples' mean MACs, heads included, are the budget; thresholds are
@@ -57,13 +58,14 @@ from clframe.exits.placement import every_nth_tap, published_placement
 from clframe.exits.policies import ExitPolicy, max_probability
 from clframe.nn import Network
 from clframe.nn.backbones import mlp, resnet32, vit_tiny
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 
 CLASSES = 100
 MODELS = {"resnet32": resnet32, "vit_tiny": vit_tiny, "mlp": partial(mlp, width=1024, depth=8)}
 SAMPLES = {1: 64, 32: 128, 256: 256}
 """Samples of a repetition, by batch size."""
 BUDGETS = (0.25, 0.5, 0.75)
+CHOICES = ("all", "chosen", "timed", "affordable")
 OVERHEAD = 0.1
 """What exits may cost a sample that does not leave at batch 1, in bare backbones."""
 
@@ -257,25 +259,30 @@ def affordable(network: Network, batches: Sequence[Tensor], time: Costs) -> tupl
     return ()
 
 
-def rows_of(network: Network, *, batch: int, repeats: int) -> list[dict[str, Any]]:
+def rows_of(
+    network: Network, *, batch: int, repeats: int, choices: Sequence[str], samples: int | None
+) -> list[dict[str, Any]]:
     torch.manual_seed(1)
     x = torch.randn(256, 3, 32, 32).to(memory_format=torch.channels_last)
     scores = [scores_NC for scores_NC in network(x).logits]
-    batches = list(x[: SAMPLES[batch]].split(batch))
+    batches = list(x[: samples or SAMPLES[batch]].split(batch))
     work, time = macs(network), seconds(network, batches[0], repeats=repeats * (20 if batch == 1 else 2))
     everything = tuple(range(len(network.heads) - 1))
     plans: list[tuple[str, str, tuple[int, ...], ExitPolicy]] = []
     for budget in BUDGETS:
         for choice, enabled in (("all", everything), ("chosen", chosen(work, time, budget))):
+            if choice not in choices:
+                continue
             shares = None if enabled is None else shares_for(work, enabled, budget)
             if enabled is not None and shares is not None:
                 policy = ExitPolicy(thresholds=thresholds_for(scores, shares))
                 plans.append((f"{budget:.0%}", choice, enabled, policy))
-        by_time = timed(work, time, budget)
+        by_time = timed(work, time, budget) if "timed" in choices else None
         if by_time is not None:
             plans.append((f"{budget:.0%}", "timed", by_time[0], ExitPolicy(thresholds=thresholds_for(scores, by_time[1]))))
-    for choice, enabled in (("all", everything), ("affordable", affordable(network, batches[: max(1, 32 // batch)], time))):
-        plans.append(("none leaves", choice, enabled, ExitPolicy(thresholds=1.0)))
+    never = {"all": lambda: everything, "affordable": lambda: affordable(network, batches[: max(1, 32 // batch)], time)}
+    for choice in (choice for choice in never if choice in choices):
+        plans.append(("none leaves", choice, never[choice](), ExitPolicy(thresholds=1.0)))
     runs: dict[str, Run] = {"bare": bare(network, batches)}
     rows = []
     for place, (budget_name, choice, enabled, policy) in enumerate(plans):
@@ -324,6 +331,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=["resnet32", "vit_tiny"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, choices=sorted(SAMPLES), nargs="+", default=sorted(SAMPLES))
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=CHOICES, help="these choices of exits only")
+    parser.add_argument("--samples", type=int, help="samples of a repetition")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="three repetitions")
     parser.add_argument("--compile", action="store_true", help="compile stages and heads")
@@ -342,7 +351,10 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for batch in options.batch:
             with torch.inference_mode():
-                rows += rows_of(network, batch=batch, repeats=3 if options.quick else options.repeats)
+                rows += rows_of(
+                    network, batch=batch, repeats=3 if options.quick else options.repeats, choices=options.choices,
+                    samples=options.samples,
+                )  # fmt: skip
         result["races"].append({"model": model, "threads": threads, "rows": rows})
         print(f"\n{model}, {threads} thread{'s' if threads > 1 else ''}\n\n{table(rows)}", flush=True)
     if options.json is not None:

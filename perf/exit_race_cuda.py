@@ -11,13 +11,18 @@ confidences. Contestants of a cell take turns in every lap; medians of milliseco
 - eager, captured: the bare backbone, as it is and as one CUDA graph;
 - dynamic: ``DynamicNetwork``; static: all exits computed, as one graph with the policy;
 - fast: ``CapturedNetwork`` that removes samples after every exit; chosen removals: where measured times say so;
-- fewer exits: the same with the one to three exits that measured times expect to be fastest within the budget.
+- fewer exits: the same with the one to three exits that measured times expect to be fastest within the budget;
+- timed: up to three of the exits at 12.5, 25, 50 and 75 % of the measured time, where those are others, with the shares
+  that are expected to take the budget as a share of the backbone's time.
 
-``kept`` is the speed-up over the captured backbone as a share of what MACs promise. ``agree``: share of the samples for
-which the fast runner stops at the exit of the plain reference (rounding differs between batch sizes).
+``kept`` is the speed-up over the captured backbone as a share of what MACs promise, for ``timed`` of what time promises.
+``agree``: share of the samples for which the fast runner stops at the exit of the plain reference (rounding differs
+between batch sizes). The gap to the promise is divided: milliseconds that MACs promise, that the stages take more
+because early ones are slow for their MACs, of heads, and the rest (removals, padding, waiting).
 
-Cells run in order of importance until the time is used up. Then, in the time left, the backbone under ``torch.compile``
-(default and reduce-overhead), and the fast runner with compiled stages, are compared with the captured backbone.
+In 40 % of the time, and in processes that cannot spoil the others, the backbone under ``torch.compile`` (default and
+reduce-overhead), and the fast runner with compiled stages, are compared with the captured backbone. Then cells run in
+order of importance until the time is used up.
 """
 
 from __future__ import annotations
@@ -28,16 +33,17 @@ import functools
 import gc
 import itertools
 import json
-import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from exit_race import Costs, chosen, macs, shares_for, thresholds_for
+from exit_race import Costs, chosen, macs, shares_for, thresholds_for, timed
 from torch import Tensor
 
 from clframe.accounting.macs import stage_macs
@@ -49,7 +55,7 @@ from clframe.exits.head_kinds import make_head
 from clframe.exits.placement import at_cost
 from clframe.exits.policies import ExitPolicy, max_probability
 from clframe.nn import BACKBONES, Network
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 
 CLASSES = 100
 EXITS = (0.125, 0.25, 0.5, 0.75)
@@ -62,25 +68,28 @@ MODELS: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {
 ORDER = [(model, batch) for batch in (256, 1024, 32, 1) for model in MODELS]
 CALLS = {1: 32, 32: 4, 256: 1, 1024: 1}
 """Batches of a lap; twice as many take turns, for 1,024 samples two."""
+RIVALS = ("default", "reduce-overhead", "stages")
+START = 25.0
+"""Seconds at most in which the process of a rival begins to compile."""
 Run = Callable[[Tensor], Any]
 
 
 @functools.cache
-def on_host(model: str) -> Network:
-    """The network with exits, random weights and outputs for all classes."""
+def on_host(model: str, taps: tuple[str, ...] = ()) -> Network:
+    """The network with exits, random weights and outputs for all classes; exits by MACs if no taps are given."""
     torch.manual_seed(0)
     name, options, shape = MODELS[model]
     backbone = BACKBONES.get(name)(shape, **options)
-    taps = at_cost(stage_macs(Network(backbone)), EXITS).taps
+    taps = taps or at_cost(stage_macs(Network(backbone)), EXITS).taps
     network = Network(backbone, exits=[(tap, make_head("auto", backbone.tap_shapes[tap])) for tap in taps])
     network.grow(range(CLASSES))
     network.eval().requires_grad_(False)
     return fuse_batch_norm(network, memory_format="channels_last") if model.startswith("resnet") else network
 
 
-def build(model: str, device: torch.device) -> Network:
+def build(model: str, device: torch.device, taps: tuple[str, ...] = ()) -> Network:
     """A copy of the network on a device."""
-    return copy.deepcopy(on_host(model)).to(device)
+    return copy.deepcopy(on_host(model, taps)).to(device)
 
 
 def bare(network: Network) -> Run:
@@ -168,6 +177,7 @@ def cell(model: str, batch: int, budgets: Sequence[float], *, seconds: float) ->
         times = stage_times(network, batches[0][:256], work)
         whole = captured(bare(network), batches[0])
         exits = tuple(range(len(work.heads) - 1))
+        by_time = placed_by_time(model, network, times, batches)
         rows = []
         for budget in budgets:
             shares = shares_for(work, exits, budget)
@@ -189,6 +199,9 @@ def cell(model: str, batch: int, budgets: Sequence[float], *, seconds: float) ->
             if some is not None and few is not None and some != exits:
                 fewer = DynamicNetwork(network, ExitPolicy(thresholds=thresholds_for(on_host, few)), exits=some)
                 runs["fewer exits"] = CapturedNetwork(fewer, batch=batch)
+            share = None if by_time is None else by_time(budget, batch)
+            if share is not None:
+                runs["timed"] = share[0]
             for _, run, x in itertools.product(range(3), runs.values(), batches[:8]):
                 run(x)
             taken = race(runs, batches, calls=calls, seconds=seconds / len(budgets))
@@ -197,15 +210,53 @@ def cell(model: str, batch: int, budgets: Sequence[float], *, seconds: float) ->
             row = {"model": model, "batch": batch, "budget": budget, "ms": taken, "removals": removals,
                    "macs": mean_cost(work, found_N, exits) / work.bare, "time": mean_cost(times, found_N, exits) / times.bare,
                    "agree": float((wanted_N == found_N).float().mean()), "choosing_s": choosing,
-                   "recorded": fast.recorded, "buffers_mb": fast.memory / 1e6, "failure": fast.failure}  # fmt: skip
+                   "recorded": fast.recorded, "buffers_mb": fast.memory / 1e6, "failure": fast.failure,
+                   "gap": gap(taken["fast"], taken["captured"], work, times, found_N, exits)}  # fmt: skip
             if "fewer exits" in runs and some is not None:
                 exit_N = torch.cat([runs["fewer exits"](x).exit_B for x in batches])
-                row |= {"fewer": some, "fewer_macs": mean_cost(work, exit_N, some) / work.bare}
+                row |= {"fewer": some, "fewer_macs": mean_cost(work, exit_N, some) / work.bare,
+                        "fewer_gap": gap(taken["fewer exits"], taken["captured"], work, times, exit_N, some)}  # fmt: skip
+            if share is not None:
+                row |= share[1] | {"timed_kept": budget * taken["captured"] / taken["timed"]}
             rows.append(row)
             print(line(row), flush=True)
-            del fast, removing, runs
+            del fast, removing, runs, share
             clean()
     return rows
+
+
+def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enabled: Sequence[int]) -> dict[str, float]:
+    """Milliseconds that MACs promise, and what is added to them; their sum is ``ms``."""
+    stages = Costs(times.stages, (0.0,) * len(times.heads), times.stage_of)
+    promised = whole * mean_cost(work, exit_N, enabled) / work.bare
+    of_stages, of_both = (whole * mean_cost(costs, exit_N, enabled) / times.bare for costs in (stages, times))
+    return {"promised": promised, "stages": of_stages - promised, "heads": of_both - of_stages, "rest": ms - of_both}
+
+
+def placed_by_time(
+    model: str, network: Network, times: Costs, batches: Sequence[Tensor]
+) -> Callable[[float, int], tuple[Run, dict[str, Any]] | None] | None:
+    """What makes the contestant ``timed`` for a budget and a batch size; None where exits would be at the same taps."""
+    names = network.backbone.names
+    taps = at_cost(dict(zip(names, times.stages, strict=True)), EXITS).taps
+    if taps == tuple(network.exit_taps[:-1]):
+        return None
+    own = build(model, torch.device("cuda"), taps)
+    scores = [own(x).logits for part in batches for x in part.split(256)]
+    on_host = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)]
+    work = macs(own)
+    seconds = stage_times(own, batches[0][:256], work)
+
+    def make(budget: float, batch: int) -> tuple[Run, dict[str, Any]] | None:
+        found = timed(work, seconds, budget)
+        if found is None:
+            return None
+        some, shares = found
+        dynamic = DynamicNetwork(own, ExitPolicy(thresholds=thresholds_for(on_host, shares)), exits=some)
+        note = {"timed_exits": [taps[exit] for exit in some], "timed_macs": work.of_shares(shares) / work.bare}
+        return CapturedNetwork(dynamic, batch=batch), note
+
+    return make
 
 
 def mean_cost(costs: Costs, exit_N: Tensor, enabled: Sequence[int]) -> float:
@@ -230,76 +281,79 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['model']} {row['batch']} {row['budget']:.0%}: {times}; MACs {row['macs']:.3f}, stages and heads "
         f"{row['time']:.3f}; {best} {taken['captured'] / taken[best]:.2f}x, kept {kept:.2f}; removals {row['removals']}, "
-        f"fewer {row.get('fewer')}, agree {row['agree']:.4f}, {row['recorded']} recorded {row['failure']}"
+        f"fewer {row.get('fewer')}, agree {row['agree']:.4f}, {row['recorded']} recorded {row['failure']}; "
+        f"fast: {parts_of(row['gap'])}; fewer exits: {parts_of(row.get('fewer_gap', {}))}"
+        + (f"; timed {row['timed_exits']}: MACs {row['timed_macs']:.3f}, kept {row['timed_kept']:.2f}" if "timed" in taken else "")
     )
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after some seconds."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"not compiled within {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def parts_of(found: dict[str, float]) -> str:
+    return " + ".join(f"{name} {ms:.2f}" for name, ms in found.items()) or "-"
 
 
-def compiled_cell(model: str, batch: int, budgets: Sequence[float], *, limit: float, seconds: float) -> dict[str, Any]:
-    """The captured backbone against torch.compile, and the fast runner with compiled stages and heads."""
+def rival(model: str, batch: int, budgets: Sequence[float], kind: str) -> dict[str, Any]:
+    """The captured backbone against torch.compile, or the fast runner with compiled stages and heads."""
     network = build(model, torch.device("cuda"))
     torch.manual_seed(1)
     batches = [torch.randn(batch, *network.input_shape, device="cuda") for _ in range(2 * CALLS[batch])]
-    row: dict[str, Any] = {"model": model, "batch": batch, "compiling_s": {}}
+    row: dict[str, Any] = {"model": model, "batch": batch, "rival": kind}
     with torch.no_grad():
-        reference = [
-            torch.cat(parts) for parts in zip(*(network(x).logits for p in batches for x in p.split(256)), strict=True)
-        ]
-        on_host, work = [scores_NC.cpu() for scores_NC in reference], macs(network)
         runs: dict[str, Run] = {"captured": captured(bare(network), batches[0])}
-        for mode in ("default", "reduce-overhead"):
-            torch._dynamo.reset()
-            start = time.perf_counter()
-            try:
-                with within(limit):
-                    run = torch.compile(bare(network), mode=mode, dynamic=False)
-                    for _ in range(3):
-                        run(batches[0])
-                runs[f"compiled {mode}"] = run
-            except Exception as error:  # the compiler raises anything; the others still race
-                row[f"failed {mode}"] = f"{type(error).__name__}: {str(error)[:200]}"
-            row["compiling_s"][mode] = time.perf_counter() - start
         start = time.perf_counter()
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64  # stages of one class share their code, and the limit
-        try:
-            with within(2 * limit):
-                own = build(model, torch.device("cuda"))
-                for part in (*own.backbone.stages, *own.heads):
-                    part.compile(dynamic=True)
-                exits = tuple(range(len(work.heads) - 1))
-                for budget in budgets:
-                    shares = shares_for(work, exits, budget)
-                    if shares is None:
-                        continue
-                    policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
-                    fast = CapturedNetwork(DynamicNetwork(own, policy), batch=batch)
-                    for _, x in itertools.product(range(4), batches):
-                        fast(x)
-                    runs[f"fast compiled {budget:.0%}"] = fast
-                    row[f"failure {budget:.0%}"] = fast.failure
-                runs["captured compiled"] = captured(bare(own), batches[0])
-        except Exception as error:
-            row["failed stages"] = f"{type(error).__name__}: {str(error)[:200]}"
-        row["compiling_s"]["stages"] = time.perf_counter() - start
-        row["ms"] = race(runs, batches, calls=CALLS[batch], seconds=seconds)
-    print(f"{model} {batch} compiled: {row}", flush=True)
+        if kind == "stages":
+            runs |= compiled_stages(model, batch, budgets, network, batches)
+        else:
+            runs[f"compiled {kind}"] = torch.compile(bare(network), mode=kind, dynamic=False)
+            for _ in range(3):
+                runs[f"compiled {kind}"](batches[0])
+        torch.cuda.synchronize()
+        row["compiling_s"] = time.perf_counter() - start
+        row["ms"] = race(runs, batches, calls=CALLS[batch], seconds=1)
     return row
+
+
+def compiled_stages(
+    model: str, batch: int, budgets: Sequence[float], network: Network, batches: Sequence[Tensor]
+) -> dict[str, Run]:
+    scores = [network(x).logits for part in batches for x in part.split(256)]
+    on_host, work = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)], macs(network)
+    torch._dynamo.config.recompile_limit = 64  # stages of one class share their code, and the limit
+    own = build(model, torch.device("cuda"))
+    for part in (*own.backbone.stages, *own.heads):
+        part.compile(dynamic=True)
+    runs: dict[str, Run] = {}
+    for budget in budgets:
+        shares = shares_for(work, tuple(range(len(work.heads) - 1)), budget)
+        if shares is None:
+            continue
+        policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
+        fast = CapturedNetwork(DynamicNetwork(own, policy), batch=batch)
+        for _, x in itertools.product(range(4), batches):
+            fast(x)
+        if fast.failure:
+            raise RuntimeError(fast.failure)
+        runs[f"fast compiled {budget:.0%}"] = fast
+    runs["captured compiled"] = captured(bare(own), batches[0])
+    return runs
+
+
+def rival_apart(model: str, batch: int, options: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """The row of a rival from a separate process: one that crashes ends it."""
+    limit = START + options.compile * (2 if kind == "stages" else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--rival", kind, "--model", model, "--batch", str(batch),
+                   "--budget", *map(str, options.budget), "--json", str(path)]  # fmt: skip
+        row: dict[str, Any] = {"model": model, "batch": batch, "rival": kind}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return row | {"failure": f"not compiled within {limit:.0f} s"}
+        if done.returncode or not path.exists():
+            lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+            return row | {"failure": f"exit code {done.returncode}: {' '.join(lines[:1])[:300]}"}
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
 
 
 def arguments() -> argparse.Namespace:
@@ -312,22 +366,28 @@ def arguments() -> argparse.Namespace:
         "--cell", type=float, default=3, help="seconds of laps for every network and batch (default: 3)"
     )
     parser.add_argument("--compile", type=float, default=60, metavar="S",
-                        help="seconds at most to compile a backbone, twice as many for stages; 0 for none (default: 60)")  # fmt: skip
+                        help="seconds at most to compile a backbone, twice as many for stages; 0 for no rivals (default: 60)")  # fmt: skip
+    parser.add_argument("--rival", choices=RIVALS, help="only this rival, in this process; its row is the JSON file")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
+    found: dict[str, Any]
     if not torch.cuda.is_available():
         raise SystemExit("exit_race_cuda: found no CUDA device; perf/exit_race.py is the race on CPUs")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
+    if options.rival:
+        found = rival(options.model[0], options.batch[0], options.budget, options.rival)
+        print(found, flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found) + "\n")
+        return
     end = time.monotonic() + options.seconds
     cells = [(m, b) for m, b in ORDER if m in options.model and b in options.batch]
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [], "compiled": [], "left_out": []
-    }  # fmt: skip
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [], "rivals": [], "left_out": []}
     print(f"{found['device']}, torch {found['torch']}", flush=True)
 
     def left() -> float:
@@ -337,10 +397,16 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 
-    reserve = min(0.4 * options.seconds, 4 * options.compile)  # for the compiled contestants
+    # Convolutional networks first: fusing their element-wise operations is what a compiler can do here.
+    by_use = sorted(cells, key=lambda cell: (cell[1] != 256, not cell[0].startswith("resnet")))
+    for (model, batch), kind in itertools.product(by_use if options.compile else [], RIVALS):
+        if batch in (256, 1024) and left() > 0.6 * options.seconds:
+            found["rivals"].append(rival_apart(model, batch, options, kind))
+            print(f"rival: {found['rivals'][-1]}", flush=True)
+            write()
     longest = 5.0
     for model, batch in cells:
-        if left() < reserve + longest:
+        if left() < longest:
             found["left_out"].append([model, batch])
             continue
         start = time.monotonic()
@@ -352,14 +418,6 @@ def main() -> None:
         longest = max(longest, time.monotonic() - start)
         clean()
         write()
-    # Convolutional networks first: fusing their element-wise operations is what a compiler can do here.
-    for model, batch in sorted(cells, key=lambda found: (found[1] != 256, not found[0].startswith("resnet"))):
-        if options.compile and batch in (256, 1024) and left() > 15:
-            limit = min(options.compile, left() / 4)
-            found["compiled"].append(compiled_cell(model, batch, options.budget, limit=limit, seconds=1))
-            torch._dynamo.reset()
-            clean()
-            write()
     write()
 
 

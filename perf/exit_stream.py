@@ -6,16 +6,22 @@
 Requests are a Poisson process at a share of the bare backbone's greatest throughput (``max_batch`` over its time for such
 a batch, as a CUDA graph). Both contestants are ``ExitServer`` with the same limits and graphs: the bare backbone has one
 segment, so that it is plain dynamic batching. They take turns with the same arrivals; latencies count from the planned
-arrival of a request. Networks, inputs and thresholds are those of perf/exit_race_cuda.py.
+arrival of a request. The event loop never sleeps: its timers have a resolution of a millisecond. Networks, inputs and
+thresholds are those of perf/exit_race_cuda.py.
+
+``stalls_ms`` of each contestant are the longest pauses by cause: between two turns of the event loop, of the garbage
+collector, of a launch on the host (``eager``: launches without a graph), and from a launch to its results.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,9 +33,64 @@ from torch import Tensor
 
 from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
 from clframe.exits.policies import ExitPolicy
-from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRunner
+from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun, SegmentRunner
 from clframe.exits.streaming import ExitServer
 from clframe.nn import Network
+
+
+class Stalls:
+    """Longest pauses by cause, in milliseconds; as a runner it times the launches of another one."""
+
+    def __init__(self, runner: SegmentRunner) -> None:
+        self._runner, self.ms = runner, dict.fromkeys(("turn", "gc", "launch", "device"), 0.0)
+        self._launched = self._collecting = self._turn = 0.0
+        self.launches, self.launching = 0, 0.0
+
+    @property
+    def segments(self) -> int:
+        return self._runner.segments
+
+    @property
+    def max_batch(self) -> int | None:
+        return self._runner.max_batch
+
+    @property
+    def eager(self) -> int:
+        return self._runner.eager if isinstance(self._runner, GraphRunner) else 0
+
+    def note(self, cause: str, since: float) -> float:
+        """Note a pause until now, and return the present time."""
+        now = time.perf_counter()
+        self.ms[cause] = max(self.ms[cause], 1e3 * (now - since))
+        return now
+
+    def launch(self, segment: int, parts: Sequence[ActiveSamples]) -> SegmentRun:
+        start = time.perf_counter()
+        run = self._runner.launch(segment, parts)
+        now = self.note("launch", start)
+        self.launches, self.launching = self.launches + 1, self.launching + now - start
+        stalls, results = self, run.results
+
+        def timed() -> tuple[Tensor, list[int], list[bool]]:
+            found = results()
+            stalls.note("device", start)
+            return found
+
+        run.results = timed  # type: ignore[method-assign]
+        return run
+
+    def collect(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._collecting = time.perf_counter()
+        else:
+            self.note("gc", self._collecting)
+
+    async def sleep_until(self, due: float) -> None:
+        """Give the event loop turns until a time."""
+        self._turn = time.perf_counter()
+        while self._turn < due:
+            await asyncio.sleep(0)
+            self._turn = self.note("turn", self._turn)
 
 
 def runner_for(dynamic: DynamicNetwork, samples: Tensor, *, max_batch: int) -> SegmentRunner:
@@ -37,26 +98,26 @@ def runner_for(dynamic: DynamicNetwork, samples: Tensor, *, max_batch: int) -> S
     if samples.device.type != "cuda":
         return PlainRunner(dynamic)
     runner = GraphRunner(dynamic, max_batch=max_batch)
-    for size in reversed(runner.sizes):
-        for _ in range(3):
-            rows = ActiveSamples(samples[:size])
-            for segment in range(runner.segments):
-                rows = runner.run(segment, rows).map(torch.clone, confident=False)
+    runner.prepare(samples[:max_batch])
+    if runner.failure:
+        raise RuntimeError(f"segments were not recorded: {runner.failure}")
     return runner
 
 
-def capacity(network: Network, samples: Tensor, *, max_batch: int) -> float:
-    """Requests a second of the bare backbone in full batches."""
-    runner = runner_for(DynamicNetwork(network, ExitPolicy(thresholds=2.0)), samples, max_batch=max_batch)
+def full_batch_seconds(network: Network, samples: Tensor, *, max_batch: int) -> float:
+    """Seconds of the bare backbone for a full batch."""
+    whole = DynamicNetwork(network, ExitPolicy(thresholds=2.0))
+    rows = ActiveSamples(samples[:max_batch])
+    runner = PlainRunner(whole) if samples.device.type != "cuda" else GraphRunner(whole, max_batch=max_batch)
     taken = []
     for _ in range(12):
         start = time.perf_counter()
-        runner.run(0, ActiveSamples(samples[:max_batch])).scores_nC.cpu()
+        runner.launch(0, [rows]).results()
         taken.append(time.perf_counter() - start)
-    return max_batch / median(taken[2:])
+    return median(taken[4:])
 
 
-async def serve(server: ExitServer, samples: Tensor, arrivals: list[float]) -> list[float]:
+async def serve(server: ExitServer, stalls: Stalls, samples: list[Tensor], arrivals: list[float]) -> list[float]:
     """Seconds from the planned arrival of each request to its answer."""
     taken: list[float] = []
     start = time.perf_counter() + 0.05
@@ -68,12 +129,32 @@ async def serve(server: ExitServer, samples: Tensor, arrivals: list[float]) -> l
     tasks = []
     async with server:
         for number, planned in enumerate(arrivals):
-            wait = start + planned - time.perf_counter()
-            if wait > 0:
-                await asyncio.sleep(wait)
+            await stalls.sleep_until(start + planned)
             tasks.append(asyncio.create_task(ask(samples[number % len(samples)], planned)))
         await asyncio.gather(*tasks)
     return taken
+
+
+def a_pass(
+    dynamic: DynamicNetwork, runner: SegmentRunner, samples: list[Tensor], arrivals: list[float], row: dict[str, Any],
+    name: str, options: argparse.Namespace,
+) -> list[float]:  # fmt: skip
+    """Latencies of one pass; notes batch sizes and pauses in the row, over all passes."""
+    stalls = Stalls(runner)
+    eager = stalls.eager
+    server = ExitServer(dynamic, max_batch=options.max_batch, max_waiting=1 << 20, slack=options.slack, runner=stalls)
+    gc.callbacks.append(stalls.collect)
+    try:
+        found = asyncio.run(serve(server, stalls, samples, arrivals))
+    finally:
+        gc.callbacks.remove(stalls.collect)
+    sizes = [len(numbers) for segment, numbers in server.events if segment == 0]
+    row[f"{name}_batch"] = sum(sizes) / len(sizes)
+    row[f"{name}_launch_ms"] = 1e3 * stalls.launching / stalls.launches
+    before = row.setdefault(f"{name}_stalls_ms", dict.fromkeys(stalls.ms, 0.0) | {"eager": 0})
+    before |= {cause: max(ms, before[cause]) for cause, ms in stalls.ms.items()}
+    before["eager"] += stalls.eager - eager
+    return found
 
 
 def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[str, Any]]:
@@ -86,7 +167,8 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
     with torch.no_grad():
         parts = [network(x).logits for x in samples.split(256)]
     on_host = [torch.cat(found).cpu() for found in zip(*parts, strict=True)]
-    most = capacity(network, samples, max_batch=options.max_batch)
+    most = options.max_batch / full_batch_seconds(network, samples, max_batch=options.max_batch)
+    unbatched = list(samples)  # indexing would be time of the event loop
     rows = []
     for budget in options.budget:
         shares = shares_for(work, range(len(work.heads) - 1), budget)
@@ -98,6 +180,7 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
             "exits": DynamicNetwork(network, policy),
         }
         runners = {name: runner_for(each, samples, max_batch=options.max_batch) for name, each in contestants.items()}
+        clean()  # frees, and leaves what exists out of later collections, as a server should
         for load in options.load:
             if time.monotonic() > end:
                 break
@@ -110,11 +193,7 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
                 while arrivals[-1] < options.pass_seconds:
                     arrivals.append(arrivals[-1] + random.expovariate(rate))
                 for name in contestants if lap % 2 else reversed(contestants):
-                    server = ExitServer(contestants[name], max_batch=options.max_batch, max_waiting=1 << 20,
-                                        slack=options.slack, runner=runners[name])  # fmt: skip
-                    found[name].append(asyncio.run(serve(server, samples, arrivals)))
-                    sizes = [len(numbers) for segment, numbers in server.events if segment == 0]
-                    row[f"{name}_batch"] = sum(sizes) / len(sizes)
+                    found[name].append(a_pass(contestants[name], runners[name], unbatched, arrivals, row, name, options))
             for name, laps in found.items():
                 row[f"{name}_p50_ms"] = 1e3 * median(median(lap) for lap in laps)
                 row[f"{name}_p99_ms"] = 1e3 * median(quantiles(lap, n=100)[98] for lap in laps)
@@ -125,10 +204,15 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
                 f"{model} {budget:.0%} of the MACs, {rate:,.0f} a second ({load:.0%}): median {row['bare_p50_ms']:.2f} to "
                 f"{row['exits_p50_ms']:.2f} ms ({row['p50_change']:+.0%}), p99 {row['bare_p99_ms']:.2f} to "
                 f"{row['exits_p99_ms']:.2f} ({row['p99_change']:+.0%}); mean batch {row['bare_batch']:.1f}, "
-                f"{row['exits_batch']:.1f}",
+                f"{row['exits_batch']:.1f}; a launch {row['bare_launch_ms']:.3f}, {row['exits_launch_ms']:.3f} ms; longest: "
+                f"{longest(row['bare_stalls_ms'])}; {longest(row['exits_stalls_ms'])}",
                 flush=True,
             )
     return rows
+
+
+def longest(stalls: dict[str, float]) -> str:
+    return ", ".join(f"{cause} {ms:.1f}" for cause, ms in stalls.items())
 
 
 def main() -> None:

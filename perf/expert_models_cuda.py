@@ -6,7 +6,9 @@
 Weights are random, which times do not depend on. Every FFN is converted to 24 experts with a norm router; tau of each layer
 is the one at which router and chosen experts cost the share of the FFN's MACs asked for. Dense model, the same compiled by
 ``torch.compile``, and experts are captured as CUDA graphs and timed by turns; medians. MACs promise the ratio of the dense
-model's multiply-adds to those of the converted one, attention included.
+model's multiply-adds to those of the converted one, attention included. "Experts" run what is chosen for the share of
+experts counted before, "tuned" what ``clframe.moe.tuning.tune`` has measured to be fastest for each layer, "bypass" the
+same where a layer may be the dense network.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,8 @@ from expert_race_cuda import race, tau_for
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clframe.moe import DynamicK, layer_inputs, routed_layers, to_experts
+from clframe.moe import DynamicK, count_usage, layer_inputs, routed_layers, to_experts
+from clframe.moe.tuning import tune
 from clframe.nn.backbones.decoder import decoder
 
 COSTS = (0.25, 0.5)
@@ -82,14 +86,23 @@ def rows_of(name: str, *, batch: int, repeats: int, device: str, compiled: bool)
     if compiled:
         torch._dynamo.reset()
         runs["compiled"] = partial(torch.compile(dense, dynamic=False), x)
-    taken: dict[str, float] = {}
     for cost in COSTS:
         reached = set_costs(experts, x, cost)
-        taken |= race({**({} if taken else runs), "experts": partial(experts, x)}, repeats=repeats)
+        with count_usage(experts) as usage:  # as a calibration does: the choice expects this share
+            experts(x)
+            usage()
+        contestants, chosen = {**runs, "experts": experts}, {}
+        for bypass in (False, True):  # a graph records the choice of its time
+            model = copy.deepcopy(experts)
+            times = tune(model, x, bypass=bypass)
+            contestants["bypass" if bypass else "tuned"] = model
+            chosen["bypass" if bypass else "tuned"] = Counter(layer.chosen for layer in times.values())
+        calls = {key: call if key in runs else partial(call, x) for key, call in contestants.items()}
         yield {
             "model": name, "batch": batch, "items": items, "cost": reached, "ffn_share": ffn / macs,
-            "promised": macs / (macs - ffn * (1 - reached)), "ms": dict(taken),
+            "promised": macs / (macs - ffn * (1 - reached)), "ms": race(calls, repeats=repeats), "chosen": chosen,
         }  # fmt: skip
+        del contestants, calls, model
 
 
 def line(row: dict[str, Any]) -> str:
@@ -98,11 +111,16 @@ def line(row: dict[str, Any]) -> str:
     compiled = f"{1e3 * ms['compiled'] / row['items']:.3f}" if "compiled" in ms else "-"
     return (
         f"| {row['model']} | {row['batch']} | {row['cost']:.0%} | {row['ffn_share']:.0%} | {1e3 * ms['dense'] / row['items']:.3f} "
-        f"| {compiled} | {1e3 * ms['experts'] / row['items']:.3f} | {ms['dense'] / ms['experts']:.2f} | {row['promised']:.2f} |"
+        f"| {compiled} | {1e3 * ms['experts'] / row['items']:.3f} | {ms['dense'] / ms['experts']:.2f} "
+        f"| {ms['dense'] / ms['tuned']:.2f} | {ms['dense'] / ms['bypass']:.2f} | {row['promised']:.2f} "
+        f"| {'; '.join(', '.join(f'{n} {name}' for name, n in found.items()) for found in row['chosen'].values())} |"
     )
 
 
-HEAD = "| model | batch | cost of FFNs | FFNs, of all MACs | dense, µs an item | compiled | experts | speed-up | MACs |"
+HEAD = (
+    "| model | batch | cost of FFNs | FFNs, of all MACs | dense, µs an item | compiled | experts | speed-up | tuned | bypass "
+    "| MACs | layers tuned; bypass |"
+)
 
 
 def main() -> None:
@@ -114,7 +132,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after this time")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options, start = parser.parse_args(), monotonic()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{HEAD}\n|{'---|' * 9}", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{HEAD}\n|{'---|' * 12}", flush=True)
     rows = []
     for place in range(3):
         for name in options.model:

@@ -10,7 +10,8 @@ are of CUDA events around ten replays, in turns, after two that do not count; me
 which random routers keep the share asked for. Contestants:
 
 - dense, compiled: the dense network as torch runs it, and compiled by ``torch.compile``;
-- layer: router, gate and the executor that is chosen by default;
+- layer: router, gate and the executor that is chosen for the share counted before; tuned: the one that ``clframe.moe.tuning.tune`` has measured
+  to be fastest at this share;
 - kernels: router, gate and the Triton kernels; fused, split: these kernels alone, with both layers in one or in two;
 - masked: all experts computed and masked, alone;
 - grouped: PyTorch's grouped product alone, with a number of rows that is known in advance, as for top-k gates.
@@ -35,11 +36,12 @@ from expert_race import SPLITS, WIDTH, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clframe.moe import DynamicK, RoutedExperts
+from clframe.moe import DynamicK, RoutedExperts, count_usage
 from clframe.moe.dispatch import EXECUTORS, choose
 from clframe.moe.executors import Weights
-from clframe.moe.triton_experts import forward
+from clframe.moe.triton_experts import run_pairs
 from clframe.moe.triton_launch import FULL, HALF, Layer, Pairs, Tiles, add_up, list_pairs, run_fused
+from clframe.moe.tuning import measure_layer
 
 TOKENS = (1, 197, 1024, 12608, 50432)
 SHARES = (0.125, 0.25, 0.5)
@@ -138,8 +140,8 @@ def executors(weights: Weights, x_ND: Tensor, keep_NE: Tensor) -> dict[str, Run]
     rows = int(keep_NE.sum())
     runs: dict[str, Run] = {
         "masked": lambda: EXECUTORS["dense"](weights, x_ND, keep_NE, None),
-        "fused": lambda: forward(weights, x_ND, keep_NE, fused=True),
-        "split": lambda: forward(weights, x_ND, keep_NE, fused=False),
+        "fused": lambda: run_pairs(weights, x_ND, keep_NE, fused=True),
+        "split": lambda: run_pairs(weights, x_ND, keep_NE, fused=False),
     }
     if x_ND.dtype is torch.bfloat16:
         runs["grouped"] = lambda: grouped_rows(weights, x_ND, list_pairs(keep_NE), rows)
@@ -151,20 +153,25 @@ def row_of(dense: nn.Module, compiled: nn.Module | None, layer: RoutedExperts, x
     """Times of all contestants."""
     layer.gate = DynamicK(tau=tau_for(layer, x_ND, share))
     wrong = check(layer, x_ND)
+    with count_usage(layer) as usage:  # as a calibration does: the choice expects this share
+        layer(x_ND)
+        usage()
     weights, keep_NE = layer.experts.weights(), layer.keep(x_ND)
     runs: dict[str, Run] = {"dense": lambda: dense(x_ND)}
     if compiled is not None:
         runs["compiled"] = lambda: compiled(x_ND)
     runs |= {
         "layer": lambda: layer(x_ND), "router": lambda: layer.keep(x_ND),
-        "kernels": lambda: forward(weights, x_ND, layer.keep(x_ND)),
+        "kernels": lambda: run_pairs(weights, x_ND, layer.keep(x_ND)),
     }  # fmt: skip
     taken = race({**runs, **executors(weights, x_ND, keep_NE)}, repeats=repeats)
+    tuned = measure_layer(layer, x_ND, bypass=False)
+    taken["tuned"] = tuned.ms[tuned.chosen]
     macs, kept = layer.macs(), float(keep_NE.float().mean())
     return {
         "experts": f"{macs.experts}x{layer.experts.expert_size}", "type": str(x_ND.dtype).removeprefix("torch."),
         "tokens": len(x_ND), "share": kept, "promised": macs.dense / (kept * macs.experts * macs.expert + macs.router),
-        "chosen": choose(weights, x_ND, keep_NE).name, "ms": taken, "wrong": wrong,
+        "chosen": choose(weights, x_ND, keep_NE, share=kept).name, "tuned": tuned.chosen, "ms": taken, "wrong": wrong,
     }  # fmt: skip
 
 
@@ -176,12 +183,12 @@ def line(row: Row) -> str:
     wrong = f" wrong: {'; '.join(row['wrong'])}" if row["wrong"] else ""
     return (
         f"| {row['experts']} | {row['type']} | {row['tokens']:,} | {row['share']:.1%} | {dense:.4f} | {row['promised']:.2f} "
-        f"| {row['chosen']} | {ratios} |{wrong}"
+        f"| {row['chosen']} | {row['tuned']} | {ratios} |{wrong}"
     )
 
 
-COLUMNS = ("compiled", "layer", "kernels", "router", "masked", "fused", "split", "grouped")
-HEAD = f"| experts | type | tokens | run | dense ms | MACs | chosen | {' | '.join(COLUMNS)} |\n|{'---|' * (7 + len(COLUMNS))}"
+COLUMNS = ("compiled", "layer", "tuned", "kernels", "router", "masked", "fused", "split", "grouped")
+HEAD = f"| experts | type | tokens | run | dense ms | MACs | chosen | tuned | {' | '.join(COLUMNS)} |\n|{'---|' * (8 + len(COLUMNS))}"
 
 
 def backward_row(dense: nn.Module, layer: RoutedExperts, x_ND: Tensor, *, share: float, repeats: int) -> Row:
@@ -266,7 +273,7 @@ def sweep(layer: RoutedExperts, x_ND: Tensor, *, share: float, repeats: int, onl
         row: Row = {"tile": tile, "type": str(x_ND.dtype).removeprefix("torch."), "tokens": len(x_ND), "share": share}
         for fused in (True, False):
             try:
-                ms = race({"it": lambda f=fused, t=tile: forward(weights, x_ND, keep_NE, fused=f, tile=t)}, repeats=repeats)
+                ms = race({"it": lambda f=fused, t=tile: run_pairs(weights, x_ND, keep_NE, fused=f, tile=t)}, repeats=repeats)
             except Exception as error:  # too much shared memory, or too many registers: names differ between versions
                 row["fused" if fused else "split"] = type(error).__name__
                 continue

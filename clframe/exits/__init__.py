@@ -18,6 +18,7 @@ from clframe.exits.decisions import (
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.ensembles import EnsembleKind, fit_ensemble, fit_on_samples, make_ensemble
 from clframe.exits.fusion import fuse_batch_norm
+from clframe.exits.gate import LearnedConfidence, fit_learned_confidence
 from clframe.exits.head_kinds import HeadKind, make_head, make_matched_head
 from clframe.exits.learned import FailureConfidence
 from clframe.exits.placement import ExitPlacement, place_exits
@@ -26,8 +27,6 @@ from clframe.exits.policies import (
     ConfidenceMeasure,
     ExitPolicy,
     FittedConfidence,
-    LearnedConfidence,
-    fit_learned_confidence,
     patience_threshold,
     register_confidence,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clframe.exits.dynamic import rows_of_flow
-from clframe.nn.backbones.base import Flow
+from clframe.nn.backbones.stages import Flow
 from clframe.nn.network import Network
 
 

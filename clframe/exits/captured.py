@@ -17,24 +17,25 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from clframe.accounting.measurement import synchronize
-from clframe.errors import ConfigError, UnsupportedError
-from clframe.exits.captured_segments import WARM, SegmentGraphs, kind_of
+from clframe.accounting.measurement import time_call
+from clframe.errors import ConfigError, DataError, UnsupportedError
+from clframe.exits.captured_segments import WARM, SegmentGraphs
 from clframe.exits.decisions import Prediction
-from clframe.exits.dynamic import DynamicNetwork, evaluating
+from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.row_buffers import kind_of
 from clframe.exits.segments import buckets_of, cheapest_removals, divide
+from clframe.nn.frozen import evaluating
 from clframe.nn.graphs import CudaGraphs, Graphs
 
 _log = logging.getLogger(__name__)
 
 REPEATS: Final = 5
-"""Timed runs of each segment and bucket when removals are chosen."""
+"""Timed runs of each segment and bucket when removals are chosen, and of graphs and the plain network."""
 
 
 class CapturedNetwork(nn.Module):
@@ -132,12 +133,17 @@ class CapturedNetwork(nn.Module):
             x: Samples such as those to predict, at most ``batch`` of which are used.
 
         Returns:
-            The exits, in order.
+            The exits, in order; those set before where nothing can be recorded.
+
+        Raises:
+            DataError: No samples.
         """
+        if not len(x):
+            raise DataError("captured: found no samples to choose removals by; give some like those to predict")
         x = x[: self.batch]
         exits = self.dynamic.stopping_exits
         if not exits or self._obstacle(x):
-            return exits
+            return exits if self.removals is None else tuple(sorted(self.removals))
         exit_B = self.dynamic(x).exit_B
         alive = [len(x), *(int((exit_B > exit).sum()) for exit in exits)]
         self.removals = None
@@ -178,13 +184,8 @@ class CapturedNetwork(nn.Module):
 
     def _time(self, call: Callable[[], object]) -> float:
         """Median seconds of a call, all work on the device included."""
-        taken = []
-        for _ in range(REPEATS):
-            start = perf_counter()
-            call()
-            synchronize(self.dynamic.network.final.weight.device)
-            taken.append(perf_counter() - start)
-        return median(taken)
+        device = self.dynamic.network.final.weight.device
+        return median(time_call(call, device)[1] for _ in range(REPEATS))
 
     def _plain(self, x: Tensor) -> Prediction:
         found: Prediction = self.dynamic(x)

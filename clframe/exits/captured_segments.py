@@ -13,10 +13,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 from clframe.exits.decisions import Prediction
 from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
-from clframe.exits.row_buffers import DeviceCount, gather_rows, zeros_for_batch
+from clframe.exits.row_buffers import DeviceCount, gather_rows, kind_of, remaining_first, zeros_for_batch
 from clframe.exits.segments import Segment, run_segment
 from clframe.nn.graphs import Graphs, WeightWatch
 
@@ -25,8 +25,8 @@ WARM: Final = 2
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A recorded segment in one bucket."""
+class RecordedSegment:
+    """Replays of a segment in one bucket."""
 
     compute: Callable[[], None]
     remove: Callable[[], None] | None
@@ -52,28 +52,27 @@ class SegmentGraphs:
         self, dynamic: DynamicNetwork, segments: tuple[Segment, ...], x: Tensor, *, batch: int, graphs: Graphs
     ) -> None:
         self.kind = kind_of(x)
-        self.segments, self.recordings = segments, dict[tuple[int, int], Recording]()
+        self.segments, self.recordings = segments, dict[tuple[int, int], RecordedSegment]()
         self._dynamic, self._batch, self._graphs = dynamic, batch, graphs
-        self._confident = dynamic.policy.fallback == "confident"
         self._stops, self._watch = dynamic.stops(), WeightWatch(dynamic)
         self._seen: Counter[tuple[int, int]] = Counter()
         rows = ActiveSamples(x[:1])
         self.inputs: list[ActiveSamples] = []
         for segment in segments:
-            self.inputs.append(rows.map(lambda tensor: zeros_for_batch(tensor, batch), confident=self._confident))
-            run_segment(dynamic, segment, rows)  # nothing is removed, so that scores get their widest type
+            self.inputs.append(rows.map(lambda tensor: zeros_for_batch(tensor, batch)))
+            run_segment(dynamic, segment, rows)  # a stopped row stays, so that scores get the widest type of all exits
         assert rows.scores_nC is not None
         self._scores_BC = rows.scores_nC.new_zeros(batch + 1, rows.scores_nC.shape[1])
         self._exit_B = torch.zeros(batch + 1, dtype=torch.long, device=x.device)
-        self._row = torch.arange(batch, device=x.device)
-        self._index = [torch.zeros_like(self._row) for _ in segments]
+        self._row_B = torch.arange(batch, device=x.device)
+        self._indices_B = [torch.zeros_like(self._row_B) for _ in segments]
         self._alive = torch.zeros(len(segments), dtype=torch.long, device=x.device).unbind()
         self._count = DeviceCount(x.device)
 
     @property
     def memory(self) -> int:
         """Bytes of the inputs of all segments and of the results."""
-        carried = [tensor for rows in self.inputs for tensor in rows.carried(confident=self._confident)]
+        carried = [tensor for rows in self.inputs for tensor in rows.carried()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*carried, self._scores_BC, self._exit_B))
 
     def has_changed(self) -> bool:
@@ -120,7 +119,7 @@ class SegmentGraphs:
         """Predictions of the first ``count`` samples."""
         return Prediction(self._scores_BC[:count].clone(), self._exit_B[:count].clone())
 
-    def _record(self, k: int, bucket: int) -> Recording:
+    def _record(self, k: int, bucket: int) -> RecordedSegment:
         found: list[tuple[ActiveSamples, Tensor]] = []
         try:
             compute = self._graphs.record(lambda: found.append(self._compute(k, bucket)))
@@ -129,17 +128,21 @@ class SegmentGraphs:
                 # What the first graph leaves for this one is in their pool: nothing else may run between them.
                 remove = self._graphs.record(lambda: self._remove(k, bucket, *found[0]))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UnsupportedError(f"a segment cannot be recorded ({reason})") from error
-        self.recordings[k, bucket] = Recording(compute, remove)
+            raise UnsupportedError(f"a segment cannot be recorded ({reason_of(error, most=160)})") from error
+        self.recordings[k, bucket] = RecordedSegment(compute, remove)
         return self.recordings[k, bucket]
 
     def _compute(self, k: int, bucket: int) -> tuple[ActiveSamples, Tensor]:
-        """Run a segment on a bucket and count the samples that remain: all rows afterwards, and which of them do."""
-        rows = self.inputs[k].map(lambda tensor: tensor[:bucket], confident=self._confident)
-        valid_n = self._row[:bucket] < self._alive[k]
+        """Run a segment on a bucket and count the samples that remain.
+
+        Returns:
+            All rows with what they carry, and the mask of those that remain: samples, not padding, that have not
+            stopped.
+        """
+        rows = self.inputs[k].map(lambda tensor: tensor[:bucket])
+        valid_n = self._row_B[:bucket] < self._alive[k]
         if k == 0:
-            self._index[0][:bucket] = self._row[:bucket].masked_fill(~valid_n, self._batch)
+            self._indices_B[0][:bucket] = self._row_B[:bucket].masked_fill(~valid_n, self._batch)
         run_segment(self._dynamic, self.segments[k], rows)
         if self.segments[k].exit is None:
             self._write(k, bucket, rows)
@@ -152,24 +155,16 @@ class SegmentGraphs:
     def _remove(self, k: int, bucket: int, rows: ActiveSamples, keep_n: Tensor) -> None:
         """Write the results of all rows, and the rows that remain, in order, to the inputs of the next segment."""
         self._write(k, bucket, rows)
-        row_n, front_n = self._row[:bucket], keep_n.cumsum(0)
-        alive = front_n[-1]
-        order_n = torch.empty_like(row_n)
-        order_n.scatter_(0, torch.where(keep_n, front_n - 1, alive + row_n - front_n), row_n)
-        carried = (each.carried(confident=self._confident) for each in (rows, self.inputs[k + 1]))
+        order_n = remaining_first(keep_n)
+        carried = (each.carried() for each in (rows, self.inputs[k + 1]))
         for values, into in zip(*carried, strict=True):
             gather_rows(values, order_n, into[:bucket])
-        index_n = self._index[k][:bucket].index_select(0, order_n)
-        self._index[k + 1][:bucket] = index_n.masked_fill_(row_n >= alive, self._batch)
+        index_n = self._indices_B[k][:bucket].index_select(0, order_n)
+        self._indices_B[k + 1][:bucket] = index_n.masked_fill_(self._row_B[:bucket] >= self._alive[k + 1], self._batch)
 
     def _write(self, k: int, bucket: int, rows: ActiveSamples) -> None:
         """Write scores and exits; those of samples that remain are overwritten later, padding has a row at the end."""
         assert rows.scores_nC is not None and rows.exit_n is not None
-        index_n = self._index[k][:bucket]
+        index_n = self._indices_B[k][:bucket]
         self._scores_BC.index_copy_(0, index_n, rows.scores_nC.to(self._scores_BC.dtype))
         self._exit_B.index_copy_(0, index_n, rows.exit_n)
-
-
-def kind_of(x: Tensor) -> tuple[object, ...]:
-    """Type, shape of a sample and device: those of recorded inputs."""
-    return x.dtype, tuple(x.shape[1:]), x.device

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import Any, Final, Literal
 
-import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError
@@ -25,7 +24,8 @@ from clframe.exits.curves import (
     shared,
 )
 from clframe.exits.decisions import ExitEvaluation, counts, evaluate_thresholds, ratio
-from clframe.exits.failure import LABELS, LOWER_IS_BETTER, RANKING_METRICS, Ranking, eefp_K, rank
+from clframe.exits.failure import LABELS, LOWER_IS_BETTER, RANKING_METRICS, eefp_K
+from clframe.exits.ranking import Ranking, rank
 from clframe.metrics.continual import Matrix, Score, forgetting
 from clframe.metrics.registry import Kind
 from clframe.records import read_record
@@ -151,6 +151,7 @@ def all_exit_metrics() -> dict[str, ExitMetric]:
 def compute_exit_metrics(evaluation: ExitEvaluation) -> dict[str, tuple[float, ...]]:
     """Compute every metric of :data:`EXIT_METRICS`, one value per exit.
 
+    >>> import torch
     >>> found = compute_exit_metrics(ExitEvaluation(confidence_KN=torch.rand(2, 4), cost_K=(1, 2),
     ...     correct_KN=torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]])))
     >>> found["accuracy"], found["unique_accuracy"]
@@ -180,19 +181,6 @@ def static_accuracies(evaluation: ExitEvaluation, *, correct: Mapping[str, Tenso
             )
         right[name] = given_N.bool()
     return {name: int(right_N.sum()) / evaluation.samples for name, right_N in right.items()}
-
-
-def exit_accuracy_KE(evaluation: ExitEvaluation, *, experiences: int) -> tuple[tuple[float, ...], ...]:
-    """Accuracy of every exit on every test experience; NaN where an experience has no samples.
-
-    Row k, collected after each training experience, is the accuracy matrix of exit k for :func:`forgetting_by_exit`.
-    """
-    if evaluation.experience_N is None:
-        raise ClframeError("exit evaluation: found no experience_N; give each sample's test experience")
-    of_EN = evaluation.experience_N == torch.arange(experiences)[:, None]
-    total_E = counts(of_EN)
-    right_KE = [counts(of_EN & right_N) for right_N in evaluation.correct_KN]
-    return tuple(tuple(ratio(n, total) for n, total in zip(right_E, total_E, strict=True)) for right_E in right_KE)
 
 
 def forgetting_by_exit(accuracy_KTE: Sequence[Matrix]) -> tuple[Score, ...]:

@@ -5,8 +5,7 @@ Shape suffixes: B batch, n samples still in the batch, r rows of it, C classes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,8 @@ from clframe.exits.decisions import Prediction
 from clframe.exits.ensembles import RunningEnsemble
 from clframe.exits.policies import ExitPolicy
 from clframe.exits.row_buffers import is_channels_last
-from clframe.nn.backbones.base import Flow, tap_of
+from clframe.nn.backbones.stages import Flow, tap_of
+from clframe.nn.frozen import evaluating
 from clframe.nn.network import Carried, Ensemble, Network, Single
 
 
@@ -64,18 +64,23 @@ class ActiveSamples:
         self.best_n = torch.maximum(self.best_n, confidence_n)
         return higher_n if fires_n is None else higher_n | fires_n
 
-    def carried(self, *, confident: bool) -> list[Tensor]:
-        """All tensors that the next stages and exits need, batch first; with the fallback ``confident`` also scores."""
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether scores of samples that have not stopped may be used: with the fallback ``confident`` only."""
+        return self.best_n is not None
+
+    def carried(self) -> list[Tensor]:
+        """All tensors that the next stages and exits need, batch first; scores where :attr:`keeps_scores`."""
         found: list[Tensor] = []
 
         def note(values: Tensor) -> Tensor:
             found.append(values)
             return values
 
-        self.map(note, confident=confident)
+        self.map(note)
         return found
 
-    def map(self, call: Callable[[Tensor], Tensor], *, confident: bool) -> ActiveSamples:
+    def map(self, call: Callable[[Tensor], Tensor]) -> ActiveSamples:
         """Apply ``call`` to every tensor of :meth:`carried`, in its order; the result has nothing else."""
 
         def optional(values: Tensor | None) -> Tensor | None:
@@ -86,9 +91,9 @@ class ActiveSamples:
             previous_nC=optional(self.previous_nC),
             ensembled=tuple(map(call, self.ensembled)),
             measured=tuple(map(call, self.measured)),
-            scores_nC=optional(self.scores_nC) if confident else None,
-            exit_n=optional(self.exit_n) if confident else None,
-            best_n=optional(self.best_n) if confident else None,
+            scores_nC=optional(self.scores_nC) if self.keeps_scores else None,
+            exit_n=optional(self.exit_n) if self.keeps_scores else None,
+            best_n=optional(self.best_n),
         )
 
     def keep(self, keep_r: Tensor) -> None:
@@ -98,10 +103,8 @@ class ActiveSamples:
         self.previous_nC = _optional_rows(self.previous_nC, keep_r)
         self.ensembled = tuple(_rows(carried, keep_r) for carried in self.ensembled)
         self.measured = tuple(_rows(carried, keep_r) for carried in self.measured)
-        # With the fallback "last" the scores of samples that have not stopped are never used: copy none.
-        confident = self.best_n is not None
-        self.scores_nC = _optional_rows(self.scores_nC, keep_r) if confident else None
-        self.exit_n = _optional_rows(self.exit_n, keep_r) if confident else None
+        self.scores_nC = _optional_rows(self.scores_nC, keep_r) if self.keeps_scores else None
+        self.exit_n = _optional_rows(self.exit_n, keep_r) if self.keeps_scores else None
         self.best_n = _optional_rows(self.best_n, keep_r)
         self.done_n = None
 
@@ -334,19 +337,6 @@ class Stop:
     """Confidence from which the exit fires; None where it cannot."""
     chained: bool
     """Whether the next exit uses its logits."""
-
-
-@contextmanager
-def evaluating(network: Network) -> Iterator[None]:
-    """Context in which the network is in evaluation mode; restores the mode of every module."""
-    training = [module for module in network.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _uses_earlier(ensemble: Ensemble, exit: int) -> bool:

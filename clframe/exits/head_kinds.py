@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.exits.fused_pool import BlendedPool
 from clframe.exits.heads import ExitHead, PerExperienceHead
 from clframe.exits.layers import Blend, Cascade, FlattenTo, MaxAveragePool, Pair, SDNPool, blend_all
-from clframe.nn.backbones.base import require_at_least
+from clframe.nn.backbones.checks import require_at_least
 from clframe.nn.features import embed_tap
 
 
@@ -278,4 +279,6 @@ class _Recipe:
 
     def _head(self, *layers: nn.Module) -> ExitHead:
         cascade = Cascade(norm=self.cascade_norm) if self.cascade else None
-        return ExitHead(nn.Sequential(*layers), features=self.features, cascade=cascade)
+        pools = bool(layers) and isinstance(layers[0], MaxAveragePool)
+        made = BlendedPool(*layers) if pools else nn.Sequential(*layers)
+        return ExitHead(made, features=self.features, cascade=cascade)

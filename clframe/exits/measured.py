@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from clframe.accounting.measurement import synchronize
-from clframe.exits.captured import CapturedNetwork
+from clframe.accounting.measurement import time_call
+from clframe.exits.captured import REPEATS, CapturedNetwork
 from clframe.exits.captured_segments import WARM
 from clframe.exits.decisions import Prediction
 from clframe.exits.dynamic import DynamicNetwork
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 AFTER: Final = 5.0
 """Seconds of plain inference before graphs are tried: about what recording them takes."""
-REPEATS: Final = 5
 
 
 class MeasuredNetwork:
     """Dynamic inference by a :class:`DynamicNetwork`, and by its graphs once they have been measured to be faster.
 
     Few batches are not worth a recording. So the plain network runs until it has taken ``after`` seconds; then graphs
-    are recorded for the batch at hand, both are timed on it in turns, and the faster one runs from there on.
-    Predictions are those of the plain network.
+    are recorded for the largest batch so far, both are timed in turns on the next batch of at least half its size, and
+    the faster one runs from there on. Batches that are larger than that run on the plain network, and are measured in
+    the same way once they have taken ``after`` seconds. Predictions are those of the plain network.
 
     Args:
         dynamic: The network and its policy.
@@ -49,28 +49,33 @@ class MeasuredNetwork:
     ) -> None:
         self.dynamic, self.note = dynamic, ""
         self._after, self._spent = after, 0.0
+        self._largest = self._measured = 0
         self._make = make or (lambda dynamic, batch: CapturedNetwork(dynamic, batch=batch))
         self._chosen: Callable[[Tensor], Prediction] | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Prediction:
         """Scores and exit of each sample of ``x``, in the order of the input."""
-        if self._chosen is None and self._spent >= self._after and len(x):
+        self._largest = max(self._largest, len(x))
+        if self._largest > self._measured and self._spent >= self._after and 2 * len(x) >= self._largest:
             self._chosen = self._choose(x)
-        if self._chosen is not None:
+            self._measured, self._spent = self._largest, 0.0
+        if self._chosen is not None and len(x) <= self._measured:
             return self._chosen(x)
-        found, seconds = _timed(self.dynamic, x)
-        self._spent += seconds
-        return found
+        found: tuple[Prediction, float] = time_call(partial(self.dynamic, x), x.device)
+        self._spent += found[1]
+        return found[0]
 
     def _choose(self, x: Tensor) -> Callable[[Tensor], Prediction]:
-        graphs = self._make(self.dynamic, len(x))
+        self._chosen = None  # frees the memory of smaller graphs
+        graphs = self._make(self.dynamic, self._largest)
         removals = graphs.choose_removals(x)
         for _ in range(WARM + 1):
             graphs(x)
         if graphs.failure:
             return self.dynamic  # the log has the reason
-        turns = [(_timed(self.dynamic, x)[1], _timed(graphs, x)[1]) for _ in range(REPEATS)]
+        runners = (self.dynamic, graphs)
+        turns = [[time_call(partial(runner, x), x.device)[1] for runner in runners] for _ in range(REPEATS)]
         plain, own = (1e3 * median(times) for times in zip(*turns, strict=True))
         names = ", ".join(self.dynamic.network.exit_names[exit] for exit in removals) or "no exit"
         self.note = (
@@ -80,12 +85,3 @@ class MeasuredNetwork:
         )
         _log.info("dynamic inference: %s", self.note)
         return graphs if own < plain else self.dynamic
-
-
-def _timed(call: Callable[[Tensor], Prediction], x: Tensor) -> tuple[Prediction, float]:
-    """Predictions, and the seconds until the device has computed them."""
-    synchronize(x.device)
-    start = perf_counter()
-    found = call(x)
-    synchronize(x.device)
-    return found, perf_counter() - start

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from clframe.errors import RunFolderError
-from clframe.exits.failure import BINS, LABELS, mean_over_exits, undefined_reason
+from clframe.exits.calibration_error import BINS
+from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.exits.study import ExitStudy
 from clframe.files import read_json
 from clframe.plotting.style import HEIGHT, MUTED, Picture, legend, percent, series_style

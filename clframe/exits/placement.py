@@ -20,7 +20,8 @@ from torch import Tensor
 from clframe.accounting.macs import stage_macs, zeros_for
 from clframe.errors import ConfigError
 from clframe.exits.head_kinds import Pooling
-from clframe.nn.backbones.base import Backbone, preserving_state
+from clframe.nn.backbones.base import Backbone
+from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.network import Network
 
 

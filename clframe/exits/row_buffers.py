@@ -5,8 +5,6 @@ Shape suffixes: n rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,24 +32,31 @@ class DeviceCount:
 
 
 class HostCopy:
-    """Copies of tensors on the host, made while the device works."""
+    """A copy of a tensor on the host, made while the device works.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        values: The tensor.
+        into: Where to write it, in pinned memory; new memory if not given.
+    """
+
+    def __init__(self, values: Tensor, *, into: Tensor | None = None) -> None:
         self._event: torch.cuda.Event | None = None
-        device = tensors[0].device
-        if device.type != "cuda":
-            self.tensors = [tensor.to("cpu", copy=True) for tensor in tensors]
-            return
-        self.tensors = [
-            torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        ]
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(device))
+        cuda = values.is_cuda
+        self._host = torch.empty_like(values, device="cpu", pin_memory=cuda) if into is None else into
+        self._host.copy_(values, non_blocking=cuda)
+        if cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
 
     def is_ready(self) -> bool:
-        """Whether the copies are complete."""
+        """Whether the copy is complete."""
         return self._event is None or self._event.query()
+
+    def wait(self) -> Tensor:
+        """Return the copy when it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
 
 
 def is_channels_last(values: Tensor) -> bool:
@@ -65,6 +70,23 @@ def zeros_for_batch(tensor: Tensor, batch: int) -> Tensor:
     return torch.zeros(
         (batch, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device
     ).contiguous(memory_format=form)  # fmt: skip
+
+
+def kind_of(values: Tensor) -> tuple[torch.dtype, tuple[int, ...], torch.device]:
+    """Type, shape of a row and device: batches of one kind can be joined, and computed by one recorded graph."""
+    return values.dtype, tuple(values.shape[1:]), values.device
+
+
+def remaining_first(remains_n: Tensor) -> Tensor:
+    """Row numbers: of the rows that remain, in order, then of the others.
+
+    >>> remaining_first(torch.tensor([False, True, False, True]))
+    tensor([1, 3, 0, 2])
+    """
+    row_n = torch.arange(len(remains_n), device=remains_n.device)
+    front_n = remains_n.cumsum(0)
+    place_n = torch.where(remains_n, front_n - 1, front_n[-1] + row_n - front_n)
+    return torch.empty_like(row_n).scatter_(0, place_n, row_n)
 
 
 def gather_rows(values: Tensor, order_n: Tensor, into: Tensor) -> None:

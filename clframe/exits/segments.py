@@ -85,6 +85,9 @@ def run_segment(dynamic: DynamicNetwork, segment: Segment, rows: ActiveSamples) 
 def buckets_of(batch: int, *, parts: int = 32) -> tuple[int, ...]:
     """Sizes to which the number of samples is rounded up: equal parts of the batch, and powers of two below the first.
 
+    For full batches that shrink: padding is at most a part of the batch, which is what a large batch costs.
+    :func:`octaves_of` has fewer sizes, for batches of any size.
+
     >>> buckets_of(256, parts=8)
     (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
     >>> buckets_of(10, parts=4)
@@ -93,6 +96,22 @@ def buckets_of(batch: int, *, parts: int = 32) -> tuple[int, ...]:
     equal = {-(-batch * step // parts) for step in range(1, parts + 1)}
     powers = {2**power for power in range(batch.bit_length()) if 2**power < batch / parts}
     return tuple(sorted(equal | powers))
+
+
+def octaves_of(batch: int, *, parts: int = 4) -> tuple[int, ...]:
+    """Sizes to which the number of samples is rounded up: equal steps between powers of two, one sample at least.
+
+    For batches of any size, as requests arrive: padding is at most a share of the samples, also of few
+    (:func:`buckets_of` bounds it by a share of the largest batch).
+
+    >>> octaves_of(32)
+    (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+    >>> octaves_of(9)
+    (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """
+    powers = [2**power for power in range(batch.bit_length())]
+    sizes = {power + power * step // parts for power in powers for step in range(parts)}
+    return tuple(sorted({min(size, batch) for size in sizes} | {batch}))
 
 
 def cheapest_removals(
@@ -116,14 +135,14 @@ def cheapest_removals(
     >>> cheapest_removals([0, 1], [8, 7, 1], compute, lambda segment, samples: 3.0)
     (1,)
     """
-    segments = len(alive)
+    count = len(alive)
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for end in range(1, segments + 1):
+    for end in range(1, count + 1):
         found: tuple[float, tuple[int, ...]] = (inf, ())
         for start in range(end):
             seconds, removals = best[start]
             seconds += sum(compute(segment, alive[start]) for segment in range(start, end) if alive[start])
-            if end < segments:
+            if end < count:
                 seconds += remove(end - 1, alive[start]) if alive[start] else 0.0
                 removals = (*removals, exits[end - 1])
             found = min(found, (seconds, removals), key=lambda choice: choice[0])

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from clframe.errors import ClframeError, ConfigError, DataError
 from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
-from clframe.exits.requests import Answer, Chunk, Request, join_rows
-from clframe.exits.row_buffers import HostCopy
-from clframe.exits.segment_runners import PlainRunner, SegmentRunner
+from clframe.exits.segment_runners import PlainRunner, SegmentRun, SegmentRunner
+from clframe.exits.server_requests import Answer, Chunk, Request, first_rows
 
 
 class BusyError(ClframeError):
@@ -48,7 +47,9 @@ class ExitServer:
     served first, where every exit that it has passed counts as ``slack`` seconds of waiting less: with 0 a batch is
     finished before the next one starts, with a large value new requests always run first. On CUDA segments are launched
     from the event loop, which then looks after every turn whether they are complete; elsewhere they are computed in
-    another thread.
+    another thread. Whatever stops the event loop delays every answer: record graphs before requests arrive
+    (:meth:`GraphRunner.prepare <clframe.exits.segment_runners.GraphRunner.prepare>`), and call ``gc.collect()`` and
+    ``gc.freeze()`` after that, since collecting all objects of a process with torch takes a tenth of a second.
 
     Args:
         dynamic: The network and its policy.
@@ -61,7 +62,7 @@ class ExitServer:
         events: The last segments that ran: ``(segment, numbers of the requests)``; requests count from 0.
 
     Raises:
-        ConfigError: A limit below 1, or a negative slack.
+        ConfigError: A limit below 1, a negative slack, or larger batches than those of the runner.
 
     >>> from clframe.exits.policies import ExitPolicy
     >>> from clframe.nn import GrowingLinear, Network
@@ -92,11 +93,16 @@ class ExitServer:
             )
         self.max_batch, self.max_waiting, self.slack = max_batch, max_waiting, slack
         self._runner = PlainRunner(dynamic) if runner is None else runner
-        self._network, self._confident = dynamic.network, dynamic.policy.fallback == "confident"
+        if self._runner.max_batch is not None and max_batch > self._runner.max_batch:
+            raise ConfigError(
+                f"server: found max_batch={max_batch} and a runner for {self._runner.max_batch} samples; give both the "
+                "same number"
+            )
+        self._network = dynamic.network
         self._requests: deque[Request] = deque()
-        self._pools: list[deque[Chunk]] = [deque() for _ in range(self._runner.segments)]  # the first is not used
+        self._pools: list[deque[Chunk]] = [deque() for _ in range(self._runner.segments)]  # the first stays empty
         self._on_cuda = dynamic.network.final.weight.device.type == "cuda"
-        self._numbers, self._waiting = count(), 0
+        self._numbers, self._unanswered = count(), 0
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -121,14 +127,14 @@ class ExitServer:
         """
         if self._closed:
             raise ClosedError("server: found a request after it was closed; make another server")
-        expected = tuple(self._network.input_shape)
+        expected = tuple(self._network.input_shape)  # of integers only the number of dimensions: texts differ in length
         if x.dim() != len(expected) or (x.is_floating_point() and tuple(x.shape) != expected):
             raise DataError(f"server: found an input of shape {tuple(x.shape)}; give one sample of shape {expected}")
-        if self._waiting >= self.max_waiting:
-            raise BusyError(f"server: found {self._waiting} requests waiting; try again later or raise max_waiting")
+        if self._unanswered >= self.max_waiting:
+            raise BusyError(f"server: found {self._unanswered} requests waiting; try again later or raise max_waiting")
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._requests.append(Request(x, next(self._numbers), monotonic(), answer))
-        self._waiting += 1
+        self._unanswered += 1
         self._arrived.set()
         if self._worker is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="exit-server")
@@ -136,7 +142,7 @@ class ExitServer:
         try:
             return await answer
         finally:
-            self._waiting -= 1
+            self._unanswered -= 1
 
     async def close(self, *, waiting: Literal["answer", "refuse"] = "answer") -> None:
         """Refuse further requests and end the thread.
@@ -178,15 +184,15 @@ class ExitServer:
     def _take(self) -> tuple[int, list[Request], list[Chunk]]:
         """The segment to run next, its samples, and the chunks that they are in after the first segment."""
         self._drop_cancelled()
-        waiting = [(self._requests[0].since, 0)] if self._requests else []
-        waiting += [
-            (pool[0].requests[0].since + segment * self.slack, -segment)
+        due = [(self._requests[0].since, 0)] if self._requests else []
+        due += [
+            (pool[0].requests[0].since + segment * self.slack, -segment)  # of equal times the latest segment
             for segment, pool in enumerate(self._pools)
             if pool
         ]
-        if not waiting:
+        if not due:
             return 0, [], []
-        segment = -min(waiting)[1]
+        segment = -min(due)[1]
         if segment == 0:
             return 0, self._take_requests(), []
         pool = self._pools[segment]
@@ -215,66 +221,65 @@ class ExitServer:
                 keep = [at for at, request in enumerate(chunk.requests) if not request.answer.done()]
                 if keep:
                     complete = len(keep) == len(chunk.requests)
-                    pool.append(chunk if complete else chunk.pick(keep, confident=self._confident))
+                    pool.append(chunk if complete else chunk.pick(keep))
 
     async def _run(self, segment: int, requests: list[Request], chunks: list[Chunk]) -> None:
         """Run a segment, answer the samples that stop, and pass on the others."""
+        if segment + 1 < len(self._pools):
+            for chunk in self._pools[segment + 1]:
+                chunk.own()
         try:
             if self._on_cuda:
-                rows, host = self._compute(segment, requests, chunks)
-                while not host.is_ready():
+                run = self._launch(segment, requests, chunks)
+                while not run.is_ready():
                     await asyncio.sleep(0)
             else:
                 loop = asyncio.get_running_loop()
-                rows, host = await loop.run_in_executor(self._thread, self._compute, segment, requests, chunks)
+                run = await loop.run_in_executor(self._thread, self._launch, segment, requests, chunks)
+            scores_nC, exits, stops = run.results()
         except Exception as error:  # of a model or an input, of any kind
             await self._run_apart(segment, requests, chunks, error)
             return
-        scores_nC, exit_n, *stops_n = host.tensors
-        stops = stops_n[0].tolist() if stops_n else [True] * len(requests)
-        found = zip(requests, scores_nC.unbind(0), exit_n.tolist(), stops, strict=True)
-        for request, scores_C, exit, stopped in found:
+        for request, scores_C, exit, stopped in zip(requests, scores_nC.unbind(0), exits, stops, strict=True):
             if stopped:
-                _set(request.answer, Answer(scores_C, exit))
+                _resolve(request.answer, Answer(scores_C, exit))
             elif self._refusing:
-                _set(request.answer, _refusal())
-        keep = [at for at, request in enumerate(requests) if not request.answer.done()]
-        if keep:
-            self._pools[segment + 1].append(Chunk(rows, requests).pick(keep, confident=self._confident))
+                _resolve(request.answer, _refusal())
+        remaining = [at for at, stopped in enumerate(stops) if not stopped]
+        keep = [row for row, at in enumerate(remaining) if not requests[at].answer.done()]
+        if not keep:
+            return
+        assert run.rows is not None
+        if run.remaining_first:
+            rows = first_rows(run.rows, len(remaining))
+            passed = Chunk(rows, [requests[at] for at in remaining], shared=True)
+        else:
+            passed = Chunk(run.rows, requests).pick(remaining)
+        self._pools[segment + 1].append(passed.pick(keep))
 
     async def _run_apart(self, segment: int, requests: list[Request], chunks: list[Chunk], error: Exception) -> None:
         """Run the samples of a batch that has failed one by one; a single one gets the error."""
         if len(requests) == 1:
-            _set(requests[0].answer, error)
+            _resolve(requests[0].answer, error)
             return
         if not chunks:
             for request in requests:
                 await self._run(segment, [request], [])
         for chunk in chunks:
             for at, request in enumerate(chunk.requests):
-                await self._run(segment, [request], [chunk.pick([at], confident=self._confident)])
+                await self._run(segment, [request], [chunk.pick([at])])
 
-    @torch.no_grad()
-    def _compute(
-        self, segment: int, requests: Sequence[Request], chunks: Sequence[Chunk]
-    ) -> tuple[ActiveSamples, HostCopy]:
-        """Run a segment: the rows, and scores, exits and, before the last segment, which samples stop."""
-        if segment == 0:
-            rows = ActiveSamples(self._network.to_device(torch.stack([request.x for request in requests])))
-        else:
-            rows = join_rows([chunk.rows for chunk in chunks], confident=self._confident)
-        rows = self._runner.run(segment, rows)
-        assert rows.exit_n is not None and rows.scores_nC is not None
-        found = [rows.scores_nC, rows.exit_n]
-        if rows.done_n is not None and segment < self._runner.segments - 1:
-            found.append(rows.done_n)
-        return rows, HostCopy(found)
+    def _launch(self, segment: int, requests: Sequence[Request], chunks: Sequence[Chunk]) -> SegmentRun:
+        if segment:
+            return self._runner.launch(segment, [chunk.rows for chunk in chunks])
+        x = torch.stack([request.x for request in requests])
+        return self._runner.launch(0, [ActiveSamples(self._network.to_device(x))])
 
     def _fail(self, error: Exception) -> None:
         """Give all waiting requests an error."""
         requests = [*self._requests, *(request for pool in self._pools for chunk in pool for request in chunk.requests)]
         for request in requests:
-            _set(request.answer, error)
+            _resolve(request.answer, error)
         self._requests.clear()
         for pool in self._pools:
             pool.clear()
@@ -284,7 +289,7 @@ def _refusal() -> ClosedError:
     return ClosedError("server: closed before the answer; make another server")
 
 
-def _set(answer: asyncio.Future[Answer], found: Answer | Exception) -> None:
+def _resolve(answer: asyncio.Future[Answer], found: Answer | Exception) -> None:
     """Set an answer or an error, unless the caller has been cancelled."""
     if answer.done():
         return

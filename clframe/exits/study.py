@@ -24,19 +24,12 @@ from torch import Tensor
 from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.data.target import DataSplit, Target
 from clframe.errors import RunFolderError, UnsupportedError
+from clframe.exits.bootstrap import bootstrap
+from clframe.exits.calibration_error import BINS, bin_of, brier_N, nll_N
 from clframe.exits.curves import BudgetPoints, budget_points
 from clframe.exits.decisions import ExitEvaluation
-from clframe.exits.failure import (
-    BINS,
-    RANKING_METRICS,
-    bin_of,
-    bootstrap,
-    brier_N,
-    eefp_K,
-    failure_metrics,
-    nll_N,
-    rank,
-)
+from clframe.exits.failure import RANKING_METRICS, eefp_K, failure_metrics
+from clframe.exits.ranking import rank
 from clframe.exits.smooth_calibration import smooth_ece
 from clframe.nn.frozen import evaluating
 

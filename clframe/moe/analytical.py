@@ -18,6 +18,9 @@ from clframe.moe.experts import ExpertLayer
 ACTIVE_SHARE = 0.1
 """Share of a layer's neurons, those of largest magnitude, that are active in a token."""
 
+INPUT_PARTS = ("up", "up_bias", "gate", "gate_bias")
+"""Weights of the input layer of experts, which a router copies."""
+
 
 def active_neurons(hidden_NF: Tensor) -> Tensor:
     """Mask of each token's :data:`ACTIVE_SHARE` neurons of largest magnitude (at least one) that are not zero.
@@ -70,7 +73,7 @@ class RepresentativeRouter(nn.Module):
 
     def __init__(self, experts: ExpertLayer, routed: int) -> None:
         super().__init__()
-        for name in ("up", "up_bias", "gate", "gate_bias"):
+        for name in INPUT_PARTS:
             part = getattr(experts, name)
             self.register_buffer(name, None if part is None else part.detach()[-routed:, 0].clone())
         # In a tuple, so that it is not registered as a submodule: hooks on it would see the router's values as well.
@@ -98,7 +101,7 @@ class RepresentativeRouter(nn.Module):
         routed = len(self.up)
         index_E = representatives(experts.hidden(x_ND)[:, -routed:])
         row_E = torch.arange(routed, device=index_E.device)
-        for name in ("up", "up_bias", "gate", "gate_bias"):
+        for name in INPUT_PARTS:
             part: Any = getattr(experts, name)
             if part is not None:
                 getattr(self, name).copy_(part[-routed:][row_E, index_E])

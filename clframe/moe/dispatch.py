@@ -28,7 +28,7 @@ from clframe.moe.executors import (
 )
 from clframe.moe.kernel_check import kernels_agree
 from clframe.moe.triton_experts import run_masked, run_triton, triton_works
-from clframe.moe.triton_launch import FUSED_NEURONS
+from clframe.moe.triton_launch import FUSED_NEURONS, precision
 
 Name = Literal["reference", "dense", "per_token", "grouped", "grouped_mm", "triton"]
 
@@ -47,8 +47,11 @@ class Costs(NamedTuple):
     pair: float
 
 
-GROUPED, PRODUCT = Costs(1e6, 1.1e6, 38.0), Costs(3e6, 2.1e5, 54.0)
+GROUPED, PRODUCT = Costs(1e6, 1.1e6, 38.0), Costs(3e6, 2.1e5, 42.0)
 """Expert by expert, and as one grouped product."""
+WIDE = 64
+"""Number of neurons from which the product of an expert with few tokens is divided among threads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -56,7 +59,9 @@ class Plan:
 
     The defaults approximate a least-squares fit to measurements on one thread of a server processor at 65e9 MACs/s
     (``perf/expert_costs.py``; median error 8 %); the cost of a pair is rounded up because it rises in large batches.
-    The choice depends on shapes, routing and the number of threads only, never on timings, so runs are reproducible.
+    With several threads gathering and adding back gain half of what products gain, and reading the weights of experts
+    below :data:`WIDE` neurons gains nothing. The choice depends on shapes, routing and the number of threads only, so
+    runs are reproducible; :func:`~clframe.moe.tuning.tune` measures instead.
 
     Args:
         few: Maximum number of tokens for execution token by token.
@@ -121,11 +126,12 @@ def choose(
     if tokens <= plan.few:
         threshold = plan.dense_threshold(neurons, threads=torch.get_num_threads())
         return Choice("per_token") if pairs <= threshold * keep_NE.numel() else DENSE
-    inputs, outputs = weights.up_EHD.shape[2], weights.down_EHO.shape[2]
-    macs = (inputs * (1 if weights.gate_EHD is None else 2) + outputs) / torch.get_num_threads()  # of a neuron
+    inputs, outputs, threads = weights.up_EHD.shape[2], weights.down_EHO.shape[2], torch.get_num_threads()
+    macs = (inputs * (1 if weights.gate_EHD is None else 2) + outputs) / threads  # of a neuron
 
     def cost(of: Costs, active: int, pairs: int, size: int) -> float:
-        return of.call + of.start * active + (active * plan.read * size + pairs * (size + of.pair)) * macs
+        read = active * plan.read * size * (threads if size < WIDE else 1)
+        return of.call + of.start * active + (read + pairs * (size + of.pair * 2 * threads / (1 + threads))) * macs
 
     best, least = DENSE, (tokens + plan.read_all) * experts * neurons * macs * plan.margin
     costs = {Choice("grouped"): cost(plan.grouped, active, pairs, neurons)}
@@ -187,7 +193,7 @@ def run(
     choice = choose(weights, x_ND, keep_NE, plan=plan, share=share) if executor is None else Choice(executor)
     if choice.merged > 1:
         return merged_groups(weights, x_ND, keep_NE, weight_NE, many=choice.merged)
-    uses_kernels = executor is None and choice.name in KERNELS and x_ND.is_cuda
+    uses_kernels = choice.name in KERNELS and x_ND.is_cuda
     if uses_kernels and not kernels_agree(EXECUTORS[choice.name], weights, x_ND, keep_NE, weight_NE):
         return dense(weights, x_ND, keep_NE, weight_NE)
     return EXECUTORS[choice.name](weights, x_ND, keep_NE, weight_NE)
@@ -211,9 +217,10 @@ EXECUTORS: Mapping[Name, Executor] = {
 
 
 KERNELS: tuple[Name, ...] = ("dense", "triton")
-"""Executors with own kernels on a GPU, which are compared with plain products before they are chosen."""
-BREAK_EVEN = 0.4
-"""Fraction of pairs up to which the kernels are faster on a GPU than all experts with masking; docs/performance.md."""
+"""Executors with own kernels on a GPU, which are compared with plain products at their first call, chosen or named."""
+BREAK_EVEN, BREAK_EVEN_TF32 = 0.44, 0.2
+"""Fraction of pairs up to which the kernels are faster on a GPU than all experts with masking; docs/performance.md.
+PyTorch's products gain more by TensorFloat-32 than the kernels."""
 
 
 def _on_cuda(weights: Weights, x_ND: Tensor, share: float | None) -> Name:
@@ -222,6 +229,7 @@ def _on_cuda(weights: Weights, x_ND: Tensor, share: float | None) -> Name:
     exact = torch.are_deterministic_algorithms_enabled() and weights.up_EHD.shape[1] > FUSED_NEURONS
     if not triton_works(weights, x_ND) or exact:
         return "grouped_mm" if grouped_mm_works(weights, x_ND) else "grouped"
-    if share is not None and share > BREAK_EVEN:
+    tf32 = x_ND.dtype is torch.float32 and precision() == "tf32"
+    if share is not None and share > (BREAK_EVEN_TF32 if tf32 else BREAK_EVEN):
         return "dense"
     return "triton" if len(x_ND) > (512 if x_ND.dtype is torch.float32 else 4096) else "dense"

@@ -175,10 +175,16 @@ def dense(
             hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
         else:
             hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # five times faster in place
-    hidden_NF, down_FO = hidden_NEH.flatten(1), weights.down_EHO.flatten(0, 1)
-    if weights.bias_O is None:
-        return hidden_NF @ down_FO
-    return torch.addmm(weights.bias_O, hidden_NF, down_FO)
+    return _project(weights, hidden_NEH.flatten(1))
+
+
+def dense_without(weights: Weights, x_1D: Tensor, inactive: Sequence[int]) -> Tensor:
+    """Compute all experts of one token and zero the ``inactive`` ones; faster than a mask; without gradients only."""
+    experts, neurons, _ = weights.up_EHD.shape
+    hidden_1F = compute_hidden(weights, x_1D, *(_flat(part) for part in input_tensors(weights)))
+    if inactive:
+        hidden_1F.view(experts, neurons).index_fill_(0, torch.tensor(inactive), 0.0)
+    return _project(weights, hidden_1F)
 
 
 def per_token(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
@@ -227,6 +233,12 @@ def merged_groups(
     if weight_NE is not None:
         weight_NGm = weight_NGm * weight_NE.unflatten(1, (-1, many))
     return grouped(weights.merge(many), x_ND, keep_NGm.any(2), weight_NGm)
+
+
+def _project(weights: Weights, hidden_NF: Tensor) -> Tensor:
+    """Compute y_NO of all hidden neurons."""
+    down_FO = weights.down_EHO.flatten(0, 1)
+    return hidden_NF @ down_FO if weights.bias_O is None else torch.addmm(weights.bias_O, hidden_NF, down_FO)
 
 
 def _flat(part: Tensor | None) -> Tensor | None:

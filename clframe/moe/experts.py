@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from clframe.moe.dispatch import Choice, Name, Plan, choose, count_computed_pairs, run, without_autocast
-from clframe.moe.executors import Activation, Weights, compute_hidden, dense, input_tensors, run_tokens, split_by_expert
+from clframe.moe.executors import (
+    Activation,
+    Weights,
+    compute_hidden,
+    dense,
+    dense_without,
+    input_tensors,
+    run_tokens,
+    split_by_expert,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -212,10 +221,7 @@ class ExpertLayer(nn.Module):
         experts, neurons, _ = weights.up_EHD.shape
         if 0 < len(chosen) <= self.plan.dense_threshold(neurons, threads=torch.get_num_threads()) * experts:
             return run_tokens(weights, x_1D, [chosen], None)
-        if len(chosen) == experts:
-            return dense(weights, x_1D, None)
-        keep_E = torch.zeros(experts, dtype=torch.bool)
-        return dense(weights, x_1D, keep_E.index_fill_(0, torch.tensor(chosen, dtype=torch.long), 1)[None])
+        return dense_without(weights, x_1D, sorted(set(range(experts)).difference(chosen)))
 
     @torch.no_grad()
     def norms(self, x_ND: Tensor) -> Tensor:

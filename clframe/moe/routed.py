@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from clframe.moe.dispatch import Name
 from clframe.moe.experts import ExpertLayer
 from clframe.moe.router import CumulativeShare, DynamicK, Gate, NormRouter, Router, TopK
 from clframe.moe.routing import expert_macs
-from clframe.moe.triton_router import can_route, route_tokens
+from clframe.moe.triton_router import can_route, route_tokens, routes_agree
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +97,19 @@ class Usage:
 
 
 class Measured(NamedTuple):
-    """The fastest executor for a gate and a number of tokens; ``all`` runs all experts without the router."""
+    """The fastest executor for a gate and a number of tokens.
+
+    Attributes:
+        gate: The gate that was measured.
+        tokens: Number of tokens.
+        executor: Its name; ``all`` runs all experts without the router, ``plan`` is the choice of the cost model.
+        threads: Number of threads on a CPU, 0 on CUDA; the measurement applies to these only.
+    """
 
     gate: Gate
     tokens: int
     executor: str
+    threads: int
 
 
 When = Literal["always", "evaluation"]
@@ -126,6 +137,8 @@ class RoutedExperts(nn.Module):
             router was evaluated, and of computed pairs.
         chosen: Called with the number of active experts of each token, in the shape of the tokens, if set.
         measured: Executors to use instead of the plan's choice, see :func:`~clframe.moe.tuning.tune`.
+        counted: Share of (token, expert) pairs that each gate kept when its usage was counted last. The choice of an
+            executor on CUDA expects it again.
     """
 
     def __init__(
@@ -143,6 +156,7 @@ class RoutedExperts(nn.Module):
         self.ran: Tensor | None = None
         self.chosen: Callable[[Tensor], None] | None = None
         self.measured: tuple[Measured, ...] = ()
+        self.counted: dict[Gate, float] = {}
 
     @property
     def routes(self) -> bool:
@@ -155,10 +169,10 @@ class RoutedExperts(nn.Module):
         if self.observer is not None:
             self.observer(x_ND)
         watched = self.ran is not None or self.chosen is not None
-        fastest = self._fastest(len(x_ND)) if self.measured else None
+        fastest = self._fastest(x_ND) if self.measured else None
         routes = self.routes and fastest != "all"
         # For a single token the overhead of small operators dominates; this path has the fewest.
-        if routes and not watched and x_ND.shape[0] == 1 and self.experts.can_run_one(x_ND):
+        if routes and not fastest and not watched and x_ND.shape[0] == 1 and self.experts.can_run_one(x_ND):
             chosen = self.gate.select(self.router(x_ND)[0])
             if self.shared:
                 chosen = [*range(self.shared), *(expert + self.shared for expert in chosen)]
@@ -166,13 +180,18 @@ class RoutedExperts(nn.Module):
             return y_1O if x.dim() == 2 else y_1O.reshape(*x.shape[:-1], -1)
         keep_NE = self.keep(x_ND) if routes else None
         executor = cast("Name | None", fastest) if routes else None
-        share = (self.gate.k + self.shared) / self.experts.experts if isinstance(self.gate, TopK) else None
+        share = self._expected_share()
         if watched:
             self._count(x_ND, keep_NE, x.shape[:-1], executor=executor, share=share)
         y_NO: Tensor = self.experts(x_ND, keep_NE, executor=executor, share=share)
         if self.dropout:
             y_NO = nn.functional.dropout(y_NO, self.dropout, self.training)
         return y_NO if x.dim() == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.measured = ()  # of another device or dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def get_extra_state(self) -> Tensor:
         """:attr:`ready`, for the state dict."""
@@ -187,9 +206,14 @@ class RoutedExperts(nn.Module):
         if torch.is_grad_enabled():  # entering no_grad takes microseconds, which matter for one token
             with torch.no_grad():
                 return self.keep(x_ND)
-        if can_route(self.router, self.gate, x_ND):
-            assert isinstance(self.router, NormRouter) and not isinstance(self.gate, CumulativeShare)
-            keep_NE = route_tokens(self.router, self.gate, x_ND)
+        router, gate = self.router, self.gate
+        if (
+            isinstance(router, NormRouter)
+            and not isinstance(gate, CumulativeShare)
+            and can_route(router, gate, x_ND)
+            and routes_agree(router, gate, x_ND)
+        ):
+            keep_NE = route_tokens(router, gate, x_ND)
         else:
             keep_NE = self.gate(self.router(x_ND))
         return F.pad(keep_NE, (self.shared, 0), value=True) if self.shared else keep_NE
@@ -205,10 +229,24 @@ class RoutedExperts(nn.Module):
             router=self.router.macs,
         )
 
-    def _fastest(self, tokens: int) -> str | None:
-        """The executor measured for this gate and about as many tokens, the last measurement first."""
-        known = (one for one in reversed(self.measured) if one.gate == self.gate)
-        return next((one.executor for one in known if one.tokens <= 2 * tokens and tokens <= 2 * one.tokens), None)
+    def _expected_share(self) -> float | None:
+        """Share of (token, expert) pairs that the gate keeps, None if it was not counted."""
+        if isinstance(self.gate, TopK):
+            return (self.gate.k + self.shared) / self.experts.experts
+        if torch.are_deterministic_algorithms_enabled():
+            return None  # checkpoints have no counts: a resumed run must choose as one that was not interrupted
+        return self.counted.get(self.gate)
+
+    def _fastest(self, x_ND: Tensor) -> str | None:
+        """The executor measured for this gate, device and about as many tokens, the last measurement first.
+
+        None without a measurement, and where the plan's choice was the fastest.
+        """
+        tokens, threads = len(x_ND), threads_of(x_ND)
+        known = (one for one in reversed(self.measured) if one.gate == self.gate and one.threads == threads)
+        near = (one.executor for one in known if one.tokens <= 2 * tokens and tokens <= 2 * one.tokens)
+        found = next(near, "plan")
+        return None if found == "plan" else found
 
     def _count(
         self,
@@ -228,6 +266,11 @@ class RoutedExperts(nn.Module):
             self.ran[-3] += tokens
             self.ran[-2] += 0 if keep_NE is None else tokens
             self.ran[-1] += self.experts.computed(x_ND, keep_NE, executor=executor, share=share)
+
+
+def threads_of(x_ND: Tensor) -> int:
+    """Number of threads that operations on a tensor use; 0 on an accelerator."""
+    return torch.get_num_threads() if x_ND.is_cpu else 0
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedExperts]:

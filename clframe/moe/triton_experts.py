@@ -9,9 +9,8 @@ Shape suffixes as in ``executors.py``; P is the largest possible number of pairs
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +27,39 @@ from clframe.moe.triton_launch import (
     hidden_gradients,
     list_pairs,
     mask_rows,
-    run_first,
+    multiply_rows,
     run_fused,
-    run_second,
+    run_input_layer,
     weight_gradients,
 )
+from clframe.sparsity.top_p import triton_installed
 
 LARGEST = 2**29
 """Entries of the rows of all pairs, from which on tokens are computed in several parts, to bound the memory."""
 
 
+_codes: WeakKeyDictionary[Activation, int | None] = WeakKeyDictionary()
+"""Codes found so far; keeps no module of a deleted network."""
+
+
 def activation_code(activation: Activation) -> int | None:
     """0 for ReLU, 1 GELU, 2 GELU with tanh, 3 SiLU, None for others.
 
-    Compares values on a grid, so that equivalent implementations (those of transformers) are recognized.
+    Compares values on a grid, so that equivalent implementations (those of transformers) are recognized; once for each
+    object.
 
     >>> activation_code(nn.GELU(approximate="tanh")), activation_code(torch.relu), activation_code(nn.Tanh())
     (2, 0, None)
     """
+    try:
+        return _codes[activation]
+    except KeyError:
+        return _codes.setdefault(activation, _find_code(activation))
+    except TypeError:  # an object that cannot be weakly referenced, or has no hash
+        return _find_code(activation)
+
+
+def _find_code(activation: Activation) -> int | None:
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return None
     points = torch.linspace(-6, 6, 49, dtype=torch.float64)
@@ -58,7 +72,7 @@ def activation_code(activation: Activation) -> int | None:
 def triton_works(weights: Weights, x_ND: Tensor) -> bool:
     """Whether the kernels support these dtypes and this activation, and Triton is installed."""
     fits = x_ND.dtype == weights.up_EHD.dtype and x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return fits and triton_installed() and _code(weights.activation) is not None
+    return fits and triton_installed() and activation_code(weights.activation) is not None
 
 
 def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
@@ -67,7 +81,8 @@ def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tenso
         return reference(weights, x_ND, keep_NE, weight_NE)
     experts, _, width = weights.up_EHD.shape
     most = max(1, LARGEST // (experts * max(width, weights.down_EHO.shape[2])))
-    size = -(-len(x_ND) // -(-len(x_ND) // most))
+    parts = -(-len(x_ND) // most)
+    size = -(-len(x_ND) // parts)  # equal parts, instead of full ones and a small rest
     if size == len(x_ND):
         return _run(weights, x_ND, keep_NE, weight_NE)
     xs, keeps = x_ND.split(size), keep_NE.split(size)
@@ -75,7 +90,7 @@ def run_triton(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tenso
     return torch.cat([_run(weights, *part) for part in zip(xs, keeps, scales, strict=True)])
 
 
-def forward(
+def run_pairs(
     weights: Weights,
     x_ND: Tensor,
     keep_NE: Tensor,
@@ -101,8 +116,8 @@ def forward(
     if fused:
         y_PO = run_fused(layer, x_ND, pairs, weight_NE)
     else:
-        hidden_PH, _, _ = run_first(layer, x_ND, pairs, weight_NE, save=False)
-        y_PO = run_second(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
+        hidden_PH, _, _ = run_input_layer(layer, x_ND, pairs, weight_NE, save=False)
+        y_PO = multiply_rows(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
     return add_up(y_PO, pairs, weights.bias_O)
 
 
@@ -120,19 +135,21 @@ def run_masked(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tenso
 
 
 def _layer(weights: Weights, tile: Tiles | None = None) -> Layer:
-    code = _code(weights.activation)
+    code = activation_code(weights.activation)
     assert code is not None
     return Layer.of(weights, code, tile=tile)
 
 
 def _run(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(weights, x_ND, keep_NE, weight_NE)
+        return run_pairs(weights, x_ND, keep_NE, weight_NE)
     y_NO: Tensor = _Experts.apply(weights.activation, x_ND, keep_NE, weight_NE, *weights.tensors())
     return y_NO
 
 
 class _Experts(torch.autograd.Function):
+    """Experts with gradients of tokens, factors and weights: stores pre-activations, and computes hidden rows again."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -144,13 +161,13 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         weights = _weights(activation, parts)
         if not any(ctx.needs_input_grad):
-            return forward(weights, x_ND, keep_NE, weight_NE)
+            return run_pairs(weights, x_ND, keep_NE, weight_NE)
         layer, pairs = _layer(weights), list_pairs(keep_NE)
         x_ND, weight_NE = x_ND.contiguous(), None if weight_NE is None else weight_NE.contiguous()
-        hidden_PH, up_PH, gate_PH = run_first(layer, x_ND, pairs, weight_NE, save=True)
+        hidden_PH, up_PH, gate_PH = run_input_layer(layer, x_ND, pairs, weight_NE, save=True)
         ctx.activation = activation
         ctx.save_for_backward(x_ND, weight_NE, up_PH, gate_PH, *pairs, *parts)
-        y_PO = run_second(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
+        y_PO = multiply_rows(hidden_PH, layer.weights.down_EHO, pairs, tile=layer.tile("split"))
         return add_up(y_PO, pairs, weights.bias_O)
 
     @staticmethod
@@ -168,7 +185,7 @@ class _Experts(torch.autograd.Function):
         x_grad = down_grad = up_grad = up_sum = gate_grad = gate_sum = None
         if x_needed:
             other = None if gate_grad_PH is None or w.gate_EHD is None else (gate_grad_PH, w.gate_EHD)
-            rows_PD = run_second(up_grad_PH, w.up_EHD, pairs, tile=layer.tile("split"), other=other)
+            rows_PD = multiply_rows(up_grad_PH, w.up_EHD, pairs, tile=layer.tile("split"), other=other)
             x_grad = add_up(rows_PD, pairs, None)
         if down_needed:
             down_grad, _ = weight_gradients(hidden_PH, gradient_NO, pairs, tile=tile)
@@ -183,14 +200,3 @@ class _Experts(torch.autograd.Function):
 
 def _weights(activation: Activation, parts: Any) -> Weights:
     return Weights(activation=activation, **dict(zip(TENSORS, parts, strict=True)))
-
-
-@cache
-def triton_installed() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _code(activation: Activation) -> int | None:
-    return activation_code(activation)

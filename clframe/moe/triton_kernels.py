@@ -19,6 +19,7 @@ import triton.language as tl
 @triton.jit
 def activate(z, code: tl.constexpr):
     """ReLU, GELU, GELU by tanh or SiLU."""
+    # 0.7071 is 1 / sqrt(2) and 1.5958 is 2 * sqrt(2 / pi): 0.5 * (1 + tanh(a)) = sigmoid(2 * a).
     if code == 0:
         return tl.maximum(z, 0.0)
     if code == 1:
@@ -37,10 +38,10 @@ def find_tile(
     end = tl.load(end_ptr + e, mask=e < experts, other=0)
     start = tl.load(end_ptr + e - 1, mask=(e > 0) & (e < experts), other=0)
     tiles = (end - start + ROWS - 1) // ROWS
-    behind = tl.cumsum(tiles, 0)
-    expert = tl.sum((behind <= tile).to(tl.int32), 0)
+    tiles_through = tl.cumsum(tiles, 0)
+    expert = tl.sum((tiles_through <= tile).to(tl.int32), 0)
     own = e == expert
-    first = tl.sum(tl.where(own, start + (tile - behind + tiles) * ROWS, 0), 0)
+    first = tl.sum(tl.where(own, start + (tile - tiles_through + tiles) * ROWS, 0), 0)
     return expert, first, tl.sum(tl.where(own, end, 0), 0)
 
 

@@ -112,7 +112,7 @@ class Layer(NamedTuple):
 
     weights: Weights
     code: int
-    other: Tiles | None = None
+    override: Tiles | None = None
 
     @classmethod
     def of(cls, weights: Weights, code: int, *, tile: Tiles | None = None) -> Layer:
@@ -125,7 +125,7 @@ class Layer(NamedTuple):
 
     def tile(self, kernel: Kernel) -> Tiles:
         """Tile sizes of a kernel."""
-        return self.other or tiles(self.weights.up_EHD.dtype, kernel)
+        return self.override or tiles(self.weights.up_EHD.dtype, kernel)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -164,7 +164,7 @@ def run_fused(layer: Layer, x_ND: Tensor, pairs: Pairs, weight_NE: Tensor | None
     return y_PO
 
 
-def run_first(
+def run_input_layer(
     layer: Layer, x_ND: Tensor, pairs: Pairs, weight_NE: Tensor | None, *, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden_PH, and with ``save`` the pre-activations of the input layer and of the gate."""
@@ -185,7 +185,7 @@ def run_first(
     return hidden_PH, up_PH, gate_PH
 
 
-def run_second(
+def multiply_rows(
     hidden_PH: Tensor,
     down_EHO: Tensor,
     pairs: Pairs,

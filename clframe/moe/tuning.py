@@ -1,13 +1,11 @@
-"""Choice of executors on CUDA from measured times.
-
-On a CPU every call counts its (token, expert) pairs and estimates; on CUDA that would wait for the device.
-"""
+"""Choice of executors from measured times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -15,9 +13,19 @@ from torch import Tensor, nn
 
 from clframe.errors import UnsupportedError
 from clframe.moe.convert import Call, layer_inputs, plain_call
-from clframe.moe.dispatch import EXECUTORS, run
-from clframe.moe.routed import Measured, RoutedExperts, routed_layers
+from clframe.moe.dispatch import run
+from clframe.moe.executors import grouped_mm_works
+from clframe.moe.routed import Measured, RoutedExperts, routed_layers, threads_of
 from clframe.moe.triton_experts import triton_works
+
+Calls = Mapping[str, Callable[[], Any]]
+"""Calls to measure by name."""
+Clock = Callable[[Calls], Mapping[str, float]]
+"""Function from calls to their milliseconds."""
+MARGIN = 0.95
+"""Fraction of the time of the plan's choice, which sees each batch, below which another executor is used on a CPU."""
+FEW_TOKENS = 16
+"""Number of tokens up to which execution token by token is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +34,15 @@ class LayerTimes:
 
     Attributes:
         tokens: Number of tokens.
+        threads: Number of threads on a CPU; 0 on CUDA.
         share: Share of (token, expert) pairs that the gate keeps.
-        ms: Milliseconds by executor, router included; ``all`` is all experts without router, the dense network.
+        ms: Milliseconds by executor, router included; ``all`` is all experts without router, the dense network;
+            ``plan`` the choice of the cost model on a CPU.
         chosen: The executor that is used from now on.
     """
 
     tokens: int
+    threads: int
     share: float
     ms: Mapping[str, float]
     chosen: str
@@ -41,11 +52,12 @@ class LayerTimes:
 def tune(model: nn.Module, batch: Any, *, bypass: bool = False, call: Call = plain_call) -> dict[str, LayerTimes]:
     """Measure each layer of a converted model on the inputs that a batch gives it, and choose the fastest executor.
 
-    The choice applies to the present gates and to batches of half to twice as many tokens; call it again for others.
-    Without ``bypass`` results stay those of the gate.
+    The choice applies to the present gates, to batches of half to twice as many tokens and, on a CPU, to the present
+    number of threads; call it again for others. Without ``bypass`` results stay those of the gate. Timings decide, so
+    two processes may choose differently, and results differ by rounding.
 
     Args:
-        model: Converted model on CUDA, in evaluation mode.
+        model: Converted model in evaluation mode.
         batch: Inputs of typical size and content.
         bypass: Whether a layer may run all experts without its router where that is fastest. It then is the dense
             network, more accurate and never slower, and its gate has no effect.
@@ -55,49 +67,114 @@ def tune(model: nn.Module, batch: Any, *, bypass: bool = False, call: Call = pla
         The times by layer.
 
     Raises:
-        UnsupportedError: A model without experts or not on CUDA.
+        UnsupportedError: A model without experts.
     """
     layers = routed_layers(model)
     if not layers:
         raise UnsupportedError(f"tune: found no experts in {type(model).__name__}; convert it first")
-    if not all(layer.experts.up.is_cuda for layer in layers.values()):
-        raise UnsupportedError("tune: found experts on the CPU, where every call counts its own pairs; leave it out")
     found = {}
     for name, x_ND in layer_inputs(model, batch, call=call).items():
         layer = layers[name]
-        if not layer.routes:
+        if not layer.routes or not len(x_ND):
             continue
         x_ND = x_ND.to(layer.experts.up.dtype)
-        found[name] = measure_layer(layer, x_ND, bypass=bypass)
-        layer.measured = (*layer.measured, Measured(layer.gate, len(x_ND), found[name].chosen))
+        found[name] = one = measure_layer(layer, x_ND, bypass=bypass)
+        layer.measured = (*layer.measured, Measured(layer.gate, one.tokens, one.chosen, one.threads))
     return found
 
 
-def measure_layer(
-    layer: RoutedExperts, x_ND: Tensor, *, bypass: bool, clock: Callable[[Callable[[], Any]], float] | None = None
-) -> LayerTimes:
+def measure_layer(layer: RoutedExperts, x_ND: Tensor, *, bypass: bool, clock: Clock | None = None) -> LayerTimes:
     """Time one layer's executors on tokens.
 
     Args:
         layer: With the gate to measure.
         x_ND: Tokens.
         bypass: Whether all experts without router are among the candidates.
-        clock: Milliseconds of a call; None: those of a captured CUDA graph.
+        clock: Measures the candidates; None: as captured CUDA graphs, or in turns on a CPU.
     """
-    clock = clock or time_graph
+    before = layer.measured
+    try:
+        if x_ND.is_cuda:
+            ms = (clock or time_graphs)(_on_cuda(layer, x_ND, bypass=bypass))
+        else:
+            ms = (clock or time_turns)(_on_cpu(layer, x_ND, bypass=bypass))
+    finally:
+        layer.measured = before
+    chosen = min(ms, key=lambda name: ms[name])
+    if "plan" in ms and ms[chosen] > MARGIN * ms["plan"]:
+        chosen = "plan"
+    share = float(layer.keep(x_ND).float().mean())
+    return LayerTimes(tokens=len(x_ND), threads=threads_of(x_ND), share=share, ms=ms, chosen=chosen)
+
+
+def _on_cpu(layer: RoutedExperts, x_ND: Tensor, *, bypass: bool) -> Calls:
+    """Calls of the layer with each executor as its choice: what runs after the measurement."""
+    names = ["plan", "dense", "grouped"]
+    if grouped_mm_works(layer.experts.weights(), x_ND):
+        names.append("grouped_mm")
+    if len(x_ND) <= FEW_TOKENS:
+        names.append("per_token")
+    if bypass:
+        names.append("all")
+
+    def through(name: str) -> Callable[[], Tensor]:
+        known = (Measured(layer.gate, len(x_ND), name, threads_of(x_ND)),)
+
+        def call() -> Tensor:
+            layer.measured = known
+            y_NO: Tensor = layer(x_ND)
+            return y_NO
+
+        return call
+
+    return {name: through(name) for name in names}
+
+
+def _on_cuda(layer: RoutedExperts, x_ND: Tensor, *, bypass: bool) -> Calls:
+    """Executors that a CUDA graph can record; the others wait for the device."""
     weights = layer.experts.weights()
 
     def routed(name: Any) -> Callable[[], Tensor]:
-        return lambda: EXECUTORS[name](weights, x_ND, layer.keep(x_ND), None)
+        return lambda: run(weights, x_ND, layer.keep(x_ND), executor=name)  # compares kernels that run first
 
     candidates: dict[str, Callable[[], Any]] = {"dense": routed("dense")}
-    if x_ND.is_cuda and triton_works(weights, x_ND):  # other executors wait for the device, and no graph records them
+    if triton_works(weights, x_ND):
         candidates["triton"] = routed("triton")
     if bypass:
         candidates["all"] = lambda: run(weights, x_ND, None)
-    ms = {name: clock(each) for name, each in candidates.items()}
-    share = float(layer.keep(x_ND).float().mean())
-    return LayerTimes(tokens=len(x_ND), share=share, ms=ms, chosen=min(ms, key=lambda name: ms[name]))
+    return candidates
+
+
+def time_turns(calls: Calls, *, seconds: float = 0.5, least: int = 5, most: int = 200) -> dict[str, float]:
+    """Milliseconds of calls that take turns on a CPU: of the processor for one thread, else of wall time.
+
+    Of the first call the lower quartile, because other work on the machine only adds time; of the others this times the
+    median of their ratios to the first within a turn, because other work slows down a whole turn.
+
+    Args:
+        calls: What to measure.
+        seconds: Time after which no further turn is begun.
+        least: Turns in any case, after one that does not count.
+        most: Turns at most.
+    """
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end, turn = perf_counter() + seconds, 0
+    while turn <= least or (turn <= most and perf_counter() < end):
+        for name in list(calls) if turn % 2 else reversed(list(calls)):
+            start = clock()
+            calls[name]()
+            if turn:
+                taken[name].append(1e3 * (clock() - start))
+        turn += 1
+    first = next(iter(taken.values()))
+    usual = quantiles(first, n=4)[0]
+    return {name: usual * median(a / b for a, b in zip(times, first, strict=True)) for name, times in taken.items()}
+
+
+def time_graphs(calls: Calls) -> dict[str, float]:
+    """Milliseconds of each call as a CUDA graph."""
+    return {name: time_graph(call) for name, call in calls.items()}
 
 
 def time_graph(call: Callable[[], Any], *, repeats: int = 5) -> float:

@@ -27,7 +27,8 @@ from clframe.sparsity.sites import Site, find_sites
 def count_usage(model: nn.Module) -> Iterator[Callable[[], dict[str, Usage]]]:
     """Context that counts the usage of experts; yields a function that returns the current usage by layer.
 
-    Synchronizes with the device only when that function is called.
+    Synchronizes with the device only when that function is called, while the gate that was counted is still set. Layers
+    note the share of experts that their gate kept (:attr:`RoutedExperts.counted <clframe.moe.RoutedExperts>`).
     """
     layers = routed_layers(model)
     counters = {
@@ -40,6 +41,8 @@ def count_usage(model: nn.Module) -> Iterator[Callable[[], dict[str, Usage]]]:
         for name, layer in layers.items():
             *ran, tokens, routed, computed = counters[name].tolist()
             found[name] = Usage(tokens=tokens, ran_E=tuple(ran), macs=layer.macs(), routed=routed, computed=computed)
+            if tokens and routed == tokens:
+                layer.counted[layer.gate] = sum(ran) / (tokens * len(ran))
         return found
 
     with override(layers, "ran", counters.__getitem__):

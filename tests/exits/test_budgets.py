@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from sampled import sampled
 
 from clframe.errors import ConfigError
 from clframe.exits import ExitEvaluation
@@ -34,8 +35,7 @@ def budgets_of(answers, count=4):
     return [low + (high - low) * n / (count - 1) for n in range(count)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("fallback", ["last", "confident"])
+@pytest.mark.parametrize(("method", "fallback"), sampled(METHODS, ["last", "confident"]))
 @pytest.mark.parametrize("levels", [None, 1, 3], ids=["distinct", "equal", "ties"])
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (2, 1), (4, 1), (3, 7), (5, 64)])
 def test_a_budget_is_never_exceeded_on_the_validation_samples(exits, samples, levels, fallback, method):
@@ -115,8 +115,7 @@ def test_a_target_out_of_reach_is_refused_with_the_highest(method):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("levels", [None, 4])
-@pytest.mark.parametrize("fallback", ["last", "confident"])
+@pytest.mark.parametrize(("fallback", "levels"), sampled(["last", "confident"], [None, 4]))
 def test_one_threshold_per_exit_is_at_least_as_good_as_one_for_all(fallback, levels, seed):
     answers = informed(5, 83, seed=seed, levels=levels)
     for budget in budgets_of(answers):

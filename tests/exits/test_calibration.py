@@ -22,8 +22,9 @@ from clframe.exits.calibration import (
     fit_vector_scaling,
     interpolate,
 )
+from clframe.exits.calibration_error import ece
 from clframe.exits.ensembles import make_ensemble
-from clframe.exits.failure import ece, rank
+from clframe.exits.ranking import rank
 from clframe.nn.network import Single
 
 KINDS = ["temperature", "vector", "isotonic"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, DataError
 from clframe.exits import captured as module
 from clframe.exits import captured_segments
 from clframe.exits.captured import CapturedNetwork
@@ -22,7 +22,7 @@ from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
 from clframe.exits.policies import ExitPolicy
 from clframe.exits.segment_runners import GraphRunner
 from clframe.exits.segments import buckets_of, cheapest_removals, divide
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 
 from .test_dynamic import Finer, assert_same, inputs, network, reference, split
 
@@ -124,7 +124,7 @@ def test_padding_and_stopped_rows_never_reach_the_result():
     runner = captured(net, policy, batch=8)
     runner(inputs(net, 8))
     for rows in runner._segments.inputs:
-        for tensor in rows.carried(confident=False):
+        for tensor in rows.carried():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     check(runner, net, policy, [5, 3, 8, 1])
@@ -174,6 +174,18 @@ def test_values_written_in_place_are_used_and_replaced_parameters_recorded_again
     net.boosted = True
     check(runner, net, runner.dynamic.policy, [9])
     assert runner._graphs.released == 3
+
+
+@pytest.mark.parametrize(("kind", "variant", "name", "fallback", "removals"), MIXED)
+def test_new_classes_are_recorded_for_every_ensemble(kind, variant, name, fallback, removals):
+    net = network(kind, variant)
+    policy = policy_for(net, name, fallback)
+    runner = captured(net, policy, removals=removals)
+    check(runner, net, policy, [9, 5])
+    net.grow([6, 7])
+    assert runner(inputs(net, 9)).scores_BC.shape == (9, 8)
+    check(runner, net, policy, [9, 5, 1])
+    assert runner._graphs.released == 1
 
 
 def test_other_inputs_are_predicted_without_graphs(caplog):
@@ -243,6 +255,15 @@ def test_removals_are_chosen_by_measured_times_and_change_no_prediction(monkeypa
     assert runner.memory == 16 * 4 * (12 + 8 + 8) + 17 * (6 * 4 + 8)
 
 
+def test_removals_are_not_chosen_without_samples_or_graphs():
+    net = network("mlp")
+    runner = captured(net, policy_for(net), removals=[2, 0])
+    with pytest.raises(DataError, match=r"^captured: found no samples to choose removals by; give some like those to"):
+        runner.choose_removals(inputs(net, 0))
+    runner.failure = "cannot be recorded"
+    assert runner.choose_removals(inputs(net, 3)) == (0, 2)
+
+
 def test_the_cheapest_removals_are_those_of_all_combinations():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -307,10 +328,10 @@ def test_on_a_gpu(kind, variant, name, fallback, removals, monkeypatch):
         x = inputs(net, size).cuda()
         expected = reference(net, policy, x)
         assert_same(runner(x), expected)
-        rows = server.run(0, ActiveSamples(x[:33]))
+        _, _, stops = server.launch(0, [ActiveSamples(x[:1]), ActiveSamples(x[1:33])]).results()
         if fallback == "last":
-            assert rows.done_n.tolist() == (expected.exit_B[:33] == 0).tolist()
-    assert runner.recorded and server._recorded and not runner.failure and not server.failure
+            assert stops == (expected.exit_B[:33] == 0).tolist()
+    assert runner.recorded and server.recorded and not runner.failure and not server.failure
     runner.choose_removals(inputs(net, 33).cuda())
     for _ in range(4):
         x = inputs(net, 33).cuda()

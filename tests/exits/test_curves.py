@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from sampled import sampled
 from scipy.stats import binomtest
 
 from clframe.errors import ClframeError, ConfigError
@@ -41,8 +42,7 @@ def random_evaluation(exits, samples, *, seed=0, levels=None):
     return ExitEvaluation(confidence_KN=confidence_KN, correct_KN=right_KN, cost_K=COSTS[:exits])
 
 
-@pytest.mark.parametrize("fallback", ["last", "confident"])
-@pytest.mark.parametrize("levels", [None, 1, 4])
+@pytest.mark.parametrize(("fallback", "levels"), sampled(["last", "confident"], [None, 1, 4]))
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 7), (2, 1), (2, 9), (3, 31), (5, 60)])
 def test_the_sweep_is_the_plain_rule_at_every_threshold(exits, samples, levels, fallback):
     answers = random_evaluation(exits, samples, levels=levels)

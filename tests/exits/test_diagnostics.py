@@ -16,7 +16,6 @@ from clframe.exits.diagnostics import (
     ExitRecord,
     accuracy_K,
     compute_exit_metrics,
-    exit_accuracy_KE,
     forgetting_by_exit,
     make_exit_record,
     static_accuracies,
@@ -128,11 +127,8 @@ def test_the_earliest_of_equally_confident_exits():
 
 def test_by_experience():
     given = answers(RIGHT, experience_N=torch.tensor([0, 0, 2, 2, 2, 0, 0]))
-    accuracy_KE = exit_accuracy_KE(given, experiences=3)
-    assert [row[0] for row in accuracy_KE] == [2 / 4, 3 / 4, 2 / 4]
-    assert [row[2] for row in accuracy_KE] == [1 / 3, 1 / 3, 1 / 3]
-    assert all(math.isnan(row[1]) for row in accuracy_KE)
-    assert [row[0] for row in accuracy_KE] == list(accuracy_K(given.of(0)))
+    assert accuracy_K(given.of(0)) == (2 / 4, 3 / 4, 2 / 4)
+    assert accuracy_K(given.of(2)) == (1 / 3, 1 / 3, 1 / 3)
     with pytest.raises(ClframeError, match=r"confidence_KN \(3, 0\)"):
         given.of(1)
     with pytest.raises(ClframeError, match="found no experience_N"):

@@ -8,17 +8,18 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.exits.decisions import Prediction, select
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts
-from clframe.exits.policies import CONFIDENCE_MEASURES, ExitPolicy, LearnedConfidence, max_probability
+from clframe.exits.gate import LearnedConfidence
+from clframe.exits.policies import CONFIDENCE_MEASURES, ExitPolicy, max_probability
 from clframe.nn import GrowingLinear, Head, Network
 from clframe.nn.backbones import Backbone, mlp, small_cnn
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 from clframe.nn.network import Ensemble
 
 UNFITTED = ("max_probability", "entropy", "margin", "patience")
@@ -38,7 +39,11 @@ class Pooled(Head):
         self.calls = 0
 
     def grow(self, classes):
-        return self.linear.grow(classes)
+        grown = self.linear.grow(classes)
+        if self.before is not None:
+            new = self.linear.classes - len(self.before)  # the logits before grow as well
+            self.before = nn.Parameter(pad(self.before.detach(), (0, max(0, new), 0, max(0, new)), value=0.5))
+        return grown
 
     def forward(self, features, previous_BC=None):
         self.calls += 1

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from clframe.errors import DataError
 from clframe.exits import DynamicNetwork, ExitPolicy, select
-from clframe.exits.failure import auroc, failure_targets, rank
+from clframe.exits.failure import failure_targets
+from clframe.exits.gate import LearnedConfidence
 from clframe.exits.head_kinds import make_head
 from clframe.exits.learned import (
     DECAY,
@@ -22,7 +23,8 @@ from clframe.exits.learned import (
     held_out_confidences,
     out_of_fold,
 )
-from clframe.exits.policies import LearnedConfidence, max_probability, restore_confidence
+from clframe.exits.policies import max_probability, restore_confidence
+from clframe.exits.ranking import auroc, rank
 from clframe.nn import Network
 from clframe.nn.backbones import mlp
 

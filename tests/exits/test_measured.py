@@ -30,13 +30,11 @@ def prepared(monkeypatch):
     confidence, thresholds = split(net, "margin", inputs(net, 33))
     dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds))
     seconds = {DynamicNetwork: 2.0, CapturedNetwork: 1.0}
-    calls = []
 
-    def timed(call, x):
-        calls.append(type(call))
-        return call(x), seconds[type(call)]
+    def timed(call, device):
+        return call(), seconds[type(call.func)]
 
-    monkeypatch.setattr(measured, "_timed", timed)
+    monkeypatch.setattr(measured, "time_call", timed)
     for module in (captured, captured_segments, measured):
         monkeypatch.setattr(module, "WARM", 0)
     made = []
@@ -64,6 +62,16 @@ def test_the_faster_one_is_used_once_it_is_worth_a_measurement(prepared, own):
     x = inputs(net, 4)  # the last batch is smaller
     assert_same(runner(x), reference(net, runner.dynamic.policy, x))
     assert len(made) == 1
+
+
+def test_a_small_batch_does_not_decide_for_large_ones(prepared):
+    """With two seconds a call, a measurement is due at the third one, which is the small last one of its data."""
+    net, runner, _, made = prepared
+    for size, batches in ((9, []), (9, []), (4, []), (5, [9]), (12, [9]), (9, [9]), (12, [9]), (2, [9]), (12, [9, 12])):
+        x = inputs(net, size)
+        assert_same(runner(x), reference(net, runner.dynamic.policy, x))
+        assert [graphs.batch for graphs in made] == batches, size
+    assert runner._chosen is made[1] and "for 12 inputs" in runner.note
 
 
 def test_what_cannot_be_recorded_stays_plain(prepared, monkeypatch):

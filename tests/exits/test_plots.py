@@ -137,6 +137,7 @@ def test_what_cannot_be_drawn(draw):
         draw()
 
 
+@pytest.mark.slow  # tests/training/test_tensorboard.py looks at the same in this process
 def test_pyplot_is_never_imported():
     # Avalanche imports it with the package; taken away again, it stays away unless we import it.
     code = ("import sys, matplotlib, clframe.training; "

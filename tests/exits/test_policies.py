@@ -12,14 +12,12 @@ import torch
 import clframe
 from clframe.errors import ClframeError, ConfigError, DataError, UnknownNameError
 from clframe.exits import policies
+from clframe.exits.gate import LearnedConfidence, confidence_features, fit_learned_confidence
 from clframe.exits.policies import (
     CONFIDENCE_MEASURES,
     ExitPolicy,
     FittedConfidence,
-    LearnedConfidence,
-    confidence_features,
     entropy,
-    fit_learned_confidence,
     margin,
     max_probability,
     patience,

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from clframe.errors import DataError
 from clframe.exits.curves import AccuracyCostCurve, budget_points
 from clframe.exits.decisions import ExitEvaluation
+from clframe.exits.gate import LearnedConfidence
 from clframe.exits.learned import confidences, out_of_fold
-from clframe.exits.policies import LearnedConfidence
 from clframe.exits.proxy import (
     CALIBRATIONS,
     GAINS,

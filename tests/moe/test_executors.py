@@ -207,6 +207,33 @@ def test_threads_make_products_cheaper_and_starts_not(monkeypatch):
     assert names == ["grouped", "dense"]  # 5184 MACs saved, then 2592
 
 
+def test_two_threads_gain_nothing_on_reading_small_experts_and_half_on_moving_rows(monkeypatch):
+    """Costs longhand: 9 tokens of one of 4 experts of 8 neurons, 24 MACs a neuron, 12 on each of two threads."""
+    monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    weights, keep = make(4, 8, 16, 8, dtype=torch.float32), torch.tensor([[True, False, False, False]]).expand(9, 4)
+
+    def chosen(**options):
+        plan = Plan(**{"read": 0.0, "read_all": 0.0, "merge": 0, "margin": 1.0, **options})
+        return choose(weights, torch.randn(9, 16), keep, plan=plan).name
+
+    # Dense 9 * 32 * 12 = 3456. Reading 2 tokens' worth on one thread: (2 * 2 * 8 + 9 * 8) * 12 = 1248.
+    assert chosen(read=2.0, grouped=Costs(2207, 0, 0)) == "grouped" and chosen(read=2.0, grouped=Costs(2209, 0, 0)) == "dense"
+    # A pair's rows at 4 / 3 of the cost of products: 9 * (8 + 18 * 4 / 3) * 12 = 3456.
+    assert chosen(grouped=Costs(0, 0, 17.9)) == "grouped" and chosen(grouped=Costs(0, 0, 18.1)) == "dense"
+    monkeypatch.setattr(execute, "WIDE", 8)  # (2 * 8 + 9 * 8) * 12 = 1056
+    assert chosen(read=2.0, grouped=Costs(2399, 0, 0)) == "grouped" and chosen(read=2.0, grouped=Costs(2401, 0, 0)) == "dense"
+
+
+def test_one_token_with_the_other_experts_zeroed():
+    for gated in (False, True):
+        weights = make(4, 3, 5, 7, gated=gated)
+        x, keep = torch.randn(1, 5, dtype=torch.float64), torch.tensor([[True, False, True, True]])
+        with torch.no_grad():
+            close(executors.dense_without(weights, x, [1]), reference(weights, x, keep), 1e-12)
+            close(executors.dense_without(weights, x, []), reference(weights, x, torch.ones_like(keep)), 1e-12)
+
+
 def test_small_neighbors_run_together_where_tokens_keep_them_together(monkeypatch):
     monkeypatch.setattr(execute, "grouped_mm_works", lambda weights, x: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

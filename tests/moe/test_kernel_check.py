@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from clframe.moe import kernel_check
+from clframe.moe import DynamicK, TopK, dispatch, kernel_check, routed, to_experts, triton_router
 from clframe.moe.executors import Weights, reference
 from clframe.moe.kernel_check import kernels_agree
+from clframe.moe.router import NormRouter
 
 
 @pytest.fixture
@@ -34,11 +37,123 @@ def test_an_executor_that_is_right_is_compared_once_for_each_use(case):
 
     for _ in range(3):
         assert kernels_agree(counted, weights, x, keep, None)
-    assert calls == [64]
+    assert len(calls) == 1
     with torch.no_grad():
         assert kernels_agree(counted, weights, x[:9], keep[:9], None)
-    assert calls == [64, 9]
-    assert kernels_agree(counted, weights, x, keep, torch.rand(81, 3)) and calls == [64, 9, 64]
+    assert len(calls) == 2
+    assert kernels_agree(counted, weights, x, keep, torch.rand(81, 3)) and calls == [300] * 3
+
+
+def test_layers_with_activations_of_their_own_share_one_comparison(case):
+    weights, x, keep = case
+    calls, activations = [], [nn.ReLU(), nn.ReLU(), nn.SiLU(), nn.ReLU()]
+
+    def counted(*arguments):
+        calls.append(1)
+        return reference(*arguments)
+
+    for activation in activations:
+        assert kernels_agree(counted, weights._replace(activation=activation), x, keep, None)
+    assert len(calls) == 2  # ReLU and SiLU
+    alive = [weakref.ref(activation) for activation in activations]
+    del activation, activations
+    assert [each() for each in alive] == [None] * 4
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_later_tiles_of_an_expert_are_compared_however_few_tokens_there_are(case, tokens):
+    """Tiles have 128 rows at most: what is wrong from the second or third one on is found."""
+    weights, x, keep = case
+    x, keep = x.repeat(3, 1)[:tokens], torch.zeros(tokens, 3, dtype=torch.bool)
+    for wrong_from in (128, 256):
+
+        def bad(weights, x, keep, weight, wrong_from=wrong_from):
+            number_NE = keep.cumsum(0)  # of the expert's pairs
+            return reference(weights, x, keep & (number_NE <= wrong_from), weight)
+
+        assert not kernels_agree(bad, weights, x, keep, None)
+
+
+def test_gradients_of_factors_are_compared(case):
+    weights, x, keep = case
+
+    def bad(weights, x, keep, weight):
+        return reference(weights, x, keep, weight.detach() + 1.1 * (weight - weight.detach()))
+
+    assert not kernels_agree(bad, weights, x, keep, torch.rand(81, 3))
+    with torch.no_grad():
+        assert kernels_agree(bad, weights, x, keep, torch.rand(81, 3))
+
+
+def test_a_kernel_that_does_not_run_is_not_used(case, caplog, monkeypatch):
+    weights, x, keep = case
+
+    def broken(*arguments):
+        raise RuntimeError("out of resource: shared memory")
+
+    for _ in range(2):
+        assert not kernels_agree(broken, weights, x, keep, None)
+    monkeypatch.setattr(triton_router, "_agrees", {})
+    monkeypatch.setattr(triton_router, "route_tokens", broken)
+    for _ in range(2):
+        assert not triton_router.routes_agree(NormRouter(7, 3, width=4), TopK(k=1), x)
+    found = [message.partition(" on cpu")[0] for message in caplog.messages]
+    reason = "does not run (out of resource: shared memory)"
+    assert found == [f"experts: the kernel broken {reason}", f"experts: the kernel route {reason}"]
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # says nothing about the kernel
+        kernels_agree(full, weights, x, keep, None)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("name", ["triton", "dense"])
+def test_an_executor_that_is_named_is_compared_as_one_that_is_chosen(case, monkeypatch, caplog, name):
+    weights, x, keep = case
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(dispatch.EXECUTORS, name, lambda *arguments: reference(*arguments) * 2)
+    x = x.as_subclass(OnCuda)
+    with torch.no_grad():
+        found = dispatch.run(weights, x, keep, executor=name)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), reference(weights, case[1], keep))
+    assert "differs from plain products" in caplog.text
+
+
+@pytest.mark.parametrize("gate", [TopK(k=2), DynamicK(tau=0.3)])
+def test_a_router_kernel_that_is_wrong_is_not_used(monkeypatch, caplog, gate):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
+    (layer,) = to_experts(model, experts=4, split="random", router_width=16).values()
+    layer.gate, x, calls = gate, torch.randn(50, 8), []
+    expected = gate(layer.router(x))
+
+    def use(kernel):
+        monkeypatch.setattr(triton_router, "_agrees", {})
+        for module in (triton_router, routed):
+            monkeypatch.setattr(module, "route_tokens", lambda *arguments: calls.append(1) or kernel(*arguments))
+        calls.clear()
+
+    monkeypatch.setattr(routed, "can_route", lambda *arguments: True)
+    use(lambda router, gate, x: gate(router(x)))
+    for _ in range(2):
+        assert torch.equal(layer.keep(x), expected)
+    assert len(calls) == 3 and not caplog.text  # compared once, used twice
+    for wrong in (
+        lambda keep: keep.roll(1, 1), lambda keep: torch.zeros_like(keep), lambda keep: torch.ones_like(keep),
+        lambda keep: keep & (torch.arange(len(keep)) != 70)[:, None],
+    ):  # fmt: skip
+        caplog.clear()
+        use(lambda router, gate, x, wrong=wrong: wrong(gate(router(x))))
+        for _ in range(2):
+            assert torch.equal(layer.keep(x), expected)
+        assert len(calls) == 1 and caplog.text.count("the kernel route chooses other experts than the router") == 1
 
 
 @pytest.mark.parametrize("wrong", ["output", "missing", "nan", "gradient"])

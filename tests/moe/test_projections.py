@@ -177,7 +177,7 @@ def fit_projections_of_rank_one(seed):
         u = torch.linspace(0.5, 1, 8)
         for weight in (*attention.in_proj_weight.chunk(3), attention.out_proj.weight):
             weight.copy_(0.3 * torch.outer(u, u.flip(0)))
-    x = wave(64, 1, 8, 8)
+    x = wave(16, 1, 8, 8)
     with torch.no_grad():
         before = model(x).last
         size = float(before.square().mean())

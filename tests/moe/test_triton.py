@@ -17,8 +17,11 @@ SCRIPT = """
 import torch
 from torch.nn import functional as F
 from clframe.moe.executors import reference
-from clframe.moe.triton_experts import run_triton
+from clframe.moe import DynamicK, TopK
 from clframe.moe.executors import TENSORS, Weights
+from clframe.moe.router import NormRouter
+from clframe.moe.triton_experts import run_triton
+from clframe.moe.triton_router import routes_agree
 
 GELU_TANH = lambda z: F.gelu(z, approximate="tanh")
 CASES = [
@@ -47,6 +50,10 @@ for seed, (n, e, h, d, o, gated, biased, scaled, activation) in enumerate(CASES)
         results.append((y, *torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, materialize_grads=True)))
     for own, other in zip(*results, strict=True):
         torch.testing.assert_close(own, other, rtol=2e-5, atol=2e-5)
+torch.manual_seed(0)
+router = NormRouter(40, 5, width=24)
+for gate in (DynamicK(tau=0.4), TopK(k=2), TopK(k=9)):
+    assert routes_agree(router, gate, torch.randn(70, 40))
 print("agree", len(CASES))
 """
 

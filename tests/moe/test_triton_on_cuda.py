@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clframe.moe import DynamicK, TopK, to_experts
+from clframe.moe import DynamicK, TopK, kernel_check, to_experts, triton_router
 from clframe.moe.dispatch import run_dense
 from clframe.moe.executors import TENSORS, Weights, pairs_by_expert, reference
 from clframe.moe.router import NormRouter
-from clframe.moe.triton_experts import forward, run_triton
+from clframe.moe.triton_experts import run_pairs, run_triton
 from clframe.moe.triton_launch import list_pairs
 from clframe.moe.triton_router import can_route, route_tokens
 
@@ -92,15 +92,15 @@ def test_forward_and_backward_agree_with_the_reference(case, kind):
         assert_near(own, want, TOLERANCE[kind])
     with torch.no_grad():
         for fused in (False, True) if case[2] <= 128 else (False,):
-            assert_near(forward(weights, x, keep, scale, fused=fused), found[1][0], TOLERANCE[kind])
+            assert_near(run_pairs(weights, x, keep, scale, fused=fused), found[1][0], TOLERANCE[kind])
         assert_near(run_dense(weights, x, keep, scale), found[1][0], TOLERANCE[kind])
 
 
 def test_forward_is_deterministic():
     weights, x, keep, _ = make(CASES[1], torch.bfloat16)
     with torch.no_grad():
-        one = forward(weights, x, keep)
-        assert all(torch.equal(one, forward(weights, x, keep)) for _ in range(5))
+        one = run_pairs(weights, x, keep)
+        assert all(torch.equal(one, run_pairs(weights, x, keep)) for _ in range(5))
 
 
 @pytest.mark.parametrize(("tokens", "experts", "width"), [(1, 3, 16), (500, 24, 128), (333, 96, 200)])
@@ -121,6 +121,23 @@ def test_router_and_lists(tokens, experts, width):
     number_NE[token_P, expert_P] = torch.arange(len(token_P), device="cuda")
     for token in range(0, tokens, 7):
         assert torch.equal(pairs.pair_NE[token, : int(pairs.count_N[token])].long(), number_NE[token][keep[token]])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_kernels_that_are_right_pass_the_comparison_of_a_first_call(kind, learns, monkeypatch, caplog):
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
+    monkeypatch.setattr(kernel_check, "_agrees", {})
+    monkeypatch.setattr(triton_router, "_agrees", {})
+    with torch.set_grad_enabled(learns):
+        for case in CASES:
+            weights, x, keep, scale = make(case, dtype)
+            assert all(kernel_check.kernels_agree(run, weights, x, keep, scale) for run in (run_triton, run_dense))
+    torch.manual_seed(0)
+    for experts, width in ((3, 16), (24, 128), (96, 200)):
+        router, x = NormRouter(80, experts, width=width).to("cuda", dtype), torch.randn(70, 80).to("cuda", dtype)
+        with torch.no_grad():
+            assert all(triton_router.routes_agree(router, gate, x) for gate in (DynamicK(tau=0.4), TopK(k=2)))
+    assert not caplog.text
 
 
 def test_autocast_applies_to_experts():

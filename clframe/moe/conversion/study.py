@@ -81,10 +81,17 @@ def moefy_target(target: Target, options: Options | None = None, *, progress: Pr
     return measure_conversion(convert(target, options or Options(), progress=progress), progress=progress)
 
 
-def measure_conversion(converted: Conversion, *, progress: Progress | None = None) -> Study:
+def measure_conversion(
+    converted: Conversion, *, sizes: Sequence[int] = (1, 32), progress: Progress | None = None
+) -> Study:
     """Sweep the gate, select settings on validation data, time them, and set the model's gate.
 
     Default setting: the largest within half of the networks' cost on validation data, else the cheapest.
+
+    Args:
+        converted: The conversion.
+        sizes: Numbers of samples to time together; none times nothing.
+        progress: Called with the progress of each step.
     """
     target, options = converted.target, converted.options
     evaluator = GateEvaluator(
@@ -116,7 +123,7 @@ def measure_conversion(converted: Conversion, *, progress: Progress | None = Non
         setting = swept.values[half.at or 0]
     chosen = sorted({swept.values[point.at] for point in found if point.at is not None} | {setting})
     times = {
-        value: _time_setting(converted, value, progress=progress, of=(number, len(chosen)))
+        value: _time_setting(converted, value, progress=progress, of=(number, len(chosen)), sizes=sizes)
         for number, value in enumerate(chosen, start=1)
     }
     recipe = replace(
@@ -140,7 +147,7 @@ def _time_setting(
     *,
     progress: Progress | None,
     of: tuple[int, int],
-    sizes: Sequence[int] = (1, 32),
+    sizes: Sequence[int],
 ) -> tuple[PairedTiming, ...]:
     target = converted.target
     set_gate(target.model, gate_at(converted.options.gate_kind, setting))

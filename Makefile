@@ -21,8 +21,9 @@ help: ## show this list
 quickstart: $(INSTALLED) ## install, then train split digits: the first result
 	$(BIN)/clframe run quickstart
 
+# With bytecode, whatever the caller says: rewriting the assertions of all tests takes each worker 20 seconds.
 test: $(INSTALLED_DEV) ## install, then run the whole default suite (ARGS="-k name" to narrow it)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Other CPU kernels round differently: a test that asks for equal bits where mathematics does not promise them fails here.
 test-kernels: $(INSTALLED_DEV) ## the suite under other CPU kernels and with two threads (four times as long as test)

@@ -6,7 +6,6 @@ depends on the config.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,37 +14,36 @@ from typing import Any
 import torch
 
 from clframe.config.load import load_config, readable_blocks
-from clframe.config.named import BLOCK, lightning_loggers, named_plugins
+from clframe.config.named import BLOCK, lightning_loggers
 from clframe.config.optimizers import optimizer_class
 from clframe.config.schema import BackboneConfig, Config
 from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import block_keys
+from clframe.config_checks import (
+    check_callbacks,
+    check_language,
+    check_named_plugins,
+    check_online,
+    check_token_ids,
+    check_trainer,
+)
 from clframe.core import COMPONENTS, Component, Composition, parse
 from clframe.core.expression import names_in_order
 from clframe.data import Benchmark, Source
-from clframe.data.samples import TensorSamples
-from clframe.errors import ClframeError, ConfigError, Problems, UnsupportedError
+from clframe.device_defaults import on_cuda, with_device_defaults
+from clframe.errors import ClframeError, ConfigError, Problems
 from clframe.exits.diagnostics import EXIT_METRICS, ExitMetric
 from clframe.metrics.registry import METRICS, Metric
 from clframe.nn import BACKBONES, Network
 from clframe.nn.backbones import Backbone
-from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.backbones.traced import DEPTH, default_layers
 from clframe.optimization import check_optimizer
 from clframe.options import check_options, format_value, missing_options, option_types, rename_options
 from clframe.own_code import load_own
 from clframe.seeding import derive_seed
 from clframe.stream import build_stream, check_source
-from clframe.training.compiled import refuse_to_compile, require_compiler
-from clframe.training.devices import check_devices, process_count
-
-FUSED = ("sgd", "adam", "adamw")
-"""Optimizers with an update of all weights in one CUDA kernel."""
-EVALUATION_BATCH, MOST_EVALUATION_BATCH = 256, 1024
-"""Samples per batch of an evaluation on every device; the most on CUDA."""
-PHOTOGRAPH = (3, 224, 224)
-MOST_LOGITS = {False: 2**24, True: 2**27}
-"""Logits of a batch of text in an evaluation, on the CPU and on CUDA."""
+from clframe.training.compiled import refuse_to_compile
+from clframe.training.devices import check_devices
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
         component.check(classes=len(benchmark.class_order))
     torch.manual_seed(derive_seed(config.seed, "network"))
     network = Network(backbone(benchmark.input_shape))
-    _check_token_ids(source, network)
-    _check_language(config, composition, source, network)
+    check_token_ids(source, network)
+    check_language(config, composition, source, network)
     resolved = composition.replace(lambda component: component.resolve(network))
     return Setup(_resolved_config(config, resolved, benchmark), resolved, benchmark, network)
 
@@ -103,9 +101,16 @@ def check_config(config: Config, *, source: bool = True) -> Composition:
                 f"components.{component.name}.{option}: found {found}, which needs held-out data; set "
                 f"benchmark.validation=0.1"
             ))  # fmt: skip
+        option = component.needs_domain_labels
+        if option and config.benchmark.protocol != "task_incremental":
+            found = getattr(component, option)
+            problems.add(ConfigError(
+                f"components.{component.name}.{option}: found {found}, but evaluations do not know the experience of a "
+                f"sample (benchmark.protocol: {config.benchmark.protocol}); set benchmark.protocol=task_incremental"
+            ))  # fmt: skip
     with problems.attempt():
         optimizer_class(config.optimizer.name)  # of an own package, which must be allowed
-    for check in (_check_trainer, _check_callbacks, _check_plugins, _check_online):
+    for check in (_check_trainer, check_callbacks, check_named_plugins, check_online):
         with problems.attempt():
             check(config)
     with problems.attempt():
@@ -161,56 +166,6 @@ def _resolved_config(config: Config, composition: Composition, benchmark: Benchm
     return with_device_defaults(
         config, cuda=on_cuda(config.trainer), input_shape=benchmark.input_shape, vocabulary=benchmark.vocabulary
     )
-
-
-def on_cuda(config: TrainerConfig) -> bool:
-    """Whether a run trains on a CUDA device."""
-    return config.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-
-
-def with_device_defaults(
-    config: Config, *, cuda: bool, input_shape: Sequence[int] = (), vocabulary: int = 0
-) -> Config:
-    """Return the config with every ``auto`` replaced by the choice for the device, measured in perf/gpu_race.py.
-
-    ``trainer.capture`` stays as it is: whether steps can be recorded may change between experiences.
-    """
-    trainer, optimizer = config.trainer, config.optimizer
-    fused = cuda and optimizer.name in FUSED and trainer.precision != "16-mixed"
-    trainer = replace(
-        trainer,
-        channels_last=cuda if trainer.channels_last == "auto" else trainer.channels_last,
-        deterministic=not cuda if trainer.deterministic == "auto" else trainer.deterministic,
-        eval_batch_size=(
-            evaluation_batch(input_shape, cuda=cuda, vocabulary=vocabulary)
-            if trainer.eval_batch_size == "auto"
-            else trainer.eval_batch_size
-        ),
-    )
-    optimizer = replace(optimizer, fused=fused if optimizer.fused == "auto" else optimizer.fused)
-    return replace(config, trainer=trainer, optimizer=optimizer)
-
-
-def evaluation_batch(input_shape: Sequence[int], *, cuda: bool, vocabulary: int = 0) -> int:
-    """Samples per batch of an evaluation: 256, and on CUDA as many as need no more memory than 256 photographs.
-
-    Small batches leave a GPU idle; more than 1,024 samples of 3x32x32 do not shorten an evaluation of ResNet32. Of a
-    language model with this ``vocabulary``, as many windows as have 2^24 logits (64 MiB), on CUDA 2^27.
-
-    >>> evaluation_batch((3, 32, 32), cuda=True), evaluation_batch((3, 112, 112), cuda=True)
-    (1024, 1024)
-    >>> evaluation_batch((3, 224, 224), cuda=True), evaluation_batch((3, 32, 32), cuda=False)
-    (256, 256)
-    >>> evaluation_batch((129,), cuda=False, vocabulary=2048)
-    64
-    """
-    if vocabulary:
-        logits = (input_shape[0] - 1) * vocabulary
-        return min(max(MOST_LOGITS[cuda] // logits, 1), MOST_EVALUATION_BATCH)
-    if not cuda:
-        return EVALUATION_BATCH
-    photographs = EVALUATION_BATCH * math.prod(PHOTOGRAPH) // max(math.prod(input_shape), 1)
-    return min(max(photographs, EVALUATION_BATCH), MOST_EVALUATION_BATCH)
 
 
 def build_backbone(
@@ -279,98 +234,6 @@ def register_imports(names: Sequence[str]) -> None:
             )
 
 
-def _check_token_ids(source: Source, network: Network) -> None:
-    """Refuse a text backbone on inputs that are not token ids, which it would round to ids, or ids it does not have."""
-    embed = network.backbone.stages[0]
-    if not isinstance(embed, TextEmbed):
-        return
-    if not source.are_token_ids():
-        raise ConfigError(
-            f"backbone.name: found a text backbone for {source.name}, whose inputs are not token ids; set "
-            f"benchmark.kind=tokens (npz) or benchmark.tokens=MODEL (clinc150, banking77), or use another backbone"
-        )
-    words = getattr(embed.embeddings, "word_embeddings", None)
-    inputs = [samples.x for samples in (source.train, source.test) if isinstance(samples, TensorSamples)]
-    largest = max((int(x.max()) for x in inputs if len(x)), default=0)
-    if isinstance(words, torch.nn.Embedding) and largest >= words.num_embeddings:
-        raise ConfigError(
-            f"backbone.vocabulary: found token id {largest} in {source.name} for a vocabulary of "
-            f"{words.num_embeddings}; give at least {largest + 1}, or the tokenizer of the backbone"
-        )
-
-
-def _check_language(config: Config, composition: Composition, source: Source, network: Network) -> None:
-    """Refuse what is not defined for a language model, and a model that does not fit the text."""
-    found, known = network.vocabulary, source.vocabulary
-    if found and not known:
-        raise ConfigError(
-            f"backbone.name: found {config.backbone.name}, a language model, for {source.name}, which has one label "
-            f"per sample; use another backbone, or benchmark=language_model"
-        )
-    if not known:
-        return
-    if not found:
-        raise ConfigError(
-            f"backbone.name: found {config.backbone.name} for {source.name}, of which every token is predicted; use "
-            f"backbone=decoder"
-        )
-    if found != known:
-        raise ConfigError(
-            f"backbone.vocabulary: found {found}, but the tokenizer of {source.name} has {known} ids; set "
-            f"backbone.vocabulary={known}"
-        )
-    problems = Problems()
-    for component in composition:
-        if not component.per_token:
-            problems.add(ConfigError(
-                f"strategy: '{component.name}' is not defined for a language model, which predicts tokens and no "
-                f"classes; leave it out, or set per_token = True in its class if it is"
-            ))  # fmt: skip
-    if named_plugins(config.components):
-        problems.add(ConfigError("components.avalanche: found plugins, which expect classes; leave them out"))
-    if config.benchmark.protocol in ("permuted", "rotated"):
-        problems.add(ConfigError(
-            f"benchmark.protocol: found {config.benchmark.protocol} for text; use class_incremental, in which every "
-            f"domain is a class"
-        ))  # fmt: skip
-    if process_count(config.trainer) > 1:
-        found_devices = f"trainer.devices: found {config.trainer.devices} for a language model"
-        problems.add(UnsupportedError(f"{found_devices}, which trains on one; set 1"))
-    problems.raise_found()
-
-
-def _check_callbacks(config: Config) -> None:
-    if config.trainer.callbacks:
-        from clframe.training.trainer_options import check_monitors, early_stopping
-
-        if config.trainer.engine != "trainer":
-            early_stopping(config.trainer.callbacks)  # refuses options that it does not take
-        check_monitors(config.trainer.callbacks, validation=config.benchmark.validation > 0)
-
-
-def _check_plugins(config: Config) -> None:
-    named = named_plugins(config.components)
-    if named:
-        from clframe.avalanche_bridge.plugins import check_plugins
-
-        check_plugins(named)
-
-
-def _check_online(config: Config) -> None:
-    """Refuse options that need experiences of more than a few batches."""
-    if config.benchmark.online is None:
-        return
-    for key, found, wanted in (
-        ("trainer.engine", config.trainer.engine, "fabric"),
-        ("trainer.eval_every", config.trainer.eval_every, -1),
-        ("trainer.callbacks", config.trainer.callbacks, {}),
-        ("optimizer.schedule", config.optimizer.schedule, "constant"),
-        ("optimizer.warmup", config.optimizer.warmup, 0),
-    ):
-        if found != wanted:
-            raise ConfigError(f"{key}: found {found} for an online stream of small experiences; set {wanted}")
-
-
 def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
     """The composition of an expression; every options block is checked, including those of components not selected.
 
@@ -391,30 +254,9 @@ def build_strategy(expression: str, components: Mapping[str, Mapping[str, Any]])
     return parse(expression, components)
 
 
-def _check_trainer(whole: Config) -> None:
-    config = whole.trainer
-    wanted = config.accelerator
-    if wanted in ("cuda", "gpu") and not torch.cuda.is_available():
-        raise UnsupportedError(f"trainer.accelerator: found {wanted}, but torch sees no GPU here; use cpu or auto")
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise UnsupportedError("trainer.accelerator: found mps, but this machine has none; use cpu or auto")
-    on_gpu = on_cuda(config)
-    if isinstance(config.devices, tuple):
-        found, count = f"trainer.devices: found {list(config.devices)}", torch.cuda.device_count()
-        if not on_gpu:
-            raise UnsupportedError(f"{found}, indices of GPUs, but the run is not on CUDA; give a number")
-        if max(config.devices) >= count:
-            raise UnsupportedError(f"{found}, but torch sees {count} GPUs; count from 0")
-    if config.precision == "16-mixed" and not on_gpu and wanted != "mps":
-        raise UnsupportedError("trainer.precision: found 16-mixed on the CPU, which has none; use bf16-mixed")
-    if config.precision == "16-mixed" and whole.optimizer.fused is True:
-        raise UnsupportedError(
-            "optimizer.fused: found true with trainer.precision=16-mixed, where a fused update leaves the gradients "
-            "scaled, which clipping, logs and components read; set optimizer.fused=false"
-        )
-    if config.compile:
-        require_compiler(cuda=on_gpu)
-    lightning_options(config, Path())
+def _check_trainer(config: Config) -> None:
+    check_trainer(config)
+    lightning_options(config.trainer, Path())
 
 
 def lightning_options(config: TrainerConfig, folder: Path) -> dict[str, Any]:

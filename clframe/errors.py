@@ -124,6 +124,19 @@ class Problems:
             raise ConfigErrors(self.found)
 
 
+def reason_of(error: BaseException, *, most: int | None = None) -> str:
+    r"""Return the message of an error in one line, or the name of its class if it has none.
+
+    Args:
+        error: Any error, such as one of a library or of foreign code.
+        most: Most characters.
+
+    >>> reason_of(ValueError("two\n  lines")), reason_of(KeyboardInterrupt())
+    ('two lines', 'KeyboardInterrupt')
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to ``name``, or None if none is close; a single letter is close to none.
 

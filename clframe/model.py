@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from clframe.targets.loading import RunModel, load_run
 if TYPE_CHECKING:
     from clframe.targets.export import Format
     from clframe.targets.prediction import Predictions
+    from clframe.targets.text_generation import Continuations
+    from clframe.targets.text_scoring import ScoredTexts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +47,42 @@ class Model(RunModel):
 
         return predict(
             self, inputs, threshold=threshold, budget=budget, top=top, batch_size=batch_size, graphs=graphs
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        tokens: int = 32,
+        threshold: float | None = None,
+        budget: float | None = None,
+        draft: int = 0,
+        draft_exit: str | None = None,
+        domain: str | None = None,
+    ) -> Continuations:
+        """Continue prompts by a language model; see :func:`clframe.targets.text_generation.continue_prompts`."""
+        from clframe.targets.text_generation import continue_prompts
+
+        return continue_prompts(
+            self, prompts, tokens=tokens, threshold=threshold, budget=budget, draft=draft, draft_exit=draft_exit,
+            domain=domain,
+        )  # fmt: skip
+
+    def score(
+        self,
+        texts: Sequence[str] | Mapping[str, str] | str,
+        *,
+        threshold: float | None = None,
+        budget: float | None = None,
+        stride: int | None = None,
+        batch_size: int = 64,
+        domain: str | None = None,
+    ) -> ScoredTexts:
+        """Score texts by a language model; see :func:`clframe.targets.text_scoring.score_texts`."""
+        from clframe.targets.text_scoring import score_texts
+
+        return score_texts(
+            self, texts, threshold=threshold, budget=budget, stride=stride, batch_size=batch_size, domain=domain
         )  # fmt: skip
 
     def extend(

@@ -12,7 +12,7 @@ from clframe.config.optimizers import optimizer_class
 from clframe.config.schema import DEFAULT_GAMMA, Config, OptimizerConfig, rate_of
 from clframe.config.trainer import TrainerConfig
 from clframe.core import Composition
-from clframe.errors import ConfigError, nearest
+from clframe.errors import ConfigError, nearest, reason_of
 from clframe.nn.network import Network
 from clframe.training.averaging import WeightAverage
 
@@ -73,7 +73,7 @@ def build_optimizer(config: OptimizerConfig) -> Callable[..., torch.optim.Optimi
         try:
             return kind(parameters, **options)
         except (RuntimeError, ValueError, TypeError) as error:  # what depends on the device or type of the weights
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise ConfigError(f"optimizer: {config.name} refuses the weights ({reason}); change its options") from None
 
     return make

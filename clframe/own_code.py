@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from clframe.errors import ConfigError, UnknownNameError, nearest
+from clframe.errors import ConfigError, UnknownNameError, nearest, reason_of
 
 VARIABLE = "CLFRAME_ALLOW_IMPORTS"
 """Allowed packages, separated by commas."""
@@ -95,7 +95,7 @@ def load_own(name: str, *, where: str) -> Any:
     try:
         module = importlib.import_module(outer)
     except Exception as error:  # importing runs the package's code, which raises anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, most=200)
         raise ConfigError(f"{where}: {outer} cannot be imported ({reason}); install it, or fix it") from error
     if not hasattr(module, last):
         close = nearest(last, [known for known in vars(module) if not known.startswith("_")])

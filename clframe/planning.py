@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,19 @@ from clframe.errors import ConfigError
 from clframe.nn import Network
 from clframe.optimization import build_scheduler
 from clframe.run_folder import RunFolder
+from clframe.sessions import new_session
 
 if TYPE_CHECKING:
     from clframe.training.budget import ExperienceCost, TrainingPlan
-    from clframe.training.session import Session
 
-_log = logging.getLogger("clframe.api")
-
-NewSession = Callable[[Setup, RunFolder, None], "Session"]
-"""Creates the session of a run in a folder."""
+_log = logging.getLogger(__name__)
 
 
-def plan_training(setup: Setup, new_session: NewSession) -> TrainingPlan | None:
+def plan_training(setup: Setup) -> TrainingPlan | None:
     """Return the steps of each experience that the budget of a run affords; None without a budget.
 
     Args:
         setup: The objects of the run, before components have changed the network; they stay as they are.
-        new_session: Creates a session of copies, on which the costs are counted.
 
     Raises:
         ConfigError: The budget affords no step, or the run is an extension.
@@ -55,7 +50,7 @@ def plan_training(setup: Setup, new_session: NewSession) -> TrainingPlan | None:
             f"benchmark.online: found {config.benchmark.online} with trainer.budget, but such a stream takes every "
             f"sample once and has a fixed number of steps; leave out one of them"
         )
-    costs = _count_costs(setup, new_session)
+    costs = _count_costs(setup)
     if not any(cost.batches for cost in costs):
         raise ConfigError(f"trainer.budget: {config.strategy} takes no training steps, whose number a budget would "
                           f"set; set trainer.budget.macs=null and trainer.budget.relative=null")  # fmt: skip
@@ -63,18 +58,17 @@ def plan_training(setup: Setup, new_session: NewSession) -> TrainingPlan | None:
         budgets = [round(budget.macs)] * len(costs)
     else:
         assert budget.relative is not None
-        budgets = [round(budget.relative * macs) for macs in naive_costs(setup, new_session)]
+        budgets = [round(budget.relative * macs) for macs in naive_costs(setup)]
     return TrainingPlan(plan_steps(costs, budgets), partial(build_scheduler, config.optimizer))
 
 
-def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
+def fit_memory(setup: Setup) -> Setup:
     """Return the objects of a run whose components keep as much as ``trainer.memory`` allows.
 
     The replay buffer gets what teachers and importances leave of it. Without a limit the setup is returned as it is.
 
     Args:
         setup: The objects of the run, before components have changed the network.
-        new_session: As for :func:`plan_training`.
 
     Raises:
         ConfigError: The strategy cannot keep so little, or has no buffer whose size can be chosen.
@@ -92,7 +86,7 @@ def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
     if owner is None or not hasattr(owner, "memory"):
         raise ConfigError(f"{where}, but {setup.config.strategy} has no replay buffer whose size it would set; set "
                           f"trainer.memory.bytes=null or add er")  # fmt: skip
-    costs = _count_costs(setup, new_session)
+    costs = _count_costs(setup)
     per_class = getattr(owner, "budget", "total") == "per_class"
     size = fit_buffer(costs, int(limit), per_class=per_class)
     if size < 1:
@@ -109,16 +103,16 @@ def fit_memory(setup: Setup, new_session: NewSession) -> Setup:
     return replace(setup, composition=changed, config=replace(setup.config, components=options))
 
 
-def naive_costs(setup: Setup, new_session: NewSession) -> list[int]:
+def naive_costs(setup: Setup) -> list[int]:
     """Return the MACs of ``trainer.epochs`` epochs of each experience with ``naive`` and a network without exits."""
     epochs, benchmark = setup.config.trainer.epochs, setup.benchmark
     network = Network(build_backbone(setup.config.backbone)(benchmark.input_shape))
     config = replace(setup.config, strategy="naive", components={})
-    costs = _count_costs(Setup(config, Composition(), benchmark, network), new_session)
+    costs = _count_costs(Setup(config, Composition(), benchmark, network))
     return [epochs * cost.epoch for cost in costs]
 
 
-def _count_costs(setup: Setup, new_session: NewSession) -> tuple[ExperienceCost, ...]:
+def _count_costs(setup: Setup) -> tuple[ExperienceCost, ...]:
     """Count what every experience costs, on a copy of the run that takes one step per epoch and writes nothing."""
     from clframe.training.step_cost import keep_random_states
 
@@ -129,7 +123,7 @@ def _count_costs(setup: Setup, new_session: NewSession) -> tuple[ExperienceCost,
     with tempfile.TemporaryDirectory() as folder:
         config = replace(setup.config, trainer=quiet)
         copied = replace(setup, config=config, network=copy.deepcopy(setup.network))
-        session = new_session(copied, RunFolder(Path(folder)), None)
+        session = new_session(copied, RunFolder(Path(folder)))
         try:
             with keep_random_states(session.strategy.device):
                 return session.count_costs()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from clframe.errors import ClframeError, ConfigError, UnknownNameError, unknown_name
+from clframe.errors import ClframeError, ConfigError, UnknownNameError, reason_of, unknown_name
 from clframe.own_code import is_dotted, load_own
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class Registry(Generic[T]):
                 self._searched = False
                 raise
             except BaseException as error:  # SystemExit too: a broken package must not take every command down
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = reason_of(error)
                 if isinstance(error, SystemExit):
                     reason = f"exits with {error.code} when it is imported"
                 self._broken.append(f"entry point {point.name} = {point.value} ({reason})")

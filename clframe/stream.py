@@ -110,6 +110,8 @@ def _add_earlier(stream: Benchmark | None, entry: EarlierConfig, *, seed: int, n
             validation=block.validation > 0, task_labels=block.protocol == "task_incremental",
         )  # fmt: skip
     if stream is None:
+        if source.vocabulary:
+            stored.check(source)
         train, test = (replace(part, mean=stored.mean, std=stored.std) for part in (source.train, source.test))
         source = replace(source, train=train, test=test)
         found = build_benchmark(source, block, seed=seed)

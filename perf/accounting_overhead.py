@@ -29,8 +29,8 @@ from clframe.data.samples import TensorSamples
 from clframe.data.source import Source
 from clframe.nn import BACKBONES, Network
 from clframe.training.cost_recorder import PredictionRecorder
-from clframe.training.learner import Section, StepObserver
 from clframe.training.module import ContinualModule
+from clframe.training.observer import Section, StepObserver
 from clframe.training.step_cost import StepProfiler
 from clframe.training.strategy import LightningStrategy
 

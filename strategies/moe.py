@@ -16,7 +16,7 @@ from clframe.moe import count_usage, routed_layers, set_gate
 from clframe.moe.convert import Split
 from clframe.moe.pipeline import GateKind, Recipe, default_most, fit_experts, make_gate
 from clframe.moe.router import RouterKind
-from clframe.nn.backbones.base import preserving_state
+from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
 from clframe.replay.buffers import BufferSamples

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import gc
+import importlib.metadata
 import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,18 +22,26 @@ if not os.environ.get("TEST_GPU"):
     # The suite compares numbers bit for bit, which a GPU does not promise: `make test-gpu` runs the tests that need one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Lightning looks through all installed packages for callbacks whenever a Fabric or a Trainer is made.
+_entry_points = importlib.metadata.entry_points
+_found = functools.cache(lambda path, parameters: _entry_points(**dict(parameters)))
+importlib.metadata.entry_points = lambda **parameters: _found(tuple(sys.path), tuple(parameters.items()))
+
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(THREADS)
+if not os.environ.get("TEST_GPU"):
+    # Lightning has torch look for the driver's library at every loader of data, which without one is a millisecond each.
+    torch.cuda._cached_device_count = 0
 
 # Under nohup, or in the background of a script, these are ignored, and a run that a test interrupts would ignore them.
 for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _handler)
 
-DRAWN = {"clframe.api": "write_figures", "clframe.training.session": "draw_pictures"}
+DRAWN = {"clframe.execution": "write_figures", "clframe.training.tensorboard_pages": "draw_pictures"}
 """Functions that draw during a run, by module: four fifths of the time of a run as small as those of the tests. The option
 ``trainer.figures`` would be in every config that tests compare."""
 _drawing = False
@@ -50,10 +63,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, which would pass over it again and again."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries report what they find alive at the end
+
+
+class _Clock:
+    """A clock that goes on where it should sleep. Names of event files end in the second, and a resumed run waits for the
+    next one."""
+
+    _ahead = 0.0
+
+    def time(self) -> float:
+        return time.time() + self._ahead
+
+    def sleep(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+CLOCK = _Clock()
+CLOCKED = ("clframe.training.event_files", "tensorboard.summary.writer.event_file_writer")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Decide about figures before the fixtures of a module, which may run clframe, are made."""
     global _drawing
+    for name in CLOCKED:
+        if name in sys.modules:
+            sys.modules[name].time = CLOCK
     _drawing = item.get_closest_marker("figures") is not None
     for name, function in DRAWN.items():
         module = sys.modules.get(name)  # not imported here: most tests need neither

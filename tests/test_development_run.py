@@ -35,7 +35,7 @@ def test_an_online_stream_is_cut_off_after_the_parts_of_its_experiences():
 
 
 def test_a_run_trains_and_evaluates_few_batches_and_says_so(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="clframe.api"):
+    with caplog.at_level("INFO", logger="clframe.execution"):
         result = clframe.run("quickstart", [*FAST, "trainer.fast_dev_run=2"], output=tmp_path)
     assert "development run: 2 experience(s), one epoch of 2 batches each" in caplog.text
     assert "trainer.fast_dev_run=2" not in caplog.text
@@ -51,14 +51,14 @@ def test_a_run_trains_and_evaluates_few_batches_and_says_so(tmp_path, caplog):
 @pytest.mark.parametrize(("experiences", "advised"), [(5, True), (1, False)])
 def test_one_experience_unless_asked(experiences, advised, tmp_path, caplog):
     overrides = [*FAST, "trainer.fast_dev_run=true", f"benchmark.experiences={experiences}"]
-    with caplog.at_level("INFO", logger="clframe.api"):
+    with caplog.at_level("INFO", logger="clframe.execution"):
         result = clframe.run("quickstart", overrides, output=tmp_path)
     assert result.steps == 2 and len(result.accuracy_matrix) == 1
     assert ("trainer.fast_dev_run=2 adds the second experience" in caplog.text) is advised
 
 
 def test_strategies_with_epochs_of_their_own_take_the_fewest_that_they_need(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="clframe.api"):
+    with caplog.at_level("INFO", logger="clframe.execution"):
         result = clframe.run("quickstart", [*FAST, "strategy=exits(regime=disjoint)", "trainer.fast_dev_run=1"], output=tmp_path)
     assert "1 experience(s), 2 epochs of 2 batches each" in caplog.text
     assert result.steps == 4

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clframe.build import check_config, with_device_defaults
+from clframe.build import check_config
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, OptimizerConfig
 from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import same_config, to_yaml
+from clframe.device_defaults import with_device_defaults
 from clframe.errors import UnsupportedError
 from clframe.seeding import torch_settings
 
@@ -68,7 +69,7 @@ def test_settings_of_cuda_are_set_and_restored():
 
 
 def test_a_fused_update_is_refused_where_it_would_leave_gradients_scaled(monkeypatch):
-    monkeypatch.setattr("clframe.build.on_cuda", lambda trainer: True)
+    monkeypatch.setattr("clframe.config_checks.on_cuda", lambda trainer: True)
     scaled = replace(PLAIN, trainer=TrainerConfig(precision="16-mixed"))
     for fused in ("auto", False):
         check_config(replace(scaled, optimizer=OptimizerConfig(fused=fused)), source=False)

@@ -10,11 +10,12 @@ import torch
 from lightning import Fabric
 from torch.nn.functional import cross_entropy
 
-from clframe.build import build, build_strategy, with_device_defaults
+from clframe.build import build, build_strategy
 from clframe.config.load import load_config
 from clframe.config.optimizers import REFUSED, optimizer_arguments, optimizers
 from clframe.config.schema import OptimizerConfig
 from clframe.data import Source, TensorSamples, class_incremental
+from clframe.device_defaults import with_device_defaults
 from clframe.errors import ConfigError
 from clframe.nn import BACKBONES, Network
 from clframe.optimization import build_groups, build_optimizer, build_scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,12 @@ from clframe.files import remove_temporaries, write_atomically
 from clframe.run_folder import RunFolder, started_at, strategy_label
 
 SMALL = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, to be copied."""
+    return clframe.run("quickstart", SMALL, output=tmp_path_factory.mktemp("finished")).run_folder
 
 
 @pytest.mark.parametrize("inside", ["", "x"])
@@ -123,11 +130,11 @@ def test_a_resumption_cleans_up_and_restores_the_folder_of_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"experience,step,name,value\n0,1", b"\xff\xfe", b"a,b\n1,2\n", b"experience,step,name,value\n0,x,y,z\n"])
-def test_a_damaged_metrics_file_is_one_line(tmp_path, damage):
-    result = clframe.run("quickstart", SMALL, output=tmp_path)
-    (Path(result.run_folder) / "metrics.csv").write_bytes(damage)
+def test_a_damaged_metrics_file_is_one_line(finished, tmp_path, damage):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "metrics.csv").write_bytes(damage)
     with pytest.raises(RunFolderError, match=r"metrics\.csv: is damaged; delete it"):
-        clframe.run(resume=result.run_folder)
+        clframe.run(resume=folder)
 
 
 def test_only_temporary_files_of_ours_are_removed(tmp_path):

@@ -28,7 +28,7 @@ from clframe.accounting.entries import (
 )
 from clframe.accounting.measurement import Energy
 from clframe.accounting.predictions import Predictions
-from clframe.errors import ConfigError, RunFolderError, UnknownNameError, unknown_name
+from clframe.errors import ConfigError, RunFolderError, UnknownNameError, reason_of, unknown_name
 
 Key = TypeVar("Key")
 
@@ -223,7 +223,7 @@ class Ledger:
             ledger.add_uncounted({str(name): int(calls) for name, calls in tree["uncounted"].items()})
             ledger.predictions = Predictions.of(tree.get("predictions", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error, most=120)
             raise RunFolderError(f"ledger: is damaged ({reason}); resume the run to write it again") from error
         return ledger
 

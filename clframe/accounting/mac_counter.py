@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from types import TracebackType
 from typing import Any, Final, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.accounting.mac_formulas import elementwise_formulas, product_formulas
 from clframe.lazy_imports import use_stand_in
 
 # Torch's counter compares the targets of formulas with this class, and importing triton takes half a second.
 with use_stand_in("triton.runtime.jit", ("JITFunction",), home="triton"):
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 NAMES: Final = {
     "normalization": "linalg_vector_norm norm renorm",
@@ -110,11 +110,10 @@ class MacCounter:
     def __init__(
         self, *, convention: Convention = "macs", modules: bool = False, keep_kernels: bool = False
     ) -> None:
-        formulas = product_formulas() | (elementwise_formulas() if convention == "fvcore" else {})
-        self._flops = _torch_counter(formulas)
+        self._flops = _torch_counter(convention)
         if not modules:
             self._flops.mod_tracker = _Whole()
-        self._seen: Any = _Seen()
+        self._mode: Any = _Mode(self._flops)
         self._keep_kernels, self._fast_path = keep_kernels, True
 
     def __enter__(self) -> MacCounter:
@@ -122,16 +121,17 @@ class MacCounter:
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         if not self._keep_kernels:
             torch.backends.mha.set_fastpath_enabled(False)
-        self._seen.__enter__()
-        self._flops.__enter__()
+        self._flops.flop_counts.clear()
+        self._flops.mod_tracker.__enter__()
+        self._mode.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._flops.__exit__(kind, error, trace)
-            self._seen.__exit__(kind, error, trace)
+            self._mode.__exit__(kind, error, trace)
+            self._flops.mod_tracker.__exit__()
         finally:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
@@ -157,12 +157,12 @@ class MacCounter:
 
     def by_convention(self) -> dict[str, dict[str, int]]:
         """Return the calls of operators that count 0 by convention, by family and name."""
-        families = sorted({family for operator in self._seen.calls if (family := self._family(operator)) is not None})
+        families = sorted({family for operator in self._mode.calls if (family := self._family(operator)) is not None})
         return {family: self._sorted(family) for family in families if family}
 
     def _sorted(self, family: str | None) -> dict[str, int]:
         calls: Counter[str] = Counter()
-        for operator, count in self._seen.calls.items():
+        for operator, count in self._mode.calls.items():
             if self._family(operator) == family:
                 calls[str(getattr(operator, "overloadpacket", operator))] += count
         return dict(sorted(calls.items()))
@@ -179,8 +179,18 @@ class MacCounter:
         return formulas
 
 
-def _torch_counter(formulas: Mapping[Any, Any]) -> Any:
-    return FlopCounterMode(display=False, custom_mapping=dict(formulas))
+def _torch_counter(convention: Convention) -> Any:
+    counter: Any = FlopCounterMode(display=False)
+    counter.flop_registry = {**counter.flop_registry, **_formulas_for_torch(convention)}
+    return counter
+
+
+@cache
+def _formulas_for_torch(convention: Convention) -> dict[Any, Any]:
+    """Formulas as torch's counter wraps them, which at every construction would take longer than counting itself."""
+    own = product_formulas() | (elementwise_formulas() if convention == "fvcore" else {})
+    wrapped = FlopCounterMode(display=False, custom_mapping=own).flop_registry
+    return {operator: wrapped[operator] for operator in own}
 
 
 class _Whole:
@@ -193,15 +203,46 @@ class _Whole:
     def __exit__(self, *_: object) -> None: ...
 
 
-class _Seen(TorchDispatchMode):
-    """Counts the calls of every operator below torch's counter, which decomposes composite ones."""
+class _Mode(_FlopCounterMode):
+    """Torch's counter, which in addition counts calls; composite operators count as those that they consist of.
+
+    Torch looks for the parts of every operator at every call, which takes longer than a small operator itself.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has not typed it
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__(counter)
         self.calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func] += 1
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload):
+            has_formula = func.overloadpacket in self.counter.flop_registry
+            if has_formula or not _is_left_to_torch(func):
+                self.calls[func] += 1
+                out = func(*args, **given)
+                return self.counter._count_flops(func.overloadpacket, out, args, given) if has_formula else out
+        elif func is not torch.ops.higher_order.cond:  # of which the branches are counted
+            self.calls[func] += 1
+        return super().__torch_dispatch__(func, types, args, given)  # type: ignore[no-untyped-call]  # torch has not typed it
+
+
+_ATTRIBUTES: Final = (
+    "sym_is_contiguous", "is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "size", "sym_size",
+    "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim", "layout",
+)  # fmt: skip
+"""Operators by which torch asks subclasses of tensors for their shape; its counter answers none of them."""
+
+
+@cache
+def _is_left_to_torch(operator: torch._ops.OpOverload) -> bool:
+    """Whether torch's counter decomposes an operator without a formula, or does not answer it."""
+    if operator is torch.ops.prim.device.default:
+        return False
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return (
+        operator.overloadpacket.__name__ in _ATTRIBUTES
+        or composite in operator.py_kernels
+        or torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), composite)
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from clframe.accounting.mac_counter import Convention, MacCounter
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 
 __all__ = [
     "Convention", "Staged", "UncountedWarning", "backbone_macs", "count_macs", "count_parameters", "cumulative_macs",
@@ -258,7 +258,7 @@ def measure_cost(module: nn.Module, example: Any) -> Cost:
                 raise
             raise UnsupportedError(
                 f"measure_cost: {type(module).__name__} cannot run on meta tensors "
-                f"({' '.join(str(error).split())[:120]}); use a real device"
+                f"({reason_of(error, most=120)}); use a real device"
             ) from error
     called = counter.by_module()
     return Cost(

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from clframe.accounting.macs import evaluation_mode
 from clframe.errors import ConfigError
 
+Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
@@ -93,6 +95,15 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def time_call(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Result of a call, and the seconds until ``device`` has computed it."""
+    synchronize(device)
+    start = time.perf_counter()
+    found = call()
+    synchronize(device)
+    return found, time.perf_counter() - start
+
+
 def process_peak_bytes() -> int | None:
     """Return the peak resident memory of this process, as the system counts it; None if it does not.
 
@@ -130,15 +141,7 @@ def _time_calls(module: nn.Module, batches: Sequence[Tensor], warmup: int, repea
     device = batches[0].device
     for call in range(warmup):
         module(batches[call % len(batches)])
-    synchronize(device)
-    seconds = []
-    for call in range(repeats):
-        x = batches[call % len(batches)]
-        start = time.perf_counter()
-        module(x)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return tuple(seconds)
+    return tuple(time_call(partial(module, batches[call % len(batches)]), device)[1] for call in range(repeats))
 
 
 def _split_batches(x: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 from clframe.accounting import measure_cost
 from clframe.avalanche_bridge.repairs import repair
 from clframe.config.named import WHERE
-from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, nearest, unknown_name
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, nearest, reason_of, unknown_name
 from clframe.options import check_options
 from clframe.own_code import is_dotted, load_class
 
@@ -188,7 +188,7 @@ def _make(name: str, options: Mapping[str, Any], place: str, model: nn.Module, l
     try:
         return cls(**given, **checked)
     except Exception as error:  # whatever a class of Avalanche's, or of the user's, raises on its options
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         owner = "it" if is_dotted(name) else "Avalanche"
         raise ConfigError(f"{where}: {owner} refuses its options ({reason}); change them") from None
 

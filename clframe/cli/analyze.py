@@ -59,14 +59,19 @@ compared. On questions (--data FILE.jsonl, lines {"question": "...", "choices": 
 the share of questions whose right choice has the highest log-likelihood given the question, a sum over its tokens;
 choices_normalized, the same with sums divided by the number of characters of the choice.
 
-Writes sparsity.json, tables (CSV, Markdown) and figures (SVG, PNG) to RUN/sparsity, or sparsity/MODEL-DATA-ID. See
-docs/analysis.md.
+Decoding (--decode intermediate,input,gate,up,all; language models of transformers): thresholds by layer that make 25,
+50, 75 and 90 % of the named activations 0 (all: of input and intermediate); perplexity, and tokens per second of one
+text with KV cache when the weights that belong to zeros are not read, against the dense model. Gains are bounded by
+the share of the weights that is still read (ceiling).
+
+Writes sparsity.json, decode.json, tables (CSV, Markdown) and figures (SVG, PNG) to RUN/sparsity, or
+sparsity/MODEL-DATA-ID. See docs/analysis.md.
 """
 
 _KINDS = ("sparsity", "exits", "proxy")
 _ONLY_SPARSITY = (
     "rule", "roles", "data", "tokens", "generate", "length", "stride", "document", "score", "share", "tolerance",
-    "batch",
+    "batch", "decode",
 )  # fmt: skip
 
 
@@ -86,6 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--score", metavar="NAME", help="accuracy, perplexity, or agreement with the dense model (see above)")
     add("--tolerance", metavar="X", help="loss relative to the dense score that is tolerated (default: 0.01)")
     add("--share", metavar="X", help="1 - tolerance: share of the dense score to keep (default: 0.99)")
+    add("--decode", metavar="NAMES", help="also time decoding without the zeros of: intermediate,input,gate,up,all")
     add("--batch", metavar="N", help="samples per batch (default: 64; 16 for a language model)")
     add("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
     add("--output", metavar="DIR", help="folder to write to (default: RUN/sparsity, or sparsity/MODEL-DATA-ID)")
@@ -109,6 +115,7 @@ def act(options: argparse.Namespace) -> int:
     from clframe.sparsity.output import describe_study, tables
     from clframe.sparsity.study import study_sparsity
     from clframe.tables import to_text
+    from clframe.targets.decode_study import decode_table, require_places, study_decoding, write_decode_study
     from clframe.targets.folders import analysis_root, default_folder, require_writable, write_sparsity_study
     from clframe.targets.opening import open_target
 
@@ -122,16 +129,28 @@ def act(options: argparse.Namespace) -> int:
             document=options.document,
         )  # fmt: skip
         spoken.show()
+        if options.decode is not None:
+            require_places(target, _names(options.decode))
         with progress_bars(unit="pass") as show:
             study = study_sparsity(
                 target, rules=_names(options.rule), roles=_names(options.roles), tokens=_names(options.tokens),
                 score=options.score, share=share, limit=numbers["limit"], size=numbers["batch"],
                 on_pass=partial(show, "sweep"),
             )  # fmt: skip
-    written = write_sparsity_study(study, folder or default_folder(target), command=_command(options))
+        if options.decode is not None:
+            with progress_bars(unit="timing") as show:
+                decoding = study_decoding(
+                    target, _names(options.decode), limit=numbers["limit"], size=numbers["batch"],
+                    on_pass=partial(show, "decode"),
+                )  # fmt: skip
+    folder, command = folder or default_folder(target), _command(options)
+    written = write_sparsity_study(study, folder, command=command)
     print(f"{describe_study(study)}\n")
     shown = [table for table in tables(study) if table.name in ("critical", "parts", "experiences", "domains", "union")]
     print("\n\n".join(to_text(replace(table, note="")) for table in shown))
+    if options.decode is not None:
+        write_decode_study(decoding, folder, command=command)
+        print(f"\n{to_text(decode_table(decoding))}")
     print(f"\n{written}")
     return 0
 
@@ -172,9 +191,7 @@ def _analyze_exits(options: argparse.Namespace, what: str, words: Sequence[str])
         return 0
     for run in runs:
         with progress_bars(unit="batch") as show:
-            study = exit_studies.study_run(
-                run, overrides=overrides, device=options.device, limit=limit, progress=show
-            )
+            study = exit_studies.study_run(run, overrides=overrides, device=options.device, limit=limit, progress=show)
         folder = given or Path(run) / "exits"
         written = exit_studies.write_exit_study(study, folder, command=_command(options))
         shown = [table for table in output.tables(study) if table.name in ("exit_metrics", "exit_budgets")]

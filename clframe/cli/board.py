@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ConfigError, UnsupportedError, reason_of
 
 if TYPE_CHECKING:
     from clframe.config.schema import Config
@@ -122,7 +122,7 @@ def serve(folder: str) -> None:
     try:
         address = _launch(folder)
     except BaseException as error:  # including SystemExit when ports are taken: the parent reports it
-        print(f"{FAILED}{' '.join(str(error).split())[:200] or type(error).__name__}", flush=True)
+        print(f"{FAILED}{reason_of(error, most=200)}", flush=True)
         raise SystemExit(1) from None
     print(f"{STARTED}{address}", flush=True)
     sys.stdin.read()

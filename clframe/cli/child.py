@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.cli.context import notices, progress_line
 from clframe.cli.signals import StopSignals
-from clframe.errors import ClframeError, Interrupted
+from clframe.errors import ClframeError, Interrupted, reason_of
 from clframe.progress import BarState, hide_progress, relay_progress
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def main() -> None:
         except KeyboardInterrupt:  # before a run folder was made
             send("interrupted", advice=None)
         except ClframeError as error:
-            send("failed", reason=" ".join(str(error).split()))
+            send("failed", reason=reason_of(error))
         except Exception as error:  # the other runs go on
             traceback.print_exc()
-            send("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            send("failed", reason=f"{type(error).__name__}: {reason_of(error, most=300)}")
 
 
 def _serve(send: Any) -> None:
@@ -101,7 +101,7 @@ def _prepare_device(setup: Setup, *, share: float | None) -> dict[str, int]:
     """Bound the memory of a run on CUDA to a share of the device's; returns its index, free and total bytes."""
     import torch
 
-    from clframe.build import on_cuda
+    from clframe.device_defaults import on_cuda
 
     trainer = setup.config.trainer
     if not on_cuda(trainer):

@@ -11,7 +11,7 @@ import threading
 import traceback
 from typing import Any
 
-from clframe.errors import ClframeError
+from clframe.errors import ClframeError, reason_of
 from clframe.progress import hide_progress
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     sys.argv = request["command"]
     code = 1
     try:
-        from clframe.api import train_along
+        from clframe.execution import train_along
 
         with hide_progress():
             train_along(
@@ -44,10 +44,10 @@ def main() -> None:
         send("finished")
         code = 0
     except ClframeError as error:
-        send("failed", reason=" ".join(str(error).split()))
+        send("failed", reason=reason_of(error))
     except BaseException as error:
         traceback.print_exc()
-        send("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        send("failed", reason=f"{type(error).__name__}: {reason_of(error, most=300)}")
     sys.stderr.flush()
     os._exit(code)  # without waiting for threads of collectives whose other processes may be gone
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
 from clframe.cli.context import parse_run
-from clframe.cli.predict import decimal, whole_number
+from clframe.cli.numbers import decimal, whole_number
 from clframe.printable import printable
 
 NAME = "evaluate"
@@ -23,6 +26,11 @@ confusion matrix, calibration and failure prediction of every exit, and the mean
 
 Classes are matched by name; a subset of the run's classes is enough. Images are converted and resized as in training.
 All samples count, unless the data has a test part (test/ next to train/, a column split, x_test): then only that.
+
+Of a language model: perplexity, nats per token and next-token accuracy of each domain and exit.
+
+  clframe evaluate RUN                                            the test text of its domains, as in results.json
+  clframe evaluate RUN benchmark=language_model benchmark.path=FOLDER      NAME_test.txt of other domains; or one file
 """
 
 
@@ -47,11 +55,9 @@ def act(options: argparse.Namespace) -> int:
     from clframe.files import write_atomically
     from clframe.progress import progress_bars
     from clframe.tables import to_text
-    from clframe.targets import evaluation, evaluation_output
+    from clframe.targets import evaluation, evaluation_output, text_evaluation, text_evaluation_output
 
     if options.output is not None:
-        from pathlib import Path
-
         from clframe.targets.folders import require_writable
 
         require_writable(Path(options.output).expanduser())
@@ -59,16 +65,25 @@ def act(options: argparse.Namespace) -> int:
         found = evaluation.evaluate(
             run, overrides, threshold=threshold, budget=budget, batch_size=size, device=options.device, progress=show
         )
-    for reason in found.skipped.values():
+    skipped: Mapping[str, str] = {}
+    write: Callable[[Path], Path]
+    if isinstance(found, text_evaluation.TextEvaluation):
+        summary, tables = text_evaluation_output.describe(found), text_evaluation_output.tables(found)
+        content, write = text_evaluation.to_json(found), partial(text_evaluation_output.write_folder, found)
+    else:
+        summary, tables = evaluation_output.describe(found), evaluation_output.shown_tables(found)
+        content, write = evaluation.to_json(found), partial(evaluation_output.write_folder, found)
+        skipped = found.skipped
+    for reason in skipped.values():
         print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
     if options.json == "-":
-        sys.stdout.write(evaluation.to_json(found))
+        sys.stdout.write(content)
     elif options.json is not None:
-        write_atomically(options.json, evaluation.to_json(found))
+        write_atomically(options.json, content)
     if options.json != "-":
-        print(evaluation_output.describe(found), end="\n\n")
-        print("\n\n".join(to_text(table) for table in evaluation_output.shown_tables(found)))
+        print(summary, end="\n\n")
+        print("\n\n".join(to_text(table) for table in tables))
     if options.output is not None:
-        written = evaluation_output.write_folder(found, Path(options.output).expanduser())
+        written = write(Path(options.output).expanduser())
         print(f"\n{written}", file=sys.stderr if options.json == "-" else sys.stdout)
-    return 3 if found.skipped else 0
+    return 3 if skipped else 0

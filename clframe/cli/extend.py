@@ -28,6 +28,7 @@ learned as one experience unless benchmark.experiences or benchmark.counts says 
 
   clframe extend RUN benchmark=image_folder benchmark.path=new_photos
   clframe extend RUN benchmark.path=new_photos trainer.epochs=20 optimizer.lr=0.01
+  clframe extend RUN benchmark.path=texts benchmark.domains=[news]      a further domain of a language model
   clframe extend RUN benchmark.path=new_photos --earlier benchmark.path=/moved/photos
   clframe run --resume EXTENDED                                         go on after an interruption
 """
@@ -84,11 +85,13 @@ def _extend(options: argparse.Namespace) -> int:
 
 def _summary(extension: Extension) -> str:
     count = len(extension.setup.benchmark) - extension.finished
+    text = bool(extension.setup.benchmark.vocabulary)
+    new, known = ("domains", "text of known domains") if text else ("classes", "samples of known classes")
     lines = [f"extending {extension.parent}: {extension.finished} experiences, {count} more"]
     if extension.new:
-        lines.append(f"new classes: {', '.join(_numbered(extension, extension.new))}")
+        lines.append(f"new {new}: {', '.join(_numbered(extension, extension.new))}")
     if extension.known:
-        lines.append(f"more samples of known classes: {', '.join(_numbered(extension, extension.known))}")
+        lines.append(f"more {known}: {', '.join(_numbered(extension, extension.known))}")
     if extension.missing:
         lines.append(f"not evaluated: experience {', '.join(map(str, extension.missing))}, whose data are gone")
     return "\n".join(lines)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from functools import partial
 
+from clframe.cli import predict_text
+from clframe.cli.numbers import decimal, whole_number
 from clframe.errors import ConfigError, DataError
 from clframe.printable import printable
 
@@ -23,6 +25,13 @@ decided, MACs spent. Images are read, converted and resized as in training.
   clframe predict RUN photos --json -                       JSON on the standard output, without the table
   clframe predict RUN 'where is my card' texts.txt          models of texts: texts, one a line, or a CSV column text
 
+Of a language model it continues prompts, or scores texts (nats per token, perplexity):
+
+  clframe predict RUN 'def area' --generate 40              the most likely tokens, one after the other
+  clframe predict RUN prompts.txt --threshold 0.9           a token stops at the first exit that is sure enough
+  clframe predict RUN 'def area' --draft 4                  drafts of an exit, confirmed by the last: the same tokens
+  clframe predict RUN a.txt b.txt --score --document file   whole files; otherwise a line is a text
+
 Without --threshold and --budget the strategy's own rule decides: early_exit where it is part of it, else the last exit.
 A file that is missing or unreadable is named and skipped; the exit code is then 3, and 2 if nothing could be predicted.
 """
@@ -33,10 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--threshold", metavar="T", help="largest probability from which an exit decides")
     add("--budget", metavar="SHARE", help="mean cost as a share of the backbone's MACs, for a run with validation data")
-    add("--top", default="1", metavar="N", help="number of classes to show (default: 1)")
-    add("--batch-size", default="64", metavar="N", help="inputs per batch (default: 64)")
+    add("--top", metavar="N", help="number of classes to show (default: 1)")
+    add("--batch-size", metavar="N", help="inputs per batch (default: 64)")
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto (default: cpu)")
     add("--no-graphs", action="store_true", help="early exit on CUDA without CUDA graphs, which are used where faster")
+    add("--generate", metavar="N", help="language model: tokens to generate after each prompt (default: 32)")
+    add("--draft", metavar="N", help="language model: drafts of up to N tokens at an exit, confirmed by the last")
+    add("--draft-exit", metavar="NAME", help="language model: the exit that drafts (default: the first)")
+    add("--score", action="store_true", help="language model: score the texts instead of continuing them")
+    add("--stride", metavar="N", help="with --score: distance of the windows of long texts (default: the context)")
+    add("--document", metavar="NAME", help="language model: a text is a line (default) or a whole file")
+    add("--domain", metavar="NAME", help="language model with adapters for each domain: that of the texts")
     add("--json", metavar="FILE", help="write JSON to a file, or to the standard output (-) instead of the table")
     add("--csv", metavar="FILE", help="write CSV to a file, or to the standard output (-) instead of the table")
 
@@ -50,17 +66,21 @@ def act(options: argparse.Namespace) -> int:
         raise ConfigError("predict: found no inputs; give image files, folders or patterns after the run")
     if options.json == "-" and options.csv == "-":
         raise ConfigError("--json: found -, and --csv too; write one of them to a file")
-    top, size = whole_number("--top", options.top), whole_number("--batch-size", options.batch_size)
+    top = 1 if options.top is None else whole_number("--top", options.top)
+    size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
 
     from clframe.files import write_atomically
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import prediction
-    from clframe.targets.loading import load_model
+    from clframe.targets.loading import RunModel, load_run
     from clframe.targets.opening import usable_device
 
-    model = load_model(run, device=str(usable_device(options.device)), where=NAME)
+    model = load_run(run, kind=RunModel, device=str(usable_device(options.device)), where=NAME)
+    if model.network.vocabulary:
+        return predict_text.act(model, inputs, options)
+    predict_text.refuse_options(options, predict_text.TEXT_OPTIONS, model="a classifier")
     with progress_bars(unit="input") as show:
         found = prediction.predict(
             model, inputs, threshold=threshold, budget=budget, top=top, batch_size=size,
@@ -80,28 +100,3 @@ def act(options: argparse.Namespace) -> int:
     if "-" not in (options.json, options.csv):
         print(to_text(prediction.table(found)), *prediction.summary(found), sep="\n")
     return 3 if found.skipped else 0
-
-
-def whole_number(option: str, given: str) -> int:
-    """Parse a whole number of at least 1.
-
-    >>> whole_number("--top", "5")
-    5
-    """
-    if not given.isascii() or not given.isdigit() or not 1 <= int(given) < 2**31:
-        raise ConfigError(f"{option}: found '{given}'; give a whole number of at least 1")
-    return int(given)
-
-
-def decimal(option: str, given: str | None) -> float | None:
-    """Parse a number; None where the option is not given.
-
-    >>> decimal("--threshold", "0.5")
-    0.5
-    """
-    if given is None:
-        return None
-    try:
-        return float(given)
-    except ValueError:
-        raise ConfigError(f"{option}: found '{given}'; give a number") from None

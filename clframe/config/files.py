@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
+from copy import deepcopy
+from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +29,8 @@ YAML = (".yaml", ".yml")
 
 MOST_YAML = 2**24
 """Bytes of a config file; those of runs have a few kilobytes."""
+MOST_KEPT = 2**16
+"""Bytes of a config file whose contents are kept, so that reading the same text again takes no time."""
 MOST_DEPTH = 500
 """Levels of brackets in a config."""
 MOST_NODES = 2 * 10**5
@@ -40,9 +46,9 @@ class Registered(NamedTuple):
     group: str
     name: str
 
-    def read(self) -> DictConfig:
+    def read(self) -> dict[Any, Any]:
         """The contents that a file for this name would have."""
-        return OmegaConf.create({self.group: self.name if self.group == "strategy" else {"name": self.name}})
+        return {self.group: self.name if self.group == "strategy" else {"name": self.name}}
 
 
 def shipped_configs() -> Path:
@@ -82,10 +88,20 @@ def known_configs(group: str | None = None) -> dict[str, Path | Registered]:
         for name in registry.names()
     }
     for folder in reversed(config_folders()):
-        for path in sorted(folder.glob("*/*.yaml")):
-            if group in (None, path.parent.name):
-                found[f"{path.parent.name}/{path.stem}"] = path
+        for name in glob(f"{group or '*'}/*.yaml", root_dir=folder):
+            found[name.removesuffix(".yaml").replace(os.sep, "/")] = folder / name
     return dict(sorted(found.items()))
+
+
+def _find_key(key: str) -> Path | Registered | None:
+    """Return the entry of :func:`known_configs` for ``group/name``, without a search through all others."""
+    group, _, name = key.partition("/")
+    if group and not group.startswith(".") and not name.startswith("."):
+        for folder in config_folders():
+            with suppress(OSError, ValueError):  # no such group, or a name that no folder can have
+                if f"{name}.yaml" in os.listdir(folder / group):
+                    return folder / group / f"{name}.yaml"
+    return Registered(group, name) if group in REGISTRIES and name in REGISTRIES[group] else None
 
 
 def find_config(name: str, *, group: str = "experiment", where: str = "config") -> Path | Registered:
@@ -94,6 +110,8 @@ def find_config(name: str, *, group: str = "experiment", where: str = "config") 
     Raises:
         UnknownNameError: No such config; the message begins with ``where`` and offers the nearest name.
     """
+    if not name.endswith(YAML) and (found := _find_key(name if "/" in name else f"{group}/{name}")):
+        return found
     known = known_configs()
     if name.endswith(YAML):
         path = Path(name)
@@ -103,9 +121,6 @@ def find_config(name: str, *, group: str = "experiment", where: str = "config") 
         close = nearest(name, siblings) or next((key for key in known if key.endswith(f"/{path.stem}")), None)
         advice = f"did you mean '{close}'?" if close else "give a file, or a name from clframe list configs"
         raise UnknownNameError(f"{where}: no file '{name}'; {advice}")
-    for key in (name, f"{group}/{name}"):
-        if key in known:
-            return known[key]
     if group in ("backbone", "benchmark") and is_dotted(name):
         return Registered(group, name)
     for key in known:
@@ -125,8 +140,8 @@ def find_config(name: str, *, group: str = "experiment", where: str = "config") 
     raise UnknownNameError(message)
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """A YAML file that holds one mapping.
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML file that holds one mapping, as plain values with references as they are written.
 
     Raises:
         ConfigError: The file is unreadable, invalid YAML, or not a mapping.
@@ -142,13 +157,22 @@ def read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def parse_yaml(text: str) -> DictConfig | None:
-    """Parse YAML text; None if it is not a mapping.
+def parse_yaml(text: str) -> dict[Any, Any] | None:
+    """Parse YAML text to plain values, references as they are written; None if it is not a mapping.
 
     Raises:
         ValueError: Invalid YAML, brackets in more than :data:`MOST_DEPTH` levels, or aliases that expand to more than
             :data:`MOST_NODES` values.
     """
+    return deepcopy(_kept(text) if len(text) <= MOST_KEPT else _parse(text))
+
+
+@lru_cache(maxsize=64)
+def _kept(text: str) -> dict[Any, Any] | None:
+    return _parse(text)
+
+
+def _parse(text: str) -> dict[Any, Any] | None:
     _check_depth(text)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -156,7 +180,9 @@ def parse_yaml(text: str) -> DictConfig | None:
         loaded = OmegaConf.create(text) if isinstance(root, (yaml.MappingNode, type(None))) else None
     except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken files
         raise ValueError(parser_reason(error)) from None
-    return loaded if isinstance(loaded, DictConfig) else None
+    contents = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else None
+    assert contents is None or isinstance(contents, dict)
+    return contents
 
 
 def _check_depth(text: str) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,11 @@ def _merge_all(name: str, overrides: Sequence[str]) -> tuple[DictConfig, Problem
     merged, given = OmegaConf.create({}), set[str]()
     for where, layer in _read_layers(name):
         merged = _merge(merged, layer, where)
-        components = _raw_contents(layer).get("components")
+        components = layer.get("components")
         if isinstance(components, dict) and shipped_configs() not in Path(where).resolve().parents:
             given |= {str(key) for key in components}
     if _raw_contents(merged).get("name") is None:
-        merged = _merge(merged, OmegaConf.create({"name": Path(name).stem}), "name")
+        merged = _merge(merged, {"name": Path(name).stem}, "name")
     merged, problems = _apply(merged, overrides)
     for text in overrides:
         key = text.partition("=")[0].strip()
@@ -117,6 +119,7 @@ def _apply(base: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Prob
     ``base``, so what is wrong with them there would mislead.
     """
     problems, changes, not_replaced = Problems(), [], set[str]()
+    layers: list[tuple[str, dict[Any, Any]]] = []
     for text in overrides:
         with problems.attempt():
             changes.append(_Override(text))
@@ -125,10 +128,40 @@ def _apply(base: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Prob
         if block in not_replaced:
             continue
         with problems.attempt():
-            base = change.replace_block(base) if change.replaces_block else change.merge_into(base)
+            if change.replaces_block:
+                base = change.replace_block(base)
+            else:
+                layers.append((change.where, _checked(change.layer(), change.where)))
         if change.replaces_block and len(problems.found) > before:
             not_replaced.add(block)
-    return base, problems
+    return _merge_together(base, layers, problems), problems
+
+
+def _merge_together(base: DictConfig, layers: Sequence[tuple[str, dict[Any, Any]]], problems: Problems) -> DictConfig:
+    """Merge checked layers together where they fit each other, which takes a third of the time; else one by one."""
+    joined: dict[Any, Any] = {}
+    if all(_join(joined, contents) for _, contents in layers):
+        with suppress(OmegaConfBaseException, TypeError):  # one by one, the message names the override
+            merged = OmegaConf.unsafe_merge(base, joined)
+            assert isinstance(merged, DictConfig)
+            return merged
+    for where, contents in layers:
+        with problems.attempt():
+            base = _merge_checked(base, contents, where)
+    return base
+
+
+def _join(joined: dict[Any, Any], layer: Mapping[Any, Any]) -> bool:
+    """Merge a layer into ``joined``; false where a mapping meets another value."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(joined.get(key), dict):
+            if not _join(joined[key], value):
+                return False
+        elif key in joined and isinstance(value, dict) != isinstance(joined[key], dict):
+            return False
+        else:
+            joined[key] = deepcopy(value)
+    return True
 
 
 def _name_unused(config: Config, given: Collection[str]) -> None:
@@ -156,7 +189,7 @@ def data_config(data: str, overrides: Sequence[str]) -> Config:
 
 def _read_layers(
     name: str, *, group: str = "experiment", where: str = "config", parents: tuple[Path, ...] = ()
-) -> Iterator[tuple[str, DictConfig]]:
+) -> Iterator[tuple[str, dict[Any, Any]]]:
     """The files that make up a config, lowest first; paths in ``defaults`` are relative to the file with the list."""
     path = find_config(name, group=group, where=where)
     if isinstance(path, Registered):
@@ -167,8 +200,8 @@ def _read_layers(
         chain = " > ".join(file.stem for file in (*parents, here))
         raise ConfigError(f"{path}: defaults form a circle ({chain}); remove one of them")
     layer = read_yaml(path)
-    _refuse_calls(_raw_contents(layer), str(path))
-    defaults = _raw_contents(layer).get("defaults")
+    _refuse_calls(layer, str(path))
+    defaults = layer.get("defaults")
     if not isinstance(defaults, (list, type(None))):
         raise ConfigError(f"{path}: defaults is {format_value(defaults)}; give a list such as [backbone/mlp]")
     for default in defaults or ():
@@ -180,11 +213,20 @@ def _read_layers(
     yield str(path), layer
 
 
-def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
+def _merge(base: DictConfig, layer: dict[Any, Any], where: str) -> DictConfig:
     """Merge a layer into ``base``, which is changed."""
-    contents = expand_shorthands(rename_keys(_raw_contents(layer)))
+    return _merge_checked(base, _checked(layer, where), where)
+
+
+def _checked(layer: dict[Any, Any], where: str) -> dict[Any, Any]:
+    """The layer in the schema's terms, with keys that the schema has."""
+    contents = expand_shorthands(rename_keys(layer))
     _refuse_calls(contents, where)
     check_keys(contents, where=where)
+    return contents
+
+
+def _merge_checked(base: DictConfig, contents: dict[Any, Any], where: str) -> DictConfig:
     try:
         merged = OmegaConf.unsafe_merge(base, contents)  # in place: copying takes half of the time of loading a config
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping on a list, or a list on a mapping
@@ -224,13 +266,13 @@ class _Override:
             raise ConfigError(f"{self.where}: {layers[-1][0]} has no key '{self.key}'; give a file that has it")
         return merged
 
-    def merge_into(self, base: DictConfig) -> DictConfig:
-        """``base`` with the value at the key."""
+    def layer(self) -> dict[Any, Any]:
+        """The value at its key, as a file would have it."""
         try:
             layer = OmegaConf.from_dotlist([f"{self.key}={self.value}"])
         except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken values
             raise ConfigError(f"{self.where}: {parser_reason(error)}; fix the value or put it in quotes") from None
-        return _merge(base, layer, self.where)
+        return _raw_contents(layer)
 
 
 def _is_preset(value: str) -> bool:

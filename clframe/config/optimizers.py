@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clframe.errors import ConfigError, Problems, UnknownNameError, nearest, unknown_name
+from clframe.errors import ConfigError, Problems, UnknownNameError, nearest, reason_of, unknown_name
 from clframe.options import convert, format_value
 from clframe.own_code import is_dotted, load_class
 
@@ -132,7 +132,7 @@ def check_arguments(name: str, given: Mapping[str, Any], *, where: str, base: Ma
     try:
         optimizer_class(name)([torch.nn.Parameter(torch.zeros(1))], **{**base, **checked})
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ConfigError(f"{where}: {name} refuses its options ({reason}); change them") from None
     return checked
 

@@ -128,6 +128,10 @@ class Component:
         """Whether it trains other weights in every experience, for which values of earlier ones are void."""
         return False
 
+    def conflict_with(self, other: Component) -> str:
+        """Return why it has no meaning together with another component of the strategy; empty if it has."""
+        return ""
+
     @property
     def fewest_epochs(self) -> int:
         """Epochs of an experience that it needs at least; a development run trains that many."""
@@ -148,6 +152,11 @@ class Component:
     @property
     def needs_held_out(self) -> str:
         """Option that needs validation data of the benchmark; empty if none does."""
+        return ""
+
+    @property
+    def needs_domain_labels(self) -> str:
+        """Option that needs evaluations to know the experience of a sample; empty if none does."""
         return ""
 
     @property
@@ -318,7 +327,7 @@ class Composition:
         return next((component for component in self.components if slot in component.slots), None)
 
     def check_needs(self) -> None:
-        """Raise ComposeError for a component without the replay buffer, or the lasting weights, that it needs."""
+        """Raise ComposeError for a component without the buffer or lasting weights that it needs, and for conflicts."""
         renewing = next((component for component in self.components if component.renews_weights), None)
         remembering = next((component for component in self.components if component.remembers_weights), None)
         if renewing is not None and remembering is not None:
@@ -326,6 +335,11 @@ class Composition:
                 f"strategy: '{remembering.name}' keeps values of single weights, and '{renewing.name}' trains new ones "
                 f"in every experience; keep one of them"
             )
+        for component in self.components:
+            for other in self.components:
+                reason = component.conflict_with(other) if other is not component else ""
+                if reason:
+                    raise ComposeError(f"strategy: {reason}")
         keeps = any(component.keeps_memory for component in self.components)
         for component in self.components:
             if component.needs_memory and not keeps:

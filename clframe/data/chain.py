@@ -66,6 +66,13 @@ class Stored:
         new, old = source.inputs, self.inputs
         if old is None or "array" in (new.kind, old.kind):
             return
+        if new.kind == old.kind == "language":
+            if old.tokenizer and new.tokenizer != old.tokenizer:
+                raise DataError(
+                    f"{name}: its text was encoded by another tokenizer than that of the run, whose ids mean other "
+                    f"text; restore the run's tokenizer.json or the text that it was trained on"
+                )
+            return
         for what, found, expected in (
             ("inputs made from", new.kind, old.kind),
             ("images with a largest value of", new.largest, old.largest),
@@ -147,7 +154,7 @@ def extend_benchmark(
         stored: What the run has stored, where ``benchmark`` has no samples to tell.
 
     Raises:
-        DataError: Inputs or class names that do not fit.
+        DataError: Inputs, tokenizers or class names that do not fit.
         ConfigError: Validation data on one side only, or another split of the classes than there are.
     """
     stored = stored or Stored.of(benchmark)
@@ -189,6 +196,9 @@ def extend_benchmark(
         validation=(*benchmark.validation, *(() if held_out is None else split(held_out))),
         domains=(*benchmark.domains, *((source.name,) * len(classes) if benchmark.domains else ())),
         class_names=all_names if named else (),
+        # A stream whose first text is gone has neither.
+        vocabulary=benchmark.vocabulary or source.vocabulary,
+        tokenizer=benchmark.tokenizer or source.tokenizer,
     )
     if benchmark.online is None:
         return joined

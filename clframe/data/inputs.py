@@ -24,7 +24,8 @@ class InputFormat:
     n_features: int = 0
     """Length of the vectors of ``words``."""
     tokenizer: str = ""
-    """Hub id or folder of the tokenizer of ``tokens``."""
+    """Hub id or folder of the tokenizer of ``tokens``; of ``language`` the SHA-256 of its ``tokenizer.json``, empty in
+    checkpoints of earlier versions."""
     max_length: int = 0
     """Largest number of tokens of a text."""
 

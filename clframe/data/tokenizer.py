@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -72,6 +73,11 @@ def read_tokenizer(path: str | Path, *, where: str) -> str:
         raise DataError(f"{where}: {file} could not be read ({error}); give a tokenizer.json") from None
     TextTokenizer(content, where=f"{where}: {file}")
     return content
+
+
+def digest_of(content: str) -> str:
+    """Return the SHA-256 of the content of a ``tokenizer.json``, in hexadecimal digits: equal ids mean equal text."""
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 class TextTokenizer:

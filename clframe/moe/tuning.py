@@ -59,8 +59,8 @@ def tune(model: nn.Module, batch: Any, *, bypass: bool = False, call: Call = pla
     Args:
         model: Converted model in evaluation mode.
         batch: Inputs of typical size and content.
-        bypass: Whether a layer may run all experts without its router where that is fastest. It then is the dense
-            network, more accurate and never slower, and its gate has no effect.
+        bypass: Whether a layer may run all experts without its router where that is fastest. It then computes
+            what the dense network does, and its gate has no effect.
         call: Runs the model on the batch.
 
     Returns:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clframe.functional.language import next_token_targets
 from clframe.functional.prototypes import to_single
-from clframe.nn.backbones.base import preserving_state
+from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.frozen import freeze
 from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import Backbone, Flow, tap_of
+from clframe.nn.backbones.base import Backbone
+from clframe.nn.backbones.stages import Flow, tap_of
 from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head
 from clframe.nn.token_heads import TokenLinear
 from clframe.nn.types import Output
@@ -96,6 +98,27 @@ StageValues = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 StageRunner = Callable[["Network", Tensor, Sequence[str]], StageValues]
 """Computes ``network.run_stages(x, taps)``."""
 
+
+class Choice(Protocol):
+    """Runs a network in evaluation with one of several variants of its weights, such as the adapters of domains."""
+
+    owner: str
+    """Name of the component that trains the variants."""
+    known: bool
+    """Whether evaluations know the domain of a sample, and set it."""
+    domain: int | None
+    """The domain of the samples, the index of its experience; None if unknown."""
+
+    def __call__(self, network: Network, x: Tensor, taps: Collection[str]) -> Output:
+        """Return the output of the chosen variant; the network is in evaluation mode."""
+
+    def of_domain(self, domain: int | None) -> AbstractContextManager[None]:
+        """Return a context in which samples are of a domain, or of an unknown one."""
+
+    def best_for(self, network: Network, ids: Sequence[int]) -> AbstractContextManager[None]:
+        """Return a context in which the network computes with the variant for a text that begins with ``ids``."""
+
+
 FINAL = "final"
 """Name of the last exit, the backbone's own classifier."""
 
@@ -120,6 +143,7 @@ class Network(nn.Module):
             later exits by (K - k - 1)/(K - k), k from 0, so that every exit contributes equally at every depth (Li et
             al., "Improved Techniques for Training Adaptive Deep Networks", 2019).
         extras: Further modules that components train, by component name, such as projections. Exits do not use them.
+        choice: Chooses between variants of the weights in evaluation; None: there is one.
         boosted: Whether the logits of an exit are added to the detached ones of the previous exit (Yu et al., "Boosted
             Dynamic Neural Networks", 2023).
 
@@ -147,6 +171,7 @@ class Network(nn.Module):
         self.ensemble: Ensemble = Single()
         self.gradient: Gradient = "through"
         self.boosted = False
+        self.choice: Choice | None = None
         self.extras = nn.ModuleDict()
         self._make_classifier: ClassifierKind | None = None
         self._trunk_frozen = False
@@ -291,7 +316,13 @@ class Network(nn.Module):
             outputs = [self._run(part, taps, stages) for part in x.split(list(parts))]
             logits = tuple(torch.cat(found) for found in zip(*(output.logits for output in outputs), strict=True))
             return Output(logits, {name: torch.cat([output.taps[name] for output in outputs]) for name in taps})
+        if self.choice is not None and not self.training:
+            return self.choice(self, x, taps)
         return self._run(x, taps, stages)
+
+    def run_once(self, x: Tensor, taps: Collection[str] = ()) -> Output:
+        """Run all stages with the weights as they are, without a choice between variants."""
+        return self._run(x, taps, None)
 
     def run_stages(self, x: Tensor, taps: Sequence[str]) -> StageValues:
         """Run all stages without classifying.

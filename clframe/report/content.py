@@ -32,22 +32,12 @@ from clframe.report.exit_sections import exit_sections
 from clframe.report.exit_study import exit_study_section
 from clframe.report.families import Member, members
 from clframe.report.figures import exit_pictures, group_pictures, run_pictures
+from clframe.report.language_tables import perplexity_tables
 from clframe.report.loading import Run
 from clframe.report.page import Fold, Page, Section
+from clframe.report.shown_metrics import macs_over_seeds, metric_over_seeds, seeds_text, shown_metrics, trained_once
 from clframe.report.strategy_table import exits_compared_table, strategies_table
-from clframe.report.tables import (
-    differences_table,
-    equal_accuracy_table,
-    groups_table,
-    macs_over_seeds,
-    matrix_table,
-    metric_over_seeds,
-    perplexity_tables,
-    seeds_text,
-    shown_metrics,
-    summary_table,
-    trained_once,
-)
+from clframe.report.tables import differences_table, equal_accuracy_table, groups_table, matrix_table, summary_table
 from clframe.report.terminal import skipped_text
 from clframe.tables import Quantity, Table, over_seeds
 

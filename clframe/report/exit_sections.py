@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from typing import Final
 
 from clframe.plotting.style import RenderedPicture
-from clframe.report.exit_tables import decisions_table, similarity_table, unique_table
+from clframe.report.exit_tables import (
+    budgets_table,
+    decisions_table,
+    exits_table,
+    failure_table,
+    similarity_table,
+    unique_table,
+)
 from clframe.report.page import Section
-from clframe.report.tables import budgets_table, exits_table, failure_table
 from clframe.results import Result
 from clframe.tables import Table
 

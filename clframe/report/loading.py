@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from clframe.accounting import Ledger
 from clframe.config.files import MOST_YAML, read_yaml
 from clframe.config.typed import as_tree, from_mapping
@@ -39,8 +37,7 @@ ADDED = ("sparsity", "moe", "exits", "early_exit")
 
 def config_of(path: Path) -> dict[str, Any]:
     """Read a resolved config file as nested plain values, with defaults for options it lacks."""
-    tree = OmegaConf.to_container(read_yaml(path), resolve=False)
-    assert isinstance(tree, dict)
+    tree = read_yaml(path)
     try:
         return as_tree(from_mapping({str(key): value for key, value in tree.items()}))
     except ClframeError as error:

@@ -10,7 +10,8 @@ from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.statistics import NAN, deviation, mean, paired
 from clframe.report.comparison import Group, mismatch, operating_points
 from clframe.report.families import BASE, Member
-from clframe.report.tables import ACCURACY, equal_cost, metric_over_seeds, reached_at_most, trained_once
+from clframe.report.shown_metrics import ACCURACY, metric_over_seeds, trained_once
+from clframe.report.tables import equal_cost, reached_at_most
 from clframe.tables import Cell, Quantity, Table, over_seeds
 
 BUDGETS: Final = ("25%", "50%", "75%", "100%")

@@ -11,14 +11,9 @@ from clframe.errors import ClframeError
 from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import all_metrics
-from clframe.report.tables import (
-    budgets_table,
-    exits_table,
-    metric_over_seeds,
-    perplexity_tables,
-    shown_metrics,
-    trained_once,
-)
+from clframe.report.exit_tables import budgets_table, exits_table
+from clframe.report.language_tables import perplexity_tables
+from clframe.report.shown_metrics import metric_over_seeds, shown_metrics, trained_once
 from clframe.results import Result, aggregate
 from clframe.run_folder import RunFolder
 from clframe.tables import WIDTH, Cell, Quantity, Table, to_text

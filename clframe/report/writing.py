@@ -19,7 +19,7 @@ from clframe.report.families import choose_reference, members
 from clframe.report.loading import Config, Run, find_runs, load_run
 from clframe.report.page import render_page
 from clframe.results import Result
-from clframe.sparsity.output import activity_image
+from clframe.sparsity.plots import activity_image
 from clframe.tables import to_csv, to_latex, to_markdown
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError
+from clframe.sparsity.top_p import kernel_top_p
 
 MaskKind = Literal["top_p", "top_k", "max_p", "threshold"]
 """Rule that selects the entries to keep, token by token: see :func:`keep`."""
@@ -99,6 +100,13 @@ def keep(x_TN: Tensor, value: float, *, kind: MaskKind, power: float = 1.0) -> T
     if kind == "top_k":
         index_TK = size_TN.topk(min(int(value), x_TN.shape[-1]), dim=-1).indices
         return torch.zeros_like(x_TN, dtype=torch.bool).scatter_(-1, index_TK, value=True)
+    found_TN = kernel_top_p(x_TN, value, plain=keep_by_sorting) if power == 1 else None
+    return keep_by_sorting(x_TN, value, power=power) if found_TN is None else found_TN
+
+
+def keep_by_sorting(x_TN: Tensor, value: float, *, power: float = 1.0) -> Tensor:
+    """Select by top-p as in :func:`keep`, on every device by sorting."""
+    size_TN = x_TN.abs()
     sorted_TN = _descending(size_TN)
     mass_TN = sorted_TN.double() if power == 1 else sorted_TN.double().pow(power)
     sums_TN = mass_TN.cumsum(-1)
@@ -283,6 +291,7 @@ def _max_p(p: float, *, shape: float, neurons: int) -> float:
     return float(share.clamp(max=1).mean()) * (neurons - 1) / neurons
 
 
+@lru_cache(maxsize=1024)
 def _inverse_upper_gamma(share: float, *, shape: float) -> float:
     """Find by bisection the x with probability ``share`` above it under Gamma(shape)."""
     low, high = 0.0, 1e4

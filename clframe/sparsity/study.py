@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from clframe.data.choices import ChoiceSplit
-from clframe.data.target import IGNORED, Batch, Batches, SplitName, Target
+from clframe.data.target import IGNORED, Batches, SplitName, Target
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
-from clframe.metrics.continual import forgetting_E
 from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
-from clframe.sparsity import activity
-from clframe.sparsity.activity import Activity, overlap
 from clframe.sparsity.analysis import ALL, SparsityReport, analyze
-from clframe.sparsity.functional import MaskKind, baseline_sparsity
+from clframe.sparsity.functional import MaskKind
 from clframe.sparsity.masking import ATTENTION_ROLES, ROLES, find_attention_points, find_hook_points
+from clframe.sparsity.part_activity import (
+    ACTIVE,
+    Domains,
+    Experiences,
+    measure_domains,
+    measure_experiences,
+    run_body,
+)
 from clframe.sparsity.scores import (
     SCORES,
     LanguageScores,
@@ -34,66 +39,13 @@ from clframe.sparsity.scores import (
     token_sums,
     token_values,
 )
+from clframe.sparsity.study_batches import count_data, restrict_tokens, with_predictions
 from clframe.sparsity.union import ActiveUnion, measure_union
 
 _log = logging.getLogger(__name__)
 
 RULES: tuple[MaskKind, ...] = ("top_p", "top_k", "max_p", "threshold")
 TOKENS = ("prompt", "generated")
-
-ACTIVE = 0.99
-"""A neuron is active in a token if top-p with this p keeps it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartActivity:
-    """Activity of a model on each of several parts of its data.
-
-    Attributes:
-        sparsity: By layer, the share of inactive neurons per token on each part.
-        gaussian: Sparsity of a Gaussian vector under the same rule.
-        overlap: By layer, Jaccard overlap of the rates of activity between parts.
-    """
-
-    sparsity: Mapping[str, tuple[float, ...]]
-    gaussian: float
-    overlap: Mapping[str, tuple[tuple[float, ...], ...]]
-
-    @property
-    def mean_sparsity(self) -> tuple[float, ...]:
-        """Sparsity on each part, mean over layers."""
-        return tuple(sum(values) / len(values) for values in zip(*self.sparsity.values(), strict=True))
-
-    @property
-    def mean_overlap(self) -> tuple[tuple[float, ...], ...]:
-        """Overlap between parts, mean over layers."""
-        stacked = torch.tensor(list(self.overlap.values()), dtype=torch.float64)
-        return tuple(tuple(row) for row in stacked.mean(0).tolist())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiences(PartActivity):
-    """Activity of a run's final model on the test data of each experience.
-
-    Attributes:
-        forgetting: Forgetting of each experience; None for the last one and for an unfinished run.
-    """
-
-    forgetting: tuple[float | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.forgetting)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Domains(PartActivity):
-    """Activity of a language model on each of several text files.
-
-    Attributes:
-        names: Of the files.
-    """
-
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +150,8 @@ def study_sparsity(
     batches = target.batches(part, size=size, limit=limit)
     if not batches:
         raise ConfigError(f"{target.name}: its {part} data are empty; give some samples")
-    batches = _restrict_tokens(batches, kept)
-    samples, counted, labeled = _count(batches)
+    batches = restrict_tokens(batches, kept)
+    samples, counted, labeled = count_data(batches)
     questions = target.splits.test if isinstance(target.splits.test, ChoiceSplit) else None
     score = score or ("choices" if questions is not None else "accuracy" if labeled else "agreement")
     if score == "accuracy" and not labeled:
@@ -219,7 +171,7 @@ def study_sparsity(
     if language is not None and language.note:
         _log.warning("analyze: %s; check the model and its data", language.note)
     if score == "agreement":
-        scored = _with_predictions(target, batches)
+        scored = with_predictions(target, batches)
     report = analyze(
         target.model, scored, evaluate=partial(_values, target, score), kinds=kinds, roles=wanted, inside=target.body,
         least=partial(lowest_mean, score, share=share), on_pass=on_pass,
@@ -231,11 +183,12 @@ def study_sparsity(
         )
     return SparsityStudy(
         target=target.name, kind=target.kind, part=part, samples=samples, tokens=counted, score=score, share=share,
-        report=_reported(report, score), experiences=_experiences(target, limit=limit, size=size), language=language,
+        report=_reported(report, score), language=language,
+        experiences=measure_experiences(target, limit=limit, size=size),
         union=measure_union(
-            target.model, batches, value=_critical_p(report), inside=target.body, predict=partial(_run, target)
+            target.model, batches, value=_critical_p(report), inside=target.body, predict=partial(run_body, target)
         ),
-        domains=_domains(target, limit=limit, size=size), origin=target.origin,
+        domains=measure_domains(target, limit=limit, size=size), origin=target.origin,
     )  # fmt: skip
 
 
@@ -257,14 +210,6 @@ def _values(target: Target, score: ScoreName, model: nn.Module, inputs: Inputs, 
         return token_values(score, target.logits_at(model, inputs, valid), targets[valid])
     right: Tensor = target.predict(model, inputs).argmax(-1)[valid] == targets[valid]
     return right.float()
-
-
-def _run(target: Target, model: nn.Module, inputs: Inputs) -> object:
-    """Run a model for its activations, a language model without its head."""
-    if target.logits_at is None:
-        return target.predict(model, inputs)
-    assert isinstance(inputs, Mapping)
-    return target.logits_at(model, inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
 
 
 def _language_scores(target: Target, batches: Batches) -> LanguageScores:
@@ -311,96 +256,3 @@ def _roles(target: Target, roles: Sequence[str]) -> tuple[str, ...]:
             raise ConfigError(f"--roles: found {role}, which {target.name} lacks; choose from {', '.join(known)}")
     chosen = roles or [role for role in known if role not in ATTENTION_ROLES]
     return tuple(ALL if role == "all" else role for role in known if role in chosen)
-
-
-def _restrict_tokens(batches: Batches, tokens: Sequence[str]) -> Batches:
-    """Restrict batches of language models to the named kinds of tokens."""
-
-    def narrowed(batch: Batch) -> Batch:
-        if not isinstance(batch.tokens, Mapping) or batch.targets is None:
-            return batch
-        masks = {name: mask_BT for name, mask_BT in batch.tokens.items() if name in tokens}
-        any_BT = torch.stack(list(masks.values())).any(0)
-        targets_BT = torch.full_like(batch.targets, IGNORED)
-        # The target of a token is at the position of the token before it.
-        targets_BT[:, :-1] = batch.targets[:, :-1].where(any_BT[:, 1:], IGNORED)
-        return Batch(batch.inputs, targets_BT, masks)
-
-    return Batches([lambda at=at: narrowed(batches[at]) for at in range(len(batches))])  # type: ignore[misc]
-
-
-def _count(batches: Batches) -> tuple[int, int | None, bool]:
-    """Count samples and unmasked tokens (None where samples are not texts); also whether all have labels."""
-    samples, tokens, labeled, texts = 0, 0, True, True
-    for batch in batches:
-        first = next(iter(batch.inputs.values())) if isinstance(batch.inputs, Mapping) else batch.inputs
-        samples += len(first)
-        labeled &= batch.targets is not None
-        if batch.tokens is None:
-            texts = False
-        else:
-            masks = batch.tokens.values() if isinstance(batch.tokens, Mapping) else [batch.tokens]
-            tokens += sum(int(mask.sum()) for mask in masks)
-    return samples, tokens if texts else None, labeled
-
-
-def _with_predictions(target: Target, batches: Batches) -> Batches:
-    """Return the same inputs with the dense model's predictions as targets."""
-    predictions = []
-    with evaluating(target.model):
-        for batch in batches:
-            found = target.predict(target.model, batch.inputs).argmax(-1)
-            given = batch.targets if batch.targets is not None and batch.targets.shape == found.shape else None
-            predictions.append(found if given is None else found.where(given != IGNORED, IGNORED))
-    return Batches([lambda at=at: batches[at]._replace(targets=predictions[at]) for at in range(len(predictions))])  # type: ignore[misc]
-
-
-def _experiences(target: Target, *, limit: int | None, size: int) -> Experiences | None:
-    if target.run is None or len(target.experiences) < 2:
-        return None
-    found = [
-        activity(target.body, [_with_mask(batch) for batch in part.batches(size=size, limit=limit)], value=ACTIVE)
-        for part in target.experiences
-    ]
-    return Experiences(**_compared(found), forgetting=_forgetting(target))
-
-
-def _domains(target: Target, *, limit: int | None, size: int) -> Domains | None:
-    if not target.domains:
-        return None
-    found = [
-        activity(
-            target.model, [_with_mask(batch) for batch in part.batches(size=size, limit=limit)], value=ACTIVE,
-            predict=partial(_run, target),
-        )
-        for part in target.domains.values()
-    ]  # fmt: skip
-    return Domains(names=tuple(target.domains), **_compared(found))
-
-
-def _compared(found: Sequence[Activity]) -> dict[str, Any]:
-    """Sparsity, its Gaussian baseline and overlaps of several activities of one model."""
-    layers = list(found[0].active)
-    widths = [len(rate_N) for rate_N in found[0].active.values()]
-    gaussian = [baseline_sparsity(ACTIVE, kind="top_p", neurons=width) for width in widths]
-    return {
-        "sparsity": {layer: tuple(one.sparsity[layer] for one in found) for layer in layers},
-        "gaussian": sum(gaussian) / len(gaussian),
-        "overlap": {
-            layer: tuple(tuple(row) for row in jaccard_EE.tolist()) for layer, jaccard_EE in overlap(found).items()
-        },
-    }
-
-
-def _with_mask(batch: Batch) -> tuple[Inputs, Tensor | None]:
-    if isinstance(batch.tokens, Mapping):
-        return batch.inputs, torch.stack(list(batch.tokens.values())).any(0)
-    return batch.inputs, batch.tokens
-
-
-def _forgetting(target: Target) -> tuple[float | None, ...]:
-    """Compute forgetting of each experience; None where the run is not finished."""
-    if target.accuracy_matrix is None:
-        return (None,) * len(target.experiences)
-    lost = forgetting_E(target.accuracy_matrix)
-    return tuple(None if score.undefined else score.value for score in lost)

@@ -24,8 +24,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from omegaconf import OmegaConf
-
 from clframe.config.files import YAML, find_config, known_configs, read_yaml
 from clframe.errors import ConfigError, nearest
 from clframe.metrics.registry import METRICS
@@ -68,8 +66,7 @@ def find_sweep(name: str) -> SweepFile | None:
         path = found
     elif not path.is_file():
         find_config(name)  # which names the nearest file
-    tree = OmegaConf.to_container(read_yaml(path), resolve=False)
-    assert isinstance(tree, dict)
+    tree = read_yaml(path)
     return read_sweep({str(key): value for key, value in tree.items()}, path) if "config" in tree else None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from clframe.errors import ConfigError, Interrupted, UnsupportedError, nearest
+from clframe.errors import ConfigError, Interrupted, UnsupportedError, nearest, reason_of
 from clframe.own_code import allow_imports, allowed_packages
 from clframe.sweep.cells import Cell, record_attempt
 from clframe.sweep.locks import STALE
@@ -93,7 +93,7 @@ class RayLauncher:
         try:
             ray.init(address=self._address, log_to_driver=False, include_dashboard=dashboard)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error, most=200)
             raise UnsupportedError(
                 f"--launcher ray: no cluster at address {self._address} ({reason}); start one with `ray start --head`, "
                 f"or give --launcher-option address=local"
@@ -112,7 +112,7 @@ class RayLauncher:
         try:
             state, reason = ray.get(reference)
         except ray.exceptions.RayError as error:
-            state, reason = "failed", f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            state, reason = "failed", f"Ray: {type(error).__name__}: {reason_of(error, most=300)}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
         self.reported |= {cell.key} if state == "failed" else set()
         say_end(self._say, cell, state=state, reason=reason, count=count)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ConfigError, UnsupportedError, reason_of
 from clframe.own_code import allowed_packages
 from clframe.run_folder import SWEEP_RECORDS
 from clframe.sweep.cells import Cell, record_attempt
@@ -133,7 +133,7 @@ class SlurmLauncher:
         error = job.exception()
         state, reason = ("failed", "") if error is not None else job.result()
         if error is not None:
-            reason = f"job {job.job_id}: {' '.join(str(error).split())[:300]}"
+            reason = f"job {job.job_id}: {reason_of(error, most=300)}"
             record_attempt(cell.sweep, cell.key, seconds=0.0, failed=reason)
         self.reported |= {cell.key} if state == "failed" else set()
         say_end(self._say, cell, state=state, reason=reason, count=count)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from clframe.errors import ClframeError, DivergenceError
+from clframe.errors import ClframeError, DivergenceError, reason_of
 from clframe.run_folder import RunFolder
 from clframe.sweep.cells import read_cell, record_attempt
 from clframe.sweep.locks import claim
@@ -61,12 +61,12 @@ def run_cell(
                 try:
                     run(cell.config, folder=cell.folder, on_built=on_built, on_evaluated=on_evaluated)
                 except ClframeError as error:
-                    failed, diverged = " ".join(str(error).split()), isinstance(error, DivergenceError)
+                    failed, diverged = reason_of(error), isinstance(error, DivergenceError)
                 except Exception as error:  # other cells go on
                     import traceback
 
                     traceback.print_exc()
-                    failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    failed = f"{type(error).__name__}: {reason_of(error, most=300)}"
                 seconds = time.monotonic() - start
                 record_attempt(sweep, key, seconds=seconds, failed=failed, diverged=diverged)
                 return Outcome("failed", failed) if failed else Outcome("done", folder=str(cell.folder))

@@ -29,10 +29,11 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from clframe.avalanche_bridge.fabric import scaler_of
 from clframe.core import Batch, Step
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 from clframe.nn.graphs import Graphs
 from clframe.nn.types import Output
-from clframe.training.learner import Inputs, Section, StepObserver
+from clframe.training.observer import Section, StepObserver
+from clframe.training.step_inputs import StepInputs
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Recording:
 
     replay: Callable[[], None]
     batch: Batch
-    inputs: Inputs
+    inputs: StepInputs
     rates: list[tuple[dict[str, Any], Tensor]]
     """Groups of a fused optimizer, with the tensors from which the update reads their learning rates."""
     output: Output
@@ -155,7 +156,7 @@ class StepCapture:
         strategy, held = self._strategy, bool(self._recordings)
         self._recordings, self._replayed, self._structure = {}, None, None
         self._seen.clear()
-        strategy.learner.keep_sums = False
+        strategy.learner.loss_sums.in_place = False
         if held:
             self._graphs.release()
 
@@ -175,7 +176,7 @@ class StepCapture:
             return
         self._seen[key] += 1
         self._replayed = None
-        strategy.learner.keep_sums = True
+        strategy.learner.loss_sums.in_place = True
         strategy.run_step()
 
     def _comes_often(self) -> bool:
@@ -213,7 +214,7 @@ class StepCapture:
             for group in groups
             if group.get("fused")
         ]
-        before, terms, draws = learner.step_counts(), set(learner.term_sums), _random_states(learner)
+        before, terms, draws = learner.step_counts(), set(learner.loss_sums.sums), _random_states(learner)
         optimizer.zero_grad()
         try:
             strategy.batch, learner.observer, learner.static_inputs = batch, _Sections(), inputs
@@ -230,15 +231,15 @@ class StepCapture:
             )  # fmt: skip
             if _random_states(learner) != draws:
                 raise UnsupportedError("a loss draws random numbers in Python")
-            if set(learner.term_sums) != terms:
+            if set(learner.loss_sums.sums) != terms:
                 raise UnsupportedError("its loss terms are not those of the steps before it")
             _drop_results(strategy)
         except (RuntimeError, UnsupportedError) as error:
             # What a failed recording has allocated is garbage: neither gradients nor results may refer to it.
             _drop_results(strategy)
             optimizer.zero_grad()
-            learner.term_sums = {name: value for name, value in learner.term_sums.items() if name in terms}
-            self._failure = self._obstacle = f"the step cannot be recorded ({' '.join(str(error).split())[:160]})"
+            learner.loss_sums.restrict(terms)
+            self._failure = self._obstacle = f"the step cannot be recorded ({reason_of(error, most=160)})"
             self._report(self._obstacle)
             return None
         finally:

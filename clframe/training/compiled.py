@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from clframe.core import Composition
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 from clframe.nn.network import Network, StageValues
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class CompiledStages:
         try:
             found = self._function(network, x, taps)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error, most=200)
             if mode not in self._worked:
                 raise UnsupportedError(
                     f"trainer.compile: found true, but the backbone cannot be compiled as one graph ({reason}); set "

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from clframe.avalanche_bridge.imports import LightningModule
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 
 _WHERE = "LightningStrategy: configure_optimizers of"
 
@@ -31,7 +31,7 @@ def configured_optimizer(model: nn.Module) -> tuple[Optimizer, Any] | None:
     try:
         found: Any = model.configure_optimizers()
     except Exception as error:  # methods of users raise anything, as where they ask for self.trainer
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, most=200)
         raise UnsupportedError(f"{where} fails ({reason}); pass optimizer= instead") from error
     schedule: Any = None
     if isinstance(found, Mapping):

@@ -23,10 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,70 +33,8 @@ from torch import distributed as dist
 from clframe.errors import DistributedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
-
-TIMEOUT = timedelta(minutes=30)
-"""Longest time for which a process waits for the others; one that has died is noticed within seconds."""
-BUCKET = 2**26
-"""Most values that are sent in one call."""
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """The rows of a batch that a process computes."""
-
-    size: int
-    """Rows of the whole batch."""
-    rows: Tensor
-    """Indices of the own rows."""
-    parts: tuple[int, ...]
-    """Own rows of each part; empty for a batch of one part."""
-    most: int
-    """Rows of the largest share."""
-    order: Tensor
-    """Place of every row of the batch among the gathered shares, each padded to ``most`` rows."""
-
-    @property
-    def count(self) -> int:
-        """Number of the own rows."""
-        return len(self.rows)
-
-    def on(self, device: torch.device) -> Share:
-        """Return the share with its indices on a device."""
-        if self.rows.device == device:
-            return self
-        return replace(self, rows=self.rows.to(device), order=self.order.to(device))
-
-
-def divide(size: int, parts: Sequence[int], *, rank: int, world: int) -> Share:
-    """Divide a batch: process r computes rows r, r + world, ... of every part.
-
-    Args:
-        size: Rows of the batch.
-        parts: Sizes of its parts; empty for one.
-        rank: The process.
-        world: Number of processes.
-
-    >>> [divide(5, (), rank=r, world=2).rows.tolist() for r in (0, 1)]
-    [[0, 2, 4], [1, 3]]
-    >>> divide(6, (4, 2), rank=1, world=2).rows.tolist(), divide(6, (4, 2), rank=1, world=2).parts
-    ([1, 3, 5], (2, 1))
-    >>> divide(5, (), rank=0, world=2).order.tolist()
-    [0, 3, 1, 4, 2]
-    """
-    sizes = tuple(parts) or (size,)
-    shares: list[list[int]] = [[] for _ in range(world)]
-    first = 0
-    for part in sizes:
-        for r, rows in enumerate(shares):
-            rows.extend(range(first + r, first + part, world))
-        first += part
-    most = max(map(len, shares))
-    order = [0] * size
-    for r, rows in enumerate(shares):
-        for place, row in enumerate(rows):
-            order[row] = r * most + place
-    own = tuple(len(range(rank, part, world)) for part in parts)
-    return Share(size, torch.tensor(shares[rank], dtype=torch.long), own, most, torch.tensor(order, dtype=torch.long))
+from clframe.training.shares import Share, divide
+from clframe.training.synchronization import as_bytes, buckets, synchronize
 
 
 class _Gather(torch.autograd.Function):
@@ -205,8 +140,7 @@ class Group:
         if share.count < share.most:
             own = torch.cat([own, own.new_zeros(share.most - share.count, *own.shape[1:])])
         found = own.new_empty(self.size * share.most, *own.shape[1:])
-        # As bytes: gloo does not know every type of number.
-        dist.all_gather_into_tensor(_as_bytes(found), _as_bytes(own.contiguous()))
+        dist.all_gather_into_tensor(as_bytes(found), as_bytes(own.contiguous()))
         return found.index_select(0, share.order)
 
     # --- statistics -------------------------------------------------------------------------------
@@ -223,7 +157,7 @@ class Group:
         statistics = [value for norm in norms for value in _statistics(norm)]
         if statistics and weight != 1:
             torch._foreach_mul_(statistics, weight)
-        for bucket in _buckets(statistics):
+        for bucket in buckets(statistics):
             flat = torch.cat([value.reshape(-1).float() for value in bucket])
             dist.all_reduce(flat)
             flat.div_(self.size)
@@ -284,25 +218,16 @@ class Group:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @torch.no_grad()
     def synchronize(self, network: Network, states: Mapping[str, Any]) -> dict[str, Any]:
-        """Give every process the weights, buffers and component states of the first one.
+        """Give every process the weights, buffers and component states of the first one; returns the states.
 
         On a GPU, sums may differ in their last bits between processes, and with them selected samples and thresholds.
 
         Args:
             network: Its tensors are overwritten.
             states: States by component name.
-
-        Returns:
-            The states.
         """
-        plans = [_describe(states) if self.is_first else None]
-        dist.broadcast_object_list(plans, 0)
-        tensors = _tensors_of(network)
-        found = self._adopt(plans[0], states, tensors)
-        assert isinstance(found, dict)
-        self._send(tensors)
+        found = synchronize(network, states, device=self.device, is_first=self.is_first)
         self.synchronize_generator()
         return found
 
@@ -313,74 +238,10 @@ class Group:
             dist.broadcast(state, 0)
             torch.cuda.set_rng_state(state, self.device)
 
-    def _send(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of the first process, in a few calls."""
-        for bucket in _buckets([tensor for tensor in tensors if tensor.numel()]):
-            parts = [_as_bytes(tensor.contiguous()) for tensor in bucket]
-            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-            dist.broadcast(flat, 0)
-            if not self.is_first:
-                for tensor, part in zip(bucket, flat.split([len(part) for part in parts]), strict=True):
-                    tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
-
-    def _adopt(self, plan: Any, own: Any, tensors: list[Tensor]) -> Any:
-        """Return the first process' value for ``own``, as described by ``plan``.
-
-        Args:
-            plan: The description.
-            own: Value of this process.
-            tensors: Is extended by the tensors of the value that are still to be sent.
-        """
-        kind, content = plan
-        if kind == "network":
-            if not isinstance(own, Network):
-                raise DistributedError(
-                    "trainer.devices: the processes differ in the networks that components keep; train on one device"
-                )
-            tensors += _tensors_of(own)
-            return own
-        if kind == "tensor":
-            shape, dtype, where = content
-            device = torch.device("cpu") if where == "cpu" else self.device
-            fits = isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype and own.device == device
-            tensor = own if fits else torch.empty(shape, dtype=dtype, device=device)
-            tensors.append(tensor.data)
-            return tensor
-        if kind == "mapping":
-            mine = own if isinstance(own, Mapping) else {}
-            return {key: self._adopt(part, mine.get(key), tensors) for key, part in content.items()}
-        if kind in ("list", "tuple"):
-            values = list(own) if isinstance(own, (list, tuple)) else []
-            values += [None] * (len(content) - len(values))
-            parts = [self._adopt(part, value, tensors) for part, value in zip(content, values, strict=False)]
-            return parts if kind == "list" else tuple(parts)
-        return content
-
     def close(self) -> None:
         """Leave the group; the last call of a process."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _describe(value: Any) -> Any:
-    """Shapes of the tensors and networks in a state, and everything else in it."""
-    if isinstance(value, Network):
-        return "network", None
-    if isinstance(value, Tensor):
-        return "tensor", (value.shape, value.dtype, value.device.type)
-    if isinstance(value, Mapping):
-        return "mapping", {key: _describe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_describe(item) for item in value]
-    return "value", value
-
-
-def _tensors_of(network: Network) -> list[Tensor]:
-    return [tensor.data for tensor in (*network.parameters(), *network.buffers())]
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _statistics(norm: nn.Module) -> list[Tensor]:
@@ -395,61 +256,3 @@ def learning_norms(network: nn.Module) -> list[nn.Module]:
         part for part in network.modules()
         if isinstance(part, kinds) and part.training and not isinstance(part, nn.SyncBatchNorm)
     ]  # fmt: skip
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into lists of one type and device and at most ``BUCKET`` values, or one tensor."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not alike or size + tensor.numel() > BUCKET):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a number that differs, in all likelihood, between tensors that differ."""
-    sums = [tensor.detach().sum(dtype=torch.float64) for tensor in tensors if tensor.numel()]
-    if not sums:
-        return torch.zeros((), dtype=torch.float64)
-    values = torch.stack([value.to(sums[0].device) for value in sums])
-    return (values * torch.linspace(1, 2, len(sums), dtype=torch.float64, device=values.device)).sum()
-
-
-def open_store(port: int, *, size: int, first: bool) -> Any:
-    """Return the store through which the processes of this machine find each other; port 0 chooses one."""
-    return dist.TCPStore(  # type: ignore[attr-defined]  # torch declares it for builds with collectives only
-        "127.0.0.1", port, size, is_master=first, timeout=TIMEOUT, wait_for_workers=False)
-
-
-def join_group(store: Any, *, rank: int, devices: Sequence[torch.device]) -> Group:
-    """Initialize torch.distributed and return the group, once all processes have joined.
-
-    Args:
-        store: See :func:`open_store`.
-        rank: Number of this process.
-        devices: Devices of all processes, which communicate by NCCL on CUDA and by gloo on CPUs.
-
-    Raises:
-        DistributedError: torch.distributed is in use already.
-    """
-    if dist.is_initialized():
-        raise DistributedError(
-            "trainer.devices: torch.distributed is in use in this process already; start clframe once, it starts a "
-            "process for each device"
-        )
-    group = Group(rank, devices)
-    cuda = group.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(group.device)
-    hook = sys.excepthook
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=group.size, timeout=TIMEOUT
-    )
-    sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
-    return group

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from clframe.errors import DivergenceError
 from clframe.training.learner import Learner
+from clframe.training.loss_sums import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +53,14 @@ class UpdateFilter:
         self.loss_is_finite = True
         self._losses_are_finite = self._gradients_are_finite = True
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._terms: tuple[dict[str, Tensor], int] = {}, 0
+        self._sums: Snapshot = {}, 0
 
     def before_batch(self, learner: Learner, *, first: bool) -> None:
         """Copy what the batch may spoil; ``first`` is that of an update."""
         if first:
             self._losses_are_finite = self._gradients_are_finite = True
             self._buffers = [(buffer, buffer.clone()) for buffer in learner.network.buffers()]
-        self._terms = {name: value.clone() for name, value in learner.term_sums.items()}, learner.term_steps
+        self._sums = learner.loss_sums.snapshot()
 
     def check_batch(self, learner: Learner, loss: Tensor, optimizer: Optimizer) -> bool:
         """Return whether losses and gradients of the update are finite so far; called after the backward pass."""
@@ -70,7 +71,7 @@ class UpdateFilter:
             finite.append(largest.isfinite())
         self.loss_is_finite, *gradients = torch.stack(finite).tolist()
         if not self.loss_is_finite:
-            learner.term_sums, learner.term_steps = self._terms
+            learner.loss_sums.restore(self._sums)
         self._losses_are_finite &= self.loss_is_finite
         self._gradients_are_finite = all(gradients)
         return self._losses_are_finite and self._gradients_are_finite
@@ -202,8 +203,8 @@ class DivergenceGuard:
         if not broken:
             return
         # The losses name the cause better than the weights, if they have been summed since the last log entry.
-        if learner.term_steps:
-            sums = {name: float(value.sum()) for name, value in learner.term_sums.items()}
+        if learner.loss_sums.steps:
+            sums = {name: float(value.sum()) for name, value in learner.loss_sums.sums.items()}
             self.check_losses(sums, experience=experience, step=step or 0)
         after = "" if step is None else f" after step {step}"
         weights = f"{broken[0]} and {len(broken) - 1} more" if len(broken) > 1 else broken[0]

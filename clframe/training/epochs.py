@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from clframe.data.samples import EpochLoader
 from clframe.errors import UnsupportedError
 from clframe.functional.language import next_token_targets
-from clframe.nn.backbones.base import preserving_state
+from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.types import Output
 
 TRAIN_LOSS, VALIDATION_LOSS, VALIDATION_ACCURACY = "train/loss", "validation/loss", "validation/accuracy"

@@ -12,24 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clframe.accounting import backbone_macs, cumulative_macs, stage_macs
+from clframe.accounting import backbone_macs, stage_macs
 from clframe.avalanche_bridge.imports import SupervisedPlugin
 from clframe.data.benchmark import Benchmark
 from clframe.exits import STATIC, ExitEvaluation
+from clframe.exits.calibration_error import brier_N, nll_N
 from clframe.exits.curves import BUDGETS
 from clframe.exits.diagnostics import ExitRecord, make_exit_record
-from clframe.exits.failure import brier_N, nll_N
 from clframe.functional.language import next_token_targets
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics import Tally, TallyCounter, TokenCounter
 from clframe.metrics.confusion import MOST_CLASSES, ConfusionCounter
 from clframe.moe import Usage, count_usage
 from clframe.moe.usage import active_rates, overlaps
-from clframe.nn.backbones.base import preserving_state
+from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
 from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
 from clframe.training.learner import Learner
+from clframe.training.prediction_cost import exit_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,18 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
         self._confusion = ConfusionCounter(classes, device=strategy.device) if confused else None
         self._waiting, self._batches = [], []
         self._stored_E = [0] * len(self._benchmark)
+
+    def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Set the domain of the samples, where a choice between adapters may know it."""
+        choice = strategy.learner.network.choice
+        if choice is not None and choice.known:
+            choice.domain = strategy.experience.current_experience
+
+    def after_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Unset the domain."""
+        choice = strategy.learner.network.choice
+        if choice is not None:
+            choice.domain = None
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Count one batch."""
@@ -214,7 +227,7 @@ class ExitRecorder:
         learner: Learner = strategy.learner
         network = learner.network
         counts = stage_macs(network)
-        cost_K = cumulative_macs(network, counts=counts)
+        cost_K = exit_costs(network, counts=counts)
         predictions, owner = self._scores.predictions, learner.composition.owner("prediction")
         assert predictions is not None
         wanted = getattr(owner, "budgets", ())

@@ -14,7 +14,7 @@ from clframe.avalanche_bridge.plugins import Named, make_plugins
 from clframe.config.periods import Period
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
-from clframe.errors import UnsupportedError
+from clframe.errors import UnsupportedError, reason_of
 from clframe.nn.network import Network
 from clframe.training.averaging import WeightAverage
 from clframe.training.budget import TrainingPlan
@@ -24,7 +24,8 @@ from clframe.training.epochs import EarlyStopping
 from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, GroupsFactory, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
-from clframe.training.session import Progress, Session
+from clframe.training.run_progress import Progress
+from clframe.training.session import Session
 from clframe.training.strategy import LightningStrategy
 from clframe.training.trainer_options import refuse_to_save
 
@@ -207,7 +208,7 @@ def _fabric(accelerator: str, devices: int | list[int], precision: Any) -> Fabri
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
         fabric.launch()
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise UnsupportedError(
             f"trainer: Lightning refuses accelerator {accelerator}, devices {devices}, precision {precision} "
             f"({reason}); choose others"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,86 +18,9 @@ from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.seeding import derive_seed, generator_for
 from clframe.training.averaging import WeightAverage
-
-Section = Literal[
-    "before_experience", "make_batch", "forward", "task_loss", "losses", "combine_losses", "backward",
-    "modify_gradients", "after_step", "after_experience", "adjust_logits", "predict",
-]  # fmt: skip
-"""What an observer is notified of: the hooks that compute, and the two passes of a training step."""
-
-StepValues = Mapping[str, Mapping[str, "float | Tensor"]]
-"""What components return from ``step_values``, by component."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Values that change between the steps of an epoch, apart from the batch.
-
-    Attributes:
-        weight_K: Weight of each exit's losses; None where all are 1.
-        values: What components return from ``step_values``.
-    """
-
-    weight_K: Tensor | None
-    values: StepValues
-
-    def on(self, device: torch.device) -> Inputs:
-        """Return a copy whose numbers are tensors on ``device``, in which :meth:`fill` writes those of later steps."""
-        values = {
-            name: {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in found.items()}
-            for name, found in self.values.items()
-        }
-        return Inputs(None if self.weight_K is None else self.weight_K.clone(), values)
-
-    def fill(self, other: Inputs) -> None:
-        """Write the values of ``other`` into these tensors, without waiting for the device."""
-        if self.weight_K is not None and other.weight_K is not None:
-            self.weight_K.copy_(other.weight_K)
-        for name, found in self.values.items():
-            for key, tensor in found.items():
-                assert isinstance(tensor, Tensor)
-                tensor.fill_(float(other.values[name][key]))
-
-
-UNOBSERVED: AbstractContextManager[object] = nullcontext()  # reusable, so that an unobserved run allocates nothing
-
-
-class StepObserver:
-    """Interface of observers of a run; this one does nothing.
-
-    A profiler overrides :meth:`around` and is assigned to ``learner.observer``. The loop enters a section where the
-    work is done anyway, so an observer measures the run itself and needs no copy of it.
-    """
-
-    def around(self, section: Section, component: str = "", samples: int = 0) -> AbstractContextManager[object]:
-        """Return a context manager to run a section in.
-
-        Args:
-            section: What runs.
-            component: Name of the component whose hook runs; empty for the network and the default loss.
-            samples: Size of the batch; 0 outside of a step.
-        """
-        return UNOBSERVED
-
-    def spent(self) -> int:
-        """Return the MACs of the experience so far; 0 where nothing is counted."""
-        return 0
-
-    def spent_before_epoch(self) -> int:
-        """Return the MACs of the experience before its current epoch; 0 where nothing is counted."""
-        return 0
-
-    def sharing(self, *, rows: int, of: int) -> AbstractContextManager[object]:
-        """Return a context manager in which this process computes its share of a batch.
-
-        Args:
-            rows: Rows of the share.
-            of: Rows of the batch.
-        """
-        return UNOBSERVED
-
-    def begin_share(self) -> None:
-        """Note that the share begins here, inside :meth:`sharing`: what came before, every process computes."""
+from clframe.training.loss_sums import LossSums
+from clframe.training.observer import StepObserver
+from clframe.training.step_inputs import StepInputs, StepValues
 
 
 class Learner:
@@ -118,9 +40,9 @@ class Learner:
         past: Classes of finished experiences.
         average: Average of the weights, which the network has between experiences; None: it keeps its weights.
         weight_K: Weight of each exit's losses in this epoch; None where all are 1.
+        loss_sums: Sums of the loss terms since the last log entry.
         static_inputs: Read in the place of :meth:`inputs` while a step is recorded as a CUDA graph.
         shared_run: Runs a teacher on a batch that several devices share; None where there is one device.
-        keep_sums: Whether the tensors of ``term_sums`` remain the same ones, into which a CUDA graph adds.
     """
 
     def __init__(self, network: Network, composition: Composition, *, seed: int | None = None) -> None:
@@ -138,8 +60,7 @@ class Learner:
         self.step: Step | None = None
         self.epochs = 1
         self.weight_K: Tensor | None = None
-        self.term_sums: dict[str, Tensor] = {}
-        self.term_steps = 0
+        self.loss_sums = LossSums()
         self.taps = tuple(dict.fromkeys(tap for component in composition for tap in component.taps(network)))
         self._batch_owner = self._owner("make_batch")
         self._mix_owner = self._owner("combine_losses")
@@ -151,9 +72,8 @@ class Learner:
         self._losses = composition.acting_at("losses")
         self._after_step = composition.acting_at("after_step")
         self._valued = composition.acting_at("step_values")
-        self.static_inputs: Inputs | None = None
+        self.static_inputs: StepInputs | None = None
         self.shared_run: Callable[[Network, Tensor, Collection[str]], Output] | None = None
-        self.keep_sums = False
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
         self._task_context: StepContext
@@ -226,7 +146,7 @@ class Learner:
                 terms[self._term_name(component.name, term)] = value
         if weight_K is not None:
             terms = {name: value * weight_K if value.ndim else value for name, value in terms.items()}
-        self._add_to_sums(terms)
+        self.loss_sums.add(terms)
         owner = self._mix_owner
         if owner is None:
             return total(terms)
@@ -332,40 +252,28 @@ class Learner:
 
         The only method that synchronizes with the device; steps themselves never do.
         """
-        steps, self.term_steps = self.term_steps, 0
-        if not self.keep_sums and not steps:
-            self.term_sums = {}
-        if not steps:
-            return {}
-        sums = torch.stack([value.sum().double() for value in self.term_sums.values()]).tolist()
-        means = {f"loss/{name}": value / steps for name, value in zip(self.term_sums, sums, strict=True)}
-        if self.keep_sums:
-            for value in self.term_sums.values():
-                value.zero_()
-        else:
-            self.term_sums = {}
-        return means
+        return self.loss_sums.flush()
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> StepInputs:
         """Return what changes between steps, for the next one."""
         values = {
             c.name: c.step_values(self._contexts[c.name], self._number, self.state[c.name]) for c in self._valued
         }
-        return Inputs(self.weight_K, values)
+        return StepInputs(self.weight_K, values)
 
     def step_counts(self) -> tuple[int, int]:
         """Return the number of the next step in its epoch, and the steps since :meth:`flush_terms`."""
-        return self._number, self.term_steps
+        return self._number, self.loss_sums.steps
 
     def set_step_counts(self, counts: tuple[int, int]) -> None:
         """Restore :meth:`step_counts`."""
-        self._number, self.term_steps = counts
+        self._number, self.loss_sums.steps = counts
 
     def count_replayed(self, step: Step) -> None:
         """Count a step that a CUDA graph has taken, whose results are those of the recorded ``step``."""
         self.step = replace(step, context=self._task_context, number=self._number)
         self._number += 1
-        self.term_steps += 1
+        self.loss_sums.steps += 1
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the components in this epoch."""
@@ -378,12 +286,13 @@ class Learner:
         """
         contexts = {**self._contexts, **({"": self._task_context} if self._contexts else {})}
         memory = next((context.memory for context in contexts.values()), None)
+        sums, summed_steps = self.loss_sums.snapshot()
         return {
             "components": dict(self.state),
             "past": self.past,
             "weight_K": self.weight_K,
-            "term_sums": {name: value.clone() for name, value in self.term_sums.items()},
-            "term_steps": self.term_steps,
+            "term_sums": sums,
+            "term_steps": summed_steps,
             "steps": self._steps,
             "number": self._number,
             "generators": {name: context.generator.get_state() for name, context in contexts.items()},
@@ -396,8 +305,7 @@ class Learner:
         self.state = dict(state["components"])
         self.past = tuple(state["past"])
         self.weight_K = state["weight_K"]
-        self.term_sums = {name: value.clone() for name, value in state["term_sums"].items()}
-        self.term_steps = state["term_steps"]
+        self.loss_sums.restore((state["term_sums"], state["term_steps"]))
         self._steps, self._number = state["steps"], state["number"]
         if self.average is not None:
             self.average.load_state_dict(state.get("average"), self.network)
@@ -429,13 +337,6 @@ class Learner:
         """Return the step with the component's own context, so that components draw from separate generators."""
         found = {} if values is None else values.get(component.name, {})
         return replace(step, context=self._contexts[component.name], values=found)
-
-    def _add_to_sums(self, terms: Mapping[str, Tensor]) -> None:
-        for name, value in terms.items():
-            known = self.term_sums.get(name)
-            # A clone, because the sum is added to in place and the term may be part of the graph.
-            self.term_sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
-        self.term_steps += 1
 
     def _task_loss(self, step: Step, values: StepValues) -> Tensor:
         owner = self._task_owner

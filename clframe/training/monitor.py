@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clframe.errors import DivergenceError, RunFolderError, UnsupportedError
+from clframe.errors import DivergenceError, RunFolderError, UnsupportedError, reason_of
 from clframe.files import write_atomically
 from clframe.metrics import Tally
 from clframe.metrics.continual import average_seen_accuracy
@@ -99,7 +99,7 @@ class Monitor:
             try:
                 logger.experiment  # noqa: B018  # most loggers connect on first access, which would be in training
             except Exception as error:  # whatever a service's client raises
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = reason_of(error)
                 name = type(logger).__name__
                 raise UnsupportedError(f"trainer.loggers: {name} cannot start ({reason}); remove or fix it") from None
         if self._writes_tensorboard:
@@ -180,7 +180,8 @@ class Monitor:
         """
         if self._unlogged == 0:
             return
-        steps = strategy.learner.term_steps  # without those whose loss was not finite under trainer.on_nonfinite=skip
+        # Without those whose loss was not finite under trainer.on_nonfinite=skip.
+        steps = strategy.learner.loss_sums.steps
         means = strategy.learner.flush_terms()
         step = int(strategy.clock.train_iterations)
         for name, value in means.items():

@@ -23,7 +23,8 @@ from typing import IO, Any
 import torch
 
 from clframe.errors import ClframeError, DistributedError
-from clframe.training.distributed import Group, join_group, open_store
+from clframe.training.distributed import Group
+from clframe.training.rendezvous import join_group, open_store
 
 _CODE = (
     "import sys; sys.path[:] = sys.argv[1].split(chr(10)); from clframe.cli.device_process import main; main()"

@@ -10,7 +10,7 @@ from clframe.exits.diagnostics import ExitRecord
 from clframe.exits.plots import exit_images, exit_usage_image
 from clframe.plotting.images import confusion_image, matrix_image
 from clframe.sparsity.activity import ActivityRecord
-from clframe.sparsity.output import activity_image
+from clframe.sparsity.plots import activity_image
 
 if TYPE_CHECKING:
     from clframe.metrics.continual import Matrix

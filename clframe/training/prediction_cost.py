@@ -5,7 +5,7 @@ Shape suffixes: B batch, C classes, K exits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.accounting import MacCounter, Part
+from clframe.accounting import MacCounter, Part, count_macs, cumulative_macs
 from clframe.accounting.entries import PartKind
 from clframe.accounting.macs import evaluation_mode
 from clframe.exits import ExitPolicy
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe import RoutedExperts
 from clframe.moe.router import ALL
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
+from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.training.learner import Learner
 
@@ -70,6 +71,19 @@ def prediction_cost(learner: Learner, x: Tensor, *, policy: ExitPolicy | None = 
         else:
             run.with_policy(x, policy)
     return PredictionCost(parts=tuple(run.parts), cost_K=tuple(run.cost_K))
+
+
+def exit_costs(network: Network, *, counts: Mapping[str, int] | None = None) -> tuple[int, ...]:
+    """Return cost_K of :func:`~clframe.accounting.cumulative_macs`, the last one with all passes of a prediction.
+
+    A network that chooses between variants of its weights needs a pass with each.
+
+    Args:
+        network: The network.
+        counts: What :func:`~clframe.accounting.stage_macs` returns for it, if it has been counted before.
+    """
+    cost_K = cumulative_macs(network, counts=counts)
+    return cost_K if network.choice is None else (*cost_K[:-1], count_macs(network, network.input_shape))
 
 
 def stops_B(scores: Sequence[Tensor], policy: ExitPolicy) -> Tensor:
@@ -137,7 +151,19 @@ class _PartCounter:
         self._add_part("ensemble", "ensemble", owner="exit_weights")
         learner.predict(joined)
         self._add_part("decision", "policy", owner="prediction")
+        self._add_variants(x)
         self.cost_K[-1] = sum(part.macs for part in self.parts)
+
+    def _add_variants(self, x: Tensor) -> None:
+        """Add the passes with other variants of the weights, between which the network chooses."""
+        choice = self._network.choice
+        if choice is None:
+            return
+        once = sum(part.macs for part in self.parts if part.kind in ("stage", "head"))
+        self._network(x)
+        macs, self._counted = self._macs() - self._counted - once, self._macs()
+        if macs:
+            self.parts.append(Part(name="other variants", kind="answers", macs=macs, component=choice.owner))
 
     def with_policy(self, x: Tensor, policy: ExitPolicy) -> None:
         """Run what a sample passes whose confidence reaches no threshold."""
@@ -163,6 +189,9 @@ class _PartCounter:
                     _, measured = policy.measure(exit, scores_BC, measured)
                     self._add_part(f"policy/{exit_name}", "policy", owner="prediction")
                 self.cost_K[exit] = self._counted
+        if network.choice is not None:
+            self._add_variants(x)
+            self.cost_K[-1] = sum(part.macs for part in self.parts)
 
     def _add_part(self, name: str, kind: PartKind, *, owner: str = "", exit: int | None = None) -> None:
         """Add a part with the MACs since the last one; ensembles and corrections only if they cost any."""

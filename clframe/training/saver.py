@@ -15,7 +15,7 @@ import torch
 from clframe.accounting import DevicePeak, Energy, EnergyMeter, Ledger
 from clframe.config.periods import Period
 from clframe.config.typed import same_config
-from clframe.errors import RunFolderError
+from clframe.errors import RunFolderError, reason_of
 from clframe.training.checkpoint import encode, load_inside, remove_inside, save_inside
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.inside import Boundary, Position, Resumption, Schedule
@@ -269,5 +269,5 @@ _FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 def _unfit(file: Any, error: Exception) -> RunFolderError:
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error, most=200)
     return RunFolderError(f"{file}: does not fit this run ({reason}); delete it to resume from the checkpoint before")

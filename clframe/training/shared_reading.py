@@ -13,7 +13,8 @@ from clframe.data.lazy import DatasetSamples
 from clframe.data.reader import Reader, Request
 from clframe.data.samples import Loadable
 from clframe.seeding import derive_seed
-from clframe.training.distributed import Group, Share
+from clframe.training.distributed import Group
+from clframe.training.shares import Share
 
 
 class SharedReader:

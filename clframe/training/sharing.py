@@ -13,9 +13,12 @@ from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.seeding import derive_seed
-from clframe.training.distributed import Group, Share, fingerprint, learning_norms
-from clframe.training.learner import UNOBSERVED, Learner
+from clframe.training.distributed import Group, learning_norms
+from clframe.training.learner import Learner
+from clframe.training.observer import UNOBSERVED
 from clframe.training.reduction import GradientReduction
+from clframe.training.shares import Share
+from clframe.training.synchronization import fingerprint, state_tensors
 
 
 class SharedBatches:
@@ -149,7 +152,7 @@ class SharedBatches:
             "batches": self._batches,
             "weights": fingerprint(network.parameters()),
             "buffers of the network": fingerprint(network.buffers()),
-            "states of components": fingerprint(_tensors(self.learner.state)),
+            "states of components": fingerprint(state_tensors(self.learner.state)),
         }
         where = f"after epoch {self._epoch + 1} of experience {self.learner.experience.index + 1}"
         advice = "a component that draws other random numbers than those of its context does that; train on one device"
@@ -216,15 +219,3 @@ class _Generators:
     def differ(self, states: list[Tensor]) -> bool:
         """Whether anything has been drawn since :meth:`get`."""
         return any(not torch.equal(now, then) for now, then in zip(self.get(), states, strict=True))
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a state; those of networks are frozen copies, which are synchronized with it."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for part in state.values():
-            yield from _tensors(part)
-    elif isinstance(state, (list, tuple)):
-        for part in state:
-            yield from _tensors(part)

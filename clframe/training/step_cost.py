@@ -23,7 +23,8 @@ from clframe.core import Component, State
 from clframe.errors import ConfigError
 from clframe.moe import count_usage
 from clframe.nn.network import Network
-from clframe.training.learner import UNOBSERVED, Learner, Section, StepObserver
+from clframe.training.learner import Learner
+from clframe.training.observer import UNOBSERVED, Section, StepObserver
 from clframe.training.prediction_cost import every_expert
 
 Charges = dict[tuple[str, str], int]

@@ -31,6 +31,7 @@ from clframe.nn.graphs import CudaGraphs
 from clframe.nn.types import Output
 from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture, StepCapture
+from clframe.training.channels_last import require_channels_last
 from clframe.training.compiled import CompiledStages, refuse_to_compile
 from clframe.training.configured import configured_optimizer
 from clframe.training.distributed import Group
@@ -446,27 +447,3 @@ def _copy_state(former: Optimizer, fresh: Optimizer) -> None:
         for parameter in group["params"]:
             if parameter in former.state:
                 fresh.state[parameter] = former.state[parameter]
-
-
-NARROWEST = 8
-"""Fewest input channels of a strided 1x1 convolution that oneDNN trains with channels last."""
-
-
-def require_channels_last(model: nn.Module, device: torch.device) -> None:
-    """Refuse a model that cannot be trained with channels last on a CPU.
-
-    oneDNN 3 (torch 2.15) writes outside its buffers in the weight gradient of a strided 1x1 convolution with fewer
-    than 8 input channels on CPUs with AVX2, which ends the process. The check can go when that is fixed.
-
-    Raises:
-        UnsupportedError: The model has such a convolution.
-    """
-    if device.type != "cpu":
-        return
-    for name, part in model.named_modules():
-        strided = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and max(part.stride) > 1
-        if strided and part.in_channels < NARROWEST:
-            raise UnsupportedError(
-                f"trainer.channels_last: found the strided 1x1 convolution '{name}' with {part.in_channels} input "
-                f"channels, which crashes on a CPU; set trainer.channels_last=false or a larger backbone.width"
-            )

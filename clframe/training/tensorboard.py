@@ -17,7 +17,7 @@ from clframe.metrics import Tally, metrics_of, scores
 from clframe.plotting.images import matrix_markdown
 from clframe.plotting.style import spaced_indices
 from clframe.sparsity.activity import ActivityRecord
-from clframe.sparsity.output import short_layer_name
+from clframe.sparsity.plots import short_layer_name
 from clframe.training.custom_scalars import Chart, page
 from clframe.training.event_files import merge_events, wait_for_next_second
 from clframe.training.pictures import PICTURES, exit_usage

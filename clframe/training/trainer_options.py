@@ -18,7 +18,7 @@ from clframe.avalanche_bridge.imports import (
     lightning_callbacks,
     lightning_loggers,
 )
-from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, reason_of, unknown_name
 from clframe.own_code import is_dotted, load_class
 from clframe.training.checkpoint import encode
 from clframe.training.epochs import EarlyStopping, metric_names
@@ -90,7 +90,7 @@ def _callbacks(options: Mapping[str, Any]) -> list[Any]:
 
 def refusal(error: Exception) -> UnsupportedError:
     """Return the error of a run whose callbacks or loggers Lightning refuses."""
-    reason = " ".join(str(error).split())
+    reason = reason_of(error)
     return UnsupportedError(f"trainer: Lightning refuses its callbacks or loggers ({reason}); change or remove them")
 
 
@@ -113,7 +113,7 @@ def fresh_callbacks(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {**options, "callbacks": [copy.deepcopy(callback) for callback in _callbacks(options)]}
     except Exception as error:  # whatever __deepcopy__ and __reduce__ of a foreign class raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise UnsupportedError(
             f"trainer.callbacks: a callback cannot be copied ({reason}), but each experience gets a fresh one; give it "
             f"a __deepcopy__ (returning itself shares it)"

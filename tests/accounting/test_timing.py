@@ -86,7 +86,7 @@ def test_the_device_has_finished_before_a_clock_is_read(monkeypatch):
     module = nn.Identity()
     module.register_forward_hook(lambda *_: log.append("call"))
     latency(module, torch.ones(1, 1), warmup=2, repeats=2)
-    assert log == ["call", "call", "wait", *["clock", "call", "wait", "clock"] * 2]
+    assert log == ["call", "call", *["wait", "clock", "call", "wait", "clock"] * 2]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say")

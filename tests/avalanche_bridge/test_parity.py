@@ -228,8 +228,7 @@ def naive(toy: SimpleNamespace) -> dict[str, Ended]:
     }
 
 
-@pytest.mark.parametrize("kind", ["new", "tasks"])
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize(("name", "kind"), sampled(list(PLUGINS), ["new", "tasks"]))
 def test_a_plugin_ends_with_avalanches_weights(
     toy: SimpleNamespace, naive: dict[str, Ended], name: str, kind: str
 ) -> None:
@@ -241,13 +240,18 @@ def test_a_plugin_ends_with_avalanches_weights(
     assert toy.same(ours.weights, naive[kind].weights) is (name == "none")
 
 
+# Those that only add a plugin, which is tested above; Replay and LwF stand for them.
+ADD_A_PLUGIN = {name for name in STRATEGIES if name in PLUGINS} - {"Replay", "LwF"}
+
+
 @pytest.mark.filterwarnings("ignore:Avalanche is transitioning")  # LaMAML passes its arguments by position
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # and indexes tensors with lists
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         *((name, kind) for name, kinds in KINDS.items() for kind in kinds),
-        *sampled([name for name in STRATEGIES if name not in KINDS], ["new", "tasks"]),
+        *sampled([name for name in STRATEGIES if name not in {*KINDS, *ADD_A_PLUGIN}], ["new", "tasks"]),
+        *(pytest.param(name, kind, marks=pytest.mark.slow) for name in sorted(ADD_A_PLUGIN) for kind in ("new", "tasks")),
     ],
 )
 def test_a_strategy_class_ends_with_avalanches_weights(

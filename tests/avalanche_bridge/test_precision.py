@@ -13,6 +13,7 @@ from avalanche.models import MultiTaskModule
 from avalanche.training import DER, Naive
 from avalanche.training import plugins as P
 from lightning import Fabric
+from sampled import sampled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,8 +77,7 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize("evaluate_first", [False, True])
-@pytest.mark.parametrize("strategy", [LightningStrategy, on_fabric(Naive)])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "strategy"), sampled(list(PRECISIONS), [LightningStrategy, on_fabric(Naive)]))
 def test_a_foreign_module_runs_in_the_precision_asked_for(
     toy: SimpleNamespace, precision: str, strategy: type[Any], evaluate_first: bool
 ) -> None:
@@ -96,8 +96,7 @@ def test_a_foreign_module_runs_in_the_precision_asked_for(
     assert moved(before, toy.weights(model))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("engine", ["fabric", "trainer"])
+@pytest.mark.parametrize(("precision", "engine"), sampled(["bf16-mixed", "bf16-true"], ["fabric", "trainer"]))
 @pytest.mark.parametrize("expression", ["naive", "er(memory=20) + lwf"])
 def test_a_continual_module_runs_in_the_precision_asked_for(
     toy: SimpleNamespace, precision: str, engine: str, expression: str
@@ -159,8 +158,7 @@ PLUGINS = {
 }
 
 
-@pytest.mark.parametrize("model", ["foreign", "ours"])
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize(("name", "model"), sampled(list(PLUGINS), ["foreign", "ours"]))
 def test_plugins_run_in_mixed_precision(toy: SimpleNamespace, name: str, model: str) -> None:
     ends = []
     for plugins in ([], [PLUGINS[name]()]):
@@ -235,8 +233,9 @@ def by_hand(
     return updates
 
 
-@pytest.mark.parametrize("engine", ["fabric", "trainer"])
-@pytest.mark.parametrize(("accumulate", "updates"), [(1, 34), (2, 18), (3, 12), (100, 2)])
+@pytest.mark.parametrize(
+    ("engine", "accumulate", "updates"), sampled(["fabric", "trainer"], [(1, 34), (2, 18), (3, 12), (100, 2)])
+)
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_accumulation_and_clipping_are_those_of_a_loop_written_by_hand(
     toy: SimpleNamespace, engine: str, accumulate: int, updates: int, clip: float | None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from lightning.pytorch.callbacks import Timer
+from sampled import sampled
 
 from clframe.core import Experience
 from clframe.data import Benchmark, EpochLoader, Source, TensorSamples, class_incremental
@@ -53,17 +54,19 @@ def step_down(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"seed": None},
-        {"clip": 0.05, "scheduler": step_down},
-        {"limit_batches": 2, "accumulate": 2},
-        {"eval_every": 1},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
+    ("expression", "options"),
+    sampled(
+        EXPRESSIONS,
+        [
+            {},
+            {"seed": None},
+            {"clip": 0.05, "scheduler": step_down},
+            {"limit_batches": 2, "accumulate": 2},
+            {"eval_every": 1},
+        ],
+    ),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "plain",
 )
-@pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_both_engines_end_with_the_same_weights(
     toy: SimpleNamespace, blobs: Benchmark, expression: str, options: dict[str, Any]
 ) -> None:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-import clframe.api
+import clframe.execution
+import clframe.planning
+import clframe.sessions
 from clframe.cli import main
 
 TINY = ("trainer.fast_dev_run=2", "benchmark.experiences=2", "backbone.width=4")
@@ -60,7 +62,8 @@ def no_training(monkeypatch):
     def reached(*_, **__):
         pytest.fail("a session was made: the input was not refused in time")
 
-    monkeypatch.setattr(clframe.api, "_session", reached)
+    for module in (clframe.execution, clframe.planning, clframe.sessions):
+        monkeypatch.setattr(module, "new_session", reached)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blank_figures import leave_figures_blank
 
 from clframe import run
 from clframe.cli import main
 from clframe.exits import ExitEvaluation
+from clframe.exits.calibration_error import brier_N, nll_N
 from clframe.exits.diagnostics import compute_exit_metrics
-from clframe.exits.failure import brier_N, nll_N
 from clframe.exits.smooth_calibration import smooth_ece
 from clframe.progress import progress_bars
 from clframe.sparsity.study import study_sparsity
@@ -152,6 +153,7 @@ def test_exits_prints_and_writes_the_metrics_of_the_scores(with_exits, capsys, t
 
 def test_a_second_study_reads_the_cache(with_exits, capsys, monkeypatch):
     """The files are in the run's folder; several runs are studied one after the other."""
+    leave_figures_blank(monkeypatch, exit_studies)
     assert main(["analyze", "exits", with_exits, with_exits, "--limit", "60"]) == 0
     first = (Path(with_exits) / "exits" / "exits.json").read_text()
 
@@ -166,7 +168,8 @@ def test_a_second_study_reads_the_cache(with_exits, capsys, monkeypatch):
     assert second["samples"] == 60 and capsys.readouterr().err == ""
 
 
-def test_a_run_without_validation_data_has_metrics_and_no_budgets(with_exits, tmp_path, capsys):
+def test_a_run_without_validation_data_has_metrics_and_no_budgets(with_exits, tmp_path, capsys, monkeypatch):
+    leave_figures_blank(monkeypatch, exit_studies)
     copy = tmp_path / "copy"
     shutil.copytree(with_exits, copy, ignore=shutil.ignore_patterns("exits"))
     # Held-out samples are part of the training data now; the checkpoint and the test data are the same.
@@ -182,6 +185,7 @@ def test_a_run_without_validation_data_has_metrics_and_no_budgets(with_exits, tm
 
 
 def test_proxy_names_runs_that_are_left_out(with_exits, folder, capsys, tmp_path, monkeypatch):
+    leave_figures_blank(monkeypatch, exit_studies)
     monkeypatch.setattr(exit_studies, "study_proxies", partial(exit_studies.study_proxies, resamples=20))
     out = tmp_path / "out"
     assert main(["analyze", "proxy", with_exits, folder, "--output", str(out)]) == 0

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-import clframe.api
+import clframe.execution
 from clframe.cli import main
 from clframe.errors import UnsupportedError
 
@@ -133,7 +133,7 @@ def test_a_session_that_cannot_begin_leaves_nothing(refused, here, monkeypatch):
     def refusing(*_, **__):
         raise UnsupportedError("trainer: found something; choose others")
 
-    monkeypatch.setattr(clframe.api, "_session", refusing)
+    monkeypatch.setattr(clframe.execution, "new_session", refusing)
     refused(["run", "quickstart"], "trainer: found something; choose others")
     (here / "runs").mkdir()  # a folder that was there stays
     refused(["run", "quickstart"], "trainer: found something; choose others")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-import clframe.api
+import clframe.execution
 from clframe.cli.board import Board
 from clframe.config.load import load_config
 from clframe.errors import ConfigError, UnsupportedError
@@ -49,12 +49,12 @@ def closed(url):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Tags that a page open during the run can read after the last experience."""
-    seen, original = {}, clframe.api._finish
+    """Tags that a page open during the first run can read after the last experience."""
+    seen, original = {}, clframe.execution._finish
 
     def finishing(*arguments):
         result = original(*arguments)
-        if "url" not in seen:
+        if "url" not in seen or "tags" in seen:
             return result
         url = seen["url"]
         folder = Path(result.run_folder)
@@ -68,7 +68,7 @@ def asked(monkeypatch):
         original_start(self, folder)
         seen["url"], seen["starts"] = self.url, seen.get("starts", 0) + 1
 
-    monkeypatch.setattr(clframe.api, "_finish", finishing)
+    monkeypatch.setattr(clframe.execution, "_finish", finishing)
     monkeypatch.setattr(Board, "start", start)
     return seen
 
@@ -112,7 +112,7 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
     original = Board.start
     monkeypatch.setattr(Board, "start", lambda self, folder: (original(self, folder), urls.append(self.url)))
-    monkeypatch.setattr(clframe.api, "_finish", failing)
+    monkeypatch.setattr(clframe.execution, "_finish", failing)
     code, _, err = call("run", *TINY, "--tensorboard")
     assert code == 2
     assert "here: found something wrong" in err
@@ -120,7 +120,9 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGKILL, -9), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, 130), (signal.SIGTERM, 143))),
+])  # fmt: skip
 def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, code, here):
     command = [sys.executable, "-m", "clframe", "run", "quickstart", "backbone=mlp", "trainer.epochs=4000", "--tensorboard"]
     # Children of a background job of a shell ignore SIGINT by default.

@@ -12,8 +12,8 @@ from PIL import Image
 
 import clframe
 from clframe.data import digits
+from clframe.exits.bootstrap import bootstrap
 from clframe.exits.curves import wilson_interval
-from clframe.exits.failure import bootstrap
 from clframe.targets.evaluation import evaluate
 
 FAST = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[]"]

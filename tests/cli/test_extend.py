@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extend")
     write_photos(folder / "photos", 0, 1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clframe.api.write_figures", lambda *_: None)
+        patch.setattr("clframe.execution.write_figures", lambda *_: None)
         clframe.run(
             "quickstart",
             ["benchmark=image_folder", f"benchmark.path={folder / 'photos'}", "benchmark.experiences=1", "name=photos",
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clframe.api.write_figures", lambda *_: None)
+    monkeypatch.setattr("clframe.execution.write_figures", lambda *_: None)
 
 
 def run_of(folder: Path) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import clframe.api
+import clframe.execution
 from clframe.cli import main
 
 DEVELOPMENT = (
@@ -46,7 +47,7 @@ def test_run_says_it_before_training_once_for_all_seeds(call, monkeypatch, capsy
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(clframe.api, "_session", session)
+        patch.setattr(clframe.execution, "new_session", session)
         assert call("run", "quickstart", "benchmark.experiences=3").code == 130
     assert before == [UNEVEN]
     tiny = ("benchmark.experiences=3", "trainer.fast_dev_run=3", "backbone.width=2")

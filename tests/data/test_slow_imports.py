@@ -43,6 +43,7 @@ print([name for name in unused if name in sys.modules])
     assert _python(code).splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow  # the default suite uses much of torchvision after such an import
 def test_torchvision_is_whole_when_something_in_it_is_used() -> None:
     code = (
         "import sys, torch\nfrom clframe.data.avalanche import import_avalanche\nimport_avalanche()\n"

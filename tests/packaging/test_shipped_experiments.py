@@ -35,8 +35,8 @@ CUT = {
     "language_model": ["backbone.width=16", "benchmark.vocabulary=290", "benchmark.context=8"],
 }  # fmt: skip
 """Overrides that make an experiment short and small; its strategy is as shipped."""
-RUN_ELSEWHERE = {"quickstart", "split_mnist", TEXT, "auxiliary_classifiers_5"}
-"""Experiments that other tests of the default suite run, or that differ from another one in a number only."""
+RUN_ELSEWHERE = {"quickstart", "split_mnist", TEXT, "auxiliary_classifiers_5", "zero_time_waste_vit"}
+"""Experiments that other tests of the default suite run, or that differ from another one in a number or the network."""
 HEADS = {"auxiliary_classifiers": 7, "auxiliary_classifiers_5": 7, "zero_time_waste": 16, "zero_time_waste_vit": 11,
          "early_exits": 11}  # fmt: skip
 """Exits by experiment; all others have one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,19 +28,45 @@ def installed(tmp_path_factory):
 
 
 DRIVER = """
-import contextlib, io, json, pathlib, sys
-from clframe.cli import main
-answers = []
-for words in json.loads(sys.argv[1]):
-    runs = [str(path) for path in pathlib.Path().glob("out/*/*")]
-    words = [runs[0] if word == "RUN" and runs else word for word in words]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(words)
-    answers.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(answers))
+import contextlib, io, json, os, pathlib, sys, traceback
+import torch, torch.utils.flop_counter, yaml, omegaconf, numpy  # before a fork: importing them takes seconds
+
+def answer(commands, site, cwd):
+    os.chdir(cwd)
+    sys.path[0] = site
+    from clframe.cli import main
+    for words in commands:
+        runs = [str(path) for path in pathlib.Path().glob("out/*/*")]
+        words = [runs[0] if word == "RUN" and runs else word for word in words]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(words)
+        yield code, out.getvalue(), err.getvalue()
+
+assert not any(name.split(".")[0] in ("clframe", "strategies") for name in sys.modules)
+for line in sys.stdin:
+    if os.fork() == 0:
+        try:
+            print(json.dumps(list(answer(*json.loads(line)))), flush=True)
+        except BaseException:
+            print(json.dumps(traceback.format_exc()), flush=True)
+        os._exit(0)
+    os.wait()
 """
-"""Several commands in one new interpreter, which takes seconds to import torch; RUN is the folder of the run."""
+"""An interpreter that has not imported clframe answers each line of commands in a process of its own, forked before that
+import; RUN is the folder of the run."""
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path_factory.mktemp("start"),
+    )  # fmt: skip
+    yield process
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
 
 
 class Answer(NamedTuple):
@@ -50,16 +75,21 @@ class Answer(NamedTuple):
     err: str
 
 
-def clframe(*commands, site, cwd):
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(commands)], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(site)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [Answer(*answer) for answer in json.loads(done.stdout)]
+@pytest.fixture
+def clframe(interpreter):
+    """Run commands with the packages in a folder."""
+
+    def run(*commands, site, cwd):
+        interpreter.stdin.write(json.dumps([commands, str(site), str(cwd)]) + "\n")
+        interpreter.stdin.flush()
+        answers = json.loads(interpreter.stdout.readline())
+        assert not isinstance(answers, str), answers
+        return [Answer(*answer) for answer in answers]
+
+    return run
 
 
-def test_it_is_listed_trained_composed_and_checked_like_ours(installed, tmp_path):
+def test_it_is_listed_trained_composed_and_checked_like_ours(clframe, installed, tmp_path):
     listed, every, ran, misspelled = clframe(
         ["list", "strategies", "anchor"],
         ["list", "strategies"],
@@ -77,7 +107,7 @@ def test_it_is_listed_trained_composed_and_checked_like_ours(installed, tmp_path
     assert "components.anchor.strenght: unknown option; did you mean 'strength'?" in misspelled.err
 
 
-def test_one_run_uses_every_kind_of_entry_by_name(installed, tmp_path):
+def test_one_run_uses_every_kind_of_entry_by_name(clframe, installed, tmp_path):
     names = (("backbones", "lenet"), ("benchmarks", "stripes"), ("configs", "backbone/lenet"))
     *listed, ran, timed = clframe(
         *(["list", what, name] for what, name in names),
@@ -107,7 +137,7 @@ BROKEN = {
 }
 
 
-def test_a_broken_package_is_reported_and_stops_nothing_and_a_missing_one_is_unknown(tmp_path):
+def test_a_broken_package_is_reported_and_stops_nothing_and_a_missing_one_is_unknown(clframe, tmp_path):
     metadata = tmp_path / "odd-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
@@ -130,7 +160,7 @@ def test_a_broken_package_is_reported_and_stops_nothing_and_a_missing_one_is_unk
     assert unknown.code == 2 and "unknown component 'anchor'" in unknown.err
 
 
-def test_two_packages_of_one_name_are_refused_naming_both(tmp_path):
+def test_two_packages_of_one_name_are_refused_naming_both(clframe, tmp_path):
     (tmp_path / "twin.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom clframe.core import Component\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Twin(Component):\n    name: ClassVar[str] = 'er'\n"
@@ -144,7 +174,7 @@ def test_two_packages_of_one_name_are_refused_naming_both(tmp_path):
     assert "component 'er': registered twice, by strategies.er.ER and twin.Twin" in message
 
 
-def test_a_foreign_strategies_package_that_shadows_ours_is_named(tmp_path):
+def test_a_foreign_strategies_package_that_shadows_ours_is_named(clframe, tmp_path):
     (tmp_path / "strategies").mkdir()
     (tmp_path / "strategies" / "__init__.py").write_text("")
     ((code, _, message),) = clframe(["list", "strategies"], site=tmp_path, cwd=tmp_path)

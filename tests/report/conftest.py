@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from blank_figures import leave_figures_blank
 
 from clframe.config.load import load_config
 from clframe.config.typed import to_yaml
 from clframe.exits.curves import AccuracyCostCurve, BudgetPoint, BudgetPoints
 from clframe.exits.diagnostics import ExitRecord
 from clframe.metrics.tally import Tally
-from clframe.plotting.style import RenderedPicture
-from clframe.report import content
 from clframe.report.latency import write_timings
 from clframe.results import summarize
 
@@ -106,8 +105,7 @@ def make_run(tmp_path):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leave the figures blank, which is most of the time that a report takes, where only words and numbers count."""
-    blank = "<svg></svg>"
-    monkeypatch.setattr(content, "render_picture", lambda picture: RenderedPicture(picture.name, picture.caption, blank, blank, b""))
+    leave_figures_blank(monkeypatch)
 
 
 @pytest.fixture(scope="session")

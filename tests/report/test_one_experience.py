@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from blank_figures import leave_figures_blank
 
 import clframe
 from clframe.report.writing import write_report
@@ -36,7 +37,8 @@ def test_the_page_has_neither_matrix_nor_forgetting(runs):
     assert f"{100 * accuracy:.1f}" in text
 
 
-def test_several_are_compared_by_their_accuracy(runs, tmp_path):
+def test_several_are_compared_by_their_accuracy(runs, tmp_path, monkeypatch):
+    leave_figures_blank(monkeypatch, but=("pareto",))  # the others are those of each run, as above
     other = clframe.run("quickstart", [*RUN, "strategy=exits(every=1)"], output=tmp_path).run_folder
     page = write_report([*runs, Path(other)])
     text = page.read_text()

@@ -124,8 +124,8 @@ def test_a_failure_to_draw_loses_neither_the_run_nor_its_results(tmp_path, monke
     def broken(*args, **options):
         raise MemoryError("no room for pixels")
 
-    monkeypatch.setattr("clframe.training.session.draw_pictures", broken)
-    monkeypatch.setattr("clframe.api.write_figures", broken)
+    monkeypatch.setattr("clframe.training.tensorboard_pages.draw_pictures", broken)
+    monkeypatch.setattr("clframe.execution.write_figures", broken)
     quick = ["backbone=mlp", "backbone.width=6", "strategy=naive", "trainer.epochs=1", "trainer.progress=false",
              "benchmark.experiences=2"]  # fmt: skip
     result = clframe.run("quickstart", quick, output=tmp_path)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from blank_figures import leave_figures_blank
 
 from clframe.cli import main
 from clframe.errors import ClframeError
@@ -86,7 +87,9 @@ def test_one_run(make_run, exits, read_table):
     }  # fmt: skip
 
 
-def test_calibration_and_failure_prediction_have_a_table_and_a_figure_of_their_own(make_run, exits, read_table):
+def test_calibration_and_failure_prediction_have_a_table_and_a_figure_of_their_own(make_run, exits, read_table, monkeypatch):
+    leave_figures_blank(monkeypatch, but=("exit_metrics", "exit_failure_prediction"))
+
     def record(first, last):
         found = {"ece": (first, last), "aurc": (0.25, last), "auroc": (0.5, math.nan), "nll": (1.5, 2.0), "eefp": (first, math.nan)}
         plain = exits(0.25, 0.75)
@@ -214,6 +217,7 @@ def test_a_table_of_contents_links_every_section(make_run, tmp_path):
     assert links == ids and len(links) == 1 + 2 * 3
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_runs_of_schema_version_1_are_reported(tmp_path, read_table):
     for run in ("version_1", "version_1_exits"):
         shutil.copytree(DATA / run, tmp_path / run)
@@ -431,6 +435,7 @@ def test_unfinished_runs_below_a_folder_are_left_out_and_named(make_run, tmp_pat
     assert "1 run" in page.text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_watch_shows_a_running_run_until_it_is_finished(make_run, tally, exits):
     run = make_run("run", (12, 18))
     results = (run / "results.json").read_bytes()

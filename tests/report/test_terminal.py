@@ -99,7 +99,7 @@ def test_many_experiences_show_every_nth_and_the_last_with_averages_over_all(row
     assert float(last[-1]) == pytest.approx(100 * sum(seen) / len(seen), abs=0.051)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 14, 15, 16, 21, 22, 23, 40, 99, 101])
+@pytest.mark.parametrize("count", [1, 2, 5, 14, 15, 16, 21, 22, 23, 40, pytest.param(99, marks=pytest.mark.slow), 101])
 def test_no_line_is_wider_than_a_hundred_columns(count):
     widths = {len(line) for line in accuracy_text(make(count, count)).splitlines()}
     assert max(widths) <= 100

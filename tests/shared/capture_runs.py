@@ -41,7 +41,7 @@ def stream(per_class=13, shape=(1, 4, 4)):
     return class_incremental(Source("blobs", data, data, classes=6), experiences=3, order="sorted")
 
 
-def prepare(expression, *, data, device="cpu", epochs=3, optimizer=SGD, clip=None, backbone="mlp", plugins=()):
+def prepare(expression, *, data, device="cpu", epochs=3, optimizer=SGD, clip=None, backbone="mlp", gamma=0.8, plugins=()):
     """A strategy for ``data``, and what counts its costs."""
     composition = parse(expression)
     if any(c.needs_memory for c in composition) and not any(c.keeps_memory for c in composition):
@@ -57,7 +57,7 @@ def prepare(expression, *, data, device="cpu", epochs=3, optimizer=SGD, clip=Non
     heads = [] if "exits" in names else [(tap, make_head("token" if tokens else "auto", net.tap_shapes[tap]))]
     module = ContinualModule(
         Network(net, exits=heads), composition, optimizer=optimizer, seed=3, clip=clip,
-        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.8),
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=gamma),
     )  # fmt: skip
     costs = CostRecorder(module.learner, Ledger())
     loop = LightningStrategy(

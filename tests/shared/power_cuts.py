@@ -38,7 +38,7 @@ def without_pictures() -> pytest.MonkeyPatch:
     The peak is an integer whose length, and so the size of a checkpoint, depends on the tests before.
     """
     patch = pytest.MonkeyPatch()
-    patch.setattr("clframe.api.write_figures", lambda *_: None)
+    patch.setattr("clframe.execution.write_figures", lambda *_: None)
     patch.setattr("clframe.training.cost_recorder.process_peak_bytes", lambda: None)
     return patch
 
@@ -99,7 +99,7 @@ class Recorder:
 
 
 def cut_run(
-    options: Sequence[str], folder: Path, *, cuts: int, seed: Any = 0
+    options: Sequence[str], folder: Path, *, cuts: int, seed: Any = 0, config: str = "quickstart"
 ) -> tuple[Path, list[tuple[str, Path]]]:
     """Run to the end; returns the folder of the run and its copies at ``cuts`` instants, with their names."""
 
@@ -107,7 +107,7 @@ def cut_run(
         return next(iter((folder / "whole").glob("*/*")), None)
 
     with Recorder(running, folder, count=cuts, seed=seed) as recorder:
-        result = clframe.run("quickstart", options, output=folder / "whole")
+        result = clframe.run(config, options, output=folder / "whole")
     copies = list(recorder.kept.values())
     print("cuts:", ", ".join(f"{path.parent.name} at {name}" for name, path in copies))  # shown if the test fails
     return Path(str(result.run_folder)), copies

@@ -248,7 +248,10 @@ def test_on_digits_every_exit_does_what_it_is_for():
         assert ssil_old[k] > replay_old[k] + 0.01
 
 
-@pytest.mark.parametrize("strategy", ["er(memory=40) + icarl + lwf", "er(memory=40) + ncm + ssil", "er(memory=40) + lode"])
+@pytest.mark.parametrize("strategy", [
+    "er(memory=40) + icarl + lwf", pytest.param("er(memory=40) + ncm + ssil", marks=pytest.mark.slow),
+    pytest.param("er(memory=40) + lode", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_the_same(strategy, tmp_path):
     options = [f"strategy={strategy}", "backbone=mlp", "backbone.width=16", "trainer.epochs=1", "trainer.loggers=[csv]",
                "benchmark.classes=6", "benchmark.experiences=3"]  # fmt: skip

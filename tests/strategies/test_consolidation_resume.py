@@ -12,7 +12,7 @@ import clframe
 SMALL = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "trainer.progress=false", "trainer.batch_size=64",
          "benchmark.classes=6", "benchmark.experiences=3"]  # fmt: skip
 STRATEGIES = [
-    "ewc(samples=40) + exits",
+    pytest.param("ewc(samples=40) + exits", marks=pytest.mark.slow),
     "ewc(mode='online', labels='sampled', samples=40) + si + mas(samples=40)",
     "ancl(lr=0.01) + cwr",
     "er + freeze + lwf + wa",

@@ -137,7 +137,9 @@ def accuracy(module, part):
         return (module.network.eval()(part.prepare(part.x)).last.argmax(1) == part.y).float().mean().item()
 
 
-@pytest.mark.parametrize("strategy", [SMALL, compose(SMALL, EXITS), compose(SMALL, EXITS, ER(memory=40))])
+@pytest.mark.parametrize(
+    "strategy", [SMALL, pytest.param(compose(SMALL, EXITS), marks=pytest.mark.slow), compose(SMALL, EXITS, ER(memory=40))]
+)
 def test_it_trains_prompts_and_classifiers_and_resumes_alike(strategy, stream):
     module = trained(strategy, stream)
     fresh = vit().backbone.state_dict()

@@ -74,6 +74,30 @@ def test_only_adapters_train_after_the_first_experience(merge):
     assert kept == [merge == "never"] * 4
 
 
+@pytest.mark.parametrize("merge", ["experience", "never", "apart"])
+def test_a_stored_network_computes_with_its_adapters(merge):
+    """Whether an adapter is computed is not stored: it follows from the weights."""
+    nets, ids = [network(), network(1)], torch.randint(0, 20, (3, 7))
+    for net in nets:
+        LoRA(rank=2, merge=merge).setup_network(net)
+    torch.manual_seed(2)
+    for _ in range(2):
+        for layer in adapters(nets[0]):
+            layer.draw()
+            torch.nn.init.normal_(layer.up_OR)
+            {"experience": layer.merge, "never": lambda: None, "apart": layer.keep}[merge]()
+    plain, expected = network()(ids).last, nets[0](ids).last
+    assert (expected - plain).abs().max() > 1e-4
+    nets[1].load_state_dict(nets[0].state_dict())
+    torch.testing.assert_close(nets[1](ids).last, expected, rtol=0, atol=0)
+    if merge == "apart":
+        assert [len(layer.kept_down_ERI) for layer in adapters(nets[1])] == [2] * 14
+        assert not any(p.requires_grad for layer in adapters(nets[1]) for p in (layer.kept_down_ERI, layer.kept_up_EOR))
+        layer, x = adapters(nets[1])[0], torch.randn(5, 8, dtype=torch.float64)
+        longhand = x @ (layer.weight + 8.0 * layer.kept_up_EOR[1] @ layer.kept_down_ERI[1]).T
+        torch.testing.assert_close(layer(x), longhand)
+
+
 def test_values_of_single_weights_need_lasting_adapters():
     for other in ("ewc", "si", "mas"):
         with pytest.raises(ComposeError, match=f"'{other}' keeps values of single weights, and 'lora' trains new ones"):

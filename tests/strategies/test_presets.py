@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from omegaconf import OmegaConf
 
 from clframe.config.files import read_yaml, shipped_configs
 from clframe.core import Composition, parse
@@ -35,7 +34,7 @@ PUBLISHED = {
 
 
 def strategy_of(preset: str) -> Composition:
-    config = OmegaConf.to_container(read_yaml(FOLDER / f"{preset}.yaml"))
+    config = read_yaml(FOLDER / f"{preset}.yaml")
     return parse(config["strategy"], config.get("components", {}))
 
 

@@ -25,13 +25,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "strategy",
     [
-        "gdumb(memory=40)",
         f"derpp(memory=40) + {EXITS}",
         "er(memory=40, replay='concatenate') + er_ace",
-        "mir(memory=40)",
         # The states of these round-trip in tests/conformance, and tests/training/test_resume_inside.py resumes der.
         *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in (
-            "der(memory=40, selection='herding')", f"agem(memory=40, sample=8) + {EXITS}",
+            "gdumb(memory=40)", "mir(memory=40)", "der(memory=40, selection='herding')", f"agem(memory=40, sample=8) + {EXITS}",
             f"der(memory=40, update='step') + {EXITS}", "gss(memory=40)",
         )),
     ],

@@ -119,6 +119,7 @@ def test_fewer_neurons_fire_on_digits_and_it_still_learns(on_digits, backbone):
     assert accuracies[1] > accuracies[0] - 0.1
 
 
+@pytest.mark.slow  # tests/training/test_resume_inside.py stops one with exits at three places
 def test_a_run_broken_off_ends_as_one_that_was_not(tmp_path):
     options = ["backbone=mlp", "trainer.epochs=1", "strategy=er + lwf + sparsity", "trainer.progress=false"]
     whole = clframe.run("quickstart", options, output=tmp_path)

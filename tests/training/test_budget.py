@@ -233,7 +233,7 @@ def test_a_value_that_is_short_for_a_block_merges_with_its_other_keys():
 
 
 def test_memory_beyond_the_stream_is_reported(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="clframe.api"):
+    with caplog.at_level("INFO", logger="clframe.planning"):
         run = train(tmp_path, "strategy=er", "trainer.memory=1e6")
     size = yaml.safe_load((run / "config.yaml").read_text())["components"]["er"]["memory"]
     assert f"trainer.memory: components.er.memory={size}, not 200" in caplog.text

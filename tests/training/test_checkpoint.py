@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def test_a_file_that_contradicts_its_name_is_refused(tmp_path):
         load_latest(tmp_path, device=CPU)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, to be copied."""
+    small = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false"]
+    return clframe.run("quickstart", small, output=tmp_path_factory.mktemp("finished")).run_folder
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,14 +78,12 @@ def test_a_file_that_contradicts_its_name_is_refused(tmp_path):
         ({"train_seconds": None}, "train_seconds=None"),
     ],
 )
-def test_fields_that_make_no_sense_are_refused(tmp_path, change, message):
-    small = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "benchmark.experiences=2", "trainer.progress=false"]
-    result = clframe.run("quickstart", small, output=tmp_path)
-    (folder,) = tmp_path.glob("quickstart/*")
+def test_fields_that_make_no_sense_are_refused(finished, tmp_path, change, message):
+    folder = shutil.copytree(finished, tmp_path / "copy")
     path = folder / "checkpoints" / "experience_002.ckpt"
     torch.save({**torch.load(path, weights_only=True), **change}, path)
     with pytest.raises(RunFolderError, match=message):
-        clframe.run(resume=result.run_folder)
+        clframe.run(resume=folder)
     torch.save({**torch.load(path, weights_only=True), "finished": 77}, path.with_name("experience_077.ckpt"))
     with pytest.raises(RunFolderError, match="finished=77 of 2 experiences"):
-        clframe.run(resume=result.run_folder)
+        clframe.run(resume=folder)

@@ -64,7 +64,8 @@ def check(expression, backend, *, tolerance=1e-5, **options):
     epochs = 2 if "disjoint" in expression else 1
     plain, compiled, graphs, loop = both(expression, backend, epochs=epochs, **options)
     assert plain["names"] == compiled["names"]
-    assert plain["costs"] == compiled["costs"]
+    for expected, found in zip(plain["costs"], compiled["costs"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)  # BiC fits a pair by Newton's method: rounding changes its steps
     for part in ("weights", "scores"):
         assert largest_difference(plain[part], compiled[part]) < tolerance, part
     return graphs, loop

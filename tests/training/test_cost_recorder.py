@@ -29,9 +29,9 @@ from avalanche.core import SupervisedPlugin
 from lightning import Fabric
 
 from clframe.training.evaluation import Scores
-from clframe.training.learner import StepObserver
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
+from clframe.training.observer import StepObserver
 from clframe.training.session import Session
 from clframe.training.strategy import LightningStrategy
 

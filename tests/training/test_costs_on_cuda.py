@@ -9,7 +9,7 @@ import torch
 
 from clframe.accounting import Ledger
 from clframe.api import run
-from clframe.training.learner import StepObserver
+from clframe.training.observer import StepObserver
 from clframe.training.step_cost import StepProfiler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -21,8 +21,10 @@ from clframe.core import COMPONENTS, parse
 from clframe.errors import ClframeError
 from clframe.training import reduction
 from clframe.training.devices import check_devices, process_count, training_devices
-from clframe.training.distributed import Group, divide, fingerprint, learning_norms
+from clframe.training.distributed import Group, learning_norms
 from clframe.training.reduction import GradientReduction, in_memory_order
+from clframe.training.shares import divide
+from clframe.training.synchronization import fingerprint
 
 SMALL = {"per_class": 5, "epochs": 1, "experiences": 2}
 CASES = {

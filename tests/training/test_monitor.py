@@ -34,7 +34,7 @@ def strategy(size, terms):
     """Just what a monitor looks at."""
     return SimpleNamespace(
         batch=SimpleNamespace(y=[0] * size),
-        learner=SimpleNamespace(flush_terms=lambda: dict(terms), term_steps=2),
+        learner=SimpleNamespace(flush_terms=lambda: dict(terms), loss_sums=SimpleNamespace(steps=2)),
         gradient_norm=lambda: 3.5,
         clock=SimpleNamespace(train_iterations=0),
         optimizer=SimpleNamespace(param_groups=[{"lr": 0.125}]),

@@ -186,8 +186,8 @@ def test_a_loss_or_a_gradient_alone_skips_the_update(engine, term, strategy):
     assert dict(run.filter.skipped) == {0: EPOCHS, 1: EPOCHS} and dict(run.filter.updates) == {0: 12, 1: 12}
     assert all(value.isfinite().all() for value in run.module.network.state_dict().values())
     # 12 steps, of which those with a loss that is not finite are not in the means of terms.
-    assert run.module.learner.term_steps == 24 - (4 if term == "loss" else 0)
-    assert all(value.isfinite().all() for value in run.module.learner.term_sums.values())
+    assert run.module.learner.loss_sums.steps == 24 - (4 if term == "loss" else 0)
+    assert all(value.isfinite().all() for value in run.module.learner.loss_sums.sums.values())
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # Lightning's own

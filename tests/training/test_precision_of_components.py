@@ -14,14 +14,15 @@ FAST = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "benchmark.expe
 
 TRANSFORMER = ["backbone=vit_tiny", "backbone.width=8", "backbone.depth=1", "backbone.patch=4", "backbone.heads=2"]
 NAMES = [name for name in COMPONENTS.names() if name != "l2p"]
+IN_16_BITS = NAMES[::2]
 ALSO_IN_64_BITS = ("naive", "er", "exits")
-"""Of the default suite; tests/golden trains steps of every component in float64."""
+"""Of the default suite; the slow one runs all, and tests/golden trains steps of every component in float64."""
 
 
 @pytest.mark.parametrize(
     "name, precision",
     [
-        *((name, "bf16-true") for name in NAMES),
+        *(pytest.param(name, "bf16-true", marks=[pytest.mark.slow] * (name not in IN_16_BITS)) for name in NAMES),
         *(pytest.param(name, "64-true", marks=[pytest.mark.slow] * (name not in ALSO_IN_64_BITS)) for name in NAMES),
     ],
 )

@@ -228,9 +228,12 @@ class Killed(BaseException):
 
 
 # tests/training/test_resume_inside.py resumes an online stream with known boundaries as well.
-@pytest.mark.parametrize("options", [pytest.param(["benchmark.online=16"], marks=pytest.mark.slow),
-                                     ["benchmark.online=16", "benchmark.boundaries=false"],
-                                     ["benchmark.online=16", "benchmark.blurry=0.5"]])  # fmt: skip
+# Both others are stopped at several places in test_resume_inside.py, too.
+@pytest.mark.parametrize("options", [
+    pytest.param(["benchmark.online=16"], marks=pytest.mark.slow),
+    pytest.param(["benchmark.online=16", "benchmark.boundaries=false"], marks=pytest.mark.slow),
+    ["benchmark.online=16", "benchmark.blurry=0.5"],
+])  # fmt: skip
 def test_an_online_run_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
     options = [*SMALL, *options, "strategy=er", "components.er.selection=reservoir", "optimizer.lr=0.01"]
     whole = clframe.run("quickstart", options, output=tmp_path / "whole")

@@ -22,7 +22,7 @@ SMALL = ["backbone=mlp", "backbone.width=6", "trainer.epochs=1", "trainer.progre
 def test_the_seconds_of_every_recorder_are_in_the_ledger_and_no_figure_is_drawn_twice(tmp_path, monkeypatch):
     drawn = []
     render = style.render_pixels
-    for module in (images, clframe.exits.plots, clframe.sparsity.output):
+    for module in (images, clframe.exits.plots, clframe.sparsity.plots):
         if hasattr(module, "render_pixels"):
             monkeypatch.setattr(module, "render_pixels", lambda figure: (drawn.append(figure), render(figure))[1])
     strategy = ["strategy=naive + exits + sparsity", "components.exits={at: [layer1]}"]

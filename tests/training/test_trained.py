@@ -113,7 +113,10 @@ CORRECTING = {
 }
 
 
-@pytest.mark.parametrize("name", CORRECTING)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ncm", "ranpac", "simplecil"))) for name in CORRECTING],
+)
 def test_corrections_are_applied_exit_by_exit_in_dynamic_inference(name, tmp_path):
     strategy = f"{CORRECTING[name]} + exits + early_exit(threshold=0.5)"
     more = [f"strategy={strategy}", "backbone.depth=3", "benchmark.validation=0.1"]

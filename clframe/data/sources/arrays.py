@@ -26,7 +26,7 @@ from clframe.data.sources.labels import (
     warn_of_duplicates,
 )
 from clframe.data.sources.paths import require_path
-from clframe.errors import ConfigError, DataError
+from clframe.errors import ConfigError, DataError, reason_of
 
 Array = npt.NDArray[Any]
 Layout = Literal["auto", "chw", "hwc"]
@@ -207,7 +207,7 @@ def _read(file: Path, *, memory_gb: float) -> dict[str, Array]:
     except DataError:
         raise
     except Exception as error:  # damaged archives raise anything from BadZipFile to UnicodeDecodeError
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"{file}: cannot be read as .npz ({reason}); write it again with numpy.savez") from None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -46,7 +48,14 @@ def digits(*, test_fraction: float = 0.25) -> Source:
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
-    """Read images x [N, 1, 8, 8] and labels y_N.
+    """Return images x [N, 1, 8, 8] and labels y_N, new ones at every call."""
+    rows = _digit_rows()
+    return torch.from_numpy(rows[:, :-1]).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(rows[:, -1].copy())
+
+
+@cache
+def _digit_rows() -> npt.NDArray[np.int64]:
+    """Read a row of 64 pixels and the label for each image, once.
 
     The file is read directly where it is found, since importing scikit-learn takes longer than training a first epoch.
     """
@@ -54,14 +63,11 @@ def _read_digits() -> tuple[Tensor, Tensor]:
     for folder in (spec.submodule_search_locations if spec is not None else None) or ():
         file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
         if file.is_file():
-            rows = np.loadtxt(file, delimiter=",", dtype=np.int64)
-            break
-    else:
-        from sklearn.datasets import load_digits
+            return np.loadtxt(file, delimiter=",", dtype=np.int64)
+    from sklearn.datasets import load_digits
 
-        bunch = load_digits()
-        rows = np.concatenate((bunch.data, bunch.target[:, None]), 1).astype(np.int64)
-    return torch.from_numpy(rows[:, :-1]).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(rows[:, -1].copy())
+    bunch = load_digits()
+    return np.concatenate((bunch.data, bunch.target[:, None]), 1).astype(np.int64)
 
 
 _PARTS = ("images_background", "images_evaluation")

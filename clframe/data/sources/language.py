@@ -17,7 +17,7 @@ from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.paths import require_path
-from clframe.data.tokenizer import TextTokenizer, read_tokenizer, train_tokenizer
+from clframe.data.tokenizer import TextTokenizer, digest_of, read_tokenizer, train_tokenizer
 from clframe.errors import ConfigError, DataError, nearest
 from clframe.files import write_atomically
 
@@ -97,32 +97,37 @@ def language_model(
     }
     return Source(
         "language_model", samples["train"], samples["test"], classes=len(files), class_names=tuple(files),
-        inputs=InputFormat(kind="language", max_length=context + 1), vocabulary=vocabulary, tokenizer=content,
+        inputs=InputFormat(kind="language", max_length=context + 1, tokenizer=digest_of(content)),
+        vocabulary=vocabulary, tokenizer=content,
     )  # fmt: skip
 
 
-def domain_files(root: Path, domains: tuple[str, ...] = ()) -> dict[str, dict[str, Path]]:
+def domain_files(
+    root: Path, domains: tuple[str, ...] = (), *, parts: Sequence[str] = _PARTS
+) -> dict[str, dict[str, Path]]:
     """Return the files of each domain of a folder by part, ``train`` and ``test``.
 
     Args:
         root: The folder.
         domains: Names, in order; empty: all, in alphabetical order.
+        parts: The parts that a domain needs.
 
     Raises:
         ConfigError: A name given twice.
         DataError: No domain in the folder, or one without a file.
     """
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_file()}
-    ends = [f"_train{end}" for end in _ENDINGS]
+    first = parts[0]
+    ends = [f"_{first}{end}" for end in _ENDINGS]
     known = sorted({name.removesuffix(end) for name in found for end in ends if name.endswith(end)})
     if not known:
-        raise DataError(f"{root}: has no NAME_train.txt or NAME_train.txt.xz; put the text of each domain into one")
+        raise DataError(f"{root}: has no NAME_{first}.txt or NAME_{first}.txt.xz; put the text of each domain into one")
     if len(set(domains)) < len(domains):
         raise ConfigError(f"benchmark.domains: found {list(domains)}; name each domain once")
     chosen: dict[str, dict[str, Path]] = {}
     for name in domains or known:
         chosen[name] = {}
-        for part in _PARTS:
+        for part in parts:
             path = next((found[f"{name}_{part}{end}"] for end in _ENDINGS if f"{name}_{part}{end}" in found), None)
             if path is None:
                 close = nearest(name, known) if name not in known else None

@@ -20,7 +20,7 @@ from clframe.data.source import SOURCES, Source
 from clframe.data.sources.arrays import array_source
 from clframe.data.sources.labels import PUBLISHED, measure_normalization
 from clframe.data.sources.paths import PublishedFile, ensure_files
-from clframe.errors import DataError
+from clframe.errors import DataError, reason_of
 
 _DIGITS = tuple("0123456789")
 
@@ -225,7 +225,7 @@ def _read(read: Callable[[], Any], root: Path, files: Sequence[tuple[str, str]] 
         for file, md5 in files:
             if not check_integrity(str(root / file), md5):
                 raise DataError(f"{root / file}: its md5 is not {md5}; delete it and run again") from None
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"{root}: torchvision cannot read it ({reason}); delete the files and run again") from None
 
 

@@ -1,170 +1,21 @@
-"""Backbones as named stages with taps, and dry runs that infer tap shapes of modules from other libraries.
-
-Dry runs have no side effects: training flags, batch-norm statistics and random states are restored.
-"""
+"""Backbones: networks of named stages with taps, made by a class or from any model, and their registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.nn.backbones.checks import require_at_least
+from clframe.nn.backbones.stages import ShapedStage, infer_shapes, is_equivalent, match_parameters, preserving_state
 from clframe.nn.backbones.traced import default_layers, has_same_gradients, trace_stages
-from clframe.nn.backbones.traced_graph import BATCHES, starts_in_place
+from clframe.nn.backbones.traced_graph import BATCHES
 from clframe.registry import Registry, call_problem
-
-Flow = Tensor | tuple[Tensor, ...]
-"""Value passed from stage to stage: the tap, alone or followed by further tensors such as an attention mask."""
-Stages = Sequence[tuple[str, nn.Module]]
-"""``(name, module)`` in order of execution."""
-ShapedStage = tuple[str, nn.Module, tuple[int, ...]]
-"""``(name, module, tap shape)``, one stage of a backbone."""
-
-_SAMPLES = 2
-"""Batch size of a dry run; 1 would not reveal a stage that swaps batch and channels."""
-
-
-def tap_of(value: Flow) -> Tensor:
-    """The tap in the value of a stage."""
-    return value if isinstance(value, Tensor) else value[0]
-
-
-def infer_shapes(
-    stages: Stages, input_shape: tuple[int, ...], *, where: str, compute: bool = False
-) -> list[ShapedStage]:
-    """Infer tap shapes by a dry run on two samples of zeros in evaluation mode.
-
-    A stage that writes into its input, such as an in-place ReLU, would change the previous tap. It is merged with the
-    stages whose taps it overwrites into one stage of its name.
-
-    Args:
-        stages: The stages to run.
-        input_shape: Shape of one sample.
-        where: Prefix of messages.
-        compute: Run on the device of the weights. By default the run is on torch's meta device and costs next to
-            nothing at any size, but modules whose forward depends on values fail there.
-
-    Raises:
-        ConfigError: A stage that fails or whose output has no batch dimension, or a first stage that writes into the
-            batch.
-
-    >>> layers = [("0", nn.Conv2d(1, 4, 3)), ("1", nn.ReLU(inplace=True)), ("2", nn.Flatten())]
-    >>> [(name, shape) for name, _, shape in infer_shapes(layers, (1, 5, 5), where="mine")]
-    [('1', (4, 3, 3)), ('2', (36,))]
-    """
-    x = torch.zeros(_SAMPLES, *input_shape, device=None if compute else "meta")
-    if compute:
-        x = _match_parameters(x, [stage for _, stage in stages])
-    merged: list[tuple[int, ShapedStage]] = []
-    call = _run if compute else _run_on_meta
-    for index, (name, stage, shape, first) in enumerate(_dry_run(stages, x, call=call, where=where)):
-        parts = [stage]
-        if first == 0:
-            raise ConfigError(f"{where}: stage '{name}' writes into the batch; make it work out of place")
-        while merged and first is not None and merged[-1][0] >= first:
-            parts.insert(0, merged.pop()[1][1])
-        merged.append((index + 1, (name, parts[0] if len(parts) == 1 else nn.Sequential(*parts), shape)))
-    return [entry for _, entry in merged]
-
-
-def is_equivalent(model: nn.Module, stages: Sequence[nn.Module], input_shape: tuple[int, ...]) -> bool:
-    """Whether the stages compute the same as ``model`` (up to rounding) on one random sample."""
-    # Models of token ids round this noise down to the id 0.
-    noise = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    x = _match_parameters(noise, [model])
-    with preserving_state([model, *stages]):
-        whole = model(x.clone())  # cloned, because a module may write into its input
-        value = x
-        for stage in stages:
-            value = stage(value)
-    if not isinstance(whole, Tensor) or not isinstance(value, Tensor) or whole.numel() != value.numel():
-        return False
-    return torch.allclose(whole.flatten(), value.flatten(), rtol=1e-4, atol=1e-5)
-
-
-@contextmanager
-def preserving_state(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are restored at the end."""
-    training = {part: part.training for module in modules for part in module.modules()}
-    devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
-    try:
-        for module in modules:
-            module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for part, flag in training.items():
-            part.training = flag
-
-
-class _Ran(NamedTuple):
-    name: str
-    stage: nn.Module
-    shape: tuple[int, ...]
-    first: int | None
-    """Index of the first value that it overwrites: 0 is the batch, k the output of stage k; None if there is none."""
-
-
-def _dry_run(stages: Stages, x: Tensor, *, call: Callable[[nn.Module, Any], Any], where: str) -> Iterator[_Ran]:
-    value: Any = x
-    seen: list[tuple[Tensor, int]] = []
-    with preserving_state([stage for _, stage in stages]):
-        for index, (name, stage) in enumerate(stages):
-            before = tap_of(value)
-            seen.append((before, before._version))
-            try:
-                value = call(stage, value)
-            except Exception as error:  # foreign modules raise anything; the message must name the stage
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ConfigError(
-                    f"{where}: stage '{name}' fails on inputs of shape {tuple(before.shape[1:])} ({reason}); "
-                    f"give stages that accept each other's outputs"
-                ) from error
-            shape = _check_shape(value, name=name, last=index == len(stages) - 1, where=where)
-            # A version counts the writes to a tensor and to every view of it.
-            written = [k for k, (tap, version) in enumerate(seen) if tap._version != version]
-            seen = [(tap, tap._version) for tap, _ in seen]
-            if not written and starts_in_place(stage):
-                written = [index]
-            yield _Ran(name, stage, shape, written[0] if written else None)
-
-
-def _run(stage: nn.Module, value: Any) -> Any:
-    return stage(value)
-
-
-def _run_on_meta(stage: nn.Module, value: Any) -> Any:
-    """Run a stage on the meta device; its weights are not moved."""
-    tensors = [*stage.named_parameters(), *stage.named_buffers()]
-    return functional_call(stage, {name: tensor.to("meta") for name, tensor in tensors}, (value,))
-
-
-def _check_shape(value: Any, *, name: str, last: bool, where: str) -> tuple[int, ...]:
-    tap = value[0] if isinstance(value, tuple) and value and not last else value
-    if not isinstance(tap, Tensor):
-        wanted = "a tensor" if last else "a tensor or (tap, ...)"
-        raise ConfigError(f"{where}: stage '{name}' returns {type(value).__name__}; return {wanted}")
-    if tap.ndim < 2 or tap.shape[0] != _SAMPLES:
-        raise ConfigError(
-            f"{where}: stage '{name}' returns shape {tuple(tap.shape)} for {_SAMPLES} samples; keep the batch first"
-        )
-    return tuple(tap.shape[1:])
-
-
-def _match_parameters(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """``x`` with the dtype and device of the first floating-point parameter."""
-    for module in modules:
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return x.to(device=parameter.device, dtype=parameter.dtype)
-    return x
 
 
 class Backbone(nn.Module):
@@ -236,7 +87,7 @@ class Backbone(nn.Module):
         """Make a backbone from any layers; tap shapes come from a dry run.
 
         Stages that write into their input are merged with the previous stage (see
-        :func:`~clframe.nn.backbones.base.infer_shapes`); if the last tap is not flat, a stage ``flat`` is added.
+        :func:`~clframe.nn.backbones.stages.infer_shapes`); if the last tap is not flat, a stage ``flat`` is added.
 
         Args:
             model: A module; names of its children become names of stages. One that does more than run its children in
@@ -299,7 +150,7 @@ class Backbone(nn.Module):
             UnknownNameError: A tap that the model does not have.
         """
         noise = torch.rand(max(BATCHES), *input_shape, generator=torch.Generator().manual_seed(0))
-        x, training = _match_parameters(noise, [model]), model.training
+        x, training = match_parameters(noise, [model]), model.training
         with preserving_state([model]):
             stages = trace_stages(model, taps, x, where=where, defaults=defaults)
             parts = [stage for _, stage in stages]
@@ -372,49 +223,6 @@ def he_initialize(backbone: Backbone, *, fan: Literal["fan_in", "fan_out"]) -> B
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
     return backbone
-
-
-def require_at_least(value: int, minimum: int, *, where: str) -> None:
-    """Raise :class:`ConfigError` if ``value`` is below ``minimum``.
-
-    >>> require_at_least(0, 1, where="mlp.width")
-    Traceback (most recent call last):
-    clframe.errors.ConfigError: mlp.width: found 0; give 1 or more
-    """
-    if value < minimum:
-        raise ConfigError(f"{where}: found {value}; give {minimum} or more")
-
-
-MOST_LAYERS = 1000
-"""Bound on options that count layers, so that a typing error is refused instead of building layers for hours."""
-
-
-def require_depth(depth: int, *, where: str, least: int = 1) -> None:
-    """Raise :class:`ConfigError` if a number of layers is below ``least`` or above :data:`MOST_LAYERS`.
-
-    >>> require_depth(10**9, where="mlp.depth")
-    Traceback (most recent call last):
-    clframe.errors.ConfigError: mlp.depth: found 1000000000; give 1000 or less
-    """
-    require_at_least(depth, least, where=where)
-    if depth > MOST_LAYERS:
-        raise ConfigError(f"{where}: found {depth}; give {MOST_LAYERS} or less")
-
-
-def require_image(input_shape: tuple[int, ...], minimum: int, *, where: str) -> tuple[int, int, int]:
-    """Return the input shape as (channels, height, width); both sides need ``minimum`` pixels.
-
-    Raises:
-        ConfigError: Not an image, no channels, or an image too small for the backbone.
-    """
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise ConfigError(f"{where}: found inputs of shape {input_shape}; give (channels, height, width)")
-    channels, height, width = input_shape
-    if min(height, width) < minimum:
-        raise ConfigError(
-            f"{where}: found images of {height}x{width}; use at least {minimum}x{minimum} or another backbone"
-        )
-    return channels, height, width
 
 
 def load_backbone(point: EntryPoint) -> Iterator[tuple[str, Callable[..., Backbone]]]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import BACKBONES, Backbone, he_initialize, require_at_least, require_depth, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone, he_initialize
+from clframe.nn.backbones.checks import require_at_least, require_depth, require_image
 
 Shortcut = Literal["conv", "pad"]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import BACKBONES, Backbone, require_at_least, require_depth
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_at_least, require_depth
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [B, H, T, E] of the tokens that a block has computed."""

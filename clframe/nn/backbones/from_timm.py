@@ -17,15 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnknownNameError, nearest
-from clframe.nn.backbones.base import (
-    BACKBONES,
-    Backbone,
-    ShapedStage,
-    infer_shapes,
-    is_equivalent,
-    require_image,
-)
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_image
 from clframe.nn.backbones.pretrained import ChannelsFirst, require_package, with_channels_first
+from clframe.nn.backbones.stages import ShapedStage, infer_shapes, is_equivalent
 from clframe.nn.backbones.traced import DEPTH, default_layers
 
 

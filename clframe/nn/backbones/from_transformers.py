@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError, DataError, UnsupportedError
-from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_at_least, require_depth, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_at_least, require_depth, require_image
 from clframe.nn.backbones.pretrained import require_package
+from clframe.nn.backbones.stages import infer_shapes
 from clframe.nn.backbones.vit import ClassToken
 
 Pooling = Literal["pooler", "cls", "mean"]

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from clframe.errors import ConfigError, UnknownNameError, nearest
-from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_image
 from clframe.nn.backbones.pretrained import adapt_channels, load_published_state, with_channels_first
+from clframe.nn.backbones.stages import infer_shapes
 from clframe.nn.backbones.traced import DEPTH, default_layers, drop_classifier
 
 

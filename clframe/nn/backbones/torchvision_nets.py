@@ -9,8 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_image
 from clframe.nn.backbones.pretrained import ChannelsFirst, adapt_channels, torchvision_model
+from clframe.nn.backbones.stages import infer_shapes
 
 Stem = Literal["imagenet", "cifar"]
 

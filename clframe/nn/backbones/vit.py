@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
-from clframe.nn.backbones.base import BACKBONES, Backbone, infer_shapes, require_at_least, require_depth, require_image
+from clframe.nn.backbones.base import BACKBONES, Backbone
+from clframe.nn.backbones.checks import require_at_least, require_depth, require_image
 from clframe.nn.backbones.pretrained import adapt_channels, load_published_state
+from clframe.nn.backbones.stages import infer_shapes
 
 
 @BACKBONES.register("vit_tiny")

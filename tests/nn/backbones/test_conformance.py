@@ -13,7 +13,7 @@ import torch
 from clframe.config.files import known_configs
 from clframe.config.load import load_config
 from clframe.nn import BACKBONES
-from clframe.nn.backbones.base import tap_of
+from clframe.nn.backbones.stages import tap_of
 from clframe.options import check_options, missing_options
 
 OPTIONS = {
@@ -40,6 +40,9 @@ FULL_SIZE = {
 device; test_torchvision.py runs the same stages of small models."""
 PRETRAINED_ONLY = {"hf_text", "hf_vit"}
 """test_transformers.py writes such models to a folder."""
+
+DEEP = {"efficientnet_v2_s", "swin_v2_s"}
+"""Those of many layers whose relatives are tried in the default suite."""
 
 NAMES = [name for name in BACKBONES.names() if name not in PRETRAINED_ONLY]
 QUICK = [name for name in NAMES if name not in FULL_SIZE]
@@ -89,7 +92,7 @@ def test_declared_taps_are_the_real_ones(name):
         assert whole.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in NAMES])
 def test_every_input_size_declares_its_own_shapes(name):
     declared = []
     for shape in shapes(name):

@@ -11,7 +11,7 @@ from torch import nn
 
 from clframe.errors import ConfigError
 from clframe.nn import Backbone, Network
-from clframe.nn.backbones.base import infer_shapes, tap_of
+from clframe.nn.backbones.stages import infer_shapes, tap_of
 
 
 def layers():

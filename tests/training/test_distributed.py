@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conformance_runs import NEEDS_TOKENS
 from device_pair import BATCH, differences, expression_of, run_pair, train_case
 from torch import nn
 
@@ -36,7 +37,7 @@ CASES = {
 REFUSED = ("gss", "mir")
 """Components that choose samples inside a step by numbers that a GPU rounds."""
 SLOW = {
-    **{name: {"expression": expression_of(name), "backbone": "vit_tiny" if name in ("l2p", "moe") else "mlp"}
+    **{name: {"expression": expression_of(name), "backbone": "vit_tiny" if name in NEEDS_TOKENS else "mlp"}
        for name in COMPONENTS.names() if name not in REFUSED},
     "herding": {"expression": "er(memory=12, selection=herding) + icarl"},
     "experts and replay": {"expression": "er(memory=12) + moe(samples=16)", "backbone": "vit_tiny"},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance_runs import NEEDS_TOKENS
 from power_cuts import TINY, assert_same_run, cut_resumption, cut_run, without_pictures
 
 import clframe
@@ -94,7 +95,7 @@ def test_every_component(name: str, engine: str, tmp_path: Path) -> None:
     strategy = name
     if component.needs_memory and not component.keeps_memory:
         strategy = f"{name} + er"
-    options = [*TINY, *(TRANSFORMER if name in ("l2p", "moe") else []), f"trainer.engine={engine}",
+    options = [*TINY, *(TRANSFORMER if name in NEEDS_TOKENS else []), f"trainer.engine={engine}",
                f"strategy={strategy}"]  # fmt: skip
     whole, copies = cut_run(options, tmp_path, cuts=CUTS, seed=(name, engine))
     assert len(copies) == CUTS

@@ -91,7 +91,7 @@ def test_it_is_readable(page, tmp_path):
         (title,) = re.findall(r"<title>([^<]*)</title>", found)
         content, figures, narrowest, right, background = title.split(" | ")
         assert int(content) <= width  # nothing to scroll sideways but tables, in their own boxes
-        assert int(figures) == 18 and float(narrowest) > 300 and float(right) <= width
+        assert int(figures) == 21 and float(narrowest) > 300 and float(right) <= width
         assert background == ("rgb(15, 18, 21)" if dark else "rgb(245, 246, 248)")
         _, console = browse(frame.as_uri(), scheme, f"--window-size={max(width, 500)},1400", f"--screenshot={picture}")
         assert console == []

@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.moe.kernel_check import relative_error
 from clframe.moe.tuning import time_graph
 from clframe.nn.backbones.decoder import GatedFFN, PlainFFN, decoder
 from clframe.nn.generation import generate
+from clframe.nn.kernels import relative_error
 from clframe.nn.network import Network
 from clframe.sparse_decode import calibrate, read_share, sparse_decoder, sparse_layers
 from clframe.sparse_decode.cost import count_bytes

@@ -21,6 +21,7 @@ from clframe.errors import ConfigError
 
 Result = TypeVar("Result")
 
+
 @dataclass(frozen=True, kw_only=True)
 class Latency:
     """Times of single calls with one batch size."""

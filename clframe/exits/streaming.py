@@ -49,7 +49,7 @@ class ExitServer:
     from the event loop, which then looks after every turn whether they are complete; elsewhere they are computed in
     another thread. Whatever stops the event loop delays every answer: record graphs before requests arrive
     (:meth:`GraphRunner.prepare <clframe.exits.segment_runners.GraphRunner.prepare>`), and call ``gc.collect()`` and
-    ``gc.freeze()`` after that, since collecting all objects of a process with torch takes a tenth of a second.
+    ``gc.freeze()`` after that, since collecting all objects of a process with torch takes tenths of a second.
 
     Args:
         dynamic: The network and its policy.

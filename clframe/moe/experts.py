@@ -168,9 +168,10 @@ class ExpertLayer(nn.Module):
         """
         weights = self.weights()
         plain = keep_NE is None and torch.is_autocast_enabled(x_ND.device.type)
+        dtype = self._dtype(x_ND)
         with nullcontext() if plain else without_autocast(x_ND.device.type):
             if not plain:
-                weights, x_ND = weights.to(self._dtype(x_ND)), x_ND.to(self._dtype(x_ND))
+                weights, x_ND = weights.to(dtype), x_ND.to(dtype)
             if self._computes_all():
                 dropout = self.dropout if self.training else 0.0
                 return dense(weights, x_ND, keep_NE, weight_NE, dropout=dropout)

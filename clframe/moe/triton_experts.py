@@ -32,7 +32,7 @@ from clframe.moe.triton_launch import (
     run_input_layer,
     weight_gradients,
 )
-from clframe.sparsity.top_p import triton_installed
+from clframe.nn.kernels import triton_installed
 
 LARGEST = 2**29
 """Entries of the rows of all pairs, from which on tokens are computed in several parts, to bound the memory."""

@@ -8,13 +8,13 @@ Shape suffixes as in ``executors.py``; P is the largest possible number of pairs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clframe.moe.executors import Weights
+from clframe.nn.kernels import device_of, power_of_2
 
 
 class Tiles(NamedTuple):
@@ -67,15 +67,6 @@ class Pairs(NamedTuple):
     end_E: Tensor
 
 
-def power_of_2(value: int, *, least: int = 16) -> int:
-    """Smallest power of 2 of at least ``value`` and ``least``.
-
-    >>> power_of_2(24), power_of_2(3)
-    (32, 16)
-    """
-    return max(least, 1 << (value - 1).bit_length())
-
-
 def list_pairs(keep_NE: Tensor) -> Pairs:
     """Number the pairs of a mask."""
     from clframe.moe.triton_routing import count_pairs, place_pairs
@@ -95,11 +86,6 @@ def list_pairs(keep_NE: Tensor) -> Pairs:
             ROWS=rows, EXPERTS=width, STEP=rows,
         )  # fmt: skip
     return Pairs(token_P, pair_NE, count_N, end_E)
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which kernels are launched on the device of ``x``."""
-    return torch.cuda.device_of(x)
 
 
 def precision() -> str:

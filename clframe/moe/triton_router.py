@@ -5,20 +5,13 @@ Shape suffixes: N tokens, D inputs, E experts, W width of a router's hidden laye
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from clframe.errors import reason_of
 from clframe.moe.kernel_check import TOLERANCE, tokens_to_compare
 from clframe.moe.router import DynamicK, Gate, NormRouter, Router, TopK
-from clframe.moe.triton_launch import device_of, power_of_2, precision
-from clframe.sparsity.top_p import triton_installed
-
-_log = logging.getLogger(__name__)
+from clframe.moe.triton_launch import precision
+from clframe.nn.kernels import device_of, is_traced, kernel_agrees, power_of_2, triton_installed
 
 MOST_EXPERTS, MOST_WIDTH = 128, 256
 """Sizes up to which the scores of a tile of tokens stay in registers."""
@@ -26,16 +19,12 @@ MOST_EXPERTS, MOST_WIDTH = 128, 256
 ROWS, WARPS = 64, 4
 """Tokens of one program, and its warps."""
 
-_agrees: dict[tuple[object, ...], bool] = {}
-
 
 def can_route(router: Router, gate: Gate, x_ND: Tensor) -> bool:
     """Whether the kernel computes these: norm routers with dynamic-k or top-k gates on CUDA, without autocast."""
     if not x_ND.is_cuda or not x_ND.numel() or torch.is_autocast_enabled("cuda"):
         return False
-    if is_functorch_wrapped_tensor(x_ND) or torch.compiler.is_compiling():  # neither traces these launches
-        return False
-    if type(router) is not NormRouter or not isinstance(gate, (DynamicK, TopK)):
+    if is_traced(x_ND) or type(router) is not NormRouter or not isinstance(gate, (DynamicK, TopK)):
         return False
     known = x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_ND.dtype == router.hidden.dtype
     experts, width = router.score.shape
@@ -48,31 +37,19 @@ def routes_agree(router: NormRouter, gate: DynamicK | TopK, x_ND: Tensor) -> boo
     Waits for the device at the first call for a kind of gate, shapes, type and device; returns True without comparing
     while a CUDA graph is recorded, which follows eager calls.
     """
-    key = type(gate), router.hidden.shape, router.score.shape, x_ND.dtype, x_ND.device, precision()
-    if key not in _agrees:
-        if x_ND.is_cuda and torch.cuda.is_current_stream_capturing():
-            return True
-        with _disable_current_modes():  # a mode that counts MACs must not see this
-            fault = _find_fault(router, gate, x_ND[tokens_to_compare(x_ND)])
-        _agrees[key] = not fault
-        if fault:
-            _log.warning(
-                "experts: the kernel route %s on %s; plain operations are used; please report this with the versions "
-                "of torch and triton", fault, x_ND.device,
-            )  # fmt: skip
-    return _agrees[key]
+    kind = type(gate), router.hidden.shape, router.score.shape, x_ND.dtype, x_ND.device, precision()
 
+    def sample() -> Tensor:
+        return x_ND[tokens_to_compare(x_ND)]
 
-def _find_fault(router: NormRouter, gate: DynamicK | TopK, x_ND: Tensor) -> str:
-    """Description of how the kernel fails on tokens; empty if it agrees."""
-    try:
-        keep_NE = route_tokens(router, gate, x_ND)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton compiles here: its own errors, and those of a missing compiler or driver
-        return f"does not run ({reason_of(error, most=160)})"
-    wrong = count_wrong(keep_NE, router(x_ND), gate)
-    return f"chooses other experts than the router for {wrong} of {len(x_ND)} tokens" if wrong else ""
+    def find_fault(keep_NE: Tensor) -> str:
+        wrong = count_wrong(keep_NE, router(sample()), gate)
+        return f"chooses other experts than the router for {wrong} of {len(keep_NE)} tokens" if wrong else ""
+
+    return kernel_agrees(
+        "experts: the kernel route", kind, x_ND, run=lambda: route_tokens(router, gate, sample()),
+        find_fault=find_fault, fallback="plain operations are used",
+    )  # fmt: skip
 
 
 def count_wrong(keep_NE: Tensor, scores_NE: Tensor, gate: DynamicK | TopK) -> int:

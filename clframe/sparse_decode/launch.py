@@ -7,23 +7,18 @@ Shape suffixes: N entries of a vector, I inputs, O outputs, F neurons, S parts.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from clframe.moe.kernel_check import TOLERANCE, relative_error
+from clframe.moe.kernel_check import TOLERANCE
 from clframe.moe.triton_experts import activation_code
-from clframe.moe.triton_launch import device_of, power_of_2
+from clframe.nn.kernels import device_of, kernel_agrees, power_of_2, relative_error, triton_installed
 from clframe.sparse_decode.projection import Parts, Projection, masked_hidden
 from clframe.sparse_decode.rules import Rule
-from clframe.sparsity.top_p import triton_installed
-
-_log = logging.getLogger(__name__)
 
 
 class Tile(NamedTuple):
@@ -40,8 +35,6 @@ BY_INPUT: Final = Tile(32, 128)
 UNDECIDED: Final = 0.02
 """Share of neurons that may be on either side of a threshold, for rounding."""
 
-_agrees: dict[tuple[object, ...], bool] = {}
-
 
 def kernels_work(parts: Parts, x_1D: Tensor) -> bool:
     """Whether the kernels compute this network, and agree with the dense product.
@@ -55,19 +48,16 @@ def kernels_work(parts: Parts, x_1D: Tensor) -> bool:
         return False
     second = None if parts.second is None else parts.second.shape
     kinds = tuple((place, rule.kind) for place, rule in parts.rules.items())
-    key = parts.first.shape, second, parts.down.shape, codes, x_1D.dtype, x_1D.device, kinds
-    if key not in _agrees:
-        if torch.cuda.is_current_stream_capturing():
-            return True
-        with _disable_current_modes():  # a mode that counts MACs must not see this
-            error = largest_error(parts, x_1D)
-        _agrees[key] = error <= TOLERANCE[x_1D.dtype]
-        if not _agrees[key]:
-            _log.warning(
-                "sparse decode: the kernels differ from plain products by %.2g of the largest value on %s; plain "
-                "products are used; please report this with the versions of torch and triton", error, x_1D.device,
-            )  # fmt: skip
-    return _agrees[key]
+    kind = parts.first.shape, second, parts.down.shape, codes, x_1D.dtype, x_1D.device, kinds
+
+    def find_fault(error: float) -> str:
+        agrees = error <= TOLERANCE[x_1D.dtype]
+        return "" if agrees else f"differs from plain products by {error:.2g} of the largest value"
+
+    return kernel_agrees(
+        "sparse decode: one of the kernels", kind, x_1D, run=lambda: largest_error(parts, x_1D),
+        find_fault=find_fault, fallback="plain products are used",
+    )  # fmt: skip
 
 
 def largest_error(parts: Parts, x_1D: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The pooling kernel under Triton's interpreter, in a process of its own: it is chosen when Triton is imported."""
+"""The pooling kernel under Triton's interpreter, in a separate process: it is chosen when Triton is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clframe.exits.fused_pool import BlendedPool
 from clframe.exits.fusion import SlicedMaxAverage, fuse_batch_norm
 from clframe.exits.head_kinds import make_head
 from clframe.exits.layers import MaxAveragePool
-from clframe.nn import Network
+from clframe.nn import Network, kernels
 from clframe.nn.backbones import small_cnn
 
 SCRIPT = """
@@ -50,8 +50,8 @@ def test_the_kernel_agrees_with_the_operations():
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The kernel's place on a CPU, taken by a function that a test sets."""
-    monkeypatch.setattr(fused_pool, "_agrees", {})
+    """Function that replaces the kernel, which is then launched on a CPU too; nothing has been compared before."""
+    monkeypatch.setattr(kernels, "_agrees", {})
 
     def use(function):
         monkeypatch.setattr(fused_pool, "_applies", lambda x: True)
@@ -73,7 +73,7 @@ def test_a_kernel_that_differs_or_fails_is_not_used(kernel, caplog):
     def fails(x, a):
         raise RuntimeError("no compiler")
 
-    fused_pool._agrees.clear()
+    kernels._agrees.clear()
     kernel(fails)
     assert torch.equal(head.layers(x), plain)
     assert "does not run (no compiler)" in caplog.messages[-1]
@@ -113,6 +113,6 @@ def test_on_a_gpu(shape, dtype):
     plain = head.layers(x)  # with gradients
     with torch.no_grad():
         found = head.layers(x)
-    assert list(fused_pool._agrees.values())[-1] is True
+    assert list(kernels._agrees.values())[-1] is True
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype is torch.bfloat16 else {}
     torch.testing.assert_close(found, plain.detach(), **tolerance)

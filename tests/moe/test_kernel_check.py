@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.moe import DynamicK, TopK, dispatch, kernel_check, routed, to_experts, triton_router
+from clframe.moe import DynamicK, TopK, dispatch, routed, to_experts, triton_router
 from clframe.moe.executors import Weights, reference
 from clframe.moe.kernel_check import kernels_agree
 from clframe.moe.router import NormRouter
+from clframe.nn import kernels
 
 
 @pytest.fixture
 def case(monkeypatch):
     """Weights, tokens and a mask; nothing has been compared before."""
-    monkeypatch.setattr(kernel_check, "_agrees", {})
+    monkeypatch.setattr(kernels, "_agrees", {})
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
 
     def draw(*shape):
@@ -93,7 +94,6 @@ def test_a_kernel_that_does_not_run_is_not_used(case, caplog, monkeypatch):
 
     for _ in range(2):
         assert not kernels_agree(broken, weights, x, keep, None)
-    monkeypatch.setattr(triton_router, "_agrees", {})
     monkeypatch.setattr(triton_router, "route_tokens", broken)
     for _ in range(2):
         assert not triton_router.routes_agree(NormRouter(7, 3, width=4), TopK(k=1), x)
@@ -135,7 +135,7 @@ def test_a_router_kernel_that_is_wrong_is_not_used(monkeypatch, caplog, gate):
     expected = gate(layer.router(x))
 
     def use(kernel):
-        monkeypatch.setattr(triton_router, "_agrees", {})
+        monkeypatch.setattr(kernels, "_agrees", {})
         for module in (triton_router, routed):
             monkeypatch.setattr(module, "route_tokens", lambda *arguments: calls.append(1) or kernel(*arguments))
         calls.clear()
@@ -177,3 +177,16 @@ def test_an_executor_that_is_wrong_is_refused_and_reported(case, caplog, wrong):
     if wrong == "gradient":
         with torch.no_grad():
             assert kernels_agree(bad, weights, x, keep, None)
+
+
+@pytest.mark.parametrize(("tokens", "outputs"), [(1, 1), (1, 4), (2, 1), (81, 1), (300, 1)])
+def test_rounding_of_a_right_kernel_is_accepted_for_few_tokens_and_outputs(case, tokens, outputs):
+    """Weighted sums over repeated tokens must not cancel: nothing but rounding would be compared."""
+    weights, x, keep = case
+    weights = weights._replace(down_EHO=nn.Parameter(weights.down_EHO.detach()[..., :outputs].clone()))
+    x, keep = x.repeat(4, 1)[:tokens], keep.repeat(4, 1)[:tokens]
+
+    def rounded(weights, x, keep, weight):
+        return reference(weights, x.half().float(), keep, weight)  # as exact as TensorFloat-32
+
+    assert kernels_agree(rounded, weights, x, keep, torch.rand(tokens, 3))

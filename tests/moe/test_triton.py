@@ -1,4 +1,4 @@
-"""The CUDA kernels under Triton's interpreter, in a process of their own: it is chosen when Triton is imported."""
+"""The CUDA kernels under Triton's interpreter, in a separate process: it is chosen when Triton is imported."""
 
 import importlib.util
 import os

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from clframe.moe.dense import DenseFFN
-from clframe.moe.kernel_check import relative_error
 from clframe.nn.backbones import BACKBONES
 from clframe.nn.generation import generate
+from clframe.nn.kernels import relative_error
 from clframe.nn.network import Network
 from clframe.sparse_decode import Rule, SparseFFN, calibrate, sparse_decoder
 from clframe.sparse_decode.launch import largest_error, run

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from clframe.nn import kernels
 from clframe.sparse_decode import Rule, launch
 from clframe.sparse_decode.projection import masked_hidden
 
@@ -102,20 +103,34 @@ def test_kernels_are_compared_once_and_wrong_ones_are_not_used(make_layer, monke
     monkeypatch.setattr(launch, "run_hidden", hidden)
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "triton_installed", lambda: True)
-    monkeypatch.setattr(launch, "_agrees", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernels, "_agrees", {})
     x = torch.randn(1, 37)
     assert [launch.kernels_work(layer.parts(), x) for _ in range(3)] == [right] * 3
-    assert len(calls) <= 1 and caplog.text.count("the kernels differ from plain products by") == (not right)
+    assert len(calls) <= 1 and caplog.text.count("one of the kernels differs from plain products by") == (not right)
     before = len(calls)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(launch, "_agrees", {})
+    monkeypatch.setattr(kernels, "_agrees", {})
     assert launch.kernels_work(layer.parts(), x) and len(calls) == before
+
+
+def test_kernels_that_do_not_run_are_not_used(make_layer, monkeypatch, caplog):
+    layer, _ = make_layer({"intermediate": Rule("threshold", 0.1)})
+
+    def broken(parts, x):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(launch, "run_hidden", broken)
+    monkeypatch.setattr(launch, "triton_installed", lambda: True)
+    monkeypatch.setattr(kernels, "_agrees", {})
+    assert not any(launch.kernels_work(layer.parts(), torch.randn(1, 37)) for _ in range(2))
+    (message,) = caplog.messages
+    assert message.startswith("sparse decode: one of the kernels does not run (no compiler) on cpu; plain products are used;")
 
 
 def test_what_the_kernels_cannot_do_is_multiplied_densely(make_layer, monkeypatch):
     monkeypatch.setattr(launch, "triton_installed", lambda: True)
-    monkeypatch.setattr(launch, "_agrees", {})
+    monkeypatch.setattr(kernels, "_agrees", {})
     rules = {"intermediate": Rule("threshold", 0.1)}
     double, _ = make_layer(rules, dtype=torch.float64)
     unknown, _ = make_layer(rules, activation=torch.tanh)

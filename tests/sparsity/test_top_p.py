@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from clframe.nn import kernels
 from clframe.sparsity import top_p
 from clframe.sparsity.functional import keep
 
@@ -34,10 +35,9 @@ def test_the_kernel_keeps_what_sorting_keeps():
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The kernel's place on a CPU, taken by a function that a test sets."""
+    """Function that replaces the kernel, which is then launched on a CPU too; nothing has been compared before."""
     monkeypatch.setattr(top_p, "_applies", lambda x: True)
-    monkeypatch.setattr(top_p, "_agrees", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernels, "_agrees", {})
     return lambda function: monkeypatch.setattr(top_p, "launch", function)
 
 
@@ -51,7 +51,7 @@ def test_a_kernel_that_differs_or_fails_is_not_used(kernel, caplog):
     def fails(x, p):
         raise RuntimeError("no compiler")
 
-    top_p._agrees.clear()
+    kernels._agrees.clear()
     kernel(fails)
     assert keep(x, 0.7, kind="top_p").tolist() == [[True, True, False, False]]
     assert "does not run (no compiler)" in caplog.records[-1].getMessage()

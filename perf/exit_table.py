@@ -110,6 +110,8 @@ def row(results: Sequence[dict]) -> dict[str, list[float]]:
             "minutes": result["train_seconds"] / 6000,
         }
         for point in record["points"]["points"] or ():
+            if point["accuracy"] is None:
+                continue
             values[f"at {point['name']}"] = point["accuracy"]
             values[f"cost {point['name']}"] = point["cost"]
         for name, value in values.items():

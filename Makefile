@@ -21,7 +21,7 @@ help: ## show this list
 quickstart: $(INSTALLED) ## install, then train split digits: the first result
 	$(BIN)/clframe run quickstart
 
-# With bytecode, whatever the caller says: rewriting the assertions of all tests takes each worker 20 seconds.
+# With bytecode, even where the caller disables it: without, every worker rewrites the assertions of all tests again.
 test: $(INSTALLED_DEV) ## install, then run the whole default suite (ARGS="-k name" to narrow it)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

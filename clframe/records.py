@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -27,6 +27,19 @@ def to_json(record: Any) -> str:
     """Return a dataclass as JSON text, one field a line."""
     lines = (f"  {json.dumps(e.name)}: {json.dumps(to_plain(getattr(record, e.name)))}" for e in fields(record))
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def to_json_lines(content: Mapping[str, Any], rows: Mapping[str, Sequence[Any]] | None = None) -> str:
+    """Return JSON text with a line for each entry of ``content``, and for each entry of the lists in ``rows``."""
+    lines = [f"  {json.dumps(key)}: {_in_one_line(value)}" for key, value in content.items()]
+    for key, entries in (rows or {}).items():
+        listed = ",\n".join(f"    {_in_one_line(entry)}" for entry in entries)
+        lines.append(f"  {json.dumps(key)}: [\n{listed}\n  ]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _in_one_line(value: Any) -> str:
+    return json.dumps(to_plain(value), ensure_ascii=False)
 
 
 def to_json_rows(value: Any, *, indent: str = "") -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, run_cells
+from moefy_table import shown
 
 BUDGETS = (0.25, 0.5)
 ONE = ("benchmark.experiences=1", "benchmark.validation=0.1", "optimizer.schedule=cosine")
@@ -98,12 +99,6 @@ def convert_row(run: Path, row: str, bench: Bench, *, seed: int, limit: int, ove
         cost = running / macs.experts + macs.router_share
         found["points"][str(budget)] = {"share": cost, "accuracy": accuracy(target, limit=limit)}
     return found
-
-
-def shown(values: list[float]) -> str:
-    """Mean in percent, and sample standard deviation of several."""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def table(name: str, out: Path, seeds: list[int]) -> str:

@@ -118,7 +118,7 @@ class Costs:
 def macs(network: Network) -> Costs:
     counts = stage_macs(network)
     heads = tuple(float(counts[f"exit/{name}"]) for name in network.exit_names)
-    stage_of = tuple(stage for stage, exits in enumerate(network.exits_at) for _ in exits)
+    stage_of = network.exit_stages
     return Costs(tuple(float(counts[name]) for name in network.backbone.names), heads, stage_of)
 
 

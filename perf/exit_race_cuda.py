@@ -236,7 +236,7 @@ def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enab
 def placed_by_time(
     model: str, network: Network, times: Costs, batches: Sequence[Tensor]
 ) -> Callable[[float, int], tuple[Run, dict[str, Any]] | None] | None:
-    """What makes the contestant ``timed`` for a budget and a batch size; None where exits would be at the same taps."""
+    """A function that makes the contestant ``timed`` for a budget and a batch size; None if its exits have the same taps."""
     names = network.backbone.names
     taps = at_cost(dict(zip(names, times.stages, strict=True)), EXITS).taps
     if taps == tuple(network.exit_taps[:-1]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import clframe
 from clframe.data.source import SOURCES, Source
+from clframe.metrics.statistics import deviation, mean
 from clframe.nn.backbones import BACKBONES
 from clframe.nn.network import Network
 from clframe.results import Result
@@ -165,3 +167,9 @@ def spread(source: Source, windows: int) -> tuple[Tensor, Tensor]:
         index.append(own[torch.arange(count) * len(own) // count])
     chosen = torch.cat(index)
     return x[chosen].long(), y[chosen]
+
+
+def spread_of(values: Sequence[float], *, digits: int = 1) -> str:
+    """Mean and, of several values, standard deviation."""
+    shown = f"{mean(values):.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} ± {deviation(values):.{digits}f}"

@@ -28,11 +28,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from language_decoders import FFNS, SIZES, add_arguments, parse, save_weights, spread, text, train
+from language_decoders import FFNS, SIZES, add_arguments, parse, save_weights, spread, spread_of, text, train
 from torch import Tensor, nn
 
 from clframe.functional.language import next_token_targets, perplexity
-from clframe.metrics.statistics import deviation, mean, paired
+from clframe.metrics.statistics import mean, paired
 from clframe.nn.network import Network
 from clframe.sparsity.analysis import analyze
 from clframe.sparsity.functional import critical_point, keep, keep_by_sorting
@@ -220,21 +220,15 @@ def table_row(own: Sequence[dict[str, Any]], tolerance: float) -> str:
     columns = []
     for role in ROLES:
         found = [one["roles"][role] for one in summaries if role in one["roles"]]
-        columns.append(f"{spread_of([one['critical'] for one in found], 100, 1)} ({100 * mean([one['gaussian'] for one in found]):.1f})" if found else "")
+        columns.append(f"{spread_of([100 * one['critical'] for one in found])} ({100 * mean([one['gaussian'] for one in found]):.1f})" if found else "")
     orders = "; ".join(
         f"{pair} {100 * mean([one['order'][pair] for one in summaries]):.0f} %" for pair in summaries[0]["order"]
     )
     parameters, seeds = own[0]["parameters"], len(own)
     return (
-        f"| {parameters / 1e6:.1f} M | {own[0]['ffn']} | {seeds} | {spread_of([row['perplexity'] for row in own], 1, 2)} | "
+        f"| {parameters / 1e6:.1f} M | {own[0]['ffn']} | {seeds} | {spread_of([row['perplexity'] for row in own], digits=2)} | "
         + " | ".join(columns) + f" | {orders} |"
     )
-
-
-def spread_of(values: Sequence[float], factor: float, digits: int) -> str:
-    """Mean and, of several values, standard deviation."""
-    shown = f"{factor * mean(values):.{digits}f}"
-    return shown if len(values) < 2 else f"{shown} ± {factor * deviation(values):.{digits}f}"
 
 
 def print_differences(rows: Sequence[dict[str, Any]], ffn: str, tolerance: float) -> None:

@@ -21,9 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from language_decoders import spread_of
+
 import clframe
 from clframe.functional.language import perplexity
-from clframe.metrics.statistics import deviation, mean
+from clframe.metrics.statistics import mean
 from clframe.results import Result
 
 STRATEGIES = {
@@ -121,9 +123,7 @@ def tables(files: Sequence[str]) -> None:
 
 def shown(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], *, digits: int = 1) -> str:
     """Mean and, of several runs, standard deviation."""
-    values = [value(run) for run in runs]
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {deviation(values):.{digits}f}"
+    return spread_of([value(run) for run in runs], digits=digits)
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ def pytest_collection_finish() -> None:
 
 
 class _Clock:
-    """A clock that goes on where it should sleep. Names of event files end in the second, and a resumed run waits for the
-    next one."""
+    """Replaces ``time``: a sleep advances the clock instead of taking time. Names of event files end in the second, so a
+    resumed run sleeps until the next one."""
 
     _ahead = 0.0
 

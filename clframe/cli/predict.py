@@ -8,6 +8,7 @@ from functools import partial
 
 from clframe.cli import predict_text
 from clframe.cli.numbers import decimal, whole_number
+from clframe.cli.output import write_found
 from clframe.errors import ConfigError, DataError
 from clframe.printable import printable
 
@@ -70,7 +71,6 @@ def act(options: argparse.Namespace) -> int:
     size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
 
-    from clframe.files import write_atomically
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import prediction
@@ -79,7 +79,7 @@ def act(options: argparse.Namespace) -> int:
 
     model = load_run(run, kind=RunModel, device=str(usable_device(options.device)), where=NAME)
     if model.network.vocabulary:
-        return predict_text.act(model, inputs, options)
+        return predict_text.act(model, inputs, options, size=size, threshold=threshold, budget=budget)
     predict_text.refuse_options(options, predict_text.TEXT_OPTIONS, model="a classifier")
     with progress_bars(unit="input") as show:
         found = prediction.predict(
@@ -91,12 +91,8 @@ def act(options: argparse.Namespace) -> int:
     if not found:
         count = len(found.skipped)
         raise DataError(f"predict: none of {count} inputs could be read; give other files")
-    as_json = partial(prediction.to_json, run=run)
-    for target, render in ((options.json, as_json), (options.csv, prediction.to_csv)):
-        if target == "-":
-            sys.stdout.write(render(found))
-        elif target is not None:
-            write_atomically(target, render(found))
-    if "-" not in (options.json, options.csv):
-        print(to_text(prediction.table(found)), *prediction.summary(found), sep="\n")
+    write_found(
+        options, as_json=lambda: prediction.to_json(found, run=run), as_csv=lambda: prediction.to_csv(found),
+        shown=lambda: "\n".join([to_text(prediction.table(found)), *prediction.summary(found)]),
+    )  # fmt: skip
     return 3 if found.skipped else 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from clframe.cli.numbers import decimal, whole_number
+from clframe.cli.numbers import whole_number
+from clframe.cli.output import write_found
 from clframe.errors import ConfigError, DataError
 from clframe.printable import printable
 
@@ -39,17 +40,27 @@ def refuse_options(options: argparse.Namespace, names: Sequence[str], *, model: 
             raise ConfigError(f"--{name.replace('_', '-')}: found {found} for {model}; leave it out")
 
 
-def act(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+def act(
+    model: RunModel,
+    inputs: Sequence[str],
+    options: argparse.Namespace,
+    *,
+    size: int,
+    threshold: float | None,
+    budget: float | None,
+) -> int:
     """Generate or score, print and write."""
     refuse_options(options, CLASS_OPTIONS, model="a language model, which predicts tokens")
     if options.score:
         refuse_options(options, ("generate", "draft", "draft_exit"), model="the scores of given texts")
-        return _score(model, inputs, options)
+        return _score(model, inputs, options, size, threshold, budget)
     refuse_options(options, ("stride", "batch_size"), model="generation, which continues one prompt at a time")
-    return _generate(model, inputs, options)
+    return _generate(model, inputs, options, threshold, budget)
 
 
-def _generate(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+def _generate(
+    model: RunModel, inputs: Sequence[str], options: argparse.Namespace, threshold: float | None, budget: float | None
+) -> int:
     from clframe.progress import progress_bars
     from clframe.tables import to_csv
     from clframe.targets import text_generation
@@ -57,29 +68,31 @@ def _generate(model: RunModel, inputs: Sequence[str], options: argparse.Namespac
     context = model.network.input_shape[0] - 1
     tokens = min(TOKENS, context) if options.generate is None else whole_number("--generate", options.generate)
     draft = 0 if options.draft is None else whole_number("--draft", options.draft)
-    threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
     prompts = [text for _, text in _read(inputs, options)]
     with progress_bars(unit="prompt") as show:
         found = text_generation.continue_prompts(
             model, prompts, tokens=tokens, threshold=threshold, budget=budget, draft=draft,
             draft_exit=options.draft_exit, domain=options.domain, progress=partial(show, "generate"),
         )  # fmt: skip
-    _write(
+    write_found(
         options, as_json=lambda: text_generation.to_json(found, run=str(model.folder)),
         as_csv=lambda: to_csv(text_generation.table(found)), shown=lambda: text_generation.describe(found),
     )  # fmt: skip
     return 0
 
 
-def _score(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) -> int:
+def _score(
+    model: RunModel, inputs: Sequence[str], options: argparse.Namespace, size: int, threshold: float | None,
+    budget: float | None,
+) -> int:  # fmt: skip
     from clframe.progress import progress_bars
     from clframe.tables import to_csv, to_text
     from clframe.targets import text_scoring
 
     stride = None if options.stride is None else whole_number("--stride", options.stride)
-    size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
-    threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
-    texts = dict(_read(inputs, options))
+    found_texts = _read(inputs, options)
+    # Lines may be equal, and each is scored.
+    texts = dict(found_texts) if options.document == "file" else [text for _, text in found_texts]
     with progress_bars(unit="text") as show:
         found = text_scoring.score_texts(
             model, texts, threshold=threshold, budget=budget, stride=stride, batch_size=size,
@@ -87,7 +100,7 @@ def _score(model: RunModel, inputs: Sequence[str], options: argparse.Namespace) 
         )  # fmt: skip
     for reason in found.skipped.values():
         print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
-    _write(
+    write_found(
         options, as_json=lambda: text_scoring.to_json(found, run=str(model.folder)),
         as_csv=lambda: to_csv(text_scoring.table(found)),
         shown=lambda: "\n".join([to_text(text_scoring.table(found)), *found.notes]),
@@ -116,18 +129,3 @@ def _read(inputs: Sequence[str], options: argparse.Namespace) -> list[tuple[str,
     if not found:
         raise DataError("predict: found no text; give prompts, or files with one a line")
     return found
-
-
-def _write(
-    options: argparse.Namespace, *, as_json: Callable[[], str], as_csv: Callable[[], str], shown: Callable[[], Any]
-) -> None:
-    """Write what ``--json`` and ``--csv`` ask for, and print."""
-    from clframe.files import write_atomically
-
-    for target, render in ((options.json, as_json), (options.csv, as_csv)):
-        if target == "-":
-            sys.stdout.write(render())
-        elif target is not None:
-            write_atomically(target, render())
-    if "-" not in (options.json, options.csv):
-        print(shown())

@@ -30,7 +30,7 @@ YAML = (".yaml", ".yml")
 MOST_YAML = 2**24
 """Bytes of a config file; those of runs have a few kilobytes."""
 MOST_KEPT = 2**16
-"""Bytes of a config file whose contents are kept, so that reading the same text again takes no time."""
+"""Characters of a config whose contents are kept, so that the same text is not parsed again."""
 MOST_DEPTH = 500
 """Levels of brackets in a config."""
 MOST_NODES = 2 * 10**5

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NoReturn, get_type_hints
 
-import yaml
-from omegaconf._utils import get_omega_conf_dumper
-
+from clframe.config.dumping import dump_yaml
 from clframe.config.files import parse_yaml
 from clframe.config.named import BLOCK
 from clframe.config.optimizers import optimizer_options
@@ -56,10 +54,7 @@ def rename_keys(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; :func:`from_mapping` reads it back."""
-    # As OmegaConf.to_yaml, which would first make a container of every value: nine tenths of its time.
-    dumper = get_omega_conf_dumper()
-    text = yaml.dump(as_tree(config), Dumper=dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
-    return str(text)
+    return dump_yaml(as_tree(config))
 
 
 PLACEMENT = ("trainer.devices", "trainer.strategy")

@@ -39,7 +39,7 @@ class LazyDecoder:
         if joined or any(head.cascades for head in network.heads):
             raise UnsupportedError("generate: found exits that use the scores of others; use single exits, no cascade")
         self.network = network
-        self.stage_of = [s for s, exits in enumerate(network.exits_at) for _ in exits]
+        self._stage_of = network.exit_stages
         self.positions, self.passes = [0] * (1 + len(rest)), [0] * (1 + len(rest))
         self._embed = first.table
         nothing = self._embed.weight.new_zeros(0, network.backbone.features)
@@ -68,7 +68,7 @@ class LazyDecoder:
 
     def logits(self, exit: int, first: int) -> Tensor:
         """Return logits_TV of an exit for the positions from ``first`` on; its stage and those before it catch up."""
-        stage = self.stage_of[exit]
+        stage = self._stage_of[exit]
         for number in range(1, stage + 1):
             self._catch_up(number)
         tap_1TD = self._states[stage][None, first:]

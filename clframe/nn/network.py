@@ -202,7 +202,12 @@ class Network(nn.Module):
     @property
     def exit_taps(self) -> tuple[str, ...]:
         """The tap of each exit, in order of depth."""
-        return tuple(name for name, exits in zip(self.backbone.names, self.exits_at, strict=True) for _ in exits)
+        return tuple(self.backbone.names[stage] for stage in self.exit_stages)
+
+    @property
+    def exit_stages(self) -> tuple[int, ...]:
+        """The index of each exit's stage, in order of depth."""
+        return tuple(stage for stage, exits in enumerate(self.exits_at) for _ in exits)
 
     def attach(self, exits: Sequence[tuple[str, Head]]) -> None:
         """Attach heads to taps and replace earlier ones; the backbone's own classifier remains the last exit.
@@ -307,7 +312,8 @@ class Network(nn.Module):
             taps: Names of the stages whose outputs are returned as well.
             parts: Sizes of the parts of ``x`` to run one after the other, each with its own batch statistics; empty
                 runs all samples together.
-            stages: Runs all stages, such as a compiled form of :meth:`run_stages`; None runs them one by one.
+            stages: Runs all stages, such as a compiled form of :meth:`run_stages`; None runs them one by one, and so do
+                evaluations with a ``choice``.
 
         Raises:
             UnknownNameError: The backbone has no such tap.

@@ -50,7 +50,7 @@ def objectives(
     ((0,), ('backbone.stages.0.weight', 'backbone.stages.0.bias', 'heads.0.weight', 'heads.0.bias'))
     """
     learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    depth = [stage for stage, exits in enumerate(network.exits_at) for _ in exits]
+    depth = network.exit_stages
     everyone = tuple(range(len(network.heads)))
     each: list[tuple[int, ...]] = [(k,) for k in everyone]
     groups: dict[Scope, list[tuple[int, ...]]] = {

@@ -31,6 +31,7 @@ from clframe.plotting.style import (
 )
 from clframe.report.comparison import WHOLE, Group, mean_points, record_points
 from clframe.report.loading import Run
+from clframe.report.shown_metrics import heading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -288,7 +289,7 @@ def draw_exit_metrics(runs: Sequence[Run], names: Sequence[str], figure: Figure)
         low, high = ([c + sign * s for c, s in zip(center, spread, strict=True)] for sign in (-1, 1))
         if finite(low):
             axes.fill_between(range(len(center)), low, high, color=SERIES[0], alpha=0.16, linewidth=0)
-        axes.set_title(f"{metric.label}, %" if metric.kind == "percent" else metric.label, fontsize=8.5)
+        axes.set_title(heading(metric), fontsize=8.5)
         integer_ticks(axes.xaxis, len(center), most=7)
         axes.margins(y=0.2)
         if metric.kind == "percent":

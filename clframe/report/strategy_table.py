@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from clframe.exits.diagnostics import ExitRecord
-from clframe.metrics.statistics import NAN, deviation, mean, paired
+from clframe.metrics.statistics import NAN, mean, paired
 from clframe.report.comparison import Group, mismatch, operating_points
 from clframe.report.families import BASE, Member
-from clframe.report.shown_metrics import ACCURACY, metric_over_seeds, trained_once
+from clframe.report.shown_metrics import ACCURACY, metric_over_seeds, seed_mean, trained_once
 from clframe.report.tables import equal_cost, reached_at_most
 from clframe.tables import Cell, Quantity, Table, over_seeds
 
@@ -125,8 +125,7 @@ def exits_compared_table(rows: Sequence[Member]) -> Table | None:
         records = list(_last_records(row.group).values())
 
         def over(value: Callable[[ExitRecord], float], reason: str, of: Sequence[ExitRecord] = records) -> Quantity:
-            values = [value(record) for record in of]
-            return Quantity(mean(values), deviation=deviation(values), undefined=reason)
+            return seed_mean([value(record) for record in of], reason)
 
         found.append((
             row.group.label, row.kind, over(lambda r: r.static.get("last", NAN), "not recorded"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.nn.network import Network
@@ -14,17 +13,14 @@ CHOSEN = "adapters are chosen by the likelihood of the text before"
 """Note of a prediction for a domain that is not known."""
 
 
-@contextmanager
-def domain_of(network: Network, experience: int | None) -> Iterator[None]:
-    """Context in which the network computes with the adapters of an experience, or chooses them.
+def domain_of(network: Network, experience: int | None) -> AbstractContextManager[None]:
+    """Return a context in which the network computes with the adapters of an experience, or chooses them.
 
     Args:
         network: The network, with adapters for each domain or without.
         experience: Its index; None: it is not known.
     """
-    choice = network.choice
-    with nullcontext() if choice is None else choice.of_domain(experience):
-        yield
+    return nullcontext() if network.choice is None else network.choice.of_domain(experience)
 
 
 def experience_of(model: RunModel, name: str) -> int:

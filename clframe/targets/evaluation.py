@@ -5,7 +5,6 @@ Shape suffixes: B batch, C classes in learning order, K exits, N samples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from clframe.exits.curves import wilson_interval
 from clframe.exits.study import ExitScores, ExitStudy, Progress, study_scores
 from clframe.metrics.confusion import MOST_CLASSES
 from clframe.nn.frozen import evaluating
-from clframe.records import to_plain
+from clframe.records import to_json_lines
 from clframe.targets.evaluation_data import (
     Batches,
     check_unchanged,
@@ -207,9 +206,7 @@ def to_json(found: Evaluation) -> str:
         "class_order": found.class_order, "class_names": found.class_names, "confusion": found.confusion,
         "skipped": found.skipped,
     }  # fmt: skip
-    plain = {key: json.dumps(to_plain(value), ensure_ascii=False) for key, value in content.items()}
-    lines = [f"  {json.dumps(key)}: {text}" for key, text in plain.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return to_json_lines(content)
 
 
 def _evaluate_other(

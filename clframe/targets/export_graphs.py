@@ -192,7 +192,7 @@ def divide(trained: TrainedModel, dynamic: DynamicNetwork, example: Tensor) -> l
     if len(exits) == 1:
         advice = "one exit; train with exits" if len(network.heads) == 1 else "no exit that stops; give --threshold"
         raise UnsupportedError(f"export: --staged needs exits to stop at and found {advice}, or leave --staged out")
-    at = {exit: stage for stage, found in enumerate(network.exits_at) for exit in found}
+    at = network.exit_stages
     thresholds, stopping = dynamic.policy.of_exits(len(network.heads)), dynamic.stopping_exits
     costs = _costs(network, exits)
     parts: list[tuple[Stage, StageSpec]] = []

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from clframe.config.load import sets_key
 from clframe.config.schema import BenchmarkConfig
 from clframe.data.inputs import InputFormat
 from clframe.data.source import SOURCES
@@ -55,22 +56,12 @@ def fit_text(
         raise ConfigError(f"benchmark.tokenizer: found {given}, but the run was trained with another one; leave it out")
     options = {**block.options, "tokenizer": str(tokenizer_file(folder))}
     for key, value in {"vocabulary": len(TextTokenizer(content)), "context": data["input_shape"][0] - 1}.items():
-        if _gives(overrides, key) and options[key] != value:
+        if sets_key(overrides, f"benchmark.{key}") and options[key] != value:
             raise ConfigError(f"benchmark.{key}: found {options[key]}, but the run has {value}; leave it out")
         if key in takes:
             options[key] = value
-    experiences = block.experiences if _gives(overrides, "experiences") else 1
+    experiences = block.experiences if sets_key(overrides, "benchmark.experiences") else 1
     return replace(block, options=options, experiences=experiences)
-
-
-def _gives(overrides: Sequence[str], key: str) -> bool:
-    """Whether overrides set a key of the benchmark, directly or in a whole block."""
-    pairs = [text.partition("=") for text in overrides]
-    return any(
-        name.strip() == f"benchmark.{key}"
-        or (name.strip() == "benchmark" and value.lstrip().startswith("{") and key in value)
-        for name, _, value in pairs
-    )
 
 
 def tokenizer_file(folder: Path) -> Path:

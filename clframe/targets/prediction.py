@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from PIL import Image
 from clframe.accounting import backbone_macs
 from clframe.errors import ConfigError, DataError
 from clframe.printable import csv_cell
-from clframe.records import to_plain
+from clframe.records import to_json_lines
 from clframe.tables import Quantity, Table
 from clframe.targets.loading import refuse_language_model
 from clframe.targets.reading import InputReader, open_inputs
@@ -191,9 +190,7 @@ def to_json(found: Predictions, *, run: str) -> str:
         "simulated": found.simulated, "notes": found.notes, "exit_names": found.exit_names,
         "backbone_macs": found.backbone_macs, "skipped": found.skipped,
     }  # fmt: skip
-    lines = [f"  {json.dumps(key)}: {json.dumps(to_plain(value), ensure_ascii=False)}" for key, value in head.items()]
-    rows = ",\n".join(f"    {json.dumps(_tree(row), ensure_ascii=False)}" for row in found.rows)
-    return "{\n" + ",\n".join([*lines, f'  "predictions": [\n{rows}\n  ]']) + "\n}\n"
+    return to_json_lines(head, {"predictions": [_tree(row) for row in found.rows]})
 
 
 def to_csv(found: Predictions) -> str:

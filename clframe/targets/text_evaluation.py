@@ -5,17 +5,16 @@ Shape suffixes: S ids of a window, W windows, K exits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from clframe.accounting import backbone_macs
 from clframe.device_defaults import evaluation_batch
 from clframe.exits.study import Progress
-from clframe.functional.language import Likelihood, perplexity
+from clframe.functional.language import perplexity
 from clframe.nn.frozen import evaluating
 from clframe.nn.network import Network
-from clframe.records import to_plain
+from clframe.records import to_json_lines
 from clframe.targets.domains import CHOSEN, domain_of
 from clframe.targets.loading import RunModel
 from clframe.targets.text_evaluation_data import Part, other_text, own_text
@@ -181,17 +180,12 @@ def to_json(found: TextEvaluation) -> str:
         "waiting_macs_per_token": found.waiting, "backbone_macs_per_token": found.backbone_macs,
         "domains": [{**asdict(domain), "perplexity": domain.perplexity} for domain in found.domains], "exits": exits,
     }  # fmt: skip
-    plain = {key: json.dumps(to_plain(value), ensure_ascii=False) for key, value in content.items()}
-    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {text}" for key, text in plain.items()) + "\n}\n"
+    return to_json_lines(content)
 
 
 def _score(name: str, total: TextTotals) -> DomainScore:
     tokens = total.total.tokens
     return DomainScore(
         name=name, tokens=tokens, nats=total.total.mean, interval=total.interval, accuracy=total.right / tokens,
-        nats_K=tuple(map(_mean, total.exits)), accuracy_K=tuple(right / tokens for right in total.right_K),
+        nats_K=tuple(exit.mean for exit in total.exits), accuracy_K=tuple(right / tokens for right in total.right_K),
     )  # fmt: skip
-
-
-def _mean(likelihood: Likelihood) -> float:
-    return likelihood.mean

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +11,9 @@ from clframe.accounting import MacCounter
 from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.nn.frozen import evaluating
-from clframe.nn.generation import Generation, TokenRule, generate, speculate
-from clframe.records import to_plain
+from clframe.nn.generation import Generation, generate, speculate
+from clframe.nn.network import Network
+from clframe.records import to_json_lines
 from clframe.tables import Quantity, Table
 from clframe.targets.domains import CHOSEN, domain_of, experience_of
 from clframe.targets.loading import RunModel
@@ -106,11 +106,11 @@ def continue_prompts(
     run: Callable[[Sequence[int]], Generation]
     if draft or draft_exit is not None:
         at = _drafting_exit(model, draft, draft_exit, other=threshold if budget is None else budget)
-        run = partial(_speculate, model, tokens, at, draft)
+        run = partial(speculate, network, tokens=tokens, exit=at, draft=draft)
         name = f"drafts of up to {draft} tokens at {network.exit_names[at]}, confirmed by the last exit"
     else:
         rule, name = token_rule(model, threshold=threshold, budget=budget)
-        run = partial(_generate, model, tokens, rule)
+        run = partial(generate, network, tokens=tokens, rule=rule)
     experience = None if domain is None else experience_of(model, domain)
     encoder, rows = TextTokenizer(run_tokenizer(model.folder, model.inputs)), []
     with domain_of(network, experience):
@@ -118,7 +118,7 @@ def continue_prompts(
             ids = encoder.encode(prompt).tolist()
             if not ids:
                 raise DataError(f"predict: prompt {number + 1} has no text; give at least one character")
-            rows.append(_continue(run, encoder, prompt, ids, most=context - tokens + 1, exits=network.exit_names))
+            rows.append(_continue(network, run, encoder, prompt, ids, most=context - tokens + 1))
             if progress is not None:
                 progress(number + 1, len(given))
     cut = sum(row.cut > 0 for row in rows)
@@ -130,40 +130,26 @@ def continue_prompts(
     )  # fmt: skip
 
 
-def _generate(model: RunModel, tokens: int, rule: TokenRule, ids: Sequence[int]) -> Generation:
-    with _adapted(model, ids):
-        return generate(model.network, ids, tokens, rule=rule)
-
-
-def _speculate(model: RunModel, tokens: int, exit: int, draft: int, ids: Sequence[int]) -> Generation:
-    with _adapted(model, ids):
-        return speculate(model.network, ids, tokens, exit=exit, draft=draft)
-
-
-@contextmanager
-def _adapted(model: RunModel, ids: Sequence[int]) -> Iterator[None]:
-    """Context in which the network has the adapters for a prompt, where it has several."""
-    choice = model.network.choice
-    with evaluating(model.network), nullcontext() if choice is None else choice.best_for(model.network, ids):
-        yield
-
-
 def _continue(
+    network: Network,
     run: Callable[[Sequence[int]], Generation],
     encoder: TextTokenizer,
     prompt: str,
     ids: Sequence[int],
     *,
     most: int,
-    exits: Sequence[str],
 ) -> Continuation:
-    """Continue the last ``most`` ids of a prompt."""
-    read = ids[-most:]
-    with MacCounter() as counter:
+    """Continue the last ``most`` ids of a prompt, with the adapters for it where the network has several."""
+    read, choice = ids[-most:], network.choice
+    with (
+        evaluating(network),
+        MacCounter() as counter,
+        nullcontext() if choice is None else choice.best_for(network, read),
+    ):
         found = run(read)
     text = encoder.decode([*read, *found.ids]).removeprefix(encoder.decode(read))
     return Continuation(
-        prompt=prompt, text=text, ids=found.ids, exits=tuple(exits[k] for k in found.exits),
+        prompt=prompt, text=text, ids=found.ids, exits=tuple(network.exit_names[k] for k in found.exits),
         positions=found.positions, passes=found.passes, macs=counter.macs, cut=len(ids) - len(read),
     )  # fmt: skip
 
@@ -214,9 +200,7 @@ def to_json(found: Continuations, *, run: str) -> str:
         "schema_version": SCHEMA_VERSION, "run": run, "rule": found.rule, "notes": found.notes,
         "stage_names": found.stage_names, "exit_names": found.exit_names,
     }  # fmt: skip
-    lines = [f"  {json.dumps(key)}: {json.dumps(to_plain(value), ensure_ascii=False)}" for key, value in head.items()]
-    rows = ",\n".join(f"    {json.dumps(to_plain(row), ensure_ascii=False)}" for row in found.rows)
-    return "{\n" + ",\n".join([*lines, f'  "continuations": [\n{rows}\n  ]']) + "\n}\n"
+    return to_json_lines(head, {"continuations": found.rows})
 
 
 def _by_exit(row: Continuation, names: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ class TokenScorer:
     def __init__(self, model: TrainedModel, *, threshold: float | None = None, budget: float | None = None) -> None:
         self._rule = PredictionRule(model, threshold=threshold, budget=budget, graphs=False)
         self._model = model
-        self._stage_K, self._position_S = stages_of_exits(model.network), position_costs(model.network)
+        self._stage_K, self._position_S = model.network.exit_stages, position_costs(model.network)
         self.description, self.threshold = self._rule.description, self._rule.threshold
         self.notes = ("MACs count every expert, as if all were chosen",) if self._rule.counts_experts else ()
 
@@ -104,11 +104,6 @@ class TokenScorer:
             needed_B = (reaches_BT * number_T).amax(1)
             spent += macs * int((needed_B - reaches_BT.sum(1)).sum())
         return round(spent)
-
-
-def stages_of_exits(network: Network) -> tuple[int, ...]:
-    """The index of each exit's stage."""
-    return tuple(stage for stage, exits in enumerate(network.exits_at) for _ in exits)
 
 
 def position_costs(network: Network) -> tuple[float, ...]:

@@ -5,7 +5,6 @@ Shape suffixes: S ids of a window, N scored tokens, K exits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.functional.language import Likelihood, perplexity, strided_windows
 from clframe.nn.frozen import evaluating
-from clframe.records import to_plain
+from clframe.records import to_json_lines, to_plain
 from clframe.tables import Cell, Quantity, Table
 from clframe.targets.domains import CHOSEN, domain_of, experience_of
 from clframe.targets.loading import RunModel
@@ -182,12 +181,7 @@ def to_json(found: ScoredTexts, *, run: str) -> str:
         "schema_version": SCHEMA_VERSION, "run": run, "rule": found.rule, "stride": found.stride, "notes": found.notes,
         "exit_names": found.exit_names, "skipped": found.skipped,
     }  # fmt: skip
-    lines = [f"  {json.dumps(key)}: {json.dumps(to_plain(value), ensure_ascii=False)}" for key, value in head.items()]
-    rows = ",\n".join(
-        f"    {json.dumps(to_plain(row) | {'perplexity': to_plain(row.perplexity)}, ensure_ascii=False)}"
-        for row in found.rows
-    )
-    return "{\n" + ",\n".join([*lines, f'  "scores": [\n{rows}\n  ]']) + "\n}\n"
+    return to_json_lines(head, {"scores": [{**to_plain(row), "perplexity": row.perplexity} for row in found.rows]})
 
 
 def _shorten(text: str, *, most: int = 40) -> str:

@@ -9,7 +9,7 @@ Section = Literal[
     "before_experience", "make_batch", "forward", "task_loss", "losses", "combine_losses", "backward",
     "modify_gradients", "after_step", "after_experience", "adjust_logits", "predict",
 ]  # fmt: skip
-"""What an observer is notified of: the hooks that compute, and the two passes of a training step."""
+"""Sections of a run that an observer is notified of: the hooks that compute, and the two passes of a training step."""
 
 UNOBSERVED: AbstractContextManager[object] = nullcontext()  # reusable, so that an unobserved run allocates nothing
 

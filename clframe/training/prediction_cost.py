@@ -5,8 +5,8 @@ Shape suffixes: B batch, C classes, K exits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from clframe.accounting.entries import PartKind
 from clframe.accounting.macs import evaluation_mode
 from clframe.exits import ExitPolicy
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.moe import RoutedExperts
+from clframe.moe.routed import override, routed_layers
 from clframe.moe.router import ALL
 from clframe.nn.backbones.stages import tap_of
 from clframe.nn.network import Network
@@ -108,18 +108,9 @@ def stops_B(scores: Sequence[Tensor], policy: ExitPolicy) -> Tensor:
     return stop_B
 
 
-@contextmanager
-def every_expert(module: nn.Module) -> Iterator[None]:
-    """Turn all experts on and routers off; restore the gates on exit."""
-    layers = [part for part in module.modules() if isinstance(part, RoutedExperts)]
-    gates = [layer.gate for layer in layers]
-    try:
-        for layer in layers:
-            layer.gate = ALL
-        yield
-    finally:
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.gate = gate
+def every_expert(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which all experts are on and routers off."""
+    return override(routed_layers(module), "gate", lambda _: ALL)
 
 
 class _PartCounter:

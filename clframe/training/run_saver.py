@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from clframe.accounting import Ledger
-from clframe.config.typed import same_config
 from clframe.data.benchmark import Benchmark
 from clframe.errors import RunFolderError, reason_of
 from clframe.training.checkpoint import decode, load_latest, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.evaluation import ActivityRecorder, ExitRecorder
 from clframe.training.run_progress import Progress
+from clframe.training.saver import RESTORE_ERRORS, refuse_other_config
 from clframe.training.strategy import LightningStrategy
 from clframe.training.trained import describe_data
 
@@ -82,14 +82,11 @@ class RunSaver:
         content = load_latest(self._folder, device=self._strategy.device)
         if content is None:
             return None
-        if content.get("config") != self._config and not same_config(str(content.get("config")), self._config):
-            raise RunFolderError(
-                f"{self._folder}: was written by another config; resume with the run's own config.yaml"
-            )
+        refuse_other_config(content, self._config, folder=self._folder)
         self._check_tokenizer(content)
         try:
             return self._restore(content)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except RESTORE_ERRORS as error:
             reason = reason_of(error, most=200)
             raise RunFolderError(
                 f"{self._folder}: the newest checkpoint does not fit this run ({reason}); delete it to resume "

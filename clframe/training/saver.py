@@ -156,10 +156,7 @@ class ExperienceSaver:
         content = load_inside(self._folder, finished=finished, device=self._strategy.device)
         if content is None:
             return None
-        if content.get("config") != self._config and not same_config(str(content.get("config")), self._config):
-            raise RunFolderError(
-                f"{self._folder}: was written by another config; resume with the run's own config.yaml"
-            )
+        refuse_other_config(content, self._config, folder=self._folder)
         try:
             position = Position.of(content["position"])
             if position.experience != finished:
@@ -180,7 +177,7 @@ class ExperienceSaver:
         if position.part:
             try:
                 strategy.enter_part(position.part, parts[0], content["strategy"])
-            except _FAILURES as error:
+            except RESTORE_ERRORS as error:
                 raise _unfit(content["file"], error) from error
             self._restore_records(content)
         else:
@@ -249,7 +246,7 @@ class ExperienceSaver:
     def _restore(self, content: Mapping[str, Any]) -> None:
         try:
             self._strategy.restore(content["strategy"])
-        except _FAILURES as error:
+        except RESTORE_ERRORS as error:
             raise _unfit(content["file"], error) from error
         self._restore_records(content)
 
@@ -260,12 +257,27 @@ class ExperienceSaver:
             self._monitor.load_state_dict(content["monitor"])
             self._guard.load_state_dict(content["guard"])
             self._meter.load_state_dict(content["meter"])
-        except _FAILURES as error:
+        except RESTORE_ERRORS as error:
             raise _unfit(content["file"], error) from error
 
 
-_FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+RESTORE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 """Errors that restoring a damaged or foreign content may raise."""
+
+
+def refuse_other_config(content: Mapping[str, Any], config: str, *, folder: Path) -> None:
+    """Refuse a checkpoint of another config.
+
+    Args:
+        content: The checkpoint.
+        config: The resolved config of the run as text.
+        folder: Folder of checkpoints.
+
+    Raises:
+        RunFolderError: The configs differ.
+    """
+    if content.get("config") != config and not same_config(str(content.get("config")), config):
+        raise RunFolderError(f"{folder}: was written by another config; resume with the run's own config.yaml")
 
 
 def _unfit(file: Any, error: Exception) -> RunFolderError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 StepValues = Mapping[str, Mapping[str, "float | Tensor"]]
-"""What components return from ``step_values``, by component."""
+"""Values that components return from ``step_values``, by component."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StepInputs:
 
     Attributes:
         weight_K: Weight of each exit's losses; None where all are 1.
-        values: What components return from ``step_values``.
+        values: Values that components return from ``step_values``.
     """
 
     weight_K: Tensor | None

@@ -92,7 +92,8 @@ def test_every_plugin_that_may_be_named_is_tried_here() -> None:
 def test_a_config_gives_the_weights_of_the_same_plugin_from_python(
     tmp_path: Any, without: Callable[..., dict[str, torch.Tensor]], name: str
 ) -> None:
-    # MIR leaves out the classes of the last batch, which beside a memory of ours are all of them, and needs two before.
+    # MIR draws no samples of the classes in the last batch: after er, whose batches have all classes, none would be left.
+    # Its first draw is in the third experience.
     strategy, stream = ("lwf", LONGER) if name == "MIRPlugin" else (BOTH, ())
     result = clframe.run("quickstart", [*overrides(written(name), strategy=strategy), *stream], output=tmp_path)
     parts = build(load_config("quickstart", [*overrides(strategy=strategy), *stream]))

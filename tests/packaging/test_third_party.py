@@ -53,7 +53,7 @@ for line in sys.stdin:
         os._exit(0)
     os.wait()
 """
-"""An interpreter that has not imported clframe answers each line of commands in a process of its own, forked before that
+"""An interpreter that has not imported clframe answers each line of commands in a separate process, forked before that
 import; RUN is the folder of the run."""
 
 

@@ -217,8 +217,10 @@ def test_a_table_of_contents_links_every_section(make_run, tmp_path):
     assert links == ids and len(links) == 1 + 2 * 3
 
 
-@pytest.mark.usefixtures("without_figures")
-def test_runs_of_schema_version_1_are_reported(tmp_path, read_table):
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_runs_of_schema_version_1_are_reported(drawn, tmp_path, read_table, monkeypatch):
+    if not drawn:
+        leave_figures_blank(monkeypatch)
     for run in ("version_1", "version_1_exits"):
         shutil.copytree(DATA / run, tmp_path / run)
     path = write_report([tmp_path / "version_1"], output=tmp_path / "one")

@@ -93,6 +93,10 @@ def test_the_tokenizer_is_that_of_the_run(parent, child, texts, tmp_path):
     # A config file of the data set sets other sizes, which the user has not given.
     named = ["benchmark=language_model", f"benchmark.path={changed}", "benchmark.domains=[zahlen]"]
     assert plan_extension(parent.run_folder, named).setup.config.benchmark.options == block.options
+    shutil.copytree(changed, context := tmp_path / "context")  # a path with the name of an option, which is not given
+    whole = f"benchmark={{name: language_model, path: {context}, domains: [zahlen]}}"
+    options = plan_extension(parent.run_folder, [whole]).setup.config.benchmark.options
+    assert options == {**block.options, "path": str(context)}
 
 
 def test_more_text_of_a_known_domain(parent, texts, tmp_path, caplog):
@@ -124,6 +128,7 @@ def test_what_does_not_fit_the_run_is_refused(parent, texts, tmp_path):
     for given, message in (
         ("benchmark.vocabulary=281", "benchmark.vocabulary: found 281, but the run has 280; leave it out"),
         ("benchmark.context=4", "benchmark.context: found 4, but the run has 8; leave it out"),
+        (f"benchmark={{name: language_model, path: {texts}, context: 4}}", "benchmark.context: found 4, but the run has 8"),
         (f"benchmark.tokenizer={tmp_path}", "benchmark.tokenizer: found .*, but the run was trained with another one"),
         ("benchmark=digits", "found inputs of shape 1 x 8 x 8, but the run was trained on 9"),
     ):
@@ -154,5 +159,3 @@ def test_the_verb_names_the_new_domain(parent, texts, tmp_path, capsys):
     (folder,) = (tmp_path / "language_model").iterdir()
     assert json.loads((folder / "results.json").read_text())["nll_matrix"][0][2] is None
     assert main(["report", str(folder)]) == 0
-
-

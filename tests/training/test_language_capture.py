@@ -1,13 +1,13 @@
-"""Recorded steps of language models are those that run otherwise, bit for bit; on a CPU with a stand-in for CUDA graphs."""
+"""Recorded steps of language models equal eager ones bit for bit; on a CPU with a stand-in for CUDA graphs."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
+import capture_runs as runs
 import pytest
 import torch
+from language_runs import options_of, write_domains
 
 import clframe
 from clframe.accounting import Ledger
@@ -17,12 +17,6 @@ from clframe.training import capture
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    import capture_runs as runs
-finally:
-    sys.path.pop(0)
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.5, fused=True)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,12 +31,8 @@ def early(monkeypatch):
         yield
 
 
-def train(folder, strategy, *, device, recorded):
-    config = load_config("language_model", [
-        f"benchmark.path={folder}", "benchmark.experiences=2", "benchmark.context=8", "benchmark.vocabulary=280",
-        "backbone.width=8", "backbone.depth=2", "backbone.heads=2", "seed=3", f'strategy="{strategy}"',
-    ])  # fmt: skip
-    setup = build(config)
+def train(texts, strategy, *, device, recorded):
+    setup = build(load_config("language_model", options_of(texts, "seed=3", f'strategy="{strategy}"')))
     module = ContinualModule(setup.network, setup.composition, optimizer=SGD, seed=3, clip=1.0)
     costs = CostRecorder(module.learner, Ledger())
     loop = LightningStrategy(
@@ -62,11 +52,9 @@ def train(folder, strategy, *, device, recorded):
         "exits(at=[block1], weights=ramp) + early_exit + label_smoothing",
     ))],
 )  # fmt: skip
-def test_recorded_steps_are_those_that_run_otherwise(strategy, device, tmp_path):
-    for name, words in {"prose": "the quick brown fox jumps over the lazy dog\n", "code": "def area(r):\n    return 3.14 * r\n"}.items():
-        for part, times in (("train", 60), ("test", 5)):
-            (tmp_path / f"{name}_{part}.txt").write_text(words * times, encoding="utf-8")
-    (eager, _), (recorded, graphs) = (train(tmp_path, strategy, device=device, recorded=own) for own in (False, True))
+def test_recorded_steps_equal_eager_ones(strategy, device, tmp_path):
+    texts = write_domains(tmp_path)
+    (eager, _), (recorded, graphs) = (train(texts, strategy, device=device, recorded=own) for own in (False, True))
     for part in eager:
         assert runs.equal(eager[part], recorded[part]), part
     assert graphs[0] >= 1

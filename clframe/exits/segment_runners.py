@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clframe.errors import ConfigError, reason_of
+from clframe.errors import ConfigError, DataError, reason_of
 from clframe.exits.captured_segments import WARM
 from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
 from clframe.exits.row_buffers import HostCopy, gather_rows, kind_of, remaining_first, zeros_for_batch
@@ -182,7 +182,13 @@ class GraphRunner:
 
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
-        """Record every segment in every size for inputs like ``x``, a batch of samples on the network's device."""
+        """Record every segment in every size for inputs like ``x``, a batch of samples on the network's device.
+
+        Raises:
+            DataError: A batch without samples.
+        """
+        if not len(x):
+            raise DataError("runner: found no sample to record with; give a batch of at least one")
         for size in reversed(self.sizes):
             first = ActiveSamples(x[torch.arange(size, device=x.device) % len(x)])
             for _ in range(WARM + 1):

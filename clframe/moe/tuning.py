@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
-from time import perf_counter, process_time
+from time import get_clock_info, perf_counter, process_time
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ MARGIN = 0.95
 """Fraction of the time of the plan's choice, which sees each batch, below which another executor is used on a CPU."""
 FEW_TOKENS = 16
 """Number of tokens up to which execution token by token is measured."""
+COARSE = 1e-5
+"""Seconds of a tick from which on the processor's clock does not time single calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,8 @@ def _on_cuda(layer: RoutedExperts, x_ND: Tensor, *, bypass: bool) -> Calls:
 
 
 def time_turns(calls: Calls, *, seconds: float = 0.5, least: int = 5, most: int = 200) -> dict[str, float]:
-    """Milliseconds of calls that take turns on a CPU: of the processor for one thread, else of wall time.
+    """Milliseconds of calls that take turns on a CPU: of the processor for one thread, if its clock is
+    fine enough, else of wall time.
 
     Of the first call the lower quartile, because other work on the machine only adds time; of the others this times the
     median of their ratios to the first within a turn, because other work slows down a whole turn.
@@ -157,7 +160,9 @@ def time_turns(calls: Calls, *, seconds: float = 0.5, least: int = 5, most: int 
         least: Turns in any case, after one that does not count.
         most: Turns at most.
     """
-    clock = process_time if torch.get_num_threads() == 1 else perf_counter
+    # On Windows the processor's clock advances by 15.6 ms: a short call would take none or that much.
+    fine = get_clock_info("process_time").resolution < COARSE
+    clock = process_time if fine and torch.get_num_threads() == 1 else perf_counter
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end, turn = perf_counter() + seconds, 0
     while turn <= least or (turn <= most and perf_counter() < end):

@@ -334,6 +334,8 @@ def test_batches_that_a_runner_does_not_record_are_refused():
     runner = GraphRunner(dynamic, max_batch=4, graphs=RecordedGraphs())
     with pytest.raises(ConfigError, match=r"^runner: found 5 samples; give 4 at most, or raise max_batch$"):
         runner.launch(0, [ActiveSamples(torch.zeros(2, 6)), ActiveSamples(torch.zeros(3, 6))])
+    with pytest.raises(DataError, match=r"^runner: found no sample to record with; give a batch of at least one$"):
+        runner.prepare(torch.zeros(0, 6))
     with pytest.raises(ConfigError, match=r"^server: found max_batch=5 and a runner for 4 samples; give both the same num"):
         ExitServer(dynamic, max_batch=5, runner=runner)
     assert ExitServer(dynamic, max_batch=4, runner=runner).max_batch == 4

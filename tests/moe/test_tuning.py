@@ -1,5 +1,7 @@
 """Executors chosen from measured times."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,21 @@ def test_turns_alternate_and_the_first_does_not_count(monkeypatch):
     monkeypatch.setattr(tuning, "process_time", lambda: now[0])
     found = time_turns({"a": run("a"), "b": run("b")}, seconds=0, least=3)
     assert "".join(order) == "baabbaab" and found == {"a": 2000.0, "b": 3000.0}
+
+
+@pytest.mark.parametrize(("threads", "resolution", "used"), [(1, 1e-9, "processor"), (2, 1e-9, "wall"), (1, 0.0156, "wall")])
+def test_calls_are_timed_by_the_processor_for_one_thread_if_its_clock_is_fine(threads, resolution, used, monkeypatch):
+    read = []
+
+    def clock(name):
+        return lambda: read.append(name) or float(len(read))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(tuning, "get_clock_info", lambda name: SimpleNamespace(resolution=resolution))
+    monkeypatch.setattr(tuning, "process_time", clock("processor"))
+    monkeypatch.setattr(tuning, "perf_counter", clock("wall"))
+    time_turns({"a": lambda: None}, seconds=0, least=2)
+    assert ("processor" in read) == (used == "processor")
 
 
 def test_a_model_without_experts():

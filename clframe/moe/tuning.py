@@ -148,8 +148,9 @@ def _on_cuda(layer: RoutedExperts, x_ND: Tensor, *, bypass: bool) -> Calls:
 
 
 def time_turns(calls: Calls, *, seconds: float = 0.5, least: int = 5, most: int = 200) -> dict[str, float]:
-    """Milliseconds of calls that take turns on a CPU: of the processor for one thread, if its clock is
-    fine enough, else of wall time.
+    """Milliseconds of calls that take turns on a CPU: of the processor for one thread, else of wall time.
+
+    Wall time for one thread too if the processor's clock is coarse.
 
     Of the first call the lower quartile, because other work on the machine only adds time; of the others this times the
     median of their ratios to the first within a turn, because other work slows down a whole turn.

@@ -4,10 +4,11 @@
     python perf/exit_stream.py --model resnet50 --load 0.5 --budget 0.5
 
 Requests are a Poisson process at a share of the bare backbone's greatest throughput (``max_batch`` over its time for such
-a batch, as a CUDA graph). Both contestants are ``ExitServer`` with the same limits and graphs: the bare backbone has one
-segment, so that it is plain dynamic batching. They take turns with the same arrivals; latencies count from the planned
-arrival of a request. The event loop never sleeps: its timers have a resolution of a millisecond. Networks, inputs and
-thresholds are those of perf/exit_race_cuda.py.
+a batch, as a CUDA graph). All contestants are ``ExitServer`` with the same limits and graphs: the bare backbone has one
+segment, so that it is plain dynamic batching. "One exit" is the network with the exit at 25 % of the MACs alone, at the
+same mean MACs: fewer segments are launched, and more requests leave at that exit. Contestants take turns with the same
+arrivals; latencies count from the planned arrival of a request. The event loop never sleeps: its timers have a resolution
+of a millisecond. Networks, inputs and thresholds are those of perf/exit_race_cuda.py.
 
 ``stalls_ms`` of each contestant are the longest pauses by cause: between two turns of the event loop, of the garbage
 collector, of a launch on the host (``eager``: launches without a graph), and from a launch to its results.
@@ -36,6 +37,9 @@ from clframe.exits.policies import ExitPolicy
 from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun, SegmentRunner
 from clframe.exits.streaming import ExitServer
 from clframe.nn import Network
+
+ONE = 1
+"""The exit at 25 % of the MACs."""
 
 
 class Stalls:
@@ -171,14 +175,12 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
     unbatched = list(samples)  # indexing would be time of the event loop
     rows = []
     for budget in options.budget:
-        shares = shares_for(work, range(len(work.heads) - 1), budget)
-        if shares is None:
-            continue
-        policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
-        contestants = {
-            "bare": DynamicNetwork(network, ExitPolicy(thresholds=2.0)),
-            "exits": DynamicNetwork(network, policy),
-        }
+        contestants = {"bare": DynamicNetwork(network, ExitPolicy(thresholds=2.0))}
+        for name, exits in (("exits", tuple(range(len(work.heads) - 1))), ("one", (ONE,))):
+            shares = shares_for(work, exits, budget)
+            if shares is not None:
+                policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
+                contestants[name] = DynamicNetwork(network, policy, exits=exits)
         runners = {name: runner_for(each, samples, max_batch=options.max_batch) for name, each in contestants.items()}
         clean()  # frees, and leaves what exists out of later collections, as a server should
         for load in options.load:
@@ -197,22 +199,20 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
             for name, laps in found.items():
                 row[f"{name}_p50_ms"] = 1e3 * median(median(lap) for lap in laps)
                 row[f"{name}_p99_ms"] = 1e3 * median(quantiles(lap, n=100)[98] for lap in laps)
-            row["p50_change"] = row["exits_p50_ms"] / row["bare_p50_ms"] - 1
-            row["p99_change"] = row["exits_p99_ms"] / row["bare_p99_ms"] - 1
             rows.append(row)
-            print(
-                f"{model} {budget:.0%} of the MACs, {rate:,.0f} a second ({load:.0%}): median {row['bare_p50_ms']:.2f} to "
-                f"{row['exits_p50_ms']:.2f} ms ({row['p50_change']:+.0%}), p99 {row['bare_p99_ms']:.2f} to "
-                f"{row['exits_p99_ms']:.2f} ({row['p99_change']:+.0%}); mean batch {row['bare_batch']:.1f}, "
-                f"{row['exits_batch']:.1f}; a launch {row['bare_launch_ms']:.3f}, {row['exits_launch_ms']:.3f} ms; longest: "
-                f"{longest(row['bare_stalls_ms'])}; {longest(row['exits_stalls_ms'])}",
-                flush=True,
-            )
+            print(f"{model} {budget:.0%} of the MACs, {rate:,.0f} a second ({load:.0%})", flush=True)
+            for name in contestants:
+                print("  " + describe(row, name), flush=True)
     return rows
 
 
-def longest(stalls: dict[str, float]) -> str:
-    return ", ".join(f"{cause} {ms:.1f}" for cause, ms in stalls.items())
+def describe(row: dict[str, Any], name: str) -> str:
+    p50, p99 = (row[f"{name}_{part}_ms"] for part in ("p50", "p99"))
+    stalls = ", ".join(f"{cause} {ms:.1f}" for cause, ms in row[f"{name}_stalls_ms"].items())
+    return (
+        f"{name}: median {p50:.2f} ms ({p50 / row['bare_p50_ms'] - 1:+.0%}), p99 {p99:.2f} ({p99 / row['bare_p99_ms'] - 1:+.0%}); "
+        f"mean batch {row[f'{name}_batch']:.1f}; a launch {row[f'{name}_launch_ms']:.3f} ms; longest: {stalls}"
+    )
 
 
 def main() -> None:

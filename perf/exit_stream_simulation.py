@@ -5,8 +5,8 @@
 
 A full forward pass of n samples takes ``--pass-ms A B``: A + B n milliseconds, n rounded up to a recorded size; a segment
 takes its share of the MACs, ``--host`` milliseconds in which the GPU waits, and 0.03 for its head. The default fits
-ViT-B/16 on one H200 (float32 with TF32). Exits are at 12.5, 25, 50 and 75 % of the MACs; exit k answers a share
-proportional to q^k, as in perf/exit_stream.py. The bare backbone is one segment.
+ViT-B/16 on one H200 (float32 with TF32). Exit k answers a share proportional to q^k, as in perf/exit_stream.py. The bare
+backbone is one segment.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import argparse
 import random
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 from clframe.exits.segments import octaves_of
 
-REACHED = (0.125, 0.25, 0.5, 0.75, 1.0)
-"""Share of the MACs up to each exit."""
 HEAD_MS = 0.03
 
 
@@ -39,13 +38,13 @@ class Device:
         return share * (self.fixed + self.sample * size) + HEAD_MS + self.host
 
 
-def exit_shares(budget: float) -> list[float]:
-    """Shares of the exits whose mean MACs are the budget."""
+def exit_shares(reached: Sequence[float], budget: float) -> list[float]:
+    """Shares of the exits whose mean MACs are the budget, from the share of the MACs up to each."""
     low, high = 0.01, 10.0
     for _ in range(60):
         q = (low + high) / 2
-        weights = [q**k for k in range(len(REACHED))]
-        mean = sum(w * r for w, r in zip(weights, REACHED, strict=True)) / sum(weights)
+        weights = [q**k for k in range(len(reached))]
+        mean = sum(w * r for w, r in zip(weights, reached, strict=True)) / sum(weights)
         low, high = (q, high) if mean < budget else (low, q)
     return [w / sum(weights) for w in weights]
 
@@ -84,6 +83,8 @@ def main() -> None:
     parser.add_argument("--pass-ms", type=float, nargs=2, default=[1.0, 0.21], metavar=("A", "B"))
     parser.add_argument("--host", type=float, nargs="+", default=[0.3, 0.1, 0.05], help="of a segment (default: 0.3 0.1 0.05)")
     parser.add_argument("--bare-host", type=float, help="the same for the bare backbone (default: as --host)")
+    parser.add_argument("--exits", type=float, nargs="+", default=[0.125, 0.25, 0.5, 0.75], metavar="SHARE",
+                        help="share of the MACs up to each exit before the last (default: 0.125 0.25 0.5 0.75)")  # fmt: skip
     parser.add_argument("--slack", type=float, nargs="+", default=[0.0], help="milliseconds, see ExitServer (default: 0)")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.35, 0.5])
     parser.add_argument("--rate", type=float, nargs="+", default=[2040.0, 1020.0], help="requests a second")
@@ -91,7 +92,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="simulated time (default: 6)")
     options = parser.parse_args()
     fixed, sample = options.pass_ms
-    segments = [after - before for before, after in zip((0.0, *REACHED), REACHED, strict=False)]
+    reached = (*options.exits, 1.0)
+    segments = [after - before for before, after in zip((0.0, *reached), reached, strict=False)]
     print("| host ms | slack ms | MACs | requests/s | median: bare | exits | | p99: bare | exits | |\n|" + "---:|" * 10)
     for host in options.host:
         for slack in options.slack:
@@ -100,7 +102,7 @@ def main() -> None:
                     chance, arrivals = random.Random(0), [0.0]
                     while arrivals[-1] < 1e3 * options.seconds:
                         arrivals.append(arrivals[-1] + 1e3 * chance.expovariate(rate))
-                    exits = chance.choices(range(len(REACHED)), exit_shares(budget), k=len(arrivals))
+                    exits = chance.choices(range(len(reached)), exit_shares(reached, budget), k=len(arrivals))
                     cells = [f"{host:.2f}", f"{slack:.1f}", f"{budget:.0%}", f"{rate:,.0f}"]
                     sizes = tuple(sorted(options.sizes))
                     own = latencies(Device(fixed, sample, host, sizes), arrivals, exits, segments, slack=slack)

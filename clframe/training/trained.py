@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,9 @@ class TrainedModel:
         """class_B, the data set's ids, of scores in learning order, such as those of :meth:`dynamic`."""
         return torch.tensor(self.class_order, device=scores_BC.device)[scores_BC.argmax(1)]
 
-    def dynamic(self, *, threshold: float | None = None) -> DynamicNetwork:
+    def dynamic(
+        self, *, threshold: float | None = None, exits: Sequence[int | str] | None = None
+    ) -> DynamicNetwork:
         """The network with dynamic inference: each sample stops at the first exit that the policy selects.
 
         Corrections of the strategy (bias correction, nearest class means) are applied exit by exit, so predictions
@@ -96,14 +98,17 @@ class TrainedModel:
         Args:
             threshold: Largest probability from which an exit predicts; None uses the policy of the component
                 ``early_exit``.
+            exits: Indices or names of the exits that may stop a sample before the last; all if not given. The others
+                are not computed unless one of these needs them.
 
         Raises:
+            ConfigError, UnknownNameError: Exits that the network does not have.
             UnsupportedError: No threshold and no such component, a rule that uses all exits, or a strategy that
                 corrects the logits of all exits together.
         """
         adjust = self.learner.exit_corrector()
         if threshold is not None:
-            return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold), adjust=adjust)
+            return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold), exits=exits, adjust=adjust)
         owner = self.learner.composition.owner("prediction")
         policy = getattr(owner, "policy", None)
         if owner is None or policy is None:
@@ -111,7 +116,7 @@ class TrainedModel:
         rule = getattr(owner, "rule", "first")
         if rule != "first":
             raise UnsupportedError(f"dynamic: rule '{rule}' uses all exits; give a threshold, or use classify")
-        return DynamicNetwork(self.network, policy(self.learner.state[owner.name]), adjust=adjust)
+        return DynamicNetwork(self.network, policy(self.learner.state[owner.name]), exits=exits, adjust=adjust)
 
     def as_batch(self, x: Tensor) -> Tensor:
         """Stored inputs with a batch dimension, images with the channels first."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import clframe
-from clframe.errors import DataError, RunFolderError, UnsupportedError
+from clframe.errors import DataError, RunFolderError, UnknownNameError, UnsupportedError
 from clframe.exits import DynamicNetwork, ExitPolicy, select
 from clframe.report.terminal import exits_text
 from clframe.training.prediction_cost import policy_of, prediction_cost
@@ -135,6 +135,11 @@ def test_corrections_are_applied_exit_by_exit_in_dynamic_inference(name, tmp_pat
         torch.testing.assert_close(found.scores_BC, expected.scores_BC, rtol=1e-4, atol=1e-4)
     assert len(found.exit_B.unique()) == 3
     assert torch.equal(model.ids(model.dynamic()(model.prepare(test.x)).scores_BC), model.classify(test.x))
+    one = model.dynamic(threshold=between[1], exits=[1])(model.prepare(test.x))
+    only = select(scores, ExitPolicy(thresholds=(2.0, between[1])))
+    assert torch.equal(one.exit_B, only.exit_B) and set(one.exit_B.tolist()) == {1, 2}
+    with pytest.raises(UnknownNameError, match=r"^unknown exit 'layer9'"):
+        model.dynamic(threshold=0.5, exits=["layer9"])
     assert policy_of(model.learner) is not None
     cost = prediction_cost(model.learner, model.prepare(test.x[:1]))
     assert cost.cost_K[0] < cost.cost_K[1] < cost.cost_K[2]

@@ -172,3 +172,13 @@ def test_autocast_and_half_inputs_keep_the_weights_type():
         assert torch.equal(layer(x, keep), expected)
         y = layer(x.bfloat16(), keep)
     assert y.dtype == torch.float32 and float((y - expected).detach().abs().max()) < 0.05 * sqrt(7)
+
+
+def test_the_type_of_autocast_is_read_while_autocast_is_on(monkeypatch):
+    """Routed experts run without autocast, but in its type on CUDA."""
+    _, make, _ = dense(dtype=torch.float32)
+    layer, enabled = make(4), []
+    monkeypatch.setattr(ExpertLayer, "_dtype", lambda self, x: enabled.append(torch.is_autocast_enabled("cpu")) or x.dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(3, 7), torch.ones(3, 4, dtype=torch.bool))
+    assert enabled == [True]

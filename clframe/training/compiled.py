@@ -90,7 +90,7 @@ class CompiledStages:
     def watch(self, network: Network) -> None:
         """Run the stages uncompiled while they have other hooks than at first, which compiled code would not call.
 
-        Called when an epoch or an evaluation begins.
+        Called when an epoch or an evaluation begins. Reports what runs uncompiled.
         """
         hooks = [(*part._forward_pre_hooks, *part._forward_hooks, *part._backward_pre_hooks, *part._backward_hooks)
                  for part in network.backbone.modules()]  # fmt: skip
@@ -99,6 +99,8 @@ class CompiledStages:
         self._hooked = hooks != self._hooks
         if self._hooked:
             self._report("a plugin or callback observes layers of the network by hooks")
+        if network.choice is not None:
+            self._report("lora with merge=apart chooses adapters", continues="evaluations run uncompiled")
 
     def take(self) -> tuple[int, float]:
         """Return the graphs compiled since the last call, and the seconds that took."""
@@ -124,11 +126,11 @@ class CompiledStages:
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             return torch._dynamo.lookup_backend(self._backend)(graph, inputs)
 
-    def _report(self, reason: str) -> None:
+    def _report(self, reason: str, *, continues: str = "the run continues uncompiled") -> None:
         """Log once why the stages run uncompiled."""
         if reason not in self._reported:
             self._reported.add(reason)
-            _log.warning("trainer.compile: %s; the run continues uncompiled", reason)
+            _log.warning("trainer.compile: %s; %s", reason, continues)
 
 
 def _seconds() -> float:

@@ -17,7 +17,7 @@ import clframe
 from clframe.core import COMPONENTS, compose, parse
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import Network
-from clframe.nn.backbones import Backbone
+from clframe.nn.backbones import Backbone, mlp
 from clframe.training import capture
 from clframe.training.compiled import CompiledStages, require_compiler
 from clframe.training.module import ContinualModule
@@ -221,6 +221,18 @@ def test_a_backbone_that_decides_by_values_is_refused_in_one_line():
     loop, experiences = strategy([("out", nn.Linear(16, 4), (4,)), ("decide", Deciding(), (4,))])
     with pytest.raises(UnsupportedError, match=r"^trainer\.compile: .* as one graph \(.*\); set trainer\.compile=false$"):
         loop.train(experiences[0])
+
+
+def test_evaluations_that_choose_adapters_are_reported_once(caplog):
+    network, stages = Network(mlp((4,), width=8)), CompiledStages(backend="eager")
+    stages.watch(network)
+    assert not caplog.messages
+    network.choice = lambda network, x, taps: network.run_stages(x, taps)
+    stages.watch(network)
+    stages.watch(network)
+    assert caplog.messages == [
+        "trainer.compile: lora with merge=apart chooses adapters; evaluations run uncompiled"
+    ]
 
 
 def test_hooks_that_are_added_later_are_called(caplog):

@@ -71,6 +71,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         capture: Whether to record training steps as CUDA graphs, see :mod:`clframe.training.capture`.
         compile: Whether to compile the network's stages, see :mod:`clframe.training.compiled`; a name is that of
             another backend of ``torch.compile``.
+        plan: Epochs and batches that a training budget affords, see :mod:`clframe.training.budget`.
         group: The processes that train the model together; None for one.
         train_mb_size: Samples per training batch.
         train_epochs: Epochs per experience.

@@ -155,7 +155,7 @@ class GateEvaluator:
     Args:
         dense: The dense model.
         model: The converted model; its gates are restored after each pass.
-        answers: Computes the scores of each exit.
+        exit_logits: Computes the scores of each exit.
         replaced: Dense MACs per token of layers that were not feed-forward networks in the dense model, by name.
     """
 

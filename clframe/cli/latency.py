@@ -46,7 +46,8 @@ def act(options: argparse.Namespace) -> int:
                 overrides=overrides,
             )  # fmt: skip
             on = found.setting
-            print(f"{run}: {on.device}, {on.threads} threads, {on.dtype}, {on.repeats} calls each")
+            threads = "1 thread" if on.threads == 1 else f"{on.threads} threads"
+            print(f"{run}: {on.device}, {threads}, {on.dtype}, {on.repeats} calls each")
             print(f"{'':24}{'batch':>7}{'p50, ms':>12}{'p95, ms':>12}{'samples/s':>12}{'MACs a sample':>16}")
             for row in found.rows:
                 times = f"{1e3 * row.p50:12.3f}{1e3 * row.p95:12.3f}{row.throughput:12,.0f}"

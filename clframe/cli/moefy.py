@@ -22,7 +22,7 @@ Steps: [--projections: attention projections become networks] -> fine-tuning wit
 epochs) -> split into experts -> training of routers -> sweep of the gate's setting. Settings are chosen on validation
 data and evaluated on test data. MACs include routers, active experts and the rest of the model.
 
-  clframe moefy runs/quickstart/er+lwf-seed0-20260101-120000                     d2dmoe, on the run's replay buffer
+  clframe moefy RUN                                                       d2dmoe, on the run's replay buffer
   clframe moefy RUN --experts 16 --epochs 10 --strength 0.02              more, sparser
   clframe moefy RUN --sparsify 0                                          split and routers only
   clframe moefy RUN --method moefication                                  baseline: k experts for every token

@@ -52,7 +52,7 @@ class BenchmarkConfig:
     evaluate: Literal["test", "validation"] = "test"
     """Data on which accuracy is measured; choose hyper-parameters on ``validation``."""
     online: int | None = None
-    """Samples per small experience of an online stream, in which each sample is seen once; null is offline."""
+    """Samples per small experience of an online stream, each trained for trainer.epochs (1: once); null is offline."""
     boundaries: bool = True
     """Whether an online stream marks where experiences begin and end."""
     blurry: float = 0.0

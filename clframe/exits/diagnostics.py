@@ -31,6 +31,10 @@ from clframe.metrics.registry import Kind
 from clframe.records import read_record
 from clframe.registry import Registry
 
+MOST_TOKENS: Final = 4096
+"""Tokens of each test experience of text, the first ones, on which exits are compared: that costs more than computing
+them. Accuracies and likelihoods by experience are those of all tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitMetric:

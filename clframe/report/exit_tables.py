@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from clframe.exits.curves import wilson_interval
-from clframe.exits.diagnostics import ExitMetric, ExitRecord, all_exit_metrics
+from clframe.exits.diagnostics import MOST_TOKENS, ExitMetric, ExitRecord, all_exit_metrics
 from clframe.exits.failure import LABELS, undefined_reason
 from clframe.metrics.statistics import NAN, mean
 from clframe.report.shown_metrics import heading, seed_mean, spread_note, trained_once
@@ -43,7 +43,7 @@ def exits_table(results: Sequence[Result]) -> Table:
     continual = () if once else ("forgetting, %", "CKA")
     columns = ("exit", "MACs up to it", "share of the backbone, %", *map(heading, metrics.values()), *continual)
     similarity = "" if once else "CKA: similarity of the exit's tap to itself after the first experience. "
-    note = f"{_static_note(last)} {similarity}{spread_note(len(results))}".strip()
+    note = f"{_static_note(last)} {similarity}{_token_note(results[0])}{spread_note(len(results))}".strip()
     return Table(name="exits", title="Each exit after the last experience", note=note, columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
@@ -83,7 +83,7 @@ def budgets_table(results: Sequence[Result]) -> Table:
     columns = ("budget", "realized cost, %", "accuracy, %", *(("95 % CI, %",) if single else ()),
                *(f"usage of {name}, %" for name in names))  # fmt: skip
     note = "Thresholds are chosen on validation samples; cost and accuracy are of test samples. Costs are shares of " \
-           "the bare backbone's MACs."  # fmt: skip
+           f"the bare backbone's MACs. {_token_note(results[0])}".rstrip()  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     missing = next((record.points.undefined for record in last if record.points.points is None), None)
     if missing is not None:
@@ -101,7 +101,7 @@ def budgets_table(results: Sequence[Result]) -> Table:
             ))  # fmt: skip
     whole = [record.macs_K[-1] / record.backbone_macs for record in last]
     usage = (Quantity(float(k == len(names) - 1)) for k in range(len(names)))
-    accuracies, samples = [record.accuracy_K[-1] for record in last], sum(results[0].test_samples)
+    accuracies, samples = [record.accuracy_K[-1] for record in last], _compared_samples(results[0])
     interval = (_interval(*wilson_interval(round(accuracies[0] * samples), samples)),) if single and samples else ()
     rows.append((NEVER, seed_mean(whole), seed_mean(accuracies), *interval, *usage))
     counts = sorted({record.points.validation_samples for record in last} - {0})
@@ -134,6 +134,18 @@ def _static_note(last: Sequence[ExitRecord]) -> str:
     overthinking = mean([record.overthinking for record in last])
     extra = "" if math.isnan(overthinking) else f"; overthinking (oracle minus last exit) {100 * overthinking:.1f} %"
     return f"Decisions that use every exit: {decisions}{extra}."
+
+
+def _compared_samples(result: Result) -> int:
+    """Test samples on which exits were compared: of a language model the first tokens of each domain only."""
+    return sum(min(count, MOST_TOKENS) if result.nll_matrix else count for count in result.test_samples)
+
+
+def _token_note(result: Result) -> str:
+    """Return which tokens of a language model these are, if not all; empty elsewhere."""
+    if _compared_samples(result) == sum(result.test_samples):
+        return ""
+    return f"Accuracies are those of the first {MOST_TOKENS:,} test tokens of each domain, not of all tokens. "
 
 
 def _interval(low: float, high: float) -> Cell:

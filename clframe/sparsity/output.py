@@ -198,11 +198,12 @@ def points_table(study: SparsityStudy) -> Table:
 def union_table(union: ActiveUnion) -> Table:
     """Make a row per batch size: neurons that a batch activates, and the share of the cost that is saved."""
     rows: list[tuple[Cell, ...]] = []
-    for at, size in enumerate(union.sizes):
+    reason = "fewer were measured than a batch has"
+    for at, size in enumerate(union.sizes[: max(len(union.mean_tokens), len(union.mean_samples))]):
         cells: list[Cell] = [f"{size:,}"]
         for shares in (union.mean_tokens, union.mean_samples):
             share = shares[at] if at < len(shares) else NAN
-            cells += [Quantity(share, undefined="not so many"), Quantity(1 - share, undefined="not so many")]
+            cells += [Quantity(share, undefined=reason), Quantity(1 - share, undefined=reason)]
         rows.append(tuple(cells))
     found = [union.largest_that_pays(shares) for shares in (union.mean_tokens, union.mean_samples)]
     tokens, samples = ("none" if size is None else f"{size:,}" for size in found)

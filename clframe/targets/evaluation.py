@@ -175,7 +175,7 @@ def evaluate(
         rule = PredictionRule(model, threshold=threshold, budget=budget)
         return _evaluate_other(model, run, given[-1].partition("=")[2], overrides, rule, batch_size, seed, progress)
     target = run_target(str(run), model, overrides)
-    check_unchanged(target)
+    check_unchanged(target, model)
     rule = PredictionRule(model, threshold=threshold, budget=budget)
     total = sum(map(len, target.experiences))
     if not total:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,15 @@ def trained_on(run: str | Path, path: Any) -> str:
     return "this is the run's own data: without a test part, accuracy includes training samples" if same else ""
 
 
-def check_unchanged(target: Target) -> None:
-    """Refuse test data of another size than the run was evaluated on."""
+def check_unchanged(target: Target, model: TrainedModel) -> None:
+    """Refuse test data of another size than the run was evaluated on, in the experiences that the model has learned."""
     file = target.folder / "results.json"
     if not file.is_file() or target.config.benchmark.evaluate != "test":
         return
-    expected, found = sum(Result.from_json(file).test_samples), sum(map(len, target.experiences))
+    # The results are of more experiences than the model has learned where the last checkpoint is damaged.
+    result, rank = Result.from_json(file), {c: r for r, c in enumerate(model.class_order)}
+    learned = ({rank.get(c) for c in classes} <= set(model.learner.past) for classes in result.experiences)
+    expected, found = sum(compress(result.test_samples, learned)), sum(map(len, target.experiences))
     if expected != found:
         raise RunFolderError(
             f"{target.name}: its data has {found:,} test samples, the run was evaluated on {expected:,}; restore the "

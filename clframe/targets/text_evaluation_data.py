@@ -68,7 +68,7 @@ def own_text(model: RunModel, overrides: Sequence[str]) -> list[Part]:
         found.append(Part(f"{name} (experience {e + 1})" if again else name, windows_WS, e if known else None))
     if not found:
         raise DataError(f"{model.folder}: has no test text; add benchmark={config.benchmark.name} to evaluate on other")
-    _check_unchanged(model, config, sum(part.windows_WS[:, 1:].numel() for part in found))
+    _check_unchanged(model, config, learned, sum(part.windows_WS[:, 1:].numel() for part in found))
     return found
 
 
@@ -88,12 +88,12 @@ def _with_tokenizer(model: RunModel, config: Config) -> Config:
     return replace(config, benchmark=encoded(config.benchmark), earlier=earlier)
 
 
-def _check_unchanged(model: RunModel, config: Config, found: int) -> None:
-    """Refuse test text of another length than the run was evaluated on."""
+def _check_unchanged(model: RunModel, config: Config, learned: Sequence[bool], found: int) -> None:
+    """Refuse test text of another length than the run was evaluated on, in the domains that the model has learned."""
     file = model.folder / "results.json"
     if not file.is_file() or config.benchmark.evaluate != "test":
         return
-    expected = sum(Result.from_json(file).test_samples)
+    expected = sum(compress(Result.from_json(file).test_samples, learned))
     if expected != found:
         raise RunFolderError(
             f"{model.folder}: its text has {found:,} test tokens, the run was evaluated on {expected:,}; restore the "

@@ -13,8 +13,9 @@ from clframe.targets.text_evaluation import TextEvaluation, to_json
 def describe(found: TextEvaluation) -> str:
     """Summary in a few lines."""
     share = f"{100 * found.macs / found.backbone_macs:.1f} % of the backbone"
+    domains = "1 domain" if len(found.domains) == 1 else f"{len(found.domains)} domains"
     lines = [
-        f"{found.data}: {found.tokens:,} tokens of {len(found.domains)} domains, in windows of {found.context}",
+        f"{found.data}: {found.tokens:,} tokens of {domains}, in windows of {found.context}",
         f"perplexity {found.perplexity:.2f}, {found.nats:.4f} nats per token (mean over domains)",
         f"MACs per token {found.macs:,.0f}, {share}",
     ]

@@ -18,7 +18,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.exits import STATIC, ExitEvaluation
 from clframe.exits.calibration_error import brier_N, nll_N
 from clframe.exits.curves import BUDGETS
-from clframe.exits.diagnostics import ExitRecord, make_exit_record
+from clframe.exits.diagnostics import MOST_TOKENS, ExitRecord, make_exit_record
 from clframe.functional.language import next_token_targets
 from clframe.functional.similarity import flat_tap, unbiased_linear_cka
 from clframe.metrics import Tally, TallyCounter, TokenCounter
@@ -51,9 +51,8 @@ class ExitPredictions:
     """Brier score of each exit."""
 
 
-MOST_TOKENS, MOST_TOKENS_OF_ONE_EXIT = 4096, 256
-"""Tokens of each test experience of text, the first ones, whose predictions are stored one by one as those of other
-samples are: comparing exits costs more than computing them. Accuracies and likelihoods are those of all tokens."""
+MOST_TOKENS_OF_ONE_EXIT = 256
+"""As :data:`~clframe.exits.diagnostics.MOST_TOKENS`, of a network with one exit."""
 JOINED = 256
 """Samples from which on the predictions of an evaluation's batches are compared, in one batch."""
 

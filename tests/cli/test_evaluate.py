@@ -62,6 +62,14 @@ def test_on_its_own_test_data_the_numbers_are_those_of_the_results(result):
         assert sum(row) == one.samples and row[found.class_order.index(c)] == one.correct
 
 
+def test_where_the_last_checkpoint_is_damaged_the_one_before_is_evaluated_on_what_it_has_learned(result, tmp_path):
+    run = shutil.copytree(result.run_folder, tmp_path / "run")
+    last = run / "checkpoints" / "experience_002.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    found = evaluate(run)
+    assert found.experiences == ((result.test_samples[0], round(result.accuracy_matrix[0][0] * result.test_samples[0])),)
+
+
 def test_a_threshold_costs_what_its_exits_cost(result):
     record = result.exits[-1]
     point = next(each for each in record.points.points if each.name == "100%")

@@ -38,7 +38,7 @@ def test_it_asks_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     options = {"batches": (8, 64), "device": "cpu", "repeats": 3, "overrides": []}
     assert asked == [("a", options, 1), ("b", options, 1)] and torch.get_num_threads() == before
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "a: cpu, 1 threads, float32, 3 calls each"
+    assert out[0] == "a: cpu, 1 thread, float32, 3 calls each"
     assert out[2].split() == ["policy", "8", "2.500", "4.000", "3,200", "1,234"]
     called("a", "benchmark.data_dir=d")
     assert asked[-1][1]["overrides"] == ["benchmark.data_dir=d"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clframe.errors import ClframeError
+from clframe.exits.curves import wilson_interval
 from clframe.exits.failure import LABELS
 from clframe.metrics import Tally
 from clframe.report.terminal import accuracy_text, exits_text, seeds_table, summary_text
@@ -175,6 +176,19 @@ def with_failure(metrics):
     result = Result.from_json(EXITS)
     last = dataclasses.replace(result.exits[-1], metrics={**result.exits[-1].metrics, **metrics})
     return dataclasses.replace(result, exits=(*result.exits[:-1], last))
+
+
+def test_exits_of_a_language_model_are_those_of_the_first_tokens_of_each_domain():
+    result = Result.from_json(EXITS)
+    count = len(result.test_samples)
+    samples = (10000, *[100] * (count - 1))
+    nll_matrix = tuple((1.0,) * count for _ in range(count))
+    text = exits_text(dataclasses.replace(result, test_samples=samples, nll_matrix=nll_matrix))
+    assert " ".join(text.split()).count("those of the first 4,096 test tokens of each domain, not of all tokens.") == 2
+    right, total = round(result.exits[-1].accuracy_K[-1] * (4096 + 100 * (count - 1))), 4096 + 100 * (count - 1)
+    low, high = wilson_interval(right, total)
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in text
+    assert "tokens" not in exits_text(result)
 
 
 def test_the_summary_has_mean_eefp_and_aurc_of_a_run_with_exits():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from clframe.sparsity.output import union_table
 from clframe.sparsity.union import ActiveUnion, expected_union, measure_union
 
 
@@ -70,3 +71,10 @@ def test_the_largest_batch_that_pays():
     assert union.largest_that_pays(union.mean_tokens) == 4
     assert union.largest_that_pays(union.mean_tokens, least=0.5) == 1
     assert union.largest_that_pays(union.mean_tokens, least=0.8) is None
+
+
+def test_the_table_has_no_rows_for_batches_larger_than_what_was_measured():
+    table = union_table(ActiveUnion(value=0.99, sizes=(1, 2, 4, 8), tokens={"ffn": (0.5, 0.75)}, samples={"ffn": (0.6,)}))
+    assert [row[0] for row in table.rows] == ["1", "2"]
+    assert [cell.value for cell in table.rows[1][1:3]] == [0.75, 0.25]
+    assert table.rows[1][3].undefined == "fewer were measured than a batch has"

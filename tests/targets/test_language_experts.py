@@ -98,7 +98,7 @@ def test_the_command_and_its_folder(llama, lines, tmp_path, capsys):
     rows = list(csv.DictReader((out / "curve.csv").read_text().splitlines()))
     assert [float(row["test_perplexity"]) for row in rows] == [row["test"]["perplexity"] for row in tree["curve"]]
     assert "Perplexity against cost" in (out / "moefy.md").read_text() and (out / "figures/perplexity_cost.svg").is_file()
-    assert "Perplexity within a budget" in printed and "decode 1" in (out / "moefy.md").read_text()
+    assert "Perplexity within a budget" in printed and "decoding, batch 1" in (out / "moefy.md").read_text()
     model, tokenizer = load_language_model(out)
     assert {layer.gate for layer in routed_layers(model).values()} == {DynamicK(tau=0.5)}
     ids = torch.tensor(tokenizer([LINES[0]])["input_ids"])

@@ -58,13 +58,16 @@ def _table(name: str, title: str, heading: Sequence[str], rows: Sequence[Sequenc
 
 
 def points_table(tree: Mapping[str, Any]) -> Table:
-    """Budgets with their test results, and the speedup at the same setting."""
+    """Budgets with their test results, and the speedup over the dense model at the same setting."""
     name = setting_name(tree)
     language = bool(tree["perplexity"])
     score = "perplexity" if language else "accuracy"
     dense = tree[score]["dense"]
-    heading = ["cost of", "budget", name, score, "to dense", "FFNs", "model", "batch 1", "batch"]
-    heading += ["decode 1", "decode"] if language else []
+    heading = ["cost of", "budget", name, score, "to dense", "FFNs", "model"]
+    large = max((one["batch"] for one in tree["times"]), default=1)
+    many = f"batch {large}" if large > 1 else "larger batch"
+    heading += [f"speedup, {size}" for size in ("batch 1", many)]
+    heading += [f"decoding, {size}" for size in ("batch 1", many)] if language else []
     rows = []
     for point in tree["points"]:
         scope = {"ffn": "FFNs", "model": "model"}[point["scope"]]

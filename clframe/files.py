@@ -26,6 +26,24 @@ MOST_TEXT = 2**28
 """Largest size in bytes of a text file that is read; files of runs have kilobytes, of very long ones megabytes."""
 
 
+def require_writable(folder: Path, *, where: str = "--output", advice: str = "choose another folder") -> None:
+    """Refuse a folder that cannot be created or written, before any work.
+
+    Args:
+        folder: The folder, which need not exist.
+        where: Start of the error: the option that names the folder.
+        advice: What to do without permission.
+
+    Raises:
+        RunFolderError: A file at this path, or no permission.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunFolderError(f"{where}: {there} is not a folder; choose another")
+    if not os.access(there, os.W_OK):
+        raise RunFolderError(f"{where}: {there} cannot be written; {advice}")
+
+
 def read_text(path: str | Path, *, most: int = MOST_TEXT) -> str:
     """Read a UTF-8 text file of at most ``most`` bytes.
 

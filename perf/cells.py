@@ -12,8 +12,9 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run_cells(
     workers: int,
     run: Callable[[Any, Path], Path] = run_cell,
     done: Callable[[Any, Path], Path | None] = finished,
-    per_process: int | None = 1,
+    share_processes: bool = False,
 ) -> Iterator[tuple[Any, Path]]:
     """Every cell with its results, finished ones first, the others as they end.
 
@@ -82,7 +83,8 @@ def run_cells(
         workers: Processes.
         run: Runs a cell and returns its results; a function of a module's top level.
         done: The results of a cell that has been run to its end.
-        per_process: Cells that a process runs before another takes its place; None: any number.
+        share_processes: Whether a process runs cell after cell; otherwise each cell has a process to itself, so that
+            one that is killed takes no other with it.
     """
     waiting = []
     for cell in cells:
@@ -92,9 +94,9 @@ def run_cells(
         else:
             yield cell, results
     failures: list[str] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=per_process) as pool:
-        jobs = {pool.submit(run, cell, out): cell for cell in waiting}
+    start = run if share_processes else partial(_run_alone, run)
+    with _processes(workers) if share_processes else ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(start, cell, out): cell for cell in waiting}
         for job in as_completed(jobs):
             cell, error = jobs[job], job.exception()
             if error is None:
@@ -104,3 +106,13 @@ def run_cells(
                 print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
     if failures:
         raise SystemExit("cells failed, call again to go on:\n" + "\n".join(failures))
+
+
+def _processes(workers: int) -> Executor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _run_alone(run: Callable[[Any, Path], Path], cell: Any, out: Path) -> Path:
+    """Run a cell in a process that ends with it (an executor limits the calls of a process from Python 3.11 on only)."""
+    with _processes(1) as process:
+        return process.submit(run, cell, out).result()

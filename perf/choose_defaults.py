@@ -190,7 +190,7 @@ def main() -> None:
                     keys[cell(component, setting, candidate, seed, subset=subset)] = setting, number
         found: dict[tuple[str, int], list[Path]] = {key: [] for key in keys.values()}
         # Starting a process takes longer than a cell, so one serves all of them.
-        runs = run_cells(list(keys), options.out, workers=options.workers, run=measured, done=done, per_process=None)
+        runs = run_cells(list(keys), options.out, workers=options.workers, run=measured, done=done, share_processes=True)
         for one, path in sorted(runs, key=lambda pair: pair[0].seed):
             found[keys[one]].append(path)
             seconds += json.loads(path.read_text())["train_seconds"]

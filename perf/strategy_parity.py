@@ -180,7 +180,7 @@ def main() -> None:
         data: {method: {side: {} for side in SIDES} for method in options.methods} for data in options.data
     }
     seconds = 0.0
-    runs = run_cells(wanted, options.out, workers=options.workers, run=run_duel, done=finished, per_process=None)
+    runs = run_cells(wanted, options.out, workers=options.workers, run=run_duel, done=finished, share_processes=True)
     for duel, path in runs:
         content = json.loads(path.read_text())
         seconds += content["cpu_seconds"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clframe.errors import RunFolderError
-from clframe.files import remove_temporaries, write_atomically
+from clframe.files import remove_temporaries, require_writable, write_atomically
+from clframe.targets.latency import time_run
 
 
 @pytest.fixture
@@ -86,3 +87,17 @@ def test_the_folder_is_synced_after_the_rename(file, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
     write_atomically(file, "new")
     assert order == ["fsync", "replace", "fsync"] and file.read_text() == "new"
+
+
+def test_folders_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"^--output: .*file is not a folder; choose another$"):
+        require_writable(tmp_path / "file" / "below")
+    require_writable(tmp_path / "new" / "below")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(RunFolderError, match=r"^--output: .* cannot be written; choose another folder$"):
+        require_writable(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(RunFolderError, match=r"^latency: .* cannot be written; make the run folder writable$"):
+        time_run(tmp_path)

@@ -112,11 +112,12 @@ def act(options: argparse.Namespace) -> int:
     share = _share(options)
     from pathlib import Path
 
+    from clframe.files import require_writable
     from clframe.sparsity.output import describe_study, tables
     from clframe.sparsity.study import study_sparsity
     from clframe.tables import to_text
     from clframe.targets.decode_study import decode_table, require_places, study_decoding, write_decode_study
-    from clframe.targets.folders import analysis_root, default_folder, require_writable, write_sparsity_study
+    from clframe.targets.folders import analysis_root, default_folder, write_sparsity_study
     from clframe.targets.opening import open_target
 
     target_name, *overrides = rest
@@ -166,10 +167,10 @@ def _analyze_exits(options: argparse.Namespace, what: str, words: Sequence[str])
     from pathlib import Path
 
     from clframe.exits import output
+    from clframe.files import require_writable
     from clframe.report.loading import find_runs
     from clframe.tables import to_text
     from clframe.targets import exit_studies
-    from clframe.targets.folders import require_writable
 
     overrides = [word for word in words if word.startswith("benchmark.") and "=" in word]
     found_runs = find_runs([Path(word) for word in words if word not in overrides])

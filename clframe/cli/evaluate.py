@@ -58,7 +58,7 @@ def act(options: argparse.Namespace) -> int:
     from clframe.targets import evaluation, evaluation_output, text_evaluation, text_evaluation_output
 
     if options.output is not None:
-        from clframe.targets.folders import require_writable
+        from clframe.files import require_writable
 
         require_writable(Path(options.output).expanduser())
     with notices(quiet=True), progress_bars(unit="sample") as show:

@@ -47,10 +47,10 @@ def act(options: argparse.Namespace) -> int:
 
     from pathlib import Path
 
+    from clframe.files import require_writable
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import exit_points
-    from clframe.targets.folders import require_writable
 
     if options.output is not None:
         require_writable(Path(options.output).expanduser())

@@ -247,8 +247,9 @@ class GraphRunner:
         buffers = self._buffers.get(key)
         if buffers is not None and size in buffers.replays:
             return buffers
-        self._seen[(*key, size)] += 1
-        if self.failure or self._seen[(*key, size)] <= WARM:
+        sized = (*key, size)
+        self._seen[sized] += 1
+        if self.failure or self._seen[sized] <= WARM:
             return None
         if self._has_changed():
             self.reset()

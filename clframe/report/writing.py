@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.plots import exit_images
-from clframe.files import write_atomically
+from clframe.files import require_writable, write_atomically
 from clframe.plotting.images import confusion_image, matrix_image
 from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
@@ -112,6 +112,7 @@ def _write(
             raise
         reference = None  # it may be in progress
         more.append(f"{error}. Runs are in progress; each strategy is compared with its own base until then.")
+    require_writable(folder)  # drawing takes longest
     page, files = make_page(groups, running, [*notices, *more], reference=reference, all_figures=all_figures)
     for below in (folder / "tables", folder / "figures"):
         try:

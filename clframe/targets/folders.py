@@ -169,19 +169,6 @@ def default_folder(target: Target) -> Path:
     return root if target.run is not None else root / f"{_readable_name(target)}-{_digest(target.origin)}"
 
 
-def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be created, before any measurement.
-
-    Raises:
-        RunFolderError: A file at this path, or no permission.
-    """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RunFolderError(f"--output: {there} is not a folder; choose another")
-    if not os.access(there, os.W_OK):
-        raise RunFolderError(f"--output: {there} cannot be written; choose another folder")
-
-
 def write_sparsity_study(study: SparsityStudy, folder: Path, *, command: Sequence[str]) -> Path:
     """Write ``sparsity.json``, tables (CSV, Markdown) and figures (SVG, PNG); returns the path of the JSON file.
 

@@ -19,6 +19,7 @@ from clframe.exits import ExitPolicy
 from clframe.exits.captured import CapturedNetwork
 from clframe.exits.captured_segments import WARM
 from clframe.exits.dynamic import AdjustLogits, DynamicNetwork
+from clframe.files import require_writable
 from clframe.report.latency import Setting, Timed, Timings, write_timings
 from clframe.targets.opening import open_target
 from clframe.training.learner import Learner
@@ -58,6 +59,7 @@ def time_run(
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise RunFolderError(f"latency: {run} contains no config.yaml; give a run folder")
+    require_writable(folder, where="latency", advice="make the run folder writable")
     target = open_target(str(run), device=device, overrides=overrides)
     assert target.run is not None
     x = torch.cat([_tensor(batch.inputs) for batch in target.batches("test", limit=max(SAMPLES, *batches))])

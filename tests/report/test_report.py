@@ -14,7 +14,7 @@ import pytest
 from blank_figures import leave_figures_blank
 
 from clframe.cli import main
-from clframe.errors import ClframeError
+from clframe.errors import ClframeError, RunFolderError
 from clframe.plotting.style import Picture, annotate_apart, render_picture, styled
 from clframe.report import write_report
 from clframe.training.checkpoint import save_checkpoint
@@ -412,12 +412,20 @@ def test_bad_calls_are_one_line(make_run, tmp_path, capsys):
         ([tmp_path / "empty"], "not a run, and no run below it"),
         ([run / "results.json"], "is a file"),
         ([run, other], "different benchmarks, digits, mnist"),
-        ([run, "--output", run / "results.json"], "cannot be created"),
+        ([run, "--output", run / "results.json"], "results.json is not a folder; choose another"),
         ([run, "--wach"], "did you mean '--watch'?"),
     ):
         assert main(["report", *map(str, words)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_drawing(make_run, monkeypatch):
+    run = make_run("run", (12, 18))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr("clframe.report.writing.make_page", None)
+    with pytest.raises(RunFolderError, match=r"^--output: .* cannot be written; choose another folder$"):
+        write_report([run])
 
 
 @pytest.mark.usefixtures("without_figures")

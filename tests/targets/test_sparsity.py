@@ -14,13 +14,13 @@ from torch import nn
 
 from clframe.data import TensorSamples
 from clframe.data.target import Batch, Batches, DataSplits, SampleSplit, Target
-from clframe.errors import ConfigError, RunFolderError, UnknownNameError, UnsupportedError
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError
 from clframe.metrics.continual import forgetting_E
 from clframe.sparsity import activity, analyze, overlap
 from clframe.sparsity.functional import baseline_sparsity, keep
 from clframe.sparsity.study import study_sparsity
 from clframe.targets import open_target
-from clframe.targets.folders import analysis_root, default_folder, require_writable, write_sparsity_study
+from clframe.targets.folders import analysis_root, default_folder, write_sparsity_study
 
 
 class Mirror(nn.Module):
@@ -185,11 +185,6 @@ def test_folders(finished, tmp_path, monkeypatch):
     hub = replace(mirror(), name="org/model-1.5b", origin={"model": "org/model-1.5b", "data": {"name": "clinc150"}})
     assert re.fullmatch("org-model-1.5b-clinc150-[0-9a-f]{8}", default_folder(hub).name)
     assert default_folder(hub).parent == analysis_root(hub.name) == Path("sparsity")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="file is not a folder"):
-        require_writable(tmp_path / "file" / "below")
-    require_writable(tmp_path / "new" / "below")
-    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_written_where_drawing_fails(finished, tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_a_run_can_be_watched_and_nothing_stays(call, asked):
     assert closed(asked["url"])
 
 
+@pytest.mark.slow
 def test_several_seeds_share_a_board_and_quiet_says_nothing(call, asked):
     code, out, err = call("run", *TINY, "--tensorboard", "--seeds", "0..1", "--quiet")
     assert code == 0

@@ -186,11 +186,12 @@ def fit_projections_of_rank_one(seed):
         return found.losses[0], found.losses[-1], float((model(x).last - before).square().mean()) / size
 
 
-def test_the_error_falls_and_a_layer_that_a_network_can_be_is_matched():
+@pytest.mark.parametrize("seeds", [(1,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
+def test_the_error_falls_and_a_layer_that_a_network_can_be_is_matched(seeds):
     """Two of the hidden neurons suffice for a projection of rank one; from some initial weights training does not find it."""
-    fits = [fit_projections_of_rank_one(seed) for seed in range(3)]
+    fits = [fit_projections_of_rank_one(seed) for seed in seeds]
     assert all(last < 2e-3 < 0.05 < first for first, last, _ in fits)
-    assert sorted(error for *_, error in fits)[1] < 0.01
+    assert sorted(error for *_, error in fits)[len(seeds) // 2] < 0.01
 
 
 def test_zero_epochs_leave_networks_as_drawn():

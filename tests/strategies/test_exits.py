@@ -96,7 +96,7 @@ def test_parameters_and_the_control_of_resnet32():
 @pytest.mark.parametrize(("name", "shape", "corrected", "published"), [
     ("resnet18", (3, 224, 224), 24_233_272, 24_591_672),
     ("wrn16_2", (3, 32, 32), 3_366_234, 1_369_434),
-    ("vgg19", (3, 32, 32), 41_632_722, 41_632_722),
+    pytest.param("vgg19", (3, 32, 32), 41_632_722, 41_632_722, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_parameters_of_the_published_heads(name, shape, corrected, published):
     """100 classes in 10 experiences, counted in the authors' networks."""

@@ -247,13 +247,13 @@ NOT_IN_OLD = (
     "bias correction", "nearest class means", "discriminant analysis", "isotonic", "temperature, gate", "experts",
 )  # fmt: skip
 """Variants that torch 2.6 does not trace with a dynamic batch; ``clframe export`` then refuses them with one line."""
-OTHER_ENSEMBLES = ("product, patience", "boosted")
-"""Left to the slow suite: the default one exports the geometric ensemble and a cascade."""
+SLOW = ("product, patience", "boosted", "nearest class means", "discriminant analysis", "isotonic")
+"""The default suite exports one of each kind: bias correction, a geometric ensemble, a cascade, a temperature, experts."""
 
 
 def marks_of(name):
     skipped = [pytest.mark.skipif(OLD, reason="torch 2.6")] * (name in NOT_IN_OLD)
-    return [*skipped, *[pytest.mark.slow] * (name in OTHER_ENSEMBLES)]
+    return [*skipped, *[pytest.mark.slow] * (name in SLOW)]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in VARIANTS])

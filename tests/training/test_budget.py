@@ -180,7 +180,10 @@ def kept(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "strategy, owner", [("er", "er"), ("er(budget=per_class) + lwf", "er"), ("derpp", "derpp"), ("er + ewc(samples=40)", "er")]
+    "strategy, owner", [
+        pytest.param("er", "er", marks=pytest.mark.slow), ("er(budget=per_class) + lwf", "er"), ("derpp", "derpp"),
+        ("er + ewc(samples=40)", "er"),
+    ],
 )
 def test_memory_is_divided_between_teachers_importances_and_samples(strategy, owner, tmp_path):
     limit = 40_000

@@ -159,6 +159,7 @@ def test_every_backbone_has_a_config_that_gives_all_it_needs(name):
     assert not missing_options(BACKBONES.get(name), check_options(BACKBONES.get(name), config.options, where="backbone"))
 
 
+@pytest.mark.slow
 def test_listing_backbones_imports_none_of_their_libraries():
     code = (
         "import sys; from clframe.nn import BACKBONES; from clframe.options import option_types\n"

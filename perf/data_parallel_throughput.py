@@ -20,7 +20,7 @@ WARM = 10
 FIRST = 4
 """Steps of the experience before the one that is timed."""
 REPEATS = 5
-"""How often what takes a few milliseconds is timed."""
+"""Repetitions of an operation that takes a few milliseconds."""
 
 
 class Clock:

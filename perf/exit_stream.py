@@ -178,9 +178,13 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
         contestants = {"bare": DynamicNetwork(network, ExitPolicy(thresholds=2.0))}
         for name, exits in (("exits", tuple(range(len(work.heads) - 1))), ("one", (ONE,))):
             shares = shares_for(work, exits, budget)
-            if shares is not None:
-                policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
-                contestants[name] = DynamicNetwork(network, policy, exits=exits)
+            if shares is None:
+                print(f"{model}: {name} cannot take {budget:.0%} of the MACs on average", flush=True)
+                continue
+            policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
+            contestants[name] = DynamicNetwork(network, policy, exits=exits)
+        if len(contestants) == 1:
+            continue
         runners = {name: runner_for(each, samples, max_batch=options.max_batch) for name, each in contestants.items()}
         clean()  # frees, and leaves what exists out of later collections, as a server should
         for load in options.load:

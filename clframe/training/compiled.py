@@ -100,7 +100,7 @@ class CompiledStages:
         if self._hooked:
             self._report("a plugin or callback observes layers of the network by hooks")
         if network.choice is not None:
-            self._report("lora with merge=apart chooses adapters", continues="evaluations run uncompiled")
+            self._report(f"{network.choice.owner} chooses between weights", continues="evaluations run uncompiled")
 
     def take(self) -> tuple[int, float]:
         """Return the graphs compiled since the last call, and the seconds that took."""

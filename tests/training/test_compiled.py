@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import capture_runs as runs
 import pytest
@@ -223,16 +224,14 @@ def test_a_backbone_that_decides_by_values_is_refused_in_one_line():
         loop.train(experiences[0])
 
 
-def test_evaluations_that_choose_adapters_are_reported_once(caplog):
+def test_evaluations_that_choose_between_weights_are_reported_once(caplog):
     network, stages = Network(mlp((4,), width=8)), CompiledStages(backend="eager")
     stages.watch(network)
     assert not caplog.messages
-    network.choice = lambda network, x, taps: network.run_stages(x, taps)
+    network.choice = SimpleNamespace(owner="lora")
     stages.watch(network)
     stages.watch(network)
-    assert caplog.messages == [
-        "trainer.compile: lora with merge=apart chooses adapters; evaluations run uncompiled"
-    ]
+    assert caplog.messages == ["trainer.compile: lora chooses between weights; evaluations run uncompiled"]
 
 
 def test_hooks_that_are_added_later_are_called(caplog):

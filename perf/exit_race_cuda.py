@@ -234,7 +234,7 @@ def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enab
 
 
 def placed_by_time(
-    model: str, network: Network, times: Costs, batches: Sequence[Tensor]
+    model: str, network: Network, times: Costs, batches: Sequence[Tensor], *, compiled: bool = False
 ) -> Callable[[float, int], tuple[Run, dict[str, Any]] | None] | None:
     """A function that makes the contestant ``timed`` for a budget and a batch size; None if its exits have the same taps."""
     names = network.backbone.names
@@ -242,6 +242,8 @@ def placed_by_time(
     if taps == tuple(network.exit_taps[:-1]):
         return None
     own = build(model, torch.device("cuda"), taps)
+    if compiled:
+        compile_parts(own)
     scores = [own(x).logits for part in batches for x in part.split(256)]
     on_host = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)]
     work = macs(own)
@@ -301,7 +303,8 @@ def rival(model: str, batch: int, budgets: Sequence[float], kind: str) -> dict[s
         runs: dict[str, Run] = {"captured": captured(bare(network), batches[0])}
         start = time.perf_counter()
         if kind == "stages":
-            runs |= compiled_stages(model, batch, budgets, network, batches)
+            compiled, row["timed"] = compiled_stages(model, batch, budgets, network, batches)
+            runs |= compiled
         else:
             runs[f"compiled {kind}"] = torch.compile(bare(network), mode=kind, dynamic=False)
             for _ in range(3):
@@ -314,14 +317,17 @@ def rival(model: str, batch: int, budgets: Sequence[float], kind: str) -> dict[s
 
 def compiled_stages(
     model: str, batch: int, budgets: Sequence[float], network: Network, batches: Sequence[Tensor]
-) -> dict[str, Run]:
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """The contestants with compiled stages: all exits, exits placed by the time of compiled stages, and no exits."""
     scores = [network(x).logits for part in batches for x in part.split(256)]
     on_host, work = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)], macs(network)
     torch._dynamo.config.recompile_limit = 64  # stages of one class share their code, and the limit
     own = build(model, torch.device("cuda"))
-    for part in (*own.backbone.stages, *own.heads):
-        part.compile(dynamic=True)
+    compile_parts(own)
+    own(batches[0])
+    by_time = placed_by_time(model, own, stage_times(own, batches[0][:256], work), batches, compiled=True)
     runs: dict[str, Run] = {}
+    notes: dict[str, Any] = {}
     for budget in budgets:
         shares = shares_for(work, tuple(range(len(work.heads) - 1)), budget)
         if shares is None:
@@ -333,8 +339,17 @@ def compiled_stages(
         if fast.failure:
             raise RuntimeError(fast.failure)
         runs[f"fast compiled {budget:.0%}"] = fast
+        if by_time is not None and (share := by_time(budget, batch)) is not None:
+            for _, x in itertools.product(range(4), batches):
+                share[0](x)
+            runs[f"timed compiled {budget:.0%}"], notes[f"{budget:.0%}"] = share
     runs["captured compiled"] = captured(bare(own), batches[0])
-    return runs
+    return runs, notes
+
+
+def compile_parts(network: Network) -> None:
+    for part in (*network.backbone.stages, *network.heads):
+        part.compile(dynamic=True)
 
 
 def rival_apart(model: str, batch: int, options: argparse.Namespace, kind: str) -> dict[str, Any]:

@@ -127,11 +127,12 @@ make_settings = cache(Settings)
 def build(
     expression: str, data: Any, make: Callable[[], Any], *, device: torch.device, group: Group | None, precision: str,
     batch: int, epochs: int, capture: Any = False, plugins: Any = (), eval_batch: int = 256, sync_batchnorm: bool = False,
+    rate: float = 0.01,
 ) -> LightningStrategy:  # fmt: skip
     """Return a strategy on one device, or on all of a group."""
     torch.manual_seed(0)
     fused = device.type == "cuda" and precision != "64-true"
-    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=fused)
+    sgd = partial(torch.optim.SGD, lr=rate, momentum=0.9, fused=fused)
     module = ContinualModule(Network(make()), parse(expression), optimizer=sgd, seed=0, on_nonfinite="warn")
     if sync_batchnorm and group is not None:
         nn.SyncBatchNorm.convert_sync_batchnorm(module.network)

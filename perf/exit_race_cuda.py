@@ -235,7 +235,7 @@ def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enab
 
 def placed_by_time(
     model: str, network: Network, times: Costs, batches: Sequence[Tensor], *, compiled: bool = False
-) -> Callable[[float, int], tuple[Run, dict[str, Any]] | None] | None:
+) -> Callable[[float, int], tuple[CapturedNetwork, dict[str, Any]] | None] | None:
     """A function that makes the contestant ``timed`` for a budget and a batch size; None if its exits have the same taps."""
     names = network.backbone.names
     taps = at_cost(dict(zip(names, times.stages, strict=True)), EXITS).taps
@@ -249,7 +249,7 @@ def placed_by_time(
     work = macs(own)
     seconds = stage_times(own, batches[0][:256], work)
 
-    def make(budget: float, batch: int) -> tuple[Run, dict[str, Any]] | None:
+    def make(budget: float, batch: int) -> tuple[CapturedNetwork, dict[str, Any]] | None:
         found = timed(work, seconds, budget)
         if found is None:
             return None
@@ -321,11 +321,10 @@ def compiled_stages(
     """The contestants with compiled stages: all exits, exits placed by the time of compiled stages, and no exits."""
     scores = [network(x).logits for part in batches for x in part.split(256)]
     on_host, work = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)], macs(network)
-    torch._dynamo.config.recompile_limit = 64  # stages of one class share their code, and the limit
+    # Stages of one class share their code, and the limit of its variants, beyond which they would not be compiled.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     own = build(model, torch.device("cuda"))
     compile_parts(own)
-    own(batches[0])
-    by_time = placed_by_time(model, own, stage_times(own, batches[0][:256], work), batches, compiled=True)
     runs: dict[str, Run] = {}
     notes: dict[str, Any] = {}
     for budget in budgets:
@@ -333,18 +332,22 @@ def compiled_stages(
         if shares is None:
             continue
         policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
-        fast = CapturedNetwork(DynamicNetwork(own, policy), batch=batch)
-        for _, x in itertools.product(range(4), batches):
-            fast(x)
-        if fast.failure:
-            raise RuntimeError(fast.failure)
-        runs[f"fast compiled {budget:.0%}"] = fast
-        if by_time is not None and (share := by_time(budget, batch)) is not None:
-            for _, x in itertools.product(range(4), batches):
-                share[0](x)
-            runs[f"timed compiled {budget:.0%}"], notes[f"{budget:.0%}"] = share
+        runs[f"fast compiled {budget:.0%}"] = warmed(CapturedNetwork(DynamicNetwork(own, policy), batch=batch), batches)
     runs["captured compiled"] = captured(bare(own), batches[0])
+    by_time = placed_by_time(model, own, stage_times(own, batches[0][:256], work), batches, compiled=True)
+    for budget in budgets:
+        if by_time is not None and (share := by_time(budget, batch)) is not None:
+            runs[f"timed compiled {budget:.0%}"], notes[f"{budget:.0%}"] = warmed(share[0], batches), share[1]
     return runs, notes
+
+
+def warmed(fast: CapturedNetwork, batches: Sequence[Tensor]) -> CapturedNetwork:
+    """Record its graphs."""
+    for _, x in itertools.product(range(4), batches):
+        fast(x)
+    if fast.failure:
+        raise RuntimeError(fast.failure)
+    return fast
 
 
 def compile_parts(network: Network) -> None:

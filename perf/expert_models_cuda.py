@@ -127,6 +127,7 @@ def main() -> None:
     """Print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", type=int, nargs="*", help="only these")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile of the dense model")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after this time")
@@ -137,7 +138,9 @@ def main() -> None:
     for place in range(3):
         for name in options.model:
             batches = MODELS[name][1]
-            if place >= len(batches) or monotonic() - start > options.seconds:
+            if place >= len(batches) or (options.batch and batches[place] not in options.batch):
+                continue
+            if monotonic() - start > options.seconds:
                 continue
             compiled = not options.no_compile and place == 0
             for row in rows_of(name, batch=batches[place], repeats=options.repeats, device="cuda", compiled=compiled):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -98,7 +99,16 @@ def triton_installed() -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether a function of ``x`` is being compiled or transformed, in which no kernel can be launched or compared."""
-    return torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x)
+    return is_compiling() or is_functorch_wrapped_tensor(x)
+
+
+def is_compiling() -> bool:
+    """Whether the compiler traces this call, or would trace the launch of a kernel in it.
+
+    The second is the case in a function that the compiler left to Python, after an operation that it does not know or
+    too many variants: it then tries to compile every function that is called from there.
+    """
+    return torch.compiler.is_compiling() or get_eval_frame_callback() not in (None, False)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.moe.dense import DenseFFN, find_dense_ffns
+from clframe.nn.kernels import is_compiling
 from clframe.sparse_decode.launch import kernels_work, run
 from clframe.sparse_decode.projection import Parts, Projection, compute_active, compute_masked
 from clframe.sparse_decode.rules import FACTORS, Place, Rule, Rules, require_rules
@@ -81,7 +82,7 @@ class SparseFFN(nn.Module):
         """Function that computes the output of these tokens."""
         device = x_TD.device.type
         learns = torch.is_grad_enabled() and x_TD.requires_grad
-        if len(x_TD) != 1 or learns or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        if len(x_TD) != 1 or learns or is_compiling() or torch.is_autocast_enabled(device):
             return compute_masked
         if device == "cuda":
             return run if kernels_work(parts, x_TD) else compute_masked

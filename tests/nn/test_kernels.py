@@ -7,7 +7,7 @@ import torch
 
 from clframe.accounting.mac_counter import MacCounter
 from clframe.nn import kernels
-from clframe.nn.kernels import kernel_agrees
+from clframe.nn.kernels import is_compiling, kernel_agrees
 
 X = torch.ones(2, 2)
 
@@ -54,3 +54,25 @@ def test_counters_of_operations_do_not_see_a_comparison():
     with MacCounter() as counter:
         agrees(find_fault=lambda found: "" if torch.equal(found, X @ X) else "differs")
     assert counter.macs == 0
+
+
+def test_what_the_compiler_leaves_to_python_is_compiled_too_where_it_is_called_from_a_compiled_function():
+    from torch._dynamo.decorators import skip
+
+    seen = []
+
+    @skip
+    def left_to_python(x):  # what is called from here is traced again: launches of kernels, too
+        seen.append((torch.compiler.is_compiling(), is_compiling()))
+        return x + 1
+
+    assert torch.compile(lambda x: left_to_python(2 * x), backend="eager")(X).equal(2 * X + 1)
+    assert seen == [(False, True)] and not is_compiling()
+
+
+def test_traced_functions_know_that_they_are_compiled():
+    def find_sign(x):
+        return x if is_compiling() else -x
+
+    assert torch.compile(find_sign, backend="eager", fullgraph=True)(X).equal(X)
+    assert find_sign(X).equal(-X)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from clframe.moe.executors import (
+    FEW_ROWS,
     Executor,
     Weights,
     dense,
@@ -23,6 +24,7 @@ from clframe.moe.executors import (
     grouped_mm,
     grouped_mm_works,
     merged_groups,
+    parts_of,
     per_token,
     reference,
 )
@@ -69,6 +71,8 @@ class Plan:
         shared: Speedup of the dense layer for one token with more than one thread; experts run one by one gain nothing.
         read: Number of tokens whose products take as long as reading an expert's weights from memory.
         read_all: The same for dense execution, which is slow per MAC for few tokens.
+        side_by_side: Speedup of dense execution in parts, one for each thread, for a few tokens; it decreases to 1
+            with their number (:func:`~clframe.moe.executors.parts_of`).
         grouped: Costs of running expert by expert.
         product: Costs of one grouped product for all experts.
         margin: Fraction of the dense cost below which another executor is chosen, because costs are estimates.
@@ -81,6 +85,7 @@ class Plan:
     shared: float = 1.73
     read: float = 16.0
     read_all: float = 24.0
+    side_by_side: float = 1.25
     grouped: Costs = GROUPED
     product: Costs = PRODUCT
     margin: float = 0.9
@@ -134,6 +139,8 @@ def choose(
         return of.call + of.start * active + (read + pairs * (size + of.pair * 2 * threads / (1 + threads))) * macs
 
     best, least = DENSE, (tokens + plan.read_all) * experts * neurons * macs * plan.margin
+    if parts_of(x_ND, weights) > 1:
+        least /= 1 + (plan.side_by_side - 1) * (1 - tokens / FEW_ROWS)
     costs = {Choice("grouped"): cost(plan.grouped, active, pairs, neurons)}
     if grouped_mm_works(weights, x_ND):
         costs[Choice("grouped_mm")] = cost(plan.product, active, pairs, neurons)

@@ -1,6 +1,7 @@
 """Every executor against the definition, forwards and backwards."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,6 +233,51 @@ def test_one_token_with_the_other_experts_zeroed():
         with torch.no_grad():
             close(executors.dense_without(weights, x, [1]), reference(weights, x, keep), 1e-12)
             close(executors.dense_without(weights, x, []), reference(weights, x, torch.ones_like(keep)), 1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 5, executors.FEW_ROWS, executors.FEW_ROWS + 1])
+@pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parts_for_several_threads_agree_with_the_reference(monkeypatch, threads, n, gated, biased, dtype):
+    weights, x = make(gated=gated, biased=biased, dtype=dtype, seed=n), torch.randn(n, 16).to(dtype)
+    keep, factors = routing(n, 4), torch.rand(n, 4).to(dtype)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.no_grad():
+        # 32 neurons do not divide among 3 threads
+        assert executors.parts_of(x, weights) == (1 if threads == 3 or n > executors.FEW_ROWS else threads)
+        expected = reference(weights, x, keep, factors)
+        torch.testing.assert_close(executors.dense(weights, x, keep, factors), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        inactive = (~keep[0]).nonzero().flatten().tolist()
+        torch.testing.assert_close(
+            executors.dense_without(weights, x[:1], inactive), reference(weights, x[:1], keep[:1]),
+            atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype],
+        )  # fmt: skip
+
+
+def test_where_products_are_not_computed_in_parts(monkeypatch):
+    weights, x = make(), torch.randn(3, 16).double()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert executors.parts_of(x, weights) == 1  # gradients are enabled
+    with torch.no_grad():
+        assert executors.parts_of(x, weights) == 2
+        assert executors.parts_of(x[:0], weights) == executors.parts_of(x.bfloat16(), weights) == 1
+        assert executors.parts_of(x.to("meta"), weights) == 1
+        assert torch.vmap(lambda row: row * executors.parts_of(row[None], weights))(x).equal(x)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert executors.parts_of(x, weights) == 1
+
+
+def test_parts_make_computing_everything_cheaper(monkeypatch):
+    """Costs longhand, of one expert: 9 tokens and 3 more by 4 experts are 48, 9 x 3 pairs are 27."""
+    weights, x, keep = make(), torch.randn(9, 16).double(), torch.tensor([True, True, True, False]).repeat(9, 1)
+    plan = Plan(few=0, read=0, read_all=3, grouped=Costs(0, 0, 0), product=Costs(1e9, 0, 0), margin=1.0, merge=0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert choose(weights, x, keep, plan=plan) == Choice("grouped")  # 27 < 48
+    with torch.no_grad():
+        for gain, name in ((48 / 27 - 0.01, "grouped"), (48 / 27 + 0.01, "dense")):
+            side_by_side = 1 + (gain - 1) / (1 - 9 / executors.FEW_ROWS)
+            assert choose(weights, x, keep, plan=replace(plan, side_by_side=side_by_side)).name == name
 
 
 def test_small_neighbors_run_together_where_tokens_keep_them_together(monkeypatch):

@@ -130,7 +130,9 @@ def parts_of(x_ND: Tensor, weights: Weights) -> int:
     On a CPU a product of few rows uses one thread, or gains little from more; parts of it run side by side. Not while
     gradients are enabled, nor while a function is traced, which would fix the number of threads.
     """
-    if not 0 < len(x_ND) <= FEW_ROWS or not x_ND.is_cpu or torch.is_grad_enabled() or is_traced(x_ND):
+    if is_traced(x_ND) or torch.is_grad_enabled() or not x_ND.is_cpu:  # first: traced numbers of rows stay free
+        return 1
+    if not 0 < len(x_ND) <= FEW_ROWS:
         return 1
     threads, neurons = torch.get_num_threads(), weights.up_EHD.shape[:2].numel()
     return 1 if neurons % threads or x_ND.dtype not in (torch.float32, torch.float64) else threads

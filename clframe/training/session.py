@@ -196,7 +196,7 @@ class Session:
         self.ledger.add_figure("budget", value=planned.budget, experience=index)
         granularity = max(TOLERANCE * planned.budget, planned.cost.step)
         if planned.steps and abs(spent - planned.budget) > granularity:
-            text = (f"trainer.budget: experience {index + 1} cost {spent:.4g} MACs, {spent / planned.budget:.1%} of "
+            text = (f"trainer.budget: experience {index + 1} cost {spent:.4g} MACs, {100 * spent / planned.budget:.1f} % of "
                     f"its budget of {planned.budget:.4g}")  # fmt: skip
             _log.warning("%s", text)
             self._monitor.log.note(text)

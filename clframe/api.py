@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.build import Setup, build, load_checked
-from clframe.config.load import change_config
+from clframe.config.load import change_config, require_list
 from clframe.config.named import named_plugins
 from clframe.config.schema import Config
 from clframe.config.typed import PLACEMENT, to_yaml
@@ -26,6 +26,7 @@ from clframe.sessions import set_up_only
 from clframe.training.devices import process_count
 
 if TYPE_CHECKING:
+    from clframe.nn import Network
     from clframe.targets.extension import Extension
     from clframe.training.run_progress import Progress
 
@@ -62,6 +63,7 @@ def run(
         ClframeError: Anything a user can fix, in one line.
         Interrupted: A KeyboardInterrupt during training; its ``folder`` can be resumed.
     """
+    require_list(overrides)
     if folder is not None and (resume is not None or output is not None):
         raise ConfigError(f"folder: found {'resume' if resume is not None else 'output'} as well; give one of them")
     if resume is not None:
@@ -158,12 +160,16 @@ def extend(
     """
     from clframe.targets.extension import plan_extension
 
+    require_list(overrides)
+    require_list(earlier, where="earlier")
     listed: list[str] = []
     source: Source | Benchmark | None = None
     if isinstance(data, (Source, Benchmark)):
         source = data
     else:
-        listed = [data] if isinstance(data, str) else list(data)
+        given = [data] if isinstance(data, str) else data
+        require_list(given, where="data")
+        listed = list(given)
     planned = plan_extension(run, [*listed, *overrides], data=source, earlier=earlier, output=output)
     if source is not None and process_count(planned.setup.config.trainer) > 1:
         raise UnsupportedError(
@@ -180,11 +186,13 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
     """Describe a run without training: config, stream, hooks, loss terms, slots, sizes and costs."""
     if isinstance(config, str):
         config = load_checked(config, overrides)
+    elif overrides:
+        raise ConfigError("explain: overrides need a config's name; change a typed config with dataclasses.replace")
     setup = build(config)
     setup = fit_memory(setup)
     network, plan = setup.network, plan_training(setup)
     set_up_only(setup)
-    network.grow(range(len(setup.benchmark.class_order)))
+    _grow_as_trained(network, setup)
     return explanation(
         config=to_yaml(setup.config),
         composition=setup.composition,
@@ -193,6 +201,17 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
         plugins=named_plugins(setup.config.components),
         budget="" if plan is None else plan.table(),
     )
+
+
+def _grow_as_trained(network: Network, setup: Setup) -> None:
+    """Grow the heads experience by experience: an exit may have a head for the new classes of each."""
+    classes, known = setup.benchmark.classes, set[int]()
+    owners = setup.composition.acting_at("training_experiences")
+    for index in range(len(classes)):
+        sources = owners[0].training_experiences(index, len(classes)) if owners else (index,)
+        if sources:
+            known.update(*(classes[source] for source in sources))
+            network.grow(sorted(known))
 
 
 def _refuse_plugins(config: Config, folder: RunFolder) -> None:

@@ -140,13 +140,16 @@ def reason_of(error: BaseException, *, most: int | None = None) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to ``name``, or None if none is close; a single letter is close to none.
 
-    >>> nearest("lwff", ["er", "lwf"])
-    'lwf'
+    Capitals are no difference.
+
+    >>> nearest("lwff", ["er", "lwf"]), nearest("LwF", ["er", "lwf"])
+    ('lwf', 'lwf')
     >>> nearest("zzz", ["er", "lwf"]) is None
     True
     """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if len(name) > 1 else []
-    return matches[0] if matches else None
+    spelled = {one.casefold(): one for one in reversed(list(known))}  # the first one of several
+    matches = difflib.get_close_matches(name.casefold(), list(spelled), n=1, cutoff=0.5) if len(name) > 1 else []
+    return spelled[matches[0]] if matches else None
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "") -> str:

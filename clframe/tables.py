@@ -176,18 +176,26 @@ def to_csv(table: Table) -> str:
     spread = [_has_deviation(table, k) for k in range(len(table.columns))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [name.removesuffix(", %").removesuffix(", points") for name in table.columns]
+    names = [_without_unit(name) for name in table.columns]
     writer.writerow(
         [csv_cell(part) for name, wide in zip(names, spread, strict=True) for part in _with_deviation(name, wide)]
     )
     for row in table.rows:
         cells: list[object] = []
-        for cell, wide in zip(row, spread, strict=True):
-            cells.append(_exact(cell.value) or str(cell) if isinstance(cell, Quantity) else csv_cell(cell))
+        for k, (cell, wide) in enumerate(zip(row, spread, strict=True)):
+            if isinstance(cell, Quantity):
+                cells.append(_exact(cell.value) or str(cell))
+            else:  # the label of a row may have the unit, too
+                cells.append(csv_cell(cell if k else _without_unit(cell)))
             if wide:
                 cells.append(_exact(cell.deviation) if isinstance(cell, Quantity) else "")
         writer.writerow(cells)
     return text.getvalue()
+
+
+def _without_unit(label: str) -> str:
+    """A label without the unit that its numbers have in text only."""
+    return label.removesuffix(", %").removesuffix(", points")
 
 
 def _exact(value: float) -> str:

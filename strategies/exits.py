@@ -176,13 +176,12 @@ class Exits(Component):
             # All domains of a text have the same tokens: the head of the first experience is that of all.
             per_experience = self.heads == "per_experience" and not network.vocabulary
             head = make_head(
-                "token" if self.head == "token_raw" else self.head,
+                self.head,
                 backbone.tap_shapes[tap],
                 per_experience=per_experience,
                 cascade=self.cascade and bool(exits),
                 cascade_norm=self.cascade_norm and bool(exits),
                 hidden=self.hidden,
-                token_norm=self.head != "token_raw",
                 pooling=placement.pooling[number] if self.as_published and placement.pooling else "2x2",
                 as_published=self.as_published,
                 per_token=bool(network.vocabulary),

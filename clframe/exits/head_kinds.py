@@ -7,6 +7,7 @@ kind            taps        layers before the linear layer
 ``conv``        maps        3x3 convolution, ReLU, SDN pooling to 4x4 (ZTW on CIFAR)
 ``conv_large``  maps        ReLU, 3x3 convolution of stride 2 to C/2 channels, SDN pooling to 4x4 (ZTW on ImageNet)
 ``token``       tokens      first token, LayerNorm
+``token_raw``   tokens      first token
 ``hidden``      all         linear layer and ReLU
 ``linear``      flat taps   none
 ==============  ==========  ==============================================================================
@@ -60,14 +61,14 @@ def prototype_head(tap_shape: tuple[int, ...]) -> ExitHead:
     return ExitHead(Embed(), features=embedded_width(tap_shape))
 
 
-HeadKind = Literal["auto", "pool", "conv", "conv_large", "token", "hidden", "linear"]
+HeadKind = Literal["auto", "pool", "conv", "conv_large", "token", "token_raw", "hidden", "linear"]
 Pooling = Literal["2x2", "2x2_ceil", "4x4"]
 """Windows of the SDN pooling of heads of kind ``pool``."""
 Token = Literal["first", "mean"]
 
 _KINDS_BY_DIMENSIONS: dict[int, tuple[HeadKind, ...]] = {
     3: ("pool", "conv", "conv_large", "hidden"),
-    2: ("token", "hidden"),
+    2: ("token", "token_raw", "hidden"),
     1: ("linear", "hidden"),
 }
 """Kinds for taps of 3, 2 and 1 dimensions; ``auto`` is the first."""
@@ -82,7 +83,6 @@ def make_head(
     cascade_norm: bool = False,
     hidden: int = 256,
     token: Token = "first",
-    token_norm: bool = True,
     pooling: Pooling = "2x2",
     as_published: bool = False,
     per_token: bool = False,
@@ -98,7 +98,6 @@ def make_head(
         cascade_norm: Whether those logits pass a LayerNorm first.
         hidden: Units of the hidden layer of ``hidden``.
         token: Input of ``token``: the first token, or the mean of all, padding included.
-        token_norm: Whether ``token`` applies a LayerNorm.
         pooling: Windows of ``pool``: ``2x2`` drops the last row or column of an odd side, ``2x2_ceil`` rounds its
             length up by adaptive pooling, ``4x4``.
         as_published: Whether ``conv`` and ``conv_large`` follow the authors' code of ZTW: the convolution of
@@ -117,6 +116,7 @@ def make_head(
     clframe.errors.ConfigError: exits.head: found 'pool' for a tap of shape (64,); use linear, hidden or auto
     """
     kind = _resolve_kind(kind, tap_shape)
+    kind, token_norm = ("token", False) if kind == "token_raw" else (kind, True)
     require_at_least(hidden, 1, where="exits.hidden")
     if token not in get_args(Token):
         raise ConfigError(f"exits.token: found {token!r}; give 'first' or 'mean'")

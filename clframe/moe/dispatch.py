@@ -140,7 +140,7 @@ def choose(
 
     best, least = DENSE, (tokens + plan.read_all) * experts * neurons * macs * plan.margin
     if parts_of(x_ND, weights) > 1:
-        least /= 1 + (plan.side_by_side - 1) * (1 - tokens / FEW_ROWS)
+        least /= 1 + (plan.side_by_side - 1) * (1 - tokens * threads / FEW_ROWS)
     costs = {Choice("grouped"): cost(plan.grouped, active, pairs, neurons)}
     if grouped_mm_works(weights, x_ND):
         costs[Choice("grouped_mm")] = cost(plan.product, active, pairs, neurons)

@@ -127,19 +127,21 @@ def compute_all_hidden(weights: Weights, x_ND: Tensor) -> Tensor:
 def parts_of(x_ND: Tensor, weights: Weights) -> int:
     """Number of parts in which products with all neurons are computed: threads if they are several, else 1.
 
-    On a CPU a product of few rows uses one thread, or gains little from more; parts of it run side by side. Not while
-    gradients are enabled, nor while a function is traced, which would fix the number of threads.
+    On a CPU a product of few rows and a large matrix uses one thread, or gains little from more; parts of it run side
+    by side. Not while gradients are enabled, nor while a function is traced, which would fix the number of threads.
     """
     if is_traced(x_ND) or torch.is_grad_enabled() or not x_ND.is_cpu:  # first: traced numbers of rows stay free
         return 1
-    if not 0 < len(x_ND) <= FEW_ROWS:
-        return 1
     threads, neurons = torch.get_num_threads(), weights.up_EHD.shape[:2].numel()
-    return 1 if neurons % threads or x_ND.dtype not in (torch.float32, torch.float64) else threads
+    if neurons % threads or weights.up_EHD.numel() < LARGE or not 0 < threads * len(x_ND) <= FEW_ROWS:
+        return 1
+    return threads if x_ND.dtype in (torch.float32, torch.float64) else 1
 
 
-FEW_ROWS: Final = 200
-"""Number of tokens up to which parts are faster (measured for 768-3072-768 and two threads)."""
+LARGE: Final = 2_000_000
+"""Number of weights of a matrix from which parts are used: 768-3072-768 was measured."""
+FEW_ROWS: Final = 400
+"""Number of rows, of all parts together, up to which they are faster; their results are added."""
 
 
 def split_outputs(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -149,7 +149,7 @@ def confused_table(shares_CC: Sequence[Sequence[float]], counts_CC: Counts, name
         for share, i, j in pairs[:MOST_PAIRS]
     )
     note = "" if rows else "No test sample is predicted as a wrong class."
-    columns = ("true class", "predicted class", "% of the true class", "samples")
+    columns = ("true class", "predicted class", "of the true class, %", "samples")
     return Table(name="confused_classes", title="Classes confused most", note=note, columns=columns, rows=rows)
 
 

@@ -177,6 +177,17 @@ def test_explain_counts_what_the_layers_say(call):
     assert re.search(rf"^  parameters +{65 * 7 + 8 * 10:,}$", out, re.M)
 
 
+@pytest.mark.parametrize(("strategy", "heads"), [("er + exits", 5), ("joint + exits", 1), ("er + exits(heads=growing)", 1)])
+def test_explain_counts_the_heads_of_all_experiences(call, strategy, heads):
+    """64 inputs, two layers of 7, 10 classes; an exit at the first layer with 3 hidden units in each of its heads."""
+    head = "components.exits.head=hidden", "components.exits.hidden=3"
+    out = call("explain", "quickstart", "backbone=mlp", "backbone.width=7", "backbone.depth=2", f"strategy={strategy}", *head).out
+    macs = 64 * 7 + 7 * 7 + 7 * 10 + heads * 7 * 3 + 3 * 10
+    parameters = 65 * 7 + 8 * 7 + 8 * 10 + heads * 8 * 3 + 4 * 10
+    assert re.search(rf"^  MACs per sample +{macs:,} ", out, re.M)
+    assert re.search(rf"^  parameters +{parameters:,}$", out, re.M)
+
+
 def test_explain_trains_nothing_and_makes_no_folder_for_lightning_loggers(call, here, monkeypatch):
     monkeypatch.setattr("clframe.training.session.Session.run", lambda *_: pytest.fail("it trained"))
     code, out, _ = call("explain", "quickstart", "trainer.engine=trainer", "trainer.loggers=[CSVLogger]",

@@ -84,7 +84,7 @@ def test_conv_large_is_the_formula():
 @pytest.mark.parametrize("token", ["first", "mean"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_token_is_the_formula(token, norm):
-    head = make_head("token", (5, 8), token=token, token_norm=norm)
+    head = make_head("token" if norm else "token_raw", (5, 8), token=token)
     head.grow([0, 1, 2])
     x = torch.randn(4, 5, 8)
     features = x[:, 0] if token == "first" else sum(x[:, t] for t in range(5)) / 5
@@ -128,7 +128,8 @@ def test_wrong_heads_are_one_line():
     for kind, shape, message in [
         ("pool", (64,), "exits.head: found 'pool' for a tap of shape (64,); use linear, hidden or auto"),
         ("linear", (4, 2, 2), "exits.head: found 'linear' for a tap of shape (4, 2, 2); use pool, conv, conv_large, hidden or auto"),
-        ("conv", (5, 8), "exits.head: found 'conv' for a tap of shape (5, 8); use token, hidden or auto"),
+        ("conv", (5, 8), "exits.head: found 'conv' for a tap of shape (5, 8); use token, token_raw, hidden or auto"),
+        ("token_raw", (64,), "exits.head: found 'token_raw' for a tap of shape (64,); use linear, hidden or auto"),
         ("auto", (1, 2, 3, 4), "exits.head: found a tap of shape (1, 2, 3, 4); use one of 1 (flat), 2 (tokens) or 3 (a map) dimensions"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError) as error:

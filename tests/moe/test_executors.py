@@ -236,16 +236,17 @@ def test_one_token_with_the_other_experts_zeroed():
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
-@pytest.mark.parametrize("n", [1, 2, 5, executors.FEW_ROWS, executors.FEW_ROWS + 1])
+@pytest.mark.parametrize("n", [1, 2, 5, 100, 101])
 @pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_parts_for_several_threads_agree_with_the_reference(monkeypatch, threads, n, gated, biased, dtype):
     weights, x = make(gated=gated, biased=biased, dtype=dtype, seed=n), torch.randn(n, 16).to(dtype)
     keep, factors = routing(n, 4), torch.rand(n, 4).to(dtype)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(executors, "LARGE", weights.up_EHD.numel())
     with torch.no_grad():
-        # 32 neurons do not divide among 3 threads
-        assert executors.parts_of(x, weights) == (1 if threads == 3 or n > executors.FEW_ROWS else threads)
+        # 32 neurons do not divide among 3 threads; 4 threads have 400 rows of 100 tokens
+        assert executors.parts_of(x, weights) == (1 if threads == 3 or threads * n > 400 else threads)
         expected = reference(weights, x, keep, factors)
         torch.testing.assert_close(executors.dense(weights, x, keep, factors), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         inactive = (~keep[0]).nonzero().flatten().tolist()
@@ -258,12 +259,16 @@ def test_parts_for_several_threads_agree_with_the_reference(monkeypatch, threads
 def test_where_products_are_not_computed_in_parts(monkeypatch):
     weights, x = make(), torch.randn(3, 16).double()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(executors, "LARGE", 0)
     assert executors.parts_of(x, weights) == 1  # gradients are enabled
     with torch.no_grad():
         assert executors.parts_of(x, weights) == 2
         assert executors.parts_of(x[:0], weights) == executors.parts_of(x.bfloat16(), weights) == 1
         assert executors.parts_of(x.to("meta"), weights) == 1
         assert torch.vmap(lambda row: row * executors.parts_of(row[None], weights))(x).equal(x)
+        monkeypatch.setattr(executors, "LARGE", weights.up_EHD.numel() + 1)
+        assert executors.parts_of(x, weights) == 1
+        monkeypatch.setattr(executors, "LARGE", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         assert executors.parts_of(x, weights) == 1
 
@@ -273,10 +278,11 @@ def test_parts_make_computing_everything_cheaper(monkeypatch):
     weights, x, keep = make(), torch.randn(9, 16).double(), torch.tensor([True, True, True, False]).repeat(9, 1)
     plan = Plan(few=0, read=0, read_all=3, grouped=Costs(0, 0, 0), product=Costs(1e9, 0, 0), margin=1.0, merge=0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(executors, "LARGE", 0)
     assert choose(weights, x, keep, plan=plan) == Choice("grouped")  # 27 < 48
     with torch.no_grad():
         for gain, name in ((48 / 27 - 0.01, "grouped"), (48 / 27 + 0.01, "dense")):
-            side_by_side = 1 + (gain - 1) / (1 - 9 / executors.FEW_ROWS)
+            side_by_side = 1 + (gain - 1) / (1 - 18 / 400)
             assert choose(weights, x, keep, plan=replace(plan, side_by_side=side_by_side)).name == name
 
 

@@ -26,6 +26,12 @@ def test_csv_keeps_every_digit():
     ]
 
 
+def test_csv_labels_rows_without_the_unit_of_the_text():
+    rows = ("accuracy, %", Quantity(0.5)), ("gain, points", Quantity(0.25)), ("steps", "b, %")
+    table = Table(name="t", title="", columns=("metric", "value"), rows=rows)
+    assert to_csv(table).splitlines() == ["metric,value", "accuracy,0.5", "gain,0.25", 'steps,"b, %"']
+
+
 def test_markdown():
     lines = to_markdown(TABLE).splitlines()
     assert lines[0] == r"**A\_b &amp; &lt;c&gt;**"

@@ -216,11 +216,15 @@ def _train_left(
     folder: Path, launcher: Launcher, retry: bool, quiet: bool, cells: Sequence[Cell]
 ) -> dict[str, str]:  # fmt: skip
     """Train the cells that are not finished; returns the reason of each that has failed."""
+    from clframe.sweep.cells import read_attempts
     from clframe.sweep.driver import run_cells
 
     left = [cell for cell in cells if not cell.finished()]
+    skipped = [] if retry else [cell for cell in left if read_attempts(cell.sweep, cell.key).failed]
     if not quiet:
-        print(f"{_count(cells)}, {len(cells) - len(left)} of them finished", flush=True)
+        again = "it" if len(skipped) == 1 else "them"
+        failed = f", {len(skipped)} failed before and left out (--retry trains {again} again)" if skipped else ""
+        print(f"{_count(cells)}, {len(cells) - len(left)} of them finished{failed}", flush=True)
     try:
         return run_cells(cells, launcher, retry=retry, on_waiting=_name_waiting)
     except KeyboardInterrupt:

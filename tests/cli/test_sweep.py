@@ -111,8 +111,9 @@ def test_a_sweep_its_continuation_and_its_failures(call, launched):
     assert err == failures
     assert re.search(r"^naive +2 +37\.5 ± 17\.7$", out, re.MULTILINE) and re.search(r"^er +1 +50\.0$", out, re.MULTILINE)
     launched.launched.clear()
-    code, _, err = call(*command)
+    code, out, err = call(*command)
     assert code == 2 and err == failures and not launched.launched
+    assert "4 cells, 3 of them finished, 1 failed before and left out (--retry trains it again)\n" in out
     launched.accuracy = lambda cell: 0.5
     code, out, err = call(*command, "--retry")
     assert code == 0 and [cell.seed for cell in launched.launched] == [1] and not err

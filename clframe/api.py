@@ -18,7 +18,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.execution import execute, plugin_names
-from clframe.planning import fit_memory, plan_training
+from clframe.planning import fit_memory, plan_training, training_experiences
 from clframe.report.explanation import explanation
 from clframe.results import Result
 from clframe.run_folder import RunFolder, strategy_label
@@ -205,13 +205,10 @@ def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) 
 
 def _grow_as_trained(network: Network, setup: Setup) -> None:
     """Grow the heads experience by experience: an exit may have a head for the new classes of each."""
-    classes, known = setup.benchmark.classes, set[int]()
-    owners = setup.composition.acting_at("training_experiences")
-    for index in range(len(classes)):
-        sources = owners[0].training_experiences(index, len(classes)) if owners else (index,)
-        if sources:
-            known.update(*(classes[source] for source in sources))
-            network.grow(sorted(known))
+    known = set[int]()
+    for sources in training_experiences(setup):
+        known.update(*(setup.benchmark.classes[source] for source in sources))
+        network.grow(sorted(known))
 
 
 def _refuse_plugins(config: Config, folder: RunFolder) -> None:

@@ -140,7 +140,7 @@ def reason_of(error: BaseException, *, most: int | None = None) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to ``name``, or None if none is close; a single letter is close to none.
 
-    Capitals are no difference.
+    Upper and lower case are the same.
 
     >>> nearest("lwff", ["er", "lwf"]), nearest("LwF", ["er", "lwf"])
     ('lwf', 'lwf')

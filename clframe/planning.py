@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.build import Setup, build_backbone
+from clframe.config.named import WHERE, named_plugins
 from clframe.config.trainer import CheckpointConfig
 from clframe.core import Composition
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import Network
 from clframe.optimization import build_scheduler
 from clframe.run_folder import RunFolder
@@ -33,8 +35,9 @@ def plan_training(setup: Setup) -> TrainingPlan | None:
 
     Raises:
         ConfigError: The budget affords no step, or the run is an extension.
+        UnsupportedError: The run has Avalanche plugins.
     """
-    from clframe.training.budget import TrainingPlan, plan_steps
+    from clframe.training.budget import TrainingPlan, plan_steps, pool_budgets
 
     config, budget = setup.config, setup.config.trainer.budget
     if not budget.is_set:
@@ -50,6 +53,7 @@ def plan_training(setup: Setup) -> TrainingPlan | None:
             f"benchmark.online: found {config.benchmark.online} with trainer.budget, but such a stream takes every "
             f"sample once and has a fixed number of steps; leave out one of them"
         )
+    _refuse_plugins(setup, "trainer.budget", "MACs")
     costs = _count_costs(setup)
     if not any(cost.batches for cost in costs):
         raise ConfigError(f"trainer.budget: {config.strategy} takes no training steps, whose number a budget would "
@@ -59,6 +63,7 @@ def plan_training(setup: Setup) -> TrainingPlan | None:
     else:
         assert budget.relative is not None
         budgets = [round(budget.relative * macs) for macs in naive_costs(setup)]
+    budgets = pool_budgets(costs, budgets, training_experiences(setup))
     return TrainingPlan(plan_steps(costs, budgets), partial(build_scheduler, config.optimizer))
 
 
@@ -72,6 +77,7 @@ def fit_memory(setup: Setup) -> Setup:
 
     Raises:
         ConfigError: The strategy cannot keep so little, or has no buffer whose size can be chosen.
+        UnsupportedError: The run has Avalanche plugins.
     """
     from clframe.training.budget import fit_buffer
 
@@ -82,6 +88,7 @@ def fit_memory(setup: Setup) -> Setup:
     if setup.config.earlier:
         raise ConfigError(f"{where} for an extended run, which keeps the buffer of the run before; set "
                           f"trainer.memory.bytes=null")  # fmt: skip
+    _refuse_plugins(setup, "trainer.memory", "memory")
     owner = next((component for component in setup.composition if component.keeps_memory), None)
     if owner is None or not hasattr(owner, "memory"):
         raise ConfigError(f"{where}, but {setup.config.strategy} has no replay buffer whose size it would set; set "
@@ -110,6 +117,27 @@ def naive_costs(setup: Setup) -> list[int]:
     config = replace(setup.config, strategy="naive", components={})
     costs = _count_costs(Setup(config, Composition(), benchmark, network))
     return [epochs * cost.epoch for cost in costs]
+
+
+def _refuse_plugins(setup: Setup, limit: str, uncounted: str) -> None:
+    """Refuse Avalanche plugins next to a limit of what training may cost, which theirs would exceed unnoticed.
+
+    Raises:
+        UnsupportedError: The run has plugins.
+    """
+    names = ", ".join(name for name, _ in named_plugins(setup.config.components))
+    if names:
+        raise UnsupportedError(
+            f"{WHERE}: found {names} with {limit}, but the {uncounted} of Avalanche plugins cannot be counted; leave "
+            f"out the plugins, or {limit}"
+        )
+
+
+def training_experiences(setup: Setup) -> list[Sequence[int]]:
+    """Return the experiences on whose data each experience trains."""
+    count = len(setup.benchmark)
+    owner = next(iter(setup.composition.acting_at("training_experiences")), None)
+    return [(index,) if owner is None else owner.training_experiences(index, count) for index in range(count)]
 
 
 def _count_costs(setup: Setup) -> tuple[ExperienceCost, ...]:

@@ -6,7 +6,8 @@ part of it, because no step depends on it: budgets are refused together with wha
 
 Costs are counted before the run, on a copy of it that takes one step per epoch (:func:`plan_steps` gets these counts).
 They depend on shapes, so the plan is exact up to smaller last batches and costs that change during an experience. The
-last epoch is therefore cut by what the run itself has counted so far.
+last epoch is therefore cut by what the run itself has counted so far. A buffer that admits samples after every step is
+filled on the copy as well, because steps cost less while it is nearly empty.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class ExperienceCost:
     """Of components after the last step."""
     batches: int
     """Steps of an epoch; 0 where the strategy does not train on the experience."""
+    filling: tuple[int, ...] = ()
+    """Of each of the first steps, while a buffer that admits samples after every step fills."""
     stored: int = 0
     """Samples in the replay buffer after it."""
     buffer: int = 0
@@ -45,13 +48,30 @@ class ExperienceCost:
     classes: int = 0
     """Classes seen so far."""
 
-    def steps(self, macs: int) -> int:
+    @property
+    def between(self) -> int:
+        """Of components before the first step and after the last one."""
+        return self.before + self.after
+
+    def steps(self, macs: int, *, first: bool = False) -> int:
         """Return the steps that cost ``macs``, to the nearest step: whole epochs, then full batches.
 
-        >>> cost = ExperienceCost(before=0, step=10, epoch=63, after=40, batches=7)
+        Args:
+            macs: What may be spent.
+            first: Whether they are the first of the experience.
+
+        >>> cost = ExperienceCost(before=0, step=10, epoch=63, after=40, batches=7, filling=(4, 6))
         >>> cost.steps(62), cost.steps(63), cost.steps(63 + 24), cost.steps(63 + 25)
         (6, 7, 9, 10)
+        >>> cost.steps(1, first=True), cost.steps(7, first=True), cost.steps(10 + 14, first=True)
+        (0, 2, 3)
         """
+        if first:
+            for number, cost in enumerate(self.filling):
+                if 2 * macs < cost:
+                    return number
+                macs -= cost
+            macs += len(self.filling) * self.step
         epochs, rest = divmod(macs, self.epoch)
         return epochs * self.batches + min((rest + self.step // 2) // self.step, self.batches)
 
@@ -86,7 +106,7 @@ class PlannedExperience:
         if epoch + 1 < self.epochs:
             return whole
         left = max(self.budget - self.cost.after - spent, 0)
-        return min(max(self.cost.steps(left), 1), whole)
+        return min(max(self.cost.steps(left, first=epoch == 0), 1), whole)
 
 
 @dataclass(frozen=True)
@@ -105,15 +125,44 @@ class TrainingPlan:
         """Return budget, cost of a step, fixed cost, epochs and steps of each experience, as text."""
         heading = f"{'experience':<12}{'budget':>12}{'per step':>12}{'in between':>12}{'epochs':>9}{'steps':>9}"
         rows = [
-            f"{index:<12}{one.budget:>12.4g}{one.cost.step:>12.4g}{one.cost.before + one.cost.after:>12.4g}"
-            f"{_epochs(one):>9}{one.steps:>9,}"
+            f"{index:<12}{one.budget:>12.4g}{_step(one):>12}{one.cost.between:>12.4g}{_epochs(one):>9}{one.steps:>9,}"
             for index, one in enumerate(self.experiences)
         ]
         return "\n".join([f"{heading}   (MACs)", *rows])
 
 
+def _step(planned: PlannedExperience) -> str:
+    return f"{planned.cost.step:.4g}" if planned.cost.batches else "-"
+
+
 def _epochs(planned: PlannedExperience) -> str:
     return f"{planned.steps / planned.cost.batches:.2f}" if planned.steps else "0"
+
+
+def pool_budgets(
+    costs: Sequence[ExperienceCost], budgets: Sequence[int], sources: Sequence[Sequence[int]]
+) -> list[int]:
+    """Return the budgets where one experience trains on the data of others that take no steps, as in joint training.
+
+    It gets their budgets, less what components compute in them, so that the budget of the stream stays the same.
+
+    Args:
+        costs: Of each experience.
+        budgets: Of each experience, in MACs.
+        sources: The experiences on whose data each one trains.
+
+    >>> cost = {"before": 0, "step": 1, "epoch": 1}
+    >>> costs = [ExperienceCost(**cost, after=0, batches=1), ExperienceCost(**cost, after=5, batches=0)]
+    >>> pool_budgets(costs, [30, 40], [(0, 1), ()]), pool_budgets(costs, [30, 40], [(0,), ()])
+    ([65, 5], [30, 40])
+    """
+    pooled = list(budgets)
+    for index, cost in enumerate(costs):
+        trained_in = next((i for i, found in enumerate(sources) if index in found), None)
+        if not cost.batches and trained_in is not None:
+            pooled[trained_in] += budgets[index] - cost.between
+            pooled[index] = cost.between
+    return pooled
 
 
 def plan_steps(costs: Sequence[ExperienceCost], budgets: Sequence[int]) -> tuple[PlannedExperience, ...]:
@@ -124,15 +173,15 @@ def plan_steps(costs: Sequence[ExperienceCost], budgets: Sequence[int]) -> tuple
     """
     found = []
     for index, (cost, budget) in enumerate(zip(costs, budgets, strict=True)):
-        if not cost.batches:  # joint training takes all steps in the last experience
+        if not cost.batches:  # joint training takes all steps in the first experience
             found.append(PlannedExperience(budget, cost, 1, 0))
             continue
-        steps = cost.steps(max(budget - cost.before - cost.after, 0))
+        steps = cost.steps(max(budget - cost.between, 0), first=True)
         if steps < 1:
-            least = cost.before + cost.step + cost.after
+            least = cost.between + next(iter(cost.filling), cost.step)
             raise ConfigError(
                 f"trainer.budget: found {budget:.4g} MACs for experience {index + 1}, but one step costs {least:.4g} "
-                f"with what components compute before and after training ({cost.before + cost.after:.4g}); give more, "
+                f"with what components compute before and after training ({cost.between:.4g}); give more, "
                 f"or components that cost less"
             )
         found.append(PlannedExperience(budget, cost, math.ceil(steps / cost.batches), steps))

@@ -195,9 +195,10 @@ class Session:
         planned, spent = plan.experiences[index], self._costs.profiler.spent()
         self.ledger.add_figure("budget", value=planned.budget, experience=index)
         granularity = max(TOLERANCE * planned.budget, planned.cost.step)
-        if planned.steps and abs(spent - planned.budget) > granularity:
-            text = (f"trainer.budget: experience {index + 1} cost {spent:.4g} MACs, {100 * spent / planned.budget:.1f} % of "
-                    f"its budget of {planned.budget:.4g}")  # fmt: skip
+        if abs(spent - planned.budget) > granularity:
+            share = f"{100 * spent / planned.budget:.1f} % of " if planned.budget else "not "
+            text = (f"trainer.budget: experience {index + 1} cost {spent:.4g} MACs, {share}its budget of "
+                    f"{planned.budget:.4g}")  # fmt: skip
             _log.warning("%s", text)
             self._monitor.log.note(text)
 

@@ -1,7 +1,8 @@
 """MACs of training steps, counted on the steps themselves: the first of each kind runs under the counter.
 
 Two steps are of one kind when the same parameters and exits learn and their batches have the same size; they cost the
-same, so every later one only adds 1 to a table. Nothing runs twice and nothing of the run changes.
+same, so every later one only adds 1 to a table. Where a buffer admits samples after every step, what its component
+computes from it is also counted for each size of the buffer. Nothing runs twice and nothing of the run changes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Charges = dict[tuple[str, str], int]
 """MACs by phase and component."""
 
 Kind = tuple[int, str, str, int]
-"""Kind of a section: what learns (a number for each combination), the section, its component, the batch size."""
+"""Kind of a section: what learns (a number for each combination, and for each size of a buffer that admits samples
+after every step), the section, its component, the batch size."""
 
 REPLAYED: Final = "replayed"
 """Key of ``extra_cost``: samples of the replay buffer that each step runs through the network, next to its batch."""
@@ -39,6 +41,8 @@ REPLAYED: Final = "replayed"
 _OWN_PHASES: Final = {"forward": "forward", "backward": "backward", "task_loss": "forward"}
 """Phases of sections that belong to the network."""
 _STEP: Final = frozenset({"make_batch", "losses", "combine_losses", "modify_gradients", "after_step", *_OWN_PHASES})
+_USE_BUFFER: Final = frozenset({"make_batch", "after_step"})
+"""Sections whose cost may depend on the size of the buffer; neither is in CUDA graphs."""
 _BETWEEN: Final = frozenset({"before_experience", "after_experience"})
 _PREDICTION: Final = frozenset({"adjust_logits", "predict"})
 
@@ -56,6 +60,7 @@ class StepProfiler(StepObserver):
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
+        self._growing = frozenset(component.name for component in growing_buffers(learner))
         self._probe: Callable[[], int] | None = None
         self._probed: Charges = {}
         self._counter: MacCounter | None = None
@@ -115,7 +120,7 @@ class StepProfiler(StepObserver):
     def around(self, section: Section, component: str = "", samples: int = 0) -> AbstractContextManager[object]:
         """Count a section if it is the first of its kind."""
         if section in _STEP:
-            kind = self._learning, section, component, samples
+            kind = self._combination(section, component), section, component, samples
             self._runs[kind] += 1
             return UNOBSERVED if kind in self._costs else self._count(kind)
         if section in _BETWEEN:
@@ -123,6 +128,13 @@ class StepProfiler(StepObserver):
         if section in _PREDICTION and self._probe is not None:
             return self._count_prediction(component, self._probe)
         return UNOBSERVED
+
+    def _combination(self, section: Section, component: str) -> int:
+        """Return the number of what the cost of a section depends on besides its batch."""
+        if section not in _USE_BUFFER or component not in self._growing:
+            return self._learning
+        found = self._learning, component, stored_samples(self._learner.state[component])
+        return self._combinations.setdefault(found, len(self._combinations))
 
     @contextmanager
     def _count(self, kind: Kind) -> Iterator[None]:
@@ -278,6 +290,16 @@ def declared_costs(learner: Learner) -> dict[tuple[str, str], int]:
                 )
             found[component.name, key] = count
     return found
+
+
+def growing_buffers(learner: Learner) -> tuple[Component, ...]:
+    """Return the components whose replay buffer admits samples after every step."""
+    return tuple(component for component in learner.composition.acting_at("after_step") if component.keeps_memory)
+
+
+def stored_samples(state: State) -> int:
+    """Return the number of samples in a replay buffer."""
+    return 0 if state["y"] is None else len(state["y"])
 
 
 def state_sizes(component: Component, state: State, total: int) -> dict[str, int]:

@@ -36,6 +36,7 @@ from clframe.training.compiled import CompiledStages, refuse_to_compile
 from clframe.training.configured import configured_optimizer
 from clframe.training.distributed import Group
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
+from clframe.training.evaluation import Scores
 from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
@@ -150,6 +151,8 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         )
         if self._fresh_optimizer:
             refuse_schedulers(self.plugins)
+        if plan is not None:
+            _refuse_uncounted(plugins or ())
         self._given_criterion = self._criterion
         self.learner = None if self.module is None else self.module.learner
         self.share_batches(group)
@@ -440,6 +443,15 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         if self.limit_batches is not None:
             self.dataloader = list(itertools.islice(self.dataloader, self.limit_batches))
         super().eval_epoch(**kwargs)
+
+
+def _refuse_uncounted(plugins: Sequence[Any]) -> None:
+    """Refuse plugins next to a plan: what they compute cannot be counted. Evaluation is not part of a budget."""
+    found = [type(plugin).__name__ for plugin in plugins if not isinstance(plugin, (EvaluationPlugin, Scores))]
+    if found:
+        raise UnsupportedError(
+            f"LightningStrategy: plan: found the plugin {found[0]}, whose MACs cannot be counted; leave out one of them"
+        )
 
 
 def _copy_state(former: Optimizer, fresh: Optimizer) -> None:

@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from power_cuts import TINY, assert_same_run, cut_run, without_pictures
 
 import clframe
 from clframe.config.load import load_config
-from clframe.errors import ConfigError
-from clframe.training.budget import ExperienceCost, plan_steps
+from clframe.core import Composition
+from clframe.data.avalanche import import_avalanche
+from clframe.errors import ConfigError, UnsupportedError
+from clframe.nn import Network
+from clframe.nn.backbones import mlp
+
+import_avalanche()
+
+from avalanche.training.plugins import LwFPlugin
+
+from clframe.training.budget import ExperienceCost, TrainingPlan, plan_steps
+from clframe.training.module import ContinualModule
+from clframe.training.strategy import LightningStrategy
 
 COST = ExperienceCost(before=5, step=10, epoch=63, after=40, batches=7)
 
@@ -27,6 +42,10 @@ def spent(run: Path) -> list[int]:
         if entry["phase"] != "evaluation":
             found[entry["experience"]] += entry["macs"]
     return [found[index] for index in sorted(found)]
+
+
+def entries(run: Path) -> list[dict[str, Any]]:
+    return [row for row in json.loads((run / "ledger.json").read_text())["ledger"]["entries"] if not row["component"]]
 
 
 def budgets(run: Path) -> list[int]:
@@ -86,9 +105,69 @@ def test_a_budget_below_one_step_is_refused():
         plan_steps([COST, COST], [60, 49])
 
 
-def test_joint_training_has_no_steps_before_the_last_experience():
-    nothing = ExperienceCost(before=0, step=1, epoch=1, after=0, batches=0)
-    assert [planned.steps for planned in plan_steps([nothing, COST], [1, 108])] == [0, 7]
+def test_joint_training_spends_the_budget_of_the_stream_in_the_first_experience(naive, tmp_path):
+    run = train(tmp_path, "strategy=joint", "trainer.budget.relative=1")
+    total = sum(spent(naive))
+    assert budgets(run) == [total, 0]
+    (found, nothing), half_a_step = spent(run), total / 36 / 2
+    assert abs(found - total) <= half_a_step and nothing == 0
+
+
+def test_explain_shows_the_pooled_budget_of_joint_training(naive):
+    text = clframe.explain("quickstart", [*TINY, "strategy=joint", "trainer.budget.relative=1"])
+    _, first, second = text.partition("training within the budget\n")[2].splitlines()
+    assert first.split()[1] == f"{sum(spent(naive)):.4g}" and first.split()[-1] == "33"
+    assert second.split() == ["1", "0", "-", "0", "0", "0"]
+
+
+def test_experiences_that_cannot_spend_their_budget_are_reported(tmp_path, caplog):
+    """The first session trains on its own data only, so it has no claim to the budgets of the others."""
+    with caplog.at_level("WARNING", logger="clframe.training.session"):
+        run = train(tmp_path, "strategy=simplecil(train_first=true)", "trainer.budget=2e6")
+    found = spent(run)
+    assert budgets(run) == [2_000_000, 2_000_000] and 0 < found[1] < 400_000
+    assert f"experience 2 cost {found[1]:.4g} MACs, {found[1] / 2e4:.1f} % of its budget of 2e+06" in caplog.text
+
+
+@pytest.mark.parametrize("limit, uncounted", [("trainer.budget.relative=1", "MACs"), ("trainer.memory=40000", "memory")])
+def test_plugins_whose_costs_are_not_counted_are_refused(limit, uncounted, tmp_path):
+    options = [*TINY, "strategy=er", limit, "components.avalanche.plugins=[LwFPlugin]"]
+    message = (rf"^components\.avalanche\.plugins: found LwFPlugin with (trainer\.\w+), but the {uncounted} of Avalanche plugins "
+               rf"cannot be counted; leave out the plugins, or \1$")  # fmt: skip
+    for refuse in (lambda: train(tmp_path, *options), lambda: clframe.explain("quickstart", options)):
+        with pytest.raises(UnsupportedError, match=message):
+            refuse()
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "strategy", [
+        "mir(memory=100)", "mir(memory=20, replay=half)", "derpp(update=step)",
+        pytest.param("gss(memory=40)", marks=pytest.mark.slow),
+        pytest.param("er(update=step, selection=reservoir)", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("relative", [1, pytest.param(3.3, marks=pytest.mark.slow)])
+def test_buffers_that_fill_during_training_keep_to_the_budget(strategy, relative, tmp_path):
+    """To half a step, whose mean is a little less than that of a full batch: the last batch of an epoch is smaller."""
+    run = train(tmp_path, f"strategy={strategy}", f"trainer.budget.relative={relative}")
+    steps = [row["steps"] for row in entries(run) if row["phase"] == "forward"]
+    for found, budget, count in zip(spent(run), budgets(run), steps, strict=True):
+        assert abs(found - budget) <= 0.58 * found / count
+
+
+def test_plugins_given_to_a_strategy_with_a_plan_are_refused():
+    module = ContinualModule(Network(mlp((1, 2, 2))), Composition(), optimizer=partial(torch.optim.SGD, lr=0.1))
+    plan = TrainingPlan(plan_steps([COST], [108]), lambda epochs: None)
+    with pytest.raises(UnsupportedError, match=r"plan: found the plugin LwFPlugin, whose MACs cannot be counted; leave out one"):
+        LightningStrategy(model=module, plan=plan, plugins=[LwFPlugin()])
+
+
+def test_first_steps_cost_less_while_a_buffer_fills():
+    """Steps of 2, 6 and then 10 MACs, on batches of 7 steps an epoch."""
+    (planned,) = plan_steps([replace(COST, filling=(2, 6))], [5 + 2 + 6 + 4 * 10 + 40])
+    assert (planned.epochs, planned.steps) == (1, 6)
+    assert planned.batches_of(0, whole=7, spent=5) == 6
 
 
 def test_a_relative_budget_of_one_is_naive_itself(naive, tmp_path):
@@ -118,8 +197,9 @@ def test_the_same_macs_for_every_experience(tmp_path):
     assert all(abs(found - 2_500_000) <= 60_000 for found in spent(run))
 
 
-def test_a_budgeted_run_resumes_exactly(tmp_path):
-    options = [*TINY, "strategy=er(memory=20) + lwf", "trainer.budget.relative=1.3", "optimizer.schedule=cosine"]
+@pytest.mark.parametrize("strategy", ["er(memory=20) + lwf", pytest.param("mir", marks=pytest.mark.slow)])
+def test_a_budgeted_run_resumes_exactly(strategy, tmp_path):
+    options = [*TINY, f"strategy={strategy}", "trainer.budget.relative=1.3", "optimizer.schedule=cosine"]
     whole, copies = cut_run(options, tmp_path, cuts=4, seed="budget")
     for _, folder in copies:
         clframe.run(resume=folder)
@@ -164,9 +244,10 @@ def test_torch_counts_the_macs_of_the_ledger(capsys):
         import audit_macs
     finally:
         sys.path.pop(0)
-    assert audit_macs.main(["--strategies", "er + lwf", "ewc", "--", *TINY, "trainer.budget.relative=0.7"]) == 0
+    strategies = ["er + lwf", "ewc", "mir"]
+    assert audit_macs.main(["--strategies", *strategies, "--", *TINY, "trainer.budget.relative=0.7"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines if " ledger " in line] == ["+0.000%", "+0.000%"]
+    assert [line.split()[-1] for line in lines if " ledger " in line] == ["+0.000%"] * 3
 
 
 def kept(run: Path) -> list[int]:

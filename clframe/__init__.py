@@ -50,6 +50,13 @@ _HOMES = {
     "run": "clframe.api",
 }
 
+_MODULES = (
+    "accounting", "api", "avalanche_bridge", "config", "core", "data", "errors", "exits", "functional", "metrics",
+    "model", "moe", "nn", "own_code", "plotting", "regularization", "replay", "report", "results", "sparse_decode",
+    "sparsity", "sweep", "targets", "training",
+)  # fmt: skip
+"""Modules for people who use clframe: attributes without an import statement, as in ``clframe.data.digits()``."""
+
 __all__ = [
     "Benchmark", "ClframeError", "Component", "Composition", "Config", "ContinualModule",
     "LightningStrategy", "Network", "Output", "Result", "class_incremental", "compose", "explain",
@@ -58,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"clframe.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'clframe' has no attribute {name!r}")
@@ -65,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_MODULES, "__version__"])

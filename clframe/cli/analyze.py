@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--texts", metavar="N", dest="limit", help="the same as --limit")
     add("--tokens", metavar="NAMES", default="prompt,generated", help="kinds of tokens of a language model")
     add("--generate", metavar="N", default="0", help="tokens to generate after each text (default: 0)")
-    add("--length", metavar="N", help="tokens of a text, or of a window of a longer text (default: 64)")
+    add("--length", metavar="N", help="tokens of a text, or of a window of a longer one (default: 64, or the context)")
     add("--stride", metavar="N", help="tokens from one window of a text to the next (default: half of --length)")
     add("--document", metavar="UNIT", default="line", help="a text is a line (default) or a file")
     add("--score", metavar="NAME", help="accuracy, perplexity, or agreement with the dense model (see above)")

@@ -47,6 +47,11 @@ def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
                 raise ConfigError(f"--device: found {options.device} together with trainer.devices; give one of them")
             chosen = chosen[:1]  # the accelerator
         overrides += chosen
+    given = [text for text in overrides if text.partition("=")[0].strip() == "seed"]
+    for option in ("seed", "seeds"):
+        chosen_seed = getattr(options, option, None)
+        if given and chosen_seed is not None:
+            raise ConfigError(f"--{option}: found {chosen_seed} together with {given[-1]}; give one of them")
     if options.seed is not None:
         overrides.append(f"seed={parse_seed(options.seed)}")
     return name, overrides

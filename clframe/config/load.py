@@ -112,6 +112,29 @@ def change_config(config: Config, overrides: Sequence[str], *, benchmark: Mappin
     return from_mapping(tree)
 
 
+def require_list(overrides: object, *, where: str = "overrides") -> None:
+    """Refuse a text or a mapping where a list of ``key=value`` belongs: their letters or keys would be read instead.
+
+    Raises:
+        ConfigError: The message has the list to give.
+
+    >>> require_list("seed=3")
+    Traceback (most recent call last):
+    clframe.errors.ConfigError: overrides: found 'seed=3' (text); give a list such as ['seed=3']
+    """
+    example: object = "trainer.epochs=2"
+    if isinstance(overrides, str):
+        example = overrides or example
+    elif isinstance(overrides, Mapping):
+        example = next((f"{key}={value}" for key, value in overrides.items()), example)
+    elif isinstance(overrides, Sequence):
+        wrong = [entry for entry in overrides if not isinstance(entry, str)]
+        if not wrong:
+            return
+        overrides = wrong[0]
+    raise ConfigError(f"{where}: found {format_value(overrides)}; give a list such as [{example!r}]")
+
+
 def sets_key(overrides: Sequence[str], key: str) -> bool:
     """Return whether overrides set a key, alone or in a mapping of its block; config files that they name do not count.
 
@@ -134,6 +157,7 @@ def _apply(base: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Prob
     Where a block cannot be replaced, overrides of its keys are left out: they are meant for another block than that in
     ``base``, so what is wrong with them there would mislead.
     """
+    require_list(overrides)
     problems, changes, not_replaced = Problems(), [], set[str]()
     layers: list[tuple[str, dict[Any, Any]]] = []
     for text in overrides:
@@ -197,6 +221,7 @@ def data_config(data: str, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: A change to anything else.
     """
+    require_list(overrides)
     for text in overrides:
         if not text.startswith("benchmark.") and not text.startswith("seed="):
             raise ConfigError(f"override '{text}': does not change data; write it like benchmark.data_dir=DIR")

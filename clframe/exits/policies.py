@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from math import isnan
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from clframe.errors import ConfigError
 from clframe.nn.network import Carried
+from clframe.options import format_value
 from clframe.registry import Registry, call_problem
 
 if TYPE_CHECKING:
@@ -182,6 +183,27 @@ def patience(exit: int, scores_BC: Tensor, carried: Carried) -> tuple[Tensor, Ca
         before_B, length_B = carried
         run_B += length_B * (class_B == before_B)
     return (run_B - 1).float() / run_B, (class_B, run_B)
+
+
+def probability_threshold(threshold: Any, *, where: str) -> float:
+    """Return a threshold of :func:`max_probability`: from 0 to 1, or infinity, at which no exit stops a sample.
+
+    Raises:
+        ConfigError: Another number, or none; the message begins with ``where``.
+
+    >>> probability_threshold(5, where="--threshold")
+    Traceback (most recent call last):
+    clframe.errors.ConfigError: --threshold: found 5; give a probability from 0 to 1
+    """
+    try:
+        if isinstance(threshold, (str, bytes, bool)):
+            raise TypeError
+        number = float(threshold)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise ConfigError(f"{where}: found {format_value(threshold)}; give a probability from 0 to 1") from None
+    if not (0 <= number <= 1 or number == inf):
+        raise ConfigError(f"{where}: found {number:g}; give a probability from 0 to 1")
+    return number
 
 
 def patience_threshold(agreements: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from clframe.data.choices import Choices, right_choices
 from clframe.data.target import IGNORED
 from clframe.errors import ConfigError, DivergenceError
-from clframe.functional.chance import above_chance
+from clframe.functional.chance import above_chance, chance_limit
 from clframe.functional.language import Likelihood, perplexity, token_nll
 
 ScoreName = Literal["accuracy", "perplexity", "agreement", "choices", "choices_normalized"]
@@ -48,17 +48,21 @@ def choice_values(logits_NV: Tensor, targets_BT: Tensor, choices: Choices, *, no
 
 
 def choice_note(accuracy: float, counts: Sequence[int]) -> str:
-    """Warning that an accuracy on questions is not above that of guessing, one-sided at 95 %; empty if it is.
+    """Warning that an accuracy on questions is not significantly above that of guessing; empty if it is.
+
+    See :func:`~clframe.functional.chance.chance_limit`.
 
     >>> choice_note(0.9, [2] * 50), choice_note(0.5, [2] * 50)[:50]
     ('', 'the dense model answers 50.0 % of 50 questions rig')
     """
     guess = sum(1 / count for count in counts) / len(counts)
-    if accuracy > guess + 1.645 * math.sqrt(guess * (1 - guess) / len(counts)):
+    limit = chance_limit(guess, len(counts))
+    if accuracy > limit:
         return ""
     return (
-        f"the dense model answers {100 * accuracy:.1f} % of {len(counts)} questions right, not above guessing "
-        f"({100 * guess:.1f} %): scores of changed models have no meaning"
+        f"the dense model answers {100 * accuracy:.1f} % of {len(counts)} questions right, not clearly above "
+        f"the {100 * guess:.1f} % of guessing (clear is more than {100 * limit:.1f} %, one-sided at 95 %): scores of "
+        f"changed models may have no meaning"
     )
 
 
@@ -137,8 +141,12 @@ def token_sums(logits_NV: Tensor, targets_N: Tensor) -> TokenSums:
     )  # fmt: skip
 
 
-def language_scores(parts: Sequence[TokenSums]) -> LanguageScores:
+def language_scores(parts: Sequence[TokenSums], *, accuracy_matters: bool = True) -> LanguageScores:
     """Compute both scores of a dense model.
+
+    Args:
+        parts: Sums over the scored tokens.
+        accuracy_matters: Whether the note is about the accuracy too.
 
     Raises:
         DivergenceError: Logits that contain NaN.
@@ -150,20 +158,37 @@ def language_scores(parts: Sequence[TokenSums]) -> LanguageScores:
     if math.isnan(likelihood.nats):
         raise DivergenceError("logits: found NaN in the dense model's; check its weights")
     accuracy = sum(one.right for one in parts) / likelihood.tokens
-    note = _chance_note(likelihood, accuracy, targets_N, vocabulary=parts[0].vocabulary)
+    note = _perplexity_note(likelihood, vocabulary=parts[0].vocabulary)
+    if not note and accuracy_matters:
+        note = accuracy_note(accuracy, targets_N, kind="tokens")
     return LanguageScores(perplexity=likelihood.perplexity, accuracy=accuracy, tokens=likelihood.tokens, note=note)
 
 
-def _chance_note(likelihood: Likelihood, accuracy: float, targets_N: Tensor, *, vocabulary: int) -> str:
-    if likelihood.mean >= math.log(vocabulary) - NEAR_CHANCE:
-        return (
-            f"the dense model has perplexity {likelihood.perplexity:,.1f}, near that of chance (its vocabulary of "
-            f"{vocabulary:,}): scores of changed models have no meaning"
-        )
-    chance = above_chance(accuracy, targets_N)
-    if chance is None:
+def _perplexity_note(likelihood: Likelihood, *, vocabulary: int) -> str:
+    if likelihood.mean < math.log(vocabulary) - NEAR_CHANCE:
         return ""
     return (
-        f"the dense model has {100 * accuracy:.1f} % accuracy on {likelihood.tokens} tokens, not above that of always "
-        f"predicting the most frequent one ({100 * chance:.1f} %): accuracies of changed models have no meaning"
+        f"the dense model has perplexity {likelihood.perplexity:,.1f}, near that of chance (its vocabulary of "
+        f"{vocabulary:,}): scores of changed models have no meaning"
+    )
+
+
+def accuracy_note(accuracy: float, targets_N: Tensor, *, kind: str) -> str:
+    """Warning that an accuracy is not significantly above chance; empty if it is.
+
+    See :func:`~clframe.functional.chance.above_chance`.
+
+    Args:
+        accuracy: Of the dense model.
+        targets_N: Right answers.
+        kind: Word for these, such as ``tokens``.
+    """
+    chance, count = above_chance(accuracy, targets_N), len(targets_N)
+    if chance is None:
+        return ""
+    limit = chance_limit(chance, count)
+    return (
+        f"the dense model has {100 * accuracy:.1f} % accuracy on {count} {kind}, not clearly above the "
+        f"{100 * chance:.1f} % of always predicting the most frequent one (clear is more than {100 * limit:.1f} %, "
+        f"one-sided at 95 %): accuracies of changed models may have no meaning"
     )

@@ -160,7 +160,7 @@ def study_sparsity(
         raise ConfigError(f"--score: found perplexity for {target.name}, which is not a language model; use accuracy")
     if score.startswith("choices") and questions is None:
         raise ConfigError(f"--score: found {score}, but --data has no questions; give a .jsonl file with choices")
-    language = None if target.logits_at is None else _language_scores(target, batches)
+    language = None if target.logits_at is None else _language_scores(target, batches, score)
     scored: Any = batches
     if questions is not None and score.startswith("choices"):
         divided = questions.choices(size=size, limit=limit)
@@ -212,7 +212,7 @@ def _values(target: Target, score: ScoreName, model: nn.Module, inputs: Inputs, 
     return right.float()
 
 
-def _language_scores(target: Target, batches: Batches) -> LanguageScores:
+def _language_scores(target: Target, batches: Batches, score: ScoreName) -> LanguageScores:
     assert target.logits_at is not None
     with evaluating(target.model):
         found = []
@@ -220,7 +220,7 @@ def _language_scores(target: Target, batches: Batches) -> LanguageScores:
             assert targets is not None
             valid = targets != IGNORED
             found.append(token_sums(target.logits_at(target.model, inputs, valid), targets[valid]))
-    return language_scores(found)
+    return language_scores(found, accuracy_matters=score != "perplexity")
 
 
 def _choice_note(target: Target, scored: Sequence[Any], *, normalized: bool) -> str:

@@ -332,9 +332,10 @@ def _training(model: RunModel, result: Result) -> str:
     )  # fmt: skip
     words = ["clframe", "run", "config.yaml"]
     options = model.config.benchmark.options
-    words += [f"benchmark.{key}=DIR" for key in ("data_dir", "path", "tokens") if options.get(key)]
+    places = [f"benchmark.{key}=DIR" for key in ("data_dir", "path", "tokens") if options.get(key)]
+    where = ", where DIR is the location of the data" if places else ""
     return (
         f"Seed {result.seed}, {result.steps:,} optimizer steps, {result.train_seconds:,.0f} s of training. The "
-        f"complete config is `config.yaml`; to repeat the run, where DIR is the location of the data:\n\n"
-        f"```\n{shlex.join(words)}\n```\n\n" + to_markdown(table)
+        f"complete config is `config.yaml`; to repeat the run{where}:\n\n"
+        f"```\n{shlex.join([*words, *places])}\n```\n\n" + to_markdown(table)
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clframe.accounting import backbone_macs, cumulative_macs
-from clframe.config.load import data_config
+from clframe.config.load import data_config, require_list
 from clframe.data.sources.labeled import labeled_data
 from clframe.errors import ConfigError, DataError
 from clframe.exits.curves import wilson_interval
@@ -82,6 +82,8 @@ class Evaluation:
         backbone_macs: MACs of the bare backbone with its classifier.
         decided_K: Number of samples that each exit decided.
         macs_K: MACs of one sample up to and including each exit, with the heads passed on the way.
+        decision_macs_K: MACs of a sample that stops at each exit by the rule, with confidences, corrections and
+            ensembles on the way, and without heads that are not asked.
         classes: Accuracy by class, of the classes with samples, in order of their ids.
         unseen: Names of learned classes without samples.
         experiences: Samples and correct predictions of each test experience, in order; empty for other data.
@@ -105,6 +107,7 @@ class Evaluation:
     backbone_macs: int
     decided_K: tuple[int, ...]
     macs_K: tuple[int, ...]
+    decision_macs_K: tuple[int, ...]
     classes: tuple[ClassAccuracy, ...]
     unseen: tuple[str, ...]
     experiences: tuple[tuple[int, int], ...]
@@ -165,6 +168,7 @@ def evaluate(
         ConfigError: Overrides or options that cannot take effect.
         DataError: Data that cannot be used: an unknown class, no samples.
     """
+    require_list(overrides)
     given = [text for text in overrides if text.partition("=")[0] == "benchmark"]
     model = load_run(run, kind=RunModel, device=str(usable_device(device)), where="evaluate")
     if model.network.vocabulary:
@@ -191,6 +195,7 @@ def to_json(found: Evaluation) -> str:
     exits = [
         {
             "name": name, "decided": found.decided_K[k], "macs": found.macs_K[k],
+            "decision_macs": found.decision_macs_K[k],
             "metrics": {metric: values[k] for metric, values in study.metrics.items()},
             "intervals": {metric: limits[k] for metric, limits in study.intervals.items()},
         }
@@ -257,6 +262,7 @@ class _Counts:
         self._decided_K = torch.zeros(exits, dtype=torch.long)
         self._confusion_CC = torch.zeros(classes, classes, dtype=torch.long) if classes <= MOST_CLASSES else None
         self._macs = 0
+        self._cost_K: tuple[int, ...] = ()
         self.samples = 0
 
     def add_all(self, batches: Batches, *, total: int, progress: Progress | None) -> None:
@@ -275,6 +281,7 @@ class _Counts:
             macs_B = rule(x).macs_B
         predicted_B = scores_BC.argmax(1).cpu()
         self._macs += int(macs_B.sum())
+        self._cost_K = self._cost_K or tuple(rule.cost_K(x).tolist())
         self._decided_K += torch.bincount(exit_B.cpu(), minlength=len(self._decided_K))
         if self._confusion_CC is not None:
             self._confusion_CC.index_put_((y_B, predicted_B), torch.ones_like(y_B), accumulate=True)
@@ -307,6 +314,7 @@ class _Counts:
             notes=(rule.note,) if rule.note else (), samples=len(y_N), correct=int(right_N.sum()),
             macs=self._macs / len(y_N), backbone_macs=backbone_macs(network),
             decided_K=tuple(self._decided_K.tolist()), macs_K=tuple(cumulative_macs(network)),
+            decision_macs_K=self._cost_K,
             classes=tuple(sorted(classes, key=lambda one: one.class_id)),
             unseen=tuple(class_label(model, order[r]) for r in model.learner.past if not total_C[r]),
             experiences=tuple(of(experience_N == e) for e in range(experiences)),

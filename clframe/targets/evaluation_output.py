@@ -68,7 +68,23 @@ def exits_table(found: Evaluation) -> Table:
             Quantity(found.macs_K[k], kind="whole"),
         ))  # fmt: skip
     columns = ("exit", "accuracy, %", "95 % CI, %", "decides, %", "MACs up to it")
-    return Table(name="exits", title="Accuracy of each exit on all samples", columns=columns, rows=tuple(rows))
+    return Table(
+        name="exits", title="Accuracy of each exit on all samples", note=_decision_costs(found), columns=columns,
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _decision_costs(found: Evaluation) -> str:
+    """Costs of decisions where stages and heads are not all of them; empty elsewhere."""
+    pairs = list(zip(found.decision_macs_K, found.macs_K, found.decided_K, strict=True))
+    if not any(cost > macs and decided for cost, macs, decided in pairs):
+        return ""
+    names = found.exits.exit_names
+    costs = ", ".join(f"{names[k]} {cost:,}" for k, (cost, _, decided) in enumerate(pairs) if decided)
+    return (
+        f"MACs up to it are those of stages and heads. With the confidence measure, corrections and ensembles, which "
+        f"the mean includes, a decision costs: {costs}."
+    )
 
 
 def confidence_table(found: Evaluation) -> Table:

@@ -124,8 +124,7 @@ def solve_run(
         raise UnsupportedError(f"{run}: has one exit only; train with strategy='... + exits'")
     held_out = target.splits.validation
     if held_out is None or not len(held_out):
-        raise UnsupportedError(f"{run}: {NO_VALIDATION}; train with benchmark.validation=0.1, as thresholds are never "
-                               f"chosen on test data")  # fmt: skip
+        raise UnsupportedError(f"{run}: {NO_VALIDATION}; train with benchmark.validation=0.1")
     if not len(target.splits.test):
         raise UnsupportedError(f"{run}: has no test samples; use a benchmark with a test set")
     backbone, cost_K = backbone_macs(network), cumulative_macs(network)

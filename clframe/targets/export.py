@@ -332,6 +332,10 @@ def _write_graph(
 
 
 def _dynamic(model: TrainedModel, threshold: float | None) -> DynamicNetwork:
+    if len(model.network.heads) == 1:
+        raise UnsupportedError(
+            "export: --staged needs exits to stop at and found one exit; train with exits, or leave --staged out"
+        )
     try:
         return model.dynamic(threshold=threshold)
     except UnsupportedError as error:

@@ -190,8 +190,10 @@ def divide(trained: TrainedModel, dynamic: DynamicNetwork, example: Tensor) -> l
     network = dynamic.network
     exits = dynamic.computed_exits
     if len(exits) == 1:
-        advice = "one exit; train with exits" if len(network.heads) == 1 else "no exit that stops; give --threshold"
-        raise UnsupportedError(f"export: --staged needs exits to stop at and found {advice}, or leave --staged out")
+        raise UnsupportedError(
+            "export: --staged needs exits to stop at and found no exit that stops; give --threshold, or leave --staged "
+            "out"
+        )
     at = network.exit_stages
     thresholds, stopping = dynamic.policy.of_exits(len(network.heads)), dynamic.stopping_exits
     costs = _costs(network, exits)

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.config.load import data_config
+from clframe.config.load import data_config, require_list
 from clframe.config.schema import Config
 from clframe.data.benchmark import Benchmark
-from clframe.data.source import Data
+from clframe.data.source import SOURCES, Data
 from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
+from clframe.options import option_types
 from clframe.results import Result
 from clframe.stream import build_stream
 from clframe.targets.loading import load_model, refuse_language_model, run_config
@@ -58,7 +59,7 @@ def open_target(
         overrides: Changes of the benchmark block, such as ``benchmark.data_dir=DIR``.
         device: Device of the model.
         max_length: Maximum number of tokens of a text; of a language model, length of the windows of longer texts;
-            None: 64.
+            None: 64, or what fits the model's context.
         per_class: Training samples per class for the mean embedding, for models without a classifier.
         generate: Number of tokens that a language model generates greedily after the start of each text, which are its
             first ``max_length`` tokens.
@@ -102,12 +103,11 @@ def open_target(
         target = images_target(name, config=config, device=place, per_class=per_class)
         options: dict[str, Any] = {"per_class": per_class}
     else:
-        max_length = 64 if max_length is None else max_length
         target = text_target(
             name, data, overrides, device=place, max_length=max_length, per_class=per_class, generate=generate,
             stride=stride, document=document, divide=divide,
         )  # fmt: skip
-        options = {"max_length": max_length, "per_class": per_class, "generate": generate}
+        options = {**target.origin["options"], "per_class": per_class, "generate": generate}
         if target.kind == "causal":
             options |= {"stride": stride, "document": document, "divide": divide}
     return replace(target, origin={**_origin(name, data, target.config), **target.origin, "options": options})
@@ -229,13 +229,22 @@ def _training(benchmark: Benchmark) -> tuple[Data, ...]:
 
 def relocate_data(config: Config, overrides: Sequence[str]) -> Config:
     """Return the config with other locations of the data; another override of a trained run is a ConfigError."""
+    require_list(overrides)
     options = dict(config.benchmark.options)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or key not in {f"benchmark.{option}" for option in _LOCATIONS}:
-            raise ConfigError(f"override '{text}': a run uses its own config; change only benchmark.data_dir=DIR")
+            raise ConfigError(f"override '{text}': a run uses its own config; {_other_data(config.benchmark.name)}")
         options[key.removeprefix("benchmark.")] = value
     return replace(config, benchmark=replace(config.benchmark, options=options))
+
+
+def _other_data(source: str) -> str:
+    """Advice on what of a run's data can be changed."""
+    if source == "language_model":
+        return "change only benchmark.path=FOLDER, or add benchmark=language_model to measure it on other text"
+    places = [option for option in _LOCATIONS if option in option_types(SOURCES.get(source))]
+    return f"change only {' and '.join(f'benchmark.{option}' for option in places)}" if places else "change nothing"
 
 
 def _real_tokens(ids_BT: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 
 from clframe.accounting import backbone_macs
 from clframe.errors import ConfigError, DataError
+from clframe.options import format_value
 from clframe.printable import csv_cell
 from clframe.records import to_json_lines
 from clframe.tables import Quantity, Table
@@ -131,6 +133,8 @@ def predict(
         UnsupportedError: A threshold or a budget for a model with one exit.
     """
     for name, found in (("--top", top), ("--batch-size", batch_size)):
+        if isinstance(found, bool) or not isinstance(found, Integral):
+            raise ConfigError(f"{name}: found {format_value(found)}; give a whole number of at least 1")
         if found < 1:
             raise ConfigError(f"{name}: found {found}; give at least 1")
     refuse_language_model(model.network, where="predict", advice="and its methods generate and score take text")

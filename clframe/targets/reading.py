@@ -10,7 +10,7 @@ import glob
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from clframe.data.sources.image_files import IMAGE_ENDINGS, read_image
 from clframe.data.sources.paths import images_below, read_text, shorten_path, suggest_path
 from clframe.data.sources.text import hash_features, load_tokenizer, pad_ids, token_ids
 from clframe.errors import DataError
+from clframe.options import format_value
 from clframe.training.trained import TrainedModel
 
 ARRAY_NAMES = ("x", "x_test", "test_x", "test_images")
@@ -96,19 +97,27 @@ def open_inputs(model: TrainedModel, inputs: Any) -> InputReader:
             or array, a batch or a single sample.
 
     Raises:
-        DataError: No input could be found, a run folder among them, or arrays of another kind than the model was
-            trained on.
+        DataError: No input could be found, a run folder among them, inputs of another type, or arrays of another kind
+            than the model was trained on.
     """
     reader = InputReader(shape=model.network.input_shape)
     if isinstance(inputs, (Tensor, np.ndarray)):
-        _add_arrays(reader, model, torch.as_tensor(inputs), name="")
+        _add_arrays(reader, model, _as_tensor(inputs), name="")
         return reader
-    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    single = isinstance(inputs, (str, os.PathLike)) or not isinstance(inputs, Iterable)
+    given = [inputs] if single else list(inputs)
     if not given:
         raise DataError("predict: found no inputs; give files, folders or arrays")
-    if any(isinstance(one, (Tensor, np.ndarray)) for one in given):
-        _add_arrays(reader, model, torch.stack([torch.as_tensor(one) for one in given]), name="")
+    arrays = [_as_tensor(one) for one in given if isinstance(one, (Tensor, np.ndarray))]
+    if arrays and len(arrays) == len(given):
+        if len({array.shape for array in arrays}) > 1:
+            raise DataError("predict: found arrays of several shapes; give those of one shape together")
+        _add_arrays(reader, model, torch.stack(arrays), name="")
         return reader
+    for one in given:
+        if not isinstance(one, (str, os.PathLike)):
+            found = "arrays among other inputs" if arrays else format_value(one)
+            raise DataError(f"predict: found {found}; give paths of files and folders, texts, or one array")
     kind = None if model.inputs is None else model.inputs.kind
     if kind in ("words", "tokens"):
         _add_texts(reader, model, [text for one in given for text in _find_texts(os.fspath(one), reader, model)])
@@ -292,6 +301,13 @@ def _add_texts(reader: InputReader, model: TrainedModel, texts: Sequence[str]) -
             reader.add(text, partial(_unchanged, x))
 
 
+def _as_tensor(array: Tensor | np.ndarray) -> Tensor:
+    try:
+        return torch.as_tensor(array)
+    except (TypeError, ValueError) as error:  # texts, objects, or a byte order that torch lacks
+        raise DataError(f"predict: found an array that is not of numbers ({error}); give numbers") from None
+
+
 def _add_arrays(reader: InputReader, model: TrainedModel, x: Tensor, *, name: str) -> None:
     """Add every sample of an array."""
     batch = as_stored(model, x, where=name or "predict")
@@ -303,11 +319,13 @@ def as_stored(model: TrainedModel, x: Tensor, *, where: str) -> Tensor:
     """A batch of inputs as the model's data set stores them.
 
     Raises:
-        DataError: Fractions for a model that was trained on bytes, or another shape.
+        DataError: Values that are not finite, fractions for a model that was trained on bytes, or another shape.
     """
     form = model.inputs or InputFormat()
     if not x.ndim or not len(x):
         raise DataError(f"{where}: found no samples; give at least one")
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise DataError(f"{where}: found values that are not finite (NaN or infinity); replace them, or leave them out")
     if form.kind != "image":
         return model.as_batch(x)
     low, high = float(x.min()), float(x.max())

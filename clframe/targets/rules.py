@@ -6,6 +6,7 @@ Shape suffixes: B batch, C classes, K exits.
 from __future__ import annotations
 
 from math import inf, isnan
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.exits import ALWAYS, NEVER, STATIC, DynamicNetwork, ExitPolicy, select
 from clframe.exits.curves import BudgetPoint
 from clframe.exits.measured import MeasuredNetwork
+from clframe.exits.policies import probability_threshold
 from clframe.moe import routed_layers
 from clframe.nn.network import Network
 from clframe.nn.types import Output
+from clframe.options import format_value
 from clframe.training.prediction_cost import prediction_cost, stops_B
 from clframe.training.trained import TrainedModel
 
@@ -75,7 +78,7 @@ class PredictionRule:
         self.description, self.threshold, self.simulated = "last exit", threshold, ""
         self.counts_experts = bool(routed_layers(model.network))
         self.note = "MACs are the mean of each batch, since experts are chosen token by token" * self.counts_experts
-        self._costs: dict[tuple[int, ...], Tensor] = {}
+        self._costs: dict[Any, Tensor] = {}
         self._policy: ExitPolicy | None = None
         self._dynamic: DynamicNetwork | None = None
         if threshold is not None or budget is not None:
@@ -105,7 +108,7 @@ class PredictionRule:
             DataError: Scores that are NaN: training has diverged.
         """
         if self.counts_experts:
-            self._cost_K(x)  # runs the model: not inside the counter
+            self.cost_K(x)  # runs the model: not inside the counter
             with MacCounter() as counter:
                 found = self._predict(x)
             return found._replace(macs_B=torch.full_like(found.macs_B, round(counter.macs / len(x))))
@@ -148,11 +151,10 @@ class PredictionRule:
             chosen = f"chosen on {samples:,} validation samples" if samples else "chosen on validation data"
             self.description = f"budget {point.name} ({_describe(threshold)}, {chosen})"
         elif threshold is not None:
-            if not (0 <= threshold <= 1 or threshold == NEVER):
-                raise ConfigError(f"--threshold: found {threshold:g}; give a probability from 0 to 1")
+            self.threshold = threshold = probability_threshold(threshold, where="--threshold")
             self.description = _describe(threshold)
         assert threshold is not None
-        self._policy = ExitPolicy(thresholds=float(threshold))
+        self._policy = ExitPolicy(thresholds=threshold)
 
     def _use_strategy(self) -> None:
         owner: Any = self._learner.composition.owner("prediction")
@@ -187,18 +189,21 @@ class PredictionRule:
     def _checked(self, scores_BC: Tensor, exit_B: Tensor, stop_B: Tensor, x: Tensor) -> Decisions:
         if bool(scores_BC.isnan().any()):
             raise DataError("predict: the model returns NaN; training has diverged, train again with a lower rate")
-        return Decisions(scores_BC, exit_B, self._cost_K(x).to(stop_B.device)[stop_B])
+        return Decisions(scores_BC, exit_B, self.cost_K(x).to(stop_B.device)[stop_B])
 
-    def _cost_K(self, x: Tensor) -> Tensor:
-        shape = tuple(x.shape[1:])
-        if shape not in self._costs:
+    def cost_K(self, x: Tensor) -> Tensor:
+        """MACs of a sample that stops at each exit, with confidences, corrections and ensembles on the way."""
+        choice = self._network.choice
+        # The cost depends on the adapters too: a domain may have none, one that is not known takes a pass with each.
+        key = tuple(x.shape[1:]), None if choice is None else (choice.known, choice.domain)
+        if key not in self._costs:
             if self._policy is not None and self._learner.simulated_exits:
                 cost_K = cumulative_macs(self._network)
             else:
                 policy = self._policy if self._dynamic is None else self._dynamic.policy
                 cost_K = prediction_cost(self._learner, x[:1], policy=policy).cost_K
-            self._costs[shape] = torch.tensor(cost_K)
-        return self._costs[shape]
+            self._costs[key] = torch.tensor(cost_K)
+        return self._costs[key]
 
 
 def _can_record(network: Network) -> bool:
@@ -217,8 +222,9 @@ def _budget_point(model: TrainedModel, budget: float) -> BudgetPoint:
     Raises:
         ConfigError: No validation data, or a budget that was not recorded.
     """
-    if not budget > 0:
-        raise ConfigError(f"--budget: found {budget}; give a share of the backbone's MACs above 0, such as 0.5")
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not budget > 0:
+        found = format_value(budget)
+        raise ConfigError(f"--budget: found {found}; give a share of the backbone's MACs above 0, such as 0.5")
     recorded = model.budgets
     if recorded is None or recorded.points is None:
         reason = "no record of budgets" if recorded is None else recorded.undefined

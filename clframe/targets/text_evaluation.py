@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 
 from clframe.accounting import backbone_macs
 from clframe.device_defaults import evaluation_batch
@@ -141,11 +142,23 @@ def evaluate_text(
         notes=(*scorer.notes, *([CHOSEN] if unknown else [])), context=tokens, exit_names=network.exit_names,
         domains=tuple(_score(part.name, total) for part, total in zip(parts, totals, strict=True)),
         decided_K=tuple(map(sum, zip(*(total.decided_K for total in totals), strict=True))),
-        macs_K=tuple(macs / tokens for macs in exit_costs(network)),
+        macs_K=_mean_costs(network, parts, totals),
         macs=sum(total.macs for total in totals) / all_tokens,
         waiting=sum(total.waiting for total in totals) / all_tokens,
         backbone_macs=backbone_macs(network) / tokens,
     )  # fmt: skip
+
+
+def _mean_costs(network: Network, parts: Sequence[Part], totals: Sequence[TextTotals]) -> tuple[float, ...]:
+    """Mean MACs of a token up to each exit; domains with known adapters may differ."""
+    cost_by: dict[int | None, tuple[int, ...]] = {}
+    for experience in {part.experience for part in parts}:
+        with domain_of(network, experience):
+            cost_by[experience] = exit_costs(network)
+    counts = [total.total.tokens for total in totals]
+    windows = sum(counts) * (network.input_shape[0] - 1)
+    rows = [cost_by[part.experience] for part in parts]
+    return tuple(sum(map(mul, cost_P, counts)) / windows for cost_P in zip(*rows, strict=True))
 
 
 def _add_up(

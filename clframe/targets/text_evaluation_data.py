@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clframe.config.load import data_config
 from clframe.config.schema import BenchmarkConfig, Config
-from clframe.data.sources.language import domain_files, read_domain, windows_of
+from clframe.data.sources.language import domain_files, has_domain, read_domain, windows_of
 from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, RunFolderError
 from clframe.results import Result
@@ -41,6 +41,7 @@ class Part(NamedTuple):
 def own_text(model: RunModel, overrides: Sequence[str]) -> list[Part]:
     """The test text of each experience that the run has learned, by its title."""
     config = _with_tokenizer(model, relocate_data(model.config, overrides))
+    _check_domains(model, config)
     benchmark = build_stream(config)[1]
     recorded = "" if model.inputs is None else model.inputs.tokenizer
     differs = (
@@ -70,6 +71,21 @@ def own_text(model: RunModel, overrides: Sequence[str]) -> list[Part]:
         raise DataError(f"{model.folder}: has no test text; add benchmark={config.benchmark.name} to evaluate on other")
     _check_unchanged(model, config, learned, sum(part.windows_WS[:, 1:].numel() for part in found))
     return found
+
+
+def _check_domains(model: RunModel, config: Config) -> None:
+    """Refuse a folder without text of the run's domains."""
+    path = Path(str(config.benchmark.options.get("path", ""))).expanduser()
+    # Of an extended run, the path is that of the newest domains only.
+    names = config.benchmark.options.get("domains") or (() if config.earlier else model.class_names)
+    if not path.is_dir():
+        return  # refused with the rest of the data
+    missing = [name for name in names if not has_domain(path, name)]
+    if missing:
+        raise RunFolderError(
+            f"benchmark.path: found {path} without text of the run's domains {', '.join(missing)} (NAME_train.txt and "
+            f"NAME_test.txt); give their folder, or add benchmark={config.benchmark.name} to measure it on other text"
+        )
 
 
 def _with_tokenizer(model: RunModel, config: Config) -> Config:

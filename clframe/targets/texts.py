@@ -33,6 +33,10 @@ Corpus = Mapping[str, tuple[Sequence[str], Tensor | None]]
 """Texts and their classes of ``fit``, ``test`` and, if held out, ``validation``."""
 
 
+LENGTH = 64
+"""Tokens of a text or window unless given, at most as many as fit the model's context."""
+
+
 def labeled_texts(config: Config) -> Corpus:
     """Texts of a benchmark, with the validation fraction held out of the training texts as in a run.
 
@@ -65,7 +69,7 @@ def text_target(
     overrides: Sequence[str],
     *,
     device: torch.device,
-    max_length: int,
+    max_length: int | None,
     per_class: int,
     generate: int,
     stride: int | None = None,
@@ -95,6 +99,7 @@ def text_target(
     for option, value in (("generate", generate), ("stride", stride), ("document", document != "line" and document)):
         if asked and value:
             raise ConfigError(f"--{option}: found {value} for questions ({data}), which are read whole; leave it out")
+    length = _window(name, settings, given=max_length, generate=generate)
     if asked and divide:
         raise ConfigError(f"--data: found questions ({data}), which a model cannot be converted on; give texts")
     if config is not None and document != "line":
@@ -104,8 +109,6 @@ def text_target(
     options = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
     model = load_quietly(name, partial(loader.from_pretrained, **options), library).to(device)
     model.eval().requires_grad_(False)
-    most = getattr(settings, "max_position_embeddings", None) or max_length
-    length = min(max_length, most - generate)
     padding = tokenizer.pad_token_id or 0
     if asked:
         target = choice_target(name, model, questions, tokenizer, window=length, device=device)
@@ -122,7 +125,32 @@ def text_target(
             name, model, corpus, encode, padding=padding, device=device, per_class=per_class, config=config
         )
     # The commit of a hub model, which transformers stores in its config.
-    return replace(target, origin={"revision": getattr(settings, "_commit_hash", None)})
+    revision = getattr(settings, "_commit_hash", None)
+    return replace(target, origin={"revision": revision, "options": {"max_length": length}})
+
+
+def _window(name: str, settings: Any, *, given: int | None, generate: int) -> int:
+    """Tokens of a text or window: those given, else 64 or as many as fit the context next to the generated ones.
+
+    Raises:
+        ConfigError: More than fit, or fewer than two that fit.
+    """
+    context = getattr(settings, "max_position_embeddings", None)
+    if context is None:
+        return LENGTH if given is None else given
+    fits = context - generate
+    if fits < 2:
+        raise ConfigError(
+            f"--generate: found {generate} tokens, but {name} has a context of {context} (max_position_embeddings); "
+            f"give at most {context - 2}, which leaves 2 of a text"
+        )
+    if given is not None and given > fits:
+        left = f", the context without the {generate} of --generate" if generate else ""
+        raise ConfigError(
+            f"--length: found {given} tokens, but {name} has a context of {context} (max_position_embeddings); give at "
+            f"most {fits}{left}"
+        )
+    return min(LENGTH, fits) if given is None else given
 
 
 Encode = Callable[[Sequence[str]], list[list[int]]]

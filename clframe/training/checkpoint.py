@@ -101,16 +101,20 @@ def load_latest(folder: Path, *, device: torch.device) -> dict[str, Any] | None:
     """
     found, damaged = _newest_intact(checkpoint_files(folder), device)
     if found is None:
-        if damaged is None:
+        if not damaged:
             return None
+        # One inside an experience needs that of the experience before, so that none of them can be used either.
+        inside = sorted(path for path in folder.glob("*.ckpt") if _INSIDE.fullmatch(path.name))
+        damaged += [path for path in inside if _read(path, device) is None]
+        verb, which = ("is", "it") if len(damaged) == 1 else ("are", "one of an experience")
         raise RunFolderError(
-            f"{damaged}: is damaged or no checkpoint of clframe, and no intact one is left; restore it from a copy, "
-            f"or delete it to start over"
+            f"{folder / ', '.join(path.name for path in damaged)}: {verb} damaged or no checkpoint of clframe, and no "
+            f"intact one is left; restore {which} from a copy, or start a new run"
         )
     path, content = found
     if content.get("finished") != int(path.stem.removeprefix("experience_")):
         raise RunFolderError(
-            f"{path}: finished={content.get('finished')!r} contradicts the file's name; delete or rename it"
+            f"{path}: finished={content.get('finished')!r} contradicts the file's name; rename it, or restore the file"
         )
     return {**content, "file_bytes": path.stat().st_size}
 
@@ -124,8 +128,12 @@ def load_inside(folder: Path, *, finished: int, device: torch.device) -> dict[st
     Raises:
         RunFolderError: It has a format that this version cannot read, or contradicts its name.
     """
-    found, _ = _newest_intact(inside_files(folder, finished=finished), device)
+    found, damaged = _newest_intact(inside_files(folder, finished=finished), device)
     if found is None:
+        for path in damaged:
+            _log.warning(
+                "%s: is damaged or no checkpoint of clframe; experience %d starts again", path, finished + 1
+            )  # fmt: skip
         return None
     path, content = found
     if content.get("finished") != finished:
@@ -137,19 +145,21 @@ def load_inside(folder: Path, *, finished: int, device: torch.device) -> dict[st
 
 def _newest_intact(
     paths: Sequence[Path], device: torch.device
-) -> tuple[tuple[Path, dict[str, Any]] | None, Path | None]:
-    """Return the newest intact checkpoint of ``paths``, oldest first, and the newest damaged one.
+) -> tuple[tuple[Path, dict[str, Any]] | None, list[Path]]:
+    """Return the newest intact checkpoint of ``paths``, oldest first, and the damaged ones after it.
 
     Raises:
         RunFolderError: The newest intact one has a format that this version cannot read.
     """
-    damaged: Path | None = None
+    damaged: list[Path] = []
     for path in reversed(paths):
         content = _read(path, device)
         if content is None:
-            _log.warning("%s: is damaged or no checkpoint of clframe; the one before it is used", path)
-            damaged = damaged or path
+            damaged.insert(0, path)
             continue
+        for other in damaged:
+            used = "the one before it" if other == damaged[0] else path.name
+            _log.warning("%s: is damaged or no checkpoint of clframe; %s is used", other, used)
         if content.get("format") not in READABLE:
             raise RunFolderError(
                 f"{path}: has format {content.get('format')}, this version reads {' and '.join(map(str, READABLE))}; "

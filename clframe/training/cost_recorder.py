@@ -125,7 +125,7 @@ class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._usage: Callable[[], dict[str, Usage]] = dict
         self._executed_experts = 0
         self._evaluated: Counter[tuple[str, int]] = Counter()
-        self._per_sample: dict[int, Charges] = {}
+        self._per_sample: dict[tuple[int, int | None], Charges] = {}
         self._mixed = False
         self._new = self._updates = self._before_epoch = 0
 
@@ -208,11 +208,13 @@ class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore
         samples = len(strategy.experience.dataset)
         if strategy.limit_batches is not None:
             samples = min(samples, strategy.limit_batches * strategy.eval_mb_size)
-        size = count_parameters(self._learner.network)
-        if size not in self._per_sample:
-            self._per_sample[size], gaps = self.profiler.prediction_charges(strategy.mb_x[:1])
+        network = self._learner.network
+        domain = None if network.choice is None else network.choice.domain  # its adapter
+        key = count_parameters(network), domain
+        if key not in self._per_sample:
+            self._per_sample[key], gaps = self.profiler.prediction_charges(strategy.mb_x[:1])
             self.ledger.add_uncounted(gaps)
-        for (_, component), macs in self._per_sample[size].items():
+        for (_, component), macs in self._per_sample[key].items():
             self._evaluated[component, macs] += samples
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:

@@ -98,12 +98,6 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
         if choice is not None and choice.known:
             choice.domain = strategy.experience.current_experience
 
-    def after_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Unset the domain."""
-        choice = strategy.learner.network.choice
-        if choice is not None:
-            choice.domain = None
-
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Count one batch."""
         index, y_B = strategy.experience.current_experience, strategy.mb_y
@@ -125,8 +119,11 @@ class Scores(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-
                 self._compare()
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Read the counts from the device, once."""
+        """Read the counts from the device, once, and unset the domain."""
         assert self._counter is not None
+        choice = strategy.learner.network.choice
+        if choice is not None:
+            choice.domain = None  # not after each experience: its samples are counted with the cost of its adapter
         self._compare()
         self.tally = self._counter.result()
         self.exits = tuple(counter.result() for counter in self._exits)
@@ -230,14 +227,16 @@ class ExitRecorder:
         predictions, owner = self._scores.predictions, learner.composition.owner("prediction")
         assert predictions is not None
         wanted = getattr(owner, "budgets", ())
+        # Everything of the evaluation of the test stream is read first: that of validation data replaces the scores.
         accuracy_KE = tuple(tally.accuracy_E for tally in self._scores.exits)
+        nll_KE = tuple(tally.nll_E for tally in self._scores.exits) if self._benchmark.vocabulary else ()
         seen_N = predictions.experience_N <= index
         return make_exit_record(
             _exit_evaluation(predictions, cost_K, seen_N),
             self._validation(strategy, index, cost_K),
             backbone_macs=backbone_macs(network, counts=counts),
             accuracy_KE=accuracy_KE,
-            nll_KE=tuple(tally.nll_E for tally in self._scores.exits) if self._benchmark.vocabulary else (),
+            nll_KE=nll_KE,
             correct={name: right_N[seen_N] for name, right_N in predictions.static.items()},
             similarity_K=self._similarity(network, index),
             rule=getattr(owner, "budget_rule", "best"),
@@ -246,7 +245,10 @@ class ExitRecorder:
         )
 
     def _validation(self, strategy: Any, index: int, cost_K: tuple[int, ...]) -> ExitEvaluation | None:
-        """Predictions on held-out data of the experiences so far, if there is more than one exit to choose from."""
+        """Predictions on held-out data of the experiences so far, if there is more than one exit to choose from.
+
+        They replace those of the last evaluation in the plugin with the scores.
+        """
         benchmark = self._benchmark
         if len(cost_K) == 1 or not benchmark.validation or benchmark.evaluate == "validation":
             return None

@@ -22,6 +22,7 @@ from clframe.exits import ExitPolicy
 from clframe.exits.curves import BudgetPoints
 from clframe.exits.diagnostics import ExitRecord
 from clframe.exits.dynamic import DynamicNetwork
+from clframe.exits.policies import probability_threshold
 from clframe.files import read_json
 from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
@@ -96,27 +97,28 @@ class TrainedModel:
         equal those of :meth:`classify` under the same policy.
 
         Args:
-            threshold: Largest probability from which an exit predicts; None uses the policy of the component
-                ``early_exit``.
+            threshold: Largest probability from which an exit predicts, from 0 to 1, or infinity: none does before the
+                last; None uses the policy of the component ``early_exit``.
             exits: Indices or names of the exits that may stop a sample before the last; all if not given. The others
                 are not computed unless one of these needs them.
 
         Raises:
-            ConfigError, UnknownNameError: Exits that the network does not have.
+            ConfigError, UnknownNameError: Another threshold, or exits that the network does not have.
             UnsupportedError: No threshold and no such component, a rule that uses all exits, or a strategy that
                 corrects the logits of all exits together.
         """
         adjust = self.learner.exit_corrector()
         if threshold is not None:
-            return DynamicNetwork(self.network, ExitPolicy(thresholds=threshold), exits=exits, adjust=adjust)
+            policy = ExitPolicy(thresholds=probability_threshold(threshold, where="dynamic: threshold"))
+            return DynamicNetwork(self.network, policy, exits=exits, adjust=adjust)
         owner = self.learner.composition.owner("prediction")
-        policy = getattr(owner, "policy", None)
-        if owner is None or policy is None:
+        make = getattr(owner, "policy", None)
+        if owner is None or make is None:
             raise UnsupportedError("dynamic: the strategy has no early_exit; give a threshold")
         rule = getattr(owner, "rule", "first")
         if rule != "first":
             raise UnsupportedError(f"dynamic: rule '{rule}' uses all exits; give a threshold, or use classify")
-        return DynamicNetwork(self.network, policy(self.learner.state[owner.name]), exits=exits, adjust=adjust)
+        return DynamicNetwork(self.network, make(self.learner.state[owner.name]), exits=exits, adjust=adjust)
 
     def as_batch(self, x: Tensor) -> Tensor:
         """Stored inputs with a batch dimension, images with the channels first."""

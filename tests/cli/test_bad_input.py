@@ -38,6 +38,8 @@ COMMAND_LINES = [
     (["run", "quickstart", "--seed", "1.5"], "--seed: found '1.5'; give a whole number from 0"),
     (["run", "quickstart", "--seed", "9" * 19], "seed: found 9999999999999999999; give a number that"),
     (["run", "quickstart", "--seed", "3", "--seeds", "0..1"], "--seeds: found 0..1 together with --seed"),
+    (["run", "quickstart", "seed=3", "--seeds", "1..2"], "--seeds: found 1..2 together with seed=3; give one of them"),
+    (["explain", "quickstart", "seed=3", "--seed", "4"], "--seed: found 4 together with seed=3; give one of them"),
     (["run", "quickstart", "--seeds", "a"], "--seeds: found 'a'; give a range such as 0..4"),
     (["run", "quickstart", "--seeds", "3..1"], "--seeds: found '3..1', which counts down; write 1..3"),
     (["run", "quickstart", "--seeds", "0,2,0"], "--seeds: found '0,2,0'", "a seed twice; give each"),

@@ -69,7 +69,7 @@ def only(folder, checkpoint):
 def test_without_an_intact_checkpoint_it_is_refused(refused, here, only):
     only.write_bytes(b"not a zip")
     refused(["run", "--resume", "run"], f"run/checkpoints/{only.name}: is damaged or no checkpoint of clframe, and no "
-            "intact one is left; restore it from a copy, or delete it to start over")  # fmt: skip
+            "intact one is left; restore it from a copy, or start a new run")  # fmt: skip
 
 
 def test_a_checkpoint_that_would_run_code(refused, here, only):

@@ -15,6 +15,7 @@ from clframe.data import digits
 from clframe.exits.bootstrap import bootstrap
 from clframe.exits.curves import wilson_interval
 from clframe.targets.evaluation import evaluate
+from clframe.targets.evaluation_output import exits_table
 
 FAST = ["backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[]"]
 
@@ -79,6 +80,19 @@ def test_a_threshold_costs_what_its_exits_cost(result):
     by_budget = evaluate(result.run_folder, budget=1.0)
     assert (by_budget.threshold, by_budget.correct) == (point.threshold, found.correct)
     assert sum(found.decided_K) == found.samples
+
+
+def test_the_cost_of_a_confidence_measure_is_stated_in_the_table(result, tmp_path):
+    assert exits_table(evaluate(result.run_folder, threshold=0.2)).note == ""  # the largest probability costs no MACs
+    more = ["benchmark.experiences=1", "benchmark.validation=0.2", "strategy=exits + early_exit(measure=failure, budget=1)"]
+    found = evaluate(clframe.run("quickstart", [*FAST, *more], output=tmp_path).run_folder)
+    early, last = found.decision_macs_K
+    assert early > found.macs_K[0] and last - found.macs_K[1] == early - found.macs_K[0]
+    mean = (found.decided_K[0] * early + found.decided_K[1] * last) / found.samples
+    assert found.macs == pytest.approx(mean, rel=1e-12)
+    costs = {"layer1": early, "final": last}
+    shown = [f"{name} {cost:,}" for (name, cost), n in zip(costs.items(), found.decided_K, strict=True) if n]
+    assert exits_table(found).note.endswith(f"which the mean includes, a decision costs: {', '.join(shown)}.")
 
 
 def test_other_data_are_matched_by_class_name(result, folders, call, here):

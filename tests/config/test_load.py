@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import clframe
 from clframe.build import build
 from clframe.config.files import (
     REGISTRIES,
@@ -24,6 +25,8 @@ from clframe.config.typed import as_tree, from_mapping, same_config, to_yaml
 from clframe.core import Component
 from clframe.errors import ConfigError, UnknownNameError
 from clframe.nn.backbones import mlp
+from clframe.targets.evaluation import evaluate
+from clframe.targets.opening import relocate_data
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,40 @@ def test_one_file_may_be_named_twice():
     write("right.yaml", "defaults: [base.yaml]\ntrainer: {batch_size: 2}\n")
     config = load_config(write("both.yaml", "defaults: [left.yaml, right.yaml]\n"))
     assert (config.seed, config.trainer.epochs, config.trainer.batch_size) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda found: load_config("quickstart", found),
+        lambda found: clframe.run("quickstart", found),
+        lambda found: clframe.run(resume="run", overrides=found),
+        lambda found: clframe.explain("quickstart", found),
+        lambda found: clframe.api.extend("run", ["benchmark=digits"], found),
+        lambda found: evaluate("run", found),
+        lambda found: relocate_data(load_config("quickstart"), found),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("trainer.epochs=2", "'trainer.epochs=2' (text)"),
+        ({"trainer.epochs": 2}, "{'trainer.epochs': 2} (a mapping)"),
+    ],
+)
+def test_overrides_are_a_list(call, given, found):
+    with pytest.raises(ConfigError) as refused:
+        call(given)
+    assert str(refused.value) == f"overrides: found {found}; give a list such as ['trainer.epochs=2']"
+
+
+def test_overrides_are_a_list_of_texts():
+    with pytest.raises(ConfigError, match=r"overrides: found \['a', 1\].*; give a list such as \['trainer.epochs=2'\]"):
+        load_config("quickstart", [["a", 1]])
+    with pytest.raises(ConfigError, match=r"data: found {'benchmark': 'digits'} .*; give a list .* \['benchmark=digits'\]"):
+        clframe.api.extend("run", {"benchmark": "digits"})
+    with pytest.raises(ConfigError, match="explain: overrides need a config's name"):
+        clframe.explain(load_config("quickstart"), ["trainer.epochs=2"])
 
 
 def test_overrides_win_and_the_last_one_wins():

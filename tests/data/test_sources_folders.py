@@ -11,6 +11,7 @@ from PIL import Image
 
 from clframe.data import SOURCES
 from clframe.data.lazy import DatasetSamples
+from clframe.data.sources.paths import require_path
 from clframe.errors import ConfigError, DataError
 
 image_folder, csv, imagenet, imagenet_subset = (
@@ -26,6 +27,23 @@ def draw(path, size=(6, 6), color=True):
     pixels = np.random.default_rng(next(_drawn)).integers(0, 256, shape, dtype=np.uint8)
     Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".JPEG" else {}))
     return pixels
+
+
+def test_where_a_folder_is_missing_only_folders_are_suggested(tmp_path):
+    (tmp_path / "photo.zip").write_text("")
+    for missing in ("photos", "photos/all"):
+        with pytest.raises(DataError) as refused:
+            require_path(str(tmp_path / missing), option="path", kind="folder")
+        assert str(refused.value) == (
+            f"{tmp_path / missing}: no such folder; {tmp_path} has no folder of that name"
+        )
+    with pytest.raises(DataError, match=r"no such file; did you mean .*photo\.zip\?$"):
+        require_path(str(tmp_path / "photos"), option="path", kind="file")
+    (tmp_path / "photos2").mkdir()
+    with pytest.raises(DataError, match=r"no such folder; did you mean .*photos2\?$"):
+        require_path(str(tmp_path / "photos"), option="path", kind="folder")
+    with pytest.raises(DataError, match=r"no such file; did you mean .*photos2\?$"):
+        require_path(str(tmp_path / "photos" / "a.csv"), option="path", kind="file")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from clframe.cli import main
 from clframe.errors import ConfigError, DivergenceError, UnsupportedError
 from clframe.moe import (
     CumulativeShare,
@@ -312,3 +313,13 @@ def test_weights_of_a_diverged_training_name_the_layer(split):
     kind = "activations" if split == "coactivation" else "weights"
     with pytest.raises(DivergenceError, match=rf"^moe: backbone\.stages\.3\.0: found {kind} that are not finite, training diverged; lower"):
         regroup(net, split=split, generator=torch.Generator(), batches=[x])
+
+
+def test_a_router_has_a_24th_of_the_neurons_and_at_least_16(capsys):
+    for neurons, width in ((48, 16), (480, 20)):
+        model = nn.Sequential(nn.Sequential(nn.Linear(4, neurons), nn.ReLU(), nn.Linear(neurons, 4)))
+        layers = to_experts(model, experts=2, router_width=None)
+        assert [layer.router.hidden.shape for layer in layers.values()] == [(width, 4)]
+    with pytest.raises(SystemExit):
+        main(["moefy", "--help"])
+    assert "max(16, d_ff // 24)" in " ".join(capsys.readouterr().out.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_every_public_name_resolves() -> None:
     clframe = importlib.import_module("clframe")
     for name in clframe.__all__:
         assert getattr(clframe, name) is not None, name
+
+
+def test_the_modules_that_the_documentation_names_are_attributes(tmp_path: Path) -> None:
+    """``clframe.data.digits()`` needs no further import, in a fresh interpreter as well."""
+    heavy_after("import clframe\nassert len(clframe.data.digits().class_names) == 10", cwd=tmp_path)
+    clframe = importlib.import_module("clframe")
+    named = {
+        name
+        for page in (Path(__file__).parents[2] / "docs").glob("*.md")
+        for name in re.findall(r"\bclframe\.([a-z_]+)\.[A-Za-z]", page.read_text(encoding="utf-8"))
+        if name not in clframe.__all__
+    }
+    assert {"data", "exits", "nn"} <= named <= set(dir(clframe))
+    for name in clframe._MODULES:
+        assert getattr(clframe, name) is importlib.import_module(f"clframe.{name}")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -82,7 +82,14 @@ def test_the_text_has_matrix_classes_exits_and_command(run, card):
         assert f"| {name} | {record.macs_K[k]:,} | {share:.1f} | {accuracy:.1f} | {ece:.1f} |" in text
     first = result.class_order[0]
     assert f"| {first} | {first} | 1 | {100 * result.accuracy_by_class[first]:.1f} |" in text
-    assert "clframe run config.yaml" in text and f"| torch | {torch.__version__.split('+')[0]}" in text
+    assert "to repeat the run:\n\n```\nclframe run config.yaml\n```" in text and "DIR" not in text
+    model = load_run(run, kind=RunModel, where="card")
+    moved = replace(model.config, benchmark=replace(model.config.benchmark, options={"data_dir": "sets"}))
+    assert (
+        "to repeat the run, where DIR is the location of the data:\n\n```\nclframe run config.yaml "
+        "benchmark.data_dir=DIR\n```"
+    ) in card_text(replace(model, config=moved), result)
+    assert f"| torch | {torch.__version__.split('+')[0]}" in text
 
 
 def test_the_folder_is_a_model(run, card):

@@ -58,7 +58,7 @@ def test_accuracy_by_likelihood(llama, file, name):
     expected = longhand(model, tokenizer, normalized=name == "choices_normalized")
     assert study.report.dense == pytest.approx(expected) and 0 < expected < 1 and study.samples == 3
     assert study.report.curves[0].scores[0] == pytest.approx(expected)
-    assert "of 3 questions right, not above guessing (36.1 %)" in study.language.note
+    assert "of 3 questions right, not clearly above the 36.1 % of guessing (clear is more than 81.7 %, one-sided at 95 %)" in study.language.note
     assert study_sparsity(target, score=name, roles=["up"], size=1).report.dense == pytest.approx(expected)
 
 
@@ -67,7 +67,7 @@ def test_ties_are_not_right_and_guessing_is_noted():
     values = torch.tensor([-1.0, -1.0, -3.0, -2.0, -4.0])
     assert right_choices(values, two, normalized=False).tolist() == [0, 0]
     assert right_choices(values, two, normalized=True).tolist() == [0, 1]
-    assert choice_note(0.30, [4] * 1000) == "" and "guessing (25.0 %)" in choice_note(0.27, [4] * 1000)
+    assert choice_note(0.30, [4] * 1000) == "" and "not clearly above the 25.0 % of guessing (clear is more than 27.3 %, " in choice_note(0.27, [4] * 1000)
 
 
 @pytest.mark.parametrize(

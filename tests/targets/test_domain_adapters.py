@@ -115,6 +115,22 @@ def test_a_prediction_costs_a_pass_with_each_adapter_or_one(runs):
         assert variants == ([2 * once + adapter] if run is runs[0] else [])
 
 
+def test_tokens_of_a_known_domain_cost_a_pass_with_its_adapter(runs, texts):
+    plain = Network(decoder((CONTEXT + 1,), vocabulary=VOCABULARY, width=8, depth=2, heads=2))
+    once = count_macs(plain, (CONTEXT + 1,))
+    adapter = runs[1].macs - once  # of a window; the first domain has none
+    assert adapter > 0
+    found = evaluate(runs[1].run_folder)
+    tokens = [domain.tokens for domain in found.domains]
+    mean = (once * tokens[0] + (once + adapter) * sum(tokens[1:])) / (CONTEXT * sum(tokens))
+    assert found.macs == pytest.approx(mean, rel=1e-9) and found.macs_K == pytest.approx((mean,), rel=1e-9)
+    entries = json.loads(Path(runs[1].run_folder, "ledger.json").read_text())["ledger"]["entries"]
+    rows = [row for row in entries if row["phase"] == "evaluation" and row["experience"] == 2]
+    assert sum(row["macs"] for row in rows) == round(sum(tokens) * mean)
+    # The first evaluations know one adapter: none.
+    assert [row["macs"] for row in entries if row["phase"] == "evaluation"][:2] == [once * sum(tokens) // CONTEXT] * 2
+
+
 def test_texts_are_scored_and_continued_with_the_adapters_of_a_given_domain(runs):
     model = clframe.load(runs[0].run_folder)
     text = WORDS["code"]

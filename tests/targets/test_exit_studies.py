@@ -24,6 +24,7 @@ from clframe.exits.study import collect_scores, study_exits
 from clframe.nn.frozen import evaluating
 from clframe.report.writing import write_report
 from clframe.targets import exit_studies, open_target
+from clframe.targets.exit_points import solve_run
 from clframe.targets.exit_studies import (
     proxy_pictures,
     proxy_tables,
@@ -199,6 +200,9 @@ def test_targets_that_cannot_be_studied(finished, unusable, encoder, texts, copi
 
 def test_no_validation_samples_and_empty_validation_leave_budgets_undefined(unusable, copies):
     assert study_run(unusable[1]).points.undefined == NO_VALIDATION
+    with pytest.raises(UnsupportedError) as refused:
+        solve_run(unusable[1], budgets=[0.5])
+    assert str(refused.value) == f"{unusable[1]}: {NO_VALIDATION}; train with benchmark.validation=0.1"
     target = open_target(copies[0])
 
     class Empty:

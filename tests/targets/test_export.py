@@ -434,9 +434,10 @@ def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_networks_with_one_exit_have_no_stages(tmp_path):
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_networks_with_one_exit_have_no_stages(threshold, tmp_path):
     with pytest.raises(UnsupportedError, match="found one exit; train with exits, or leave --staged out"):
-        export(learn("er"), tmp_path / "out", format="pt2", staged=True, threshold=0.5)
+        export(learn("er"), tmp_path / "out", format="pt2", staged=True, threshold=threshold)
 
 
 def test_the_runner_refuses_inputs_that_do_not_fit(staged):

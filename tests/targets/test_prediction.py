@@ -203,6 +203,12 @@ def test_arrays_of_any_layout_and_size(model, photographs, tmp_path):
     (np.full((1, 3, 10, 10), 300), r"found values from 300 to 300, but the model was trained on whole numbers from 0 t"),
     (np.zeros((1, 5, 10, 10), np.uint8), r"found inputs of shape \(1, 5, 10, 10\)"),
     (np.zeros((0, 3, 10, 10), np.uint8), "found no samples"),
+    (np.full((1, 3, 10, 10), np.nan), r"^predict: found values that are not finite \(NaN or infinity\); replace them"),
+    (None, "^predict: found null; give paths of files and folders, texts, or one array$"),
+    ([3], "^predict: found 3; give paths of files and folders"),
+    (["a.png", np.zeros(3)], "^predict: found arrays among other inputs; give"),
+    ([np.zeros(3), np.zeros(4)], "^predict: found arrays of several shapes; give those of one shape together$"),
+    (np.array(["a"]), "^predict: found an array that is not of numbers"),
     ([], "found no inputs"),
     ("nowhere/a.png", "no such file or folder"),
     ("nowhere/*.png", "matches no file"),
@@ -210,6 +216,27 @@ def test_arrays_of_any_layout_and_size(model, photographs, tmp_path):
 def test_inputs_that_the_model_was_not_trained_on(model, inputs, message):
     with pytest.raises(DataError, match=message):
         predict(model, inputs)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"top": 2.5}, "--top: found 2.5; give a whole number of at least 1"),
+    ({"batch_size": "8"}, "--batch-size: found '8' (text); give a whole number of at least 1"),
+    ({"threshold": "a"}, "--threshold: found 'a' (text); give a probability from 0 to 1"),
+    ({"threshold": 2}, "--threshold: found 2; give a probability from 0 to 1"),
+    ({"budget": "a"}, "--budget: found 'a' (text); give a share of the backbone's MACs above 0, such as 0.5"),
+])  # fmt: skip
+def test_options_that_are_not_such_numbers(model, options, message):
+    with pytest.raises(ConfigError) as refused:
+        predict(model, np.zeros((1, 3, 10, 10), np.uint8), **options)
+    assert str(refused.value) == message
+
+
+def test_dynamic_inference_takes_the_thresholds_of_predictions(model):
+    for wrong in (5, -0.1, float("nan"), "a"):
+        with pytest.raises(ConfigError, match=r"^dynamic: threshold: found .*; give a probability from 0 to 1$"):
+            model.dynamic(threshold=wrong)
+    assert model.dynamic(threshold=float("inf")).stopping_exits == ()
+    assert model.dynamic(threshold=1).stopping_exits == (0,)
 
 
 def test_images_of_another_size_are_counted_where_training_resized_none(tmp_path):

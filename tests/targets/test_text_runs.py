@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,12 @@ from clframe.targets.token_rules import PolicyRule
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_domains(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A folder with another domain than those of the run."""
+    return write_domains(tmp_path_factory.mktemp("other"), of=["zahlen"])
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +229,10 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
         (["evaluate", "RUN", "benchmark=language_model"], "benchmark.path: found ''"),
         (["evaluate", "RUN", "benchmark=language_model", "benchmark.path=TEXTS", "benchmark.domains=[cod]"], "cod_test.txt"),
         (["evaluate", "RUN", "--threshold", "2"], "--threshold: found 2; give a probability"),
+        (["evaluate", "RUN", "benchmark.path=OTHER"], "without text of the run's domains prose, code (NAME_train.txt and NAME_test"
+         ".txt); give their folder, or add benchmark=language_model to measure it on other text"),
+        (["evaluate", "RUN", "benchmark.test_characters=9"], "override 'benchmark.test_characters=9': a run uses its own config; "
+         "change only benchmark.path=FOLDER, or add benchmark=language_model"),
         (["analyze", "sparsity", "RUN"], "found the run of a language model"),
         (["analyze", "exits", "RUN"], "found the run of a language model"),
         (["moefy", "RUN"], "found the run of a language model"),
@@ -230,8 +241,9 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
         (["card", "RUN"], "card: found the run of a language model"),
     ],
 )
-def test_what_has_no_effect_or_meaning_is_one_line(model, texts, capsys, words, message):
-    named = [word.replace("RUN", str(model.folder)).replace("TEXTS", str(texts)) for word in words]
+def test_what_has_no_effect_or_meaning_is_one_line(model, texts, other, capsys, words, message):
+    places = {"RUN": str(model.folder), "TEXTS": str(texts), "OTHER": str(other)}
+    named = [re.sub("RUN|TEXTS|OTHER", lambda found: places[found[0]], word) for word in words]
     assert main(named) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error

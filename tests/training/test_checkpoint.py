@@ -11,7 +11,7 @@ import torch
 
 import clframe
 from clframe.errors import RunFolderError
-from clframe.training.checkpoint import checkpoint_files, load_latest, save_checkpoint
+from clframe.training.checkpoint import checkpoint_files, load_inside, load_latest, save_checkpoint, save_inside
 
 CPU = torch.device("cpu")
 
@@ -51,9 +51,38 @@ def test_the_damaged_file_is_named_and_the_one_before_it_used(tmp_path, caplog):
     assert [record.message for record in caplog.records] == [
         f"{path}: is damaged or no checkpoint of clframe; the one before it is used"
     ]
-    (tmp_path / "experience_001.ckpt").write_bytes(b"")
-    with pytest.raises(RunFolderError, match=r"experience_002\.ckpt: is damaged .* no intact one is left"):
-        load_latest(tmp_path, device=CPU)
+
+
+def test_all_damaged_files_are_named_and_no_other_is_announced(tmp_path, caplog):
+    save_inside(tmp_path, content(0.0), finished=0, step=1).write_bytes(b"")
+    save_inside(tmp_path, content(0.0), finished=2, step=8)
+    for finished in (1, 2):
+        save_checkpoint(tmp_path, content(0.5), finished=finished).write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="clframe"):
+        with pytest.raises(RunFolderError) as refused:
+            load_latest(tmp_path, device=CPU)
+        assert not caplog.records
+        assert str(refused.value) == (
+            f"{tmp_path}/experience_001.ckpt, experience_002.ckpt, inside_001_step_000001.ckpt: are damaged or no "
+            f"checkpoint of clframe, and no intact one is left; restore one of an experience from a copy, or start a "
+            f"new run"
+        )
+        assert load_inside(tmp_path, finished=0, device=CPU) is None
+    assert caplog.messages == [
+        f"{tmp_path}/inside_001_step_000001.ckpt: is damaged or no checkpoint of clframe; experience 1 starts again"
+    ]
+
+
+def test_the_intact_one_is_named_where_several_after_it_are_damaged(tmp_path, caplog):
+    for finished in (1, 2, 3):
+        path = save_checkpoint(tmp_path, content(0.5), finished=finished, keep=3)
+        if finished > 1:
+            path.write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="clframe"):
+        assert load_latest(tmp_path, device=CPU)["finished"] == 1
+    assert [message.split("; ")[1] for message in caplog.messages] == [
+        "the one before it is used", "experience_001.ckpt is used"
+    ]  # fmt: skip
 
 
 def test_a_file_that_contradicts_its_name_is_refused(tmp_path):

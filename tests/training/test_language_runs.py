@@ -74,6 +74,25 @@ def test_likelihoods_are_those_of_the_loaded_model(run, texts):
         assert run.accuracy_matrix[-1][domain] == pytest.approx(float(right))
 
 
+def test_with_validation_data_the_numbers_of_exits_are_those_of_the_test_text(texts, tmp_path):
+    given = overrides(texts, "strategy='exits(at=[block1]) + early_exit'", "benchmark.validation=0.2", "optimizer.lr=0.03")
+    held_out = clframe.run("language_model", given, output=tmp_path)
+    model, benchmark = clframe.load(held_out.run_folder), build_stream(load_config("language_model", given))[1]
+    assert len(held_out.exits[-1].nll_KE[0]) == len(benchmark.test) and held_out.exits[-1].points.points is not None
+    for domain, (samples, held) in enumerate(zip(benchmark.test, benchmark.validation, strict=True)):
+        nats = []
+        for of in (samples, held):
+            x = of.prepare(of.raw(torch.arange(len(of))))
+            with torch.no_grad():
+                logits = model.network(x).logits
+            nats.append([float(token_nll(logits_NV, next_token_targets(x)).double().mean()) for logits_NV in logits])
+        assert [nll_E[domain] for nll_E in held_out.exits[-1].nll_KE] == pytest.approx(nats[0], rel=1e-5)
+        assert nats[0] != pytest.approx(nats[1], rel=1e-3)  # the two texts differ
+    for record, row in zip(held_out.exits, held_out.nll_matrix, strict=True):
+        assert record.nll_KE[-1] == pytest.approx(row, rel=1e-12)
+    assert held_out.exit_forgetting_nats[-1] == pytest.approx(held_out.forgetting_nats, rel=1e-12)
+
+
 def test_metrics_are_the_formulas_in_nats(run):
     (first, _), (then, last) = run.nll_matrix
     assert run.final_nats_per_token == pytest.approx((then + last) / 2)

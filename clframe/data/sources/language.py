@@ -137,6 +137,11 @@ def domain_files(
     return chosen
 
 
+def has_domain(root: Path, name: str) -> bool:
+    """Whether a folder has training and test text of a domain."""
+    return all(any((root / f"{name}_{part}{end}").is_file() for end in _ENDINGS) for part in _PARTS)
+
+
 def read_domain(path: Path, *, characters: int = 0) -> str:
     """Read a UTF-8 text, plain or compressed by xz.
 

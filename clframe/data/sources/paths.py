@@ -36,7 +36,7 @@ def require_path(path: str, *, option: str, kind: str) -> Path:
     # takes: the methods of Path raise in both cases.
     found = Path(os.path.expanduser(path))
     if not os.path.exists(found):
-        raise DataError(f"{shorten_path(found)}: no such {kind}; {suggest_path(found)}")
+        raise DataError(f"{shorten_path(found)}: no such {kind}; {suggest_path(found, folders=kind == 'folder')}")
     is_folder = os.path.isdir(found)
     if is_folder != (kind == "folder"):
         raise DataError(f"{found}: is a {'folder' if is_folder else 'file'}; give the path of a {kind}")
@@ -122,15 +122,23 @@ def read_error(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror or error}); check that it exists and its permissions")
 
 
-def suggest_path(missing: Path) -> str:
-    """Advice about a path that does not exist: the existing name nearest to its first missing component."""
+def suggest_path(missing: Path, *, folders: bool = False) -> str:
+    """Advice about a path that does not exist: the existing name nearest to its first missing component.
+
+    Args:
+        missing: The path.
+        folders: Whether a folder is wanted, so that no file is suggested.
+    """
     while not os.path.exists(missing.parent):
+        folders = True  # what is missing has to contain something
         missing = missing.parent
     try:
-        close = nearest(missing.name, os.listdir(missing.parent))
+        names = os.listdir(missing.parent)
+        close = nearest(missing.name, [n for n in names if not folders or os.path.isdir(missing.parent / n)])
     except OSError:
         close = None
-    return f"did you mean {missing.parent / close}?" if close else f"{missing.parent} has no entry of that name"
+    kind = "folder" if folders else "entry"
+    return f"did you mean {missing.parent / close}?" if close else f"{missing.parent} has no {kind} of that name"
 
 
 _TIMEOUT_SECONDS = 60.0  # torchvision sets no timeout and would wait forever for a server that does not respond

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from clframe.data.target import IGNORED, Batch, Batches, DataSplit, Target
 from clframe.errors import DataError
-from clframe.functional.chance import above_chance
 from clframe.moe.conversion.options import Options, check_model, check_numbers
 from clframe.moe.conversion.training import ConversionData, FineTuning, Progress, choose_data, fine_tune
 from clframe.moe.dense import find_dense_ffns
@@ -26,7 +25,7 @@ from clframe.moe.routed import RoutedExperts
 from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity import swap_for_relu
-from clframe.sparsity.scores import LanguageScores, language_scores, token_sums
+from clframe.sparsity.scores import LanguageScores, accuracy_note, language_scores, token_sums
 
 _log = logging.getLogger(__name__)
 
@@ -240,14 +239,7 @@ def _warn_near_chance(
 
 def _chance_note(target: Target, options: Options, accuracy: float) -> str:
     y_N = torch.cat([require_targets(batch).flatten() for part in test_batches(target, options) for batch in part])
-    y_N = y_N[y_N != IGNORED]
-    chance = above_chance(accuracy, y_N)
-    if chance is None:
-        return ""
-    return (
-        f"the dense model has {100 * accuracy:.1f} % accuracy on {len(y_N)} test targets, not above that of the most "
-        f"frequent one ({100 * chance:.1f} %): accuracies after conversion have no meaning"
-    )
+    return accuracy_note(accuracy, y_N[y_N != IGNORED], kind="test targets")
 
 
 def require_targets(batch: Batch) -> Tensor:

@@ -121,9 +121,8 @@ def test_an_error_stops_it_too(call, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-@pytest.mark.parametrize("number, code", [
-    (signal.SIGKILL, -9), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, 130), (signal.SIGTERM, 143))),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_it_goes_with_a_command_that_is_interrupted_or_killed(number, code, here):
     command = [sys.executable, "-m", "clframe", "run", "quickstart", "backbone=mlp", "trainer.epochs=4000", "--tensorboard"]
     # Children of a background job of a shell ignore SIGINT by default.

@@ -232,7 +232,7 @@ def test_paths_that_lead_nowhere(tmp_path, four):
         npz()
     with pytest.raises(DataError, match=r"flower\.npz: no such file; did you mean .*/flowers\.npz\?"):
         npz(path=str(tmp_path / "flower.npz"))
-    with pytest.raises(DataError, match=r"no such file; .* has no entry of that name"):
+    with pytest.raises(DataError, match=r"no such file; .* has no folder of that name"):
         npz(path=str(tmp_path / "zzz" / "a.npz"))
     with pytest.raises(DataError, match="is a folder; give the path of a file"):
         npz(path=str(tmp_path))

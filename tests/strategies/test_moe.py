@@ -371,6 +371,7 @@ RUN = ["backbone=vit_tiny", "backbone.width=8", "backbone.depth=1", "backbone.pa
        "trainer.progress=false", "benchmark.experiences=3"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_ends_as_one_that_was_not_and_loads_as_it_was(tmp_path, on_digits):
     whole = clframe.run("quickstart", RUN, output=tmp_path)
     (folder,) = (path.parent for path in tmp_path.rglob("results.json"))

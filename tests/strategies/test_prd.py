@@ -107,6 +107,7 @@ def test_linear_probes_leave_the_backbone_to_the_last_exit(on_digits):
     assert torch.autograd.grad(own, [weight])[0].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_without_a_memory_old_classes_are_kept_and_a_resumed_run_is_the_same(on_digits, tmp_path):
     parts = (PRD(hidden=32, projection=16), Exits(at=("block2",)))
     whole = on_digits.learn(on_digits.learner(*parts), epochs=8)

@@ -154,6 +154,7 @@ def test_what_is_written(copies, tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_event_files_have_the_numbers_of_the_last_study(copies, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

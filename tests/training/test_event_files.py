@@ -141,7 +141,7 @@ def whole(tmp_path_factory, drawing):
 # _save: everything has been drawn, the checkpoint has not been written; _train: the next one has not begun.
 @pytest.mark.parametrize(
     ("where", "after"),
-    [pytest.param("_save", 0, marks=pytest.mark.slow), pytest.param("_save", 1, marks=pytest.mark.figures), ("_train", 2)],
+    [pytest.param("_save", 0, marks=pytest.mark.slow), pytest.param("_save", 1, marks=(pytest.mark.figures, pytest.mark.slow)), ("_train", 2)],
 )
 def test_a_resumed_run_has_the_points_of_one_that_was_not_stopped(where, after, whole, tmp_path, monkeypatch, request):
     broken = run_killed(tmp_path, monkeypatch, where=where, after=after)

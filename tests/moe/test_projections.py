@@ -186,7 +186,8 @@ def fit_projections_of_rank_one(seed):
         return found.losses[0], found.losses[-1], float((model(x).last - before).square().mean()) / size
 
 
-@pytest.mark.parametrize("seeds", [(1,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(1,), (0, 1, 2)])
 def test_the_error_falls_and_a_layer_that_a_network_can_be_is_matched(seeds):
     """Two of the hidden neurons suffice for a projection of rank one; from some initial weights training does not find it."""
     fits = [fit_projections_of_rank_one(seed) for seed in seeds]

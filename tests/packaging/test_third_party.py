@@ -89,6 +89,7 @@ def clframe(interpreter):
     return run
 
 
+@pytest.mark.slow
 def test_it_is_listed_trained_composed_and_checked_like_ours(clframe, installed, tmp_path):
     listed, every, ran, misspelled = clframe(
         ["list", "strategies", "anchor"],

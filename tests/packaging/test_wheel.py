@@ -122,6 +122,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert "avalanche-lib<0.7,>=0.6.0" in needed
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_its_configs_from_an_empty_folder(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """Unpacked anywhere, ``shipped_configs`` finds the folder inside the package."""
     site, empty = tmp_path / "site", tmp_path / "empty"

@@ -27,6 +27,7 @@ print("agree", launch(torch.tensor([[4.0, -3.0, 2.0, 1.0]]), 0.7).tolist())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_the_kernel_keeps_what_sorting_keeps():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)

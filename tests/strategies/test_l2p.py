@@ -153,6 +153,7 @@ def test_it_trains_prompts_and_classifiers_and_resumes_alike(strategy, stream):
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_prompts_make_a_frozen_random_transformer_learn_and_keys_come_nearer(stream):
     near = trained(SMALL, stream, experiences=1, epochs=6)
     far = trained(L2P(prompts=4, length=2, top=2, pull=0.0), stream, experiences=1, epochs=6)

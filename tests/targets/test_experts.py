@@ -209,6 +209,7 @@ def test_experts_without_training_are_written_and_loaded(run, tmp_path):
             assert used.macs.router == 3 * layer.experts.inputs and layer.experts.experts == 4
 
 
+@pytest.mark.slow
 def test_projections_come_before_and_count_as_what_they_were(run):
     target = open_target(str(run))
     dense = copy.deepcopy(target.model)
@@ -375,6 +376,7 @@ def test_the_record_names_model_and_data(run, written):
     assert tree["revision"] is None
 
 
+@pytest.mark.slow
 def test_a_dense_model_at_chance_is_noted(run, caplog):
     target = open_target(str(run))
     for value in target.model.heads[-1].parameters():

@@ -45,6 +45,7 @@ def perplexity(target, part, gate):
     return torch.cat(nats).double().mean().exp().item()
 
 
+@pytest.mark.slow
 def test_perplexity_against_cost(llama, lines):
     target = learned(open_target(str(llama), data=str(lines), divide=True), steps=30)
     sizes = [len(part) for part in (target.splits.fit, target.splits.validation, target.splits.test)]

@@ -51,6 +51,7 @@ def assert_same(one: Path, other: Path) -> None:
         assert costs[0][key] == costs[1][key], key
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices_goes_on_on_one(here: Path) -> None:
     whole, stopped = here / "whole", here / "stopped"
     clframe.run("quickstart", TINY, folder=whole)

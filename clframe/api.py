@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from clframe.build import Setup, build, load_checked
 from clframe.config.load import change_config, require_list
-from clframe.config.named import named_plugins
+from clframe.config.named import named_plugins, plugin_list
 from clframe.config.schema import Config
 from clframe.config.typed import PLACEMENT, to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
-from clframe.execution import execute, plugin_names
+from clframe.execution import execute
 from clframe.planning import fit_memory, plan_training, training_experiences
 from clframe.report.explanation import explanation
 from clframe.results import Result
@@ -213,7 +213,7 @@ def _grow_as_trained(network: Network, setup: Setup) -> None:
 
 def _refuse_plugins(config: Config, folder: RunFolder) -> None:
     """Refuse to resume a run with Avalanche plugins: checkpoints do not contain their state."""
-    names = plugin_names(config)
+    names = plugin_list(config.components)
     if names:
         raise UnsupportedError(
             f"{folder.path}: has Avalanche plugins ({names}), whose state is not in checkpoints; start a new run"

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from clframe.accounting import count_macs, count_parameters, stage_macs
 from clframe.build import Setup, build
-from clframe.config.named import named_plugins
-from clframe.config.schema import Config
+from clframe.config.named import plugin_list
 from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import as_tree, to_yaml
 from clframe.device_defaults import on_cuda
@@ -99,7 +98,7 @@ def execute(
                 folder.discard()  # of an extension that learned nothing; a run that existed before is kept
             raise
         except KeyboardInterrupt as stop:
-            raise Interrupted(folder.path, plugins=plugin_names(config)) from stop
+            raise Interrupted(folder.path, plugins=plugin_list(config.components)) from stop
         except Exception as error:
             session.note_failure(error)
             raise
@@ -238,8 +237,3 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         reason = f"{type(error).__name__}: {reason_of(error, most=200)}"
         _log.warning("%s: figures could not be drawn (%s); results.json is complete", folder.path, reason)
     return result
-
-
-def plugin_names(config: Config) -> str:
-    """Return the names of the Avalanche plugins of a run as text."""
-    return ", ".join(name for name, _ in named_plugins(config.components))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clframe.build import Setup, build_backbone
-from clframe.config.named import WHERE, named_plugins
+from clframe.config.named import WHERE, plugin_list
 from clframe.config.trainer import CheckpointConfig
 from clframe.core import Composition
 from clframe.errors import ConfigError, UnsupportedError
@@ -125,7 +125,7 @@ def _refuse_plugins(setup: Setup, limit: str, uncounted: str) -> None:
     Raises:
         UnsupportedError: The run has plugins.
     """
-    names = ", ".join(name for name, _ in named_plugins(setup.config.components))
+    names = plugin_list(setup.config.components)
     if names:
         raise UnsupportedError(
             f"{WHERE}: found {names} with {limit}, but the {uncounted} of Avalanche plugins cannot be counted; leave "

@@ -37,6 +37,15 @@ def named_plugins(components: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[st
     return tuple(_read_named(entry, f"{WHERE}[{i}]") for i, entry in enumerate(listed))
 
 
+def plugin_list(components: Mapping[str, Mapping[str, Any]]) -> str:
+    """Class names of the Avalanche plugins in a config's ``components``, as text; empty without plugins.
+
+    >>> plugin_list({"avalanche": {"plugins": ["LwFPlugin", "EWCPlugin"]}})
+    'LwFPlugin, EWCPlugin'
+    """
+    return ", ".join(name for name, _ in named_plugins(components))
+
+
 def lightning_loggers(loggers: Sequence[Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Class names and options of the entries of ``trainer.loggers`` that are loggers of Lightning.
 

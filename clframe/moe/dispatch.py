@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from clframe.moe.executors import (
-    FEW_ROWS,
     Executor,
     Weights,
     dense,
@@ -24,11 +23,11 @@ from clframe.moe.executors import (
     grouped_mm,
     grouped_mm_works,
     merged_groups,
-    parts_of,
     per_token,
     reference,
 )
 from clframe.moe.kernel_check import kernels_agree
+from clframe.moe.split_products import FEW_ROWS, parts_of
 from clframe.moe.triton_experts import run_masked, run_triton, triton_works
 from clframe.moe.triton_launch import FUSED_NEURONS, precision
 
@@ -72,7 +71,7 @@ class Plan:
         read: Number of tokens whose products take as long as reading an expert's weights from memory.
         read_all: The same for dense execution, which is slow per MAC for few tokens.
         side_by_side: Speedup of dense execution in parts, one for each thread, for a few tokens; it decreases to 1
-            with their number (:func:`~clframe.moe.executors.parts_of`).
+            with their number (:func:`~clframe.moe.split_products.parts_of`).
         grouped: Costs of running expert by expert.
         product: Costs of one grouped product for all experts.
         margin: Fraction of the dense cost below which another executor is chosen, because costs are estimates.
@@ -139,7 +138,7 @@ def choose(
         return of.call + of.start * active + (read + pairs * (size + of.pair * 2 * threads / (1 + threads))) * macs
 
     best, least = DENSE, (tokens + plan.read_all) * experts * neurons * macs * plan.margin
-    if parts_of(x_ND, weights) > 1:
+    if parts_of(x_ND, weights.up_EHD) > 1:
         least /= 1 + (plan.side_by_side - 1) * (1 - tokens * threads / FEW_ROWS)
     costs = {Choice("grouped"): cost(plan.grouped, active, pairs, neurons)}
     if grouped_mm_works(weights, x_ND):

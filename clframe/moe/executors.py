@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from clframe.errors import UnsupportedError
 from clframe.moe.routing import pairs_by_expert
-from clframe.nn.kernels import is_traced
+from clframe.moe.split_products import parts_of, split_inputs, split_outputs
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -115,62 +115,13 @@ def compute_hidden(
     return up_NH * weights.activation(F.linear(x_ND, gate_HD, gate_bias_H))
 
 
-def compute_all_hidden(weights: Weights, x_ND: Tensor) -> Tensor:
-    """Compute hidden_NF of the neurons of all experts."""
-    linear = F.linear if parts_of(x_ND, weights) == 1 else split_outputs
-    up_NF = linear(x_ND, weights.up_EHD.flatten(0, 1), _flat(weights.up_bias_EH))
+def compute_all_hidden(weights: Weights, x_ND: Tensor, *, parts: int) -> Tensor:
+    """Compute hidden_NF of the neurons of all experts, in so many parts."""
+    up_NF = split_outputs(x_ND, weights.up_EHD.flatten(0, 1), _flat(weights.up_bias_EH), parts=parts)
     if weights.gate_EHD is None:
         return weights.activation(up_NF)
-    return up_NF * weights.activation(linear(x_ND, weights.gate_EHD.flatten(0, 1), _flat(weights.gate_bias_EH)))
-
-
-def parts_of(x_ND: Tensor, weights: Weights) -> int:
-    """Number of parts in which products with all neurons are computed: threads if they are several, else 1.
-
-    On a CPU a product of few rows and a large matrix uses one thread, or gains little from more; parts of it run side
-    by side. Not while gradients are enabled, nor while a function is traced, which would fix the number of threads.
-    """
-    if is_traced(x_ND) or torch.is_grad_enabled() or not x_ND.is_cpu:  # first: traced numbers of rows stay free
-        return 1
-    threads, neurons = torch.get_num_threads(), weights.up_EHD.shape[:2].numel()
-    if neurons % threads or weights.up_EHD.numel() < LARGE or not 0 < threads * len(x_ND) <= FEW_ROWS:
-        return 1
-    return threads if x_ND.dtype in (torch.float32, torch.float64) else 1
-
-
-LARGE: Final = 2_000_000
-"""Number of weights of a matrix from which parts are used: 768-3072-768 was measured."""
-FEW_ROWS: Final = 400
-"""Number of rows, of all parts together, up to which they are faster; their results are added."""
-
-
-def split_outputs(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """``F.linear``, its outputs in as many parts as there are threads.
-
-    >>> x_NI, weight_OI = torch.tensor([[1.0, 2.0]]), torch.arange(12.0).view(6, 2)
-    >>> torch.equal(split_outputs(x_NI, weight_OI, None), x_NI @ weight_OI.T)
-    True
-    """
-    parts, (rows, inputs) = torch.get_num_threads(), x_NI.shape
-    x_pNI = x_NI.expand(parts, rows, inputs)
-    weight_pIo = weight_OI.unflatten(0, (parts, -1)).transpose(1, 2)
-    if bias_O is None:
-        y_pNo = torch.bmm(x_pNI, weight_pIo)
-    else:
-        y_pNo = torch.baddbmm(bias_O.view(parts, 1, -1), x_pNI, weight_pIo)
-    return y_pNo.transpose(0, 1).reshape(rows, -1)
-
-
-def split_inputs(x_NI: Tensor, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
-    """``x W`` plus the bias, its inputs in as many parts as there are threads.
-
-    >>> x_NI, weight_IO = torch.ones(2, 6), torch.arange(12.0).view(6, 2)
-    >>> torch.equal(split_inputs(x_NI, weight_IO, torch.ones(2)), x_NI @ weight_IO + 1)
-    True
-    """
-    parts = torch.get_num_threads()
-    y_NO = torch.bmm(x_NI.unflatten(1, (parts, -1)).transpose(0, 1), weight_IO.unflatten(0, (parts, -1))).sum(0)
-    return y_NO if bias_O is None else y_NO.add_(bias_O)
+    gate_NF = split_outputs(x_ND, weights.gate_EHD.flatten(0, 1), _flat(weights.gate_bias_EH), parts=parts)
+    return up_NF * weights.activation(gate_NF)
 
 
 def split_by_expert(weights: Weights) -> ExpertViews:
@@ -223,7 +174,8 @@ def dense(
     ``dropout`` is the dropout probability of the hidden neurons.
     """
     experts, neurons, _ = weights.up_EHD.shape
-    hidden_NF = compute_all_hidden(weights, x_ND)
+    parts = parts_of(x_ND, weights.up_EHD)
+    hidden_NF = compute_all_hidden(weights, x_ND, parts=parts)
     if dropout:
         hidden_NF = F.dropout(hidden_NF, dropout)
     hidden_NEH = hidden_NF.view(x_ND.shape[0], experts, neurons)
@@ -234,16 +186,17 @@ def dense(
             hidden_NEH = hidden_NEH.masked_fill(~keep_NE[..., None], 0)
         else:
             hidden_NEH = hidden_NEH.mul_(keep_NE[..., None])  # five times faster in place
-    return _project(weights, hidden_NEH.flatten(1))
+    return _project(weights, hidden_NEH.flatten(1), parts=parts)
 
 
 def dense_without(weights: Weights, x_1D: Tensor, inactive: Sequence[int]) -> Tensor:
     """Compute all experts of one token and zero the ``inactive`` ones; faster than a mask; without gradients only."""
     experts, neurons, _ = weights.up_EHD.shape
-    hidden_1F = compute_all_hidden(weights, x_1D)
+    parts = parts_of(x_1D, weights.up_EHD)
+    hidden_1F = compute_all_hidden(weights, x_1D, parts=parts)
     if inactive:
         hidden_1F.view(experts, neurons).index_fill_(0, torch.tensor(inactive), 0.0)
-    return _project(weights, hidden_1F)
+    return _project(weights, hidden_1F, parts=parts)
 
 
 def per_token(weights: Weights, x_ND: Tensor, keep_NE: Tensor, weight_NE: Tensor | None = None) -> Tensor:
@@ -294,12 +247,9 @@ def merged_groups(
     return grouped(weights.merge(many), x_ND, keep_NGm.any(2), weight_NGm)
 
 
-def _project(weights: Weights, hidden_NF: Tensor) -> Tensor:
-    """Compute y_NO of all hidden neurons."""
-    down_FO = weights.down_EHO.flatten(0, 1)
-    if parts_of(hidden_NF, weights) > 1:
-        return split_inputs(hidden_NF, down_FO, weights.bias_O)
-    return hidden_NF @ down_FO if weights.bias_O is None else torch.addmm(weights.bias_O, hidden_NF, down_FO)
+def _project(weights: Weights, hidden_NF: Tensor, *, parts: int) -> Tensor:
+    """Compute y_NO of all hidden neurons, in so many parts."""
+    return split_inputs(hidden_NF, weights.down_EHO.flatten(0, 1), weights.bias_O, parts=parts)
 
 
 def _flat(part: Tensor | None) -> Tensor | None:

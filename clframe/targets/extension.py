@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clframe.build import Setup, build
-from clframe.config.named import named_plugins
+from clframe.config.named import plugin_list
 from clframe.config.schema import Config
 from clframe.config.typed import to_yaml
 from clframe.data.benchmark import Benchmark
@@ -155,7 +155,7 @@ def _read_parent(folder: RunFolder) -> tuple[Config, Result, Mapping[str, Any]]:
             f"{path}: learned transformed data (benchmark.protocol: {config.benchmark.protocol}), which new data "
             f"would not be; extend a run of another protocol"
         )
-    plugins = ", ".join(name for name, _ in named_plugins(config.components))
+    plugins = plugin_list(config.components)
     if plugins:
         raise UnsupportedError(
             f"{path}: has Avalanche plugins ({plugins}), whose state is not in checkpoints; extend a run without them"

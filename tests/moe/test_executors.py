@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from clframe.errors import UnsupportedError
 from clframe.moe import dispatch as execute
-from clframe.moe import executors
+from clframe.moe import executors, split_products
 from clframe.moe.dispatch import EXECUTORS, Choice, Costs, Plan, choose, count_computed_pairs, run
 from clframe.moe.executors import Weights, grouped_mm_works, merged_groups, reference
+from clframe.moe.split_products import parts_of
 
 FAST = ("dense", "per_token", "grouped", "grouped_mm")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
@@ -243,10 +244,10 @@ def test_parts_for_several_threads_agree_with_the_reference(monkeypatch, threads
     weights, x = make(gated=gated, biased=biased, dtype=dtype, seed=n), torch.randn(n, 16).to(dtype)
     keep, factors = routing(n, 4), torch.rand(n, 4).to(dtype)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(executors, "LARGE", weights.up_EHD.numel())
+    monkeypatch.setattr(split_products, "LARGE", weights.up_EHD.numel())
     with torch.no_grad():
         # 32 neurons do not divide among 3 threads; 4 threads have 400 rows of 100 tokens
-        assert executors.parts_of(x, weights) == (1 if threads == 3 or threads * n > 400 else threads)
+        assert parts_of(x, weights.up_EHD) == (1 if threads == 3 or threads * n > 400 else threads)
         expected = reference(weights, x, keep, factors)
         torch.testing.assert_close(executors.dense(weights, x, keep, factors), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         inactive = (~keep[0]).nonzero().flatten().tolist()
@@ -259,18 +260,18 @@ def test_parts_for_several_threads_agree_with_the_reference(monkeypatch, threads
 def test_where_products_are_not_computed_in_parts(monkeypatch):
     weights, x = make(), torch.randn(3, 16).double()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(executors, "LARGE", 0)
-    assert executors.parts_of(x, weights) == 1  # gradients are enabled
+    monkeypatch.setattr(split_products, "LARGE", 0)
+    assert parts_of(x, weights.up_EHD) == 1  # gradients are enabled
     with torch.no_grad():
-        assert executors.parts_of(x, weights) == 2
-        assert executors.parts_of(x[:0], weights) == executors.parts_of(x.bfloat16(), weights) == 1
-        assert executors.parts_of(x.to("meta"), weights) == 1
-        assert torch.vmap(lambda row: row * executors.parts_of(row[None], weights))(x).equal(x)
-        monkeypatch.setattr(executors, "LARGE", weights.up_EHD.numel() + 1)
-        assert executors.parts_of(x, weights) == 1
-        monkeypatch.setattr(executors, "LARGE", 0)
+        assert parts_of(x, weights.up_EHD) == 2
+        assert parts_of(x[:0], weights.up_EHD) == parts_of(x.bfloat16(), weights.up_EHD) == 1
+        assert parts_of(x.to("meta"), weights.up_EHD) == 1
+        assert torch.vmap(lambda row: row * parts_of(row[None], weights.up_EHD))(x).equal(x)
+        monkeypatch.setattr(split_products, "LARGE", weights.up_EHD.numel() + 1)
+        assert parts_of(x, weights.up_EHD) == 1
+        monkeypatch.setattr(split_products, "LARGE", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        assert executors.parts_of(x, weights) == 1
+        assert parts_of(x, weights.up_EHD) == 1
 
 
 def test_parts_make_computing_everything_cheaper(monkeypatch):
@@ -278,7 +279,7 @@ def test_parts_make_computing_everything_cheaper(monkeypatch):
     weights, x, keep = make(), torch.randn(9, 16).double(), torch.tensor([True, True, True, False]).repeat(9, 1)
     plan = Plan(few=0, read=0, read_all=3, grouped=Costs(0, 0, 0), product=Costs(1e9, 0, 0), margin=1.0, merge=0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(executors, "LARGE", 0)
+    monkeypatch.setattr(split_products, "LARGE", 0)
     assert choose(weights, x, keep, plan=plan) == Choice("grouped")  # 27 < 48
     with torch.no_grad():
         for gain, name in ((48 / 27 - 0.01, "grouped"), (48 / 27 + 0.01, "dense")):

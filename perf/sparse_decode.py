@@ -9,7 +9,8 @@ Sizes: ``30m``, a decoder of width 512 with 8 blocks (SwiGLU of 1,368 neurons, 2
 ``--depth`` for fewer), and ``1b-relu`` with ReLU. Weights are random, thresholds are the quantiles that give the sparsity asked for. Parts:
 
 - ffn: the FFNs of all blocks (at least as many as exceed the caches), each on its own random token; time of one FFN;
-- generate: tokens per second of ``clframe.nn.generation.generate`` after a prompt of 8 tokens, all of the model included;
+- generate: tokens per second of ``clframe.nn.generation.generate`` after a prompt of 8 tokens, all of the model included; on CUDA
+  with recorded passes, ``plain_tokens_s`` the dense model without them;
 - step (CUDA): one decoding step of the whole model after 256 tokens as a CUDA graph, without the time of launching;
 - sweep (CUDA): tiles of the kernels.
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from clframe.moe.tuning import time_graph
 from clframe.nn.backbones.decoder import GatedFFN, PlainFFN, decoder
+from clframe.nn.backbones.key_value_cache import KeyValueCache
 from clframe.nn.generation import generate
 from clframe.nn.kernels import relative_error
 from clframe.nn.network import Network
@@ -49,7 +51,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "1b": {"width": 2048, "depth": 16, "heads": 32, "vocabulary": 32768, "hidden": 8192},
     "1b-relu": {"width": 2048, "depth": 16, "heads": 32, "vocabulary": 32768, "hidden": 8192, "ffn": "relu"},
 }
-CONTEXT = 512
+CONTEXT, PAST = 512, 256
 PLACES: Mapping[str, tuple[Any, ...]] = {
     "intermediate": ("intermediate",), "input": ("input",), "gate": ("gate",), "all": ("input", "intermediate"),
 }  # fmt: skip
@@ -156,15 +158,16 @@ def make_network(options: argparse.Namespace, size: str, dtype: torch.dtype) -> 
     return network.to(options.device, dtype).eval()
 
 
-def step_of(network: Network, past: Sequence[tuple[Tensor, Tensor]], token: Tensor) -> Callable[[], Tensor]:
-    """The choice of the next token after one more token, with the keys and values of earlier ones."""
+def step_of(network: Network, caches: Sequence[KeyValueCache], token: Tensor) -> Callable[[], Tensor]:
+    """The choice of the next token after one more token, with the keys and values of ``PAST`` earlier ones."""
     embed, *stages = network.backbone.stages
+    position_1 = torch.tensor([PAST], device=token.device)
 
     def step() -> Tensor:
         x_1TD = embed.table(token)
-        for stage, own in zip(stages, past, strict=True):
+        for stage, cache in zip(stages, caches, strict=True):
             block, *rest = stage if isinstance(stage, nn.Sequential) else [stage]
-            x_1TD, _ = block.extend(x_1TD, own)
+            x_1TD = block.extend(x_1TD, cache, position_1, PAST + 1)
             for part in rest:
                 x_1TD = part(x_1TD)
         return network.classify(0, x_1TD, None).argmax(-1)
@@ -180,15 +183,18 @@ def race_models(rows: Rows, part: str, size: str, dtype: torch.dtype, threads: i
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, form["vocabulary"], (4, 65), generator=generator).to(options.device)
     depth, heads, width = len(network.backbone.stages) - 1, form["heads"], form["width"] // form["heads"]
-    past = [(torch.randn(1, heads, 256, width, device=options.device, dtype=dtype),) * 2 for _ in range(depth)]
+    caches = [KeyValueCache(PAST + 1) for _ in range(depth)]
+    for cache in caches:
+        past = torch.randn(1, heads, PAST, width, device=options.device, dtype=dtype)
+        cache.write(past, past, torch.arange(PAST, device=options.device))
     gated = form.get("ffn") != "relu"
     for share, name in product(options.sparsities, options.places):
         if rows.over or (name == "gate" and not gated):
             continue
         (rules,) = calibrate(network, [(ids, None, None)], sparsities=[share], places=PLACES[name])
-        sparse = sparse_decoder(network, rules)
+        sparse, plain = sparse_decoder(network, rules), {}
         if part == "step":
-            calls = [step_of(model, past, ids[:1, :1]) for model in (network, sparse)]
+            calls = [step_of(model, caches, ids[:1, :1]) for model in (network, sparse)]
             found, tokens = compare(*calls, cuda=cuda, rounds=options.rounds), 1
         else:
             tokens = options.tokens
@@ -196,11 +202,14 @@ def race_models(rows: Rows, part: str, size: str, dtype: torch.dtype, threads: i
             # Reads each token on the host, so that elapsed time is the time of the device.
             calls = [partial(generate, model, ids[0, :8].tolist(), tokens) for model in (network, sparse)]
             found = compare(*calls, cuda=False, rounds=options.rounds)
+            if cuda:
+                alone = compare(calls[0], partial(calls[0], graphs=False), cuda=False, rounds=options.rounds)
+                plain = {"plain_tokens_s": 1e3 * tokens / alone["sparse_ms"], "graphs_speedup": 1 / alone["speedup"]}
         rows.add(part=part, size=size, depth=depth, type=str(dtype)[6:], threads=threads, place=name, sparsity=share,
                  dense_tokens_s=1e3 * tokens / found["dense_ms"], sparse_tokens_s=1e3 * tokens / found["sparse_ms"],
                  speedup=found["speedup"], ceiling=bytes_read.ceiling(dict.fromkeys(PLACES[name], share)),
                  ffn_share=bytes_read.ffn / bytes_read.model,
-                 dense_gb_s=bytes_read.model * tokens / found["dense_ms"] / 1e6)  # fmt: skip
+                 dense_gb_s=bytes_read.model * tokens / found["dense_ms"] / 1e6, **plain)  # fmt: skip
 
 
 def sweep_tiles(rows: Rows, size: str, dtype: torch.dtype) -> None:

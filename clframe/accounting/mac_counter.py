@@ -6,8 +6,10 @@ normalization, or are reported by :meth:`MacCounter.uncounted`.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -115,6 +117,7 @@ class MacCounter:
             self._flops.mod_tracker = _Whole()
         self._mode: Any = _Mode(self._flops)
         self._keep_kernels, self._fast_path = keep_kernels, True
+        self._stack = ExitStack()
 
     def __enter__(self) -> MacCounter:
         # A fused layer is one operator: its parts could not be counted by module, nor its element-wise operations.
@@ -122,6 +125,7 @@ class MacCounter:
         if not self._keep_kernels:
             torch.backends.mha.set_fastpath_enabled(False)
         self._flops.flop_counts.clear()
+        self._stack.enter_context(_without_compiled_code())
         self._flops.mod_tracker.__enter__()
         self._mode.__enter__()
         return self
@@ -133,6 +137,7 @@ class MacCounter:
             self._mode.__exit__(kind, error, trace)
             self._flops.mod_tracker.__exit__()
         finally:
+            self._stack.close()
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
     @property
@@ -177,6 +182,18 @@ class MacCounter:
     def _formulas(self) -> Mapping[Any, Any]:
         formulas: Mapping[Any, Any] = self._flops.flop_registry
         return formulas
+
+
+def _without_compiled_code() -> AbstractContextManager[Any]:
+    """Context in which functions compiled by ``torch.compile`` run as they were written.
+
+    They do so under every mode that intercepts operators; but before torch 2.12 or so a call in it leaves the function
+    uncompiled for the rest of the process.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import takes a second
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _torch_counter(convention: Convention) -> Any:

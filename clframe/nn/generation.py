@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clframe.errors import ConfigError
 from clframe.nn.frozen import evaluating
-from clframe.nn.lazy_decoder import LazyDecoder
+from clframe.nn.lazy_decoder import LazyDecoder, graphs_for
 from clframe.nn.network import Carried, Network
 
 
@@ -29,6 +29,11 @@ class Generation:
     """Positions that each stage has computed, the prompt included: MACs are proportional to them."""
     passes: tuple[int, ...]
     """Calls of each stage; fewer calls with more positions each take less time."""
+    attended: tuple[int, ...]
+    """Pairs of a position that a stage has computed and one that its pass has read, to which MACs of attention are
+    proportional."""
+    classified: tuple[int, ...]
+    """Positions whose logits each exit has computed."""
 
 
 class TokenRule(Protocol):
@@ -73,7 +78,7 @@ class Threshold(LastExit):
 
 def generate(
     network: Network, prompt: Sequence[int], tokens: int, *, threshold: float | None = None,
-    rule: TokenRule | None = None,
+    rule: TokenRule | None = None, graphs: bool = True,
 ) -> Generation:  # fmt: skip
     """Generate the most likely next token, one after the other.
 
@@ -83,6 +88,7 @@ def generate(
         tokens: Number of ids to generate.
         threshold: Probability of a token from which on an exit decides; None: the last exit decides all.
         rule: Another rule by which exits decide, in the place of a threshold.
+        graphs: Whether CUDA graphs may be used on CUDA; tokens are the same up to rounding.
 
     Raises:
         ConfigError: A threshold outside of [0, 1], or no prompt.
@@ -96,7 +102,7 @@ def generate(
         raise ConfigError("generate: found a threshold and a rule; give one of them")
     rule = rule or (LastExit() if threshold is None else Threshold(range(last), threshold))
     with evaluating(network):
-        state = _read(network, prompt)
+        state = _read(network, prompt, tokens, graphs)
         ids: list[int] = []
         chosen: list[int] = []
         for number in range(tokens):
@@ -124,7 +130,7 @@ def _next_token(state: LazyDecoder, rule: TokenRule, last: int) -> tuple[int, Te
 
 
 def speculate(
-    network: Network, prompt: Sequence[int], tokens: int, *, exit: int = 0, draft: int = 4
+    network: Network, prompt: Sequence[int], tokens: int, *, exit: int = 0, draft: int = 4, graphs: bool = True
 ) -> Generation:
     """Generate the tokens of :func:`generate` without a threshold, drafting them at an exit.
 
@@ -139,6 +145,7 @@ def speculate(
         tokens: Number of ids to generate.
         exit: The exit that drafts, before the last.
         draft: Most tokens of a draft.
+        graphs: See :func:`generate`.
 
     Raises:
         ConfigError: An exit that is not before the last, or an empty draft.
@@ -149,7 +156,7 @@ def speculate(
     if draft < 1:
         raise ConfigError(f"speculate.draft: found {draft}; give at least 1 token")
     with evaluating(network):
-        state = _read(network, prompt)
+        state = _read(network, prompt, tokens, graphs)
         ids: list[int] = []
         while len(ids) < tokens:
             start = len(state)
@@ -166,15 +173,18 @@ def speculate(
     return _result(state, ids, [last] * len(ids))
 
 
-def _read(network: Network, prompt: Sequence[int]) -> LazyDecoder:
+def _read(network: Network, prompt: Sequence[int], tokens: int, graphs: bool) -> LazyDecoder:
     if not len(prompt):
         raise ConfigError("generate.prompt: found no ids; give at least one")
-    state = LazyDecoder(network)
+    state = LazyDecoder(
+        network, capacity=len(prompt) + max(tokens, 1) - 1, graphs=graphs_for(network) if graphs else None
+    )
     state.append(prompt)
     return state
 
 
 def _result(state: LazyDecoder, ids: Sequence[int], exits: Sequence[int]) -> Generation:
     return Generation(
-        ids=tuple(ids), exits=tuple(exits), positions=tuple(state.positions), passes=tuple(state.passes)
-    )
+        ids=tuple(ids), exits=tuple(exits), positions=tuple(state.positions), passes=tuple(state.passes),
+        attended=tuple(state.attended), classified=tuple(state.classified),
+    )  # fmt: skip

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from clframe.accounting import MacCounter
 from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.moe import routed_layers
 from clframe.nn.frozen import evaluating
 from clframe.nn.generation import Generation, generate, speculate
 from clframe.nn.network import Network
 from clframe.records import to_json_lines
 from clframe.tables import Quantity, Table
+from clframe.targets.decoding_macs import DecodingMacs
 from clframe.targets.domains import CHOSEN, domain_of, experience_of
 from clframe.targets.loading import RunModel
 from clframe.targets.run_tokenizer import run_tokenizer
@@ -103,7 +105,7 @@ def continue_prompts(
     context = network.input_shape[0] - 1
     if not 1 <= tokens <= context:
         raise ConfigError(f"--generate: found {tokens} for a context of {context} tokens; give 1 to {context}")
-    run: Callable[[Sequence[int]], Generation]
+    run: Callable[..., Generation]
     if draft or draft_exit is not None:
         at = _drafting_exit(model, draft, draft_exit, other=threshold if budget is None else budget)
         run = partial(speculate, network, tokens=tokens, exit=at, draft=draft)
@@ -113,12 +115,13 @@ def continue_prompts(
         run = partial(generate, network, tokens=tokens, rule=rule)
     experience = None if domain is None else experience_of(model, domain)
     encoder, rows = TextTokenizer(run_tokenizer(model.folder, model.inputs)), []
+    cost = None if network.choice is not None or routed_layers(network) else DecodingMacs(network)
     with domain_of(network, experience):
         for number, prompt in enumerate(given):
             ids = encoder.encode(prompt).tolist()
             if not ids:
                 raise DataError(f"predict: prompt {number + 1} has no text; give at least one character")
-            rows.append(_continue(network, run, encoder, prompt, ids, most=context - tokens + 1))
+            rows.append(_continue(network, run, encoder, prompt, ids, most=context - tokens + 1, cost=cost))
             if progress is not None:
                 progress(number + 1, len(given))
     cut = sum(row.cut > 0 for row in rows)
@@ -132,25 +135,30 @@ def continue_prompts(
 
 def _continue(
     network: Network,
-    run: Callable[[Sequence[int]], Generation],
+    run: Callable[..., Generation],
     encoder: TextTokenizer,
     prompt: str,
     ids: Sequence[int],
     *,
     most: int,
+    cost: DecodingMacs | None,
 ) -> Continuation:
     """Continue the last ``most`` ids of a prompt, with the adapters for it where the network has several."""
     read, choice = ids[-most:], network.choice
-    with (
-        evaluating(network),
-        MacCounter() as counter,
-        nullcontext() if choice is None else choice.best_for(network, read),
-    ):
-        found = run(read)
+    with evaluating(network), ExitStack() as stack:
+        with MacCounter() as counter:
+            if choice is not None:
+                stack.enter_context(choice.best_for(network, read))
+            # MACs of experts depend on the tokens: they are counted as they run.
+            found = run(read, graphs=False) if routed_layers(network) else None
+        macs = counter.macs
+        if found is None:
+            found = run(read)
+            macs += (cost or DecodingMacs(network)).of(found)  # of several adapters, those of the present one
     text = encoder.decode([*read, *found.ids]).removeprefix(encoder.decode(read))
     return Continuation(
         prompt=prompt, text=text, ids=found.ids, exits=tuple(network.exit_names[k] for k in found.exits),
-        positions=found.positions, passes=found.passes, macs=counter.macs, cut=len(ids) - len(read),
+        positions=found.positions, passes=found.passes, macs=macs, cut=len(ids) - len(read),
     )  # fmt: skip
 
 

@@ -346,3 +346,21 @@ def test_exits_placed_by_cost_name_what_their_costs_leave_out():
     network = Network(Backbone.of(stages, input_shape=(1, 2, 2)))
     with pytest.warns(UncountedWarning, match=r"_fft_r2c"):
         assert place_exits(network, cost_shares=[0.5]).taps == ("first",)
+
+
+def test_counting_a_compiled_module_counts_its_operators_and_leaves_it_compiled():
+    """Before torch 2.12 or so, a call under a mode left the code uncompiled for the rest of the process."""
+    compiled, calls = [], []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return lambda *args: calls.append(1) or graph.forward(*args)
+
+    layer = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
+    layer.compile(backend=backend, dynamic=True)
+    layer(torch.ones(2, 3))
+    with MacCounter() as counter:
+        layer(torch.ones(4, 3))
+    assert counter.macs == 4 * 3 * 5 and len(calls) == 1
+    layer(torch.ones(6, 3))
+    assert len(calls) == 2 and len(compiled) == 1

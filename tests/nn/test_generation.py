@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.exits import make_head
-from clframe.nn import Network
+from clframe.nn import Network, generation
 from clframe.nn.backbones import mlp
 from clframe.nn.backbones.decoder import decoder
 from clframe.nn.generation import LazyDecoder, generate, speculate
@@ -26,6 +30,24 @@ def network():
         for p in net.backbone.parameters():  # larger weights, so that exits disagree
             p.mul_(6)
     return net.eval()
+
+
+class CountedGraphs(RecordedGraphs):
+    """Counts recordings and replays."""
+
+    def __init__(self):
+        super().__init__()
+        self.recorded = self.replayed = 0
+
+    def record(self, work):
+        self.recorded += 1
+        replay = super().record(work)
+
+        def counted():
+            self.replayed += 1
+            replay()
+
+        return counted
 
 
 def exit_logits(network, ids):
@@ -96,6 +118,35 @@ def test_truncated_positions_are_computed_again(network):
     expected = exit_logits(network, (*PROMPT, 9))
     torch.testing.assert_close(state.logits(2, 5)[-1], expected[2])
     torch.testing.assert_close(before[-1], exit_logits(network, PROMPT)[2])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_recorded_passes_give_the_tokens_of_plain_ones(network, monkeypatch, threshold):
+    """On a stand-in for CUDA graphs, which undoes what a recording writes and refuses to wait for a value."""
+    runs = [partial(generate, network, PROMPT, 20, threshold=threshold),
+            partial(speculate, network, PROMPT, 20, exit=1, draft=3)]  # fmt: skip
+    plain = [run() for run in runs]
+    made = []
+    monkeypatch.setattr(generation, "graphs_for", lambda network: made.append(CountedGraphs()) or made[-1])
+    assert [run() for run in runs] == plain
+    assert [run(graphs=False) for run in runs] == plain and len(made) == 2
+    assert made[0].recorded == (1 if threshold is None else 3) and made[1].recorded == 1
+    assert made[0].replayed > (15 if threshold is None else 5)
+
+
+def test_a_network_that_waits_for_the_device_is_not_recorded(network, monkeypatch, caplog):
+    waiting = copy.deepcopy(network)
+    waiting.backbone.stages[1].mlp.register_forward_hook(lambda module, x, out: out * float(out.isfinite().all()))
+    monkeypatch.setattr(generation, "graphs_for", lambda network: RecordedGraphs())
+    assert generate(waiting, PROMPT, 20) == generate(network, PROMPT, 20, graphs=False)
+    assert [r.getMessage() for r in caplog.records] == [
+        "generate: CUDA graphs are not used, as the network cannot be recorded (aten::_local_scalar_dense waits for the "
+        "device)"
+    ]
+
+
+def test_nothing_is_recorded_on_a_cpu(network):
+    assert generation.graphs_for(network) is None
 
 
 def test_what_cannot_be_generated_is_refused(network):

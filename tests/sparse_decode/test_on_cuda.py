@@ -1,14 +1,17 @@
 """Sparse decoding on a GPU: every type, and inside a CUDA graph."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from clframe.exits import make_head
+from clframe.moe import TopK, set_gate, to_experts
 from clframe.moe.dense import DenseFFN
 from clframe.nn.backbones import BACKBONES
-from clframe.nn.generation import generate
+from clframe.nn.generation import generate, speculate
 from clframe.nn.kernels import relative_error
 from clframe.nn.network import Network
 from clframe.sparse_decode import Rule, SparseFFN, calibrate, sparse_decoder
@@ -89,3 +92,27 @@ def test_generation():
     (rules,) = calibrate(network, [(ids, None, None)], sparsities=[0.75])
     want = generate(sparse_decoder(network, rules), ids[0, :8].tolist(), 16).ids
     assert generate(sparse_decoder(network.cuda(), rules), ids[0, :8].tolist(), 16).ids == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "experts"])
+def test_recorded_passes_generate_the_tokens_of_plain_ones(dtype, kind, caplog):
+    torch.manual_seed(6)
+    heads = [("block1", make_head("token", (64, 64), per_token=True))]
+    network = Network(BACKBONES.get("decoder")((65,), vocabulary=90, width=64, depth=3, heads=2), exits=heads).eval()
+    for weight in network.backbone.parameters():
+        weight.data.mul_(6)
+    if kind == "experts":
+        to_experts(network, experts=4, split=None)
+        set_gate(network, TopK(k=2))
+    network = network.to("cuda", dtype)
+    if kind == "sparse":
+        ids = torch.randint(0, 90, (4, 65), generator=torch.Generator().manual_seed(5)).cuda()
+        (rules,) = calibrate(network, [(ids, None, None)], sparsities=[0.75])
+        network = sparse_decoder(network, rules)
+    for write in (generate, partial(generate, threshold=0.1), partial(speculate, draft=2)):
+        plain = write(network, [3, 1, 4, 1, 5], 50, graphs=False)
+        assert write(network, [3, 1, 4, 1, 5], 50) == plain == write(network, [3, 1, 4, 1, 5], 50)
+        assert len(set(plain.ids)) > 3
+    waits = kind == "experts" and dtype is torch.float64  # which the kernels do not take
+    assert {r.getMessage()[:35] for r in caplog.records} == ({"generate: CUDA graphs are not used,"} if waits else set())

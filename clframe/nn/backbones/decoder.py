@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from clframe.errors import ConfigError
 from clframe.nn.backbones.base import BACKBONES, Backbone
 from clframe.nn.backbones.checks import require_at_least, require_depth
+from clframe.nn.backbones.key_value_cache import KeyValueCache
 
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values [B, H, T, E] of the tokens that a block has computed."""
 Hidden = Literal["swiglu", "relu", "gelu"]
 """Feed-forward network: gated by SiLU, or plain with ReLU or GELU."""
 STD = 0.02
@@ -87,29 +86,29 @@ class CausalAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Compute the output_BTD of the attention."""
-        q, k, v = self._project(x_BTD, first=0)
+        q, k, v = self._project(x_BTD, slice(x_BTD.shape[1]))
         return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
-    def extend(self, x_BTD: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """Compute the output_BTD of further tokens, which attend to past ones too, and all keys and values.
+    def extend(self, x_BTD: Tensor, cache: KeyValueCache, positions_T: Tensor, length: int) -> Tensor:
+        """Compute the output_BTD of further tokens, which attend to earlier ones too, and keep their keys and values.
 
         Args:
             x_BTD: The new tokens.
-            past: Keys and values of the tokens before them; None if there are none.
+            cache: Keys and values of the tokens before them, to which those of the new ones are added.
+            positions_T: Their positions; on the device, so that a CUDA graph serves every position.
+            length: Number of positions of the cache that are read, at least up to the last new one; later ones have
+                the weight 0.
         """
-        first = 0 if past is None else past[0].shape[2]
-        q, k, v = self._project(x_BTD, first=first)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(first)
-        return self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)), (k, v)
+        q, k, v = self._project(x_BTD, positions_T)
+        cache.write(k, v, positions_T)
+        seen_TL = positions_T[:, None] >= torch.arange(length, device=positions_T.device)
+        return self._join(F.scaled_dot_product_attention(q, *cache.read(length), attn_mask=seen_TL))
 
-    def _project(self, x_BTD: Tensor, *, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, T, E] of tokens whose positions begin at ``first``."""
+    def _project(self, x_BTD: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, E] of tokens at these positions."""
         q, k, v = (self._split(layer(x_BTD)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        last = first + x_BTD.shape[1]
         # Not of the dtype of x, since autocast changes that of q.
-        cos, sin = self.cos[first:last].to(q.dtype), self.sin[first:last].to(q.dtype)
+        cos, sin = self.cos[positions].to(q.dtype), self.sin[positions].to(q.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _join(self, mixed_BHTE: Tensor) -> Tensor:
@@ -185,10 +184,10 @@ class DecoderBlock(nn.Module):
         """Compute tokens_BTD of tokens_BTD."""
         return self._add_ffn(x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD))))
 
-    def extend(self, x_BTD: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """Compute further tokens_BTD and all keys and values, see :meth:`CausalAttention.extend`."""
-        mixed_BTD, now = self.attention.extend(self.attention_norm(x_BTD), past)
-        return self._add_ffn(x_BTD + self.dropout(mixed_BTD)), now
+    def extend(self, x_BTD: Tensor, cache: KeyValueCache, positions_T: Tensor, length: int) -> Tensor:
+        """Compute further tokens_BTD, see :meth:`CausalAttention.extend`."""
+        mixed_BTD = self.attention.extend(self.attention_norm(x_BTD), cache, positions_T, length)
+        return self._add_ffn(x_BTD + self.dropout(mixed_BTD))
 
     def _add_ffn(self, x_BTD: Tensor) -> Tensor:
         out: Tensor = x_BTD + self.dropout(self.mlp(self.ffn_norm(x_BTD)))

@@ -13,12 +13,13 @@ from clframe.build import Setup, build, load_checked
 from clframe.config.load import change_config, require_list
 from clframe.config.named import named_plugins, plugin_list
 from clframe.config.schema import Config
-from clframe.config.typed import PLACEMENT, to_yaml
+from clframe.config.typed import PLACEMENT, check_typed, to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.execution import execute
 from clframe.planning import fit_memory, plan_training, training_experiences
+from clframe.process_state import own_process
 from clframe.report.explanation import explanation
 from clframe.results import Result
 from clframe.run_folder import RunFolder, strategy_label
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+@own_process("clframe.run", trains=True)
 def run(
     config: str | Config = "quickstart",
     overrides: Sequence[str] = (),
@@ -89,6 +91,8 @@ def run(
         config = load_checked(config, overrides)
     elif overrides:
         raise ConfigError("run: overrides need a config's name; change a typed config with dataclasses.replace")
+    else:
+        config = check_typed(config)
     if output is not None and resume is None:
         config = replace(config, output=str(output))
     setup = build(config, needs_earlier=resume is None)
@@ -125,6 +129,7 @@ def _new_folder(config: Config, path: str | Path | None) -> tuple[RunFolder, boo
     return RunFolder.create(Path(config.output), name=config.name, seed=config.seed, label=label), False
 
 
+@own_process("clframe.api.extend", trains=True)
 def extend(
     run: str | Path,
     data: Source | Benchmark | Sequence[str] | str,
@@ -182,12 +187,15 @@ def extend(
     return execute(planned.setup, planned.create(), resumes=True, on_evaluated=on_evaluated)
 
 
+@own_process("clframe.explain", trains=False)
 def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
     """Describe a run without training: config, stream, hooks, loss terms, slots, sizes and costs."""
     if isinstance(config, str):
         config = load_checked(config, overrides)
     elif overrides:
         raise ConfigError("explain: overrides need a config's name; change a typed config with dataclasses.replace")
+    else:
+        config = check_typed(config)
     setup = build(config)
     setup = fit_memory(setup)
     network, plan = setup.network, plan_training(setup)

@@ -31,7 +31,7 @@ from clframe.core import COMPONENTS, Component, Composition, parse
 from clframe.core.expression import names_in_order
 from clframe.data import Benchmark, Source
 from clframe.device_defaults import on_cuda, with_device_defaults
-from clframe.errors import ClframeError, ConfigError, Problems
+from clframe.errors import ClframeError, ConfigError, Problems, reword
 from clframe.exits.diagnostics import EXIT_METRICS, ExitMetric
 from clframe.metrics.registry import METRICS, Metric
 from clframe.nn import BACKBONES, Network
@@ -193,7 +193,8 @@ def build_backbone(
             return made if isinstance(made, Backbone) else _divided(made, input_shape, composition)
         except ClframeError as error:
             key = next((key for tap, key in named.items() if f"layer '{tap}'" in str(error)), "backbone")
-            raise type(error)(f"{key}: {str(error).removeprefix('backbone: ')}") from None  # Backbone.of names itself
+            # Backbone.of names itself.
+            raise reword(error, lambda message: f"{key}: {message.removeprefix('backbone: ')}") from None
         except (RuntimeError, TypeError, MemoryError) as error:  # more weights than torch can hold or count
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"backbone: found {options}, torch fails ({reason}); give less") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -35,6 +35,18 @@ class ConfigErrors(ConfigError):
     def __init__(self, problems: Iterable[ClframeError]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+def reword(error: ClframeError, change: Callable[[str], str]) -> ClframeError:
+    """Return an error of the same kind with another message; of several problems each has its message changed.
+
+    >>> both = ConfigErrors([ConfigError("lr: found -1"), DataError("path: found nothing")])
+    >>> str(reword(both, lambda message: f"a.yaml: {message}")).splitlines()
+    ['a.yaml: lr: found -1', 'a.yaml: path: found nothing']
+    """
+    if isinstance(error, ConfigErrors):
+        return ConfigErrors(reword(problem, change) for problem in error.problems)
+    return type(error)(change(str(error)))
 
 
 class UnknownNameError(ClframeError):
@@ -71,15 +83,16 @@ class Interrupted(KeyboardInterrupt):
     Args:
         folder: The run folder.
         plugins: Names of its Avalanche plugins, whose state checkpoints do not contain.
+        options: Options that the command that resumes it needs too.
 
     Attributes:
         folder: The run folder.
         advice: How to go on: ``clframe run --resume``, or a new run where plugins prevent that.
     """
 
-    def __init__(self, folder: Path, *, plugins: str = "") -> None:
+    def __init__(self, folder: Path, *, plugins: str = "", options: Sequence[str] = ()) -> None:
         self.folder = folder
-        self.advice = f"resume with clframe run --resume {shlex.quote(str(folder))}"
+        self.advice = f"resume with {shlex.join(['clframe', 'run', '--resume', str(folder), *options])}"
         if plugins:
             self.advice = (
                 f"it cannot be resumed, as checkpoints lack the state of its Avalanche plugins ({plugins}); start over "

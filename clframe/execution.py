@@ -6,8 +6,9 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +22,11 @@ from clframe.device_defaults import on_cuda
 from clframe.errors import ClframeError, DivergenceError, Interrupted, reason_of
 from clframe.files import write_atomically
 from clframe.metrics.confusion import MOST_SHOWN
+from clframe.own_code import import_options
 from clframe.planning import plan_training
 from clframe.report.confusion import write_confusion
 from clframe.report.writing import write_figures
-from clframe.results import Result, summarize
+from clframe.results import Result, refuse_newer_results, summarize
 from clframe.run_folder import DEVELOPMENT, RunFolder
 from clframe.seeding import torch_settings
 from clframe.sessions import DEVELOPMENT_BATCHES, development_epochs, new_session
@@ -63,8 +65,9 @@ def execute(
     with folder.lock(), _settings(trainer), ExitStack() as stack:
         try:
             if resumes:
+                refuse_newer_results(folder.path / "results.json")
                 folder.prepare_resume()
-            if not resumes or read_config(folder).trainer.devices != trainer.devices:
+            else:
                 folder.write_config(to_yaml(config))
                 if setup.benchmark.tokenizer:
                     write_atomically(folder.path / "tokenizer.json", setup.benchmark.tokenizer)
@@ -86,6 +89,9 @@ def execute(
                 with explain_failures():
                     started = session.resume()
                 _note_resumption(setup, folder, session, started, claimed=claimed)
+                # A finished run keeps the devices that it was trained on.
+                if started < len(setup.benchmark) and read_config(folder).trainer.devices != trainer.devices:
+                    folder.write_config(to_yaml(config))
             if trainer.fast_dev_run:
                 _note_development(setup)
             with explain_failures():
@@ -98,7 +104,9 @@ def execute(
                 folder.discard()  # of an extension that learned nothing; a run that existed before is kept
             raise
         except KeyboardInterrupt as stop:
-            raise Interrupted(folder.path, plugins=plugin_list(config.components)) from stop
+            raise Interrupted(
+                folder.path, plugins=plugin_list(config.components), options=import_options()
+            ) from stop
         except Exception as error:
             session.note_failure(error)
             raise
@@ -154,18 +162,29 @@ def _processes(
     """The processes of a run on several devices, while it trains."""
     from clframe.training.peers import train_together
 
-    request = {"folder": str(folder.path.resolve()), "resumes": resumes, "command": sys.argv}
-    advice = f"resume with clframe run --resume {shlex.quote(str(folder.path))}"
+    request = {
+        "folder": str(folder.path.resolve()), "devices": trainer.devices, "resumes": resumes, "command": sys.argv,
+    }  # fmt: skip
+    advice = f"resume with {shlex.join(['clframe', 'run', '--resume', str(folder.path), *import_options()])}"
     return train_together(training_devices(trainer, cuda=on_cuda(trainer)), request, advice=advice)
 
 
-def train_along(folder: str, *, rank: int, port: int, resumes: bool, on_ready: Callable[[], None]) -> None:
+def train_along(
+    folder: str,
+    *,
+    rank: int,
+    port: int,
+    devices: int | Sequence[int],
+    resumes: bool,
+    on_ready: Callable[[], None],
+) -> None:
     """Train the run in a folder together with the process that has started this one, and write nothing.
 
     Args:
         folder: The run folder.
         rank: Number of this process; the first one has 0.
         port: Of the store through which the processes find each other.
+        devices: ``trainer.devices``, which a resumed run records once it trains on.
         resumes: Whether the run in the folder has been started before.
         on_ready: Called when everything is built.
     """
@@ -174,12 +193,13 @@ def train_along(folder: str, *, rank: int, port: int, resumes: bool, on_ready: C
     from clframe.training.rendezvous import join_group, open_store
 
     place = RunFolder.open(Path(folder))
-    setup = build(read_config(place))
+    config, count = read_config(place), devices if isinstance(devices, int) else tuple(devices)
+    setup = build(replace(config, trainer=replace(config.trainer, devices=count)))
     trainer = setup.config.trainer
-    devices = training_devices(trainer, cuda=on_cuda(trainer))
+    every = training_devices(trainer, cuda=on_cuda(trainer))
     with _settings(trainer):
         on_ready()
-        group = join_group(open_store(port, size=len(devices), first=False), rank=rank, devices=devices)
+        group = join_group(open_store(port, size=len(every), first=False), rank=rank, devices=every)
         session = new_session(setup, place, group=group, plan=plan_training(setup))
         if resumes:
             session.resume()
@@ -203,7 +223,8 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         parameters=count_parameters(network),
         macs=count_macs(network, benchmark.input_shape),
         train_seconds=progress.train_seconds,
-        steps=progress.steps,
+        steps=session.ledger.steps(),
+        batches=progress.steps,
         state_bytes=session.state_bytes(),
         versions=folder.versions(),
         run_folder=folder.path,
@@ -220,8 +241,8 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     if len(confusion) > MOST_SHOWN:
         write_confusion(confusion, benchmark.class_order, folder.path)
     write_ledger = partial(
-        folder.write_ledger, network, progress.steps, progress.train_seconds, result.state_bytes,
-        ledger=session.ledger, counts=stage_macs(network),
+        folder.write_ledger, network, result.steps, progress.train_seconds, result.state_bytes,
+        batches=progress.steps, ledger=session.ledger, counts=stage_macs(network),
     )  # fmt: skip
     write_ledger()
     result.write(folder.path / "results.json")

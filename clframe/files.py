@@ -141,11 +141,11 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def write_atomically(
     path: str | Path, data: bytes | bytearray | memoryview | str, *, sync: bool = True
 ) -> None:  # fmt: skip
-    """Write ``data`` to a temporary file next to ``path``, sync it, and rename it to ``path``.
+    r"""Write ``data`` to a temporary file next to ``path``, sync it, and rename it to ``path``.
 
     Args:
         path: File to write.
-        data: Its content.
+        data: Its content; text is encoded as UTF-8, bytes of file names that are not as ``\udcff``.
         sync: Whether to wait until the file is on the disk; files that can be made again need not be.
 
     Raises:
@@ -156,7 +156,9 @@ def write_atomically(
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            _write_all(handle, memoryview(data.encode() if isinstance(data, str) else data))
+            # Names of files need not be UTF-8: such a byte is written as the escape that JSON and printable() use.
+            encoded = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+            _write_all(handle, memoryview(encoded))
             if sync:
                 os.fsync(handle)
         finally:

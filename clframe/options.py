@@ -10,6 +10,7 @@ import collections.abc
 import dataclasses
 import inspect
 import math
+import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -95,6 +96,34 @@ def check_options(
     return checked
 
 
+def convert_fields(instance: Any, *, where: str) -> None:
+    """Check the fields of a dataclass that was built in Python as options of a config, and store them converted.
+
+    Numpy's scalars count as Python's. Nothing is checked if an annotation names what only a function knows.
+
+    Args:
+        instance: A dataclass, which may be frozen.
+        where: Key prefix for messages, such as ``components.er``.
+
+    Raises:
+        ConfigError: Values of another type than declared; each in its own line.
+    """
+    constructor = type(instance)
+    try:
+        known = option_types(constructor)
+    except NameError:
+        return
+    given = {name: _python_value(getattr(instance, name)) for name in known}
+    for name, value in check_options(constructor, given, where=where).items():
+        if value is not getattr(instance, name):
+            object.__setattr__(instance, name, value)
+
+
+def _python_value(value: Any) -> Any:
+    """Return a scalar of numpy, which configs cannot have, as a number of Python."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def rename_options(given: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:
     """Replace former option names by their present ones, so that older configs and run folders stay readable.
 
@@ -161,6 +190,17 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
 
 _SEQUENCES = (tuple, list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
+
+
+def require_count(value: Any, *, least: int, where: str) -> None:
+    """Raise ConfigError unless ``value`` is a whole number, of Python or numpy, of at least ``least``.
+
+    >>> require_count(0, least=0, where="epochs")
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{where}: found {format_value(value)}; give a whole number of at least {least}")
+    if value < least:
+        raise ConfigError(f"{where}: found {value}; give at least {least}")
 
 
 def _convert_literal(value: Any, choices: tuple[Any, ...], *, where: str) -> Any:

@@ -36,6 +36,11 @@ def allowed_packages() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get(VARIABLE, "").split(",") if name)
 
 
+def import_options() -> list[str]:
+    """Return the options of a command that allow the same packages again."""
+    return [word for name in allowed_packages() for word in ("--allow-imports", name)]
+
+
 @contextmanager
 def allow_imports(packages: Sequence[str]) -> Iterator[None]:
     """Context in which configs may name code of these packages, in addition to those that are allowed.

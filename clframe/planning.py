@@ -18,6 +18,7 @@ from clframe.core import Composition
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import Network
 from clframe.optimization import build_scheduler
+from clframe.process_state import preserve_generators
 from clframe.run_folder import RunFolder
 from clframe.sessions import new_session
 
@@ -142,8 +143,6 @@ def training_experiences(setup: Setup) -> list[Sequence[int]]:
 
 def _count_costs(setup: Setup) -> tuple[ExperienceCost, ...]:
     """Count what every experience costs, on a copy of the run that takes one step per epoch and writes nothing."""
-    from clframe.training.step_cost import keep_random_states
-
     quiet = replace(
         setup.config.trainer, loggers=(), figures="none", progress=False, on_nonfinite="warn",
         checkpoint=CheckpointConfig(every=None),
@@ -153,7 +152,7 @@ def _count_costs(setup: Setup) -> tuple[ExperienceCost, ...]:
         copied = replace(setup, config=config, network=copy.deepcopy(setup.network))
         session = new_session(copied, RunFolder(Path(folder)))
         try:
-            with keep_random_states(session.strategy.device):
+            with preserve_generators():
                 return session.count_costs()
         finally:
             session.close()

@@ -1,13 +1,16 @@
 """Registries: explicit, typed and strict.
 
 A registry maps a name to a class or function. Packages add to it through an entry point, as clframe's own strategies
-do; scripts call :meth:`Registry.add`. A second entry of the same name is an error, a miss offers the nearest name.
+do; scripts call :meth:`Registry.add`. A second entry of the same name is an error, unless it is a newer definition of
+the first, as after a second run of a notebook's cell; a miss offers the nearest name.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -54,7 +57,10 @@ class Registry(Generic[T]):
         self._searched = group is None
 
     def add(self, name: str, entry: T) -> None:
-        """Register ``entry``.
+        """Register ``entry``; a new definition of the entry of that name replaces it.
+
+        A definition is new if its class, or all of its functions, have the module and the qualified names of the
+        former ones.
 
         Raises:
             ConfigError: It cannot be used as an entry of this kind.
@@ -67,7 +73,7 @@ class Registry(Generic[T]):
 
     def _add(self, name: str, entry: T) -> None:
         known = self._entries.get(name)
-        if known is not None and known is not entry:
+        if known is not None and known is not entry and not _is_newer(entry, known):
             raise ClframeError(
                 f"{self.kind} '{name}': registered twice, by {_origin(known)} and {_origin(entry)}; "
                 f"rename one of them"
@@ -196,4 +202,20 @@ def _named(entry: Any) -> str:
 
 
 def _origin(entry: Any) -> str:
-    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', entry)}"
+    return " and ".join(_definitions(entry)) or repr(entry)
+
+
+def _is_newer(entry: Any, known: Any) -> bool:
+    """Whether ``entry`` is another definition of what ``known`` is, made by running the same code again."""
+    names = _definitions(entry)
+    return bool(names) and names == _definitions(known)
+
+
+def _definitions(entry: Any) -> tuple[str, ...]:
+    """Return the module and qualified name of a class, a function, or every function in the fields of an object."""
+    if is_dataclass(entry) and not isinstance(entry, type):
+        parts = [getattr(entry, field.name) for field in fields(entry)]
+    else:
+        parts = [entry]
+    parts = [part.func if isinstance(part, functools.partial) else part for part in parts]
+    return tuple(f"{part.__module__}.{part.__qualname__}" for part in parts if hasattr(part, "__qualname__"))

@@ -21,10 +21,8 @@ from clframe.metrics.registry import scores
 from clframe.metrics.statistics import deviation, mean
 from clframe.metrics.tally import Tally
 from clframe.records import read_record, to_json
+from clframe.run_folder import RESULTS_SCHEMA as SCHEMA_VERSION
 from clframe.sparsity.activity import ActivityRecord
-
-SCHEMA_VERSION: Final = 2
-"""Raised when a field is removed or changes its meaning; a new field with a default does not raise it."""
 
 _METRICS_OF_VERSION_1: Final = (
     "final_average_accuracy", "final_average_accuracy_task_aware", "final_weighted_accuracy",
@@ -81,6 +79,8 @@ class Result:
     """Nats per token of a language model: rows after experience i, columns on test experience j; empty for others."""
     exit_forgetting_nats: tuple[float, ...] = field(default=())
     """Forgetting of each exit of a language model, in nats per token."""
+    batches: int | None = None
+    """Batches trained on; more than ``steps`` with ``trainer.accumulate`` and where updates were skipped."""
 
     @property
     def perplexity_matrix(self) -> tuple[tuple[float, ...], ...]:
@@ -141,6 +141,24 @@ class Result:
         write_atomically(path, self.to_json())
 
 
+def refuse_newer_results(path: str | Path) -> None:
+    """Refuse to overwrite a ``results.json`` that a later version wrote; a missing or damaged one may be written again.
+
+    Raises:
+        RunFolderError: The file has a newer schema.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise RunFolderError(
+            f"{path}: schema_version {version}, this clframe writes {SCHEMA_VERSION} and would overwrite it; resume "
+            f"the run with the version of clframe that wrote it"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregate:
     """Mean and sample standard deviation of every metric over the seeds of one experiment."""
@@ -186,6 +204,7 @@ def summarize(
     activity: Sequence[ActivityRecord] = (),
     confusion: Sequence[Sequence[int]] = (),
     class_names: Sequence[str] = (),
+    batches: int | None = None,
 ) -> Result:
     """Compute the results of a run from the evaluations after each training experience.
 
@@ -215,6 +234,7 @@ def summarize(
         confusion: Test samples by true and predicted class after the last experience, in learning order; left out
             beyond :data:`~clframe.metrics.confusion.MOST_SHOWN` classes.
         class_names: Name of each class, by its id in the data set; empty if unknown.
+        batches: Batches trained on.
 
     Raises:
         ClframeError: No tallies, tallies of different shapes, or a class order that does not fit them.
@@ -246,6 +266,7 @@ def summarize(
         class_names=tuple(class_names),
         nll_matrix=tuple(tally.nll_E for tally in tallies) if last.nats_E else (),
         exit_forgetting_nats=_exit_forgetting_nats(exits),
+        batches=batches,
     )  # fmt: skip
 
 

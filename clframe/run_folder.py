@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from clframe.environment import environment, versions
 from clframe.errors import RunFolderError
@@ -44,6 +44,8 @@ SELECTION = "selection"
 """Folder of a sweep with the runs of a selection, on validation data; reports of the sweep leave them out."""
 DEVELOPMENT = "(development run)"
 """End of the name of a development run in its results."""
+RESULTS_SCHEMA: Final = 2
+"""Of results.json. Raised when a field is removed or changes its meaning; a new field with a default does not."""
 LONGEST_LABEL = 80
 """Characters of a strategy's label; file systems allow 255 bytes for the whole name."""
 _STAMP = re.compile(r"\d{8}-\d{6}")
@@ -231,8 +233,14 @@ class RunFolder:
         path = self.path / "lock"
         handle = _open_locked(path, lambda file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
         try:
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            try:
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            except OSError as error:
+                self.discard()
+                raise RunFolderError(
+                    f"{self.path}: cannot be written ({error.strerror}); check the free space"
+                ) from None
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -245,7 +253,8 @@ class RunFolder:
         Raises:
             RunFolderError: The folder cannot be written.
         """
-        remove_temporaries(self.path)
+        for folder in (self.path, self.path / "tensorboard", self.path / "figures"):
+            remove_temporaries(folder)
         checkpoints = self.path / "checkpoints"
         try:
             checkpoints.mkdir(exist_ok=True)
@@ -264,12 +273,20 @@ class RunFolder:
         train_seconds: float,
         state_bytes: Mapping[str, int],
         *,
+        batches: int,
         ledger: Ledger | None = None,
         counts: Mapping[str, int] | None = None,
     ) -> None:
         """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry.
 
-        ``counts`` are the network's :func:`~clframe.accounting.stage_macs`, if they have been counted before.
+        Args:
+            network: The network at the end.
+            steps: Optimizer steps of the run.
+            train_seconds: Wall time of training.
+            state_bytes: Size of each component's state.
+            batches: Batches trained on.
+            ledger: Every entry.
+            counts: The network's :func:`~clframe.accounting.stage_macs`, if they have been counted before.
         """
         from clframe.accounting import cumulative_macs, stage_macs
 
@@ -277,7 +294,7 @@ class RunFolder:
         names, cost_K = network.exit_names, cumulative_macs(network, counts=counts)
         costs: dict[str, Any] = {
             "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
-            "training": {"steps": steps, "seconds": train_seconds},
+            "training": {"steps": steps, "batches": batches, "seconds": train_seconds},
             "inference_macs": dict(counts),
             "exit_macs": dict(zip(names, cost_K, strict=True)),
             "state_bytes": dict(state_bytes),
@@ -304,12 +321,20 @@ class RunFolder:
 
         None where unknown, or where every prediction costs the same.
         """
+        costs = self.prediction_costs()
+        mean, whole = costs.get("mean"), costs.get("whole")
+        return float(mean) if isinstance(mean, (int, float)) and whole is not None and round(mean) != whole else None
+
+    def prediction_costs(self) -> dict[str, Any]:
+        """Return the costs of a prediction at the end of the run, as :meth:`write_ledger` wrote them.
+
+        Empty without a ledger, or with one of an earlier version.
+        """
         try:
             costs = read_json(self.path / "ledger.json")["totals"]["prediction"]
-            mean, whole = costs["mean"], costs["whole"]
-        except (OSError, ValueError, KeyError, TypeError):  # no ledger, or one of an earlier version
-            return None
-        return float(mean) if isinstance(mean, (int, float)) and round(mean) != whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return dict(costs) if isinstance(costs, dict) else {}
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -320,10 +345,11 @@ class RunFolder:
 def _prediction(ledger: Ledger) -> dict[str, Any]:
     """Costs of a prediction at the end of the run; a mean without samples is null."""
     found = ledger.predictions
-    mean = found.mean()
+    mean, experts = found.mean(), found.experts()
     return {
         "whole": found.whole(),
         "mean": None if math.isnan(mean) else mean,
+        **({"expert_samples": max(row.samples for row in experts)} if experts else {}),
         "by_component": found.by_component(),
         "by_exit": found.by_exit(),
         "samples_by_exit": found.samples_by_exit(),

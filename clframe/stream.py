@@ -15,8 +15,8 @@ from clframe.data.chain import Stored, append_missing, extend_benchmark, name_cl
 from clframe.data.inputs import InputFormat
 from clframe.data.samples import TensorSamples
 from clframe.data.streams import blurry_stream, online_stream, permuted_stream, rotated_stream
-from clframe.errors import ClframeError, DataError
-from clframe.options import check_options, option_types
+from clframe.errors import ClframeError, ConfigError, DataError
+from clframe.options import check_options, format_value, option_types
 
 _log = logging.getLogger("clframe.data")
 
@@ -109,14 +109,19 @@ def _add_earlier(stream: Benchmark | None, entry: EarlierConfig, *, seed: int, n
             stream, block.name, experiences=entry.experiences, class_names=entry.class_names, stored=stored,
             validation=block.validation > 0, task_labels=block.protocol == "task_incremental",
         )  # fmt: skip
-    if stream is None:
-        if source.vocabulary:
-            stored.check(source)
-        train, test = (replace(part, mean=stored.mean, std=stored.std) for part in (source.train, source.test))
-        source = replace(source, train=train, test=test)
-        found = build_benchmark(source, block, seed=seed)
-    else:
-        found = _extend(stream, source, block, stored, seed=seed)
+    try:
+        if stream is None:
+            if source.vocabulary:
+                stored.check(source)
+            train, test = (replace(part, mean=stored.mean, std=stored.std) for part in (source.train, source.test))
+            found = build_benchmark(replace(source, train=train, test=test), block, seed=seed)
+        else:
+            found = _extend(stream, source, block, stored, seed=seed)
+    except ClframeError as error:  # of the options with which the run learned other data than these
+        raise DataError(
+            f"earlier data: {source.name} cannot be split as when the run learned it ({error}); restore it, or give "
+            f"the location of the same data"
+        ) from None
     found = replace(found, evaluate="test")
     _check_learned(found, entry, source.name)
     return found
@@ -177,6 +182,8 @@ def build_source(config: BenchmarkConfig) -> Source:
     augment = build_augmentations(config.augment)
     source_of, options = check_source(config)
     source = source_of(**options)
+    if not isinstance(source, Source):
+        raise ConfigError(f"benchmark.name: found {config.name}, which returns {format_value(source)}; return a Source")
     if config.workers and isinstance(source.train, TensorSamples) and isinstance(source.test, TensorSamples):
         _log.warning("benchmark.workers: found %d, but %s is in memory and needs none", config.workers, source.name)
     return source.first_classes(config.classes).with_augmentations(augment).with_workers(config.workers)

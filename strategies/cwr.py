@@ -41,6 +41,7 @@ class CWR(Component):
     name: ClassVar[str] = "cwr"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
 
     backbone: Literal["frozen", "free"] = "frozen"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -84,6 +84,14 @@ class EarlyExit(Component):
         thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         if not thresholds or min(thresholds) < 0:
             raise ConfigError(f"components.early_exit.threshold: found {self.threshold}; give numbers of at least 0")
+        if self.rule != "first":
+            others = [each for each in fields(self) if each.name != "rule"]
+            given = [each.name for each in others if getattr(self, each.name) != each.default]
+            if given:
+                raise ConfigError(
+                    f"components.early_exit.{given[0]}: found {getattr(self, given[0])} with rule {self.rule}, which "
+                    f"computes all exits; use rule=first, or leave it out"
+                )
         if self.budget_rule != "best" and self.solver != "shared":
             raise ConfigError(
                 f"components.early_exit.budget_rule: found {self.budget_rule} with solver {self.solver}; "
@@ -108,9 +116,18 @@ class EarlyExit(Component):
         """The given thresholds, replaced where a budget is solved, and no parameters of the measure.
 
         ``solutions`` is only there with several budgets: their thresholds, by budget.
+
+        Raises:
+            ConfigError: Thresholds in another number than that of the exits before the last.
         """
+        exits = len(network.heads)
+        if isinstance(self.threshold, tuple) and len(self.threshold) != exits - 1:
+            raise ConfigError(
+                f"components.early_exit.threshold: found {len(self.threshold)} thresholds for {exits} exits; give one "
+                f"number, or {exits - 1}: one for each exit but the last"
+            )
         # "gate" holds the parameters of any fitted measure: checkpoints have had that key since there was one measure.
-        return {"thresholds": self.threshold, "gate": None, "exits": len(network.heads)}
+        return {"thresholds": self.threshold, "gate": None, "exits": exits}
 
     def after_experience(self, network: Network, context: StepContext, state: State) -> State:
         """Fit the confidence measure and solve thresholds on held-out data."""
@@ -124,7 +141,9 @@ class EarlyExit(Component):
             return state
         cost_K = cumulative_macs(network)
         validation = ExitEvaluation(
-            confidence_KN=held_out_confidences(self._confidence_measure(state), scores, targets_N),
+            confidence_KN=held_out_confidences(
+                self._confidence_measure(state), scores, targets_N, method=self.solver
+            ),
             correct_KN=torch.stack([scores_NC.argmax(1) == targets_N for scores_NC in scores]),
             cost_K=cost_K,
         )

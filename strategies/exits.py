@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clframe.core.component import Component
 from clframe.core.types import State, Step, StepContext
-from clframe.errors import ClframeError, ConfigError, UnsupportedError
+from clframe.errors import ClframeError, ConfigError, UnsupportedError, reword
 from clframe.exits import (
     Calibrated,
     Calibration,
@@ -23,6 +23,7 @@ from clframe.exits import (
     place_exits,
 )
 from clframe.exits.losses import Ramp, exit_weights, self_distillation
+from clframe.exits.placement import at_taps
 from clframe.nn.backbones import Backbone
 from clframe.nn.features import exit_logits
 from clframe.nn.heads import Head
@@ -43,7 +44,8 @@ class Exits(Component):
     counts both.
 
     Args:
-        at: Taps by name, or ``auto``: the published ones for the backbone, otherwise all but the last.
+        at: Taps by name, or ``auto``: the published ones for the backbone, otherwise all but the last; in transformers
+            without those whose first token no attention has reached, and without the last layer's.
         count: Number of exits among the published placements; ResNet32 has 3, 6 and 12.
         every: Alternative to ``at``: an exit on every n-th tap.
         at_cost: Alternative to ``at``: exits on the taps nearest to these shares of the backbone's MACs.
@@ -64,15 +66,17 @@ class Exits(Component):
             ``geometric`` (weights fitted after each experience), ``product``, ``mean``, ``boosted``.
         fit_on: Data for fitting a geometric ensemble: held-out data of all experiences so far (``validation``), or
             the training data of the experience, as published.
-        fit_epochs: Passes over these data.
-        calibration: Calibration of each exit's scores, fitted on held-out data after each experience: ``none``,
-            ``temperature``, ``vector`` (scaling), ``isotonic`` (on the largest probability).
+        fit_epochs: Passes over these data, in batches of 128 by Adam with the rate 0.0005; the weights of a few hundred
+            samples need some thousand passes.
+        calibration: Calibration of each exit's scores, fitted on held-out data after each experience, those on which
+            ``early_exit`` solves thresholds: ``none``, ``temperature``, ``vector`` (scaling), ``isotonic`` (on the
+            largest probability).
         weights: Schedule of the exits' loss weights over the epochs of an experience: ``ramp`` from 0.01, ``linear``
             from 0, ``constant``.
         values: Final loss weights, one for each exit; if empty, those of the placement.
         gradient: Path of exit gradients to the backbone: ``through``, ``detached`` (linear probes), ``equilibrium``.
         regime: ``joint`` trains everything together; ``mixed`` the backbone first, then everything; ``disjoint`` the
-            backbone first, then the exits on a frozen backbone.
+            backbone first, then the exits on a frozen backbone, all with the weight ``scale``.
         trunk_share: Share of an experience's epochs for the backbone in ``mixed`` and ``disjoint``.
         distill: Weight of distillation from the last exit into the others.
         temperature: Temperature of that distillation.
@@ -119,10 +123,16 @@ class Exits(Component):
         ways += ["at"] if self.at != "auto" else []
         if len(ways) > 1:
             raise ConfigError(f"components.exits.{ways[0]}: found together with {ways[1]}; use one of them")
+        if ways and self.count is not None:
+            raise ConfigError(
+                f"components.exits.count: found together with {ways[0]}, which says how many exits there are; use one "
+                f"of them"
+            )
         if self.control == "last" and self.cascade:
             raise ConfigError("components.exits.control: found last with a cascade; set cascade=false")
         if self.cascade_norm and not self.cascade:
             raise ConfigError("components.exits.cascade_norm: found true without a cascade; set cascade=true too")
+        alone = "with regime=disjoint exits train apart from the backbone, all with the weight scale: leave it out"
         for key, ok, advice in (
             ("at", self.at != (), "name at least one tap, or leave the component out"),
             ("hidden", self.hidden >= 1, "give at least 1 unit"),
@@ -132,6 +142,8 @@ class Exits(Component):
             ("temperature", self.temperature > 0, "give a number above 0"),
             ("scale", self.scale >= 0, "give a number of at least 0"),
             ("values", all(value >= 0 for value in self.values), "give numbers of at least 0"),
+            ("values", self.regime != "disjoint" or {*self.values} <= {1}, alone),
+            ("weights", self.regime != "disjoint" or self.weights != "linear", alone),
         ):
             if not ok:
                 raise ConfigError(f"components.exits.{key}: found {getattr(self, key)}; {advice}")
@@ -153,7 +165,8 @@ class Exits(Component):
         if not self.at_latency:
             return self
         placement = self._placement(network)
-        return replace(self, at=placement.taps, values=placement.weights, at_latency=())
+        values = () if self.regime == "disjoint" else placement.weights
+        return replace(self, at=placement.taps, values=values, at_latency=())
 
     def setup_network(self, network: Network) -> None:
         """Attach the heads to their taps.
@@ -202,7 +215,7 @@ class Exits(Component):
         """The exits' loss weights at the end of a ramp."""
         weights, exits = self._placement(network).weights, network.exit_taps[:-1]
         if len(weights) != len(exits):  # another component has added stages since the exits were placed
-            weights = place_exits(network, taps=exits).weights
+            weights = at_taps(network.backbone, exits).weights
         return {"weights": weights}
 
     def before_epoch(self, network: Network, context: StepContext, state: State) -> None:
@@ -253,9 +266,10 @@ class Exits(Component):
                 cost_shares=self.at_cost,
                 latency_shares=self.at_latency,
                 values=self.values,
+                head=self.head,
             )
         except ClframeError as error:
-            raise type(error)(f"components.{error}") from None
+            raise reword(error, lambda message: f"components.{message}") from None
 
     @property
     def fewest_epochs(self) -> int:

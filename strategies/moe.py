@@ -11,7 +11,7 @@ from torch import Generator, nn
 
 from clframe.core.component import Component
 from clframe.core.types import Experience, State, StepContext
-from clframe.errors import ClframeError, ConfigError
+from clframe.errors import ClframeError, ConfigError, reword
 from clframe.moe import count_usage, routed_layers, set_gate
 from clframe.moe.convert import Split
 from clframe.moe.pipeline import GateKind, Recipe, default_most, fit_experts, make_gate
@@ -125,7 +125,7 @@ class MoE(Component):
         try:
             layers = recipe.make_experts(network)
         except ClframeError as error:
-            raise type(error)(f"components.{error}") from None
+            raise reword(error, lambda message: f"components.{message}") from None
         set_gate(network, make_gate(self.gate, tau=self.tau, k=self.k))
         for layer in layers.values():
             layer.ready = False

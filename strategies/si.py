@@ -27,7 +27,7 @@ class SI(Component):
     Adds ``c * sum_p O_p (w_p - w*_p)^2``, ``w*`` the weights after the last experience. ``O_p`` grows with each
     experience by ``path_p / (moved_p^2 + damping)`` and is clipped at zero. ``path_p = -sum_t g_p(t) (w_p(t + 1) -
     w_p(t))`` follows the actual updates, whatever the optimizer; a step that moves no weight, such as one that a loss
-    scaler skips, adds nothing. ``moved_p`` is the distance of the weight over the experience. There is one penalty for
+    scaler skips, adds nothing. ``moved_p`` is the distance of the weight along that path. There is one penalty for
     the whole network, since one path minimizes the weighted loss of all exits; new rows of a classifier are free.
 
     Use it if no samples may be stored and a pass over the data after each experience is too expensive. Cost: five
@@ -103,8 +103,10 @@ class SI(Component):
         """Compute importances from the path and store the current weights."""
         live, (names,) = state["live"], state["scopes"]
         old_P = state["terms"][0]["importance"] if state["terms"] else torch.zeros_like(state["path"])
-        path_P, start_P = (reorder_values(network, names, state[key], state["orders"]) for key in ("path", "start"))
-        moved_P = flatten(live) - start_P
+        path_P, start_P, end_P = (
+            reorder_values(network, names, state[key], state["orders"]) for key in ("path", "start", "latest")
+        )
+        moved_P = end_P - start_P  # along the path: other components may have changed the network since its end
         found_P = path_importance(old_P, path_P, moved_P, damping=self.damping)
         parts = found_P.split([parameter.numel() for parameter in live])
         importances = [dict(zip(names, parts, strict=True))]

@@ -87,7 +87,7 @@ class Sparsity(Component):
                 f"components.sparsity.layers: found {len(self.layers)} weights for {len(sites)} layers "
                 f"({', '.join(site.name for site in sites)}); give one each, or none"
             )
-        lost = [site.name for site in sites if site.fused or getattr(site.module, "inplace", False)]
+        lost = [site.name for site in sites if site.overwrites]
         if lost and self.regularizer.startswith("displaced"):
             raise UnsupportedError(
                 f"components.sparsity.regularizer: found {self.regularizer} with '{lost[0]}', which does not keep its "

@@ -22,9 +22,9 @@ class WA(Component):
     positive values during training is left out, as in most implementations.
 
     Use it with a replay buffer and distillation (``er + lwf + wa``). Cost: one pass over the classifiers after each
-    experience. Classes seen before count as old if they reappear. Components run in order of their names: the teacher
-    of ``lwf`` is the model before its newest rows were scaled, which in a softmax over these classes alone amounts to
-    another temperature. Cosine classifiers, whose rows act by direction only, are unchanged.
+    experience. Classes seen before count as old if they reappear. Teachers, stored logits, importances and corrections
+    of other components are those of the scaled network, the one that predicts. Cosine classifiers, whose rows act by
+    direction only, are unchanged.
 
     Args:
         direction: ``both``, as published: new rows shorter than the old ones are lengthened too, which favors new
@@ -35,6 +35,7 @@ class WA(Component):
     name: ClassVar[str] = "wa"
     capturable: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
 
     direction: Literal["both", "shrink"] = "both"
 

@@ -58,7 +58,7 @@ def train(config: OptimizerConfig, *, engine: str, strategy: str = "exits(weight
     benchmark = stream()
     run = Recorder(
         model=module.double(), benchmark=benchmark, train_mb_size=64, train_epochs=EPOCHS, evaluator=None, engine=engine,
-        fabric=Fabric(accelerator="cpu", devices=1, precision="64-true"), trainer={"precision": "64-true"},
+        fabric=Fabric(accelerator="cpu", devices=1, precision="64-true"),
     )  # fmt: skip
     ends = []
     for experience in benchmark.avalanche.train_stream:

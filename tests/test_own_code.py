@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 import clframe
 from clframe.cli import main
+from clframe.cli.run import _without_seeds
 from clframe.config.load import load_config
-from clframe.errors import ConfigError, UnknownNameError
-from clframe.own_code import VARIABLE, allow_imports, load_own
+from clframe.errors import ConfigError, Interrupted, UnknownNameError
+from clframe.own_code import VARIABLE, allow_imports, import_options, load_own
 
 CODE = '''
 from dataclasses import dataclass
@@ -161,3 +164,13 @@ def test_what_is_allowed_is_a_package_and_nothing_next_to_it(package):
     with pytest.raises(ConfigError, match="^--allow-imports: found 'os;x'; give the name of a package"), allow_imports(["os;x"]):
         pass
     assert clframe.explain("quickstart", [])  # nothing of it is needed elsewhere
+
+
+def test_the_commands_that_continue_a_run_allow_the_same_packages():
+    options = Namespace(jobs="2", output=None, quiet=True, tensorboard=False)
+    with allow_imports(["own_a,own_b"]):
+        allowed = "--allow-imports own_a --allow-imports own_b"
+        assert " ".join(_without_seeds(options, "quickstart", ["a=1"])) == f"clframe run quickstart a=1 --jobs 2 {allowed} --quiet"
+        stopped = Interrupted(Path("runs/a b"), options=import_options())
+        assert stopped.advice == f"resume with clframe run --resume 'runs/a b' {allowed}"
+    assert import_options() == [] and Interrupted(Path("a")).advice == "resume with clframe run --resume a"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from clframe import registry as registry_module
-from clframe.errors import ConfigError, UnknownNameError
+from clframe.errors import ClframeError, ConfigError, UnknownNameError
 from clframe.registry import Registry, call_problem
 
 
@@ -80,3 +82,44 @@ def test_an_unusable_entry_is_refused_from_a_script_and_reported_of_a_package(mo
     found.add("four", 4)
     assert found.names() == ("four",)
     assert found.not_loaded == ("entry point odd = package:odd (found 7; expected an even number)",)
+
+
+def _run_cell(found: Registry[Any], name: str, source: str) -> Any:
+    """Run the text of a notebook's cell that defines ``entry``, and register that."""
+    cell: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, "<cell>", "exec"), cell)
+    found.add(name, cell["entry"])
+    return cell["entry"]
+
+
+CELLS = {
+    "class": "class Mine:\n    pass\nentry = Mine",
+    "function": "def entry(x):\n    return x",
+    "partial": "import functools\ndef f(x):\n    return x\nentry = functools.partial(f, 2)",
+    "metric": "from clframe.metrics import Metric\nentry = Metric(label='x', score=lambda found: 0.0)",
+}
+
+
+@pytest.mark.parametrize("source", CELLS.values(), ids=list(CELLS))
+def test_a_second_run_of_a_cell_replaces_what_the_first_has_registered(source):
+    found: Registry[Any] = Registry("shape")
+    first = _run_cell(found, "mine", source)
+    second = _run_cell(found, "mine", source)
+    assert first is not second and found.get("mine") is second and found.names() == ("mine",)
+
+
+@pytest.mark.parametrize(
+    "source, origin",
+    [
+        (CELLS["class"].replace("Mine", "Other"), "__main__.Other"),
+        (CELLS["function"].replace("entry(x)", "f(x)") + "\nentry = f", "__main__.f"),
+        (CELLS["metric"].replace("score=lambda found: 0.0", "score=max"), "builtins.max"),
+        ("entry = 7", "7"),
+    ],
+)
+def test_another_entry_of_a_name_is_refused_and_both_are_named(source, origin):
+    found: Registry[Any] = Registry("shape")
+    _run_cell(found, "mine", CELLS["class"])
+    expected = f"shape 'mine': registered twice, by __main__.Mine and {origin}; rename one of them"
+    with pytest.raises(ClframeError, match=f"^{re.escape(expected)}$"):
+        _run_cell(found, "mine", source)

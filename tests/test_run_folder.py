@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -84,6 +85,20 @@ def test_the_lock_of_a_killed_process_is_stale(tmp_path):
     assert (folder.path / "lock").exists()
     with folder.lock():
         pass
+
+
+def test_a_full_disk_at_the_lock_is_one_line_and_removes_only_a_new_folder(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "runs", name="a", seed=0)
+    old = RunFolder(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    for one in (folder, old):
+        with pytest.raises(RunFolderError, match=r": cannot be written \(No space left on device\); check the"), one.lock():
+            raise AssertionError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_that_a_child_of_a_killed_process_inherited_is_stale(tmp_path):

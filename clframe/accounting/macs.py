@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,9 +16,21 @@ from clframe.accounting.mac_counter import Convention, MacCounter
 from clframe.errors import UnsupportedError, reason_of
 
 __all__ = [
-    "Convention", "Staged", "UncountedWarning", "backbone_macs", "count_macs", "count_parameters", "cumulative_macs",
-    "evaluation_mode", "stage_macs", "zeros_for",
+    "ConditionalModule", "Convention", "Staged", "UncountedWarning", "backbone_macs", "count_macs", "count_parameters",
+    "cumulative_macs", "evaluation_mode", "stage_macs", "zeros_for",
 ]  # fmt: skip
+
+
+class ConditionalModule(nn.Module):
+    """Base of modules that leave out parts of their computation depending on the input, such as experts with a router.
+
+    :func:`count_macs` and the functions built on it count such a module with every part, so that the number depends on
+    shapes only; what predictions save is counted on samples.
+    """
+
+    def compute_all(self) -> AbstractContextManager[None]:
+        """Return a context in which every part runs for every input."""
+        raise NotImplementedError
 
 
 class UncountedWarning(UserWarning):
@@ -56,7 +68,8 @@ def count_macs(
 ) -> int:
     """Count the MACs of one forward pass in evaluation mode over ``batch`` samples of zeros.
 
-    The pass runs on the module's device and changes no training flag, buffer or random state. Operators without a
+    The pass runs on the module's device and changes no training flag, buffer or random state. Of modules that leave out
+    parts of their computation everything counts, see :class:`ConditionalModule`. Operators without a
     formula count 0 and are named in an :class:`UncountedWarning`, here and in the functions below.
 
     Args:
@@ -184,7 +197,13 @@ def evaluation_mode(module: nn.Module | Staged) -> Iterator[None]:
 @contextmanager
 def _counting(module: nn.Module | Staged, convention: Convention) -> Iterator[Callable[[], int]]:
     """Count in evaluation mode without gradients; yields a function that returns the MACs so far."""
-    with evaluation_mode(module), torch.no_grad(), MacCounter(convention=convention) as counter:
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, ConditionalModule):
+                stack.enter_context(part.compute_all())
+        stack.enter_context(evaluation_mode(module))
+        stack.enter_context(torch.no_grad())
+        counter = stack.enter_context(MacCounter(convention=convention))
         yield lambda: counter.macs
     gaps = counter.uncounted()
     if gaps:

@@ -113,6 +113,38 @@ def _growing_data() -> type[Any]:
 
 
 @functools.cache
+def _rwalk(cls: Any) -> type[Any]:
+    """It divides by the largest score of an experience, which it sets every ``delta_t`` steps.
+
+    In an experience with fewer steps all scores are zero, so no penalty is a number. And torch finds no largest value
+    of a parameter without elements: a head before it has grown, or the anchor of an exit with a head per experience.
+    """
+    parent: Any = _growing_importances(cls)
+
+    class Corrected(parent):
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().before_training_exp(strategy, *args, **kwargs)
+            for name, parameter in strategy.model.named_parameters():
+                if name in self.checkpoint_scores:
+                    self.checkpoint_scores[name].expand(parameter.shape)
+            return result
+
+        def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+            for data in (self.checkpoint_scores, self.iter_importance):
+                for name in [name for name, value in data.items() if not value.data.numel()]:
+                    del data[name]
+            result = super().after_training_exp(strategy, *args, **kwargs)
+            if max(score.data.max() for score in self.exp_scores.values()) == 0:
+                # As theirs, with the scores left out.
+                largest = max(importance.data.max() for importance in self.exp_importance.values())
+                for name, penalty in self.exp_penalties.items():
+                    penalty.data = self.exp_importance[name].data / largest
+            return result
+
+    return Corrected
+
+
+@functools.cache
 def _synaptic_intelligence(cls: Any) -> type[Any]:
     """It stores ``param.detach().cpu().flatten()`` as old weights: on the CPU a view of the live ones.
 
@@ -221,7 +253,7 @@ def _check_gem(plugin: Any) -> None:
 _PLUGINS = "avalanche.training.plugins"
 _REPAIRS: dict[str, Callable[[Any], None]] = {
     f"{_PLUGINS}.ewc.EWCPlugin": _repair_with(_growing_importances),
-    f"{_PLUGINS}.rwalk.RWalkPlugin": _repair_with(_growing_importances),
+    f"{_PLUGINS}.rwalk.RWalkPlugin": _repair_with(_rwalk),
     f"{_PLUGINS}.mas.MASPlugin": _repair_with(_growing_importances),
     f"{_PLUGINS}.synaptic_intelligence.SynapticIntelligencePlugin": _repair_with(_synaptic_intelligence),
     f"{_PLUGINS}.bic.BiCPlugin": _repair_with(_bic),

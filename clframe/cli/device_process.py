@@ -38,7 +38,7 @@ def main() -> None:
 
         with hide_progress():
             train_along(
-                request["folder"], rank=request["rank"], port=request["port"],
+                request["folder"], rank=request["rank"], port=request["port"], devices=request["devices"],
                 resumes=request["resumes"], on_ready=lambda: send("ready"),
             )  # fmt: skip
         send("finished")

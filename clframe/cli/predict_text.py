@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -68,17 +69,19 @@ def _generate(
     context = model.network.input_shape[0] - 1
     tokens = min(TOKENS, context) if options.generate is None else whole_number("--generate", options.generate)
     draft = 0 if options.draft is None else whole_number("--draft", options.draft)
-    prompts = [text for _, text in _read(inputs, options)]
+    read, skipped = _read(inputs, options)
+    prompts = [text for _, text in read]
     with progress_bars(unit="prompt") as show:
         found = text_generation.continue_prompts(
             model, prompts, tokens=tokens, threshold=threshold, budget=budget, draft=draft,
             draft_exit=options.draft_exit, domain=options.domain, progress=partial(show, "generate"),
         )  # fmt: skip
+    _name_skipped(skipped)
     write_found(
         options, as_json=lambda: text_generation.to_json(found, run=str(model.folder)),
         as_csv=lambda: to_csv(text_generation.table(found)), shown=lambda: text_generation.describe(found),
     )  # fmt: skip
-    return 0
+    return 3 if skipped else 0
 
 
 def _score(
@@ -90,7 +93,7 @@ def _score(
     from clframe.targets import text_scoring
 
     stride = None if options.stride is None else whole_number("--stride", options.stride)
-    found_texts = _read(inputs, options)
+    found_texts, skipped = _read(inputs, options)
     # Lines may be equal, and each is scored.
     texts = dict(found_texts) if options.document == "file" else [text for _, text in found_texts]
     with progress_bars(unit="text") as show:
@@ -98,8 +101,8 @@ def _score(
             model, texts, threshold=threshold, budget=budget, stride=stride, batch_size=size,
             domain=options.domain, progress=partial(show, "score"),
         )  # fmt: skip
-    for reason in found.skipped.values():
-        print(printable(f"clframe: skipped {reason}"), file=sys.stderr)
+    found = replace(found, skipped={**skipped, **found.skipped})
+    _name_skipped(found.skipped)
     write_found(
         options, as_json=lambda: text_scoring.to_json(found, run=str(model.folder)),
         as_csv=lambda: to_csv(text_scoring.table(found)),
@@ -108,24 +111,37 @@ def _score(
     return 3 if found.skipped else 0
 
 
-def _read(inputs: Sequence[str], options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Names and texts of the arguments: lines, or whole files."""
-    from pathlib import Path
-
-    from clframe.data.sources.paths import read_text
+def _read(inputs: Sequence[str], options: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Names and texts of the arguments, lines or whole files, and the reason for each that cannot be read."""
     from clframe.targets.reading import find_lines
 
     document = options.document or "line"
     if document not in ("line", "file"):
         raise ConfigError(f"--document: found '{document}'; choose from line, file")
-    if document == "line":
-        found = [(text, text) for given in inputs for text in find_lines(given)]
-    else:
-        files = [os.path.expanduser(given) for given in inputs]
-        missing = next((file for file in files if not os.path.isfile(file)), None)
-        if missing is not None:
-            raise DataError(f"{missing}: no such file; give text files, or leave --document file out")
-        found = [(file, read_text(Path(file))) for file in files]
+    found: list[tuple[str, str]] = []
+    skipped: dict[str, str] = {}
+    for given in inputs:
+        try:
+            found += [_read_file(given)] if document == "file" else [(text, text) for text in find_lines(given)]
+        except DataError as error:
+            skipped[given] = str(error)
     if not found:
-        raise DataError("predict: found no text; give prompts, or files with one a line")
-    return found
+        nothing = "predict: found no text; give prompts, or files with one a line"
+        raise DataError(next(iter(skipped.values()), nothing))
+    return found, skipped
+
+
+def _read_file(given: str) -> tuple[str, str]:
+    from pathlib import Path
+
+    from clframe.data.sources.paths import read_text
+
+    file = os.path.expanduser(given)
+    if not os.path.isfile(file):
+        raise DataError(f"{file}: no such file; give text files, or leave --document file out")
+    return file, read_text(Path(file))
+
+
+def _name_skipped(reasons: Mapping[str, str]) -> None:
+    for reason in reasons.values():
+        print(printable(f"clframe: skipped {reason}"), file=sys.stderr)

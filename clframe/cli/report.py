@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="folder to write to (default: RUN/report)")
     parser.add_argument("--against", metavar="GROUP", help="group or strategy that the others are compared with")
     parser.add_argument("--all-figures", action="store_true", help="draw the figures of all groups, however many")
-    parser.add_argument("--watch", action="store_true", help="rewrite the report until all runs are finished")
+    parser.add_argument("--watch", action="store_true", help="with unfinished runs, written again until none trains")
 
 
 def act(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from clframe.cli.jobs import parse_jobs
 from clframe.cli.signals import StopSignals
 from clframe.errors import ConfigError, Interrupted
 from clframe.lazy_imports import without_collection
+from clframe.own_code import import_options
 
 if TYPE_CHECKING:
     from clframe.build import Setup
@@ -143,6 +144,7 @@ def _without_seeds(options: argparse.Namespace, config: str, overrides: Sequence
     """The command that was given, without its seeds."""
     command = ["clframe", "run", config, *overrides, "--jobs", options.jobs]
     command += [] if options.output is None else ["--output", options.output]
+    command += import_options()
     return command + ["--quiet"] * options.quiet + ["--tensorboard"] * options.tensorboard
 
 

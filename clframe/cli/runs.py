@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clframe.errors import ConfigError, RunFolderError, UnknownNameError, unknown_name
 
 if TYPE_CHECKING:
-    from clframe.cli.run_states import RunState
+    from clframe.run_states import RunState
 
 NAME = "runs"
 HELP = "list runs: strategy, accuracy, forgetting, cost, state"
@@ -20,10 +21,10 @@ DESCRIPTION = """\
 Lists the runs in ./runs, newest first: their folder, strategy, benchmark, seed, final average accuracy, forgetting,
 MACs per prediction, state (running, finished, stopped, failed, diverged, damaged) and age, which is the time since
 the last line of the log; backbone and devices as well where they differ between the runs listed. A run is shown where
-each word of FILTER occurs in its name, strategy, benchmark or backbone.
+each word of FILTER is a component of its strategy, or begins a word in its folder, name, benchmark or backbone.
 
   clframe runs
-  clframe runs er exits                  runs with er and exits
+  clframe runs er exits                  runs with er and exits; not those with er_ace or derpp
   clframe runs --sort accuracy           the most accurate first
   clframe runs resnet32                  runs with this backbone
   clframe runs cifar100 --best 3         the three most accurate finished runs of each benchmark
@@ -52,6 +53,9 @@ _COLUMNS = (
 _LEFT = ("run", "strategy", "benchmark", "backbone", "state")
 _WHERE_DIFFERENT = ("backbone", "devices")
 """Columns that are shown only if two runs differ in them."""
+_NUMBER = re.compile(r"[-+]?[0-9.]+")
+_LABEL = re.compile(r"(^|/)[^/]*(-seed[0-9]+-[0-9]{8}-[0-9]{6})")
+"""The end of the path of a run that was not given a folder, with the strategy in front."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +69,13 @@ def act(options: argparse.Namespace) -> int:
     """Print the table."""
     import time
 
-    from clframe.cli.run_states import find_folders, read_state
+    from clframe.run_states import find_folders, read_state
 
     words = list(options.words)
-    if options.best is not None and not (options.best.isascii() and options.best.isdecimal()):
+    if options.best is not None and not _NUMBER.fullmatch(options.best):
         words.append(options.best)  # `--best er`: a word of the filter
         options.best = "1"
-    if options.best is not None and int(options.best[:9]) < 1:
+    if options.best is not None and not (options.best.isdecimal() and int(options.best[:9]) > 0):
         raise ConfigError(f"--best: found '{options.best}'; give a number from 1")
     if options.sort not in _KEYS:
         raise UnknownNameError(unknown_name("key", options.sort, _KEYS, where="--sort"))
@@ -83,7 +87,7 @@ def act(options: argparse.Namespace) -> int:
             f"--output: {output} cannot be listed ({error.strerror}); give the folder of the runs"
         ) from None
     now = time.time()
-    runs = select([read_state(path, now=now) for path in folders], words)
+    runs = select([read_state(path, now=now) for path in folders], words, output=output)
     if options.best is not None:
         runs = best(runs, count=int(options.best[:9]))
     if not runs:
@@ -93,14 +97,26 @@ def act(options: argparse.Namespace) -> int:
     return 0
 
 
-def select(runs: Sequence[RunState], words: Sequence[str]) -> list[RunState]:
-    """Return the runs in whose name, strategy, benchmark or backbone each word occurs; folders of damaged ones."""
+def select(runs: Sequence[RunState], words: Sequence[str], *, output: Path) -> list[RunState]:
+    """Return the runs that have each word: as a component, or at the start of a word of folder and names.
 
-    def text(run: RunState) -> str:
-        known = (run.name, run.strategy, run.benchmark, run.backbone)
-        return "\n".join(known if any(known) else (run.path.parent.name, run.path.name)).lower()
+    Args:
+        runs: All runs.
+        words: Compared without regard to case; ``er+lwf`` are two components.
+        output: The folder of the runs, relative to which their folders are shown.
+    """
+    return [run for run in runs if all(_has(run, word.lower(), output=output) for word in words)]
 
-    return [run for run in runs if all(word.lower() in text(run) for word in words)]
+
+def _has(run: RunState, word: str, *, output: Path) -> bool:
+    folder = run.path.relative_to(output).as_posix().lower()
+    components = {part.partition("(")[0].strip() for part in run.strategy.lower().split("+")}
+    if word == folder or components.issuperset(part.strip() for part in word.split("+")):
+        return True
+    if run.strategy:  # components in the name that a folder gets by itself are not compared again
+        folder = _LABEL.sub(r"\1\2", folder)
+    begins = re.compile(rf"(?<![^\W_]){re.escape(word)}")
+    return any(begins.search(text.lower()) for text in (folder, run.name, run.benchmark, run.backbone))
 
 
 def best(runs: Sequence[RunState], *, count: int) -> list[RunState]:

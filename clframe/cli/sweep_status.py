@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from clframe.cli.run_states import read_state
 from clframe.cli.runs import format_age
 from clframe.metrics.statistics import mean
 from clframe.printable import printable
+from clframe.run_states import read_state
 from clframe.sweep.cells import Cell, cell_keys, label_cells, read_attempts, read_cell
 from clframe.sweep.locks import holder
 from clframe.tables import Quantity, Table, over_seeds, to_text

@@ -12,6 +12,7 @@ from yaml.representer import RepresenterError
 
 from clframe.errors import ConfigError
 from clframe.options import format_value
+from clframe.printable import printable
 
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # PyYAML may have been built without libyaml
 
@@ -54,7 +55,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     """Return plain values as YAML in the order of their keys; :func:`~clframe.config.files.parse_yaml` reads it.
 
     Raises:
-        ConfigError: A value that a config cannot hold, such as a number of NumPy.
+        ConfigError: A value that a config cannot hold, such as a number of NumPy, or a path that is not UTF-8.
     """
     try:
         text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
@@ -62,5 +63,9 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
         raise ConfigError(
             f"config: found {format_value(error.args[-1])}, which a config cannot hold; give a number, text, list or "
             f"mapping of Python"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"config: found the text {printable(error.object)}, which is not UTF-8; rename the file or folder"
         ) from None
     return str(text)

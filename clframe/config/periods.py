@@ -38,6 +38,6 @@ def parse_period(value: int | str | None, *, where: str) -> Period | None:
     if seconds <= 0:
         raise ConfigError(
             f"{where}: found {format_value(value)}; give a number of steps such as 200, a time such as 5min (s, min, "
-            f"h), or null for never"
+            f"h), or null for none but when a signal ends the run"
         )
     return Period(seconds=seconds)

@@ -29,6 +29,15 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_typed(config: Config) -> Config:
+    """Return a config that was built in Python, with its values checked and converted as those of a file are.
+
+    Raises:
+        ConfigError: A value of another type, or another word than those that a key takes.
+    """
+    return from_mapping(as_tree(config))
+
+
 def read_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the blocks of a tree that can be converted, and its plain values, by key."""
     found: dict[str, Any] = {}

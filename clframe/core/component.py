@@ -43,7 +43,8 @@ one name twice, are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar, Final
 
 from torch import Tensor
@@ -53,6 +54,7 @@ from clframe.errors import ComposeError
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Output
+from clframe.options import convert_fields
 
 SLOTS: Final = ("batch", "classifier", "exit_weights", "task_loss", "loss_mix", "gradient", "logits", "prediction")
 """Resources that only one component of a strategy may own."""
@@ -83,7 +85,8 @@ class Component:
         changes_activity: Whether it changes which hidden neurons or experts are active. Runs then record their
             activity after each experience; see ``trainer.record_activity``.
         changes_network: Whether ``after_experience`` changes what the network computes in evaluation. It then runs
-            before all others, whose means, importances, teachers and thresholds are of the changed network.
+            before all others, whose means, importances, teachers and thresholds are of the changed network. The replay
+            buffer comes next, then all that reads either, each in the order of names.
         capturable: Whether ``task_loss``, ``losses`` and ``combine_losses`` may be recorded as part of a CUDA graph and
             replayed: they neither wait for the device (``item()``, masks as indices) nor draw random numbers in Python,
             every number that changes between the steps of an experience comes from ``step_values``, tensors of the
@@ -118,6 +121,28 @@ class Component:
     remembers_weights: ClassVar[bool] = False
     phase: ClassVar[str] = "auxiliary"
     renamed: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Have options checked before ``__post_init__`` of a subclass, which need not call this one's."""
+        super().__init_subclass__(**arguments)
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @wraps(own)
+            def checked(self: Component) -> None:
+                if type(self).__post_init__ is checked:  # not again where that of a subclass calls this one
+                    Component.__post_init__(self)
+                own(self)
+
+            cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        """Check the options as those of an expression are: a word of a given set, a number, text, a list.
+
+        Raises:
+            ConfigError: An option of another type or another word.
+        """
+        convert_fields(self, where=f"components.{getattr(self, 'name', type(self).__name__)}")
 
     def __add__(self, other: Component | Composition) -> Composition:
         """Compose; see :func:`clframe.core.component.compose`."""
@@ -399,7 +424,21 @@ _SLOT_OF_HOOK = {
 }  # fmt: skip
 
 
+def declaration_problem(kind: type[Component]) -> str:
+    """Return which class attribute of a component is none that a strategy can use, or an empty text."""
+    if not isinstance(kind.slots, (frozenset, set)):
+        return f"slots is {kind.slots!r}; declare a set, such as slots = frozenset({{'batch'}})"
+    if not isinstance(kind.terms, (tuple, list)):
+        return f"terms is {kind.terms!r}; declare a tuple, such as terms = ('distill',)"
+    if kind.weight is not None and kind.weight not in {field.name for field in fields(kind)}:
+        return f"weight is {kind.weight!r}, which is not an option; name one of its fields, or None"
+    return ""
+
+
 def _check(component: Component) -> None:
+    problem = declaration_problem(type(component))
+    if problem:
+        raise ComposeError(f"component '{component.name}': {problem}")
     unknown = component.slots - set(SLOTS)
     if unknown:
         raise ComposeError(

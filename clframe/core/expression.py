@@ -11,9 +11,10 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
+from keyword import iskeyword
 from typing import Any, Final
 
-from clframe.core.component import Component, Composition, compose
+from clframe.core.component import Component, Composition, compose, declaration_problem
 from clframe.errors import ClframeError, ConfigError
 from clframe.options import check_options, rename_options
 from clframe.registry import Registry
@@ -46,13 +47,15 @@ def _problem(entry: Any) -> str:
         return f"found {entry!r}; expected a subclass of Component"
     if not isinstance(getattr(entry, "name", None), str):
         return f"{entry.__name__} has no name; write name: ClassVar[str] = \"...\""
+    if not entry.name.isidentifier() or iskeyword(entry.name):
+        return "expressions cannot use this name; give letters, digits and underscores, such as my_strategy"
     fields = {field.name for field in dataclasses.fields(entry)}
     kinds = inspect.get_annotations(entry)
     missed = [option for option, kind in kinds.items() if option not in fields and "ClassVar" not in str(kind)]
     if missed:
         advice = "write @dataclass(frozen=True, kw_only=True) above it"
         return f"'{missed[0]}' of {entry.__name__} is not an option; {advice}"
-    return ""
+    return declaration_problem(entry)
 
 
 COMPONENTS: Registry[type[Component]] = Registry(

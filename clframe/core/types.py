@@ -92,8 +92,8 @@ class StepContext:
     """CPU generator of the component, seeded by (seed, experience, epoch, component)."""
     memory: State | None = None
     """State of the component with the replay buffer (``x`` inputs as stored, ``y`` targets, ...), read-only; None if
-    there is none or it is empty. Components run in the order of their names, so ``er`` has already stored samples of an
-    experience when a component later in the alphabet consolidates."""
+    there is none or it is empty. In ``after_experience`` it already has samples of the experience, except for a
+    component that changes the network, which runs before the buffer is updated."""
     corrected_output: Callable[[Tensor], Output] | None = None
     """Maps prepared inputs to the present logits of every exit, as corrected by the owner of the slot ``logits``;
     ensembles and policies are fitted on these."""

@@ -208,6 +208,9 @@ class LazySamples:
 
     def raw(self, index: Tensor) -> Tensor:
         """Inputs of the dataset at ``index``, with its evaluation transforms applied."""
+        if not len(index):  # of an experience that a full buffer has no room for
+            nothing: Tensor = self._dataset[0][0][None][:0]
+            return nothing
         return torch.stack([self._dataset[i][0] for i in index.tolist()])
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clframe.data.digests import StreamDigest, digest_stream
 from clframe.data.inputs import InputFormat
 from clframe.data.protocol import class_order, classes_per_experience
 from clframe.data.samples import TensorSamples
@@ -141,6 +142,11 @@ class Benchmark:
 
         return as_avalanche(self)
 
+    @cached_property
+    def digest(self) -> StreamDigest:
+        """Identity of the samples, with the training samples of the original experiences of an online stream."""
+        return digest_stream(self.original or self.train, self.validation, self.test, inputs=self.inputs)
+
     def to(self, device: torch.device | str) -> Benchmark:
         """Return the benchmark with all samples on ``device``."""
         moved = replace(self, test=_move_all(self.test, device), validation=_move_all(self.validation, device))
@@ -173,6 +179,7 @@ def class_incremental(
         validation: Fraction of each class's training samples that is held out.
         task_labels: Task-incremental: the same data, with the index of the experience as task label.
     """
+    source.check_test()
     ordered = class_order(source.classes, order=order, seed=seed)
     rank = torch.empty(source.classes, dtype=torch.long)
     rank[torch.tensor(ordered)] = torch.arange(source.classes)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from clframe.data.augmentation import Augmentation, upload
 from clframe.data.reader import Reader
-from clframe.data.samples import TensorSamples
+from clframe.data.samples import TensorSamples, as_labels
 from clframe.errors import DataError
 from clframe.seeding import derive_seed
 
@@ -37,6 +37,7 @@ class DatasetSamples:
         view: Function of a batch of the dataset's inputs; None: unchanged.
         device: Device of the batches.
         buffer: Inputs of a replay buffer, which are not in the dataset; None without any.
+        paths: File of each sample of the dataset; empty if unknown.
     """
 
     reader: Reader
@@ -48,6 +49,7 @@ class DatasetSamples:
     view: Callable[[Tensor], Tensor] | None = None
     device: torch.device = CPU
     buffer: Tensor | None = None
+    paths: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -59,6 +61,7 @@ class DatasetSamples:
         std: tuple[float, ...] = (1.0,),
         augment: tuple[Augmentation, ...] = (),
         num_workers: int | None = None,
+        paths: tuple[str, ...] = (),
     ) -> DatasetSamples:
         """Return all samples of ``dataset``.
 
@@ -69,18 +72,20 @@ class DatasetSamples:
             std: As ``mean``.
             augment: Augmentations in training.
             num_workers: Worker processes; None chooses by the number of cores, 0 reads in this process.
+            paths: File of each sample, by which they are recognized; empty if unknown.
 
         Raises:
-            DataError: The number of labels is not the number of samples.
+            DataError: The number of labels is not the number of samples, or they are not whole numbers.
 
         >>> images = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2)
         >>> DatasetSamples.of(images, torch.tensor([0, 1, 1]), num_workers=0).raw(torch.tensor([2])).flatten()
         tensor([ 8,  9, 10, 11], dtype=torch.uint8)
         """
+        y = as_labels(y)
         if len(dataset) != len(y):
             raise DataError(f"data: found {len(dataset)} inputs and {len(y)} labels; give one label per input")
         index = torch.arange(len(dataset))
-        return cls(Reader(dataset, num_workers=num_workers), index, y, mean, std, augment)
+        return cls(Reader(dataset, num_workers=num_workers), index, y, mean, std, augment, paths=paths)
 
     def __len__(self) -> int:
         return len(self.y)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError, DataError
+from clframe.options import require_count
 from clframe.seeding import generator_for
 
 ICARL_ORDER = (
@@ -81,10 +82,9 @@ def classes_per_experience(
     """
     if counts:
         return _check_counts(classes, tuple(counts), first)
-    if experiences < 1:
-        raise ConfigError(f"benchmark.experiences: found {experiences}; give at least 1")
+    require_count(experiences, least=1, where="benchmark.experiences")
     if experiences > classes:
-        raise ConfigError(f"benchmark.experiences: found {experiences} for {classes} classes; give at most {classes}")
+        raise ConfigError(f"benchmark.experiences: found {experiences} for {_classes(classes)}; give at most {classes}")
     if first is None:
         share, rest = divmod(classes, experiences)
         return tuple(share + (i < rest) for i in range(experiences))
@@ -92,10 +92,14 @@ def classes_per_experience(
     least = classes if experiences == 1 else 1
     if not least <= first <= most:
         raise ConfigError(
-            f"benchmark.first: found {first} for {classes} classes in {experiences} experiences; "
+            f"benchmark.first: found {first} for {_classes(classes)} in {experiences} experiences; "
             f"give {least}" + (f" to {most}, so that every experience has a class" if least < most else "")
         )
     return (first, *(classes_per_experience(classes - first, experiences - 1) if experiences > 1 else ()))
+
+
+def _classes(count: int) -> str:
+    return "1 class" if count == 1 else f"{count} classes"
 
 
 def _check_counts(classes: int, counts: tuple[int, ...], first: int | None) -> tuple[int, ...]:
@@ -105,8 +109,8 @@ def _check_counts(classes: int, counts: tuple[int, ...], first: int | None) -> t
         raise ConfigError(f"benchmark.counts: found {min(counts)}; give every experience at least 1 class")
     if sum(counts) != classes:
         raise ConfigError(
-            f"benchmark.counts: found {len(counts)} counts with sum {sum(counts)} for {classes} "
-            f"classes; make them add up to {classes}"
+            f"benchmark.counts: found {len(counts)} counts with sum {sum(counts)} for {_classes(classes)}; make them "
+            f"add up to {classes}"
         )
     return counts
 

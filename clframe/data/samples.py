@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from math import prod
+from math import inf, isfinite, prod
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -74,13 +75,65 @@ CHUNK_BYTES = 2**20
 SamplesT = TypeVar("SamplesT", bound=Loadable)
 
 
+def as_tensor(values: Any, what: str) -> Tensor:
+    """Return a tensor or an array as a tensor without gradient.
+
+    Args:
+        values: The tensor, or an array of numpy.
+        what: Name of the values in messages.
+
+    Raises:
+        DataError: Another kind of value, or an array of a type that tensors do not have.
+    """
+    try:
+        found = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    except (TypeError, ValueError) as error:
+        raise DataError(f"data: found {what} in an array that torch cannot read ({error}); convert it") from None
+    if not isinstance(found, Tensor) or not found.ndim:
+        kind = "a single number" if isinstance(found, Tensor) else f"a {type(values).__name__}"
+        raise DataError(f"data: found {kind} as {what}; give a tensor or an array, with a row for each sample")
+    return found.detach() if found.requires_grad else found
+
+
+def as_labels(values: Any) -> Tensor:
+    """Return labels as targets_N, int64.
+
+    Raises:
+        DataError: They are not one whole number for each sample.
+    """
+    y = as_tensor(values, "labels")
+    if y.ndim != 1:
+        raise DataError(f"data: found labels of shape {list(y.shape)}; give one class for each sample, as [{len(y)}]")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise DataError(f"data: found labels of type {y.dtype}; give whole numbers, as by y.long()")
+    return y.long()
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float], *, channels: int) -> None:
+    """Raise DataError for a mean and standard deviation that cannot normalize inputs with ``channels`` channels."""
+    if not std:
+        return
+    if len(mean) != len(std) or len(std) not in (1, channels):
+        numbers = "1" if channels == 1 else f"1 or {channels}"
+        raise DataError(
+            f"data: found {len(mean)} mean(s) and {len(std)} standard deviation(s) for inputs with {channels} "
+            f"channel(s); give {numbers} of both"
+        )
+    wrong = next((value for value in std if not 0 < value < inf), None)
+    if wrong is not None:
+        raise DataError(f"data: found the standard deviation {wrong}; give finite numbers above 0")
+    wrong = next((value for value in mean if not isfinite(value)), None)
+    if wrong is not None:
+        raise DataError(f"data: found the mean {wrong}; give finite numbers")
+
+
 @dataclass(frozen=True, eq=False)
 class TensorSamples:
     """Samples in memory, batched by index operations.
 
     Args:
-        x: Stored inputs [N, ...], converted to float32 per batch.
-        y: targets_N.
+        x: Stored inputs [N, ...], converted to float32 per batch; an array of numpy shares its memory.
+        y: targets_N, whole numbers of any type, stored as int64.
         mean: Per channel, in units of the stored inputs: one value for all channels or one for each of dim 1.
         std: As ``mean``. Empty for token ids, which are not normalized and stay integers.
         augment: Augmentations of stored inputs in training, applied in order before normalization.
@@ -96,7 +149,10 @@ class TensorSamples:
     view: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Raise DataError for unequal lengths and for inputs that are not finite."""
+        """Raise DataError for unequal lengths, labels that are not classes, and inputs that are not finite."""
+        object.__setattr__(self, "x", as_tensor(self.x, "inputs"))
+        object.__setattr__(self, "y", as_labels(self.y))
+        check_normalization(self.mean, self.std, channels=self.x.shape[1] if self.x.ndim > 1 else 1)
         if len(self.x) != len(self.y):
             raise DataError(f"data: found {len(self.x)} inputs and {len(self.y)} labels; give one label per input")
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):

@@ -15,7 +15,7 @@ from clframe.data.protocol import hold_out
 from clframe.data.reader import Reader
 from clframe.data.samples import TensorSamples
 from clframe.errors import ConfigError, DataError
-from clframe.options import option_types
+from clframe.options import option_types, require_count
 from clframe.registry import Registry, call_problem
 
 Data = TensorSamples | DatasetSamples
@@ -41,7 +41,23 @@ class Source:
     """Content of the ``tokenizer.json`` that encoded the text."""
 
     def __post_init__(self) -> None:
-        """Raise DataError for labels out of range, classes without samples and names that are not one per class."""
+        """Raise DataError for labels out of range, classes without samples and names that are not one per class.
+
+        Also if training and test samples are normalized differently.
+        """
+        require_count(self.classes, least=1, where=f"{self.name}: classes")
+        for split, samples in (("train", self.train), ("test", self.test)):
+            if not isinstance(samples, (TensorSamples, DatasetSamples)):
+                raise DataError(
+                    f"{self.name}/{split}: found a {type(samples).__name__}; give TensorSamples, or DatasetSamples.of()"
+                )
+        for value in ("mean", "std"):
+            train, test = getattr(self.train, value), getattr(self.test, value)
+            if tuple(train) != tuple(test):
+                raise DataError(
+                    f"{self.name}: found {value} {tuple(train)} of the training samples and {tuple(test)} of the test "
+                    f"samples; normalize both by the same numbers"
+                )
         if self.class_names and len(self.class_names) != self.classes:
             raise DataError(
                 f"{self.name}: found {len(self.class_names)} class names for {self.classes} classes; give one per class"
@@ -49,6 +65,11 @@ class Source:
         twice = next((name for i, name in enumerate(self.class_names) if name in self.class_names[:i]), None)
         if twice is not None:
             raise DataError(f"{self.name}: found the class name '{twice}' twice; give each class its own name")
+        for name in self.class_names:
+            try:
+                name.encode()
+            except UnicodeEncodeError:  # the name of a folder; neither configs nor results can hold it
+                raise DataError(f"{self.name}: the class name '{name}' is not UTF-8 text; rename it") from None
         for split, samples in (("train", self.train), ("test", self.test)):
             y = samples.y
             if len(y) and (int(y.min()) < 0 or int(y.max()) >= self.classes):
@@ -66,6 +87,15 @@ class Source:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return self.train.input_shape
+
+    def check_test(self) -> None:
+        """Raise DataError if test inputs have another shape than training inputs."""
+        train, test = self.train.input_shape, self.test.input_shape
+        if train != test and not self.vocabulary:
+            raise DataError(
+                f"{self.name}: found training inputs of shape {list(train)} and test inputs of shape {list(test)}; "
+                f"give both the same shape"
+            )
 
     def are_token_ids(self) -> bool:
         """Whether inputs can be token ids: whole numbers from 0, as the model receives them (the first are checked)."""

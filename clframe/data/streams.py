@@ -14,6 +14,7 @@ from clframe.data.benchmark import Benchmark, Online
 from clframe.data.samples import concatenate
 from clframe.data.source import Source
 from clframe.errors import ConfigError, DataError
+from clframe.options import require_count
 from clframe.seeding import generator_for
 
 
@@ -161,6 +162,7 @@ def domain_incremental(
         validation: Fraction of each class's training samples that is held out.
         task_labels: Use the index of the experience as task label.
     """
+    source.check_test()
     train, held_out = source.hold_out(validation, seed=seed)
     everything = tuple(range(source.classes))
     return Benchmark(
@@ -306,5 +308,4 @@ def rotations(experiences: int, *, angles: Sequence[float] = ()) -> tuple[Rotati
 
 
 def _check_experiences(experiences: int) -> None:
-    if experiences < 1:
-        raise ConfigError(f"benchmark.experiences: found {experiences}; give at least 1")
+    require_count(experiences, least=1, where="benchmark.experiences")

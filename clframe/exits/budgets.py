@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError
+from clframe.exits.clearance import clear_thresholds
 from clframe.exits.curves import BudgetRule, Goal, shared, shared_threshold
 from clframe.exits.decisions import ALWAYS, NEVER, ExitEvaluation, Outcome, decide, evaluate_thresholds, mean_cost
 from clframe.exits.policies import Fallback
@@ -131,7 +132,8 @@ def solve(
 
     Within a budget the method searches the most accurate thresholds (``quantiles`` spends the budget instead, as the
     MSDNet protocol does), for a target accuracy the cheapest. With an infinite budget no sample stops early. Every
-    head passed is counted, also of an exit whose threshold is ``NEVER``.
+    head passed is counted, also of an exit whose threshold is ``NEVER``. Thresholds are between the confidences of two
+    samples, see :func:`~clframe.exits.clearance.clear_threshold`.
 
     Raises:
         ConfigError: A budget below the first exit's cost or that no thresholds keep, an accuracy that the method does
@@ -153,6 +155,8 @@ def solve(
         thresholds: Thresholds | None = shared(NEVER, exits=validation.exits)
     else:
         thresholds = _METHODS[method](validation, goal, fallback)
+        if thresholds is not None and method != "shared":  # a shared one remains one number
+            thresholds = clear_thresholds(validation, thresholds)
     outcome = None if thresholds is None else evaluate_thresholds(validation, thresholds, fallback=fallback)
     if budget is not None and (outcome is None or outcome.cost > budget):
         raise ConfigError(

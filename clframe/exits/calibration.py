@@ -240,18 +240,19 @@ def _with_confidence(scores_BC: Tensor, knots_M: Tensor, values_M: Tensor) -> Te
 
     A confidence below that of the second class is raised just above it: a calibration must not change the prediction.
     """
-    p_BC = scores_BC.float().softmax(1)
-    if p_BC.shape[1] == 1:
+    if scores_BC.shape[1] == 1:
         return scores_BC
-    top_B2, class_B2 = p_BC.topk(2, dim=1)
-    rest_B = (1 - top_B2[:, 0]).clamp_min(torch.finfo(torch.float32).tiny)
-    share_B = (top_B2[:, 1] / rest_B).clamp(0, 1)  # of the second class among the others
-    wanted_B = interpolate(top_B2[:, 0], knots_M, values_M)
-    lowest_B = (share_B + MARGIN) / (1 + share_B)
-    confidence_B = torch.maximum(wanted_B, lowest_B).clamp(max=1 - 1e-7)
-    calibrated_BC = p_BC * ((1 - confidence_B) / rest_B)[:, None]
-    calibrated_BC = calibrated_BC.scatter(1, class_B2[:, :1], confidence_B[:, None])
-    return calibrated_BC.log().to(scores_BC.dtype)
+    scores_BC, dtype = scores_BC.float(), scores_BC.dtype
+    top_B1, class_B1 = scores_BC.log_softmax(1).max(1, keepdim=True)
+    # Logarithms, since 1 - p of a sure sample is 0 in float32 while the probabilities of the other classes are not.
+    others_BC = scores_BC.scatter(1, class_B1, -torch.inf)
+    others_BC = torch.where(others_BC.isinf(), -torch.inf, others_BC - others_BC.logsumexp(1, keepdim=True))
+    share_B1 = others_BC.amax(1, keepdim=True).exp()  # of the second class among the others
+    wanted_B1 = interpolate(top_B1.exp(), knots_M, values_M)
+    lowest_B1 = (share_B1 + MARGIN) / (1 + share_B1)
+    confidence_B1 = torch.maximum(wanted_B1, lowest_B1).clamp(max=1 - 1e-7)
+    calibrated_BC = others_BC + torch.log1p(-confidence_B1)
+    return calibrated_BC.scatter(1, class_B1, confidence_B1.log()).to(dtype)
 
 
 def _checked(logits_NC: Tensor, y_N: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError, ConfigError
+from clframe.exits.clearance import clear_threshold
 from clframe.exits.decisions import ALWAYS, NEVER, ExitEvaluation, evaluate_thresholds, mean_cost
 from clframe.exits.policies import Fallback
 
@@ -175,8 +176,7 @@ def candidate_thresholds_P(evaluation: ExitEvaluation) -> Tensor:
     highest confidence up to k reaches the threshold. The lowest is replaced by :data:`ALWAYS`: no sample indicates
     where below it a threshold should be.
     """
-    distinct_P = evaluation.confidence_KN[:-1].cummax(dim=0).values.unique() if evaluation.exits > 1 else torch.empty(0)
-    distinct_P = distinct_P[distinct_P > ALWAYS].double()
+    distinct_P = _distinct_P(evaluation)
     return torch.cat((torch.tensor([ALWAYS])[: len(distinct_P)], distinct_P[1:], torch.tensor([NEVER]))).double()
 
 
@@ -210,12 +210,14 @@ def sweep(evaluation: ExitEvaluation, thresholds_P: Tensor, *, fallback: Fallbac
 def shared_threshold(validation: ExitEvaluation, goal: Goal, *, fallback: Fallback = "last") -> float | None:
     """The best shared threshold for ``goal`` on these samples; None where no threshold satisfies it.
 
+    It is between two confidences, see :func:`~clframe.exits.clearance.clear_threshold`.
+
     Raises :class:`ConfigError` for a budget below the first exit's cost.
     """
     goal.check(validation)
     thresholds_P = candidate_thresholds_P(validation)
     index = goal.best(*sweep(validation, thresholds_P, fallback=fallback), samples=validation.samples)
-    return None if index is None else float(thresholds_P[index])
+    return None if index is None else clear_threshold(float(thresholds_P[index]), _distinct_P(validation))
 
 
 def accuracy_cost_curve(
@@ -266,7 +268,7 @@ def budget_points(
     cost_P, accuracy_P = sweep(validation, thresholds_P, fallback=fallback)
 
     def point(name: str, share: float, index: int) -> BudgetPoint:
-        threshold = float(thresholds_P[index])
+        threshold = clear_threshold(float(thresholds_P[index]), _distinct_P(validation))
         outcome = evaluate_thresholds(test, shared(threshold, exits=test.exits), fallback=fallback)
         low, high = wilson_interval(round(outcome.accuracy * test.samples), test.samples)
         return BudgetPoint(
@@ -287,6 +289,14 @@ def budget_points(
         else:
             points.append(point(name, share, chosen))
     return BudgetPoints(points=tuple(points), validation_samples=validation.samples, rule=rule)
+
+
+def _distinct_P(evaluation: ExitEvaluation) -> Tensor:
+    """The distinct values of the highest confidence so far at the exits before the last, in rising order."""
+    if evaluation.exits == 1:
+        return torch.empty(0, dtype=torch.float64)
+    distinct_P: Tensor = evaluation.confidence_KN[:-1].cummax(dim=0).values.unique()
+    return distinct_P[distinct_P > ALWAYS]
 
 
 def _reached(value_N: Tensor, flag_N: Tensor, thresholds_P: Tensor) -> tuple[Tensor, Tensor]:

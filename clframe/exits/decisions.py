@@ -309,8 +309,11 @@ def select(scores: Sequence[Tensor], policy: ExitPolicy, *, exits: Collection[in
     exit_B = scores[-1].new_full(scores[-1].shape[:1], count - 1, dtype=torch.long)
     best_B = scores[-1].new_full(exit_B.shape, -1.0, dtype=torch.float64)
     done_B = torch.zeros_like(exit_B, dtype=torch.bool)
+    answering = policy.answering_exits(count, among=exits)
     for exit in policy.confidence_exits(count, among=exits):
         confidence_B, carried = policy.measure(exit, scores[exit], carried)
+        if exit not in answering:
+            continue
         takes_B = torch.zeros_like(done_B)
         if policy.fallback == "confident":
             takes_B = confidence_B > best_B

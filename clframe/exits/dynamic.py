@@ -223,10 +223,15 @@ class DynamicNetwork(nn.Module):
         return self.policy.confidence_exits(len(self.network.heads), among=self.enabled)
 
     @property
+    def answering_exits(self) -> tuple[int, ...]:
+        """Indices of the exits that may give a sample's prediction because of their confidence."""
+        return self.policy.answering_exits(len(self.network.heads), among=self.enabled)
+
+    @property
     def stopping_exits(self) -> tuple[int, ...]:
         """Indices of the exits that may stop a sample; the host synchronizes once at each."""
         thresholds = self.policy.of_exits(len(self.network.heads))
-        return tuple(exit for exit in self.confidence_exits if exit < len(thresholds) and thresholds[exit] <= 1)
+        return tuple(exit for exit in self.answering_exits if exit < len(thresholds) and thresholds[exit] <= 1)
 
     @property
     def computed_exits(self) -> tuple[int, ...]:
@@ -295,7 +300,7 @@ class DynamicNetwork(nn.Module):
             return scores_nC, None
         confidence_n, rows.measured = self.measure(stop.exit, scores_nC, rows.measured)
         fires_n = None if stop.threshold is None else confidence_n >= stop.threshold
-        if confident:
+        if confident and stop.answers:
             rows.take(stop.exit, scores_nC, rows.update_best(confidence_n, fires_n))
         return scores_nC, fires_n
 
@@ -316,6 +321,7 @@ class DynamicNetwork(nn.Module):
                 tap=self.network.exit_taps[exit],
                 last=exit == last,
                 has_confidence=exit in self.confidence_exits,
+                answers=exit in self.answering_exits,
                 threshold=thresholds[exit] if exit in self.stopping_exits else None,
                 chained=exit < last and bool(boosted or heads[exit + 1].cascades),
             )
@@ -333,6 +339,8 @@ class Stop:
     last: bool
     has_confidence: bool
     """Whether its confidence is needed."""
+    answers: bool
+    """Whether its confidence may make it the exit of a sample."""
     threshold: float | None
     """Confidence from which the exit fires; None where it cannot."""
     chained: bool

@@ -2,7 +2,8 @@
 
 A small head per exit predicts whether stopping there is right or continuing is futile, the target of
 :func:`~clframe.exits.failure.failure_targets`, from the scores of the exit and from the value at the exit before. The
-network is frozen; heads are fitted on held-out data, and thresholds are solved on out-of-fold confidences.
+network is frozen; heads are fitted on held-out data, and thresholds that are chosen by accuracy are solved on
+out-of-fold confidences.
 The procedure follows the idea of "Failure Prediction Is a Better Performance Proxy for Early-Exit
 Networks Than Calibration"; the authors' own procedure could not be read.
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.errors import DataError
+from clframe.exits.budgets import Method
 from clframe.exits.failure import failure_targets
 from clframe.exits.policies import ConfidenceMeasure, FittedConfidence, entropy, margin, register_confidence
 from clframe.nn.network import Carried
@@ -167,12 +169,22 @@ def out_of_fold(
     return found_KN
 
 
-def held_out_confidences(measure: ConfidenceMeasure, scores: Sequence[Tensor], targets_N: Tensor) -> Tensor:
+def held_out_confidences(
+    measure: ConfidenceMeasure, scores: Sequence[Tensor], targets_N: Tensor, *, method: Method = "shared"
+) -> Tensor:
     """confidence_KN of the samples that a measure was fitted on, if any, to solve thresholds on.
 
-    Out of fold for a measure that overfits, see :attr:`FittedConfidence.overfits`.
+    Out of fold for a measure that overfits, see :attr:`FittedConfidence.overfits`. Not so for thresholds that are
+    quantiles: they are chosen by the distribution of the confidences, which is that of no single fold's measure, and
+    not by how many predictions are right.
+
+    Args:
+        measure: The measure that decides.
+        scores: K tensors scores_NC of held-out samples, after corrections and ensemble.
+        targets_N: Their classes.
+        method: How thresholds are solved.
     """
-    if isinstance(measure, FittedConfidence) and measure.overfits:
+    if method != "quantiles" and isinstance(measure, FittedConfidence) and measure.overfits:
         return out_of_fold(type(measure), scores, targets_N)
     return confidences(measure, scores)
 

@@ -7,7 +7,7 @@ with the same blocks, of any class or width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clframe.accounting.macs import stage_macs, zeros_for
 from clframe.errors import ConfigError
-from clframe.exits.head_kinds import Pooling
+from clframe.exits.head_kinds import HeadKind, Pooling
+from clframe.exits.tap_choice import blind_taps, default_taps, require_sight
 from clframe.nn.backbones.base import Backbone
 from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.network import Network
@@ -181,7 +182,9 @@ def every_nth_tap(backbone: Backbone, n: int) -> ExitPlacement:
     return ExitPlacement(taps, _rising(len(taps)))
 
 
-def at_cost(costs: Mapping[str, float], shares: Sequence[float]) -> ExitPlacement:
+def at_cost(
+    costs: Mapping[str, float], shares: Sequence[float], *, without: Collection[str] = ()
+) -> ExitPlacement:
     """Exits on the taps nearest to these shares of the backbone's cost, each on a different tap.
 
     Minimizes the sum of distances; of taps of equal cost the first is used.
@@ -190,6 +193,7 @@ def at_cost(costs: Mapping[str, float], shares: Sequence[float]) -> ExitPlacemen
         costs: Cost of every stage in order, such as ``stage_macs(network)``. Costs of heads, under ``exit/<name>``,
             are ignored.
         shares: Ascending, between 0 and 1.
+        without: Taps that are not used.
 
     Raises:
         ConfigError: Shares that are not ascending or not between 0 and 1, or more shares than taps.
@@ -199,20 +203,27 @@ def at_cost(costs: Mapping[str, float], shares: Sequence[float]) -> ExitPlacemen
     """
     stages = {name: cost for name, cost in costs.items() if not name.startswith("exit/")}
     total = sum(stages.values())
-    reached = [spent / total for spent in accumulate(stages.values())][:-1] if total else []
+    spent = list(zip(stages, accumulate(stages.values()), strict=True))[:-1] if total else []
+    names = [name for name, _ in spent if name not in without]
+    reached = [cost / total for name, cost in spent if name not in without]
     if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] >= 1:
         raise ConfigError(f"exits: found shares {_listed(shares)}; give ascending numbers between 0 and 1")
     if len(shares) > len(reached):
         raise ConfigError(
             f"exits: found {len(shares)} shares for {len(reached)} taps before the last; give at most one per tap"
         )
-    names, chosen = list(stages), _nearest(reached, shares)
+    chosen = _nearest(reached, shares)
     weights = tuple(max(round(reached[stage], 2), 0.01) for stage in chosen)
     return ExitPlacement(tuple(names[stage] for stage in chosen), weights)
 
 
 def at_latency(
-    backbone: Backbone, shares: Sequence[float], *, batch: int = 1, repetitions: int = 5
+    backbone: Backbone,
+    shares: Sequence[float],
+    *,
+    without: Collection[str] = (),
+    batch: int = 1,
+    repetitions: int = 5,
 ) -> ExitPlacement:
     """Exits on the taps nearest to these shares of the backbone's run time on this machine.
 
@@ -222,6 +233,7 @@ def at_latency(
     Args:
         backbone: The backbone to time, on its device.
         shares: Ascending, between 0 and 1.
+        without: Taps that are not used.
         batch: Samples per pass.
         repetitions: Number of passes after one warm-up pass.
 
@@ -229,7 +241,7 @@ def at_latency(
         ConfigError: As :func:`at_cost`.
     """
     seconds = stage_seconds(backbone, batch=batch, repetitions=repetitions)
-    return replace(at_cost(seconds, shares), weights=tuple(shares))
+    return replace(at_cost(seconds, shares, without=without), weights=tuple(shares))
 
 
 def stage_seconds(backbone: Backbone, *, batch: int = 1, repetitions: int = 5) -> dict[str, float]:
@@ -256,8 +268,11 @@ def place_exits(
     cost_shares: Sequence[float] = (),
     latency_shares: Sequence[float] = (),
     values: Sequence[float] = (),
+    head: HeadKind = "auto",
 ) -> ExitPlacement:
-    """Place exits by the first option given; without options by the published placement, or on every tap.
+    """Place exits by the first option given; without options as published, or by :func:`~.tap_choice.default_taps`.
+
+    Taps on which the head cannot see the input (:func:`~.tap_choice.blind_taps`) are left out, and refused in ``taps``.
 
     Args:
         network: The network; only its backbone matters.
@@ -267,6 +282,7 @@ def place_exits(
         cost_shares: Shares of MACs, for :func:`at_cost`.
         latency_shares: Shares of run time, for :func:`at_latency`.
         values: Weights that replace those of the placement, one for each exit.
+        head: Kind of the heads.
 
     Raises:
         ConfigError: As raised by the function for that option, or a wrong number of values.
@@ -275,14 +291,16 @@ def place_exits(
     backbone = network.backbone
     if taps:
         found = at_taps(backbone, taps)
+        require_sight(backbone, taps, head)
     elif nth is not None:
-        found = every_nth_tap(backbone, nth)
+        blind = blind_taps(backbone, head)
+        found = at_taps(backbone, [tap for tap in every_nth_tap(backbone, nth).taps if tap not in blind])
     elif cost_shares:
-        found = at_cost(stage_macs(network), cost_shares)
+        found = at_cost(stage_macs(network), cost_shares, without=blind_taps(backbone, head))
     elif latency_shares:
-        found = at_latency(backbone, latency_shares)
+        found = at_latency(backbone, latency_shares, without=blind_taps(backbone, head))
     elif count is None and family_of(backbone.names) is None:
-        found = every_nth_tap(backbone, 1)
+        found = at_taps(backbone, default_taps(network, head))
     else:
         found = published_placement(backbone.names, exits=count)
     if values and len(values) != len(found.taps):

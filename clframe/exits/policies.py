@@ -24,12 +24,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import EntryPoint
 from math import inf, isnan
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from clframe.errors import ConfigError
 from clframe.nn.network import Carried
@@ -45,8 +47,9 @@ ConfidenceMeasure = Callable[[int, Tensor, Carried], tuple[Tensor, Carried]]
 ``exit`` counts from 0. ``scores_BC`` are the exit's logits after corrections and its ensemble; classes not met have
 ``-inf``. ``confidence_B`` grows with certainty and is between 0 and 1 (a threshold above 1 never fires); NaN reaches
 no threshold. ``carried`` is what the call at the previous exit returned, a tuple of tensors with the batch first,
-empty at the first exit: finished samples are removed from it. Exits whose threshold cannot fire are skipped, see
-:meth:`ExitPolicy.confidence_exits`. Measures must treat samples independently of each other.
+empty at the first exit: finished samples are removed from it. Exits whose threshold cannot fire are skipped, unless the
+measure carries values and a later exit can, see :meth:`ExitPolicy.confidence_exits`. Measures must treat samples
+independently of each other.
 """
 
 Fallback = Literal["last", "confident"]
@@ -220,7 +223,7 @@ class ExitPolicy:
     """Early exit by thresholds: a sample stops at the first exit whose confidence reaches its threshold.
 
     Threshold 0 stops every sample at the first exit. A threshold above 1 never fires; with the fallback ``last``
-    the confidence of such an exit is not even computed.
+    the confidence of such an exit is not even computed, unless a later one depends on it.
 
     Args:
         measure: The confidence measure.
@@ -261,10 +264,26 @@ class ExitPolicy:
             )
         return self.thresholds
 
+    def answering_exits(self, exits: int, *, among: Collection[int] | None = None) -> tuple[int, ...]:
+        """Indices of the exits that may give a sample's prediction because of their confidence, in order.
+
+        These are the exits whose threshold can fire; with the fallback ``confident`` all exits, the last included.
+
+        Args:
+            exits: Number of exits K, the last included.
+            among: Exits that may stop a sample, all if not given; the last always may.
+        """
+        thresholds, last = self.of_exits(exits), exits - 1
+        confident = self.fallback == "confident"
+        allowed = [exit for exit in range(last) if among is None or exit in among]
+        return (*(exit for exit in allowed if confident or thresholds[exit] <= 1), *((last,) if confident else ()))
+
     def confidence_exits(self, exits: int, *, among: Collection[int] | None = None) -> tuple[int, ...]:
         """Indices of the exits whose confidence is needed, in order.
 
-        These are the exits whose threshold can fire; with the fallback ``confident`` all exits, the last included.
+        These are the exits that may answer, see :meth:`answering_exits`; for a measure that carries values from exit to
+        exit, such as ``patience``, also those before them, without which it would have other values than those that
+        thresholds were solved on.
 
         Args:
             exits: Number of exits K, the last included.
@@ -273,11 +292,19 @@ class ExitPolicy:
         >>> policy = ExitPolicy(thresholds=(0.5, 2.0, 0.5))
         >>> policy.confidence_exits(4), policy.confidence_exits(4, among=[0, 1])
         ((0, 2), (0,))
+        >>> ExitPolicy(thresholds=(2.0, 2.0, 0.5, 2.0), measure=patience).confidence_exits(5)
+        (0, 1, 2)
         """
-        thresholds, last = self.of_exits(exits), exits - 1
-        confident = self.fallback == "confident"
-        allowed = [exit for exit in range(last) if among is None or exit in among]
-        return (*(exit for exit in allowed if confident or thresholds[exit] <= 1), *((last,) if confident else ()))
+        answering = self.answering_exits(exits, among=among)
+        return tuple(range(answering[-1] + 1)) if answering and self._carries else answering
+
+    @cached_property
+    def _carries(self) -> bool:
+        """Whether the measure carries values from exit to exit, tried on scores of 16 classes."""
+        module = self.measure if isinstance(self.measure, nn.Module) else nn.Identity()
+        place = next(iter((*module.parameters(), *module.buffers())), torch.zeros(()))
+        with torch.no_grad(), _disable_current_modes():  # a counter of MACs must not count it
+            return bool(self.measure(0, torch.zeros(1, 16, device=place.device), ())[1])
 
 
 def _probabilities(scores_BC: Tensor) -> Tensor:
@@ -308,7 +335,8 @@ def restore_confidence(name: str, state: Mapping[str, Tensor] | None, *, exits: 
     if state is None:
         return _never_confident
     measure: FittedConfidence = entry(exits)
-    measure.to(next(iter(state.values())).device).load_state_dict(dict(state))
+    device = next((value.device for value in state.values()), None)  # of nothing: load_state_dict refuses it
+    measure.to(device=device).load_state_dict(dict(state))
     return measure
 
 

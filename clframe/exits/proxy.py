@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clframe.errors import DataError
+from clframe.exits.budgets import Method
 from clframe.exits.calibration import Calibrated, Calibration
 from clframe.exits.curves import AccuracyCostCurve, BudgetPoints, accuracy_cost_curve, budget_points
 from clframe.exits.decisions import ExitEvaluation
@@ -199,18 +200,18 @@ def _calibrate(kind: Calibration, validation: ExitScores, test: ExitScores) -> t
 
 
 def evaluations(
-    name: str, validation: ExitScores, test: ExitScores, cost_K: Sequence[int]
+    name: str, validation: ExitScores, test: ExitScores, cost_K: Sequence[int], *, method: Method = "shared"
 ) -> tuple[ExitEvaluation, ExitEvaluation]:
     """Validation and test under a measure, fitted on validation data where it has parameters.
 
-    Thresholds are chosen on the former, so the confidences of a measure that overfits are out of fold there.
+    Thresholds are chosen on the former by ``method``, see :func:`~clframe.exits.learned.held_out_confidences`.
     """
     kind, y_N = fitted_class(name), torch.from_numpy(validation.y_N)
     held_out, tested = (
         [torch.from_numpy(np.array(scores_NC)) for scores_NC in scores.scores_KNC] for scores in (validation, test)
     )
     measure = restore_confidence(name, None, exits=len(held_out)) if kind is None else kind.fit(held_out, y_N)
-    held_out_KN = held_out_confidences(measure, held_out, y_N)
+    held_out_KN = held_out_confidences(measure, held_out, y_N, method=method)
     return (
         _evaluation(held_out_KN, held_out, validation.y_N, cost_K),
         _evaluation(confidences(measure, tested), tested, test.y_N, cost_K),

@@ -147,6 +147,9 @@ class ExitServer:
     async def close(self, *, waiting: Literal["answer", "refuse"] = "answer") -> None:
         """Refuse further requests and end the thread.
 
+        A call that is cancelled, such as by ``asyncio.wait_for``, leaves the server closed and its requests to the
+        worker, which still answers them; call again with ``waiting="refuse"`` to end sooner.
+
         Args:
             waiting: Whether requests that wait are answered first, or raise :class:`ClosedError` after the segment that
                 is running.
@@ -156,15 +159,20 @@ class ExitServer:
             self._refusing = True
             self._fail(_refusal())
         self._arrived.set()
-        if self._worker is not None:
-            await self._worker
+        worker = self._worker
+        if worker is not None:
+            # Not awaited itself: the cancellation of this call would cancel it, and with it the requests.
+            await asyncio.wait([worker])
             self._worker = None
+            if not worker.cancelled():
+                worker.result()
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
     async def _serve(self) -> None:
-        """Run one segment after the other until the server is closed and nothing waits."""
+        """Run one segment after the other until the server is closed and nothing waits, then end the thread."""
+        requests = list[Request]()
         try:
             while True:
                 segment, requests, chunks = self._take()
@@ -178,8 +186,13 @@ class ExitServer:
                     await self._arrived.wait()
         except BaseException as error:
             self._closed = True
-            self._fail(ClosedError(f"server: ended by {type(error).__name__}; make another server"))
+            cancelled = isinstance(error, asyncio.CancelledError)
+            reason = "its task was cancelled" if cancelled else f"ended by {type(error).__name__}"
+            self._fail(ClosedError(f"server: {reason} before the answer; make another server"), running=requests)
             raise
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown(wait=False)
 
     def _take(self) -> tuple[int, list[Request], list[Chunk]]:
         """The segment to run next, its samples, and the chunks that they are in after the first segment."""
@@ -275,10 +288,10 @@ class ExitServer:
         x = torch.stack([request.x for request in requests])
         return self._runner.launch(0, [ActiveSamples(self._network.to_device(x))])
 
-    def _fail(self, error: Exception) -> None:
-        """Give all waiting requests an error."""
-        requests = [*self._requests, *(request for pool in self._pools for chunk in pool for request in chunk.requests)]
-        for request in requests:
+    def _fail(self, error: Exception, *, running: Sequence[Request] = ()) -> None:
+        """Give an error to all requests that wait, and to those ``running`` that have not been answered."""
+        waiting = [*self._requests, *(request for pool in self._pools for chunk in pool for request in chunk.requests)]
+        for request in (*waiting, *running):
             _resolve(request.answer, error)
         self._requests.clear()
         for pool in self._pools:

@@ -28,6 +28,7 @@ from clframe.moe.projections import (
     unpack_attentions,
 )
 from clframe.nn.frozen import evaluating
+from clframe.process_state import preserve_generators
 from clframe.seeding import derive_seed
 
 
@@ -117,8 +118,7 @@ def _distill(
 
     losses = []
     # Dropout draws from the global generators, whose state the caller gets back.
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with forward_hooks(layers, add), torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+    with forward_hooks(layers, add), preserve_generators(), torch.enable_grad():
         torch.manual_seed(derive_seed(seed, "moe", "dropout"))
         for _ in range(epochs):
             total = torch.zeros(())

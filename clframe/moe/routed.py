@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clframe.accounting.macs import ConditionalModule
 from clframe.moe.dispatch import Name
 from clframe.moe.experts import ExpertLayer
-from clframe.moe.router import CumulativeShare, DynamicK, Gate, NormRouter, Router, TopK
+from clframe.moe.router import ALL, CumulativeShare, DynamicK, Gate, NormRouter, Router, TopK
 from clframe.moe.routing import expert_macs
 from clframe.moe.triton_router import can_route, route_tokens, routes_agree
 
@@ -116,7 +117,7 @@ When = Literal["always", "evaluation"]
 """When the gate is applied: always, or in evaluation mode only, with all experts active in training."""
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(ConditionalModule):
     """Experts of which each token runs those that the gate selects by the router's scores.
 
     The output is the unweighted sum of the active experts. A gate that keeps all experts does not evaluate the router.
@@ -187,6 +188,12 @@ class RoutedExperts(nn.Module):
         if self.dropout:
             y_NO = nn.functional.dropout(y_NO, self.dropout, self.training)
         return y_NO if x.dim() == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[-1])
+
+    @contextmanager
+    def compute_all(self) -> Iterator[None]:
+        """Context in which all experts run and the router does not."""
+        with override({"": self}, "gate", lambda _: ALL):
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.measured = ()  # of another device or dtype

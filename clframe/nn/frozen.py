@@ -15,6 +15,7 @@ from torch.func import functional_call
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Inputs, Output, Samples
+from clframe.process_state import preserve_generators
 
 
 def freeze(network: Network) -> Network:
@@ -172,7 +173,7 @@ def fine_tune(
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     steps = 0
     # The network's own layers draw from the global generator: seed it here, and restore it at the end.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+    with preserve_generators(), torch.enable_grad():
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         for epoch in range(epochs):
             passed = sum(epoch >= share * epochs for share in milestones)

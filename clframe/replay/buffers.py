@@ -14,6 +14,7 @@ from clframe.core.types import Experience, Pool, State
 from clframe.data.augmentation import upload
 from clframe.data.samples import Loadable
 from clframe.nn.types import Samples
+from clframe.options import convert_fields
 from clframe.replay.selection import append_rows, balanced_choice, balanced_trim, herding, quotas, reservoir
 from clframe.seeding import generator_for
 
@@ -67,11 +68,18 @@ class MemoryPolicy:
         selection: ``"balanced"``: the same number per class, at random; ``"herding"``: the same number per class,
             nearest to its mean in feature space; ``"random"``: the same number per experience; ``"reservoir"``: every
             sample seen so far with the same probability.
+
+    Raises:
+        ConfigError: Another word, or a size that is not a whole number.
     """
 
     size: int
     budget: Budget = "total"
     selection: Selection = "balanced"
+
+    def __post_init__(self) -> None:
+        """Check the words."""
+        convert_fields(self, where="MemoryPolicy")
 
     def empty(self) -> State:
         """Return an empty buffer.

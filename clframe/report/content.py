@@ -39,6 +39,7 @@ from clframe.report.shown_metrics import macs_over_seeds, metric_over_seeds, see
 from clframe.report.strategy_table import exits_compared_table, strategies_table
 from clframe.report.tables import differences_table, equal_accuracy_table, groups_table, matrix_table, summary_table
 from clframe.report.terminal import skipped_text
+from clframe.run_states import RunState
 from clframe.tables import Quantity, Table, over_seeds
 
 MANY_RUNS = 60
@@ -125,14 +126,18 @@ def _missing_costs(run: Run) -> str:
 
 
 def make_page(
-    groups: Sequence[Group], running: Sequence[Run], notices: Sequence[str], *, reference: Group | None = None,
+    groups: Sequence[Group],
+    unfinished: Sequence[tuple[Run, RunState]],
+    notices: Sequence[str],
+    *,
+    reference: Group | None = None,
     all_figures: bool = False,
-) -> tuple[Page, Files]:  # fmt: skip
+) -> tuple[Page, Files]:
     """Make the page of these runs, and the figures and tables that are also written as files.
 
     Args:
         groups: Groups of finished runs.
-        running: Unfinished runs.
+        unfinished: Unfinished runs with their states.
         notices: Texts shown at the top.
         reference: The group that the others are compared with; None compares strategies with exits with the same
             strategy without them, and the tables of differences with the group that most others are comparable with.
@@ -152,19 +157,22 @@ def make_page(
         notices = [*notices, *notices_of(groups, base)]
     fold: Fold = "never" if len(groups) < 2 else "open" if len(groups) <= MOST_OPEN else "closed"
     for n, group in enumerate(groups):
-        prefix = f"group{n + 1}_" if len(groups) + len(running) > 1 else ""
+        prefix = f"group{n + 1}_" if len(groups) + len(unfinished) > 1 else ""
         section, *others = _group(group, files, prefix=prefix, drawn=n < drawn)
         sections += [replace(section, fold=fold), *others]
-    for n, run in enumerate(running):
-        prefix = f"running{n + 1}_" if len(groups) + len(running) > 1 else ""
-        sections.append(_running(run, files, prefix=prefix))
+    for n, (run, state) in enumerate(unfinished):
+        prefix = f"unfinished{n + 1}_" if len(groups) + len(unfinished) > 1 else ""
+        sections.append(_unfinished(run, state, files, prefix=prefix))
+    running = [run for run, state in unfinished if trains(state)]
     paths = ", ".join(str(run.path) for run in running)
     refreshed = f"{paths}; this page is rewritten until the run is finished." if running else ""
-    first = groups[0].runs[0] if groups else running[0]
+    notices = [*notices, *(_why_unfinished(state) for _, state in unfinished if not trains(state))]
+    partial = [run for run, _ in unfinished]
+    first = groups[0].runs[0] if groups else partial[0]
     page = Page(
-        title=_title(groups, running), subtitle=_subtitle(groups, first),
+        title=_title(groups, partial), subtitle=_subtitle(groups, first),
         made=f"Made by clframe {versions()['clframe']}",
-        running=refreshed, notices=_with_losses(notices, [*(run for group in groups for run in group.runs), *running]),
+        running=refreshed, notices=_with_losses(notices, [*(run for group in groups for run in group.runs), *partial]),
         sections=sections,
     )  # fmt: skip
     return page, files
@@ -182,8 +190,21 @@ def _groups_drawn(groups: Sequence[Group]) -> int:
     return len(groups)
 
 
-def _title(groups: Sequence[Group], running: Sequence[Run]) -> str:
-    names = sorted({run.name for group in groups for run in group.runs} | {run.name for run in running})
+def trains(state: RunState) -> bool:
+    """Whether a process writes to the run; one that has finished since it was read is shown as such the next time."""
+    return state.state in ("running", "finished")
+
+
+def _why_unfinished(state: RunState) -> str:
+    between = " " if state.state == "stopped" else ": "  # details are a place, or a reason
+    return (
+        f"{state.path}: {state.state}{between}{state.detail}; clframe run --resume {shlex.quote(str(state.path))} "
+        f"continues it."
+    )
+
+
+def _title(groups: Sequence[Group], unfinished: Sequence[Run]) -> str:
+    names = sorted({run.name for group in groups for run in group.runs} | {run.name for run in unfinished})
     return ", ".join(names) if len(names) < 4 else f"{len(names)} experiments"
 
 
@@ -328,7 +349,7 @@ def _listed(found: object) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def _running(run: Run, files: Files, *, prefix: str) -> Section:
+def _unfinished(run: Run, state: RunState, files: Files, *, prefix: str) -> Section:
     pictures = _render([*run_pictures([run], prefix=prefix), *exit_pictures([run], prefix=prefix)])
     rows, total = len(run.accuracy_matrix), run.experiences
     tiles: list[tuple[str, Quantity, str]] = []
@@ -344,7 +365,7 @@ def _running(run: Run, files: Files, *, prefix: str) -> Section:
         folded = [] if once else [matrix_table([run])]
     files.add(pictures, folded, prefix=prefix)
     return Section(
-        title=f"Running: {run.strategy}, seed {run.seed}",
+        title=f"{'Running' if trains(state) else state.state.capitalize()}: {run.strategy}, seed {run.seed}",
         intro=f"{run.path}. " + ("" if rows else "No experience is finished yet."),
         tiles=tiles, pictures=pictures, folded=folded, texts=[("The whole config", run.config_text)],
     )  # fmt: skip

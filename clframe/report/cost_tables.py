@@ -47,6 +47,8 @@ def exit_usage_table(run: Run, ledger: Ledger) -> Table:
         f"Under the run's exit policy, on the test samples of all experiences; earlier heads and the policy count. "
         f"Exact for batches of one sample. Evaluations during the run compute every exit. Seed {run.seed}."
     )
+    if found.experts():
+        note += f" Executed experts are counted on {max(row.samples for row in found.experts())} test samples."
     return Table(name="exit_usage", title="Expected cost of a prediction", note=note, columns=columns, rows=tuple(rows))
 
 
@@ -82,11 +84,12 @@ def experts_table(run: Run, ledger: Ledger) -> Table:
         )
         for row in ledger.predictions.experts()
     ]  # fmt: skip
+    samples = max((row.samples for row in ledger.predictions.experts()), default=0)
     columns = ("layer", "experts", "experts per token", "router, MACs per token", "expert, MACs per pair",
                "pairs per sample", "MACs per sample", "dense MACs per sample", "share, %")  # fmt: skip
     note = (
-        f"MACs of the router and of the executed (token, expert) pairs. Dispatch has no MACs: each pair is gathered "
-        f"and added once. Seed {run.seed}."
+        f"MACs of the router and of the executed (token, expert) pairs, counted on {samples} test samples, all exits "
+        f"computed. Dispatch has no MACs: each pair is gathered and added once. Seed {run.seed}."
     )
     return Table(name="experts", title="Experts", note=note, columns=columns, rows=tuple(rows))
 

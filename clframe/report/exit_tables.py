@@ -32,7 +32,7 @@ def exits_table(results: Sequence[Result]) -> Table:
         rows.append((
             exit, Quantity(mean([record.macs_K[k] for record in last]), kind="whole"),
             seed_mean([record.macs_K[k] / record.backbone_macs for record in last]),
-            *(seed_mean([_metric_at(record, name, k) for record in last], "undefined for this exit", metric.kind)
+            *(seed_mean([_metric_at(record, name, k) for record in last], "nothing to count at this exit", metric.kind)
               for name, metric in metrics.items()),
             *(() if once else (
                 over_seeds(lost, reason="needs two experiences"),

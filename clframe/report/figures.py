@@ -203,7 +203,7 @@ def _numbers(count: int) -> list[str]:
 
 
 def draw_losses(runs: Sequence[Run], figure: Figure) -> None:
-    """Draw every loss term of metrics.csv over steps, one line per seed."""
+    """Draw every loss term of metrics.csv over batches, one line per seed."""
     axes: Any = figure.add_subplot()
     names = sorted({row.name for run in runs for row in run.logged if row.name.startswith("loss/")})
     for n, name in enumerate(names):
@@ -220,7 +220,7 @@ def draw_losses(runs: Sequence[Run], figure: Figure) -> None:
         for end in sorted(starts.values())[:-1]:
             axes.axvline(end, color=GRID, linewidth=0.9, zorder=0)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="step", ylabel="loss" if len(names) > 1 else label(names[0]))
+    axes.set(xlabel="batches", ylabel="loss" if len(names) > 1 else label(names[0]))
     legend(figure, axes)
 
 

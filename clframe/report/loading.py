@@ -17,7 +17,7 @@ from clframe.config.files import MOST_YAML, read_yaml
 from clframe.config.typed import as_tree, from_mapping
 from clframe.core import parse
 from clframe.core.expression import split_terms
-from clframe.errors import ClframeError, RunFolderError
+from clframe.errors import ClframeError, RunFolderError, reword
 from clframe.exits.diagnostics import ExitRecord
 from clframe.files import check_contained, read_json, read_text
 from clframe.metrics.continual import Matrix, final_average_accuracy
@@ -41,7 +41,7 @@ def config_of(path: Path) -> dict[str, Any]:
     try:
         return as_tree(from_mapping({str(key): value for key, value in tree.items()}))
     except ClframeError as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise reword(error, lambda message: f"{path}: {message}") from None
 
 
 def settings_of(config: Mapping[str, Any]) -> tuple[dict[str, str], str]:

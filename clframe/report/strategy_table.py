@@ -26,7 +26,7 @@ def strategies_table(rows: Sequence[Member], *, reference: Group | None = None) 
     once = all(trained_once(result) for row in rows for result in row.group.results)
     accuracy = "accuracy" if once else "final average accuracy"
     columns = (
-        "strategy", "kind", "seeds", "parameters", f"{accuracy}, %", "gain, points",
+        "strategy", "kind", "number of seeds", "parameters", f"{accuracy}, %", "gain, points",
         "95 % CI from, points", "to, points", *(f"at {name.replace('%', ' %')} of the cost, %" for name in BUDGETS),
         "cost at equal accuracy, %", *(() if once else ("forgetting, %",)),
     )  # fmt: skip

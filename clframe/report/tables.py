@@ -59,8 +59,8 @@ def differences_table(groups: Sequence[Group], base: Group) -> Table:
             rows.append((group.label, label.removesuffix(", %"), *_difference_cells(found, why, kind)))
     shares = all(title.endswith(", %") for _, title in _compared(groups))
     percent, points = (", %", ", points") if shares else ("", "")
-    columns = ("group", "metric", "seeds", f"{base.label}{percent}", f"difference{points}", f"95 % CI from{points}",
-               f"to{points}", "excludes 0", "relative change, %")  # fmt: skip
+    columns = ("group", "metric", "common seeds", f"{base.label}{percent}", f"difference{points}",
+               f"95 % CI from{points}", f"to{points}", "excludes 0", "relative change, %")  # fmt: skip
     metrics = shown_metrics([result for group in groups for result in group.results])
     lower = [metric.label for metric in metrics.values() if metric.compared and metric.better == "lower"]
     note = (
@@ -99,7 +99,7 @@ def equal_accuracy_table(groups: Sequence[Group], base: Group) -> Table:
             Quantity(cost, kind="whole", undefined=why or "not counted"),
             Quantity(needed, kind="whole", undefined=unmet), Quantity(needed / cost if cost else NAN, undefined=unmet),
         ))  # fmt: skip
-    columns = ("group", "seeds", "target accuracy, %", f"MACs of {base.label}", "MACs needed", "share, %")
+    columns = ("group", "common seeds", "target accuracy, %", f"MACs of {base.label}", "MACs needed", "share, %")
     note = (
         f"The target is the accuracy of the whole network of '{base.label}' on all test samples. Operating points: "
         f"the whole network, budgets with thresholds chosen on validation samples, and the run's own exit policy; "

@@ -12,6 +12,7 @@ from clframe.exits.failure import LABELS, mean_over_exits, undefined_reason
 from clframe.metrics.continual import average_seen_accuracy
 from clframe.metrics.registry import all_metrics
 from clframe.report.exit_tables import budgets_table, exits_table
+from clframe.report.expert_costs import expert_costs
 from clframe.report.language_tables import perplexity_tables
 from clframe.report.shown_metrics import metric_over_seeds, shown_metrics, trained_once
 from clframe.results import Result, aggregate
@@ -80,8 +81,8 @@ def summary_text(result: Result) -> str:
         *((f"mean {LABELS[name]} of the exits", _mean_over_exits(result, name)) for name in _exit_means(result)),
         ("parameters", f"{result.parameters:,}"),
         *_macs_rows(result),
-        *((("hint", text),) if (text := _heads_hint(result)) else ()),
-        ("training", f"{result.train_seconds:.1f} s, {result.steps:,} steps"),
+        *(("hint", text) for text in (_heads_hint(result), _experts_hint(result)) if text),
+        ("training", f"{result.train_seconds:.1f} s, {_steps(result)}"),
         ("state", ", ".join(f"{name} {format_bytes(size)}" for name, size in result.state_bytes.items()) or "none"),
     ]  # fmt: skip
     indent = 2 + max(len(name) for name, _ in rows)
@@ -100,14 +101,38 @@ def skipped_text(result: Result) -> str:
     return f"{sum(result.skipped_updates)}, as losses or gradients were not finite ({', '.join(counts)})"
 
 
+def _steps(result: Result) -> str:
+    """Optimizer steps, and the batches where an update took several of them or was skipped."""
+    batches = "" if result.batches in (None, result.steps) else f" on {result.batches:,} batches"
+    return f"{result.steps:,} optimizer steps{batches}"
+
+
 def _macs_rows(result: Result) -> list[tuple[str, str]]:
-    """Costs of a prediction: of the whole network and, where exits decide, the mean over the test samples."""
+    """Costs of a prediction: of the whole network and, where exits or experts decide, the mean over the test samples.
+
+    Experts are compared with the dense network, which has no routers: they may cost more than the experts save.
+    """
     whole = "not counted" if result.macs is None else f"{result.macs:,}"
-    mean = RunFolder(Path(result.run_folder)).mean_prediction_macs()
-    if mean is None or result.macs is None:
+    experts = expert_costs(Path(result.run_folder))
+    if experts is not None:
+        mean = f"{experts.mean:,.0f} on average{experts.counted}, {experts.share}"
+        return [("MACs per prediction", mean), ("MACs of the dense network", f"{experts.dense:,.0f}")]
+    exits = RunFolder(Path(result.run_folder)).mean_prediction_macs()
+    if exits is None or result.macs is None:
         return [("MACs per prediction", whole)]
-    share = f"{100 * mean / result.macs:.1f} % of the whole network"
-    return [("MACs per prediction", f"{mean:,.0f} on average, {share}"), ("MACs of the whole network", whole)]
+    share = f"{100 * exits / result.macs:.1f} % of the whole network"
+    return [("MACs per prediction", f"{exits:,.0f} on average, {share}"), ("MACs of the whole network", whole)]
+
+
+def _experts_hint(result: Result) -> str:
+    """Advise where predictions cost more than those of the dense network without experts; empty elsewhere."""
+    costs = expert_costs(Path(result.run_folder))
+    if costs is None or costs.mean <= costs.dense:
+        return ""
+    return (
+        f"the routers cost more than the experts save, predictions take {costs.share}; use narrower routers "
+        f"(components.moe.router_width), a lower setting of the gate (components.moe.tau or k), or no experts"
+    )
 
 
 def _heads_hint(result: Result) -> str:

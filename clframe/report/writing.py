@@ -14,11 +14,12 @@ from clframe.files import require_writable, write_atomically
 from clframe.plotting.images import confusion_image, matrix_image
 from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
-from clframe.report.content import make_page
+from clframe.report.content import make_page, trains
 from clframe.report.families import choose_reference, members
 from clframe.report.loading import Config, Run, find_runs, load_run
 from clframe.report.page import render_page
 from clframe.results import Result
+from clframe.run_states import RunState, read_state
 from clframe.sparsity.plots import activity_image
 from clframe.tables import to_csv, to_latex, to_markdown
 
@@ -43,7 +44,7 @@ def write_report(
     Args:
         runs: Run folders, or folders above them, which select all finished runs below.
         output: Folder to write to; None uses ``report`` in the one folder given, or in the parent of several.
-        watch: Whether to include unfinished runs, and to rewrite the report until all are finished.
+        watch: Whether to include unfinished runs, and to rewrite the report as long as one of them trains.
         against: Name or strategy of the group that the others are compared with; None compares strategies with exits
             with the same strategy without them, and the tables of differences with the group that most others are
             comparable with, the first one of several.
@@ -59,13 +60,13 @@ def write_report(
     if not paths:
         raise RunFolderError("report: no run given; give a run folder, such as the one clframe run printed")
     folder = _folder(paths) if output is None else Path(output)
-    seen: dict[Path, float] | None = None
+    seen: dict[Path, float | str] | None = None
     failed = False
     while True:
         stamps = _stamps(paths)
         if stamps != seen:
             try:
-                page, unfinished = _write(paths, folder, watch=watch, against=against, all_figures=all_figures)
+                page, goes_on = _write(paths, folder, watch=watch, against=against, all_figures=all_figures)
             except RunFolderError:
                 # A checkpoint may be deleted between listing and reading; a damaged file fails the next time too.
                 if seen is None or failed:
@@ -75,7 +76,7 @@ def write_report(
                 seen, failed = stamps, False
                 if on_written is not None:
                     on_written(page)
-                if not unfinished:
+                if not goes_on:
                     return page
         time.sleep(every)
 
@@ -87,33 +88,41 @@ def _folder(paths: Sequence[Path]) -> Path:
     return Path(os.path.relpath(above)) / "report"
 
 
-def _stamps(paths: Sequence[Path]) -> dict[Path, float]:
-    """Return the modification times of the files that a report reads."""
-    found: dict[Path, float] = {}
+def _stamps(paths: Sequence[Path]) -> dict[Path, float | str]:
+    """Return the modification times of the files that a report reads, and the states of unfinished runs."""
+    found: dict[Path, float | str] = {}
     for group in find_runs(paths):
         for path in group:
             for name in ("results.json", "metrics.csv", "checkpoints"):
                 if (path / name).exists():
                     found[path / name] = (path / name).stat().st_mtime
+            if path / "results.json" not in found:
+                found[path] = _state(path).state
     return found
+
+
+def _state(path: Path) -> RunState:
+    return read_state(path, now=time.time())
 
 
 def _write(
     paths: Sequence[Path], folder: Path, *, watch: bool, against: str | None, all_figures: bool
 ) -> tuple[Path, bool]:
-    """Write everything once; returns the page and whether a run is unfinished."""
-    finished, running, notices = _load(paths, watch=watch)
+    """Write everything once; returns the page and whether a run trains."""
+    finished, unfinished, notices = _load(paths, watch=watch)
+    states = [(run, _state(run.path)) for run in unfinished]
+    goes_on = any(trains(state) for _, state in states)
     groups, more = group_runs(finished) if finished else ([], [])
     groups = [member.group for member in members(groups)]
     try:
         reference = None if against is None else choose_reference(groups, against)
     except ClframeError as error:
-        if not running:
+        if not goes_on:
             raise
         reference = None  # it may be in progress
         more.append(f"{error}. Runs are in progress; each strategy is compared with its own base until then.")
     require_writable(folder)  # drawing takes longest
-    page, files = make_page(groups, running, [*notices, *more], reference=reference, all_figures=all_figures)
+    page, files = make_page(groups, states, [*notices, *more], reference=reference, all_figures=all_figures)
     for below in (folder / "tables", folder / "figures"):
         try:
             below.mkdir(parents=True, exist_ok=True)
@@ -129,7 +138,7 @@ def _write(
         write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg, sync=False)
         write_atomically(folder / "figures" / f"{figure.name}.png", figure.png, sync=False)
     write_atomically(folder / "report.html", render_page(page))
-    return folder / "report.html", bool(running)
+    return folder / "report.html", goes_on
 
 
 def _load(paths: Sequence[Path], *, watch: bool) -> tuple[list[Run], list[Run], list[str]]:

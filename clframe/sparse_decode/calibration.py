@@ -6,7 +6,7 @@ Shape suffixes: T tokens, N entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,15 +15,20 @@ from clframe.moe.dense import find_dense_ffns
 from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.network import Network
 from clframe.nn.types import Inputs
-from clframe.sparse_decode.rules import Place, Rule
+from clframe.sparse_decode.rules import PLACES, Place, Rule, expand_places
 from clframe.sparsity.masking import HookPoint, Recorder, find_hook_points, replacing
 
 TOKENS = 1024
 """Tokens that are recorded of each network."""
 
 
-def find_points(model: nn.Module, place: Place) -> dict[str, HookPoint]:
+def find_points(model: nn.Module, place: Place, *, where: str = "calibrate.places") -> dict[str, HookPoint]:
     """Find the activations at one place, by name of their network.
+
+    Args:
+        model: The model.
+        place: The place.
+        where: Prefix of messages.
 
     Raises:
         ConfigError: The model has none there.
@@ -33,7 +38,8 @@ def find_points(model: nn.Module, place: Place) -> dict[str, HookPoint]:
     points = find_hook_points(model.backbone if isinstance(model, Network) else model)
     found = [point for point in points if point.role == place]
     if len(found) != len(names):
-        raise ConfigError(f"calibrate.places: found {place}, which this model lacks; use intermediate or input")
+        there = [role for role in PLACES if sum(point.role == role for point in points) == len(names)]
+        raise ConfigError(f"{where}: found {place}, which not all networks of the model have; use {', '.join(there)}")
     return dict(zip(names, found, strict=True))
 
 
@@ -42,7 +48,7 @@ def calibrate(
     batches: Iterable[tuple[Inputs, Any, Tensor | Mapping[str, Tensor] | None]],
     *,
     sparsities: Sequence[float],
-    places: Iterable[Place] = ("intermediate",),
+    places: Iterable[Place | Literal["all"]] = ("intermediate",),
     tokens: int = TOKENS,
     predict: Callable[[nn.Module, Inputs], Any] = call_model,
 ) -> list[dict[str, dict[str, Rule]]]:
@@ -55,7 +61,7 @@ def calibrate(
         model: The dense model.
         batches: As for :func:`~clframe.sparsity.analysis.analyze`.
         sparsities: Shares of zeros, from 0 to less than 1.
-        places: Places of the activations.
+        places: Places of the activations; ``all`` is ``input`` and ``intermediate``.
         tokens: Number of tokens to record of each network, from the first.
         predict: Runs the model on the inputs of a batch.
 
@@ -63,14 +69,16 @@ def calibrate(
         For each sparsity, rules by place and network, for :func:`~clframe.sparse_decode.sparse_decoder`.
 
     Raises:
-        ConfigError: A sparsity out of range, no tokens, or a place that the model lacks.
+        ConfigError: A sparsity out of range, no tokens, no place, or one that the model lacks.
+        UnknownNameError: An unknown place.
     """
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
             raise ConfigError(f"calibrate.sparsities: found {sparsity}; give a share of at least 0 and less than 1")
+    wanted = expand_places(places, where="calibrate.places")
     seen: dict[str, dict[str, Recorder]] = {
         place: {name: Recorder(point, limit=tokens) for name, point in find_points(model, place).items()}
-        for place in places
+        for place in dict.fromkeys(place for one in wanted.values() for place in one)
     }
     recorders = [one for found in seen.values() for one in found.values()]
     with evaluating(model), replacing([(one.point, one) for one in recorders]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,8 +14,30 @@ from clframe.sparsity.functional import MaskKind, keep, require_value
 Place = Literal["input", "gate", "up", "intermediate"]
 PLACES: Final[tuple[Place, ...]] = ("input", "gate", "up", "intermediate")
 """Places of activations, as in the analysis: :data:`~clframe.sparsity.masking.ROLES`."""
+BOTH: Final = "all"
+"""Name of the places ``input`` and ``intermediate`` together."""
 FACTORS: Final[tuple[Place, ...]] = ("gate", "up")
 """The factors of a gated network; where one is 0, neither the other nor the column of the last layer is needed."""
+
+
+def expand_places(names: Iterable[str], *, where: str) -> dict[str, tuple[Place, ...]]:
+    """Return the places of each name; ``all`` is the input and the intermediate activations.
+
+    Raises:
+        ConfigError: No names.
+        UnknownNameError: An unknown name.
+
+    >>> expand_places(["gate", "all"], where="mine")
+    {'gate': ('gate',), 'all': ('input', 'intermediate')}
+    """
+    known: dict[str, tuple[Place, ...]] = {**{place: (place,) for place in PLACES}, BOTH: ("input", "intermediate")}
+    wanted = tuple(names)
+    if not wanted:
+        raise ConfigError(f"{where}: found no place; give some of {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            raise UnknownNameError(unknown_name("place", name, list(known), where=where))
+    return {name: known[name] for name in dict.fromkeys(wanted)}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity.functional import MaskKind, baseline_sparsity, critical_point
@@ -147,7 +147,7 @@ def analyze(
         on_pass: Called with the finished and the total number of passes, after each pass over the batches.
 
     Raises:
-        UnsupportedError: A model without either, or on the meta device.
+        UnsupportedError: A model without either, with none of the roles, or on the meta device.
         ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
     """
     require_weights(model)
@@ -167,6 +167,11 @@ def analyze(
     dense = scorer.score_with([(one.point, one) for one in seen])
     lowest = None if least is None else least(dense)
     by_role = {role: [one for one in seen if _belongs(one.point, role) and one.tokens] for role in roles}
+    if not any(by_role.values()):
+        raise UnsupportedError(
+            f"sparsity.roles: found {', '.join(roles) or 'none'}, of which the model has none; use "
+            f"{', '.join(dict.fromkeys(point.role for point in points))}"
+        )
     chosen = [
         (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))
         for role, there in by_role.items()

@@ -46,7 +46,7 @@ def find_hook_points(model: nn.Module) -> tuple[HookPoint, ...]:
         ffn, roles = site.ffn, list[Role](["intermediate"])
         if ffn is not None:
             gated: list[Role] = ["up"] if ffn.gated else []
-            gated += ["gate"] if ffn.gated and site.module is not None else []
+            gated += ["gate"] if ffn.gated and isinstance(ffn.activation, nn.Module) else []
             roles = ["input", *gated, "intermediate"]
         found += [HookPoint(site.name, role, site) for role in roles]
     return tuple(found)
@@ -94,9 +94,6 @@ def _hooks(point: HookPoint, change: Change) -> Iterator[Any]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(inputs[0]), *inputs[1:])
 
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return change(output)
-
     site = point.site
     if isinstance(site, AttentionLayers):
         if point.role == "heads":
@@ -113,10 +110,27 @@ def _hooks(point: HookPoint, change: Change) -> Iterator[Any]:
     elif point.role == "up":
         yield ffn.up.register_forward_hook(lambda _, __, output: _on_value_half(ffn, change, output))
     elif point.role == "gate":
-        assert site.module is not None
-        yield site.module.register_forward_hook(after)
+        yield from _after_gate(ffn, change)
     else:
         yield ffn.down.register_forward_pre_hook(before)
+
+
+def _after_gate(ffn: FFN, change: Change) -> Iterator[Any]:
+    """Hook the activation for its call after the gate's layer: other networks may share the module."""
+    assert isinstance(ffn.activation, nn.Module)
+    due = False
+
+    def begin(*_: Any) -> None:
+        nonlocal due
+        due = True
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        nonlocal due
+        own, due = due, False
+        return change(output) if own else output
+
+    yield (ffn.gate or ffn.up).register_forward_hook(begin)
+    yield ffn.activation.register_forward_hook(after)
 
 
 def _shared_input(layers: Sequence[nn.Module], change: Change) -> Iterator[Any]:

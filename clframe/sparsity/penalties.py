@@ -90,7 +90,7 @@ def measure_sites(network: Network, sites: Sequence[Site], measure: Measure) -> 
 
 
 def hooked_module(site: Site) -> nn.Module:
-    """Return the module to hook at a site: the activation, or the layer before it."""
+    """Return the module to hook at a site: the activation, or the layer before it where others call that as well."""
     if site.module is not None:
         return site.module
     assert site.ffn is not None
@@ -105,7 +105,7 @@ def site_activations(site: Site, x: Tensor, output: Tensor) -> tuple[Tensor, Ten
     if site.module is None:
         assert site.ffn is not None
         pre = _gate_half(site.ffn, output)
-        return pre, site.ffn.activation(pre)
+        return pre, site.ffn.activation(pre.clone() if site.overwrites else pre)
     pre = output if site.fused else x
     if site.ffn is None and output.ndim == 4:  # maps of a convolution: channels are the neurons
         return pre.movedim(1, -1), output.movedim(1, -1)

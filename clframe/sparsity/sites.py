@@ -7,6 +7,7 @@ changed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
@@ -27,7 +28,8 @@ class Site:
 
     Attributes:
         name: Name inside the model: of the FFN, or of the activation where it belongs to none.
-        module: The activation, or a layer that ends in one; None in an FFN whose activation is a function.
+        module: The activation, or a layer that ends in one; None in an FFN whose activation is a function, or a module
+            that other parts of the model call as well.
         ffn: The FFN it belongs to, if any.
         fused: Whether ``module`` is a layer that ends in an activation.
     """
@@ -36,6 +38,12 @@ class Site:
     module: nn.Module | None
     ffn: FFN | None = None
     fused: bool = False
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the activation works in place, or in a layer: pre-activations are lost."""
+        activation = self.module if self.ffn is None else self.ffn.activation
+        return self.fused or bool(getattr(activation, "inplace", False))
 
 
 def find_ffns(module: nn.Module) -> tuple[FFN, ...]:
@@ -67,8 +75,8 @@ def find_sites(module: nn.Module) -> tuple[Site, ...]:
     """
     ffns = _ffns(module)
     if ffns:
-        kept = (ffn.activation if isinstance(ffn.activation, nn.Module) else None for ffn in ffns)
-        return tuple(Site(name=ffn.name, module=part, ffn=ffn) for ffn, part in zip(ffns, kept, strict=True))
+        own = _own_activations(module, ffns)
+        return tuple(Site(name=ffn.name, module=part, ffn=ffn) for ffn, part in zip(ffns, own, strict=True))
     leaves = [(name, part, ends_in_relu(part)) for name, part in module.named_modules() if _is_leaf(part)]
     sites = tuple(
         Site(name=name, module=part, fused=fused) for name, part, fused in leaves if fused or is_rectifier(part)
@@ -94,13 +102,31 @@ def ends_in_relu(part: nn.Module) -> bool:
         return False
 
 
+def _own_activations(module: nn.Module, ffns: Sequence[FFN]) -> Iterator[nn.Module | None]:
+    """Yield the activation of each FFN; None for a function, and for a module that runs more often than the FFN."""
+    users = Counter(id(ffn.activation) for ffn in ffns)
+    names = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
+    for ffn in ffns:
+        key = id(ffn.activation)
+        alone = isinstance(ffn.activation, nn.Module) and users[key] == 1 and names[key] <= names[id(ffn.up)]
+        yield ffn.activation if alone else None  # type: ignore[misc]  # alone implies a module
+
+
 def _ffns(module: nn.Module) -> tuple[FFN, ...]:
-    """Search the deepest owners first, so that a block does not claim the FFN of one of its parts."""
+    """Search the deepest owners first, so that a block does not claim the FFN of one of its parts.
+
+    Layers belong to one FFN, activations by their name: several FFNs may share a module.
+    """
     taken: set[int] = set()
+    named: set[str | None] = set()
     found: list[FFN] = []
     for name, owner in reversed(list(module.named_modules())):
-        parts = [(path, part) for path, part in _near(name, owner) if id(part) not in taken]
-        linears = [(path, part) for path, part in parts if shape_of(part) is not None]
+        parts = [(path, part) for path, part in _near(name, owner) if id(part) not in taken and path not in named]
+        layers: dict[int, Named] = {}
+        for path, part in parts:
+            if shape_of(part) is not None:
+                layers.setdefault(id(part), (path, part))
+        linears = list(layers.values())
         if len(linears) < 2:
             continue
         acts: list[tuple[str, Function]] = [(p, part) for p, part in parts if _is_leaf(part) and is_activation(part)]
@@ -108,7 +134,8 @@ def _ffns(module: nn.Module) -> tuple[FFN, ...]:
         mine = list(_in_owner(name, owner, linears, acts))
         mine = [replace(ffn, name=f"{name}#{i}" if i > 1 else name) for i, ffn in enumerate(mine, start=1)]
         for ffn in mine:
-            taken |= {id(part) for part in (ffn.up, ffn.gate, ffn.down, ffn.activation)}
+            taken |= {id(part) for part in (ffn.up, ffn.gate, ffn.down)}
+            named.add(ffn.activation_name)
         found += mine
     order = {id(part): index for index, part in enumerate(module.modules())}
     return tuple(sorted(found, key=lambda ffn: order[id(ffn.up)]))
@@ -118,6 +145,7 @@ def _in_owner(
     name: str, owner: nn.Module, linears: Sequence[Named], acts: Sequence[tuple[str, Function]]
 ) -> Iterator[FFN]:
     used: set[int] = set()
+    named: set[str | None] = set()
     shapes = [shape_of(part) or (0, 0) for _, part in linears]
     for ups, down in _groups(shapes):
         layers = (*ups, down)
@@ -125,9 +153,12 @@ def _in_owner(
         parents = {linears[at][0].rpartition(".")[0] for at in layers}
         if used.intersection(layers) or (len(parents) == 1 and parents != {name}):
             continue
-        ffn = assign_roles(name, owner, [linears[at] for at in ups], linears[down], acts)
+        # Those of other FFNs last: a module that two call has two names, or only one.
+        free = sorted(acts, key=lambda act: act[0] in named)
+        ffn = assign_roles(name, owner, [linears[at] for at in ups], linears[down], free)
         if ffn is not None:
             used.update(layers)
+            named.add(ffn.activation_name)
             yield ffn
 
 
@@ -148,10 +179,12 @@ def _groups(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, ...]
 
 
 def _near(name: str, owner: nn.Module) -> Iterator[Named]:
-    """Yield children and their children with their names inside the model."""
-    for key, child in owner.named_children():
-        yield _join(name, key), child
-        yield from ((_join(name, f"{key}.{inner}"), part) for inner, part in child.named_children())
+    """Yield children and their children under all of their names inside the model."""
+    for key, child in owner._modules.items():
+        if child is not None:
+            yield _join(name, key), child
+            inner = child._modules.items()
+            yield from ((_join(name, f"{key}.{own}"), part) for own, part in inner if part is not None)
 
 
 def _functions(owner: nn.Module) -> Iterator[tuple[str, Function]]:

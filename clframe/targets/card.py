@@ -21,6 +21,7 @@ from clframe.environment import versions
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError, reason_of
 from clframe.files import write_atomically
 from clframe.metrics.registry import all_metrics
+from clframe.report.expert_costs import expert_costs
 from clframe.results import Result
 from clframe.run_folder import RunFolder
 from clframe.tables import Quantity, Table, to_markdown
@@ -211,9 +212,12 @@ def _summary(model: RunModel, result: Result) -> str:
     ]
     if result.macs is not None:
         lines.append(f"- Cost of a prediction with all exits: {result.macs:,} multiply-adds (MACs).")
-    mean = RunFolder(model.folder).mean_prediction_macs()
+    experts = expert_costs(model.folder)
+    mean = RunFolder(model.folder).mean_prediction_macs() if experts is None else experts.mean
     if mean is not None:
         share = f", {100 * mean / result.macs:.1f} % of that with all exits" if result.macs else ""
+        if experts is not None:
+            share = f"{experts.counted}, {experts.share}"
         lines.append(
             f"- Mean cost of a prediction by the decision rule, which selects exits or experts for each sample, on the "
             f"test data: {mean:,.0f} MACs{share}. The metrics below are those of this rule."

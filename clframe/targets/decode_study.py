@@ -13,21 +13,19 @@ import torch
 
 from clframe.data.target import IGNORED, Batches, SplitName, Target
 from clframe.environment import versions
-from clframe.errors import ConfigError, UnknownNameError, unknown_name
+from clframe.errors import ConfigError
 from clframe.moe.conversion.sweep import time_decoding
 from clframe.nn.frozen import evaluating
 from clframe.sparse_decode import Rule, calibrate, sparse_decoder
 from clframe.sparse_decode.calibration import find_points
 from clframe.sparse_decode.cost import count_bytes
-from clframe.sparse_decode.rules import PLACES, Place
+from clframe.sparse_decode.rules import PLACES, Place, expand_places
 from clframe.sparsity.masking import Masker, replacing
 from clframe.sparsity.scores import language_scores, token_sums
 from clframe.tables import Cell, Table, to_csv, to_markdown
 from clframe.targets.folders import write_files
 
 SPARSITIES: Final = (0.25, 0.5, 0.75, 0.9)
-BOTH: Final = "all"
-"""Input and intermediate activations together."""
 TEXTS: Final = 64
 """Texts whose tokens give the thresholds."""
 
@@ -97,15 +95,10 @@ def require_places(target: Target, names: Sequence[str]) -> dict[str, tuple[Plac
     """
     if target.kind != "causal":
         raise ConfigError(f"--decode: found {target.name}, which is not a language model; leave it out")
-    known: dict[str, tuple[Place, ...]] = {**{place: (place,) for place in PLACES}, BOTH: ("input", "intermediate")}
-    if not names:
-        raise ConfigError(f"--decode: found no place; give some of {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(unknown_name("place", name, list(known), where="--decode"))
-        for place in known[name]:
-            find_points(target.model, place)
-    return {name: known[name] for name in dict.fromkeys(names)}
+    wanted = expand_places(names, where="--decode")
+    for place in dict.fromkeys(place for places in wanted.values() for place in places):
+        find_points(target.model, place, where="--decode")
+    return wanted
 
 
 def study_decoding(

@@ -21,7 +21,8 @@ from clframe.data.target import Target
 from clframe.errors import DataError, RunFolderError, nearest
 from clframe.results import Result
 from clframe.targets.loading import run_config
-from clframe.targets.reading import InputReader, as_stored, convert_images
+from clframe.targets.reading import InputReader
+from clframe.targets.stored_inputs import as_stored, convert_images
 from clframe.training.trained import TrainedModel
 
 Batches = Iterator[tuple[Tensor, Tensor, int]]

@@ -16,7 +16,7 @@ from clframe.errors import ConfigError, UnsupportedError
 from clframe.exits import CONFIDENCE_MEASURES, ExitEvaluation, Method, solve
 from clframe.exits.budgets import Solution
 from clframe.exits.curves import NO_VALIDATION, wilson_interval
-from clframe.exits.decisions import NEVER, Outcome, evaluate_thresholds
+from clframe.exits.decisions import ALWAYS, NEVER, Outcome, evaluate_thresholds
 from clframe.exits.policies import Fallback
 from clframe.exits.proxy import evaluations
 from clframe.exits.study import Progress, collect_scores
@@ -39,7 +39,7 @@ class OperatingPoint:
     drop: float | None
     """Allowed loss of validation accuracy against the last exit, or None."""
     thresholds: tuple[float, ...]
-    """One for each exit but the last; infinity never fires."""
+    """One for each exit but the last; infinity never fires, minus infinity always."""
     validation_accuracy: float
     validation_cost: float
     """Mean MACs of a prediction as a share of the bare backbone's, as the next one."""
@@ -130,7 +130,7 @@ def solve_run(
     backbone, cost_K = backbone_macs(network), cumulative_macs(network)
     chosen_on = collect_scores(target, "validation", progress=progress)
     measured_on = collect_scores(target, "test", progress=progress)
-    validation, test = evaluations(measure, chosen_on, measured_on, cost_K)
+    validation, test = evaluations(measure, chosen_on, measured_on, cost_K, method=solver)
     full = evaluate_thresholds(validation, (NEVER,) * (len(cost_K) - 1)).accuracy
     points = []
     for budget in budgets:
@@ -183,9 +183,9 @@ def points_table(found: ExitPoints) -> Table:
 
 
 def thresholds_table(found: ExitPoints) -> Table:
-    """Threshold of each exit but the last; ``never`` where an exit stops no sample."""
+    """Threshold of each exit but the last; ``never`` where an exit stops no sample, ``always`` where it stops all."""
     rows: list[tuple[Cell, ...]] = [
-        (point.goal, *("never" if threshold > 1 else f"{threshold:.4f}" for threshold in point.thresholds))
+        (point.goal, *map(_shown, point.thresholds))
         for point in found.points
     ]
     return Table(name="thresholds", title="Thresholds", columns=("goal", *found.exit_names[:-1]), rows=tuple(rows))
@@ -203,6 +203,12 @@ def hint(found: ExitPoints) -> str:
         f"exits, since the heads add up to {100 * extra:.1f} %; use fewer exits (components.exits.at), a smaller head "
         f"(components.exits.head=pool or linear), or a smaller budget"
     )
+
+
+def _shown(threshold: float) -> str:
+    if threshold == ALWAYS:
+        return "always"
+    return "never" if threshold > 1 else f"{threshold:.4f}"
 
 
 def write_points(found: ExitPoints, *, command: Sequence[str], output: str | Path | None = None) -> Path:

@@ -8,7 +8,6 @@ compared with the model before the export is written.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -288,6 +287,9 @@ def _write_stages(
         }
         for k, (_, spec) in enumerate(parts)
     ]  # fmt: skip
+    costs = {spec.exit: spec.macs for _, spec in parts}
+    for exit, entry in enumerate(description["exits"]):
+        entry["macs"] = costs.get(exit)
     flows: list[Mapping[str, Tensor]] = [
         {INPUTS: example_inputs(model, size, dtype=dtype, seed=size)} for size in CHECKED
     ]
@@ -360,7 +362,7 @@ def _describe_policy(dynamic: DynamicNetwork) -> dict[str, Any]:
     measure = getattr(policy.measure, "__name__", type(policy.measure).__name__)
     return {
         "measure": measure,
-        "thresholds": [threshold if math.isfinite(threshold) and threshold <= 1 else None for threshold in thresholds],
+        "thresholds": [max(threshold, 0.0) if threshold <= 1 else None for threshold in thresholds],
         "fallback": policy.fallback,
     }
 

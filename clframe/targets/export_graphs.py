@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clframe.accounting import stage_macs
+from clframe.accounting import MacCounter
 from clframe.data.inputs import InputFormat
 from clframe.errors import UnsupportedError
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe.routed import RoutedExperts, override, routed_layers
 from clframe.nn.backbones.stages import tap_of
-from clframe.nn.network import Network
 from clframe.training.trained import TrainedModel
 
 INPUTS = "inputs"
@@ -113,7 +112,7 @@ class StageSpec:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     macs: int
-    """MACs of one sample up to and including this stage."""
+    """MACs of one sample up to and including this stage, with corrections, ensemble and confidence."""
     threshold: float | None
     """Confidence from which its exit stops a sample; None where it cannot."""
 
@@ -182,7 +181,7 @@ def divide(trained: TrainedModel, dynamic: DynamicNetwork, example: Tensor) -> l
     Args:
         trained: The model.
         dynamic: Its dynamic inference, with the exit policy to use.
-        example: A batch of stored inputs, run to find out which tensors pass from stage to stage.
+        example: A batch of stored inputs, run to find out which tensors pass from stage to stage, and what each costs.
 
     Raises:
         UnsupportedError: No exit before the last is computed.
@@ -196,9 +195,8 @@ def divide(trained: TrainedModel, dynamic: DynamicNetwork, example: Tensor) -> l
         )
     at = network.exit_stages
     thresholds, stopping = dynamic.policy.of_exits(len(network.heads)), dynamic.stopping_exits
-    costs = _costs(network, exits)
     parts: list[tuple[Stage, StageSpec]] = []
-    first, values = 0, {INPUTS: example}
+    first, values, macs = 0, {INPUTS: example}, 0
     for exit in exits:
         stage = Stage(
             dynamic, exit, range(first, at[exit] + 1), received=tuple(values),
@@ -206,9 +204,13 @@ def divide(trained: TrainedModel, dynamic: DynamicNetwork, example: Tensor) -> l
         ).eval()  # fmt: skip
         with torch.no_grad():
             found = dict(zip(*_run(stage, values), strict=True))
+            with MacCounter() as counter:
+                _run(stage, {name: value[:1] for name, value in values.items()})
+        macs += counter.macs
         spec = StageSpec(
-            exit=exit, inputs=stage.received, outputs=stage.sent, macs=costs[exit],
-            threshold=thresholds[exit] if exit in stopping else None,
+            exit=exit, inputs=stage.received, outputs=stage.sent, macs=macs,
+            # 0 for -inf, which JSON does not have: every confidence is at least 0.
+            threshold=max(thresholds[exit], 0.0) if exit in stopping else None,
         )  # fmt: skip
         parts.append((stage, spec))
         values = {name: value for name, value in found.items() if name not in ("probabilities", "confidence")}
@@ -247,19 +249,6 @@ def _nothing(name: str) -> None:
 def _run(stage: Stage, values: Mapping[str, Tensor]) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
     found = stage(*values.values())
     return stage.sent, found
-
-
-def _costs(network: Network, exits: Sequence[int]) -> dict[int, int]:
-    """MACs of one sample up to each of ``exits``, with the heads of these exits only."""
-    counts, spent = stage_macs(network), 0
-    found: dict[int, int] = {}
-    for name, _, here in network.plan():
-        spent += counts[name]
-        for exit_name, exit in here:
-            if exit in exits:
-                spent += counts[f"exit/{exit_name}"]
-                found[exit] = spent
-    return found
 
 
 def _probabilities(scores_BC: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from clframe.config.schema import Config
 from clframe.config.typed import to_yaml
 from clframe.data.benchmark import Benchmark
 from clframe.data.chain import name_classes
+from clframe.data.digests import refuse_other_data
 from clframe.data.samples import concatenate
 from clframe.data.source import Source
 from clframe.errors import DataError, RunFolderError, UnsupportedError
@@ -37,11 +38,11 @@ from clframe.targets.extension_config import (
     relocate,
     warn_of_learned_data,
 )
-from clframe.targets.loading import read_config
+from clframe.targets.loading import fit_model, read_config
 from clframe.targets.portable import is_portable
 from clframe.targets.run_tokenizer import TOKENIZER
 from clframe.training.checkpoint import save_checkpoint
-from clframe.training.trained import CONVERTED, load_newest
+from clframe.training.trained import CONVERTED, load_newest, recorded_digest
 
 _log = logging.getLogger("clframe.data")
 
@@ -124,6 +125,10 @@ def plan_extension(
     changed = replace(changed, earlier=relocate((*config.earlier, entry), earlier))
     setup = build(changed, source=data)
     benchmark, before = setup.benchmark, len(result.experiences)
+    refuse_other_data(
+        benchmark.digest, recorded_digest(content), where="earlier data",
+        advice="restore them, and put new samples into a separate folder",
+    )  # fmt: skip
     _check_samples(benchmark, content, config)
     _check_strategy(setup, before)
     learned = {c for brought in benchmark.classes[:before] for c in brought}
@@ -175,6 +180,7 @@ def _read_parent(folder: RunFolder) -> tuple[Config, Result, Mapping[str, Any]]:
             f"{path}: is a development run (trainer.fast_dev_run) of the first {len(result.experiences)} experiences; "
             f"extend a complete run"
         )
+    fit_model(config, content, folder=path)  # before the extension has a folder, which its errors would name
     return config, result, content
 
 

@@ -13,7 +13,7 @@ from clframe.build import Setup
 from clframe.config.typed import to_yaml
 from clframe.data.chain import count_classes
 from clframe.metrics import Tally
-from clframe.training.trained import describe_data
+from clframe.training.trained import describe_data, recorded_digest
 
 
 def convert_checkpoint(content: Mapping[str, Any], setup: Setup, before: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def convert_checkpoint(content: Mapping[str, Any], setup: Setup, before: int) ->
         "baseline": None if baseline is None else extended(baseline, seen[0]),
         "tallies": [extended(tally, known) for tally, known in zip(content["tallies"], seen, strict=True)],
         "exits": exits,
-        "data": describe_data(benchmark),
+        "data": describe_data(benchmark, recorded=recorded_digest(content)),
     }
     for key in ("format", "finished", "file_bytes", "confusion"):
         converted.pop(key, None)

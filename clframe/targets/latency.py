@@ -21,6 +21,7 @@ from clframe.exits.captured_segments import WARM
 from clframe.exits.dynamic import AdjustLogits, DynamicNetwork
 from clframe.files import require_writable
 from clframe.report.latency import Setting, Timed, Timings, write_timings
+from clframe.seeding import generator_for
 from clframe.targets.opening import open_target
 from clframe.training.learner import Learner
 from clframe.training.prediction_cost import policy_of
@@ -45,7 +46,7 @@ def time_run(
         batches: Batch sizes.
         device: cpu, cuda, cuda:N, mps or auto.
         warmup: Calls before the timed ones.
-        repeats: Timed calls, each on the next samples.
+        repeats: Timed calls, each on the next samples; the samples of all experiences are mixed.
         overrides: Other locations of the data, such as ``benchmark.data_dir=DIR``.
 
     Raises:
@@ -62,7 +63,7 @@ def time_run(
     require_writable(folder, where="latency", advice="make the run folder writable")
     target = open_target(str(run), device=device, overrides=overrides)
     assert target.run is not None
-    x = torch.cat([_tensor(batch.inputs) for batch in target.batches("test", limit=max(SAMPLES, *batches))])
+    x = _mix(torch.cat([_tensor(batch.inputs) for batch in target.batches("test", limit=max(SAMPLES, *batches))]))
     rows: list[Timed] = []
     for way, module in _variants(target.run.learner):
         rows += [
@@ -126,13 +127,17 @@ def _corrector(learner: Learner) -> AdjustLogits | None:
 
 
 def _macs(module: nn.Module, x: Tensor, size: int) -> float:
-    """Mean MACs per sample in full batches of this size, counted during execution."""
-    size = min(size, len(x))
-    count = len(x) // size * size
+    """Mean MACs per sample of all samples, in batches of this size, counted during execution."""
     with torch.no_grad(), MacCounter() as counter:
-        for start in range(0, count, size):
-            module(x[start : start + size])
-    return counter.macs / count
+        for part in x.split(size):  # the last one may be smaller: the mean is over the same samples for every size
+            module(part)
+    return counter.macs / len(x)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Samples in a random order, the same in every call: test data are in the order of experiences."""
+    order_N = torch.randperm(len(x), generator=generator_for(0, "latency"))
+    return x[order_N.to(x.device)]
 
 
 def _tensor(inputs: object) -> Tensor:

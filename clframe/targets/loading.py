@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,18 +16,28 @@ from clframe.build import build_backbone, build_strategy, register_imports
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
-from clframe.errors import ClframeError, ConfigError, RunFolderError, UnsupportedError, reason_of
+from clframe.errors import ConfigError, RunFolderError, UnsupportedError, reason_of, reword
 from clframe.exits.curves import BudgetPoints
 from clframe.metrics import Tally
+from clframe.moe.pipeline import Recipe
 from clframe.nn import Network
+from clframe.process_state import own_process
 from clframe.run_folder import RunFolder
 from clframe.targets.portable import is_portable, read_portable
-from clframe.training.trained import CONVERTED, TrainedModel, load_newest, read_recipe, restore_model
+from clframe.training.recorded_data import check_data
+from clframe.training.trained import (
+    CONVERTED,
+    TrainedModel,
+    load_newest,
+    predicting_components,
+    read_recipe,
+    restore_model,
+)
 
 _log = logging.getLogger(__name__)
 
-_MOST_INPUT = 2**28
-"""Values of one input: more than those of an image of 9,000 x 9,000 pixels."""
+_UNFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
+"""Errors that a changed checkpoint may raise where it is used."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,6 +53,7 @@ class RunModel(TrainedModel):
 RunModelT = TypeVar("RunModelT", bound=RunModel)
 
 
+@own_process("clframe.load", trains=False)
 def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> TrainedModel:
     """Load the trained model of a run, see :func:`clframe.load`.
 
@@ -63,43 +74,66 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
     else:
         recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
         content = load_newest(folder.path, device=torch.device(device))
-    try:
-        register_imports(config.imports)
-        strategy = build_strategy(config.strategy, config.components)
-        network = Network(build_backbone(config.backbone, strategy)(_input_shape(content)))
-        trained = restore_model(network, strategy, content, recipe=recipe)
-    except ClframeError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        reason = reason_of(error, most=200)
-        raise RunFolderError(f"{folder.path}: the newest checkpoint does not fit its config ({reason})") from error
-    network.to(device)
-    _warn_if_unfinished(folder, content)
-    return trained if budgets is None else replace(trained, budgets=budgets)
-
-
-def _input_shape(content: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the model's inputs.
-
-    Raises:
-        ValueError: It is not a shape, or of more values than an input has; a backbone of it would fill the memory.
-    """
-    shape = tuple(content["data"]["input_shape"])
-    if not shape or any(type(side) is not int or side < 1 for side in shape) or math.prod(shape) > _MOST_INPUT:
-        raise ValueError(f"inputs of shape {shape}")
-    return shape
-
-
-def _warn_if_unfinished(folder: RunFolder, content: Mapping[str, Any]) -> None:
-    tallies = content.get("tallies")  # a copy of a model has none
-    if not tallies:
-        return
-    finished, count = len(tallies), len(Tally(**tallies[-1]).total_EC)
+    trained, finished, count = fit_model(config, content, folder=folder.path, recipe=recipe, device=device)
     if finished < count:
         _log.warning(
             "%s: has learned %d of %d experiences; finish it with clframe run --resume %s",
             folder.path, finished, count, shlex.quote(str(folder.path)),
         )  # fmt: skip
+    return trained if budgets is None else replace(trained, budgets=budgets)
+
+
+def fit_model(
+    config: Config, content: Mapping[str, Any], *, folder: Path, recipe: Recipe | None = None, device: str = "cpu"
+) -> tuple[TrainedModel, int, int]:
+    """Restore the model of a checkpoint, and check that it predicts.
+
+    Args:
+        config: The config of its run.
+        content: The checkpoint.
+        folder: The run folder, for messages.
+        recipe: Options of a conversion to experts after training.
+        device: Device of the model.
+
+    Returns:
+        The model, its number of finished experiences, and that of all experiences; both 0 for a copy of a model.
+
+    Raises:
+        RunFolderError: The checkpoint does not fit the config.
+        ClframeError: A config of which no model can be built.
+    """
+    with _explain_misfit(folder):
+        check_data(content["data"])
+    register_imports(config.imports)
+    strategy = build_strategy(config.strategy, config.components)
+    make_backbone = build_backbone(config.backbone, strategy)
+    network = Network(make_backbone(tuple(content["data"]["input_shape"])))
+    with _explain_misfit(folder):
+        trained = restore_model(network, strategy, content, recipe=recipe)
+        network.to(device)
+        _try_prediction(trained)
+        tallies = content.get("tallies", ())  # a copy of a model has none
+        return trained, len(tallies), len(Tally(**tallies[-1]).total_EC) if tallies else 0
+
+
+@contextmanager
+def _explain_misfit(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedError:  # of this machine, not of the checkpoint
+        raise
+    except _UNFIT as error:
+        reason = reason_of(error, most=200)
+        raise RunFolderError(
+            f"{folder}: the newest checkpoint does not fit its config ({reason}); restore both, or train again"
+        ) from error
+
+
+def _try_prediction(model: TrainedModel) -> None:
+    """Predict one input of zeros where a component acts on predictions, whose state only the component can check."""
+    acting = predicting_components(model.learner.composition)
+    if acting and model.learner.past and not model.network.vocabulary:
+        model.classify(torch.zeros(model.network.input_shape))
 
 
 def refuse_language_model(
@@ -133,7 +167,7 @@ def read_config(folder: RunFolder) -> Config:
     try:
         return from_mapping({str(key): value for key, value in tree.items()})
     except ConfigError as error:
-        raise ConfigError(f"{folder.config_path}: {error}") from None
+        raise reword(error, lambda message: f"{folder.config_path}: {message}") from None
 
 
 def load_run(

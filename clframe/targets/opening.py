@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from clframe.config.load import data_config, require_list
 from clframe.config.schema import Config
 from clframe.data.benchmark import Benchmark
+from clframe.data.digests import refuse_other_data
 from clframe.data.source import SOURCES, Data
 from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
 from clframe.options import option_types
+from clframe.process_state import own_process
 from clframe.results import Result
 from clframe.stream import build_stream
 from clframe.targets.loading import load_model, refuse_language_model, run_config
@@ -36,6 +38,7 @@ _LOCATIONS = ("data_dir", "path", "tokens")
 """Options of data sets that name a file or folder."""
 
 
+@own_process("open_target", trains=False)
 def open_target(
     name: str,
     *,
@@ -177,15 +180,17 @@ def run_target(name: str, trained: TrainedModel, overrides: Sequence[str] = ()) 
     config = relocate_data(run_config(folder), overrides)
     benchmark = build_stream(config)[1]
     named = bool(trained.class_names and benchmark.class_names)
+    advice = (
+        f"restore the data, undo the overrides, or add benchmark={config.benchmark.name} to clframe evaluate to "
+        f"measure it on other data"
+    )
     if (
         benchmark.class_order != trained.class_order
         or benchmark.input_shape != trained.network.input_shape
         or (named and benchmark.class_names != trained.class_names)
     ):
-        raise RunFolderError(
-            f"{folder}: was trained on other data than its config gives now; restore the data, undo the overrides, or "
-            f"add benchmark={config.benchmark.name} to clframe evaluate to measure it on other data"
-        )
+        raise RunFolderError(f"{folder}: was trained on other data than its config gives now; {advice}")
+    refuse_other_data(benchmark.digest, trained.digest, where=str(folder), advice=advice)
     network, learner = trained.network, trained.learner
     tokens = _real_tokens if isinstance(network.backbone.stages[0], TextEmbed) else None
 

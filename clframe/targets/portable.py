@@ -24,7 +24,7 @@ from clframe.moe.pipeline import Recipe
 from clframe.nn.network import Network
 from clframe.records import read_record, to_plain
 from clframe.training.checkpoint import encode
-from clframe.training.trained import TrainedModel
+from clframe.training.trained import TrainedModel, predicting_components
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1
@@ -53,12 +53,8 @@ def write_portable(model: TrainedModel, config: Config, folder: Path, *, recipe:
     save = _library().save
     learner = model.learner
     tensors = {_NETWORK + name: value for name, value in learner.network.state_dict().items()}
-    acting = {
-        component.name
-        for hook in ("adjust_logits", "adjust_exit_logits", "predict")
-        for component in learner.composition.acting_at(hook)
-    }
-    components = {name: _pack(encode(_without_samples(learner.state[name])), tensors) for name in sorted(acting)}
+    acting = sorted(predicting_components(learner.composition))
+    components = {name: _pack(encode(_without_samples(learner.state[name])), tensors) for name in acting}
     header = {
         "format": FORMAT,
         "past": list(learner.past),

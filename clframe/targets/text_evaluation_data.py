@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clframe.config.load import data_config
 from clframe.config.schema import BenchmarkConfig, Config
+from clframe.data.digests import refuse_other_data
 from clframe.data.sources.language import domain_files, has_domain, read_domain, windows_of
 from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, RunFolderError
@@ -50,11 +51,10 @@ def own_text(model: RunModel, overrides: Sequence[str]) -> list[Part]:
         or benchmark.input_shape != model.network.input_shape
         or recorded not in ("", benchmark.inputs.tokenizer)
     )
+    advice = f"restore the text, or add benchmark={config.benchmark.name} to measure it on other text"
     if differs:
-        raise RunFolderError(
-            f"{model.folder}: was trained on other text than its config gives now; restore the text, or add "
-            f"benchmark={config.benchmark.name} to measure it on other text"
-        )
+        raise RunFolderError(f"{model.folder}: was trained on other text than its config gives now; {advice}")
+    refuse_other_data(benchmark.digest, model.digest, where=str(model.folder), advice=advice)
     learned = [
         set(classes) <= set(model.learner.past) and len(samples) > 0
         for classes, samples in zip(benchmark.classes, benchmark.test, strict=True)

@@ -159,9 +159,13 @@ class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._mixed, self._new = state["mixed"], state["new"]
         self._updates, self._before_epoch = state["updates"], state["before_epoch"]
 
-    def finish(self) -> None:
-        """Write the costs of a finished and evaluated experience to the ledger."""
-        self._add_steps()
+    def finish(self, *, skipped: int = 0) -> None:
+        """Write the costs of a finished and evaluated experience to the ledger.
+
+        Args:
+            skipped: Its updates that were due and not made, see ``trainer.on_nonfinite``.
+        """
+        self._add_steps(skipped)
         self._add_evaluations()
         self._add_sizes()
         assert self._index is not None
@@ -231,7 +235,7 @@ class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._mixed = False
         self._new = self._updates = self._before_epoch = 0
 
-    def _add_steps(self) -> None:
+    def _add_steps(self, skipped: int) -> None:
         profiler, ledger = self.profiler, self.ledger
         ledger.add_uncounted(profiler.uncounted())
         for phase, component, macs in profiler.between:
@@ -258,7 +262,7 @@ class CostRecorder(SupervisedPlugin, supports_distributed=True):  # type: ignore
                 experience=self._index,
                 component=component,
                 samples=seen.get((phase, component), 0),
-                steps=self._updates if (phase, component) == ("forward", "") else 0,
+                steps=self._updates - skipped if (phase, component) == ("forward", "") else 0,
             )
 
     def _add_evaluations(self) -> None:

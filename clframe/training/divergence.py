@@ -110,6 +110,9 @@ class UpdateFilter:
         self.updates, self.skipped = Counter(state["updates"]), Counter(state["skipped"])
 
 
+Action = Literal["stop", "warn", "skip"]
+
+
 class DivergenceGuard:
     """Checks losses where they are logged and weights at the end of each experience.
 
@@ -125,7 +128,7 @@ class DivergenceGuard:
         skipped: Those of them that the scaler of 16-bit mixed precision has left out.
     """
 
-    def __init__(self, action: Literal["stop", "warn", "skip"] = "stop") -> None:
+    def __init__(self, action: Action = "stop") -> None:
         self.action = action
         self.found: list[str] = []
         self.filter = UpdateFilter() if action == "skip" else None

@@ -43,7 +43,8 @@ def merge_events(folder: Path, keeps: Callable[[str, int], bool]) -> tuple[str, 
     forget = Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))
     # No host name starts with a dash, so that of the files of one second this one is read first.
     target = folder / f"events.out.tfevents.{int(now):010d}.-.kept"
-    hidden = folder / f".{target.name.replace('tfevents', 'rewritten')}"  # not matched as an event file
+    # Not read as an event file, and deleted as a temporary one when the run is resumed after a kill.
+    hidden = folder / f".{target.name.replace('tfevents', 'rewritten')}.{os.getpid()}.tmp"
     with open(hidden, "wb") as file:
         writer = RecordWriter(file)
         for event in (head, forget, *points.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from clframe.training.monitor import Monitor
 from clframe.training.run_progress import Progress
 from clframe.training.session import Session
 from clframe.training.strategy import LightningStrategy
-from clframe.training.trainer_options import refuse_to_save
+from clframe.training.trainer_options import refuse_to_save, without_banners
 
 
 def launch(
@@ -189,24 +188,24 @@ class JoinedProcesses(LightningEnvironment):
 
 def _joined_fabric(group: Group, precision: Any) -> Fabric:
     """A launched Fabric of one of several processes, each of which has its device."""
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     kind = group.device.type
-    fabric = Fabric(
-        accelerator=kind,
-        devices=group.size if kind == "cpu" else [int(device.index) for device in group.devices],
-        strategy=ReplicaStrategy(cluster_environment=JoinedProcesses(group.rank)),
-        precision=precision,
-    )
-    fabric.launch()
+    with without_banners():
+        fabric = Fabric(
+            accelerator=kind,
+            devices=group.size if kind == "cpu" else [int(device.index) for device in group.devices],
+            strategy=ReplicaStrategy(cluster_environment=JoinedProcesses(group.rank)),
+            precision=precision,
+        )
+        fabric.launch()
     assert fabric.device == group.device, "Lightning orders devices as they are given"
     return fabric
 
 
 def _fabric(accelerator: str, devices: int | list[int], precision: Any) -> Fabric:
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
-        fabric.launch()
+        with without_banners():
+            fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
+            fabric.launch()
     except (RuntimeError, ValueError) as error:
         reason = reason_of(error)
         raise UnsupportedError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clframe.core import Batch, Component, Composition, Experience, State, Step, StepContext, total
-from clframe.errors import ComposeError, UnsupportedError
+from clframe.errors import UnsupportedError
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Output
@@ -20,13 +20,27 @@ from clframe.seeding import derive_seed, generator_for
 from clframe.training.averaging import WeightAverage
 from clframe.training.loss_sums import LossSums
 from clframe.training.observer import StepObserver
+from clframe.training.returned import (
+    check_batch,
+    check_exit_weights,
+    check_output,
+    check_scores,
+    check_sources,
+    check_state,
+    check_step_values,
+    check_term,
+    check_terms,
+    check_total,
+)
 from clframe.training.step_inputs import StepInputs, StepValues
 
 
 class Learner:
     """Calls the hooks of a composition in the order of :mod:`clframe.core.component`, without a loop or a device.
 
-    Hooks that no component overrides cost nothing: their owners are looked up once, in the constructor.
+    Hooks that no component overrides cost nothing: their owners are looked up once, in the constructor. What hooks of a
+    step return is checked in the first step of an epoch, terms of a loss also where they first appear; see
+    :mod:`clframe.training.returned`, also for the ComposeError that is raised.
 
     Args:
         network: Edited in place by components that override ``setup_network``.
@@ -52,7 +66,9 @@ class Learner:
         self.seed = seed
         for component in composition.acting_at("setup_network"):
             component.setup_network(network)
-        self.state: dict[str, State] = {c.name: c.init_state(network) for c in composition}
+        self.state: dict[str, State] = {
+            c.name: check_state(c.name, "init_state", c.init_state(network)) for c in composition
+        }
         self.observer = StepObserver()
         self.past: tuple[int, ...] = ()
         self.average: WeightAverage | None = None
@@ -86,7 +102,9 @@ class Learner:
     def training_experiences(self, index: int, count: int) -> tuple[int, ...]:
         """Return the experiences whose data experience ``index`` of ``count`` trains on."""
         owner = self._owner("training_experiences")
-        return (index,) if owner is None else tuple(owner.training_experiences(index, count))
+        if owner is None:
+            return (index,)
+        return check_sources(owner.name, owner.training_experiences(index, count), count)
 
     def begin(self, experience: Experience, *, classes: tuple[int, ...], epochs: int) -> None:
         """Start an experience: seed, grow every head by ``classes``, call ``add_classes`` and ``before_experience``."""
@@ -101,8 +119,8 @@ class Learner:
             # The kinds of contexts seed generators, so they keep the names that hooks once had.
             context = self._context(component.name, "prepare", 0)
             with self.observer.around("before_experience", component.name):
-                state = self.state[component.name]
-                self.state[component.name] = component.before_experience(self.network, context, state)
+                state = component.before_experience(self.network, context, self.state[component.name])
+            self.state[component.name] = check_state(component.name, "before_experience", state)
         if self.average is not None:
             self.average.start(self.network)
 
@@ -124,7 +142,10 @@ class Learner:
         if owner is None:
             return batch
         with self.observer.around("make_batch", owner.name, len(y)):
-            return owner.make_batch(batch, self._contexts[owner.name], self.state[owner.name], self.network)
+            made = owner.make_batch(batch, self._contexts[owner.name], self.state[owner.name], self.network)
+        if self._number == 0 or not isinstance(made, Batch):
+            check_batch(owner.name, made)
+        return made
 
     def loss(self, batch: Batch, output: Output) -> Tensor:
         """Return the scalar to minimize: the task loss and every component's terms, combined."""
@@ -134,16 +155,21 @@ class Learner:
         self.step = step = Step(
             batch, output, self._task_context, self.network, weight_K, self._number, shared_run=self.shared_run
         )
+        first = self._number == 0
         self._number += 1
         if self.network.vocabulary:  # hooks after the losses see the windows again
             step = replace(step, batch=batch.by_token())
-        terms = {"task/ce": self._task_loss(step, values)}
+        if first:
+            self._term_names.clear()
+        terms = {"task/ce": self._task_loss(step, values, checked=first)}
         for component in self._losses:
             with around("losses", component.name, size):
                 own = self._own_step(step, component, values)
                 found = component.losses(own, self.state[component.name])
+            if first:
+                check_terms(component.name, found)
             for term, value in found.items():
-                terms[self._term_name(component.name, term)] = value
+                terms[self._term_name(component.name, term, value)] = value
         if weight_K is not None:
             terms = {name: value * weight_K if value.ndim else value for name, value in terms.items()}
         self.loss_sums.add(terms)
@@ -151,7 +177,8 @@ class Learner:
         if owner is None:
             return total(terms)
         with around("combine_losses", owner.name, size):
-            return owner.combine_losses(terms, self._own_step(step, owner, values), self.state[owner.name])
+            combined = owner.combine_losses(terms, self._own_step(step, owner, values), self.state[owner.name])
+        return check_total(owner.name, combined) if first else combined
 
     @property
     def changes_gradients(self) -> bool:
@@ -172,13 +199,10 @@ class Learner:
             step = self.step
             assert step is not None
             with self.observer.around("after_step", component.name, len(step.batch.y)):
-                own = self._own_step(step, component)
-                state = component.after_step(self.network, own, self.state[component.name])
-            if state is None:
-                raise ComposeError(
-                    f"component '{component.name}': after_step() returned None; return the state, changed or not"
-                )
-            self.state[component.name] = state
+                own, former = self._own_step(step, component), self.state[component.name]
+                state = component.after_step(self.network, own, former)
+            if state is not former:
+                self.state[component.name] = check_state(component.name, "after_step", state)
         if self.average is not None:
             self.average.update(self.network)
 
@@ -188,7 +212,9 @@ class Learner:
         if owner is None:
             return output
         with self.observer.around("adjust_logits", owner.name, output.last.shape[0]):
-            return owner.adjust_logits(output, self.state[owner.name])
+            adjusted = owner.adjust_logits(output, self.state[owner.name])
+        hook = "adjust_logits" if "adjust_logits" in owner.acts_at() else "adjust_exit_logits"
+        return check_output(owner.name, hook, adjusted, output)
 
     @property
     def simulated_exits(self) -> str:
@@ -228,10 +254,11 @@ class Learner:
         if owner is None:
             return output.last
         with self.observer.around("predict", owner.name, output.last.shape[0]):
-            return owner.predict(output, self.state[owner.name])
+            scores_BC = owner.predict(output, self.state[owner.name])
+        return check_scores(owner.name, "predict", scores_BC)
 
     def end(self) -> None:
-        """Finish an experience: call ``after_experience`` of every component, fitted ensembles and policies last."""
+        """Finish an experience: call ``after_experience`` of every component, those that others depend on first."""
         experience = self._current()
         self.step = None
         self.network.freeze_trunk("free")
@@ -240,8 +267,8 @@ class Learner:
         for component in sorted(self.composition.acting_at("after_experience"), key=_consolidation_order):
             context = self._context(component.name, "advance", self.epochs)
             with self.observer.around("after_experience", component.name):
-                state = self.state[component.name]
-                self.state[component.name] = component.after_experience(self.network, context, state)
+                state = component.after_experience(self.network, context, self.state[component.name])
+            self.state[component.name] = check_state(component.name, "after_experience", state)
         if self.average is not None:
             self.average.settle(self.network)
         self.past = tuple(sorted({*self.past, *experience.classes}))
@@ -259,6 +286,9 @@ class Learner:
         values = {
             c.name: c.step_values(self._contexts[c.name], self._number, self.state[c.name]) for c in self._valued
         }
+        if self._number == 0:
+            for name, found in values.items():
+                check_step_values(name, found)
         return StepInputs(self.weight_K, values)
 
     def step_counts(self) -> tuple[int, int]:
@@ -338,27 +368,32 @@ class Learner:
         found = {} if values is None else values.get(component.name, {})
         return replace(step, context=self._contexts[component.name], values=found)
 
-    def _task_loss(self, step: Step, values: StepValues) -> Tensor:
+    def _task_loss(self, step: Step, values: StepValues, *, checked: bool) -> Tensor:
         owner = self._task_owner
         with self.observer.around("task_loss", "" if owner is None else owner.name, len(step.batch.y)):
             if owner is None:
                 return cross_entropy(step.output.logits, step.batch.y, weight_B=step.batch.weight_B)
-            return owner.task_loss(self._own_step(step, owner, values), self.state[owner.name])
+            loss_K = owner.task_loss(self._own_step(step, owner, values), self.state[owner.name])
+        if checked:
+            check_term(owner.name, "task_loss", loss_K, len(step.output.logits))
+        return loss_K
 
     def _exit_weights(self) -> Tensor | None:
         """weight_K of this epoch on the network's device; None where each is 1, which leaves every term alone."""
         owner = self._exit_weights_owner
         if owner is None:
             return None
-        weights = tuple(owner.exit_loss_weights(self._contexts[owner.name], self.state[owner.name]))
+        found = owner.exit_loss_weights(self._contexts[owner.name], self.state[owner.name])
+        weights = check_exit_weights(owner.name, found, len(self.network.heads))
         if all(weight == 1 for weight in weights):
             return None
         return torch.tensor(weights, device=self.network.final.weight.device)
 
-    def _term_name(self, component: str, term: str) -> str:
+    def _term_name(self, component: str, term: str, value: Tensor) -> str:
         key = (component, term)
         name = self._term_names.get(key)
         if name is None:
+            check_term(component, "losses", value, len(self.network.heads), term=term)
             name = self._term_names[key] = f"{component}/{term}"
         return name
 
@@ -382,7 +417,9 @@ class Learner:
 
 
 def _consolidation_order(component: Component) -> int:
-    """Sort key of ``after_experience``: what changes the network, what learns or stores, the ensemble, the policy."""
+    """Sort key of ``after_experience``: the network, the buffer, what reads them, the ensemble, the policy."""
     if component.changes_network:
-        return -1
-    return 2 if "prediction" in component.slots else 1 if "exit_weights" in component.slots else 0
+        return 0
+    if component.keeps_memory:
+        return 1
+    return 4 if "prediction" in component.slots else 3 if "exit_weights" in component.slots else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -74,6 +75,7 @@ class Serving:
     _own_loader: EpochLoader | None = None
     _unchanged_dataset: Any = None
     _avalanche: Any = None
+    _lazy_stream: tuple[Any, list[Any]] | None = None
     pool_owner: Any = None
 
     def serve(self, benchmark: Benchmark | None) -> None:
@@ -137,11 +139,11 @@ class Serving:
 
     def count_steps(self, experience: Any) -> int:
         """Return the number of steps of ``train(experience)`` on our own benchmark; within a budget, those expected."""
-        index, count = int(experience.current_experience), len(experience.origin_stream)
+        index, stream = int(experience.current_experience), self.stream_of(experience)
         if self.plan is not None:
             return self.plan.experiences[index].steps
-        sources = (index,) if self.learner is None else self.learner.training_experiences(index, count)
-        total = sum(len(experience.origin_stream[i].dataset) for i in sources)
+        sources = (index,) if self.learner is None else self.learner.training_experiences(index, len(stream))
+        total = sum(len(stream[i].dataset) for i in sources)
         size = self.train_mb_size
         samples = self._samples_of(experience, "train")
         if self.pool_owner is not None and samples is not None:
@@ -209,7 +211,7 @@ class Serving:
         index = int(self.experience.current_experience)
         if self.learner is None:
             return (index,)
-        return self.learner.training_experiences(index, len(self.experience.origin_stream))
+        return self.learner.training_experiences(index, len(self.stream_of(self.experience)))
 
     def _pool(self, samples: Data) -> tuple[Loadable, int]:
         """The samples of an epoch and its batch size, as the owner of the pool makes them."""
@@ -240,7 +242,25 @@ class Serving:
     def _experience_at(self, index: int) -> Any:
         if index == self.experience.current_experience:
             return self.experience
-        return self.experience.origin_stream[index]
+        return self.stream_of(self.experience)[index]
+
+    def stream_of(self, experience: Any) -> Sequence[Any]:
+        """Return the stream of an experience; a lazy one, as of ``split_online_stream``, is read to its end, once.
+
+        Raises:
+            UnsupportedError: It can be read only once.
+        """
+        stream = experience.origin_stream
+        if hasattr(stream, "__len__"):
+            return cast(Sequence[Any], stream)
+        if self._lazy_stream is None or self._lazy_stream[0] is not stream:
+            if isinstance(stream.exps_iter, Iterator):
+                raise UnsupportedError(
+                    f"LightningStrategy: found the stream '{stream.name}' of an iterator, which can be read only once; "
+                    f"make it of a list of experiences"
+                )
+            self._lazy_stream = (stream, list(stream))
+        return self._lazy_stream[1]
 
     def _samples_of(self, experience: Any, *streams: str) -> Data | None:
         """The samples of an experience of our own benchmark in one of the streams, or None."""

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from clframe.avalanche_bridge.fabric import Engine
 from clframe.avalanche_bridge.imports import EvaluationPlugin, PeriodicEval, SupervisedPlugin
+from clframe.errors import UnsupportedError
 from clframe.functional.language import next_token_targets
+from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.training.compiled import CompiledStages
 from clframe.training.divergence import DivergenceGuard, UpdateFilter, gradient_norm
@@ -155,6 +157,16 @@ def _acts_at(plugin: Any, event: str) -> bool:
     return call is not None and getattr(call, "__func__", call) is not getattr(SupervisedPlugin, event, None)
 
 
+def _check_dtype(x: Tensor, network: Network) -> None:
+    """Raise UnsupportedError for inputs in another floating-point type than the weights."""
+    dtype = network.final.weight.dtype
+    if x.is_floating_point() and x.dtype != dtype:
+        raise UnsupportedError(
+            f"LightningStrategy: found a network with weights of {dtype} for inputs of {x.dtype}; convert it, as by "
+            f"network.to({x.dtype}), or pass a Fabric with the precision of the weights, such as '64-true'"
+        )
+
+
 class StrategyStep:
     """Mixin: the training step, forward and loss of an Avalanche strategy with a ``ContinualModule`` or another module.
 
@@ -216,6 +228,8 @@ class StrategyStep:
                 stored = partial(loader.stored, int(self.clock.train_epoch_iterations), len(y))
             self.batch = joined = self.learner.make_batch(x, y, stored=stored)
             joined.x = self.convert_input(joined.x)
+            if self.learner.step_counts()[0] == 0:
+                _check_dtype(joined.x, self.learner.network)
             self.use_batch()
             self.note_batch()
         if self.step_capture is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from clframe.core.component import Component
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
+from clframe.options import convert
+from clframe.process_state import RandomStreams
 from clframe.training.averaging import WeightAverage
-from clframe.training.divergence import DivergenceGuard, gradient_norm
+from clframe.training.divergence import Action, DivergenceGuard, gradient_norm
 from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_schedule
 from clframe.training.learner import Learner
 from clframe.training.loop import Driver, run_step, update
@@ -39,6 +42,9 @@ class ContinualModule(LightningModule):
         module.begin(experience, epochs=3)
         Trainer(max_epochs=3).fit(module, loader)
         module.end()
+
+    With a seed it sets the global generators of torch, numpy and Python while it trains, and restores them at the end
+    of each of these calls; after a ``fit`` that has raised an error, at the end of the next one.
 
     Args:
         network: The network to train.
@@ -62,7 +68,7 @@ class ContinualModule(LightningModule):
         groups: GroupsFactory | None = None,
         seed: int | None = None,
         clip: float | None = None,
-        on_nonfinite: Literal["stop", "warn", "skip"] = "stop",
+        on_nonfinite: Action = "stop",
         average: WeightAverage | None = None,
     ) -> None:
         super().__init__()
@@ -81,9 +87,10 @@ class ContinualModule(LightningModule):
         self.make_scheduler = scheduler
         self._groups = groups
         self.clip = clip
-        self.divergence = DivergenceGuard(on_nonfinite)
+        self.divergence = DivergenceGuard(convert(on_nonfinite, Action, where="ContinualModule.on_nonfinite"))
         self.norm_before_clipping: Tensor | None = None
         self.driver: Driver = PlainDriver(self)
+        self.streams = RandomStreams()
 
     def new_optimizer(self) -> Optimizer:
         """Create the optimizer of the current experience; before any, that of the first."""
@@ -99,7 +106,22 @@ class ContinualModule(LightningModule):
 
     def begin(self, experience: Experience, *, epochs: int) -> None:
         """Start an experience: heads grow, components prepare."""
-        self.learner.begin(experience, classes=experience.classes, epochs=epochs)
+        with self._own_streams("ContinualModule.begin"):
+            self.learner.begin(experience, classes=experience.classes, epochs=epochs)
+
+    def _own_streams(self, what: str) -> AbstractContextManager[None]:
+        """The generators of its training instead of the caller's, if it has a seed."""
+        return nullcontext() if self.learner.seed is None else self.streams.part(what)
+
+    def on_fit_start(self) -> None:
+        """Begin to use the generators of the training under a plain Trainer; a strategy does it around all it does."""
+        if isinstance(self.driver, PlainDriver) and self.learner.seed is not None:
+            self.streams.enter()
+
+    def on_fit_end(self) -> None:
+        """Restore the caller's generators."""
+        if isinstance(self.driver, PlainDriver):
+            self.streams.leave()
 
     def end(self, *, step: int | None = None) -> None:
         """Finish an experience: components consolidate.
@@ -114,7 +136,8 @@ class ContinualModule(LightningModule):
         # Before consolidation, which on such weights fails with messages about something else.
         self.divergence.check_updates(learner)
         self.divergence.check_weights(learner, step=step)
-        learner.end()
+        with self._own_streams("ContinualModule.end"):
+            learner.end()
 
     def configure_optimizers(self) -> Any:
         """Return the driver's optimizer."""

@@ -83,11 +83,11 @@ class Monitor:
         tallies: Sequence[Tally] = (),
         expected_steps: Callable[[], Sequence[int]] = tuple,
     ) -> None:
-        """Start writing after ``finished`` experiences of ``steps`` steps; later entries of a killed run are dropped.
+        """Start writing after ``finished`` experiences; entries of a killed run after ``steps`` steps are dropped.
 
         Args:
             finished: Experiences that are not trained again.
-            steps: Their training steps.
+            steps: Training steps up to the last log entry that is kept.
             tallies: Their evaluations.
             expected_steps: Returns the expected steps of each experience; called if a progress bar is shown.
 
@@ -251,7 +251,7 @@ class Monitor:
         """
         accuracies = [tally.accuracy_E for tally in tallies]
         self.log.experience(
-            finished=len(tallies), title=title, accuracies=accuracies, losses=losses, steps=steps,
+            finished=len(tallies), title=title, accuracies=accuracies, losses=losses, batches=steps,
             train_seconds=train_seconds, evaluation_seconds=evaluation_seconds, checkpoint_bytes=checkpoint_bytes,
             skipped=skipped, nats=tallies[-1].nll_E,
         )  # fmt: skip

@@ -47,7 +47,7 @@ class RunLog:
         title: str,
         accuracies: Sequence[Sequence[float]],
         losses: Mapping[str, float],
-        steps: int,
+        batches: int,
         train_seconds: float,
         evaluation_seconds: float,
         checkpoint_bytes: int | None,
@@ -61,7 +61,7 @@ class RunLog:
             title: Title of this experience.
             accuracies: The accuracy matrix so far; its last row is of this experience.
             losses: Mean of each loss term over this experience, by name.
-            steps: Training steps of the run so far.
+            batches: Those that the run has trained on so far.
             train_seconds: Time of training this experience.
             evaluation_seconds: Time of evaluating after it.
             checkpoint_bytes: Size of its checkpoint; None where none was written.
@@ -74,11 +74,12 @@ class RunLog:
         if nats:
             every = perplexity(sum(nats[:finished]) / finished)
             text = f"perplexity {perplexity(nats[finished - 1]):.2f}, {every:.2f} over the domains so far"
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items()) or "no training step"
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        terms = terms or ("no finite loss" if skipped[1] else "no training step")
         without = f"{skipped[0]} of {skipped[1]} updates skipped as not finite; " if skipped[0] else ""
         size = "none" if checkpoint_bytes is None else f"{checkpoint_bytes / 1e6:,.3f} MB"
         self._add(
-            f"experience {finished}/{self._experiences} ({title}): {text}; {terms}; {steps} steps so far; {without}"
+            f"experience {finished}/{self._experiences} ({title}): {text}; {terms}; {batches} batches so far; {without}"
             f"training {train_seconds:.1f} s, evaluation {evaluation_seconds:.1f} s; checkpoint {size}"
         )
 

@@ -20,6 +20,7 @@ class Progress:
 
     finished: int = 0
     steps: int = 0
+    """Training steps, each on one batch; the ledger counts the optimizer's."""
     train_seconds: float = 0.0
     baseline: Tally | None = None
     tallies: list[Tally] = field(default_factory=list)

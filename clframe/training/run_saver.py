@@ -10,14 +10,15 @@ import torch
 
 from clframe.accounting import Ledger
 from clframe.data.benchmark import Benchmark
+from clframe.data.digests import StreamDigest
 from clframe.errors import RunFolderError, reason_of
 from clframe.training.checkpoint import decode, load_latest, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.evaluation import ActivityRecorder, ExitRecorder
 from clframe.training.run_progress import Progress
-from clframe.training.saver import RESTORE_ERRORS, refuse_other_config
+from clframe.training.saver import RESTORE_ERRORS, refuse_other_config, refuse_other_samples
 from clframe.training.strategy import LightningStrategy
-from clframe.training.trained import describe_data
+from clframe.training.trained import describe_data, recorded_digest
 
 
 class RunSaver:
@@ -51,6 +52,7 @@ class RunSaver:
         self._costs, self._exits, self._activity = costs, exits, activity
         self._records_activity = records_activity
         self._folder, self._config = folder, config
+        self._recorded: StreamDigest | None = None  # of the checkpoint that the run continues from
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint after the newest experience; returns its path."""
@@ -61,7 +63,7 @@ class RunSaver:
             "torch": str(torch.__version__),
             "taps": dict(self._exits.reference),
             "active": [dict(rates) for rates in self._activity.learnt],
-            "data": describe_data(self._benchmark),
+            "data": describe_data(self._benchmark, recorded=self._recorded),
             "past": learner.past,
             "ledger": self._costs.ledger.as_tree(),
             "network": dict(learner.network.state_dict()),
@@ -77,13 +79,15 @@ class RunSaver:
         """Restore the newest checkpoint; returns the progress, None without a checkpoint.
 
         Raises:
-            RunFolderError: It is of another config, or does not fit.
+            RunFolderError: It is of another config or of other data, or does not fit.
         """
         content = load_latest(self._folder, device=self._strategy.device)
         if content is None:
             return None
         refuse_other_config(content, self._config, folder=self._folder)
         self._check_tokenizer(content)
+        self._recorded = recorded_digest(content)
+        refuse_other_samples(content, self._benchmark, folder=self._folder, begun=content["finished"])
         try:
             return self._restore(content)
         except RESTORE_ERRORS as error:

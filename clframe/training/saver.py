@@ -15,6 +15,8 @@ import torch
 from clframe.accounting import DevicePeak, Energy, EnergyMeter, Ledger
 from clframe.config.periods import Period
 from clframe.config.typed import same_config
+from clframe.data.benchmark import Benchmark
+from clframe.data.digests import refuse_other_data
 from clframe.errors import RunFolderError, reason_of
 from clframe.training.checkpoint import encode, load_inside, remove_inside, save_inside
 from clframe.training.cost_recorder import CostRecorder
@@ -22,6 +24,7 @@ from clframe.training.inside import Boundary, Position, Resumption, Schedule
 from clframe.training.monitor import Monitor
 from clframe.training.stopping import DeferredSignals
 from clframe.training.strategy import LightningStrategy
+from clframe.training.trained import describe_data, recorded_digest
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class ExperienceSaver:
 
     Args:
         strategy: The strategy; its boundaries are observed.
+        benchmark: The stream.
         costs: The recorder, whose ledger is saved.
         monitor: Live output.
         folder: Folder of checkpoints.
@@ -95,6 +99,7 @@ class ExperienceSaver:
     def __init__(
         self,
         strategy: LightningStrategy,
+        benchmark: Benchmark,
         costs: CostRecorder,
         monitor: Monitor,
         *,
@@ -107,7 +112,8 @@ class ExperienceSaver:
         assert strategy.module is not None
         self.stop = DeferredSignals()
         self.writes = writes
-        self._strategy, self._costs, self._monitor = strategy, costs, monitor
+        self._strategy, self._benchmark = strategy, benchmark
+        self._costs, self._monitor = costs, monitor
         self._guard = strategy.module.divergence
         self._folder, self._config = folder, config
         self._schedule = Schedule(period)
@@ -149,7 +155,7 @@ class ExperienceSaver:
         """Return the newest checkpoint inside the experience after ``finished`` ones, or None.
 
         Raises:
-            RunFolderError: It is of another config, or contradicts itself.
+            RunFolderError: It is of another config or of other data, or contradicts itself.
         """
         if self.writes:  # left by a kill between writing the last one and deleting them
             remove_inside(self._folder, finished=finished)
@@ -157,12 +163,17 @@ class ExperienceSaver:
         if content is None:
             return None
         refuse_other_config(content, self._config, folder=self._folder)
+        if "data" in content:  # not in one of an earlier version
+            refuse_other_samples(content, self._benchmark, folder=self._folder, begun=finished + 1)
         try:
             position = Position.of(content["position"])
             if position.experience != finished:
                 raise ValueError(f"experience={position.experience} after {finished}")
             if type(content["steps"]) is not int or content["steps"] < position.step:
                 raise ValueError(f"steps={content['steps']!r}")
+            unlogged = content["monitor"]["unlogged"]
+            if type(unlogged) is not int or not 0 <= unlogged <= position.step:
+                raise ValueError(f"unlogged={unlogged!r}")
         except (LookupError, TypeError, ValueError) as error:
             raise _unfit(content["file"], error) from error
         return content
@@ -223,6 +234,7 @@ class ExperienceSaver:
         position = self._strategy.position(boundary, experience=self._index, step=step - self._first_step)
         content = {
             "config": self._config,
+            "data": describe_data(self._benchmark),
             "torch": str(torch.__version__),
             "position": asdict(position),
             "steps": step,
@@ -278,6 +290,27 @@ def refuse_other_config(content: Mapping[str, Any], config: str, *, folder: Path
     """
     if content.get("config") != config and not same_config(str(content.get("config")), config):
         raise RunFolderError(f"{folder}: was written by another config; resume with the run's own config.yaml")
+
+
+def refuse_other_samples(content: Mapping[str, Any], benchmark: Benchmark, *, folder: Path, begun: int) -> None:
+    """Refuse to continue a run on other data than it has begun with.
+
+    Args:
+        content: The checkpoint.
+        benchmark: The stream as it is now.
+        folder: Folder of checkpoints.
+        begun: Number of experiences whose training has begun. Training samples of later ones may differ, unless the
+            normalization, which is measured on training samples, differs with them.
+
+    Raises:
+        RunFolderError: The data differ.
+    """
+    now, before = describe_data(benchmark), content.get("data")
+    same = isinstance(before, Mapping) and all(before.get(key) == now[key] for key in ("mean", "std"))
+    refuse_other_data(
+        benchmark.digest, recorded_digest(content), where=str(folder.parent),
+        advice="restore the data to continue it, or start a new run", begun=begun if same else None,
+    )  # fmt: skip
 
 
 def _unfit(file: Any, error: Exception) -> RunFolderError:

@@ -97,8 +97,8 @@ class Session:
                 records_activity=self._records_activity, folder=checkpoints, config=config,
             )  # fmt: skip
             self._saver = ExperienceSaver(
-                strategy, self._costs, monitor, folder=checkpoints, config=config, period=period, foreign=foreign,
-                writes=self._writes,
+                strategy, benchmark, self._costs, monitor, folder=checkpoints, config=config, period=period,
+                foreign=foreign, writes=self._writes,
             )  # fmt: skip
 
     @property
@@ -136,7 +136,8 @@ class Session:
         inside = self._inside
         self._monitor.open(
             finished=self.progress.finished,
-            steps=self.progress.steps if inside is None else inside["steps"],
+            # Steps since the last log entry are logged again, with those that follow.
+            steps=self.progress.steps if inside is None else inside["steps"] - inside["monitor"]["unlogged"],
             tallies=self.progress.tallies,
             expected_steps=self._expected_steps,
         )
@@ -235,7 +236,7 @@ class Session:
         with self._timing("exits", index):
             progress.exits.append(self._exits.record(strategy, index))
         self._note_compilation(index)
-        self._costs.finish()
+        self._costs.finish(skipped=skipped[0])
         progress.finished = index + 1
         self._write_pages(index)
         checkpoint_bytes = self._save()

@@ -7,14 +7,12 @@ computes from it is also counted for each size of the buffer. Nothing runs twice
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from clframe.core import Component, State
 from clframe.errors import ConfigError
 from clframe.moe import count_usage
 from clframe.nn.network import Network
+from clframe.process_state import preserve_generators
 from clframe.training.learner import Learner
 from clframe.training.observer import UNOBSERVED, Section, StepObserver
 from clframe.training.prediction_cost import every_expert
@@ -252,7 +251,7 @@ class StepProfiler(StepObserver):
         learner, self._probed = self._learner, {}
         everyone, used = every_expert(learner.network), count_usage(learner.network)
         try:
-            with keep_random_states(x.device), torch.no_grad(), everyone, used as usage, MacCounter() as counter:
+            with preserve_generators(), torch.no_grad(), everyone, used as usage, MacCounter() as counter:
                 self._probe = lambda: counter.macs
                 learner.predict(learner.adjust_logits(learner.network(x, taps=learner.taps)))
         finally:
@@ -261,18 +260,6 @@ class StepProfiler(StepObserver):
         experts = sum(layer.dense_macs for layer in usage().values())
         charges["evaluation", ""] = counter.macs - experts - sum(charges.values())
         return charges, counter.uncounted()
-
-
-@contextmanager
-def keep_random_states(device: torch.device) -> Iterator[None]:
-    """Restore the global generators of torch, numpy and Python on exit."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 def declared_costs(learner: Learner) -> dict[tuple[str, str], int]:

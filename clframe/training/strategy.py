@@ -29,24 +29,31 @@ from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.graphs import CudaGraphs
 from clframe.nn.types import Output
+from clframe.options import convert, require_count
+from clframe.process_state import require_gradients
 from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture, StepCapture
 from clframe.training.channels_last import require_channels_last
 from clframe.training.compiled import CompiledStages, refuse_to_compile
 from clframe.training.configured import configured_optimizer
 from clframe.training.distributed import Group
-from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
+from clframe.training.epoch_loop import EpochLoop
+from clframe.training.epochs import EarlyStopping, EpochMetrics
 from clframe.training.evaluation import Scores
 from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
 from clframe.training.module import ContinualModule
 from clframe.training.sharing import SharedBatches
-from clframe.training.trainer import fit_experience
+from clframe.training.trainer_arguments import check_arguments
 from clframe.training.trainer_options import check_callbacks
 
+EngineName = Literal["fabric", "trainer"]
+EvalMode = Literal["experience", "epoch", "iteration"]
+"""Avalanche's words for what ``eval_every`` counts."""
 
-class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabric, SupervisedTemplate):
+
+class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLoop, OnFabric, SupervisedTemplate):
     """An Avalanche strategy whose model is a :class:`ContinualModule`, or any other module.
 
     A :class:`ContinualModule` is trained by its components' hooks and, without ``optimizer``, by a new optimizer for
@@ -62,8 +69,9 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         benchmark: Its experiences are served from memory; those of other benchmarks go through Avalanche's loaders.
         fabric: Launched Fabric; None makes one for ``device``.
         engine: ``"fabric"``, or ``"trainer"`` to run every experience inside a Lightning Trainer.
-        trainer: Keyword arguments of that Trainer (callbacks, loggers, profiler ...). Each experience gets deep copies
-            of the callbacks, so that none carries its state into the next one.
+        trainer: Keyword arguments of that Trainer (callbacks, logger, profiler ...); epochs, batches and devices are
+            those of the strategy. Each experience gets deep copies of the callbacks, so that none carries its state
+            into the next one.
         early_stopping: When to end an experience before its last epoch; needs a :class:`ContinualModule`.
         accumulate: Batches whose gradients are added up before each update.
         limit_batches: Batches of an epoch, and of an evaluation, after which the rest is left out.
@@ -99,7 +107,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         criterion: Any = None,
         benchmark: Benchmark | None = None,
         fabric: Fabric | None = None,
-        engine: Literal["fabric", "trainer"] = "fabric",
+        engine: EngineName = "fabric",
         trainer: dict[str, Any] | None = None,
         early_stopping: EarlyStopping | None = None,
         accumulate: int = 1,
@@ -117,8 +125,18 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         plugins: Sequence[Any] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
-        peval_mode: str = "epoch",
+        peval_mode: EvalMode = "epoch",
     ) -> None:
+        words = (("engine", engine, EngineName), ("capture", capture, Capture), ("peval_mode", peval_mode, EvalMode))
+        for name, word, kind in words:
+            convert(word, kind, where=f"LightningStrategy.{name}")
+        numbers = {
+            "accumulate": accumulate, "limit_batches": 1 if limit_batches is None else limit_batches,
+            "train_mb_size": train_mb_size, "eval_mb_size": 1 if eval_mb_size is None else eval_mb_size,
+        }  # fmt: skip
+        for name, number in numbers.items():
+            require_count(number, least=1, where=f"LightningStrategy.{name}")
+        require_count(train_epochs, least=0, where="LightningStrategy.train_epochs")
         self.module = model if isinstance(model, ContinualModule) else None
         configured = configured_optimizer(model) if optimizer is None and self.module is None else None
         if configured is not None:
@@ -159,6 +177,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         self.serve(benchmark)
         self.engine_name = engine
         self.trainer_options = trainer or {}
+        check_arguments(self.trainer_options, engine=engine, fabric=self.fabric)
         check_callbacks(self.trainer_options)
         self.early_stopping = early_stopping
         self.accumulate = accumulate
@@ -220,6 +239,18 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         refuse_to_compile(self.learner.composition, self.device)
         return CompiledStages() if wanted is True else CompiledStages(backend=wanted)
 
+    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
+        """Train as Avalanche does; with a seed, the global random generators are afterwards as they were before.
+
+        Raises:
+            UnsupportedError: Another thread of the process trains with a seed, or gradients are switched off.
+        """
+        require_gradients("LightningStrategy.train")
+        if self.module is None or self.module.learner.seed is None:
+            return super().train(experiences, eval_streams, **kwargs)
+        with self.module.streams.part("LightningStrategy.train"):
+            return super().train(experiences, eval_streams, **kwargs)
+
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Begin an experience: grow the network, call the components, create the optimizer; else as Avalanche does."""
         if self.learner is None:
@@ -235,7 +266,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         classes = {c for source in sources for c in classes_in(source.dataset.targets)}.union(self.learner.past)
         description = describe(
             experience,
-            count=len(experience.origin_stream),
+            count=len(self.stream_of(experience)),
             past=self.learner.past,
             samples=self._samples_of(experience, "train", "original_train"),
             held_out=self._held_out(experience),
@@ -260,26 +291,6 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
         if self.step_capture is not None:
             self.step_capture.begin_experience()
 
-    def _new_metrics(self) -> EpochMetrics | None:
-        """Epoch metrics, if something reads them: they cost a pass over held-out data per epoch."""
-        observers = self.engine_name == "trainer" and (
-            self.trainer_options.get("callbacks") or self.trainer_options.get("logger")
-        )
-        if self.early_stopping is not None:
-            self.early_stopping.reset()
-        if not (observers or self.early_stopping or needs_metric(self._scheduler)):
-            return None
-        assert self.learner is not None
-        network = self.learner.network
-        return EpochMetrics(
-            network,
-            lambda x: self.run_shared(self.convert_input(x)),
-            self._held_out(self.experience)[-1:],
-            batch_size=self.eval_mb_size or self.train_mb_size,
-            limit_batches=self.limit_batches,
-            by_token=bool(network.vocabulary),
-        )
-
     def _load_replaced_model(self) -> None:
         """Take over the weights of a copy of the model that a plugin has put in its place, as GDumb does to restart."""
         assert self.module is not None
@@ -300,63 +311,11 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
             return adapted
         return self.model
 
-    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        if not self._sources():
-            return
-        if self.learner is not None and self._criterion is not self._given_criterion:
-            name = type(self._criterion).__name__
-            raise UnsupportedError(
-                f"LightningStrategy: a plugin has set the criterion {name}, but the loss of a ContinualModule is "
-                f"that of its components; use the plugin with a plain module"
-            )
-        self._kwargs = kwargs
-        self.step_plugins = StepPlugins(self.plugins)
-        resumption, self.resumption = self.resumption, None
-        self._resumed_epoch = resumption
-        self.reach("begin")
-        if resumption is not None:
-            resumption.restore()
-        if resumption is None or not resumption.position.trained:
-            if self.engine_name == "trainer":
-                fit_experience(self, resumption=resumption, **kwargs)
-            elif resumption is None:
-                super()._train_exp(experience, eval_streams, **kwargs)
-            else:
-                self._train_remaining_epochs(**kwargs)
-        self.reach("trained")
-
-    def _train_remaining_epochs(self, **kwargs: Any) -> None:
-        """Run the epochs from the one of the clock on, as Avalanche runs all of them."""
-        for _ in range(int(self.clock.train_exp_epochs), self.train_epochs):
-            self._before_training_epoch(**kwargs)
-            if self._stop_training:
-                self._stop_training = False
-                break
-            self.training_epoch(**kwargs)
-            self._after_training_epoch(**kwargs)
-
     def _before_training_exp(self, **kwargs: Any) -> None:
         """Reach the boundary between two small experiences, then begin one as Avalanche does."""
         if self.part:
             self.reach("part")
         super()._before_training_exp(**kwargs)
-
-    def begin_plan(self, index: int) -> None:
-        """Train for as many epochs of experience ``index`` as its budget affords."""
-        if self.plan is not None:
-            assert self.module is not None
-            self.train_epochs = self.plan.experiences[index].epochs
-            self.module.make_scheduler = self.plan.schedule(self.train_epochs)
-
-    def _plan_epoch(self, *, resumed: bool) -> None:
-        """Set the batches of the epoch that begins, or is resumed, from what the experience has cost before it."""
-        assert self.plan is not None and self.learner is not None
-        planned = self.plan.experiences[int(self.experience.current_experience)]
-        observer = self.learner.observer
-        spent = observer.spent_before_epoch() if resumed else observer.spent()
-        self._planned = None
-        batches = planned.batches_of(self._epoch, whole=self._count_batches(), spent=spent)
-        self._planned = int(self.agree({"batches": batches})["batches"])
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         """Let components consolidate, then call Avalanche's plugins."""
@@ -368,61 +327,6 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, OnFabri
             self.synchronize()
         super()._after_training_exp(**kwargs)
         self.part += 1
-
-    def _before_training_epoch(self, **kwargs: Any) -> None:
-        resumption, self._resumed_epoch = self._resumed_epoch, None
-        if resumption is None and self.clock.train_exp_epochs:
-            self.reach("epoch")
-        self._epoch = self._part * self.train_epochs + self.clock.train_exp_epochs
-        if self.plan is not None:
-            self._plan_epoch(resumed=resumption is not None and bool(resumption.position.batch))
-        if self.learner is not None:
-            self.learner.before_epoch(self._epoch, steps=self._count_batches())
-        if self._own_loader is not None:
-            self._own_loader.epoch = self._epoch
-        self._step_in_update = 0
-        super()._before_training_epoch(**kwargs)
-        if self.dataloader is not self._own_loader:
-            self._refuse_pool()
-        self.step_plugins = StepPlugins(self.plugins)  # a plugin may have added or removed others
-        if self.stages is not None:
-            assert self.module is not None
-            self.stages.watch(self.module.network)
-        if self.step_capture is not None:
-            self.step_capture.begin_epoch()
-        if resumption is not None and resumption.position.batch:
-            resumption.restore()
-            assert self._own_loader is not None
-            self._own_loader.skip(resumption.position.batch, resumption.content["augmentation"])
-
-    def _after_training_epoch(self, **kwargs: Any) -> None:
-        self.check_replicas()
-        if self._metrics is not None:
-            with self._averaged():
-                self.epoch_metrics = self.agree(self._metrics.compute())
-        if self._scheduler is not None:
-            step_schedule(self._scheduler, self.epoch_metrics)
-        super()._after_training_epoch(**kwargs)
-        # Avalanche would carry a request in the last epoch over to the next experience.
-        more = self.clock.train_exp_epochs < self.train_epochs
-        if self.early_stopping is not None and self.early_stopping.should_stop(self.epoch_metrics) and more:
-            self.stop_training()
-
-    def training_epoch(self, **kwargs: Any) -> None:
-        """Run one epoch."""
-        with nullcontext() if self.step_capture is None else self.step_capture.epoch():
-            self._train_on_batches()
-
-    def _train_on_batches(self) -> None:
-        done = int(self.clock.train_epoch_iterations)  # above 0 where the epoch is resumed
-        left = None if self.limit_batches is None and self.plan is None else self._count_batches() - done
-        for batch in itertools.islice(self.dataloader, left):
-            self.mbatch = batch
-            if self._stop_training:
-                break
-            self.train_on(batch)
-            if self.on_boundary is not None:
-                self.on_boundary("step")
 
     def eval(self, exp_list: Any, **kwargs: Any) -> Any:
         """Evaluate as Avalanche does, with the average of the weights if there is one."""

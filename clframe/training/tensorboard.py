@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,14 +119,14 @@ def rewritten_by_sessions(tag: str) -> bool:
 class TensorBoard:
     """Writes one run's event file; ``tensorboard --logdir runs`` shows it.
 
-    On resuming, points of experiences after the first ``finished`` are removed from the event files: these experiences
-    are trained and logged again.
+    On resuming, points of experiences after the first ``finished`` are removed from the event files, and those of
+    training steps after ``steps``: they are logged again.
 
     Args:
         folder: Folder for event files; TensorBoard shows one run per folder.
         experiences: Number of test experiences, which sets the width of their numbers in tags.
         finished: Number of experiences that are not trained again.
-        steps: Their training steps.
+        steps: Training steps up to the last log entry that is kept.
     """
 
     def __init__(self, folder: str | Path, *, experiences: int, finished: int = 0, steps: int = 0) -> None:
@@ -138,6 +139,8 @@ class TensorBoard:
         wait_for_next_second(Path(folder))
         self._digits = max(2, len(str(experiences - 1)))
         self._curves = spaced_indices(experiences, most=CURVES)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._report
         self._writer: Any = SummaryWriter(str(folder))
         self._layout: dict[str, Any] = {}
         self._laid_out = 0
@@ -268,7 +271,17 @@ class TensorBoard:
 
     def close(self) -> None:
         """Flush and close the file; a second call has no effect."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            if threading.excepthook == self._report:
+                threading.excepthook = self._excepthook
+
+    def _report(self, failure: threading.ExceptHookArgs) -> None:
+        """Report what ends a thread, but for a failed write of TensorBoard's, which the next call here raises too."""
+        thread = type(failure.thread).__module__.partition(".")[0]
+        if thread != "tensorboard" or not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
 
     def _experience_tag(self, j: int) -> str:
         return f"experience_accuracy/{j:0{self._digits}d}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -15,7 +14,9 @@ from torch import Tensor
 from clframe.core import Composition
 from clframe.data.benchmark import Benchmark
 from clframe.data.chain import Stored
+from clframe.data.digests import StreamDigest
 from clframe.data.inputs import InputFormat
+from clframe.data.numeric import numeric_tensor
 from clframe.data.samples import TensorSamples
 from clframe.errors import DataError, RunFolderError, UnsupportedError
 from clframe.exits import ExitPolicy
@@ -29,6 +30,10 @@ from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.training.checkpoint import decode, load_latest
 from clframe.training.learner import Learner
+from clframe.training.recorded_data import check_classes, check_data, check_states
+
+PREDICTING = ("adjust_logits", "adjust_exit_logits", "predict")
+"""Hooks of components that change predictions."""
 
 CONVERTED = "moefy.json"
 """Results and options of a conversion to experts after training; in the same folder as the converted checkpoint."""
@@ -53,6 +58,8 @@ class TrainedModel:
     """Conversion of files to inputs; None where the checkpoint does not record it."""
     budgets: BudgetPoints | None = None
     """Thresholds for budgets, chosen on validation data after the last experience; None where none are recorded."""
+    digest: StreamDigest | None = None
+    """Identity of the samples of its run; None where the checkpoint does not record it."""
 
     @property
     def network(self) -> Network:
@@ -66,9 +73,9 @@ class TrainedModel:
             x: A batch or a single sample. Images may have the channels last, and gray ones no channel at all.
 
         Raises:
-            DataError: Inputs of another shape than the network was trained on, or that are not finite.
+            DataError: Inputs of another shape than the network was trained on, or that are not finite or not numbers.
         """
-        batch = self.as_batch(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)))
+        batch = self.as_batch(numeric_tensor(x, where="classify"))
         no_targets = torch.zeros(len(batch), dtype=torch.long)
         return self.network.to_device(TensorSamples(batch, no_targets, self.mean, self.std).prepare(batch))
 
@@ -120,8 +127,12 @@ class TrainedModel:
             raise UnsupportedError(f"dynamic: rule '{rule}' uses all exits; give a threshold, or use classify")
         return DynamicNetwork(self.network, make(self.learner.state[owner.name]), exits=exits, adjust=adjust)
 
-    def as_batch(self, x: Tensor) -> Tensor:
-        """Stored inputs with a batch dimension, images with the channels first."""
+    def as_batch(self, x: Tensor, *, where: str = "classify") -> Tensor:
+        """Stored inputs with a batch dimension, images with the channels first.
+
+        Raises:
+            DataError: Inputs of another shape; the message begins with ``where``.
+        """
         shape = self.network.input_shape
         if not self.std:  # token ids: sequences may have any length
             return x[None] if x.ndim == len(shape) else x
@@ -135,14 +146,19 @@ class TrainedModel:
             return x[None]
         if tuple(x.shape[1:]) != tuple(shape):
             raise DataError(
-                f"classify: found inputs of shape {tuple(x.shape)}; give a batch (N, {', '.join(map(str, shape))}) or "
+                f"{where}: found inputs of shape {tuple(x.shape)}; give a batch (N, {', '.join(map(str, shape))}) or "
                 f"one sample {tuple(shape)}, with values as the data set stores them"
             )
         return x
 
 
-def describe_data(benchmark: Benchmark) -> dict[str, Any]:
-    """Properties of the data that a checkpoint stores, so that a model can be used without the data."""
+def describe_data(benchmark: Benchmark, *, recorded: StreamDigest | None = None) -> dict[str, Any]:
+    """Properties of the data that a checkpoint stores, so that a model can be used without the data.
+
+    Args:
+        benchmark: The data.
+        recorded: What the run has recorded of earlier data, which may be gone.
+    """
     samples = benchmark.test[0]
     return {
         "input_shape": tuple(benchmark.input_shape),
@@ -152,7 +168,19 @@ def describe_data(benchmark: Benchmark) -> dict[str, Any]:
         "class_names": tuple(benchmark.class_names),
         "inputs": benchmark.inputs.as_tree(),
         "dtype": Stored.of(benchmark).dtype,
+        "digest": benchmark.digest.fill_from(recorded).as_tree(),
     }
+
+
+def recorded_digest(content: Mapping[str, Any]) -> StreamDigest | None:
+    """Return the identity of a run's samples, as a checkpoint stores it; None in those of earlier versions.
+
+    Raises:
+        RunFolderError: Another content.
+    """
+    data = content.get("data")
+    tree = data.get("digest") if isinstance(data, Mapping) else None
+    return None if tree is None else StreamDigest.of(tree, where="checkpoint")
 
 
 def load_newest(folder: Path, *, device: torch.device) -> Mapping[str, Any]:
@@ -182,6 +210,11 @@ def read_recipe(folder: Path) -> Recipe:
         raise RunFolderError(f"{folder}: found no readable {CONVERTED}; convert the model again") from None
 
 
+def predicting_components(composition: Composition) -> frozenset[str]:
+    """Names of the components that change predictions."""
+    return frozenset(component.name for hook in PREDICTING for component in composition.acting_at(hook))
+
+
 def restore_model(
     network: Network, composition: Composition, content: Mapping[str, Any], *, recipe: Recipe | None = None
 ) -> TrainedModel:
@@ -192,8 +225,14 @@ def restore_model(
         composition: The strategy.
         content: Content of the checkpoint.
         recipe: Options of its conversion to experts after training, if it was converted.
+
+    Raises:
+        RuntimeError, ValueError, LookupError, TypeError, AttributeError: A content that does not fit, or that
+            :func:`~clframe.training.recorded_data.check_data` refuses.
     """
     learner, data = Learner(network, composition), content["data"]
+    check_data(data)
+    check_states(content["components"], needed=predicting_components(composition))
     if recipe is None:
         network.load_state_dict(content["network"])
         learner.state = {**learner.state, **decode(content["components"], network)}
@@ -205,6 +244,7 @@ def restore_model(
         network.load_state_dict(content["network"])
     network.eval().requires_grad_(False)
     learner.past = tuple(content["past"])
+    check_classes(data, learner.past, outputs=len(data["class_order"]) if network.vocabulary else network.classes)
     return TrainedModel(
         learner,
         tuple(data["class_order"]),
@@ -214,6 +254,7 @@ def restore_model(
         inputs=InputFormat.of(data["inputs"]) if "inputs" in data else None,
         # A conversion to experts changes confidences: thresholds of the dense model do not apply to it.
         budgets=_recorded_budgets(content) if recipe is None else None,
+        digest=recorded_digest(content),
     )
 
 

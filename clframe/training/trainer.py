@@ -206,6 +206,7 @@ def fit_experience(strategy: FittedStrategy, *, resumption: Any = None, **kwargs
             trainer = make_trainer(
                 fresh_callbacks(strategy.trainer_options),
                 accelerator=strategy.device.type,
+                precision=strategy.fabric._precision.precision,
                 max_epochs=strategy.train_epochs,
                 limit_train_batches=strategy.limit_batches,
             )

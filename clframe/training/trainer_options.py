@@ -33,6 +33,7 @@ _REFUSED = {
     "LearningRateFinder": "its trial fits would train the model; set optimizer.lr",
     "BaseFinetuning": "it changes the optimizer that the strategy creates; use the component 'freeze'",
     "ModelPruning": "it renames parameters, which checkpoints and components find by name",
+    "SpikeDetection": "it reads the loss that a training_step returns, which is none here; set trainer.on_nonfinite",
 }
 """Lightning callbacks that spoil a run here, by class name, and why."""
 
@@ -75,12 +76,25 @@ def check_callbacks(options: Mapping[str, Any]) -> None:
         UnsupportedError: One of them; the message gives the reason.
     """
     for callback in _callbacks(options):
-        for base in type(callback).__mro__:
-            if base.__name__ in _REFUSED and base.__module__.startswith("lightning."):
+        name = type(callback).__name__
+        for base in _lightning_bases(callback):
+            if base in _REFUSED:
                 raise UnsupportedError(
-                    f"trainer.callbacks: {type(callback).__name__} cannot work with manual optimization, one fit per "
-                    f"experience: {_REFUSED[base.__name__]}"
+                    f"trainer.callbacks: {name} cannot work with manual optimization, one fit per experience: "
+                    f"{_REFUSED[base]}"
                 )
+        # Its default average subtracts, which torch refuses for the buffers of heads that are true or false.
+        averages = "WeightAveraging" in _lightning_bases(callback) and getattr(callback, "_use_buffers", False)
+        if averages and not {"avg_fn", "multi_avg_fn"} & set(getattr(callback, "_kwargs", ())):
+            raise UnsupportedError(
+                f"trainer.callbacks: {name} cannot average the buffers of a network, some of which are true or false; "
+                f"set use_buffers: false, or use EMAWeightAveraging or trainer.ema"
+            )
+
+
+def _lightning_bases(callback: Any) -> list[str]:
+    """Names of the classes of Lightning from which a callback inherits."""
+    return [base.__name__ for base in type(callback).__mro__ if base.__module__.startswith("lightning.")]
 
 
 def _callbacks(options: Mapping[str, Any]) -> list[Any]:
@@ -89,15 +103,18 @@ def _callbacks(options: Mapping[str, Any]) -> list[Any]:
 
 
 def refusal(error: Exception) -> UnsupportedError:
-    """Return the error of a run whose callbacks or loggers Lightning refuses."""
+    """Return the error of a run whose callbacks, loggers or other arguments Lightning refuses."""
     reason = reason_of(error)
-    return UnsupportedError(f"trainer: Lightning refuses its callbacks or loggers ({reason}); change or remove them")
+    return UnsupportedError(
+        f"trainer: Lightning refuses its callbacks, loggers or other arguments ({reason}); change or remove them"
+    )
 
 
 @contextmanager
 def without_banners() -> Iterator[None]:
-    """Silence the banner that Lightning prints for each new Trainer, one per experience."""
-    notices = [logging.getLogger(f"lightning.pytorch{name}") for name in ("", ".utilities.rank_zero")]
+    """Silence what Lightning logs for each new Fabric and each new Trainer, one per experience."""
+    names = ("lightning.fabric", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
+    notices = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in notices]
     for logger in notices:
         logger.setLevel(logging.WARNING)

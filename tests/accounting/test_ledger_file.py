@@ -13,14 +13,14 @@ from clframe.run_folder import RunFolder
 def written(folder, **options):
     network = Network(mlp((1, 2, 2), width=10), exits=[("layer1", GrowingLinear(10))])
     network.grow(range(3))
-    RunFolder(folder).write_ledger(network, 7, 1.5, {"er": 12}, **options)
+    RunFolder(folder).write_ledger(network, 7, 1.5, {"er": 12}, batches=28, **options)
     return json.loads((folder / "ledger.json").read_text())
 
 
 def test_without_entries(tmp_path):
     assert written(tmp_path) == {
         "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
-        "training": {"steps": 7, "seconds": 1.5},
+        "training": {"steps": 7, "batches": 28, "seconds": 1.5},
         "inference_macs": {"layer1": 40, "exit/layer1": 30, "layer2": 100, "exit/final": 30},
         "exit_macs": {"layer1": 70, "final": 200},
         "state_bytes": {"er": 12},

@@ -103,7 +103,7 @@ def test_a_continual_module_runs_in_the_precision_asked_for(
 ) -> None:
     inside, stored = PRECISIONS[precision]
     benchmark = toy.benchmark("new")
-    learner = ours(toy, expression, fabric=fabric(precision), engine=engine, trainer={"precision": precision})
+    learner = ours(toy, expression, fabric=fabric(precision), engine=engine)
     spy = Spy()
     learner.module.network.backbone.stages[-1].register_forward_hook(lambda m, x, y: spy(y))
     before = toy.weights(learner.model)
@@ -139,7 +139,7 @@ def test_trainer_and_fabric_agree_in_mixed_precision(toy: SimpleNamespace, expre
     ends = []
     for engine in ("fabric", "trainer"):
         torch.manual_seed(0)
-        learner = ours(toy, expression, fabric=fabric("bf16-mixed"), engine=engine, trainer={"precision": "bf16-mixed"})
+        learner = ours(toy, expression, fabric=fabric("bf16-mixed"), engine=engine)
         for experience in toy.benchmark("new").train_stream:
             learner.train(experience)
         ends.append(toy.weights(learner.model))

@@ -16,6 +16,7 @@ from torch import nn
 
 from clframe.avalanche_bridge.fabric import on_fabric
 from clframe.avalanche_bridge.repairs import repair
+from clframe.training.strategy import LightningStrategy
 
 MADE = {
     "EWC": lambda m: P.EWCPlugin(1.0),
@@ -148,3 +149,22 @@ def test_dictionaries_are_converted_to_the_precision_of_the_weights(toy: SimpleN
     fabric.launch()
     weights = finish(toy, on_fabric(OfDictionaries), fabric=fabric)
     assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize("expression", ["naive", "exits"])
+def test_rwalk_takes_an_experience_shorter_than_its_interval(toy: SimpleNamespace, expression: str) -> None:
+    """Its penalties are then the importances alone: no weight has a score."""
+    toy.seed_all()
+    plugin = P.RWalkPlugin(ewc_lambda=1.0, delta_t=1000)
+    model = toy.module(expression, seed=3)
+    strategy = LightningStrategy(model=model, plugins=[plugin], evaluator=None, **toy.options)
+    for number, experience in enumerate(toy.benchmark("new").train_stream, start=1):
+        strategy.train(experience)
+        importances, penalties = plugin.exp_importance, plugin.exp_penalties
+        largest = max(float(value.data.max()) for value in importances.values())
+        last = f"network.heads.{len(model.network.heads) - 1}.bias"
+        assert {"network.backbone.stages.0.weight", "network.backbone.stages.0.bias", last} <= penalties.keys()
+        assert importances[last].shape == (2 * number,)
+        for name, penalty in penalties.items():
+            assert torch.equal(penalty.data, importances[name].data / largest)
+    assert all(bool(value.isfinite().all()) for value in toy.weights(model).values())

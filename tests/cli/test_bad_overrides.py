@@ -130,6 +130,7 @@ OVERRIDES = [
     ("benchmark.class_order=[0,1,2,3,4,5,6,7,8,a]", "benchmark.class_order[9]: found 'a' (text); give a"),
     ("backbone.width=0", "backbone: small_cnn.width: found 0; give 1 or more"),
     ("backbone.depth=9", "backbone: small_cnn: found images of 8x8; use at least 512x512 or another"),
+    ("backbone.depth=100", "backbone: small_cnn: found images of 8x8; use at least 2^100 pixels a side or another"),
     ("backbone.width=999999999999", "backbone: found {'width': 999999999999}, torch fails (", "; give"),
     # Devices, precision, Lightning's own classes.
     ("trainer.devices=0", "trainer.devices: found 0; give at least 1"),

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from earlier_versions import remove_digests
 from PIL import Image
 
 import clframe
@@ -170,6 +171,8 @@ def test_a_class_name_in_another_case_is_one_line(refused, here, tmp_path):
     (tmp_path / "photos" / "cat" / "3.png").unlink()
     for i in range(4, 12):
         draw(digits().test.x[i, 0], tmp_path / "photos" / "cat" / f"{i}.png")
+    refused(["evaluate", found.run_folder], "experience 1 has 12 training samples, but had 6 when the run read its data")
+    remove_digests(found.run_folder)
     refused(["evaluate", found.run_folder], "test samples, the run was evaluated on 2; restore the data, or add benchm")
 
 

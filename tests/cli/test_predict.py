@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +74,46 @@ def test_a_missing_file_is_skipped_as_an_unreadable_one(call, here, finished, dr
     ]  # fmt: skip
     code, out, err = call("predict", str(finished[0]), "missing.png", "absent.png")
     assert code == 2 and out == "" and err.startswith("clframe: error: missing.png: no such file or folder;")
+
+
+def test_one_input_that_cannot_be_read_does_not_end_the_others(call, here, finished, drawn):
+    good = (drawn / "1.png").read_bytes()
+    (here / "odd").mkdir()
+    (here / "odd" / "good.png").write_bytes(good)
+    (here / "odd" / "loop.png").symlink_to("loop.png")
+    (here / "odd" / "broken.png").symlink_to("nowhere.png")
+    (here / "half.npz").write_bytes(b"PK\x03\x04")
+    np.savez(here / "wide.npz", x=np.zeros((1, 5, 8, 8, 8), np.uint8))
+    np.savez(here / "text.npz", x=np.array(["a"]))
+    np.savez(here / "good.npz", x=digits().test.x[:2].numpy())
+    given = ["odd", "half.npz", "wide.npz", "text.npz", "odd/*.png", "good.npz"]
+    code, out, err = call("predict", str(finished[0]), *given, "--csv", "-")
+    assert code == 3
+    assert [row["input"] for row in csv.DictReader(out.splitlines())] == ["odd/good.png", "good.npz[0]", "good.npz[1]"]
+    reasons = {line.split(": ")[1].removeprefix("skipped "): line for line in err.splitlines()}
+    assert set(reasons) == {"odd/loop.png", "odd/broken.png", "half.npz", "wide.npz", "text.npz"}
+    assert "broken.png is a link to nowhere.png, which does not exist; restore it" in reasons["odd/broken.png"]
+    assert "cannot be read as .npz" in reasons["half.npz"] and "found inputs of shape" in reasons["wide.npz"]
+    assert "x: found an array that is not of numbers" in reasons["text.npz"]
+
+
+def test_a_broken_link_is_named_as_one(refused, here, finished):
+    (here / "broken.png").symlink_to("nowhere.png")
+    refused(["predict", str(finished[0]), "broken.png"], "broken.png is a link to nowhere.png, which does not exist")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text on other systems")
+def test_a_file_name_that_is_not_utf8_is_escaped_in_every_output(call, here, finished, drawn):
+    folder = os.path.join(os.fsencode(here), b"photos")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"a\xff.png"), "wb") as file:
+        file.write((drawn / "1.png").read_bytes())
+    code, out, err = call("predict", str(finished[0]), "photos", "--json", "out.json", "--csv", "out.csv")
+    assert code == 0 and err == "" and "photos/a\\udcff.png" in out
+    assert r'"input": "photos/a\udcff.png"' in (here / "out.json").read_text()
+    assert "photos/a\\udcff.png" in (here / "out.csv").read_text()
+    (found,) = json.loads((here / "out.json").read_text())["predictions"]
+    assert os.fsencode(found["input"]) == b"photos/a\xff.png"  # the name can be opened
 
 
 def test_a_model_is_printed_in_one_line(finished):

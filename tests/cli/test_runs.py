@@ -10,8 +10,8 @@ import time
 import pytest
 
 from clframe.cli import runs
-from clframe.cli.run_states import RunState, find_folders, read_state
 from clframe.run_folder import RunFolder
+from clframe.run_states import RunState, find_folders, read_state
 
 NOW = time.mktime((2026, 11, 29, 18, 0, 0, 0, 0, -1))
 
@@ -93,7 +93,8 @@ def test_backbone_and_devices_are_columns_where_they_differ(call, here):
     "options, seeds",
     [(["--sort", "accuracy"], "1200"), (["--sort", "forgetting"], "0120"), (["--sort", "seed"], "0012"), (["er"], "102"),
      (["er", "EXITS"], "1"), (["cifar"], "2"), (["lwf"], "0"), (["mine", "digits"], "010"), (["--best"], "12"),
-     (["--best", "2"], "102"), (["--best", "2", "digits"], "10"), (["--best", "exits"], "1")],
+     (["--best", "2"], "102"), (["--best", "2", "digits"], "10"), (["--best", "exits"], "1"),
+     (["exits+er"], "1"), (["20261129"], "010"), (["seed1"], "1"), (["mine/er-seed0-20261129-170000"], "0")],
 )  # fmt: skip
 def test_sorted_filtered_best(call, several, options, seeds):
     """Seeds by row; the stopped run and one of the finished ones have seed 0."""
@@ -105,9 +106,25 @@ def test_sorted_filtered_best(call, several, options, seeds):
         assert found == seeds
 
 
+def test_a_word_is_a_component_or_begins_a_word(call, here):
+    root = here / "runs"
+    for folder, strategy in (("trial", "derpp + ewc + moe"), ("er_ace-seed0-20261129-170000", "er_ace"), ("b", "er")):
+        add(root / folder, strategy=strategy, name="experts", benchmark={"name": "permuted_mnist"})
+
+    def found(*words):
+        return [row[0] for row in lines(call("runs", *words, "--sort", "run").out)[1:]]
+
+    assert found("er") == ["b"] and found("ewc", "moe") == ["trial"] and found("er_ace") == ["er_ace-seed0-20261129-170000"]
+    assert found("TRI") == ["trial"] and len(found("mnist")) == len(found("exp")) == 3
+    assert call("runs", "rial").out == "no runs in runs with rial\n"
+    (root / "b" / "config.yaml").unlink()  # of a damaged run only the folder is known
+    assert found("b") == ["b"]
+
+
 def test_refusals(refused, call, several, here):
     refused(["runs", "--sort", "acuracy"], "--sort: unknown key 'acuracy'; did you mean 'accuracy'?")
-    refused(["runs", "--best", "0"], "--best: found '0'; give a number from 1")
+    for number in ("0", "-1", "1.5"):
+        refused(["runs", "--best", number], f"--best: found '{number}'; give a number from 1")
     refused(["runs", "--output", "nowhere"], "--output: nowhere cannot be listed (No such file or directory); give")
     (here / "empty").mkdir()
     assert call("runs", "--output", "empty").out == "no runs in empty\n"

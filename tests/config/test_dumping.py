@@ -34,3 +34,8 @@ def test_the_text_is_that_of_omegaconf_and_is_read_back():
 def test_a_value_that_could_not_be_read_back_is_refused(value):
     with pytest.raises(ConfigError, match="which a config cannot hold"):
         dump_yaml({"optimizer": {"lr": value}})
+
+
+def test_a_path_that_is_not_utf8_is_refused():
+    with pytest.raises(ConfigError, match=r"^config: found the text photos/a\\udcff, which is not UTF-8; rename the"):
+        dump_yaml({"benchmark": {"path": "photos/a\udcff"}})

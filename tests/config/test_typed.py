@@ -9,7 +9,7 @@ import yaml
 
 from clframe.config.schema import BackboneConfig, BenchmarkConfig, Config, EarlierConfig, OptimizerConfig
 from clframe.config.trainer import AverageConfig, BudgetConfig, CheckpointConfig, MemoryConfig, TrainerConfig
-from clframe.config.typed import as_tree, block_keys, from_mapping, to_yaml
+from clframe.config.typed import as_tree, block_keys, check_typed, from_mapping, to_yaml
 from clframe.errors import ConfigError
 
 SMALL = {"benchmark": {"name": "digits"}, "backbone": {"name": "mlp"}}
@@ -170,3 +170,21 @@ def test_entries_that_no_extension_writes(earlier, message):
 
 def test_a_run_that_extends_none_does_not_mention_it():
     assert "earlier" not in as_tree(from_mapping(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("block", "options", "message"),
+    [
+        ("trainer", {"engine": "Trainer"}, "found 'Trainer' (text); did you mean 'trainer'? (known: fabric, trainer)"),
+        ("trainer", {"batch_size": 3.5}, "found 3.5; give a whole number"),
+        ("benchmark", {"protocol": "foo"}, "found 'foo' (text); give one of them (known: class_incremental"),
+        ("optimizer", {"schedule": "cosinus"}, "found 'cosinus' (text); did you mean 'cosine'?"),
+    ],
+)
+def test_a_config_that_was_built_in_python_is_checked(block: str, options: dict[str, object], message: str):
+    config = from_mapping(SMALL)
+    assert check_typed(config) == config
+    wrong = dataclasses.replace(config, **{block: dataclasses.replace(getattr(config, block), **options)})
+    with pytest.raises(ConfigError) as found:
+        check_typed(wrong)
+    assert str(found.value).startswith(f"{block}.{next(iter(options))}: {message}")

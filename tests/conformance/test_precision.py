@@ -32,7 +32,7 @@ def train(strategy, *, precision, engine="fabric", device="cpu", accumulate=1, b
     fabric.launch()
     loop = LightningStrategy(
         model=module, benchmark=stream, train_mb_size=batch, train_epochs=2, eval_mb_size=16, evaluator=None, fabric=fabric,
-        engine=engine, trainer={"precision": precision} if engine == "trainer" else None, accumulate=accumulate,
+        engine=engine, accumulate=accumulate,
     )  # fmt: skip
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
     for experience in stream.avalanche.train_stream[:experiences]:

@@ -33,6 +33,12 @@ def test_two_classes_of_one_name_are_refused():
         source(("a", "a"))
 
 
+def test_a_class_name_that_is_not_utf8_is_refused():
+    """The name of a folder may be any bytes; configs of extensions and results are UTF-8."""
+    with pytest.raises(DataError, match="^m: the class name 'a\udcff' is not UTF-8 text; rename it$"):
+        source(("a\udcff", "b"))
+
+
 def test_a_format_survives_a_checkpoint_and_later_fields():
     form = InputFormat(kind="tokens", tokenizer="bert", max_length=9)
     assert InputFormat.of({**form.as_tree(), "added_later": 1}) == form

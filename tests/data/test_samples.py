@@ -78,7 +78,7 @@ def test_batches_of_a_chunk_equal_those_read_one_by_one(size, width, together, m
 
 
 def test_batches_of_a_chunk_are_independent() -> None:
-    data = TensorSamples(torch.rand(32, 16), torch.zeros(32))
+    data = TensorSamples(torch.rand(32, 16), torch.zeros(32).long())
     weight = torch.ones(16, requires_grad=True)
     (first, _), (second, _) = data.batches(torch.arange(32), 16)
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

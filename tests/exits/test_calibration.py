@@ -17,6 +17,7 @@ from clframe.exits.calibration import (
     COLDEST,
     RIDGE,
     Calibrated,
+    _with_confidence,
     fit_isotonic,
     fit_temperature,
     fit_vector_scaling,
@@ -185,3 +186,30 @@ def test_log_odds_by_arithmetic():
     """Nine right of ten with a margin of 1: T = 1 / ln 9."""
     logits_NC, y_N = torch.tensor([[1.0, 0.0]] * 10), torch.tensor([0] * 9 + [1])
     assert fit_temperature(logits_NC, y_N) == pytest.approx(1 / log(9), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_isotonic_calibration_of_sure_samples_changes_the_confidence_alone(dtype):
+    """The largest probability of [20, 0, -3] is 1 in float32, where the other classes must keep their proportions."""
+    logits_BC = torch.tensor([[20.0, 0, -3], [300, 1, 0], [-3, -200, 0.5], [40, -torch.inf, 0]], dtype=dtype)
+    knots_M, values_M = torch.tensor([0.4, 0.9, 1]), torch.tensor([0.3, 0.8, 0.97])
+    found_BC = _with_confidence(logits_BC, knots_M, values_M)
+    p_BC = found_BC.double().softmax(1)
+    assert found_BC.argmax(1).tolist() == [0, 0, 2, 0] and found_BC.dtype == dtype
+    for row, others in enumerate([[1, 2], [1, 2], [0], [2]]):
+        top = logits_BC[row].double().softmax(0).max().float()
+        wanted = float(interpolate(top[None], knots_M, values_M))
+        assert float(p_BC[row].max()) == pytest.approx(wanted, abs=1e-6)
+        expected = (1 - wanted) * logits_BC[row, others].double().softmax(0)
+        torch.testing.assert_close(p_BC[row, others], expected, rtol=1e-4, atol=0)
+
+
+def test_no_isotonic_calibration_changes_a_prediction():
+    generator = torch.Generator().manual_seed(3)
+    logits_NC = 40 * torch.randn(500, 5, generator=generator)
+    y_N = torch.randint(5, (500,), generator=generator)
+    calibrated = Calibrated(Single(), kind="isotonic", exits=1)
+    calibrated.fit([logits_NC], y_N)
+    (found_NC,) = calibrated([logits_NC])
+    assert torch.equal(found_NC.argmax(1), logits_NC.argmax(1)) and found_NC.isfinite().all()
+    assert nll(found_NC, y_N) < nll(logits_NC, y_N)

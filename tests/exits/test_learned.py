@@ -137,6 +137,8 @@ def test_only_measures_that_overfit_are_evaluated_out_of_fold():
     small, large = LearnedConfidence.fit(scores, y_N), FailureConfidence.fit(scores, y_N)
     assert torch.equal(held_out_confidences(small, scores, y_N), confidences(small, scores))
     assert torch.equal(held_out_confidences(large, scores, y_N), out_of_fold(FailureConfidence, scores, y_N))
+    of_shares = held_out_confidences(large, scores, y_N, method="quantiles")
+    assert torch.equal(of_shares, confidences(large, scores))  # shares of samples of the measure that decides
     assert not torch.equal(held_out_confidences(large, scores, y_N), confidences(large, scores).double())
 
 

@@ -21,6 +21,7 @@ from clframe.exits.placement import (
     published_placement,
     stage_seconds,
 )
+from clframe.exits.tap_choice import blind_taps
 from clframe.nn import Backbone, GrowingLinear, Network
 from clframe.nn.backbones import mlp, resnet18, resnet20, resnet32, small_cnn, vgg16, vgg19, vit_tiny, wrn16_2
 
@@ -219,6 +220,52 @@ def test_place_takes_the_option_given():
     assert place_exits(plain).taps == ("layer1", "layer2")
     with pytest.raises(ConfigError, match=r"^exits: found no published taps for layer1, layer2, layer3"):
         place_exits(plain, count=2)
+
+
+def test_exits_of_a_transformer_see_the_input_and_cost_less_than_the_last():
+    """The class token before the first attention is the same for all inputs; after the last layer, only it is left."""
+    network = Network(vit(4))
+    inner = ("encoder.0", "encoder.1", "encoder.2")
+    assert place_exits(network) == ExitPlacement(inner, (0.25, 0.5, 0.75))
+    assert place_exits(network, head="token_raw").taps == inner
+    assert place_exits(network, head="hidden").taps == ("embed", *inner)  # on all tokens
+    assert place_exits(network, nth=1).taps == (*inner, "encoder.3")  # asked for
+    assert place_exits(network, cost_shares=[0.001, 0.01]).taps == inner[:2]
+    assert place_exits(network, latency_shares=[0.001, 0.002, 0.003, 0.004]).taps == (*inner, "encoder.3")
+    assert place_exits(network, taps=["embed"], head="hidden").taps == ("embed",)
+    with pytest.raises(ConfigError, match=r"^exits: found tap 'embed', whose first token is the same for every input; use 'encoder.0' or"):
+        place_exits(network, taps=["embed", "encoder.1"])
+    with pytest.raises(ConfigError, match=r"^exits: found no tap before the last that depends on the input and costs less .* embed, encoder.0, cls"):
+        place_exits(Network(vit(1)))
+
+
+def test_taps_that_a_head_cannot_use_are_found_by_running_the_stages():
+    class Tokens(nn.Module):
+        def __init__(self, values: float) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.full((1, 1, 3), values))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.first.expand(len(x), -1, -1), x[..., None].expand(-1, -1, 3)], 1)
+
+    class Mix(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(scale))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.scale * x.mean(1, keepdim=True)
+
+    def backbone(*scales: float) -> Backbone:
+        mixed = [(f"mix{i}", Mix(scale), (5, 3)) for i, scale in enumerate(scales)]
+        return Backbone([("tokens", Tokens(2.0), (5, 3)), *mixed, ("flat", nn.Flatten(), (15,))], input_shape=(4,))
+
+    assert blind_taps(backbone(0.0, 1.0, 0.0)) == ("tokens", "mix0")
+    assert blind_taps(backbone(1.0)) == ("tokens",)
+    assert blind_taps(backbone(0.0, 0.0)) == ()  # nothing depends on the input yet, so nothing can be said
+    assert blind_taps(backbone(1.0), "hidden") == blind_taps(mlp(IMAGE)) == blind_taps(small_cnn(IMAGE)) == ()
+    pair = Backbone([("tokens", nn.Unflatten(1, (4, 1)), (4, 1)), ("flat", nn.Flatten(), (4,))], input_shape=(4,))
+    assert blind_taps(pair) == ()  # the first token is the first input, and no later tap has tokens
 
 
 def test_exits_that_are_there_do_not_move_the_next_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from importlib.metadata import EntryPoint
 
@@ -12,7 +13,9 @@ import torch
 import clframe
 from clframe.errors import ClframeError, ConfigError, DataError, UnknownNameError
 from clframe.exits import policies
+from clframe.exits.decisions import NEVER, ExitEvaluation, decide, select
 from clframe.exits.gate import LearnedConfidence, confidence_features, fit_learned_confidence
+from clframe.exits.learned import confidences
 from clframe.exits.policies import (
     CONFIDENCE_MEASURES,
     ExitPolicy,
@@ -25,6 +28,7 @@ from clframe.exits.policies import (
     register_confidence,
 )
 from clframe.registry import Registry
+from clframe.training.prediction_cost import stops_B
 
 UNFITTED = ("max_probability", "entropy", "margin", "patience")
 
@@ -111,6 +115,34 @@ def test_exits_whose_confidence_is_needed():
     assert surest.confidence_exits(4, among=[1]) == (1, 3)
     assert ExitPolicy(thresholds=2.0).confidence_exits(4) == ()
     assert ExitPolicy(thresholds=0.5).confidence_exits(1) == ()
+
+
+def test_a_measure_that_carries_values_is_asked_at_every_exit_before_one_that_can_fire():
+    policy = ExitPolicy(measure=patience, thresholds=(2.0, 0.5, 2.0))
+    assert policy.confidence_exits(4) == (0, 1) and policy.answering_exits(4) == (1,)
+    assert policy.confidence_exits(4, among=[0]) == ()
+    assert ExitPolicy(measure=patience, thresholds=2.0).confidence_exits(4) == ()
+    surest = ExitPolicy(measure=patience, thresholds=0.5, fallback="confident")
+    assert surest.confidence_exits(4, among=[2]) == (0, 1, 2, 3) and surest.answering_exits(4, among=[2]) == (2, 3)
+
+
+@pytest.mark.parametrize("fallback", ["last", "confident"])
+@pytest.mark.parametrize("name", ["max_probability", "patience", "failure"])
+def test_execution_decides_as_the_solver_assumes_where_an_exit_never_stops(name, fallback):
+    torch.manual_seed(2)
+    pairs, targets_N = noisy_exits(200)
+    scores = [*pairs, *(each + torch.randn_like(each) for each in pairs)]
+    measure = CONFIDENCE_MEASURES.get(name)
+    measure = measure.fit(scores, targets_N) if isinstance(measure, type) else measure
+    evaluation = ExitEvaluation(
+        confidence_KN=confidences(measure, scores).double(),
+        correct_KN=torch.stack([each.argmax(1) == targets_N for each in scores]), cost_K=tuple(range(1, len(scores) + 1)),
+    )  # fmt: skip
+    for thresholds in itertools.product([0.0, 0.5, 0.7, NEVER], repeat=len(scores) - 1):
+        policy = ExitPolicy(measure=measure, thresholds=thresholds, fallback=fallback)
+        expected = decide(evaluation, thresholds, fallback=fallback)
+        assert torch.equal(select(scores, policy).exit_B, expected.exit_N)
+        assert torch.equal(stops_B(scores, policy), expected.stop_N)
 
 
 def test_wrong_policies_are_one_line():

@@ -261,6 +261,90 @@ def test_closing_answers_or_refuses_what_waits(waiting):
     run(main())
 
 
+@pytest.mark.parametrize("within", ["timeout", "context"])
+def test_a_cancelled_close_leaves_the_requests_to_the_worker(within):
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+    server = ExitServer(dynamic, runner=runner, max_batch=1)
+
+    async def serve():
+        async with server:
+            await asyncio.Event().wait()
+
+    async def main():
+        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
+        if within == "timeout":
+            await runner.reached()
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(server.close(), 0.001)
+        else:
+            serving = asyncio.create_task(serve())
+            await runner.reached()
+            for _ in range(2):  # the first cancellation begins to close, the second one ends that
+                serving.cancel()
+                await turns()
+            assert serving.cancelled()
+        runner.release.set()
+        assert [answer.exit for answer in await asyncio.gather(*tasks)] == [1, 0, 0]
+        await asyncio.gather(server.close(), server.close())
+        assert server._worker is None and server._thread is None
+
+    run(main())
+
+
+def test_a_cancelled_close_can_be_followed_by_one_that_refuses():
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+
+    async def main():
+        server = ExitServer(dynamic, runner=runner, max_batch=1)
+        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY)]
+        await runner.reached()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(server.close(), 0.001)
+        closing = asyncio.create_task(server.close(waiting="refuse"))
+        await turns()
+        runner.release.set()
+        await closing
+        assert [type(found) for found in await asyncio.gather(*tasks, return_exceptions=True)] == [ClosedError] * 2
+        assert list(server.events) == [(0, (0,))]
+
+    run(main())
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_requests_that_are_computed_get_an_error_as_well_if_the_server_ends(cancelled, monkeypatch):
+    dynamic = two_segments()
+    runner = Held(dynamic, segment=0)
+    server = ExitServer(dynamic, runner=runner, max_batch=2)
+
+    async def broken(*_):
+        raise RuntimeError("of the server itself")
+
+    async def main():
+        if not cancelled:
+            monkeypatch.setattr(server, "_run", broken)
+        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
+        await turns()
+        if cancelled:
+            await runner.reached()
+            server._worker.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        reason = "its task was cancelled" if cancelled else "ended by RuntimeError"
+        text = f"server: {reason} before the answer; make another server"
+        assert [(type(each), str(each)) for each in found] == [(ClosedError, text)] * 3
+        with pytest.raises(ClosedError, match="found a request after it was closed"):
+            await server.predict(EASY)
+        runner.release.set()
+        if cancelled:
+            await server.close()
+        else:
+            with pytest.raises(RuntimeError, match="of the server itself"):
+                await server.close()
+
+    run(main())
+
+
 def launched(runner, dynamic, x):
     """Run all segments without removing samples, and compare each one with the plain runner."""
     rows, plain = ActiveSamples(x), ActiveSamples(x)

@@ -35,6 +35,20 @@ def vit():
     return network(vit_tiny, width=16, depth=2, patch=4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_networks_in_one_module_keep_their_own_activations(shared):
+    """Each has its activation by its own name: the second once replaced that of the first again."""
+    torch.manual_seed(0)
+    acts = [nn.ReLU()] * 2 if shared else [nn.ReLU(), nn.ReLU()]
+    net = nn.Sequential(nn.Linear(4, 8), acts[0], nn.Linear(8, 4), nn.Linear(4, 8), acts[1], nn.Linear(8, 4))
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        dense = net(x)
+        assert list(to_experts(net, experts=2, router_width=3)) == ["2", "5"]
+        torch.testing.assert_close(net(x), dense)
+    assert [type(part) for part in net] == [nn.Identity, nn.Identity, RoutedExperts] * 2
+
+
 def logits(net, x):
     return net(x).last
 

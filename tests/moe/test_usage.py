@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from clframe.accounting import count_macs
 from clframe.accounting.mac_counter import MacCounter
 from clframe.moe import (
     CumulativeShare,
@@ -51,6 +52,16 @@ needs_product = pytest.mark.skipif(
     reason="no grouped product on the CPU in this torch",
 )
 GROUPED_MM = pytest.param("grouped_mm", marks=needs_product)
+
+
+@pytest.mark.parametrize("gate", [TopK(k=2), DynamicK(tau=0.5), CumulativeShare(tau=0.4), DynamicK(tau=1.0)])
+@pytest.mark.parametrize("executor", ["dense", "per_token", None])
+def test_the_macs_of_a_network_are_those_of_all_experts_without_the_router(gate, executor):
+    """Whatever the gate, the executor and the routing of the one sample of zeros that is counted."""
+    model, layer = model_of()
+    layer.experts.executor, layer.gate = executor, gate
+    assert count_macs(model, (16,)) == layer.macs().dense == 2 * 16 * 24
+    assert layer.gate == gate and layer.macs().router > 0
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -97,7 +97,7 @@ def test_samples_join_where_they_are_told_to(scale):
     "options, message",
     [
         ({"memory": 0}, r"^components.der.memory: found 0; give at least 1 sample$"),
-        ({"ratio": 0}, r"^components.der.ratio: found 0; give a number above 0, at most 1000$"),
+        ({"ratio": 0}, r"^components.der.ratio: found 0\.0; give a number above 0, at most 1000$"),
         ({"ratio": float("nan")}, r"^components.der.ratio: found nan"),
         ({"replayed": 0}, r"^components.der.replayed: found 0; give at least 1 sample$"),
         ({"budget": "per_class", "selection": "random"}, r"^components.der.budget: found per_class with selection rand"),
@@ -117,6 +117,8 @@ def test_a_total_budget_needs_a_sample_of_each_class():
     Replay(memory=5).check(classes=5)
     Replay(memory=2, budget="per_class").check(classes=6)
     assert Replay(memory=5, selection="reservoir").policy == MemoryPolicy(5, "total", "reservoir")
+    with pytest.raises(ConfigError, match=r"^MemoryPolicy\.selection: found 'herdng' \(text\); did you mean 'herding'\?"):
+        MemoryPolicy(5, "total", "herdng")
 
 
 @pytest.mark.parametrize("name", ["er", "der", "derpp", "agem", "bic"])

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from clframe.cli import main
 from clframe.errors import ClframeError, RunFolderError
 from clframe.plotting.style import Picture, annotate_apart, render_picture, styled
 from clframe.report import write_report
+from clframe.run_folder import RunFolder
 from clframe.training.checkpoint import save_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -193,7 +195,7 @@ def test_differences_are_paired_and_costs_are_at_equal_accuracy(make_run, tmp_pa
         make_run(f"other/{seed}", other, seed=seed, strategy="er + exits", records=records, macs=400)
     path = write_report([tmp_path / "base", tmp_path / "other"], output=tmp_path / "out")
     row = read_table(path, "differences")[0]
-    assert (row["group"], row["metric"], row["seeds"]) == ("er + exits", "final average accuracy", "0, 1")
+    assert (row["group"], row["metric"], row["common seeds"]) == ("er + exits", "final average accuracy", "0, 1")
     assert float(row["er"]) == pytest.approx(0.55)
     assert float(row["difference"]) == pytest.approx(0.15)
     # d = 0.1, 0.2: s = 0.1 / sqrt(2), half width t(0.975, 1) s / sqrt(2) = 12.7062 * 0.05
@@ -313,7 +315,7 @@ def test_missing_seeds_are_flagged(make_run, tmp_path, read_table):
     notice = "Groups have different seeds: 'naive' without seed 1. Differences are over common seeds only."
     assert notice in Page(path.read_text()).text
     row = read_table(path, "differences")[0]
-    assert (row["seeds"], row["95 % CI from"]) == ("0", "undefined: one seed in common")
+    assert (row["common seeds"], row["95 % CI from"]) == ("0", "undefined: one seed in common")
     assert float(row["difference"]) == pytest.approx(0.05)
 
 
@@ -322,7 +324,7 @@ def test_no_common_seed_is_no_difference(make_run, tmp_path, read_table):
     make_run("a", (12, 18), seed=0)
     make_run("b", (14, 18), seed=1, strategy="naive")
     row = read_table(write_report([tmp_path / "a", tmp_path / "b"]), "differences")[0]
-    assert row["seeds"] == "none" and "undefined: no seed in common" in row.values()
+    assert row["common seeds"] == "none" and "undefined: no seed in common" in row.values()
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -463,12 +465,38 @@ def test_watch_shows_a_running_run_until_it_is_finished(make_run, tally, exits):
         elif len(seen) == 2:
             (run / "results.json").write_bytes(results)
 
-    write_report([run], watch=True, every=0.01, on_written=go_on)
+    with RunFolder(run).lock():
+        write_report([run], watch=True, every=0.01, on_written=go_on)
     first, second, last = seen
     assert "No experience is finished yet." in first.text and first.seen.count("svg") == 1
     assert "average accuracy so far 80.0 %" in second.text and "1 of 2" in second.text
     assert ("http-equiv", "refresh") in first.attributes and ("http-equiv", "refresh") in second.attributes
     assert ("http-equiv", "refresh") not in last.attributes and "Running" not in last.text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_watch_ends_when_no_process_trains_and_says_why(make_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(f"runs/{name}", (12, 18), seed=seed) for seed, name in enumerate(["killed", "failed", "done"])]
+    for run in runs[:2]:
+        (run / "results.json").unlink()
+    (runs[1] / "log.txt").write_text("2026-11-29 17:15:00  started\n2026-11-29 17:16:00  failed: disk full\n")
+    seen = []
+    lock = ExitStack()
+    lock.enter_context(RunFolder(runs[0]).lock())
+
+    def kill(path):
+        seen.append(Page(path.read_text()))
+        lock.close()  # as when the process is killed: no file says so
+
+    write_report(["runs"], watch=True, every=0.01, on_written=kill)
+    first, last = seen
+    failed = "runs/failed: failed: disk full; clframe run --resume runs/failed continues it."
+    assert failed in first.text and "Running. runs/killed; this page" in first.text
+    killed = "runs/killed: stopped before its first checkpoint; clframe run --resume runs/killed continues it."
+    assert failed in last.text and killed in last.text and "Running" not in last.text
+    assert "Stopped: " in last.text and "Failed: " in last.text
+    assert ("http-equiv", "refresh") in first.attributes and ("http-equiv", "refresh") not in last.attributes
 
 
 def test_a_figure_on_the_page_follows_the_scheme_and_its_file_does_not():

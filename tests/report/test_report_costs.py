@@ -210,6 +210,15 @@ def test_damaged_costs_are_one_line(damage, message, make_run, capsys):
     assert not (run / "report").exists()
 
 
+def test_several_problems_of_a_config_are_a_line_each(make_run, capsys):
+    run = make_run("run", (12, 18))
+    (run / "config.yaml").write_text("nonsense: 1\nother: 2\n")
+    assert main(["report", str(run)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and all(line.startswith(f"clframe: error: {run / 'config.yaml'}: ") for line in lines)
+    assert any("nonsense" in line for line in lines) and any("other" in line for line in lines)
+
+
 @pytest.mark.usefixtures("without_figures")
 def test_what_is_no_number_is_not_shown_as_one(make_run, read_table):
     """JSON has no NaN, but Python reads and writes it."""

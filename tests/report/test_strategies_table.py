@@ -45,7 +45,7 @@ def test_a_row_per_kind_with_gain_budgets_and_cost(family, read_table):
     assert [row["strategy"] for row in (base, exits, probes, control)] == [
         "er", "er + exits", "er + exits(gradient=detached)", "er + exits(control=last)",
     ]  # fmt: skip
-    assert (float(base["seeds"]), float(base["parameters"]), float(exits["parameters"])) == (2, 7, 9)
+    assert (float(base["number of seeds"]), float(base["parameters"]), float(exits["parameters"])) == (2, 7, 9)
     assert float(base["final average accuracy"]) == pytest.approx(0.6)
     # exits: (12 + 16) / 40 = 0.7 and (14 + 16) / 40 = 0.75, so d = 0.1 and 0.15
     assert float(exits["final average accuracy: deviation"]) == pytest.approx(0.05 / math.sqrt(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_the_summary_has_every_metric_in_percent():
         "forward transfer": "undefined: accuracy at random initialization was not evaluated",
         "parameters": "1,234,567",
         "MACs per prediction": "not counted",
-        "training": "12.3 s, 1,200 steps",
+        "training": "12.3 s, 1,200 optimizer steps",
         "state": "er 12.5 KiB, lwf 3.0 MiB",
         "run folder": "runs/quickstart/1",
     }
@@ -142,6 +143,24 @@ def test_the_summary_shows_what_a_prediction_costs_where_exits_decide(tmp_path):
     assert re.search(r"MACs of the whole network +7,654,321\n", text)
     (tmp_path / "ledger.json").write_text('{"totals": {"prediction": {"mean": 7654321.0, "whole": 7654321}}}')
     assert re.search(r"MACs per prediction +7,654,321\n", summary_text(make(run_folder=str(tmp_path))))
+
+
+def test_the_summary_compares_experts_with_the_dense_network(tmp_path):
+    """102,912 MACs are all of a network whose router takes 18,432 of them: 121.8 % of the dense network."""
+    roles = {"linear": 4000.0, "head": 480.0, "router": 0.0, "experts": 80000.0}
+    costs = {"mean": 102912.0, "whole": 102912, "dense_by_role": roles, "expert_samples": 64}
+
+    def text(mean):
+        (tmp_path / "ledger.json").write_text(json.dumps({"totals": {"prediction": {**costs, "mean": mean}}}))
+        return " ".join(summary_text(make(run_folder=str(tmp_path), macs=102912)).split())
+
+    found = text(102912.0)
+    assert "MACs per prediction 102,912 on average (experts counted on 64 test samples), 121.8 % of the dense network" in found
+    assert "MACs of the dense network 84,480" in found
+    assert "hint the routers cost more than the experts save, predictions take 121.8 % of the dense network; use narrower" in found
+    saved = text(63360.4)
+    assert "63,360 on average (experts counted on 64 test samples), 75.0 % of the dense network" in saved
+    assert "hint" not in saved and "whole network" not in saved
 
 
 def test_long_texts_wrap_but_a_path_stays_whole():

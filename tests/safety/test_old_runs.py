@@ -98,6 +98,26 @@ def test_another_schema_of_results(number, run, refused, readers):
     refused(readers["report"], f"results.json: schema_version {number!r}, this clframe reads 1 to 2; read it with the")
 
 
+def test_a_newer_schema_of_results_is_not_overwritten(run, refused, call):
+    (run.parent / "runs").mkdir()
+    run = run.rename(run.parent / "runs" / "run")
+    file = run / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 3}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused(["run", "--resume", run], "results.json: schema_version 3, this clframe writes 2 and would overwrite it; resume the")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "damaged: results.json: schema_version 3, this clframe reads 1 to 2" in call("runs")[1]
+
+
+def test_a_finished_run_keeps_the_devices_it_was_trained_on(run):
+    text = (run / "config.yaml").read_text()
+    assert "  devices: 1\n" in text
+    (run / "config.yaml").write_text(text.replace("  devices: 1\n", "  devices: 2\n"))
+    before, results = (run / "config.yaml").read_bytes(), accuracies(run)
+    clframe.run(resume=run, overrides=["trainer.devices=1"])
+    assert (run / "config.yaml").read_bytes() == before and accuracies(run) == results
+
+
 def test_a_newer_ledger(run, refused, readers):
     file = run / "ledger.json"
     content = json.loads(file.read_text())

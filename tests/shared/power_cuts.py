@@ -147,7 +147,9 @@ def scalars(run: Path) -> dict[tuple[str, int], float]:
 
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
     board.Reload()
-    found = {(tag, e.step): e.value for tag in board.Tags()["scalars"] for e in board.Scalars(tag)}
+    points = [((tag, e.step), e.value) for tag in board.Tags()["scalars"] for e in board.Scalars(tag)]
+    found = dict(points)
+    assert len(found) == len(points), "a point is there twice"
     return {place: value for place, value in found.items() if place[0] != THROUGHPUT}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.errors import ConfigError, UnsupportedError
+from clframe.errors import ConfigError, UnknownNameError, UnsupportedError
 from clframe.nn.backbones import BACKBONES
 from clframe.nn.generation import generate
 from clframe.nn.network import Network
@@ -110,8 +110,15 @@ def test_casting_a_copy_does_not_change_the_model(network, ids):
 
 
 def test_what_is_refused(network, ids):
-    with pytest.raises(ConfigError, match="found gate, which this model lacks"):
+    missing = "^calibrate.places: found gate, which not all networks of the model have; use input, intermediate$"
+    with pytest.raises(ConfigError, match=missing):
         calibrate(make_network("relu"), [(ids, None, None)], sparsities=[0.75], places=["gate"])
+    with pytest.raises(UnknownNameError, match=r"^calibrate.places: unknown place 'gates'; did you mean 'gate'"):
+        calibrate(network, [(ids, None, None)], sparsities=[0.75], places=["gates"])
+    with pytest.raises(ConfigError, match="^calibrate.places: found no place; give some of input, gate, up, intermediate, all$"):
+        calibrate(network, [(ids, None, None)], sparsities=[0.75], places=[])
+    both = calibrate(network, [(ids, None, None)], sparsities=[0.75], places=["input", "intermediate"])
+    assert calibrate(network, [(ids, None, None)], sparsities=[0.75], places=["all"]) == both
     (rules,) = calibrate(network, [(ids, None, None)], sparsities=[0.5])
     names = list(rules["intermediate"])
     assert names == [f"backbone.stages.{n}{'.0' if n == 3 else ''}.mlp" for n in (1, 2, 3)]

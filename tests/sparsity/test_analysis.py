@@ -110,6 +110,18 @@ def test_roles_of_a_gated_ffn_and_that_two_layers_or_one_make_no_difference():
             assert one.curves[at].scores[2] == pytest.approx(closeness([dense])(y, 0).mean().item(), rel=1e-4)
 
 
+def test_gates_of_networks_that_share_an_activation_are_masked_one_by_one():
+    model = nn.Sequential(Gated(), Gated())
+    x, dense = data(model)
+    call = {"score": closeness([dense]), "sweep": {"top_p": (0.7,)}, "roles": ["gate"]}
+    (apart,) = analyze(model, [(x, 0, None)], **call).curves
+    model[1].act = model[0].act
+    (shared,) = analyze(model, [(x, 0, None)], **call).curves
+    assert shared.layers == apart.layers and list(shared.layers) == ["0", "1"] and shared.scores == apart.scores
+    with pytest.raises(UnsupportedError, match=r"^sparsity.roles: found gate, of which the model has none; use input, intermediate$"):
+        analyze(Plain(), [(x, 0, None)], **call)
+
+
 def test_critical_sparsity_lies_between_points_of_the_sweep():
     model = Plain()
     x, dense = data(model)

@@ -110,6 +110,49 @@ def test_a_module_used_twice_counts_with_its_mean():
     assert network(torch.tensor([[3.0, 0.5]])).taps[MEASURED].tolist() == [(3.5 + 2.0) / 2]
 
 
+class Block(nn.Module):
+    """A network with a residual connection, gated or not; the activation may be that of other blocks too."""
+
+    def __init__(self, act, gated=False):
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.gate = nn.Linear(4, 6) if gated else None
+        self.act = act
+        self.down = nn.Linear(6, 4)
+
+    def pre(self, x):
+        return self.up(x) if self.gate is None else self.gate(x)
+
+    def forward(self, x):
+        hidden = self.act(self.pre(x))
+        return x + self.down(hidden if self.gate is None else hidden * self.up(x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Hardswish(), nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_networks_that_share_an_activation_are_measured_one_by_one(act, gated):
+    torch.manual_seed(0)
+    first, second = Block(act, gated), Block(act, gated)
+    network = Network(Backbone.of([("a", first), ("b", second), ("flat", nn.Flatten())], input_shape=(3, 4)))
+    network.grow([0])
+    nn.init.constant_(first.up.bias, 3.0)  # so that the layers differ
+    sites = find_sites(network.backbone)
+    assert [(site.name, site.ffn.activation, site.module) for site in sites] == [(f"stages.{i}", act, None) for i in range(2)]
+    measure_sites(network, sites, lambda pre, fired: torch.stack([pre.mean(), l1(fired)]).sum())
+    x = torch.randn(5, 3, 4)
+    pre_0, pre_1 = first.pre(x), second.pre(first(x))
+    wanted = torch.stack([pre_0.mean() + l1(F.hardswish(pre_0) if type(act) is nn.Hardswish else pre_0.relu()),
+                          pre_1.mean() + l1(F.hardswish(pre_1) if type(act) is nn.Hardswish else pre_1.relu())])
+    assert torch.allclose(network(x).taps[MEASURED], wanted, atol=1e-6)
+    assert all(site.overwrites == (act.__dict__.get("inplace") is True) for site in sites)
+
+
+def test_a_shared_gelu_is_replaced_in_every_block():
+    act = nn.GELU()
+    net = nn.Sequential(Block(act), Block(act))
+    assert swap_for_relu(net) == ("0.act", "1.act") and type(net[0].act) is type(net[1].act) is nn.ReLU
+
+
 def test_relu_takes_the_place_of_every_gelu_under_all_its_names():
     act = nn.GELU()
     net = nn.Sequential(nn.Linear(3, 7), act, nn.Linear(7, 3), nn.Linear(3, 7), act, nn.Linear(7, 3))

@@ -117,7 +117,13 @@ def test_a_functional_gate_is_told_by_running_it():
 def test_two_in_one_owner_and_shared_activations():
     act = nn.GELU()
     net = nn.Sequential(nn.Linear(3, 7), act, nn.Linear(7, 3), nn.Linear(3, 7), act, nn.Linear(7, 3))
-    assert [(ffn.name, ffn.up_name, ffn.down_name) for ffn in find_ffns(net)] == [("", "0", "2"), ("#2", "3", "5")]
+    names = [(ffn.name, ffn.up_name, ffn.activation_name, ffn.down_name) for ffn in find_ffns(net)]
+    assert names == [("", "0", "1", "2"), ("#2", "3", "4", "5")]
+    assert [site.module for site in find_sites(net)] == [None, None]
+    block = nn.Sequential(nn.Linear(3, 7), act, nn.Linear(7, 3))
+    twice = nn.Sequential(block, block)
+    assert [(ffn.name, ffn.activation_name) for ffn in find_ffns(twice)] == [("0", "0.1")]
+    assert [site.module for site in find_sites(twice)] == [act]  # runs as often as its network
 
 
 def test_what_is_none():

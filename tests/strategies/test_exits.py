@@ -370,3 +370,13 @@ def test_calibration_needs_held_out_data(tmp_path):
 
     with pytest.raises(ConfigError, match=r"benchmark\.validation"):
         clframe.run("quickstart", ["backbone=mlp", "strategy=er + exits(calibration='temperature')"], output=tmp_path)
+
+
+def test_options_without_effect_are_refused():
+    for wrong, key in (({"values": (0.0, 1.0)}, "values"), ({"weights": "linear"}, "weights")):
+        with pytest.raises(ConfigError, match=rf"^components\.exits\.{key}: found .*; with regime=disjoint"):
+            Exits(regime="disjoint", **wrong)
+    assert Exits(regime="disjoint", values=(1, 1), weights="constant").exit_loss_weights(context(1, 2), {"weights": (1, 1)})[-1] == 0
+    for way in ({"at": ("layer1",)}, {"every": 2}, {"at_cost": (0.5,)}):
+        with pytest.raises(ConfigError, match=r"^components\.exits\.count: found together with"):
+            Exits(count=3, **way)

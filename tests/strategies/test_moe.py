@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import clframe
+from clframe.accounting import count_macs
 from clframe.core import Experience, StepContext, compose
 from clframe.data import TensorSamples
 from clframe.errors import ConfigError, UnsupportedError
@@ -19,6 +22,7 @@ from clframe.exits.dynamic import DynamicNetwork
 from clframe.moe import CumulativeShare, DynamicK, TopK, count_usage, expert_usage, routed_layers, set_tau
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.nn.frozen import freeze
+from clframe.report.terminal import summary_text
 from clframe.seeding import generator_for
 from clframe.sparsity.functional import hoyer
 from clframe.training.learner import Learner
@@ -369,6 +373,20 @@ def test_other_transformers(name):
 RUN = ["backbone=vit_tiny", "backbone.width=8", "backbone.depth=1", "backbone.patch=4", "backbone.heads=2", "trainer.epochs=1",
        "strategy=er + lwf + moe", "components.moe.tau=0.4", "components.moe.fit=each", "components.moe.samples=60",
        "trainer.progress=false", "benchmark.experiences=3"]  # fmt: skip
+
+
+def test_every_output_has_the_same_macs_of_the_whole_network(tmp_path, on_digits):
+    """All experts, no router: those of the network without ``moe``."""
+    short = [*RUN, "strategy=er + moe", "benchmark.experiences=1", "trainer.figures=none", "trainer.loggers=[]"]
+    result = clframe.run("quickstart", short, output=tmp_path)
+    costs = json.loads((Path(result.run_folder) / "ledger.json").read_text())
+    assert result.macs == costs["exit_macs"]["final"] == sum(costs["inference_macs"].values())
+    found = costs["totals"]["prediction"]
+    assert result.macs == found["whole"] == found["by_exit"]["final"] == sum(found["dense_by_role"].values())
+    dense = Network(BACKBONES.get("vit_tiny")((1, 8, 8), width=8, depth=1, patch=4, heads=2))
+    dense.grow(range(10))
+    assert result.macs == count_macs(dense, (1, 8, 8)) == result.exits[-1].backbone_macs
+    assert f"{100 * found['mean'] / result.macs:.1f} % of the dense network" in " ".join(summary_text(result).split())
 
 
 @pytest.mark.slow

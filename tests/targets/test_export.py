@@ -18,15 +18,20 @@ from PIL import ExifTags, Image, ImageOps
 from torch.torch_version import TorchVersion
 
 import clframe
+from clframe.accounting import cumulative_macs
 from clframe.core import Component, Experience, compose, parse
 from clframe.data.images import to_pixels
 from clframe.data.sources.characters import digits
 from clframe.errors import ClframeError, ConfigError, RunFolderError, UnknownNameError, UnsupportedError
+from clframe.exits import ALWAYS
+from clframe.exits.clearance import clear_threshold
+from clframe.exits.learned import confidences
 from clframe.nn import BACKBONES, Network
 from clframe.targets import export_programs, runner
 from clframe.targets.export import example_inputs, export, export_run
 from clframe.targets.export_graphs import WholeModel, divide, stored_dtype, traceable
 from clframe.targets.export_programs import onnx_outputs, pt2_outputs, trace
+from clframe.targets.prediction import predict
 from clframe.targets.runner import StagedModel
 from clframe.training.learner import Learner
 from clframe.training.trained import TrainedModel
@@ -267,6 +272,49 @@ def test_corrections_ensembles_calibration_and_experts_are_part_of_the_graph(nam
             assert_whole(model, graph(x), x)
             with traceable(model.network):
                 assert_staged(model, stages, x, threshold=threshold)
+
+
+COUNTED = {
+    "failure": ("er + exits(cascade=True) + early_exit(measure='failure')", {"held_out": True}, True),
+    "gate": ("er + exits + early_exit(measure='gate')", {"held_out": True}, True),
+    "ncm": ("er + ncm + exits + early_exit", {}, True),
+    "geometric": ("er + exits(ensemble='geometric', fit_on='training') + early_exit", {}, False),
+    "most confident": ("er + exits + early_exit(measure='margin', fallback='confident')", {}, False),
+    "never at the first": ("er + exits(at=['block1', 'block2']) + early_exit(threshold=[2.0, 0.5])", {}, False),
+}  # fmt: skip
+"""Strategies, options of the model, and whether predictions cost more than backbone and heads."""
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_stages_cost_what_predict_reports(name):
+    strategy, options, more = COUNTED[name]
+    model, x = learn(strategy, **options), SOURCE.test.x[:200]
+    state = model.learner.state["early_exit"]
+    confidence_KN = confidences(model.dynamic().measure, model.outputs(x).logits)[:-1].double()
+    middle = tuple(clear_threshold(float(confidence_N.median()), confidence_N) for confidence_N in confidence_KN)
+    state["thresholds"] = (2.0, *middle[1:]) if name == "never at the first" else middle
+    found, expected = in_stages(model)(x), predict(model, x)
+    assert found.macs.tolist() == [row.macs for row in expected]
+    assert len(set(found.macs.tolist())) == (2 if name == "never at the first" else len(middle) + 1)
+    heads = cumulative_macs(model.network)[-1]
+    assert (int(found.macs.max()) > heads) == more
+    if name == "never at the first":
+        assert found.macs.max() < heads
+
+
+def test_the_description_of_stages_has_their_costs_and_plain_json(tmp_path):
+    model = learn("er + exits(at=['block1', 'block2']) + early_exit(measure='gate', threshold=[2.0, 0.5])", held_out=True)
+    model.learner.state["early_exit"]["thresholds"] = (2.0, ALWAYS)
+    folder = export(model, tmp_path / "staged", format="pt2", staged=True)
+    described = json.loads((folder / "model.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    (row,) = predict(model, SOURCE.test.x[:1])
+    assert described["rule"]["thresholds"] == [None, 0.0]
+    assert [stage["threshold"] for stage in described["stages"]] == [0.0, None]
+    first, last = (stage["macs"] for stage in described["stages"])
+    assert [entry["macs"] for entry in described["exits"]] == [None, first, last]
+    assert (row.exit, row.macs) == ("block2", first)
+    found = StagedModel(folder)(SOURCE.test.x[:9])
+    assert (found.exits.tolist(), found.macs.tolist()) == ([1] * 9, [first] * 9)
 
 
 @pytest.mark.parametrize("rule", ["vote", "mean"])

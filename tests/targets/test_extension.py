@@ -317,6 +317,10 @@ def test_changed_data_are_refused(parent: Result, movable: tuple[Result, Path], 
     try:
         with pytest.raises(DataError, match=r"^earlier data: digits has the classes 5, unlike when the run learned"):
             extend(run.run_folder, more(2), output=tmp_path)
+        config.write_text(before.replace("experiences: 1\n", "experiences: 3\n"))
+        message = r"^earlier data: digits cannot be split as when the run learned it \(benchmark.experiences: found 3 for 2"
+        with pytest.raises(DataError, match=message):
+            extend(run.run_folder, more(2), output=tmp_path)
     finally:
         config.write_text(before)
     assert not list(tmp_path.iterdir())
@@ -338,7 +342,7 @@ def test_changed_data_are_refused(parent: Result, movable: tuple[Result, Path], 
         ([*more(4), "benchmark.online=8"], "benchmark.online: found 8, but the stream of the run has None"),
         ([*more(4), "benchmark.validation=0.2"], "benchmark.validation: found 0.2, unlike the data before; give 0"),
         ([*more(4), "trainer.epoch=3"], "did you mean 'trainer.epochs'"),
-        ([*more(4), "benchmark.experiences=2"], "benchmark.experiences: found 2 for 1 classes"),
+        ([*more(4), "benchmark.experiences=2"], "benchmark.experiences: found 2 for 1 class; give at most 1"),
         ([*more(4), "benchmark.names=[' 3']"], "found the class ' 3', but the run knows '3'; name it '3' if"),
         (["benchmark=digits_part", "benchmark.only=[4]", "benchmark.names=['03']"], "found the class '03', but the run"),
     ],

@@ -19,6 +19,7 @@ from clframe.exits.measured import MeasuredNetwork
 from clframe.report.latency import read_timings
 from clframe.targets import rules
 from clframe.targets.latency import time_run
+from clframe.targets.opening import open_target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 try:
@@ -59,7 +60,8 @@ def test_every_way_with_every_size(folder: Path) -> None:
             spent += count
     for way, count in heads.items():  # no exit before it is computed
         assert macs[way, 1] == macs[way, 7] == count
-    assert min(heads.values()) <= macs["policy", 1] <= macs["policy", 7] <= costs["exit_macs"]["final"]
+    # The same samples for every size: 256 are no multiple of 7.
+    assert min(heads.values()) < macs["policy", 1] == macs["policy", 7] < costs["exit_macs"]["final"]
     assert timings.setting.samples == 256 and timings.setting.device == "cpu"
 
 
@@ -67,14 +69,29 @@ def test_the_policys_macs_are_those_of_who_stops_where(folder: Path) -> None:
     """Of single samples, a table of costs times counts."""
     timings = time_run(folder, batches=(1,), warmup=0, repeats=1)
     trained = load(folder)
-    from clframe.targets.opening import open_target
-
     x = torch.cat([batch.inputs for batch in open_target(str(folder)).batches("test", limit=256)])  # type: ignore[misc]
     _, exit_B = trained.dynamic()(x)
     cost = json.loads((folder / "ledger.json").read_text())["exit_macs"]
     names = trained.network.exit_names
     expected = sum(cost[names[exit]] for exit in exit_B.tolist()) / len(x)
     assert timings.rows[-1].way == "policy" and timings.rows[-1].macs == pytest.approx(expected)
+
+
+def test_timed_calls_see_samples_of_all_experiences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first samples are not all of the first experience, as the test data are in the order of experiences."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: torch.nn.Module, x: torch.Tensor, **options: object) -> tuple[()]:
+        seen.append(x)
+        return ()
+
+    monkeypatch.setattr("clframe.targets.latency.latency", note)
+    time_run(folder, batches=(1,))
+    target = open_target(str(folder))
+    rows = [torch.cat([batch.inputs for batch in part.batches()]) for part in target.experiences]  # type: ignore[misc]
+    brought = {i for i, part in enumerate(rows) for x in seen[0][:32] if bool((part == x).flatten(1).all(1).any())}
+    assert brought == set(range(len(rows))) and len(rows) > 1
+    assert all(torch.equal(x, seen[0]) for x in seen)
 
 
 @pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"warmup": -1}])

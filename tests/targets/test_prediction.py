@@ -20,7 +20,7 @@ from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.exits import ExitPolicy, select
 from clframe.targets.evaluation import evaluate
 from clframe.targets.prediction import predict, table, to_json
-from clframe.targets.reading import texts_as_inputs
+from clframe.targets.stored_inputs import texts_as_inputs
 
 CLASSES = ("cat", "dog", "owl")
 FAST = ["backbone=mlp", "backbone.width=8", "trainer.epochs=2", "trainer.progress=false", "trainer.loggers=[]"]
@@ -188,8 +188,11 @@ def test_arrays_of_any_layout_and_size(model, photographs, tmp_path):
     whole = np.array(Image.open(path))
     np.savez(tmp_path / "a.npz", x=pixels[None].numpy(), y=np.zeros(1))
     np.savez(tmp_path / "b.npz", anything=whole[None].astype(np.uint16))
+    np.savez(tmp_path / "c.npz", x=whole[None].astype(">f8"))
     for inputs in (pixels, pixels[None], pixels.permute(1, 2, 0).numpy(), [pixels.numpy()], whole,
-                   tmp_path / "a.npz", pixels.float(), tmp_path / "b.npz"):  # fmt: skip
+                   tmp_path / "a.npz", pixels.float(), tmp_path / "b.npz", tmp_path / "c.npz",
+                   whole.astype(np.uint16), whole.astype(">u4"), whole.astype(">f4"), pixels.to(torch.uint64),
+                   whole.astype(np.longdouble), whole[:, ::-1].copy()[:, ::-1]):  # fmt: skip
         found = predict(model, inputs)
         assert found.class_names == [expected.class_name]
         assert found[0].probability == pytest.approx(expected.probability, abs=1e-6)
@@ -209,6 +212,11 @@ def test_arrays_of_any_layout_and_size(model, photographs, tmp_path):
     (["a.png", np.zeros(3)], "^predict: found arrays among other inputs; give"),
     ([np.zeros(3), np.zeros(4)], "^predict: found arrays of several shapes; give those of one shape together$"),
     (np.array(["a"]), "^predict: found an array that is not of numbers"),
+    (np.zeros((1, 3, 10, 10), complex), r"^predict: found an array that is not of numbers \(complex128\); give"),
+    (torch.zeros(1, 3, 10, 10, dtype=torch.complex64), r"not of numbers \(torch.complex64\); give whole or real"),
+    (torch.zeros(1, 3, 10, 10).to(torch.float8_e4m3fn), r"not of numbers \(torch.float8_e4m3fn\)"),
+    (torch.zeros(1, 3, 10, 10).to_sparse(), "found a tensor of layout torch.sparse_coo; give a dense one"),
+    (np.full((1, 3, 10, 10), 2**64 - 1, np.uint64), "found integers above 9223372036854775807"),
     ([], "found no inputs"),
     ("nowhere/a.png", "no such file or folder"),
     ("nowhere/*.png", "matches no file"),
@@ -216,6 +224,13 @@ def test_arrays_of_any_layout_and_size(model, photographs, tmp_path):
 def test_inputs_that_the_model_was_not_trained_on(model, inputs, message):
     with pytest.raises(DataError, match=message):
         predict(model, inputs)
+
+
+def test_classifying_refuses_what_predicting_does(model):
+    whole = np.full((1, 3, 10, 10), 200, np.uint16)
+    assert torch.equal(model.classify(whole), model.classify(whole.astype(np.uint8)))
+    with pytest.raises(DataError, match=r"^classify: found an array that is not of numbers \(complex128\)"):
+        model.classify(whole.astype(complex))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -312,6 +327,17 @@ def test_texts_are_converted_as_in_training(texts, tmp_path):
     assert set(found.class_names) <= {"pay", "card", "alarm"}
     with pytest.raises(DataError, match="missing.txt: cannot be read"):
         predict(trained, tmp_path / "missing.txt")
+
+
+def test_one_text_file_that_cannot_be_read_does_not_end_the_others(texts, tmp_path):
+    words = ["benchmark=clinc150", f"benchmark.data_dir={texts}", "benchmark.n_features=64", "strategy=naive"]
+    result = clframe.run("quickstart", [*FAST, *words, "benchmark.experiences=3"], output=tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "good.txt").write_text("pay my bill\n")
+    given = [str(tmp_path / name) for name in ("missing.txt", "bad.txt", "good.txt")]
+    found = clframe.load(result.run_folder).predict([*given, "lost\udcff"])
+    assert [row.input for row in found] == ["pay my bill"] and list(found.skipped) == [*given[:2], "lost\udcff"]
+    assert "is not UTF-8 text" in found.skipped[given[1]] and "is not UTF-8 text" in found.skipped["lost\udcff"]
 
 
 def test_token_ids_are_padded_as_in_training(encoder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from earlier_versions import remove_digests
 from language_runs import VOCABULARY, WORDS, options_of, write_domains
 
 import clframe
@@ -146,6 +147,9 @@ def test_what_does_not_fit_the_run_is_refused(parent, texts, tmp_path):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(texts), str(changed)))
     (run / "tokenizer.json").write_text(tokenizer_of(parent))
+    with pytest.raises(ClframeError, match="earlier data: experience 2 has 30 test samples, but had 23 when the run read"):
+        plan_extension(run, new)
+    remove_digests(run)
     with pytest.raises(ClframeError, match="experience 2 has .* test tokens, but had"):
         plan_extension(run, new)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from earlier_versions import remove_digests
 from language_runs import CONTEXT, LEARNED, VOCABULARY, WORDS, options_of, write_domains
 
 import clframe
@@ -199,6 +201,11 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
     assert [row["text"] for row in json.loads(capsys.readouterr().out)["scores"]] == ["the fox", "a dog", "the fox"]
     assert main(["predict", run, "x", "the fox", "--score"]) == 3
     assert "skipped text 1: has 1 tokens" in capsys.readouterr().err
+    assert main(["predict", run, "no.txt", "the fox", "--score", "--json", "-"]) == 3
+    printed = capsys.readouterr()
+    assert "skipped no.txt: cannot be read" in printed.err and list(json.loads(printed.out)["skipped"]) == ["no.txt"]
+    assert main(["predict", run, "no.txt", "the", "--generate", "1"]) == 3
+    assert "skipped no.txt: cannot be read" in capsys.readouterr().err
     assert main(["evaluate", run, "--output", str(tmp_path / "out"), "--json", "-"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -268,5 +275,8 @@ def test_a_changed_tokenizer_or_text_is_refused(model, texts, tmp_path):
     assert run_tokenizer(folder, InputFormat(kind="language")) == other  # of a checkpoint without a digest
     changed = write_domains(tmp_path / "texts")
     (changed / "code_test.txt").write_text(WORDS["code"] * 9)
-    with pytest.raises(ClframeError, match="test tokens, the run was evaluated on"):
+    with pytest.raises(ClframeError, match=r"experience 2 has \d+ test samples, but had \d+ when the run .*; restore the text"):
         evaluate(model.folder, [f"benchmark.path={changed}"])
+    remove_digests(old := shutil.copytree(model.folder, tmp_path / "old"))
+    with pytest.raises(ClframeError, match="test tokens, the run was evaluated on"):
+        evaluate(old, [f"benchmark.path={changed}"])

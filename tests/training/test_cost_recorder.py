@@ -43,7 +43,8 @@ BATCH, EPOCHS, SAMPLES, TESTED = 4, 2, 18, 6
 def bench() -> Benchmark:
     y = torch.arange(6).repeat_interleave(9)
     x = torch.randint(256, (len(y), 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    source = Source("toy", TensorSamples(x, y, mean=(99.0,), std=(50.0,)), TensorSamples(x[::9], y[::9]), classes=6)
+    scale = {"std": (50.0,)}
+    source = Source("toy", TensorSamples(x, y, **scale), TensorSamples(x[::9], y[::9], **scale), classes=6)
     return class_incremental(source, experiences=3, order="sorted")
 
 
@@ -406,7 +407,7 @@ def test_a_run_is_the_same_with_and_without_accounts(expression: str, options: A
     bare = session(expression, tmp_path / "without", **launched(options))
     costs = bare._costs
     bare.strategy.plugins.remove(costs)
-    costs.begin = costs.finish = lambda *index: None  # type: ignore[method-assign]
+    costs.begin = costs.finish = lambda *_, **__: None  # type: ignore[method-assign]
     bare.learner.observer = StepObserver()
     bare.run()
     bare.close()

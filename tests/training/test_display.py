@@ -152,7 +152,7 @@ def test_the_log_has_one_line_per_experience(runs):
         (size,) = re.findall(r"checkpoint ([0-9.]+) MB$", line)
         with open(f"{folder}/checkpoints/experience_{i + 1:03d}.ckpt", "rb") as file:
             assert float(size) == pytest.approx(len(file.read()) / 1e6, abs=6e-4)
-    assert len(lines) == 2 and f"; {result.steps} steps so far; " in lines[-1]
+    assert len(lines) == 2 and f"; {result.batches} batches so far; " in lines[-1]
 
 
 def test_the_confusion_matrix_has_the_accuracies_on_its_diagonal(runs):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
+from power_cuts import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 import clframe
 from clframe.errors import ConfigError
+from clframe.run_folder import RunFolder
 from clframe.training.event_files import merge_events
 from clframe.training.session import Session
 from clframe.training.tensorboard import THROUGHPUT, TensorBoard
@@ -87,6 +91,41 @@ def test_a_kill_before_the_old_files_are_gone_changes_nothing(tmp_path, monkeypa
     assert scalars(tmp_path) == {"x": [(0, 1.0)]}
 
 
+def test_a_kill_while_they_are_merged_leaves_nothing_after_the_next_resumption(tmp_path, monkeypatch):
+    write(tmp_path / "tensorboard", [("x", 0, 1.0)])
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        merge_events(tmp_path / "tensorboard", lambda tag, step: True)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2 and scalars(tmp_path / "tensorboard") == {"x": [(0, 1.0)]}
+    RunFolder(tmp_path).prepare_resume()
+    (left,) = (tmp_path / "tensorboard").iterdir()
+    assert left.name.startswith("events.out.tfevents.") and scalars(tmp_path / "tensorboard") == {"x": [(0, 1.0)]}
+
+
+def test_a_full_disk_is_raised_and_printed_by_no_thread(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    before = threading.excepthook
+    board = TensorBoard(tmp_path, experiences=2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            for step in range(100):
+                board.scalars({"x": 1.0}, step)
+                board.flush()
+    with pytest.raises(OSError, match="No space left"):
+        board.close()
+    assert capsys.readouterr().err == "" and threading.excepthook == before
+
+
 def test_a_file_that_was_cut_short_is_read_up_to_there(tmp_path):
     write(tmp_path, [("x", step, float(step)) for step in range(5)])
     (path,) = tmp_path.iterdir()
@@ -116,7 +155,7 @@ def test_steps_and_experiences_are_cut_each_at_its_own_place(tmp_path):
     }
 
 
-def run_killed(output, monkeypatch, *, where, after):
+def run_killed(output, monkeypatch, *, where, after, options=(*RUN, "benchmark.experiences=3")):
     """Break off in ``Session.<where>`` after so many experiences, then resume."""
     original, count = getattr(Session, where), iter(range(100))
 
@@ -127,7 +166,7 @@ def run_killed(output, monkeypatch, *, where, after):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Session, where, broken)
-        clframe.run("quickstart", [*RUN, "benchmark.experiences=3"], output=output)
+        clframe.run("quickstart", options, output=output)
     (folder,) = output.glob("quickstart/*")
     return clframe.run(resume=folder)
 
@@ -162,6 +201,15 @@ def test_a_resumed_run_has_the_points_of_one_that_was_not_stopped(where, after, 
     assert texts(here)["2_pictures/accuracy_matrix/text_summary"] == texts(there)["2_pictures/accuracy_matrix/text_summary"]
     assert texts(here)["custom_scalars__config__"][-1][1] == texts(there)["custom_scalars__config__"][-1][1]
     assert broken.activity == whole.activity
+
+
+def test_the_entry_that_ends_an_experience_is_there_once_where_a_kill_follows_it(tmp_path, monkeypatch):
+    """The newest checkpoint is that of the last step, 18, before the entry of the steps 17 and 18."""
+    options = [*TINY, "trainer.loggers=[tensorboard]", "trainer.log_every=4", "trainer.checkpoint.every=1", "trainer.figures=none"]
+    result = run_killed(tmp_path, monkeypatch, where="_evaluate", after=1, options=options)
+    found = scalars(Path(result.run_folder) / "tensorboard")
+    for tag in ("loss/task/ce", "train/learning_rate", THROUGHPUT):
+        assert [step for step, _ in found[tag]] == [4, 8, 12, 16, 18, 22, 26, 30, 34, 36], tag
 
 
 @pytest.mark.figures

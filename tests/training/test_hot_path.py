@@ -40,7 +40,8 @@ BATCH, STEPS = 4, 5
 def bench() -> Benchmark:
     y = torch.arange(6).repeat_interleave(9)
     x = torch.randint(256, (len(y), 1, 2, 2), dtype=torch.uint8)
-    source = Source("toy", TensorSamples(x, y, mean=(99.0,), std=(50.0,)), TensorSamples(x[::9], y[::9]), classes=6)
+    scale = {"mean": (99.0,), "std": (50.0,)}
+    source = Source("toy", TensorSamples(x, y, **scale), TensorSamples(x[::9], y[::9], **scale), classes=6)
     return class_incremental(source, experiences=3, order="sorted")
 
 

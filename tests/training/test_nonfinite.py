@@ -295,6 +295,7 @@ def test_a_run_reports_its_skipped_updates_and_resumes_with_them(tmp_path):
     result = Result.from_json(folder / "results.json")
     one, two = result.skipped_updates
     assert 0 < one < 10 == two  # of 10 updates each
+    assert (result.steps, result.batches) == (10 - one, 36)
     assert len(result.diverged) == 1 and "so all 10 were skipped" in result.diverged[0]
     log = (folder / "log.txt").read_text()
     assert f"; {one} of 10 updates skipped as not finite; " in log and "; 10 of 10 updates skipped" in log

@@ -37,7 +37,8 @@ def source(*, lazy: bool = False) -> Source:
     if lazy:
         samples = DatasetSamples.of(x, y, mean=(99.0,), std=(50.0,), num_workers=0)
         return Source("toy", samples, samples.subset(torch.arange(0, len(y), 3)), classes=6)
-    return Source("toy", TensorSamples(x, y, mean=(99.0,), std=(50.0,)), TensorSamples(x[::3], y[::3]), classes=6)
+    scale = {"mean": (99.0,), "std": (50.0,)}
+    return Source("toy", TensorSamples(x, y, **scale), TensorSamples(x[::3], y[::3], **scale), classes=6)
 
 
 def strategy_on(benchmark, expression, *, batch=BATCH, **options):

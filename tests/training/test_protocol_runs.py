@@ -34,7 +34,8 @@ SMALL = ["backbone=mlp", "backbone.width=16", "trainer.epochs=1", "trainer.progr
 def source() -> Source:
     y = torch.arange(6).repeat_interleave(9)
     x = torch.randint(256, (len(y), 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Source("toy", TensorSamples(x, y, mean=(99.0,), std=(50.0,)), TensorSamples(x[::3], y[::3]), classes=6)
+    scale = {"mean": (99.0,), "std": (50.0,)}
+    return Source("toy", TensorSamples(x, y, **scale), TensorSamples(x[::3], y[::3], **scale), classes=6)
 
 
 def strategy_on(benchmark, expression="naive", **options):

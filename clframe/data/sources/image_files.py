@@ -279,7 +279,8 @@ def image_source(
                 sample = decoded.take(parts[0][index])
             normalization = measure_normalization(sample)
         mean, std = normalization
-        everything = DatasetSamples.of(files if decoded is None else decoded, files.labels, mean=mean, std=std)
+        dataset = files if decoded is None else decoded
+        everything = DatasetSamples.of(dataset, files.labels, mean=mean, std=std, paths=files.paths)
         samples = [everything.subset(index) for index in parts]
     inputs = InputFormat(kind="image", size=files.size)
     return Source(name, samples[0], samples[1], classes=len(class_names), class_names=class_names, inputs=inputs)

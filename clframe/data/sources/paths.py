@@ -79,24 +79,56 @@ def subfolders(root: Path) -> list[str]:
         raise read_error(root, error) from None
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of all images below ``folder``, sorted: regular files that are not hidden, by their ending."""
+def images_below(folder: Path, *, failed: dict[str, str] | None = None) -> list[str]:
+    """Paths of all images below ``folder``, sorted: regular files that are not hidden, by their ending.
+
+    Args:
+        folder: The folder.
+        failed: Receives the reason for each folder that cannot be listed, and for each image that is not a file, such
+            as a broken link. None: the first one that cannot be read is an error, and what is not a file is left out.
+
+    Raises:
+        DataError: A folder or file that cannot be read, without ``failed``.
+    """
     found: list[str] = []
     pending = [str(folder)]
     while pending:
         current = pending.pop()
         try:
             with os.scandir(current) as entries:
-                for entry in entries:
-                    if _is_junk(entry.name):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    elif entry.name.lower().endswith(IMAGE_ENDINGS) and entry.is_file():
-                        found.append(entry.path)
+                listed = [entry for entry in entries if not _is_junk(entry.name)]
         except OSError as error:
-            raise read_error(Path(error.filename or current), error) from None
+            _report(current, read_error(Path(current), error), failed)
+            continue
+        for entry in listed:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif not entry.name.lower().endswith(IMAGE_ENDINGS):
+                    continue
+                elif entry.is_file():
+                    found.append(entry.path)
+                elif failed is not None:
+                    failed[entry.path] = f"{entry.path}: {_not_a_file(Path(entry.path))}"
+            except OSError as error:  # a link that leads to itself, for one
+                _report(entry.path, read_error(Path(entry.path), error), failed)
     return sorted(found)
+
+
+def _report(path: str, error: DataError, failed: dict[str, str] | None) -> None:
+    if failed is None:
+        raise error from None
+    failed[path] = str(error)
+
+
+def _not_a_file(path: Path) -> str:
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"no such file; {_broken_link(path)}"
+    return "is not a regular file; give an image file"
+
+
+def _broken_link(link: Path) -> str:
+    return f"{link} is a link to {os.readlink(link)}, which does not exist; restore it, or remove the link"
 
 
 def _is_junk(name: str) -> bool:
@@ -125,6 +157,8 @@ def read_error(path: Path, error: OSError) -> DataError:
 def suggest_path(missing: Path, *, folders: bool = False) -> str:
     """Advice about a path that does not exist: the existing name nearest to its first missing component.
 
+    A link to something that does not exist is named as such.
+
     Args:
         missing: The path.
         folders: Whether a folder is wanted, so that no file is suggested.
@@ -132,6 +166,8 @@ def suggest_path(missing: Path, *, folders: bool = False) -> str:
     while not os.path.exists(missing.parent):
         folders = True  # what is missing has to contain something
         missing = missing.parent
+    if os.path.islink(missing):
+        return _broken_link(missing)
     try:
         names = os.listdir(missing.parent)
         close = nearest(missing.name, [n for n in names if not folders or os.path.isdir(missing.parent / n)])

@@ -21,6 +21,7 @@ from clframe.data.target import Batches, DataSplit, SampleSplit, Target, TextSpl
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.moe.pipeline import require_finite
 from clframe.nn.types import Inputs
+from clframe.process_state import preserve_generators
 from clframe.seeding import derive_seed, generator_for
 from clframe.sparsity import Site, find_sites
 from clframe.sparsity.functional import Schedule, displacement, hoyer, l1, schedule_factor
@@ -201,7 +202,7 @@ def fine_tune(
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     sites = find_sites(body)
-    lost = [site.name for site in sites if site.fused or getattr(site.module, "inplace", False)]
+    lost = [site.name for site in sites if site.overwrites]
     if lost and regularizer.startswith("displaced"):
         raise UnsupportedError(
             f"--regularizer: found {regularizer} with '{lost[0]}', which does not keep its pre-activations; use hoyer "
@@ -209,8 +210,7 @@ def fine_tune(
         )
     task, penalty = [], []
     # Dropout draws from the global generators, whose state the caller gets back.
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), _training_mode(model):
+    with preserve_generators(), torch.enable_grad(), _training_mode(model):
         torch.manual_seed(derive_seed(seed, "moefy", "dropout"))
         done = 0
         for epoch in range(epochs):

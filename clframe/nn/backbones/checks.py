@@ -41,7 +41,7 @@ def require_image(input_shape: tuple[int, ...], minimum: int, *, where: str) -> 
         raise ConfigError(f"{where}: found inputs of shape {input_shape}; give (channels, height, width)")
     channels, height, width = input_shape
     if min(height, width) < minimum:
-        raise ConfigError(
-            f"{where}: found images of {height}x{width}; use at least {minimum}x{minimum} or another backbone"
-        )
+        # Of a network that halves images at each of many layers, the number would have dozens of digits.
+        size = f"{minimum}x{minimum}" if minimum < 10**6 else f"2^{minimum.bit_length() - 1} pixels a side"
+        raise ConfigError(f"{where}: found images of {height}x{width}; use at least {size} or another backbone")
     return channels, height, width

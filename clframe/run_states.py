@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clframe.files import read_json, read_text
-from clframe.run_folder import DEVELOPMENT, RunFolder, started_at
+from clframe.run_folder import DEVELOPMENT, RESULTS_SCHEMA, RunFolder, started_at
 
 DEEPEST: Final = 5
 """Folders below the one with all runs in which runs are looked for."""
@@ -106,6 +106,8 @@ def _finished(path: Path, *, age: float) -> RunState:
         diverged = found.get("diverged", ())
         if type(version) is not int or not isinstance(diverged, (list, tuple)):
             raise TypeError
+        if version > RESULTS_SCHEMA:
+            raise _Damaged(f"results.json: schema_version {version}, this clframe reads 1 to {RESULTS_SCHEMA}")
         mean = RunFolder(path).mean_prediction_macs()
         return RunState(
             path=path, name=_text(found["name"]), strategy=_text(found["strategy"]),

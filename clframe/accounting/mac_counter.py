@@ -190,7 +190,7 @@ def _without_compiled_code() -> AbstractContextManager[Any]:
     They do so under every mode that intercepts operators; but before torch 2.12 or so a call in it leaves the function
     uncompiled for the rest of the process.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import takes a second
+    if "torch._dynamo.convert_frame" not in sys.modules:  # nothing has been compiled, and the import takes a second
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance

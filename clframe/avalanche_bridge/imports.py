@@ -21,9 +21,10 @@ with quick_imports():
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import callbacks as lightning_callbacks
     from lightning.pytorch import loggers as lightning_loggers
+    from lightning.pytorch.plugins.precision import Precision
 
 __all__ = [
     "Callback", "Clock", "DDPStrategy", "EvaluationPlugin", "Fabric", "LightningEnvironment", "LightningModule",
-    "MisconfigurationException", "OnlineCLExperience", "PeriodicEval", "SupervisedPlugin", "SupervisedTemplate",
-    "Trainer", "default_evaluator", "lightning_callbacks", "lightning_loggers",
+    "MisconfigurationException", "OnlineCLExperience", "PeriodicEval", "Precision", "SupervisedPlugin",
+    "SupervisedTemplate", "Trainer", "default_evaluator", "lightning_callbacks", "lightning_loggers",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from clframe.avalanche_bridge.imports import MisconfigurationException, Trainer
 from clframe.errors import UnsupportedError
 from clframe.training.checkpoint import encode
 from clframe.training.module import ContinualModule
+from clframe.training.trainer_arguments import precision_plugins
 from clframe.training.trainer_options import fresh_callbacks, make_trainer, refusal, without_banners
 
 
@@ -206,7 +207,8 @@ def fit_experience(strategy: FittedStrategy, *, resumption: Any = None, **kwargs
             trainer = make_trainer(
                 fresh_callbacks(strategy.trainer_options),
                 accelerator=strategy.device.type,
-                precision=strategy.fabric._precision.precision,
+                # A plugin that decides the precision is refused beside it.
+                precision=None if precision_plugins(strategy.trainer_options) else strategy.fabric._precision.precision,
                 max_epochs=strategy.train_epochs,
                 limit_train_batches=strategy.limit_batches,
             )

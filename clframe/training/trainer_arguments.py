@@ -10,14 +10,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from clframe.avalanche_bridge.imports import Fabric, Trainer
+from clframe.avalanche_bridge.imports import Fabric, Precision, Trainer
 from clframe.errors import ConfigError, UnsupportedError, nearest
 from clframe.options import format_value
 
 ALLOWED = (
-    "callbacks", "logger", "profiler", "precision", "default_root_dir", "log_every_n_steps", "enable_checkpointing",
-    "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams", "model_registry", "detect_anomaly",
-    "deterministic", "benchmark", "min_epochs", "max_time",
+    "callbacks", "logger", "profiler", "precision", "plugins", "default_root_dir", "log_every_n_steps",
+    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams", "model_registry",
+    "detect_anomaly", "deterministic", "benchmark", "min_epochs", "max_time",
 )  # fmt: skip
 """Arguments that do in a Trainer of a run what Lightning documents."""
 
@@ -42,7 +42,6 @@ _INSTEAD = {
     "strategy": _DEVICE,
     "devices": _DEVICE,
     "num_nodes": _DEVICE,
-    "plugins": "give fabric=Fabric(plugins=...), launched, to the strategy",
     "sync_batchnorm": "leave it out, as one process trains",
     "use_distributed_sampler": _LOADER,
     "reload_dataloaders_every_n_epochs": _LOADER,
@@ -91,8 +90,17 @@ def check_arguments(arguments: Mapping[str, Any], *, engine: str, fabric: Fabric
             raise ConfigError(f"{where}: unknown argument of Lightning's Trainer; {advice}")
     precision = fabric._precision.precision
     found = arguments.get("precision", precision)
+    for plugin in precision_plugins(arguments):
+        found = plugin.precision
     if _SHORT_PRECISIONS.get(str(found), found) != precision:
         raise UnsupportedError(
             f"LightningStrategy.trainer.precision: found {format_value(found)}, while the strategy evaluates in "
             f"{precision}; give fabric=Fabric(precision=...), launched, and leave it out here"
         )
+
+
+def precision_plugins(arguments: Mapping[str, Any]) -> list[Precision]:
+    """Return the plugins among the arguments that decide the precision, in place of ``precision``."""
+    given = arguments.get("plugins") or ()
+    plugins = given if isinstance(given, (list, tuple)) else [given]
+    return [plugin for plugin in plugins if isinstance(plugin, Precision)]

@@ -33,19 +33,21 @@ def test_no_config(refused, here, folder):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    "text, message, others",
     [
-        ("a: [", "run/config.yaml: invalid YAML ("),
-        ("- a\n", "run/config.yaml: not a mapping of keys to values; write lines like"),
-        ("a: b\n", "run/config.yaml: config: unknown key 'a'; keys are backbone"),
-        ("trainer: 3\n", "run/config.yaml: trainer: found 3; give a mapping"),
-        ("trainer: {epochs: x}\n", "run/config.yaml: trainer.epochs: found 'x' (text); give a whole number"),
-        ("seed: 3\n", "run/config.yaml: config: has no benchmark; set benchmark=NAME"),
+        ("a: [", "invalid YAML (", []),
+        ("- a\n", "not a mapping of keys to values; write lines like", []),
+        ("a: b\n", "config: unknown key 'a'; keys are backbone", ["benchmark", "backbone"]),
+        ("trainer: 3\n", "trainer: found 3; give a mapping", ["benchmark", "backbone"]),
+        ("trainer: {epochs: x}\n", "trainer.epochs: found 'x' (text); give a whole number", ["benchmark", "backbone"]),
+        ("seed: 3\n", "config: has no benchmark; set benchmark=NAME", ["backbone"]),
     ],
 )
-def test_a_damaged_config(text, message, refused, here, folder):
+def test_a_damaged_config(text, message, others, refused, here, folder):
+    """Each fault has its line, with the file."""
     (folder / "config.yaml").write_text(text)
-    refused(["run", "--resume", "run"], message)
+    lines = [f"run/config.yaml: {message}", *(f"error: run/config.yaml: config: has no {key}; set {key}=" for key in others)]
+    refused(["run", "--resume", "run"], *lines, lines=len(lines))
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"no zip"])

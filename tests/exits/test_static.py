@@ -128,4 +128,4 @@ def test_patience_requires_exits_that_agree():
     twice = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=2 / 3))
     assert twice.exit_B.tolist() == [3, 3, 3, 2]
     skipping = select(scores, ExitPolicy(measure=CONFIDENCE_MEASURES.get("patience"), thresholds=1 / 2), exits=[0, 2])
-    assert skipping.exit_B.tolist() == [3, 3, 2, 2]
+    assert skipping.exit_B.tolist() == [2, 3, 3, 2]  # exits that may not stop a sample count in its run

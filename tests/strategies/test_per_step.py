@@ -90,7 +90,7 @@ def test_rows_stored_before_a_class_was_learned_get_no_logit_for_it():
 @pytest.mark.parametrize("replay", ["extra", "half", "fixed"])
 @pytest.mark.parametrize("engine", ["fabric", "trainer"])
 def test_a_run_stores_inputs_as_the_data_has_them_with_their_labels(replay, engine):
-    options = {"engine": "trainer", "trainer": {"accelerator": "cpu"}} if engine == "trainer" else {}
+    options = {"engine": "trainer"} if engine == "trainer" else {}
     data = source()
     module = train(
         f"er(memory=15, selection='reservoir', update='step', replay='{replay}', replayed=3)",

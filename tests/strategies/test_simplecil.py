@@ -75,7 +75,7 @@ def test_one_sample():
 
 
 def test_impossible_scale():
-    with pytest.raises(ConfigError, match=r"components.simplecil.scale: found 0; give a number above 0"):
+    with pytest.raises(ConfigError, match=r"components.simplecil.scale: found 0.0; give a number above 0"):
         SimpleCIL(scale=0)
 
 

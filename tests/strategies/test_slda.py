@@ -119,7 +119,8 @@ def test_one_sample_then_a_class_without_data():
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.5, float("nan")])
 def test_impossible_shrinkage(value):
-    with pytest.raises(ConfigError, match=r"components.slda.shrinkage: found .*; give a number above 0, at most 1"):
+    advice = "a finite number" if value != value else "a number above 0, at most 1"
+    with pytest.raises(ConfigError, match=rf"components.slda.shrinkage: found .*; give {advice}"):
         SLDA(shrinkage=value)
 
 

@@ -178,7 +178,7 @@ def test_the_engine_counts_the_batches_of_every_epoch(engine):
     torch.manual_seed(0)
     network = Network(BACKBONES.get("mlp")((1, 8, 8), width=5))
     module = ContinualModule(network, Spy(ramp="step"), optimizer=partial(torch.optim.SGD, lr=0.05), seed=0)
-    options = {"engine": "trainer", "trainer": {"accelerator": "cpu"}} if engine == "trainer" else {}
+    options = {"engine": "trainer"} if engine == "trainer" else {}
     loop = LightningStrategy(model=module, benchmark=benchmark, train_mb_size=8, train_epochs=2, evaluator=None, **options)
     loop.train(benchmark.avalanche.train_stream[0])
     assert seen == [(epoch, number, 3) for epoch in range(2) for number in range(3)]

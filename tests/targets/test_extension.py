@@ -436,7 +436,8 @@ def test_held_out_samples_are_those_of_one_source() -> None:
 def test_later_data_are_normalized_as_the_first() -> None:
     first = clframe.class_incremental(part_of_digits(only=(0, 1)), experiences=1)
     source = part_of_digits(only=(2,))
-    source = replace(source, train=replace(source.train, mean=(1.0,), std=(2.0,)))
+    other = {"mean": (1.0,), "std": (2.0,)}
+    source = replace(source, train=replace(source.train, **other), test=replace(source.test, **other))
     joined = extend_benchmark(first, source)
     assert joined.train[1].mean == joined.train[0].mean == Stored.of(first).mean == (4.884,)
     with pytest.raises(ConfigError, match=r"^benchmark.validation: found 0.1, unlike the data before; give 0"):

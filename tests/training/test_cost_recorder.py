@@ -396,7 +396,7 @@ HALF: Any = {"precision": "bf16-mixed"}
         ("ewc", {"engine": "trainer"}),
         ("er(memory=12) + lwf", {"accumulate": 2}),
         ("er(memory=12) + lwf", {"accumulate": 2, "fabric": HALF}),
-        ("exits + si", {"engine": "trainer", "trainer": HALF}),
+        ("exits + si", {"engine": "trainer", "fabric": HALF}),
     ],
 )
 def test_a_run_is_the_same_with_and_without_accounts(expression: str, options: Any, tmp_path: Path) -> None:

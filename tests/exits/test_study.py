@@ -115,7 +115,7 @@ def test_fewer_samples_than_bins(samples):
     assert all(0 <= value <= 1 for value in found.metrics["ece"])
 
 
-@pytest.mark.parametrize("bad", [nan, np.inf])
+@pytest.mark.parametrize("bad", [nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_scores_that_are_not_finite_are_nan_with_a_reason(bad, all_of_them):
     """An infinite logit makes a probability of inf / inf. The other exits keep their numbers."""
@@ -177,6 +177,7 @@ def test_an_exit_that_no_sample_reaches_has_no_number():
     assert {cell.undefined for cell in cells} == {"no samples", "there is no later exit"}
 
 
+@pytest.mark.slow
 def test_a_study_that_is_read_from_its_file_has_the_same_tables_and_figures(tmp_path):
     test = sampled(60)
     test.scores_KNC[1, 5, :] = nan

@@ -235,6 +235,7 @@ def accuracies(*components, exits=2, classes=10):
     return [(z.argmax(1) == test.y).float().mean().item() for z in module.learner.adjust_logits(output).logits]
 
 
+@pytest.mark.slow
 def test_on_digits_every_exit_does_what_it_is_for():
     """A small memory, few epochs: LODE, iCaRL and nearest means know more, SS-IL forgets less."""
     er = ER(memory=40, replay="fixed", replayed=8)

@@ -222,7 +222,7 @@ def accuracies(expression, *, exits=1, epochs=8):
     return found, module.learner.flush_terms()
 
 
-@pytest.mark.parametrize("exits", [1, 3])
+@pytest.mark.parametrize("exits", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_they_remember_what_training_on_new_data_forgets(exits):
     naive, _ = accuracies("naive", exits=exits)
     der, terms = accuracies("der(memory=30)", exits=exits)

@@ -282,6 +282,7 @@ def test_mixed_trains_the_trunk_first_and_then_everything():
 # --- ensembles ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_geometric_ensemble_is_fitted_on_data_held_out(tmp_path):
     with pytest.raises(ConfigError, match=r"fit_on: found 'validation' .*held-out data; set benchmark.validation=0.1"):
         run(tmp_path, "exits(ensemble='geometric')")

@@ -138,7 +138,11 @@ def accuracy(module, part):
 
 
 @pytest.mark.parametrize(
-    "strategy", [SMALL, pytest.param(compose(SMALL, EXITS), marks=pytest.mark.slow), compose(SMALL, EXITS, ER(memory=40))]
+    "strategy",
+    [
+        pytest.param(SMALL, marks=pytest.mark.slow), pytest.param(compose(SMALL, EXITS), marks=pytest.mark.slow),
+        compose(SMALL, EXITS, ER(memory=40)),
+    ],
 )
 def test_it_trains_prompts_and_classifiers_and_resumes_alike(strategy, stream):
     module = trained(strategy, stream)

@@ -224,6 +224,7 @@ def test_projections_come_before_and_count_as_what_they_were(run):
     assert {layer.gate for layer in study.converted.layers.values()} == {CumulativeShare(tau=0.5)}
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(run, study):
     first, second = study, moefy_target(open_target(str(run)), Options(**QUICK))
     assert first.swept.values == second.swept.values

@@ -118,7 +118,7 @@ def compare_chain(tmp_path: Path, strategy: str, overrides: Sequence[str], *, st
     assert_same_run(chain, whole)
 
 
-@pytest.mark.parametrize("strategy", ["er + lwf + exits", "ewc"])
+@pytest.mark.parametrize("strategy", [pytest.param("er + lwf + exits", marks=pytest.mark.slow), "ewc"])
 def test_three_extensions_equal_one_run(tmp_path: Path, strategy: str) -> None:
     compare_chain(tmp_path, strategy, STRATEGIES[strategy], start=2, count=3)
 

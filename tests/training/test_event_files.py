@@ -213,7 +213,9 @@ def test_the_entry_that_ends_an_experience_is_there_once_where_a_kill_follows_it
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize(("figures", "steps"), [("experience", [0, 1]), ("none", [])])
+@pytest.mark.parametrize(("figures", "steps"), [
+    pytest.param("experience", [0, 1], marks=pytest.mark.slow), ("none", []),
+])
 def test_figures_are_drawn_when_the_config_says(figures, steps, tmp_path):
     overrides = [*RUN, "benchmark.experiences=2", "benchmark.classes=4", "trainer.epochs=1", f"trainer.figures={figures}"]
     folder = Path(clframe.run("quickstart", overrides, output=tmp_path).run_folder)

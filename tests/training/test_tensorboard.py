@@ -207,7 +207,8 @@ def test_closing_twice_is_fine(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (5, 5), (5, 1), (30, 30), (31, 31)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (5, 5), (5, 1),
+                                                pytest.param(30, 30, marks=pytest.mark.slow), (31, 31)])  # fmt: skip
 def test_the_image_is_large_enough_to_read(rows, columns):
     image = matrix_image([[0.5] * columns for _ in range(rows)])
     assert image.dtype == np.uint8

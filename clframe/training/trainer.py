@@ -207,7 +207,7 @@ def fit_experience(strategy: FittedStrategy, *, resumption: Any = None, **kwargs
             trainer = make_trainer(
                 fresh_callbacks(strategy.trainer_options),
                 accelerator=strategy.device.type,
-                # A plugin that decides the precision is refused beside it.
+                # Lightning refuses both a precision and a plugin that decides it.
                 precision=None if precision_plugins(strategy.trainer_options) else strategy.fabric._precision.precision,
                 max_epochs=strategy.train_epochs,
                 limit_train_batches=strategy.limit_batches,

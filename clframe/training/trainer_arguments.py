@@ -100,7 +100,7 @@ def check_arguments(arguments: Mapping[str, Any], *, engine: str, fabric: Fabric
 
 
 def precision_plugins(arguments: Mapping[str, Any]) -> list[Precision]:
-    """Return the plugins among the arguments that decide the precision, in place of ``precision``."""
+    """Return the plugins among the arguments that decide the precision, as ``precision`` otherwise does."""
     given = arguments.get("plugins") or ()
     plugins = given if isinstance(given, (list, tuple)) else [given]
     return [plugin for plugin in plugins if isinstance(plugin, Precision)]

@@ -88,7 +88,7 @@ def test_every_plugin_that_may_be_named_is_tried_here() -> None:
     assert sorted(OPTIONS) == sorted(plugin_names())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "RARPlugin")) for n in OPTIONS])
 def test_a_config_gives_the_weights_of_the_same_plugin_from_python(
     tmp_path: Any, without: Callable[..., dict[str, torch.Tensor]], name: str
 ) -> None:

@@ -73,6 +73,7 @@ def asked(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_can_be_watched_and_nothing_stays(call, asked):
     code, out, _ = call("run", *TINY, "--tensorboard")
     assert code == 0

@@ -178,7 +178,7 @@ def numbers_of_examples(few, many):
     return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-@numbers_of_examples(14, 1000)
+@numbers_of_examples(7, 1000)
 def test_any_mutation_of_a_config_trains_or_is_refused(examples):
     codes = []
     check(lambda changes: codes.append(run_or_refuse(*changes)), st.lists(overrides(), min_size=1, max_size=2), examples)

@@ -195,6 +195,7 @@ def test_the_runner_imports_nothing_else():
                      "typing"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pt2_programs_decide_as_clframe(model, tmp_path):
     folder = export(model, tmp_path / "pt2", format="pt2")
     stages = StagedModel(export(model, tmp_path / "staged", format="pt2", staged=True))

@@ -71,6 +71,7 @@ def points(folder):
 
 
 @pytest.mark.usefixtures("many_classes")
+@pytest.mark.slow
 def test_every_experience_adds_the_same_rows_and_points(tmp_path):
     strategy = "er(memory=40) + exits + early_exit(threshold=0.6)"
     folders = [train(strategy, count, tmp_path / str(count), "trainer.loggers=[tensorboard]") for count in (4, 7, 10)]

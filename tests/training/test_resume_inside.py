@@ -48,7 +48,9 @@ def fast():
     patch.undo()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "average of the weights")) for case in CASES]
+)
 def test_it_ends_as_if_it_had_not_been_stopped(case: str, tmp_path: Path) -> None:
     options, cuts = CASES[case]
     whole, copies = cut_run([*TINY, *options], tmp_path, cuts=cuts, seed=case)

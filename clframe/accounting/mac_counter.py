@@ -187,8 +187,8 @@ class MacCounter:
 def _without_compiled_code() -> AbstractContextManager[Any]:
     """Context in which functions compiled by ``torch.compile`` run as they were written.
 
-    They do so under every mode that intercepts operators; but before torch 2.12 or so a call in it leaves the function
-    uncompiled for the rest of the process.
+    They do so under every mode that intercepts operators; but in torch 2.6, not in 2.15, a call in it leaves the
+    function uncompiled for the rest of the process.
     """
     if "torch._dynamo.convert_frame" not in sys.modules:  # nothing has been compiled, and the import takes a second
         return nullcontext()

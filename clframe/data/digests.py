@@ -65,7 +65,7 @@ class Difference:
     """Index of the experience."""
     part: Part
     found: str
-    """What has been found, as the start of a predicate that ends with ``when ...``."""
+    """Start of the predicate of a message that ends with ``when ...``: how the data differ."""
     certain: bool
     """Whether the files differ: not if other software has decoded or computed their inputs, which may change some."""
 

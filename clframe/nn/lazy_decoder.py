@@ -110,7 +110,10 @@ class LazyDecoder:
                 self._count(number, last - first)
 
     def logits(self, exit: int, first: int) -> Tensor:
-        """Return logits_TV of an exit for the positions from ``first`` on; its stage and those before it catch up."""
+        """Return logits_TV of an exit for the positions from ``first`` on; its stage and those before it catch up.
+
+        Those of a recorded pass are overwritten by the next one of the same exit.
+        """
         self.classified[exit] += len(self) - first
         start = self._first_of_single_step(exit, first)
         if start is not None and self._graphs is not None:

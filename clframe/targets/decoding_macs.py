@@ -26,7 +26,7 @@ class DecodingMacs:
     def __init__(self, network: Network) -> None:
         passes: list[list[int]] = []
         with evaluating(network):
-            state = LazyDecoder(network)
+            state = LazyDecoder(network, capacity=2)
             for _ in range(min(2, network.input_shape[0] - 1)):
                 state.append([0])
                 passes.append([_count(partial(state.compute, stage)) for stage in range(1, len(state.positions))])

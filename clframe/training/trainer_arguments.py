@@ -54,7 +54,7 @@ _INSTEAD = {
     "inference_mode": _EVALUATION,
     "barebones": "leave it out; a strategy without trainer= has the fewest features",
 }
-"""What to give in place of an argument that contradicts the strategy or has no effect in it."""
+"""Advice by argument, for those that contradict the strategy or have no effect in it."""
 
 _SHORT_PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """Lightning's short names of precisions."""

@@ -349,7 +349,7 @@ def test_exits_placed_by_cost_name_what_their_costs_leave_out():
 
 
 def test_counting_a_compiled_module_counts_its_operators_and_leaves_it_compiled():
-    """Before torch 2.12 or so, a call under a mode left the code uncompiled for the rest of the process."""
+    """In torch 2.6 a call under a mode leaves the code uncompiled for the rest of the process."""
     compiled, calls = [], []
 
     def backend(graph, example):

@@ -1,4 +1,4 @@
-"""What a caller gives and sets: numbers of a strategy, torch's modes, types of weights, and lazy streams."""
+"""Arguments and modes of a caller: numbers of a strategy, torch's modes, types of weights, and lazy streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hooks of own components return: a value of another kind is one line that names the component and the hook."""
+"""Values that hooks of own components return: one of another kind is one line that names the component and the hook."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@
 Requests are a Poisson process at a share of the bare backbone's greatest throughput (``max_batch`` over its time for such
 a batch, as a CUDA graph). All contestants are ``ExitServer`` with the same limits and graphs: the bare backbone has one
 segment, so that it is plain dynamic batching. "One exit" is the network with the exit at 25 % of the MACs alone, at the
-same mean MACs: fewer segments are launched, and more requests leave at that exit. Contestants take turns with the same
-arrivals; latencies count from the planned arrival of a request. The event loop never sleeps: its timers have a resolution
-of a millisecond. Networks, inputs and thresholds are those of perf/exit_race_cuda.py.
+same mean MACs: fewer segments are launched, and more requests leave at that exit; its two segments are computed at the
+same time, and in "turn" one after the other. The segments of all exits are with ``--concurrent``. Contestants take turns
+with the same arrivals; latencies count from the planned arrival of a request. The event loop never sleeps: its timers
+have a resolution of a millisecond. Networks, inputs and thresholds are those of perf/exit_race_cuda.py.
 
 ``stalls_ms`` of each contestant are the longest pauses by cause: between two turns of the event loop, of the garbage
 collector, of a launch on the host (``eager``: launches without a graph), and from a launch to its results.
@@ -59,6 +60,10 @@ class Stalls:
         return self._runner.max_batch
 
     @property
+    def concurrent(self) -> bool:
+        return self._runner.concurrent
+
+    @property
     def eager(self) -> int:
         return self._runner.eager if isinstance(self._runner, GraphRunner) else 0
 
@@ -97,11 +102,11 @@ class Stalls:
             self._turn = self.note("turn", self._turn)
 
 
-def runner_for(dynamic: DynamicNetwork, samples: Tensor, *, max_batch: int) -> SegmentRunner:
+def runner_for(dynamic: DynamicNetwork, samples: Tensor, *, max_batch: int, concurrent: bool) -> SegmentRunner:
     """Graphs for every segment and size, recorded before the race; segments as they are on a CPU."""
     if samples.device.type != "cuda":
         return PlainRunner(dynamic)
-    runner = GraphRunner(dynamic, max_batch=max_batch)
+    runner = GraphRunner(dynamic, max_batch=max_batch, concurrent=concurrent)
     runner.prepare(samples[:max_batch])
     if runner.failure:
         raise RuntimeError(f"segments were not recorded: {runner.failure}")
@@ -176,7 +181,7 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
     rows = []
     for budget in options.budget:
         contestants = {"bare": DynamicNetwork(network, ExitPolicy(thresholds=2.0))}
-        for name, exits in (("exits", tuple(range(len(work.heads) - 1))), ("one", (ONE,))):
+        for name, exits in (("exits", tuple(range(len(work.heads) - 1))), ("one", (ONE,)), ("turn", (ONE,))):
             shares = shares_for(work, exits, budget)
             if shares is None:
                 print(f"{model}: {name} cannot take {budget:.0%} of the MACs on average", flush=True)
@@ -185,7 +190,11 @@ def race(model: str, options: argparse.Namespace, *, end: float) -> list[dict[st
             contestants[name] = DynamicNetwork(network, policy, exits=exits)
         if len(contestants) == 1:
             continue
-        runners = {name: runner_for(each, samples, max_batch=options.max_batch) for name, each in contestants.items()}
+        at_once = {"bare": False, "exits": options.concurrent, "one": True, "turn": False}
+        runners = {
+            name: runner_for(each, samples, max_batch=options.max_batch, concurrent=not options.slack and at_once[name])
+            for name, each in contestants.items()
+        }
         clean()  # frees, and leaves what exists out of later collections, as a server should
         for load in options.load:
             if time.monotonic() > end:
@@ -225,7 +234,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, nargs="+", default=[0.35, 0.5])
     parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--max-batch", type=int, default=32)
-    parser.add_argument("--slack", type=float, default=0.0, help="see ExitServer (default: 0)")
+    parser.add_argument("--slack", type=float, default=0.0, help="see ExitServer; if not 0 all run in turn (default: 0)")
+    parser.add_argument("--concurrent", action="store_true", help="compute the segments of all exits at the same time")
     parser.add_argument("--samples", type=int, default=512, help="different inputs (default: 512)")
     parser.add_argument("--laps", type=int, default=2, help="passes of each contestant (default: 2)")
     parser.add_argument("--pass-seconds", type=float, default=2.0, help="length of a pass (default: 2)")

@@ -62,8 +62,15 @@ class SegmentRunner(Protocol):
     def max_batch(self) -> int | None:
         """Largest number of samples of a batch; None without a limit."""
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether a segment may be launched while others are computed; never itself before its results are there."""
+
     def launch(self, segment: int, parts: Sequence[ActiveSamples]) -> SegmentRun:
-        """Run a segment on the samples of all parts as one batch, without waiting for the device."""
+        """Run a segment on the samples of all parts as one batch, without waiting for the device.
+
+        The results of the runs that made the parts must have been waited for.
+        """
 
 
 class PlainRunner:
@@ -81,6 +88,11 @@ class PlainRunner:
     def max_batch(self) -> int | None:
         """None: any number of samples."""
         return None
+
+    @property
+    def concurrent(self) -> bool:
+        """False: one segment at a time."""
+        return False
 
     @torch.no_grad()
     def launch(self, segment: int, parts: Sequence[ActiveSamples]) -> SegmentRun:
@@ -156,19 +168,28 @@ class GraphRunner:
         ConfigError: No CUDA device and no ``graphs``, a batch below 1, or more samples than ``max_batch``.
     """
 
-    def __init__(self, dynamic: DynamicNetwork, *, max_batch: int, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self, dynamic: DynamicNetwork, *, max_batch: int, concurrent: bool | None = None, graphs: Graphs | None = None
+    ) -> None:
         device = dynamic.network.final.weight.device
         if graphs is None and device.type != "cuda":
             raise ConfigError(f"runner: found a network on {device}; move it to a CUDA device, or use PlainRunner")
         if max_batch < 1:
             raise ConfigError(f"runner: found max_batch={max_batch}; give at least 1")
         self._plain, self.max_batch = PlainRunner(dynamic), max_batch
-        self._graphs = CudaGraphs(device) if graphs is None else graphs
+        self.concurrent = self.segments == 2 if concurrent is None else concurrent
+        self._graphs = self._graphs_on(device) if graphs is None else [graphs] * self.segments
         self._watch_network()
         self.sizes = octaves_of(max_batch)
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._buffers: dict[tuple[object, ...], _Buffers] = {}
         self.failure, self.eager = "", 0
+
+    def _graphs_on(self, device: torch.device) -> list[Graphs]:
+        """The graphs of each segment."""
+        if not self.concurrent:
+            return [CudaGraphs(device)] * self.segments
+        return [CudaGraphs(device, priority=segment - self.segments) for segment in range(self.segments)]
 
     @property
     def segments(self) -> int:
@@ -195,7 +216,9 @@ class GraphRunner:
                 rows: ActiveSamples | None = first
                 for segment in range(self.segments):
                     assert rows is not None
-                    rows = self.launch(segment, [first_rows(rows, size)]).rows
+                    run = self.launch(segment, [first_rows(rows, size)])
+                    run.copy.wait()
+                    rows = run.rows
         self.eager = 0
 
     @torch.no_grad()
@@ -214,8 +237,9 @@ class GraphRunner:
             for values, into in zip(part.carried(), buffers.carried, strict=True):
                 into[start : start + rows].copy_(values)
             start += rows
-        buffers.replays[size]()
-        copy = HostCopy(buffers.packed_nC[:count], into=buffers.host_nC[:count])
+        with self._graphs[segment].branch():
+            buffers.replays[size]()
+            copy = HostCopy(buffers.packed_nC[:count], into=buffers.host_nC[:count])
         # The graph holds the memory of the weights that it reads, so that they may be compared while it runs.
         if self._has_changed():
             self.reset()
@@ -223,10 +247,14 @@ class GraphRunner:
         return SegmentRun(buffers.outputs, copy, buffers.dtype, remaining_first=True)
 
     def reset(self) -> None:
-        """Drop all graphs and buffers."""
+        """Drop all graphs and buffers, when what was launched is complete: its memory is used again."""
+        device = self._plain.dynamic.network.final.weight.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         self._buffers.clear()
         self._seen.clear()
-        self._graphs.release()
+        for graphs in dict.fromkeys(self._graphs):
+            graphs.release()
         self._watch_network()
 
     def _watch_network(self) -> None:
@@ -295,7 +323,7 @@ class GraphRunner:
                 gather_rows(values, order_n, into[:size])
 
         try:
-            buffers.replays[size] = self._graphs.record(work)
+            buffers.replays[size] = self._graphs[segment].record(work)
         except RuntimeError as error:
             self.failure = reason_of(error, most=160)
             return False

@@ -13,7 +13,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from dataclasses import dataclass
+from itertools import chain, count
 from time import monotonic
 from typing import Literal
 
@@ -34,6 +35,23 @@ class ClosedError(ClframeError):
     """The server has been closed."""
 
 
+@dataclass(eq=False)
+class _Batch:
+    """Samples for which a segment is computed."""
+
+    segment: int
+    requests: list[Request]
+    chunks: list[Chunk]
+    """Where they are; empty in the first segment."""
+    run: SegmentRun | None = None
+    error: Exception | None = None
+    """Why it could not be launched."""
+
+    def is_ready(self) -> bool:
+        """Whether it can be finished without waiting."""
+        return self.error is not None or (self.run is not None and self.run.is_ready())
+
+
 class ExitServer:
     """Answers single requests by early exit, in batches that samples join and leave between segments.
 
@@ -43,26 +61,32 @@ class ExitServer:
             answer = await server.predict(x)
 
     Answers are those of the :class:`DynamicNetwork`, up to the rounding of kernels that depend on the batch size. If a
-    batch fails, its samples are computed one by one, and only those that fail get the error. The oldest request is
-    served first, where every exit that it has passed counts as ``slack`` seconds of waiting less: with 0 a batch is
-    finished before the next one starts, with a large value new requests always run first. On CUDA segments are launched
-    from the event loop, which then looks after every turn whether they are complete; elsewhere they are computed in
-    another thread. Whatever stops the event loop delays every answer: record graphs before requests arrive
-    (:meth:`GraphRunner.prepare <clframe.exits.segment_runners.GraphRunner.prepare>`), and call ``gc.collect()`` and
-    ``gc.freeze()`` after that, since collecting all objects of a process with torch takes tenths of a second.
+    batch fails, its samples are computed one by one, and only those that fail get the error.
+
+    If the runner computes one segment at a time, the oldest request is served first, where every exit that it has
+    passed counts as ``slack`` seconds of waiting less: with 0 a batch is finished before the next one starts, with a
+    large value new requests always run first. Otherwise (:class:`GraphRunner
+    <clframe.exits.segment_runners.GraphRunner>`) a segment starts when its previous batch is complete, whatever others
+    do. On CUDA segments are launched from the event loop, which then looks after every turn whether they are complete;
+    elsewhere they are computed in another thread.
+
+    Whatever stops the event loop delays every answer: record graphs before requests arrive (:meth:`GraphRunner.prepare
+    <clframe.exits.segment_runners.GraphRunner.prepare>`), and call ``gc.collect()`` and ``gc.freeze()`` after that: to
+    collect all objects of a process with torch takes tenths of a second.
 
     Args:
         dynamic: The network and its policy.
         max_batch: Most samples that are computed together.
         max_waiting: Most requests that have not been answered; further ones are refused.
-        slack: Seconds, see above.
+        slack: Seconds, see above; only for a runner that computes one segment at a time.
         runner: Runs the segments; those of ``dynamic`` as they are if not given.
 
     Attributes:
         events: The last segments that ran: ``(segment, numbers of the requests)``; requests count from 0.
 
     Raises:
-        ConfigError: A limit below 1, a negative slack, or larger batches than those of the runner.
+        ConfigError: A limit below 1, a negative slack, larger batches than those of the runner, or a slack that has no
+            effect.
 
     >>> from clframe.exits.policies import ExitPolicy
     >>> from clframe.nn import GrowingLinear, Network
@@ -98,12 +122,18 @@ class ExitServer:
                 f"server: found max_batch={max_batch} and a runner for {self._runner.max_batch} samples; give both the "
                 "same number"
             )
+        if slack and self._runner.concurrent:
+            raise ConfigError(
+                f"server: found slack={slack} and a runner that computes segments at the same time, in no order; leave "
+                "slack out, or give the runner concurrent=False"
+            )
         self._network = dynamic.network
         self._requests: deque[Request] = deque()
         self._pools: list[deque[Chunk]] = [deque() for _ in range(self._runner.segments)]  # the first stays empty
         self._on_cuda = dynamic.network.final.weight.device.type == "cuda"
         self._numbers, self._unanswered = count(), 0
         self._arrived = asyncio.Event()
+        self._running = list[_Batch]()
         self._worker: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._closed = self._refusing = False
@@ -171,59 +201,71 @@ class ExitServer:
             self._thread = None
 
     async def _serve(self) -> None:
-        """Run one segment after the other until the server is closed and nothing waits, then end the thread."""
-        requests = list[Request]()
+        """Run segments until the server is closed and nothing waits, then end the thread."""
+        changed = True
         try:
             while True:
-                segment, requests, chunks = self._take()
-                if requests:
-                    self.events.append((segment, tuple(request.number for request in requests)))
-                    await self._run(segment, requests, chunks)
+                if changed or self._arrived.is_set():  # asked in every turn while a GPU computes
+                    self._arrived.clear()
+                    while (not self._running or self._runner.concurrent) and (batch := self._take()) is not None:
+                        self._running.append(batch)
+                        await self._launch(batch)
+                if self._running:
+                    await asyncio.sleep(0)
+                    ready = [batch for batch in self._running if batch.is_ready()]
+                    for batch in ready:
+                        await self._finish(batch)
+                        self._running.remove(batch)
+                    changed = bool(ready)
                 elif self._closed:
                     return
                 else:
-                    self._arrived.clear()
                     await self._arrived.wait()
         except BaseException as error:
             self._closed = True
             cancelled = isinstance(error, asyncio.CancelledError)
             reason = "its task was cancelled" if cancelled else f"ended by {type(error).__name__}"
-            self._fail(ClosedError(f"server: {reason} before the answer; make another server"), running=requests)
+            self._fail(ClosedError(f"server: {reason} before the answer; make another server"), running=self._running)
             raise
         finally:
             if self._thread is not None:
                 self._thread.shutdown(wait=False)
 
-    def _take(self) -> tuple[int, list[Request], list[Chunk]]:
-        """The segment to run next, its samples, and the chunks that they are in after the first segment."""
+    def _take(self) -> _Batch | None:
+        """The samples to compute next, of a segment that is not computed now; None where no sample waits for one."""
         self._drop_cancelled()
-        due = [(self._requests[0].since, 0)] if self._requests else []
+        busy = {batch.segment for batch in self._running}
+        due = [(self._requests[0].since, 0)] if self._requests and 0 not in busy else []
         due += [
             (pool[0].requests[0].since + segment * self.slack, -segment)  # of equal times the latest segment
             for segment, pool in enumerate(self._pools)
-            if pool
+            if pool and segment not in busy
         ]
         if not due:
-            return 0, [], []
+            return None
         segment = -min(due)[1]
-        if segment == 0:
-            return 0, self._take_requests(), []
+        batch = self._take_requests() if segment == 0 else self._take_chunks(segment)
+        self.events.append((segment, tuple(request.number for request in batch.requests)))
+        return batch
+
+    def _take_chunks(self, segment: int) -> _Batch:
+        """The chunk that has waited longest for a segment, and others of its kind."""
         pool = self._pools[segment]
         chunks = [pool.popleft()]
         size = len(chunks[0].requests)
         while pool and pool[0].kind == chunks[0].kind and size + len(pool[0].requests) <= self.max_batch:
             chunks.append(pool.popleft())
             size += len(chunks[-1].requests)
-        return segment, [request for chunk in chunks for request in chunk.requests], chunks
+        return _Batch(segment, [request for chunk in chunks for request in chunk.requests], chunks)
 
-    def _take_requests(self) -> list[Request]:
+    def _take_requests(self) -> _Batch:
         """The oldest request and others with inputs of its shape, type and device."""
         batch, others = list[Request](), list[Request]()
         while self._requests and len(batch) < self.max_batch:
             request = self._requests.popleft()
             (batch if not batch or request.kind == batch[0].kind else others).append(request)
         self._requests.extendleft(reversed(others))
-        return batch
+        return _Batch(0, batch, [])
 
     def _drop_cancelled(self) -> None:
         if any(request.answer.done() for request in self._requests):
@@ -236,22 +278,34 @@ class ExitServer:
                     complete = len(keep) == len(chunk.requests)
                     pool.append(chunk if complete else chunk.pick(keep))
 
-    async def _run(self, segment: int, requests: list[Request], chunks: list[Chunk]) -> None:
-        """Run a segment, answer the samples that stop, and pass on the others."""
-        if segment + 1 < len(self._pools):
-            for chunk in self._pools[segment + 1]:
+    async def _launch(self, batch: _Batch) -> None:
+        """Start the computation of a batch; on a CPU complete it."""
+        if batch.segment + 1 < len(self._pools):
+            for chunk in self._pools[batch.segment + 1]:
                 chunk.own()
         try:
             if self._on_cuda:
-                run = self._launch(segment, requests, chunks)
-                while not run.is_ready():
-                    await asyncio.sleep(0)
+                batch.run = self._run(batch)
             else:
-                loop = asyncio.get_running_loop()
-                run = await loop.run_in_executor(self._thread, self._launch, segment, requests, chunks)
-            scores_nC, exits, stops = run.results()
+                batch.run = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
         except Exception as error:  # of a model or an input, of any kind
-            await self._run_apart(segment, requests, chunks, error)
+            batch.error = error
+
+    def _run(self, batch: _Batch) -> SegmentRun:
+        if batch.segment:
+            return self._runner.launch(batch.segment, [chunk.rows for chunk in batch.chunks])
+        x = torch.stack([request.x for request in batch.requests])
+        return self._runner.launch(0, [ActiveSamples(self._network.to_device(x))])
+
+    async def _finish(self, batch: _Batch) -> None:
+        """Answer the samples of a computed batch that stop, and pass on the others."""
+        requests, run = batch.requests, batch.run
+        try:
+            if run is None:
+                raise batch.error or AssertionError
+            scores_nC, exits, stops = run.results()
+        except Exception as error:
+            await self._run_apart(batch, error)
             return
         for request, scores_C, exit, stopped in zip(requests, scores_nC.unbind(0), exits, stops, strict=True):
             if stopped:
@@ -268,30 +322,27 @@ class ExitServer:
             passed = Chunk(rows, [requests[at] for at in remaining], shared=True)
         else:
             passed = Chunk(run.rows, requests).pick(remaining)
-        self._pools[segment + 1].append(passed.pick(keep))
+        self._pools[batch.segment + 1].append(passed.pick(keep))
 
-    async def _run_apart(self, segment: int, requests: list[Request], chunks: list[Chunk], error: Exception) -> None:
+    async def _run_apart(self, batch: _Batch, error: Exception) -> None:
         """Run the samples of a batch that has failed one by one; a single one gets the error."""
-        if len(requests) == 1:
-            _resolve(requests[0].answer, error)
+        if len(batch.requests) == 1:
+            _resolve(batch.requests[0].answer, error)
             return
-        if not chunks:
-            for request in requests:
-                await self._run(segment, [request], [])
-        for chunk in chunks:
+        single = [_Batch(batch.segment, [request], []) for request in batch.requests if not batch.chunks]
+        for chunk in batch.chunks:
             for at, request in enumerate(chunk.requests):
-                await self._run(segment, [request], [chunk.pick([at])])
+                single.append(_Batch(batch.segment, [request], [chunk.pick([at])]))
+        for each in single:
+            await self._launch(each)
+            while not each.is_ready():
+                await asyncio.sleep(0)
+            await self._finish(each)
 
-    def _launch(self, segment: int, requests: Sequence[Request], chunks: Sequence[Chunk]) -> SegmentRun:
-        if segment:
-            return self._runner.launch(segment, [chunk.rows for chunk in chunks])
-        x = torch.stack([request.x for request in requests])
-        return self._runner.launch(0, [ActiveSamples(self._network.to_device(x))])
-
-    def _fail(self, error: Exception, *, running: Sequence[Request] = ()) -> None:
-        """Give an error to all requests that wait, and to those ``running`` that have not been answered."""
-        waiting = [*self._requests, *(request for pool in self._pools for chunk in pool for request in chunk.requests)]
-        for request in (*waiting, *running):
+    def _fail(self, error: Exception, *, running: Sequence[_Batch] = ()) -> None:
+        """Give an error to all requests that wait, and to those of ``running`` that have not been answered."""
+        waiting = [chunk.requests for pool in self._pools for chunk in pool]
+        for request in chain(self._requests, *waiting, *(batch.requests for batch in running)):
             _resolve(request.answer, error)
         self._requests.clear()
         for pool in self._pools:

@@ -16,6 +16,9 @@ class Graphs(Protocol):
     def epoch(self) -> AbstractContextManager[Any]:
         """Return the context in which an epoch runs: its eager steps, recordings and replays."""
 
+    def branch(self) -> AbstractContextManager[Any]:
+        """Return a context in which replays wait for what was launched before, and nothing outside waits for them."""
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work`` without running it; returns the function that runs it.
 
@@ -28,11 +31,16 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """Graphs on one CUDA device. They share a memory pool, since only one of them runs at a time."""
+    """Graphs on one CUDA device. They share a memory pool, since only one of them runs at a time.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: The device.
+        priority: Of their stream: kernels of a lower number run first. It is recorded with the graphs.
+    """
+
+    def __init__(self, device: torch.device, *, priority: int = 0) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=priority)
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -44,6 +52,13 @@ class CudaGraphs:
                 yield
         finally:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Return a context on the stream that records; see :class:`Graphs`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work``; see :class:`Graphs`."""

@@ -6,12 +6,13 @@ The order of events is tested, never a time: a stage that must not have run is h
 from __future__ import annotations
 
 import asyncio
-import sys
+import itertools
+import random
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 from torch import nn
 
 from clframe.errors import ConfigError, DataError
@@ -25,12 +26,6 @@ from clframe.nn import Head, Network
 from clframe.nn.backbones import Backbone
 
 from .test_dynamic import inputs, network, reference, split
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    from recorded_graphs import RecordedGraphs
-finally:
-    sys.path.pop(0)
 
 EASY, HARD = 20 * torch.eye(6)[2], torch.zeros(6)
 
@@ -90,7 +85,7 @@ def test_answers_are_those_of_the_plain_reference(kind, variant, name, fallback,
     net = network(kind, variant)
     confidence, thresholds = split(net, name, inputs(net, 33))
     dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds, fallback=fallback))
-    runner = GraphRunner(dynamic, max_batch=5, graphs=RecordedGraphs()) if graphs else None
+    runner = GraphRunner(dynamic, max_batch=5, concurrent=not slack, graphs=RecordedGraphs()) if graphs else None
     x = inputs(net, 23)
 
     async def main():
@@ -174,6 +169,116 @@ def test_new_requests_join_at_the_first_segment(slack, expected):
             assert list(server.events) == expected
 
     run(main())
+
+
+class Lanes(GraphRunner):
+    """Segments at the same time: the results of a run are ready after some turns of the event loop, if it is not held."""
+
+    def __init__(self, dynamic, *, max_batch, polls):
+        super().__init__(dynamic, max_batch=max_batch, concurrent=True, graphs=RecordedGraphs())
+        self.polls, self.computed, self.most = polls, [], 0
+
+    def is_held(self, segment):
+        return False
+
+    def launch(self, segment, parts):
+        assert segment not in self.computed, "launched again before its results were there"
+        self.computed.append(segment)
+        self.most = max(self.most, len(self.computed))
+        run, left = super().launch(segment, parts), itertools.count(self.polls(segment), -1)
+
+        def is_ready():
+            if self.is_held(segment) or next(left) > 0:
+                return False
+            self.computed.remove(segment)
+            return True
+
+        run.copy.is_ready = is_ready
+        return run
+
+
+def test_an_easy_request_does_not_wait_for_the_segment_of_a_hard_one(monkeypatch):
+    monkeypatch.setattr(segment_runners, "WARM", 0)
+    dynamic, held = two_segments(), [True]
+    runner = Lanes(dynamic, max_batch=2, polls=lambda segment: segment)
+    others = torch.stack([HARD, EASY, HARD + 1, EASY])
+
+    async def main():
+        async with ExitServer(dynamic, max_batch=2, runner=runner) as server:
+            server._on_cuda = True
+            try:
+                tasks = [asyncio.create_task(server.predict(others[0]))]
+                await turns()
+                assert list(server.events) == [(0, (0,)), (1, (0,))]
+                tasks += [asyncio.create_task(server.predict(x)) for x in others[1:]]
+                await turns()
+                assert [task.done() for task in tasks] == [False, True, False, True]
+                # The third request waits for segment 1, also while segment 0 overwrites what it left for it.
+                assert list(server.events)[2:] == [(0, (1, 2)), (0, (3,))]
+            finally:
+                held.clear()
+            return await asyncio.gather(*tasks), list(server.events)
+
+    runner.is_held = lambda segment: bool(segment and held)
+    answers, events = run(main())
+    assert events[4:] == [(1, (2,))]
+    expected = reference(dynamic.network, dynamic.policy, others)
+    assert [answer.exit for answer in answers] == expected.exit_B.tolist() == [1, 0, 1, 0]
+    torch.testing.assert_close(torch.stack([answer.scores_C for answer in answers]), expected.scores_BC)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_of_segments_at_the_same_time_are_those_of_the_plain_reference(seed, monkeypatch):
+    """Whatever segment is complete first; new requests arrive meanwhile and overwrite what waits unless it is copied."""
+    monkeypatch.setattr(segment_runners, "WARM", 0)
+    net, chance = network("cnn", "cascade"), random.Random(seed)
+    confidence, thresholds = split(net, "margin", inputs(net, 33))
+    dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds))
+    runner = Lanes(dynamic, max_batch=3, polls=lambda segment: chance.randrange(1 + 3 * segment))
+    x = inputs(net, 31)
+
+    async def main():
+        async with ExitServer(dynamic, max_batch=3, runner=runner) as server:
+            server._on_cuda = True
+            tasks = []
+            for sample in x:
+                tasks.append(asyncio.create_task(server.predict(sample)))
+                await turns(chance.randrange(4))
+            return await asyncio.gather(*tasks)
+
+    answers, expected = run(main()), reference(net, dynamic.policy, x)
+    assert [answer.exit for answer in answers] == expected.exit_B.tolist()
+    scores_BC = torch.stack([answer.scores_C for answer in answers])
+    torch.testing.assert_close(scores_BC, expected.scores_BC, rtol=1e-5, atol=1e-4)  # rounding of other batch sizes
+    assert runner.most > 1 and len({answer.exit for answer in answers}) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("concurrent", [True, False])
+@pytest.mark.parametrize(("kind", "variant"), [("cnn", "cascade"), ("masked", "plain")])
+def test_answers_on_a_gpu(kind, variant, concurrent, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net, chance = network(kind, variant), random.Random(0)
+    confidence, thresholds = split(net, "margin", inputs(net, 33))
+    dynamic = DynamicNetwork(net.cuda(), ExitPolicy(measure=confidence, thresholds=thresholds))
+    runner = GraphRunner(dynamic, max_batch=5, concurrent=concurrent)
+    x = inputs(net, 300).cuda()
+    runner.prepare(x[:5])
+
+    async def main():
+        async with ExitServer(dynamic, max_batch=5, runner=runner) as server:
+            tasks = []
+            for sample in x:
+                tasks.append(asyncio.create_task(server.predict(sample)))
+                await turns(chance.randrange(30))
+            return await asyncio.gather(*tasks)
+
+    answers, expected = run(main()), reference(net, dynamic.policy, x)
+    assert runner.eager == 0 and not runner.failure
+    assert [answer.exit for answer in answers] == expected.exit_B.tolist()
+    scores_BC = torch.stack([answer.scores_C for answer in answers])
+    torch.testing.assert_close(scores_BC, expected.scores_BC.cpu(), rtol=1e-4, atol=1e-3)
 
 
 def test_batches_are_bounded_and_so_is_the_queue():
@@ -323,7 +428,9 @@ def test_requests_that_are_computed_get_an_error_as_well_if_the_server_ends(canc
 
     async def main():
         if not cancelled:
-            monkeypatch.setattr(server, "_run", broken)
+            runner.release.set()
+        if not cancelled:
+            monkeypatch.setattr(server, "_finish", broken)
         tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
         await turns()
         if cancelled:
@@ -368,7 +475,7 @@ def test_graphs_of_a_network_that_has_changed_are_not_used(replace, monkeypatch)
     before = launched(runner, dynamic, x)
     net.load_state_dict(network("mlp", "cascade", seed=1).state_dict())  # written in place: the graphs read it
     after = launched(runner, dynamic, x)
-    assert not torch.allclose(before, after) and runner._graphs.released == 0 and runner.eager == 0
+    assert not torch.allclose(before, after) and runner._graphs[0].released == 0 and runner.eager == 0
     if replace == "weight":
         net.final.weight = nn.Parameter(net.final.weight + 1)
     elif replace == "grow":
@@ -376,10 +483,10 @@ def test_graphs_of_a_network_that_has_changed_are_not_used(replace, monkeypatch)
     else:
         net.boosted = True
     found = launched(runner, dynamic, x)
-    assert runner._graphs.released == 1 and runner.eager >= 1
+    assert runner._graphs[0].released == 1 and runner.eager >= 1
     assert found.shape != after.shape or not torch.allclose(found, after)
     torch.testing.assert_close(launched(runner, dynamic, x), found)
-    assert runner._graphs.released == 1 and runner.recorded == runner.segments
+    assert runner._graphs[0].released == 1 and runner.recorded == runner.segments
 
 
 def test_graphs_are_recorded_for_each_device(monkeypatch):
@@ -429,3 +536,13 @@ def test_batches_that_a_runner_does_not_record_are_refused():
 def test_limits_that_do_not_fit_are_one_line(wrong):
     with pytest.raises(ConfigError, match=r"^server: found max_batch=.*; give limits of 1 or more and 0 seconds or more$"):
         ExitServer(two_segments(), **wrong)
+
+
+def test_a_slack_without_effect_is_refused():
+    dynamic = two_segments()
+    runner = GraphRunner(dynamic, max_batch=4, graphs=RecordedGraphs())
+    assert runner.concurrent  # of two segments; more run in turn if nothing is said
+    more = DynamicNetwork(network("mlp"), ExitPolicy(thresholds=0.5))
+    assert [GraphRunner(more, max_batch=1, concurrent=wish, graphs=RecordedGraphs()).concurrent for wish in (None, True)] == [False, True]
+    with pytest.raises(ConfigError, match=r"found slack=0.1 and a runner that computes segments at the same time"):
+        ExitServer(dynamic, max_batch=4, slack=0.1, runner=runner)

@@ -68,6 +68,10 @@ class RecordedGraphs:
         """Return an empty context."""
         return nullcontext()
 
+    def branch(self) -> AbstractContextManager[Any]:
+        """Return an empty context: replays are computed at once."""
+        return nullcontext()
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record the operations of ``work`` and undo what they have written."""
         recorder = _Recorder()

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from clframe.data.augmentation import AUGMENTATIONS
+from clframe.data.epoch_loader import EpochLoader
 from clframe.data.lazy import DatasetSamples
-from clframe.data.samples import EpochLoader, Loadable, TensorSamples
+from clframe.data.samples import Loadable, TensorSamples
 from clframe.seeding import epoch_order, generator_for
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

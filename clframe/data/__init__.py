@@ -1,7 +1,8 @@
 """Data: sources, protocols and the loaders that feed the model."""
 
 from clframe.data.benchmark import Benchmark, class_incremental
-from clframe.data.samples import EpochLoader, TensorSamples, concatenate
+from clframe.data.epoch_loader import EpochLoader
+from clframe.data.samples import TensorSamples, concatenate
 from clframe.data.source import SOURCES, Source
 from clframe.data.sources.characters import digits
 from clframe.data.sources.given import from_avalanche, from_datasets

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from clframe.data.samples import EpochLoader
+from clframe.data.epoch_loader import EpochLoader
 from clframe.errors import UnsupportedError
 from clframe.functional.language import next_token_targets
 from clframe.nn.backbones.stages import preserving_state

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clframe.data.benchmark import Benchmark
-from clframe.data.samples import EpochLoader
+from clframe.data.epoch_loader import EpochLoader
 from clframe.training.budget import ExperienceCost
 from clframe.training.checkpoint import nbytes
 from clframe.training.cost_recorder import CostRecorder

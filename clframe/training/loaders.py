@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from clframe.avalanche_bridge.imports import OnlineCLExperience
 from clframe.data.benchmark import Benchmark
-from clframe.data.samples import EpochLoader, Loadable, concatenate, count_batches
+from clframe.data.epoch_loader import EpochLoader, count_batches
+from clframe.data.samples import Loadable, concatenate
 from clframe.data.source import Data
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.frozen import evaluating

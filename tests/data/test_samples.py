@@ -7,8 +7,9 @@ import torch
 
 from clframe.data import samples as module
 from clframe.data.augmentation import Flip
+from clframe.data.epoch_loader import EpochLoader
 from clframe.data.lazy import DatasetSamples
-from clframe.data.samples import EpochLoader, TensorSamples
+from clframe.data.samples import TensorSamples
 from clframe.errors import ConfigError
 from clframe.seeding import epoch_order, generator_for
 

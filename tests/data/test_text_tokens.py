@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from clframe.data import SOURCES, class_incremental
-from clframe.data.samples import EpochLoader, TensorSamples
+from clframe.data.epoch_loader import EpochLoader
+from clframe.data.samples import TensorSamples
 from clframe.data.sources.text import pad_ids
 from clframe.errors import ConfigError, DataError, UnsupportedError
 

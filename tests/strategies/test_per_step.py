@@ -9,7 +9,7 @@ import torch
 
 from clframe.core import Batch, Experience, Step, StepContext, parse
 from clframe.data import Source, TensorSamples, class_incremental
-from clframe.data.samples import EpochLoader
+from clframe.data.epoch_loader import EpochLoader
 from clframe.data.streams import online_stream
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn import BACKBONES, GrowingLinear, Network

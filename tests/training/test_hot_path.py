@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clframe.data.avalanche import import_avalanche
 from clframe.data.benchmark import Benchmark, class_incremental
-from clframe.data.samples import EpochLoader, TensorSamples
+from clframe.data.epoch_loader import EpochLoader
+from clframe.data.samples import TensorSamples
 from clframe.data.source import Source
 from clframe.nn import Network
 from clframe.nn.backbones import mlp

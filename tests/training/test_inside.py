@@ -15,8 +15,9 @@ import clframe
 from clframe.config.periods import Period
 from clframe.core import COMPONENTS, Component
 from clframe.data.augmentation import AUGMENTATIONS
+from clframe.data.epoch_loader import EpochLoader
 from clframe.data.lazy import DatasetSamples
-from clframe.data.samples import EpochLoader, TensorSamples
+from clframe.data.samples import TensorSamples
 from clframe.errors import RunFolderError
 from clframe.nn import Network
 from clframe.nn.backbones import mlp

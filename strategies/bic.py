@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clframe.core.component import total
 from clframe.core.types import Experience, Pool, State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.functional.class_incremental import among, columns, correct_bias, fit_bias
-from clframe.functional.losses import cross_entropy, distillation
+from clframe.functional.losses import cross_entropy, distillation, total
 from clframe.nn.features import exit_logits, feature_reader
 from clframe.nn.frozen import freeze
 from clframe.nn.network import Network

@@ -43,29 +43,19 @@ one name twice, are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from clframe.core.declarations import HOOKS, check_declaration, check_owners
 from clframe.core.types import Batch, Experience, Pool, State, Step, StepContext
 from clframe.errors import ComposeError
-from clframe.functional.losses import cross_entropy
+from clframe.functional.losses import cross_entropy, total
 from clframe.nn.network import Network
 from clframe.nn.types import Output
 from clframe.options import convert_fields
-
-SLOTS: Final = ("batch", "classifier", "exit_weights", "task_loss", "loss_mix", "gradient", "logits", "prediction")
-"""Resources that only one component of a strategy may own."""
-
-HOOKS: Final = (
-    "setup_network", "init_state", "training_experiences", "training_set", "add_classes", "before_experience",
-    "before_epoch", "exit_loss_weights", "make_batch", "step_values", "task_loss", "losses", "combine_losses",
-    "modify_gradients", "after_step", "after_experience", "adjust_logits", "adjust_exit_logits", "predict",
-    "extra_cost",
-)  # fmt: skip
-"""The hooks, in the order in which a run reaches them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,18 +306,6 @@ class Component:
         return {}
 
 
-def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """Sum all terms over exits, in the order given: the default of the slot ``loss_mix``.
-
-    The result has shape [], or [1] if there is one exit: summing a single number would only add to the graph.
-    """
-    parts = [term if term.numel() == 1 else term.sum() for term in terms.values()]
-    result = parts[0]
-    for part in parts[1:]:
-        result = result + part
-    return result
-
-
 @dataclass(frozen=True)
 class Composition:
     """A strategy: components sorted by name. Build one with :func:`compose` or ``+``."""
@@ -393,14 +371,14 @@ def compose(*parts: Component | Composition) -> Composition:
     """
     components: dict[str, Component] = {}
     for component in _flatten(parts):
-        _check(component)
+        check_declaration(component)
         if component.is_identity:
             continue
         if component.name in components:
             raise ComposeError(f"strategy: component '{component.name}' appears twice; give its options once")
         components[component.name] = component
     ordered = tuple(components[name] for name in sorted(components))
-    _refuse_clashes(ordered)
+    check_owners(ordered)
     return Composition(ordered)
 
 
@@ -415,50 +393,3 @@ def _flatten(parts: tuple[Any, ...]) -> Iterator[Component]:
                 f"strategy: cannot compose {part!r} of type {type(part).__name__}; "
                 f"compose Component instances or parse an expression with clframe.parse"
             )
-
-
-_SLOT_OF_HOOK = {
-    "training_set": "batch", "make_batch": "batch", "exit_loss_weights": "exit_weights", "task_loss": "task_loss",
-    "combine_losses": "loss_mix", "modify_gradients": "gradient", "adjust_logits": "logits",
-    "adjust_exit_logits": "logits", "predict": "prediction",
-}  # fmt: skip
-
-
-def declaration_problem(kind: type[Component]) -> str:
-    """Return which class attribute of a component is none that a strategy can use, or an empty text."""
-    if not isinstance(kind.slots, (frozenset, set)):
-        return f"slots is {kind.slots!r}; declare a set, such as slots = frozenset({{'batch'}})"
-    if not isinstance(kind.terms, (tuple, list)):
-        return f"terms is {kind.terms!r}; declare a tuple, such as terms = ('distill',)"
-    if kind.weight is not None and kind.weight not in {field.name for field in fields(kind)}:
-        return f"weight is {kind.weight!r}, which is not an option; name one of its fields, or None"
-    return ""
-
-
-def _check(component: Component) -> None:
-    problem = declaration_problem(type(component))
-    if problem:
-        raise ComposeError(f"component '{component.name}': {problem}")
-    unknown = component.slots - set(SLOTS)
-    if unknown:
-        raise ComposeError(
-            f"component '{component.name}': claims unknown slots {sorted(unknown)}; slots are {list(SLOTS)}"
-        )
-    for hook, slot in _SLOT_OF_HOOK.items():
-        if hook in component.acts_at() and slot not in component.slots:
-            raise ComposeError(
-                f"component '{component.name}': overrides {hook}() without owning the slot '{slot}'; "
-                f"declare slots = frozenset({{'{slot}'}})"
-            )
-
-
-def _refuse_clashes(components: tuple[Component, ...]) -> None:
-    owners: dict[str, str] = {}
-    for component in components:
-        for slot in sorted(component.slots):
-            if slot in owners:
-                raise ComposeError(
-                    f"strategy: '{owners[slot]}' and '{component.name}' both own the slot '{slot}'; "
-                    f"keep one of them"
-                )
-            owners[slot] = component.name

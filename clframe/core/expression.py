@@ -14,7 +14,8 @@ from importlib.metadata import EntryPoint
 from keyword import iskeyword
 from typing import Any, Final
 
-from clframe.core.component import Component, Composition, compose, declaration_problem
+from clframe.core.component import Component, Composition, compose
+from clframe.core.declarations import declaration_problem
 from clframe.errors import ClframeError, ConfigError
 from clframe.options import check_options, rename_options
 from clframe.registry import Registry

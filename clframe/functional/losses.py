@@ -1,8 +1,8 @@
-"""Losses at every exit: cross-entropy, distillation, and losses on replayed samples."""
+"""Losses at every exit: cross-entropy, distillation, losses on replayed samples, and the sum of several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,18 @@ def cross_entropy(logits: Sequence[Tensor], y_B: Tensor, *, weight_B: Tensor | N
         return _stack([F.cross_entropy(logits_BC, y_B) for logits_BC in logits])
     share_B = weight_B / weight_B.sum()
     return _stack([(F.cross_entropy(l_BC, y_B, reduction="none") * share_B).sum() for l_BC in logits])
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum all terms over exits, in the order given: the default of the slot ``loss_mix``.
+
+    The result has shape [], or [1] if there is one exit: summing a single number would only add to the graph.
+    """
+    parts = [term if term.numel() == 1 else term.sum() for term in terms.values()]
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result
 
 
 def distillation(

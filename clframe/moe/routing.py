@@ -33,10 +33,12 @@ def cumulative_share(scores_NE: Tensor, tau: float) -> Tensor:
     [[False, True, True], [True, False, False]]
     """
     sorted_NE, order_NE = scores_NE.sort(dim=1, descending=True, stable=True)
-    share_NE = sorted_NE / sorted_NE.sum(1, keepdim=True).clamp_min(torch.finfo(scores_NE.dtype).tiny)
-    before_NE = share_NE.cumsum(1) - share_NE  # the sum of those ahead: not yet enough, so this one runs too
+    mass_NE = sorted_NE.to(torch.promote_types(sorted_NE.dtype, torch.float32))
+    sums_NE = mass_NE.cumsum(1)
+    # The sum of those ahead, not the sum less the expert's own score: that is rounded, and one expert too many would run.
+    before_NE = F.pad(sums_NE[:, :-1], (1, 0))
     # Rounding must not drop the last experts where everything is wanted.
-    runs_NE = sorted_NE > 0 if tau == 1 else before_NE < tau
+    runs_NE = mass_NE > 0 if tau == 1 else before_NE < tau * sums_NE[:, -1:]
     first_NE = torch.arange(scores_NE.shape[1], device=scores_NE.device) == 0
     runs_NE = (runs_NE & (sorted_NE > 0)) | first_NE
     return torch.zeros_like(runs_NE).scatter_(1, order_NE, runs_NE)

@@ -56,6 +56,14 @@ def test_cumulative_share_longhand(tau):
     assert cumulative_share(SCORES, tau).tolist() == expected
 
 
+def test_cumulative_share_runs_no_expert_beyond_the_one_that_reaches_tau_exactly():
+    # 5 of 10 are reached by the first expert: 0.9 - 0.4 of the second one's sums is below 0.5 in float32
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        scores = torch.tensor([[0.0, 5.0, 4.0, 1.0], [2.0, 1.0, 0.0, 1.0]], dtype=dtype)
+        assert cumulative_share(scores, 0.5).tolist() == [[False, True, False, False], [True, False, False, False]]
+        assert cumulative_share(scores, 0.75).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
 def test_top_k_longhand_and_with_too_many():
     assert top_k(SCORES[:1], 2).tolist() == [[False, True, True, False]]
     assert top_k(SCORES, 3).sum(1).tolist() == [3, 3, 3]

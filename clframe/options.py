@@ -62,7 +62,7 @@ def check_options(
     Args:
         constructor: The function or class that takes them.
         given: Options from a config or a strategy expression.
-        where: Key prefix for messages, such as ``components.er``.
+        where: Key prefix for messages, such as ``components.er``; empty for none.
         block_keys: Further keys of the same config block, for the suggestions in messages.
         elsewhere: Returns the names of what has an option that ``constructor`` does not have, for messages.
         complete: Whether options without a default must be given.
@@ -77,7 +77,7 @@ def check_options(
     """
     known = option_types(constructor)
     checked: dict[str, Any] = {}
-    problems = Problems()
+    problems, prefix = Problems(), f"{where}." if where else ""
     for name, value in given.items():
         with problems.attempt():
             if name not in known:
@@ -85,13 +85,13 @@ def check_options(
                 advice = f"did you mean '{close}'?" if close else f"options are {', '.join(known) or 'none'}"
                 if others := elsewhere(str(name)):
                     advice = f"it is an option of {', '.join(others)}"
-                raise ConfigError(f"{where}.{name}: unknown option; {advice}")
+                raise ConfigError(f"{prefix}{name}: unknown option; {advice}")
             annotation, _ = known[name]
-            checked[name] = convert(value, annotation, where=f"{where}.{name}")
+            checked[name] = convert(value, annotation, where=f"{prefix}{name}")
     if not problems.found:
         for name in missing_options(constructor, checked) if complete else ():
             wanted = _describe(known[name][0])
-            problems.add(ConfigError(f"{where}.{name}: is missing and has no default; give {wanted}"))
+            problems.add(ConfigError(f"{prefix}{name}: is missing and has no default; give {wanted}"))
     problems.raise_found()
     return checked
 
@@ -103,7 +103,7 @@ def convert_fields(instance: Any, *, where: str) -> None:
 
     Args:
         instance: A dataclass, which may be frozen.
-        where: Key prefix for messages, such as ``components.er``.
+        where: Key prefix for messages, such as ``components.er``; empty for none.
 
     Raises:
         ConfigError: Values of another type than declared; each in its own line.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from clframe.errors import ConfigError, Problems
-from clframe.options import format_value
+from clframe.options import convert_fields, format_value, option_types
 
 LARGEST_FLOAT = 3.4e38
 """Larger numbers overflow in float32."""
@@ -26,6 +27,37 @@ def every_check() -> Iterator[None]:
     finally:
         _PROBLEMS.reset(token)
     problems.raise_found()
+
+
+Block = TypeVar("Block")
+
+
+def typed_block(where: str) -> Callable[[Callable[[Block], None]], Callable[[Block], None]]:
+    """Decorator of the ``__post_init__`` of a block: convert its fields first, as those of a file, then run the checks.
+
+    A block of its own that can be written as one value may be given as that value.
+
+    Args:
+        where: Key of the block, such as ``trainer``; empty for the whole config.
+
+    Raises:
+        ConfigError: Values of another type than declared, or else all problems that the checks have found.
+    """
+
+    def decorate(check: Callable[[Block], None]) -> Callable[[Block], None]:
+        @wraps(check)
+        def convert_and_check(block: Block) -> None:
+            for name, (kind, _) in option_types(type(block)).items():
+                value, shorthand = getattr(block, name), getattr(kind, "shorthand", None)
+                if shorthand is not None and type(value) is not kind:
+                    object.__setattr__(block, name, kind(**{shorthand: value}))
+            convert_fields(block, where=where)
+            with every_check():
+                check(block)
+
+        return convert_and_check
+
+    return decorate
 
 
 def require(ok: bool, key: str, found: Any, advice: str) -> None:

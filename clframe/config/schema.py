@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clframe.config.checks import LARGEST_FLOAT, every_check, require, require_at_least
+from clframe.config.checks import LARGEST_FLOAT, every_check, require, require_at_least, typed_block
 from clframe.config.named import named_plugins
 from clframe.config.optimizers import check_arguments, optimizer_arguments, optimizer_name
 from clframe.config.trainer import (
     Automatic,
     TrainerConfig,
 )
-from clframe.options import convert
+from clframe.options import convert, convert_fields
 from clframe.own_code import is_allowed, is_dotted
 
 MOST_WORKERS = 256
@@ -65,7 +65,7 @@ class BenchmarkConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the data set."""
 
-    @every_check()
+    @typed_block("benchmark")
     def __post_init__(self) -> None:
         """Refuse values that no data set can satisfy and keys that the protocol ignores."""
         require(bool(self.name), "benchmark.name", self.name, "give a name from clframe list benchmarks")
@@ -100,7 +100,7 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backbone."""
 
-    @every_check()
+    @typed_block("backbone")
     def __post_init__(self) -> None:
         """Require a name."""
         require(bool(self.name), "backbone.name", self.name, "give a name from clframe list backbones")
@@ -162,7 +162,8 @@ class OptimizerConfig:
     """Further options of the optimizer."""
 
     def __post_init__(self) -> None:
-        """Refuse rates that cannot train and settings that would be ignored."""
+        """Refuse values of another type, rates that cannot train and settings that would be ignored."""
+        convert_fields(self, where="optimizer")
         with every_check():
             object.__setattr__(self, "name", optimizer_name(self.name))
             _check_rate(self.lr, "optimizer.lr")
@@ -320,7 +321,7 @@ class Config:
     output: str = "runs"
     """Folder for run folders."""
 
-    @every_check()
+    @typed_block("")
     def __post_init__(self) -> None:
         """Refuse seeds, names and plugins that cannot work."""
         named_plugins(self.components)

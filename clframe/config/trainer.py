@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from clframe.config.checks import LARGEST_FLOAT, every_check, require, require_at_least
+from clframe.config.checks import LARGEST_FLOAT, require, require_at_least, typed_block
 from clframe.config.named import LOGGERS, lightning_loggers
 from clframe.config.periods import Period, parse_period
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
@@ -28,7 +28,7 @@ class CheckpointConfig:
     spends at most 2 % of the time on writing.
     """
 
-    @every_check()
+    @typed_block("trainer.checkpoint")
     def __post_init__(self) -> None:
         """Refuse anything but a period."""
         _ = self.period
@@ -55,7 +55,7 @@ class AverageConfig:
     """Update n of the run has the decay min(decay, n / (n + 9)), so that the first 1 / (1 - decay) updates do not show
     the initial weights."""
 
-    @every_check()
+    @typed_block("trainer.ema")
     def __post_init__(self) -> None:
         """Refuse decays that would keep no average, or never change it."""
         require(self.decay is None or 0 < self.decay < 1, "trainer.ema.decay", self.decay,
@@ -79,7 +79,7 @@ class BudgetConfig:
     relative: float | None = None
     """The same as a multiple of what ``naive`` costs without exits in ``trainer.epochs`` epochs of the experience."""
 
-    @every_check()
+    @typed_block("trainer.budget")
     def __post_init__(self) -> None:
         """Refuse two budgets, and budgets that are not positive."""
         for key in ("macs", "relative"):
@@ -108,7 +108,7 @@ class MemoryConfig:
     bytes: float | None = None
     """The most bytes after any experience; null leaves the option ``memory`` of the component as it is."""
 
-    @every_check()
+    @typed_block("trainer.memory")
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
         allowed = self.bytes is None or 0 < self.bytes < LARGEST_FLOAT
@@ -209,7 +209,7 @@ class TrainerConfig:
     An entry is a name, or a mapping of a name to its options, such as ``{WandbLogger: {offline: true}}``.
     """
 
-    @every_check()
+    @typed_block("trainer")
     def __post_init__(self) -> None:
         """Refuse impossible sizes and callbacks that the engine would not call."""
         for key in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_every"):

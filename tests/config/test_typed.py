@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import yaml
 
@@ -184,7 +186,39 @@ def test_a_run_that_extends_none_does_not_mention_it():
 def test_a_config_that_was_built_in_python_is_checked(block: str, options: dict[str, object], message: str):
     config = from_mapping(SMALL)
     assert check_typed(config) == config
-    wrong = dataclasses.replace(config, **{block: dataclasses.replace(getattr(config, block), **options)})
     with pytest.raises(ConfigError) as found:
-        check_typed(wrong)
+        dataclasses.replace(getattr(config, block), **options)
     assert str(found.value).startswith(f"{block}.{next(iter(options))}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainerConfig(epochs="3"), "trainer.epochs: found '3' (text); give a whole number"),
+        (lambda: TrainerConfig(epochs=True), "trainer.epochs: found true; give a whole number"),
+        (lambda: TrainerConfig(epochs=float("nan")), "trainer.epochs: found nan; give a whole number"),
+        (lambda: TrainerConfig(loggers="csv"), "trainer.loggers: found 'csv' (text); give a list"),
+        (lambda: TrainerConfig(checkpoint="5min"), "trainer.checkpoint: found '5min' (text); give CheckpointConfig"),
+        (lambda: AverageConfig(decay="0.9"), "trainer.ema.decay: found '0.9' (text); give a number or null"),
+        (lambda: BudgetConfig(macs=float("inf")), "trainer.budget.macs: found inf; give a finite number"),
+        (lambda: MemoryConfig(bytes="1e6"), "trainer.memory.bytes: found '1e6' (text); give a number or null"),
+        (lambda: CheckpointConfig(every=2.5), "trainer.checkpoint.every: found 2.5; give a whole number or text or null"),
+        (lambda: OptimizerConfig(lr="0.1"), "optimizer.lr: found '0.1' (text); give a number or a mapping"),
+        (lambda: OptimizerConfig(name=None), "optimizer.name: found null; give text"),
+        (lambda: BackboneConfig(name="mlp", options=[1]), "backbone.options: found [1] (a list); give a mapping"),
+        (lambda: BenchmarkConfig(name="b", evaluate="tets"), "benchmark.evaluate: found 'tets' (text); did you mean 'test'? (known: test, validation)"),
+        (lambda: dataclasses.replace(from_mapping(SMALL), seed=1.5), "seed: found 1.5; give a whole number"),
+        (lambda: dataclasses.replace(from_mapping(SMALL), components=["er"]), "components: found ['er'] (a list); give a mapping"),
+        (lambda: dataclasses.replace(from_mapping(SMALL), benchmark={"name": "b"}), "benchmark: found {'name': 'b'} (a mapping); give BenchmarkConfig"),
+    ],
+)  # fmt: skip
+def test_blocks_refuse_values_of_another_type_when_they_are_built(make: Callable[[], object], message: str):
+    with pytest.raises(ConfigError) as found:
+        make()
+    assert str(found.value) == message
+
+
+def test_blocks_store_converted_values():
+    trainer = TrainerConfig(epochs=np.int64(3), devices=[0, 1], gradient_clip=1, ema=0.5)
+    assert trainer == TrainerConfig(epochs=3, devices=(0, 1), gradient_clip=1.0, ema=AverageConfig(decay=0.5))
+    assert [type(value) for value in (trainer.epochs, trainer.devices, trainer.gradient_clip)] == [int, tuple, float]

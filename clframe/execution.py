@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clframe.accounting import count_macs, count_parameters, stage_macs
+from clframe.accounting import count_macs, count_parameters, cumulative_macs, stage_macs
+from clframe.accounting.ledger_file import write_ledger
 from clframe.build import Setup, build
 from clframe.config.named import plugin_list
 from clframe.config.trainer import TrainerConfig
 from clframe.config.typed import as_tree, to_yaml
 from clframe.device_defaults import on_cuda
+from clframe.environment import versions
 from clframe.errors import ClframeError, DivergenceError, Interrupted, reason_of
 from clframe.files import write_atomically
 from clframe.metrics.confusion import MOST_SHOWN
@@ -226,7 +228,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
         steps=session.ledger.steps(),
         batches=progress.steps,
         state_bytes=session.state_bytes(),
-        versions=folder.versions(),
+        versions=versions(),
         run_folder=folder.path,
         baseline=progress.baseline,
         loss_terms=progress.loss_terms,
@@ -240,11 +242,14 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
     )
     if len(confusion) > MOST_SHOWN:
         write_confusion(confusion, benchmark.class_order, folder.path)
-    write_ledger = partial(
-        folder.write_ledger, network, result.steps, progress.train_seconds, result.state_bytes,
-        batches=progress.steps, ledger=session.ledger, counts=stage_macs(network),
+    counts = stage_macs(network)
+    update_ledger = partial(
+        write_ledger, folder.path / "ledger.json", session.ledger, inference_macs=counts,
+        exit_macs=dict(zip(network.exit_names, cumulative_macs(network, counts=counts), strict=True)),
+        steps=result.steps, batches=progress.steps, train_seconds=progress.train_seconds,
+        state_bytes=result.state_bytes,
     )  # fmt: skip
-    write_ledger()
+    update_ledger()
     result.write(folder.path / "results.json")
     # After the results: a failure to draw must not lose a run that took hours.
     try:
@@ -253,7 +258,7 @@ def _finish(setup: Setup, folder: RunFolder, session: Session, progress: Progres
             start = time.perf_counter()
             write_figures(result, folder.path / "figures", session.figures)
             session.ledger.add_time("figures", seconds=time.perf_counter() - start)
-            write_ledger()
+            update_ledger()
     except Exception as error:
         reason = f"{type(error).__name__}: {reason_of(error, most=200)}"
         _log.warning("%s: figures could not be drawn (%s); results.json is complete", folder.path, reason)

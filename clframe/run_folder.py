@@ -18,25 +18,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from clframe.environment import environment, versions
+from clframe.environment import environment
 from clframe.errors import RunFolderError
 from clframe.files import check_contained, is_temporary, read_json, remove_temporaries, write_atomically
-from clframe.records import to_json_rows
-
-if TYPE_CHECKING:
-    from clframe.accounting import Ledger
-    from clframe.nn.network import Network
 
 SWEEP_RECORDS = ".sweep"
 """Folder with the records of a sweep, in the folder with its runs; see :mod:`clframe.sweep.cells`."""
@@ -266,58 +259,8 @@ class RunFolder:
         """Write the resolved config."""
         write_atomically(self.config_path, text)
 
-    def write_ledger(
-        self,
-        network: Network,
-        steps: int,
-        train_seconds: float,
-        state_bytes: Mapping[str, int],
-        *,
-        batches: int,
-        ledger: Ledger | None = None,
-        counts: Mapping[str, int] | None = None,
-    ) -> None:
-        """Write costs: of training, of a prediction stage by stage, of component states, and every ledger entry.
-
-        Args:
-            network: The network at the end.
-            steps: Optimizer steps of the run.
-            train_seconds: Wall time of training.
-            state_bytes: Size of each component's state.
-            batches: Batches trained on.
-            ledger: Every entry.
-            counts: The network's :func:`~clframe.accounting.stage_macs`, if they have been counted before.
-        """
-        from clframe.accounting import cumulative_macs, stage_macs
-
-        counts = counts or stage_macs(network)
-        names, cost_K = network.exit_names, cumulative_macs(network, counts=counts)
-        costs: dict[str, Any] = {
-            "convention": "macs: one multiply-add counts 1; FLOPs = 2 x MACs",
-            "training": {"steps": steps, "batches": batches, "seconds": train_seconds},
-            "inference_macs": dict(counts),
-            "exit_macs": dict(zip(names, cost_K, strict=True)),
-            "state_bytes": dict(state_bytes),
-        }
-        if ledger is not None:
-            costs["ledger"] = ledger.as_tree()
-            costs["totals"] = {
-                "macs": ledger.macs,
-                "training_macs": ledger.training_macs,
-                "by_phase": ledger.by_phase(),
-                "by_component": ledger.by_component(),
-                "samples": ledger.samples("forward"),
-                "replayed_samples": ledger.samples("replay"),
-                "seconds": ledger.seconds(),
-                "bytes": ledger.bytes(),
-                "energy": asdict(ledger.energy()),
-                "uncounted": ledger.uncounted(),
-                "prediction": _prediction(ledger),
-            }
-        write_atomically(self.path / "ledger.json", to_json_rows(costs) + "\n")
-
     def mean_prediction_macs(self) -> float | None:
-        """Return the mean MACs of a prediction at the end of the run, as :meth:`write_ledger` wrote them.
+        """Return the mean MACs of a prediction at the end of the run, as recorded in ledger.json.
 
         None where unknown, or where every prediction costs the same.
         """
@@ -326,7 +269,7 @@ class RunFolder:
         return float(mean) if isinstance(mean, (int, float)) and whole is not None and round(mean) != whole else None
 
     def prediction_costs(self) -> dict[str, Any]:
-        """Return the costs of a prediction at the end of the run, as :meth:`write_ledger` wrote them.
+        """Return the costs of a prediction at the end of the run, as recorded in ledger.json.
 
         Empty without a ledger, or with one of an earlier version.
         """
@@ -335,27 +278,6 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return dict(costs) if isinstance(costs, dict) else {}
-
-    @staticmethod
-    def versions() -> dict[str, str]:
-        """Return the versions of Python and of the packages that a run's numbers depend on."""
-        return versions()
-
-
-def _prediction(ledger: Ledger) -> dict[str, Any]:
-    """Costs of a prediction at the end of the run; a mean without samples is null."""
-    found = ledger.predictions
-    mean, experts = found.mean(), found.experts()
-    return {
-        "whole": found.whole(),
-        "mean": None if math.isnan(mean) else mean,
-        **({"expert_samples": max(row.samples for row in experts)} if experts else {}),
-        "by_component": found.by_component(),
-        "by_exit": found.by_exit(),
-        "samples_by_exit": found.samples_by_exit(),
-        "dense_by_role": found.by_role(),
-        "effective_by_role": found.by_role(count="effective"),
-    }
 
 
 def _open_locked(path: Path, lock: Callable[[int], None]) -> int:

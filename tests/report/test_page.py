@@ -59,7 +59,10 @@ def test_accuracy_and_forgetting(page, result):
 
 def test_cost_and_exits_come_from_the_ledger(page, folder, result):
     stops = defaultdict(list)
-    for stop in json.loads((folder / "ledger.json").read_text())["ledger"]["predictions"]["stops"]:
+    costs = json.loads((folder / "ledger.json").read_text())
+    assert sum(costs["inference_macs"].values()) == result.macs
+    assert list(costs["exit_macs"].items()) == list(zip(result.exit_names, result.exits[-1].macs_K, strict=True))
+    for stop in costs["ledger"]["predictions"]["stops"]:
         stops[stop["experience"]].append(stop)
     for i, rows in stops.items():
         samples = sum(row["samples"] for row in rows)

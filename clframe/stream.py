@@ -56,7 +56,7 @@ def build_stream(
     if not config.earlier:
         newest, benchmark = build_data(config.benchmark, seed=config.seed)
         return newest, benchmark.first_experiences(development_experiences(config) or len(benchmark))
-    source = source or build_source(config.benchmark)
+    source = build_source(config.benchmark) if source is None else _fit_source(source, config.benchmark)
     stream: Benchmark | None = None
     for entry in config.earlier:
         stream = _add_earlier(stream, entry, seed=config.seed, needed=needs_earlier)
@@ -184,6 +184,13 @@ def build_source(config: BenchmarkConfig) -> Source:
     source = source_of(**options)
     if not isinstance(source, Source):
         raise ConfigError(f"benchmark.name: found {config.name}, which returns {format_value(source)}; return a Source")
+    return _fit_source(source, config, augment=augment)
+
+
+def _fit_source(source: Source, config: BenchmarkConfig, *, augment: tuple[Augmentation, ...] | None = None) -> Source:
+    """The source with the classes, augmentations and workers of a benchmark block; its own augmentations remain."""
+    if augment is None:
+        augment = () if source.train.augment else build_augmentations(config.augment)
     if config.workers and isinstance(source.train, TensorSamples) and isinstance(source.test, TensorSamples):
         _log.warning("benchmark.workers: found %d, but %s is in memory and needs none", config.workers, source.name)
     return source.first_classes(config.classes).with_augmentations(augment).with_workers(config.workers)

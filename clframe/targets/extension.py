@@ -33,6 +33,7 @@ from clframe.run_folder import RunFolder, strategy_label
 from clframe.targets.extension_checkpoint import convert_checkpoint
 from clframe.targets.extension_config import (
     check_overrides,
+    check_split,
     describe_parent,
     new_config,
     relocate,
@@ -118,6 +119,7 @@ def plan_extension(
     """
     folder = RunFolder.open(Path(run), where="extend")
     config, result, content = _read_parent(folder)
+    check_split(overrides, data)
     data, split = _as_source(data)
     check_overrides(overrides, data)
     changed = new_config(config, folder.path, content, [*overrides, *split], data=data, output=output)
@@ -196,7 +198,10 @@ def _as_source(data: Source | Benchmark | None) -> tuple[Source | None, list[str
         )
     ids = torch.tensor(benchmark.class_order)
     train, test = (replace(joined, y=ids[joined.y]) for joined in map(concatenate, (data.train, data.test)))
-    source = Source(benchmark.name, train, test, classes, benchmark.class_names, benchmark.inputs)
+    source = Source(
+        benchmark.name, train, test, classes, benchmark.class_names, benchmark.inputs, benchmark.vocabulary,
+        benchmark.tokenizer,
+    )  # fmt: skip
     counts = ", ".join(str(len(brought)) for brought in benchmark.classes)
     order = ", ".join(map(str, benchmark.class_order))
     return source, [f"benchmark.counts=[{counts}]", f"benchmark.class_order=[{order}]"]

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from clframe.config.load import change_config
+from clframe.config.load import change_config, sets_key
 from clframe.config.schema import BenchmarkConfig, Config, EarlierConfig
+from clframe.data.benchmark import Benchmark
 from clframe.data.chain import Stored
 from clframe.data.source import SOURCES, Source
 from clframe.errors import ClframeError, ConfigError, RunFolderError
@@ -48,6 +49,18 @@ def check_overrides(overrides: Sequence[str], data: Source | None) -> None:
         )
 
 
+def check_split(overrides: Sequence[str], data: Source | Benchmark | None) -> None:
+    """Refuse overrides that would split a benchmark in memory in another way than it is (ConfigError)."""
+    if not isinstance(data, Benchmark):
+        return
+    for key in ("classes", "experiences", "first", "counts", "class_order"):
+        if sets_key(overrides, f"benchmark.{key}"):
+            raise ConfigError(
+                f"benchmark.{key}: is set, but the benchmark in memory is split already; give its Source, or leave "
+                f"it out"
+            )
+
+
 def new_config(
     config: Config, folder: Path, content: Mapping[str, Any], overrides: Sequence[str], *, data: Source | None,
     output: str | Path | None,
@@ -81,7 +94,9 @@ def new_config(
         found, wanted = getattr(block, key), filled[key]
         if found != wanted:
             raise ConfigError(f"benchmark.{key}: found {found}, but the stream of the run has {wanted}; leave it out")
-    if data is None:
+    if data is not None:
+        _check_in_memory(block, data)
+    else:
         described = content["data"]
         if text:
             block = fit_text(block, folder, described, overrides=overrides)
@@ -89,6 +104,14 @@ def new_config(
             block = _fit_images(block, described["input_shape"])
         changed = replace(changed, benchmark=block)
     return changed
+
+
+def _check_in_memory(block: BenchmarkConfig, data: Source) -> None:
+    """Refuse a data set and options of one next to data in memory."""
+    if block.name != data.name:
+        raise ConfigError(f"benchmark.name: found {block.name} and data in memory, {data.name}; give one of them")
+    for key in block.options:
+        raise ConfigError(f"benchmark.{key}: is an option of a data set, but the data are in memory; leave it out")
 
 
 def _fit_images(block: BenchmarkConfig, shape: Sequence[int]) -> BenchmarkConfig:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -26,6 +28,21 @@ def derive_seed(seed: int, *use: int | str) -> int:
 def generator_for(seed: int, *use: int | str) -> torch.Generator:
     """Make a CPU generator seeded by :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *use))
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed the generators of torch, numpy and random that belong to the process.
+
+    >>> seed_global_generators(5)
+    >>> torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
+    True
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed queues a call with its stack trace, a millisecond, for devices that do not exist
+        torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def epoch_order(size: int, *, seed: int, experience: int, epoch: int) -> torch.Tensor:

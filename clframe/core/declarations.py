@@ -1,4 +1,4 @@
-"""The names of hooks and slots, and the checks of what components declare about them."""
+"""The names of hooks and slots, the checks of what components declare about them, and the order that follows."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ _SLOT_OF_HOOK = {
 
 
 class Declared(Protocol):
-    """The part of a :class:`~clframe.core.component.Component` that is checked here."""
+    """The part of a :class:`~clframe.core.component.Component` that is read here."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     slots: ClassVar[frozenset[str]]
     terms: ClassVar[tuple[str, ...]]
     weight: ClassVar[str | None]
+    keeps_memory: ClassVar[bool]
+    changes_network: ClassVar[bool]
 
     def acts_at(self) -> tuple[str, ...]:
         """Return the hooks that the component overrides."""
@@ -80,3 +82,12 @@ def check_owners(components: Iterable[Declared]) -> None:
                     f"keep one of them"
                 )
             owners[slot] = component.name
+
+
+def consolidation_order(component: Declared) -> int:
+    """Sort key of ``after_experience``: the network, the buffer, what reads them, the ensemble, the policy."""
+    if component.changes_network:
+        return 0
+    if component.keeps_memory:
+        return 1
+    return 4 if "prediction" in component.slots else 3 if "exit_weights" in component.slots else 2

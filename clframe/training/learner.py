@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clframe.core import Batch, Component, Composition, Experience, State, Step, StepContext, total
-from clframe.errors import UnsupportedError
+from clframe.core.declarations import consolidation_order
+from clframe.exits.dynamic import AdjustLogits
 from clframe.functional.losses import cross_entropy
 from clframe.nn.network import Network
 from clframe.nn.types import Output
-from clframe.seeding import derive_seed, generator_for
+from clframe.seeding import derive_seed, generator_for, seed_global_generators
 from clframe.training.averaging import WeightAverage
+from clframe.training.logit_correction import LogitCorrection
 from clframe.training.loss_sums import LossSums
 from clframe.training.observer import StepObserver
 from clframe.training.returned import (
     check_batch,
     check_exit_weights,
-    check_output,
     check_scores,
     check_sources,
     check_state,
@@ -33,6 +32,9 @@ from clframe.training.returned import (
     check_total,
 )
 from clframe.training.step_inputs import StepInputs, StepValues
+
+_TASK = ""
+"""Key of the context of the task's loss among those of the components."""
 
 
 class Learner:
@@ -84,7 +86,7 @@ class Learner:
         self._prediction_owner = self._owner("predict")
         self._exit_weights_owner = self._owner("exit_loss_weights")
         self._task_owner = self._owner("task_loss")
-        self._logits_owner = self._owner("adjust_logits") or self._owner("adjust_exit_logits")
+        self._correction = LogitCorrection(composition)
         self._losses = composition.acting_at("losses")
         self._after_step = composition.acting_at("after_step")
         self._valued = composition.acting_at("step_values")
@@ -92,7 +94,6 @@ class Learner:
         self.shared_run: Callable[[Network, Tensor, Collection[str]], Output] | None = None
         self._term_names: dict[tuple[str, str], str] = {}
         self._contexts: dict[str, StepContext] = {}
-        self._task_context: StepContext
         self._steps = self._number = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
@@ -130,7 +131,7 @@ class Learner:
         self._steps, self._number = steps, 0
         self.seed_everything("epoch", experience.index, epoch)
         self._contexts = {c.name: self._context(c.name, "epoch", epoch) for c in self.composition}
-        self._task_context = self._context("task", "epoch", epoch)
+        self._contexts[_TASK] = self._context("task", "epoch", epoch)
         for component in self.composition.acting_at("before_epoch"):
             component.before_epoch(self.network, self._contexts[component.name], self.state[component.name])
         self.weight_K = self._exit_weights()
@@ -153,7 +154,7 @@ class Learner:
         inputs = self.inputs() if self.static_inputs is None else self.static_inputs
         weight_K, values = inputs.weight_K, inputs.values
         self.step = step = Step(
-            batch, output, self._task_context, self.network, weight_K, self._number, shared_run=self.shared_run
+            batch, output, self._contexts[_TASK], self.network, weight_K, self._number, shared_run=self.shared_run
         )
         first = self._number == 0
         self._number += 1
@@ -208,37 +209,25 @@ class Learner:
 
     def correct_logits(self, output: Output) -> Output:
         """Return the output as corrected by the owner of the slot ``logits``, exit by exit, without an ensemble."""
-        owner = self._logits_owner
-        if owner is None:
+        name = self._correction.owner_name
+        if not name:
             return output
-        with self.observer.around("adjust_logits", owner.name, output.last.shape[0]):
-            adjusted = owner.adjust_logits(output, self.state[owner.name])
-        hook = "adjust_logits" if "adjust_logits" in owner.acts_at() else "adjust_exit_logits"
-        return check_output(owner.name, hook, adjusted, output)
+        with self.observer.around("adjust_logits", name, output.last.shape[0]):
+            return self._correction.apply(output, self.state[name])
 
     @property
     def simulated_exits(self) -> str:
         """Reason why dynamic inference cannot skip exits; empty where it can."""
-        owner = self._logits_owner
-        joint = owner is not None and "adjust_logits" in owner.acts_at()
-        return f"{owner.name} corrects the logits of all exits together" if owner is not None and joint else ""
+        return self._correction.why_joint
 
-    def exit_corrector(self) -> Callable[[int, Tensor, Mapping[str, Tensor]], Tensor] | None:
+    def exit_corrector(self) -> AdjustLogits | None:
         """Return ``(exit, logits_BC, taps) -> logits_BC``, the correction of one exit; None without a correction.
 
         Raises:
             UnsupportedError: The owner of the slot ``logits`` corrects all exits together.
         """
-        owner = self._logits_owner
-        if owner is None:
-            return None
-        if self.simulated_exits:
-            raise UnsupportedError(
-                f"strategy: {self.simulated_exits}, so none can be skipped; implement adjust_exit_logits in "
-                f"'{owner.name}', or compute all exits"
-            )
-        state = self.state[owner.name]
-        return lambda exit, logits_BC, taps: owner.adjust_exit_logits(exit, logits_BC, taps, state)
+        name = self._correction.owner_name
+        return self._correction.of_one_exit(self.state[name]) if name else None
 
     def corrected_output(self, x: Tensor) -> Output:
         """Return the network's output for prepared inputs, corrected; what ensembles and policies are fitted on."""
@@ -264,7 +253,7 @@ class Learner:
         self.network.freeze_trunk("free")
         if self.average is not None:
             self.average.finish(self.network)
-        for component in sorted(self.composition.acting_at("after_experience"), key=_consolidation_order):
+        for component in sorted(self.composition.acting_at("after_experience"), key=consolidation_order):
             context = self._context(component.name, "advance", self.epochs)
             with self.observer.around("after_experience", component.name):
                 state = component.after_experience(self.network, context, self.state[component.name])
@@ -301,21 +290,20 @@ class Learner:
 
     def count_replayed(self, step: Step) -> None:
         """Count a step that a CUDA graph has taken, whose results are those of the recorded ``step``."""
-        self.step = replace(step, context=self._task_context, number=self._number)
+        self.step = replace(step, context=self._contexts[_TASK], number=self._number)
         self._number += 1
         self.loss_sums.steps += 1
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators of the components in this epoch."""
-        return [context.generator for context in (*self._contexts.values(), self._task_context)]
+        return [context.generator for context in self._contexts.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes within an experience; all but network, options and what its begin creates again.
 
         ``memory`` is the replay buffer that the contexts of this epoch show, where a hook has replaced it since.
         """
-        contexts = {**self._contexts, **({"": self._task_context} if self._contexts else {})}
-        memory = next((context.memory for context in contexts.values()), None)
+        memory = next((context.memory for context in self._contexts.values()), None)
         sums, summed_steps = self.loss_sums.snapshot()
         return {
             "components": dict(self.state),
@@ -325,7 +313,7 @@ class Learner:
             "term_steps": summed_steps,
             "steps": self._steps,
             "number": self._number,
-            "generators": {name: context.generator.get_state() for name, context in contexts.items()},
+            "generators": {name: context.generator.get_state() for name, context in self._contexts.items()},
             "memory": None if memory is self._memory() else memory,
             "average": None if self.average is None else self.average.state_dict(self.network),
         }
@@ -343,22 +331,14 @@ class Learner:
             return
         memory = self._memory() if state["memory"] is None else state["memory"]
         self._contexts = {name: replace(context, memory=memory) for name, context in self._contexts.items()}
-        self._task_context = replace(self._task_context, memory=memory)
-        for name, context in {**self._contexts, "": self._task_context}.items():
+        for name, context in self._contexts.items():
             if name in state["generators"]:
                 context.generator.set_state(state["generators"][name])
 
     def seed_everything(self, *position: int | str) -> None:
         """Seed torch, numpy and random for one position of the run, if the run has a seed."""
-        if self.seed is None:
-            return
-        value = derive_seed(self.seed, *position)
-        if torch.accelerator.is_available():
-            torch.manual_seed(value)
-        else:  # torch.manual_seed queues a call with its stack trace, a millisecond, for devices that do not exist
-            torch.default_generator.manual_seed(value)
-        np.random.seed(value % 2**32)
-        random.seed(value)
+        if self.seed is not None:
+            seed_global_generators(derive_seed(self.seed, *position))
 
     def _owner(self, hook: str) -> Component | None:
         return next(iter(self.composition.acting_at(hook)), None)
@@ -414,12 +394,3 @@ class Learner:
     def _current(self) -> Experience:
         assert self.experience is not None, "begin() comes first"
         return self.experience
-
-
-def _consolidation_order(component: Component) -> int:
-    """Sort key of ``after_experience``: the network, the buffer, what reads them, the ensemble, the policy."""
-    if component.changes_network:
-        return 0
-    if component.keeps_memory:
-        return 1
-    return 4 if "prediction" in component.slots else 3 if "exit_weights" in component.slots else 2

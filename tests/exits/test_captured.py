@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 from torch import nn
 
 from clframe.errors import ConfigError, DataError
@@ -25,12 +24,6 @@ from clframe.exits.segments import buckets_of, cheapest_removals, divide
 from clframe.nn.backbones.stages import tap_of
 
 from .test_dynamic import Finer, assert_same, inputs, network, reference, split
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    from recorded_graphs import RecordedGraphs
-finally:
-    sys.path.pop(0)
 
 MIXED = [
     ("cnn", "plain", "max_probability", "last", None), ("cnn", "cascade", "patience", "confident", None),

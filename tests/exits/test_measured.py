@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 
 from clframe.exits import captured, captured_segments, measured
 from clframe.exits.captured import CapturedNetwork
@@ -15,12 +13,6 @@ from clframe.exits.measured import MeasuredNetwork
 from clframe.exits.policies import ExitPolicy
 
 from .test_dynamic import assert_same, inputs, network, reference, split
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    from recorded_graphs import RecordedGraphs
-finally:
-    sys.path.pop(0)
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 
 from clframe import load, run
 from clframe.data import digits
@@ -20,12 +20,6 @@ from clframe.report.latency import read_timings
 from clframe.targets import rules
 from clframe.targets.latency import time_run
 from clframe.targets.opening import open_target
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    from recorded_graphs import RecordedGraphs
-finally:
-    sys.path.pop(0)
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import capture_runs as runs
 import pytest
 import torch
 
@@ -17,12 +16,6 @@ from clframe.errors import UnsupportedError
 from clframe.training import capture
 from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
-try:
-    import capture_runs as runs
-finally:
-    sys.path.pop(0)
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WHERE = ["cpu", pytest.param("cuda", marks=GPU)]

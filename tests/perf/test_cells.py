@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from cell_jobs import Job, done, run
-
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    from cells import run_cells
-finally:
-    sys.path.remove(PERF)
+from cells import run_cells
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from math import sqrt
 from pathlib import Path
 
+import choose_defaults
 import numpy as np
 import pytest
+from choose_defaults import Row, cell, chosen
+from default_grids import GRIDS, SETTINGS, Grid
 
 import clframe
 from clframe.build import build
 from clframe.core import parse
-
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    import choose_defaults
-    from choose_defaults import Row, cell, chosen
-    from default_grids import GRIDS, SETTINGS, Grid
-finally:
-    sys.path.remove(PERF)
 
 
 def row(strength, *settings):

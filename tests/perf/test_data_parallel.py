@@ -1,20 +1,12 @@
 """The summary and the checks of the measurements on several devices."""
 
-import sys
-from pathlib import Path
 
+import data_parallel
 import numpy as np
 import pytest
 import torch
-
-PERF = str(Path(__file__).parents[2] / "perf")
-sys.path.insert(0, PERF)
-try:
-    import data_parallel
-    from data_parallel_checks import Run, _largest_difference, expected_rows, once, small_check
-    from data_parallel_settings import STRATEGIES, Settings, label
-finally:
-    sys.path.remove(PERF)
+from data_parallel_checks import Run, _largest_difference, expected_rows, once, small_check
+from data_parallel_settings import STRATEGIES, Settings, label
 
 
 def test_rates_are_compared_with_those_of_one_device() -> None:

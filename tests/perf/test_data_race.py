@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import data_race
+import loaders
 import pytest
 import torch
-
-PERF = str(Path(__file__).parents[2] / "perf")
 
 # As in tests/data/test_lazy.py; Avalanche's evaluator advises on loggers.
 pytestmark = [
@@ -16,13 +13,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning"),
 ]
-
-sys.path.insert(0, PERF)
-try:
-    import data_race
-    import loaders
-finally:
-    sys.path.remove(PERF)
 
 
 @pytest.mark.parametrize("name", loaders.CONTESTANTS)

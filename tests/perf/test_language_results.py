@@ -3,24 +3,15 @@
 import argparse
 import json
 import math
-import sys
-from pathlib import Path
 
+import language_decoders
+import language_sizes
+import language_streams
 import pytest
 import torch
 
 from clframe.nn.backbones.decoder import decoder
 from clframe.nn.network import Network
-
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    import language_decoders
-    import language_sizes
-    import language_streams
-finally:
-    sys.path.remove(PERF)
 
 
 def analysis(rise, *, windows=6):

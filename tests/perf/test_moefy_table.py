@@ -1,20 +1,11 @@
 """The table of conversions: which options a row has, and how rows become numbers."""
 
-import sys
-from pathlib import Path
 
 import pytest
+from moefy_table import BENCHES, rows_of, table
 
 from clframe.config.load import load_config
 from clframe.moe.conversion.options import Options
-
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    from moefy_table import BENCHES, rows_of, table
-finally:
-    sys.path.remove(PERF)
 
 
 @pytest.mark.parametrize("name", BENCHES)

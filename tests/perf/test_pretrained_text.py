@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
+import pretrained_text
 import pytest
 import torch
 
 from clframe.nn import BACKBONES
 
 pytest.importorskip("transformers", exc_type=ImportError)
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    import pretrained_text
-finally:
-    sys.path.remove(PERF)
 
 
 def test_texts_of_like_length_are_embedded_together_and_come_back_in_order():

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import peer_bic
+import peer_course
+import peer_runs
 import pytest
+import strategy_parity
 import torch
 from avalanche.core import SupervisedPlugin
+from peer_strategies import Method
 
 from clframe.data import Source, TensorSamples
-
-PERF = str(Path(__file__).parents[2] / "perf")
-
-sys.path.insert(0, PERF)
-try:
-    import peer_bic
-    import peer_course
-    import peer_runs
-    import strategy_parity
-    from peer_strategies import Method
-finally:
-    sys.path.remove(PERF)
 
 
 def toy() -> Source:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import audit_macs
 import pytest
 import torch
 import yaml
@@ -239,11 +239,6 @@ def test_explain_shows_what_a_strategy_can_afford():
 
 def test_torch_counts_the_macs_of_the_ledger(capsys):
     """With a budget and without, by torch's own counter, which counts every step."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "perf"))
-    try:
-        import audit_macs
-    finally:
-        sys.path.pop(0)
     strategies = ["er + lwf", "ewc", "mir"]
     assert audit_macs.main(["--strategies", *strategies, "--", *TINY, "trainer.budget.relative=0.7"]) == 0
     lines = capsys.readouterr().out.splitlines()

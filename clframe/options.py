@@ -99,7 +99,8 @@ def check_options(
 def convert_fields(instance: Any, *, where: str) -> None:
     """Check the fields of a dataclass that was built in Python as options of a config, and store them converted.
 
-    Numpy's scalars count as Python's. Nothing is checked if an annotation names what only a function knows.
+    Numbers and arrays of numpy count as numbers and lists. Nothing is checked if an annotation names what only a
+    function knows.
 
     Args:
         instance: A dataclass, which may be frozen.
@@ -113,15 +114,34 @@ def convert_fields(instance: Any, *, where: str) -> None:
         known = option_types(constructor)
     except NameError:
         return
-    given = {name: _python_value(getattr(instance, name)) for name in known}
+    given = {name: _plain_value(getattr(instance, name)) for name in known}
     for name, value in check_options(constructor, given, where=where).items():
         if value is not getattr(instance, name):
             object.__setattr__(instance, name, value)
 
 
-def _python_value(value: Any) -> Any:
-    """Return a scalar of numpy, which configs cannot have, as a number of Python."""
-    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+def convert_argument(value: Any, annotation: Any, *, where: str) -> Any:
+    """Convert an argument that was given in Python, as :func:`convert` does a value of a config.
+
+    Numbers and arrays of numpy count as numbers and lists.
+
+    Raises:
+        ConfigError: A value of another type; the message begins with ``where``.
+
+    >>> import numpy as np
+    >>> convert_argument(np.arange(3), tuple[int, ...], where="class_order")
+    (0, 1, 2)
+    """
+    return convert(_plain_value(value), annotation, where=where)
+
+
+def _plain_value(value: Any) -> Any:
+    """Return numbers and arrays of numpy, which configs cannot have, as numbers and lists of Python."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):  # importing numpy takes a tenth of a second
+        return value.tolist()
+    if type(value) in (list, tuple) and any(type(item).__module__ == "numpy" for item in value):
+        return type(value)(map(_plain_value, value))
+    return value
 
 
 def rename_options(given: Mapping[str, Any], renamed: Mapping[str, str], *, where: str) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from clframe.data.digests import StreamDigest, digest_stream
 from clframe.data.inputs import InputFormat
+from clframe.data.lazy import DatasetSamples
 from clframe.data.protocol import class_order, classes_per_experience
 from clframe.data.samples import TensorSamples
 from clframe.data.source import Data, Source
-from clframe.errors import ConfigError
+from clframe.errors import ConfigError, DataError
+from clframe.options import convert_argument, require_count
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +71,16 @@ class Benchmark:
     """Content of the ``tokenizer.json`` that encoded the text."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for evaluation data that is not there, and for task labels that reveal boundaries."""
+        """Raise an error for streams that do not fit the experiences, and for options that have no effect.
+
+        Raises:
+            DataError: Numbers of experiences, classes or names that differ, or labels of no class.
+            ConfigError: Fields of another type, evaluation data that are not there, or task labels that reveal
+                boundaries.
+        """
+        for name, kind in (("evaluate", Literal["test", "validation"]), ("task_labels", bool)):
+            convert_argument(getattr(self, name), kind, where=f"benchmark.{name}")
+        self._check_streams()
         if self.evaluate == "validation" and not self.validation:
             raise ConfigError(
                 "benchmark.evaluate: found 'validation' without validation data; set benchmark.validation=0.1"
@@ -80,11 +91,45 @@ class Benchmark:
                 "use 'class_incremental' or set benchmark.boundaries=true"
             )
 
+    def _check_streams(self) -> None:
+        """Refuse streams of other lengths than the experiences, and labels and names that no class has (DataError)."""
+        where, count, classes = f"benchmark {self.name}", len(self), len(self.class_order)
+        for name in ("train", "test", "validation", "domains"):
+            given = getattr(self, name)
+            sliced = name == "train" and self.online is not None
+            if len(given) != count and not sliced and not (name in ("validation", "domains") and not len(given)):
+                raise DataError(
+                    f"{where}: found {len(given)} entries of {name} for {count} experiences; give one for each"
+                )
+        for part in (*self.train, *self.test, *self.validation):
+            if not isinstance(part, (TensorSamples, DatasetSamples)):
+                raise DataError(f"{where}: found a {type(part).__name__} as samples; give TensorSamples")
+            on_host = part.y.device.type == "cpu"  # copies on a device were checked before
+            if len(part) and on_host and not 0 <= int(part.y.min()) <= int(part.y.max()) < classes:
+                raise DataError(
+                    f"{where}: found labels from {int(part.y.min())} to {int(part.y.max())} for {classes} classes; "
+                    f"give labels in learning order, 0..{classes - 1}"
+                )
+        if any(not 0 <= c < classes for brought in self.classes for c in brought):
+            raise DataError(
+                f"{where}: found an experience with a class outside 0..{classes - 1}; number them in learning order"
+            )
+        if self.class_names and len(self.class_names) <= max(self.class_order, default=-1):
+            raise DataError(
+                f"{where}: found {len(self.class_names)} class names for class ids up to {max(self.class_order)}; give "
+                f"one for each id"
+            )
+
     def __len__(self) -> int:
         return len(self.classes)
 
     def first_experiences(self, count: int) -> Benchmark:
-        """Return the benchmark cut off after ``count`` experiences; its numbers and names of classes are unchanged."""
+        """Return the benchmark cut off after ``count`` experiences; its numbers and names of classes are unchanged.
+
+        Raises:
+            ConfigError: ``count`` is no whole number, or below 1.
+        """
+        require_count(count, least=1, where="benchmark.first_experiences")
         if count >= len(self):
             return self
         parts = self.sub_experiences(count - 1).stop
@@ -178,7 +223,15 @@ def class_incremental(
         seed: Seed of the class order and of the validation split.
         validation: Fraction of each class's training samples that is held out.
         task_labels: Task-incremental: the same data, with the index of the experience as task label.
+
+    Raises:
+        ConfigError: An argument of another type, or that does not fit the number of classes.
+        DataError: Something else than a source, or test inputs of another shape than training inputs.
     """
+    if not isinstance(source, Source):
+        raise DataError(f"class_incremental: found a {type(source).__name__}; give a Source")
+    seed = convert_argument(seed, int, where="class_incremental: seed")
+    counts = convert_argument(counts, tuple[int, ...] | None, where="benchmark.counts") or ()
     source.check_test()
     ordered = class_order(source.classes, order=order, seed=seed)
     rank = torch.empty(source.classes, dtype=torch.long)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError, DataError
-from clframe.options import require_count
+from clframe.options import convert_argument, require_count
 from clframe.seeding import generator_for
 
 ICARL_ORDER = (
@@ -33,8 +33,10 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
         seed: Seed of the permutation.
 
     Raises:
-        ConfigError: Unknown order, an order for another number of classes, or ids that are not a permutation.
+        ConfigError: Unknown order, an order for another number of classes, or ids that are not a permutation of whole
+            numbers.
     """
+    order = convert_argument(order, str | tuple[int, ...], where="benchmark.class_order")
     if order == "seeded":
         return tuple(torch.randperm(classes, generator=generator_for(seed, "class order")).tolist())
     if order == "sorted":
@@ -50,13 +52,12 @@ def class_order(classes: int, *, order: str | Sequence[int], seed: int) -> tuple
         raise ConfigError(
             f"benchmark.class_order: found '{order}'; use 'seeded', 'sorted', 'icarl' or a list of class ids"
         )
-    given = tuple(order)
-    if sorted(given) != list(range(classes)):
+    if sorted(order) != list(range(classes)):
         raise ConfigError(
-            f"benchmark.class_order: found {len(given)} ids that are not a permutation of 0..{classes - 1}; "
+            f"benchmark.class_order: found {len(order)} ids that are not a permutation of 0..{classes - 1}; "
             f"list every class once"
         )
-    return given
+    return tuple(order)
 
 
 def classes_per_experience(
@@ -80,7 +81,8 @@ def classes_per_experience(
     >>> classes_per_experience(10, 5, counts=[2, 7, 1])
     (2, 7, 1)
     """
-    if counts:
+    first = convert_argument(first, int | None, where="benchmark.first")
+    if counts := convert_argument(counts, tuple[int, ...], where="benchmark.counts"):
         return _check_counts(classes, tuple(counts), first)
     require_count(experiences, least=1, where="benchmark.experiences")
     if experiences > classes:
@@ -129,6 +131,7 @@ def hold_out(y_N: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
     >>> len(train), len(validation), sorted([*train.tolist(), *validation.tolist()])
     (4, 3, [0, 1, 2, 3, 4, 5, 6])
     """
+    share = convert_argument(share, float, where="benchmark.validation")
     if not 0 <= share < 1:
         raise ConfigError(f"benchmark.validation: found {share}; give a number from 0 to below 1")
     held_out_N = torch.zeros(len(y_N), dtype=torch.bool)

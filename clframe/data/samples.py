@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, isfinite, prod
+from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 
 from clframe.data.augmentation import Augmentation, apply_augmentations
 from clframe.errors import DataError
+from clframe.options import format_value
 
 
 class Loadable(Protocol):
@@ -82,16 +84,26 @@ def as_tensor(values: Any, what: str) -> Tensor:
         what: Name of the values in messages.
 
     Raises:
-        DataError: Another kind of value, or an array of a type that tensors do not have.
+        DataError: Another kind of value, complex or sparse values, or an array of a type that tensors do not have.
     """
     try:
-        found = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+        found = torch.from_numpy(_readable(values)) if isinstance(values, np.ndarray) else values
     except (TypeError, ValueError) as error:
         raise DataError(f"data: found {what} in an array that torch cannot read ({error}); convert it") from None
+    if isinstance(found, Tensor) and (found.is_complex() or found.layout != torch.strided):
+        kind = "complex numbers" if found.is_complex() else f"a tensor of layout {found.layout}"
+        raise DataError(f"data: found {kind} as {what}; give a dense tensor of whole or real numbers")
     if not isinstance(found, Tensor) or not found.ndim:
         kind = "a single number" if isinstance(found, Tensor) else f"a {type(values).__name__}"
         raise DataError(f"data: found {kind} as {what}; give a tensor or an array, with a row for each sample")
     return found.detach() if found.requires_grad else found
+
+
+def _readable(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array itself, or a copy of one whose byte order or strides tensors do not have."""
+    if not values.dtype.isnative:
+        return values.astype(values.dtype.newbyteorder("="))
+    return values.copy() if any(stride < 0 for stride in values.strides) else values
 
 
 def as_labels(values: Any) -> Tensor:
@@ -110,6 +122,9 @@ def as_labels(values: Any) -> Tensor:
 
 def check_normalization(mean: Sequence[float], std: Sequence[float], *, channels: int) -> None:
     """Raise DataError for a mean and standard deviation that cannot normalize inputs with ``channels`` channels."""
+    for name, values in (("mean", mean), ("standard deviation", std)):
+        if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+            raise DataError(f"data: found {format_value(values)} as {name}; give a tuple of numbers such as (0.5,)")
     if not std:
         return
     if len(mean) != len(std) or len(std) not in (1, channels):
@@ -156,6 +171,12 @@ class TensorSamples:
             raise DataError(f"data: found {len(self.x)} inputs and {len(self.y)} labels; give one label per input")
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
             raise DataError("data: found NaN or infinite inputs; clean them before training")
+        if self.x.dtype == torch.float64 and len(self) and not bool(self.x.float().isfinite().all()):
+            raise DataError("data: found inputs that overflow float32, in which batches are; scale them")
+        if self.view is not None and not callable(self.view):
+            raise DataError(f"data: found {format_value(self.view)} as view; give a function of stored inputs, or None")
+        if not isinstance(self.augment, Sequence) or not all(callable(part) for part in self.augment):
+            raise DataError(f"data: found {format_value(self.augment)} as augment; give a tuple of augmentations")
 
     def __len__(self) -> int:
         return len(self.y)

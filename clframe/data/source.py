@@ -15,7 +15,7 @@ from clframe.data.protocol import hold_out
 from clframe.data.reader import Reader
 from clframe.data.samples import TensorSamples
 from clframe.errors import ConfigError, DataError
-from clframe.options import option_types, require_count
+from clframe.options import convert_argument, option_types, require_count
 from clframe.registry import Registry, call_problem
 
 Data = TensorSamples | DatasetSamples
@@ -43,8 +43,11 @@ class Source:
     def __post_init__(self) -> None:
         """Raise DataError for labels out of range, classes without samples and names that are not one per class.
 
-        Also if training and test samples are normalized differently.
+        Also if training and test samples are normalized differently, or if only one of them are whole numbers.
         """
+        kinds = {"name": str, "class_names": tuple[str, ...], "vocabulary": int, "tokenizer": str}
+        for key, kind in kinds.items():
+            object.__setattr__(self, key, convert_argument(getattr(self, key), kind, where=f"{self.name}: {key}"))
         require_count(self.classes, least=1, where=f"{self.name}: classes")
         for split, samples in (("train", self.train), ("test", self.test)):
             if not isinstance(samples, (TensorSamples, DatasetSamples)):
@@ -58,6 +61,12 @@ class Source:
                     f"{self.name}: found {value} {tuple(train)} of the training samples and {tuple(test)} of the test "
                     f"samples; normalize both by the same numbers"
                 )
+        types = [part.x.dtype for part in (self.train, self.test) if isinstance(part, TensorSamples)]
+        if len({dtype.is_floating_point for dtype in types}) > 1:
+            raise DataError(
+                f"{self.name}: found training inputs of type {types[0]} and test inputs of type {types[1]}; give both "
+                f"the same type and scale"
+            )
         if self.class_names and len(self.class_names) != self.classes:
             raise DataError(
                 f"{self.name}: found {len(self.class_names)} class names for {self.classes} classes; give one per class"

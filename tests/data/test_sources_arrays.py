@@ -283,3 +283,30 @@ def test_token_ids_are_not_normalized(tmp_path, dtype):
 def test_other_arrays_are_no_token_ids(tmp_path, x, message):
     with pytest.raises(DataError, match=message):
         npz(path=save(tmp_path / "a.npz", x=x, y=[0, 0, 1, 1]), kind="tokens")
+
+
+def test_training_and_test_arrays_have_one_scale(tmp_path, four):
+    four["x_test"] = four["x_test"] / 255
+    path = save(tmp_path / "a.npz", **four)
+    with pytest.raises(DataError) as refused:
+        npz(path=path)
+    assert str(refused.value) == (
+        f"{path}: x_train has type uint8 and x_test has type float64; give both as whole numbers or both as fractions, in "
+        f"the same scale"
+    )
+
+
+def test_whole_numbers_of_which_one_part_fits_into_bytes_are_one_type(tmp_path, four):
+    four["x_train"] = four["x_train"].astype(np.int32) * 2
+    source = npz(path=save(tmp_path / "a.npz", **four))
+    assert source.train.x.dtype == source.test.x.dtype == torch.float32
+    assert np.array_equal(source.test.x[:, 0].numpy(), four["x_test"])
+
+
+def test_fractions_beyond_float32_are_named(tmp_path, four):
+    x = four["x_train"].astype(np.float64)
+    x[3, 0, 0] = 1e300
+    path = save(tmp_path / "a.npz", **{**four, "x_train": x, "x_test": four["x_test"] / 1.0})
+    with pytest.raises(DataError) as refused:
+        npz(path=path)
+    assert str(refused.value) == f"{path}: x_train has NaN or infinite values, first in sample 3; clean them"

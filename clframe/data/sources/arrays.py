@@ -120,6 +120,11 @@ def array_source(
             raise DataError(f"{file}: {key} has {len(x)} inputs, {label_key} {len(y)} labels; give one label per input")
     train_y, test_y, class_names = relabel(labels[0], labels[-1], where=str(file))
     parts = list(inputs.values())
+    if len({arrays[key].dtype.kind == "f" for key in inputs}) > 1:
+        types = " and ".join(f"{key} has type {arrays[key].dtype}" for key in inputs)
+        raise DataError(f"{file}: {types}; give both as whole numbers or both as fractions, in the same scale")
+    if len({part.dtype for part in parts}) > 1:  # whole numbers, of which only those of one fit into bytes
+        parts = [part.float() for part in parts]
     if parts[0].shape[1:] != parts[-1].shape[1:]:
         shapes = " and ".join(str(tuple(part.shape[1:])) for part in parts)
         raise DataError(f"{file}: {keys[0]} and {keys[2]} have inputs of shapes {shapes}; give all the same shape")
@@ -234,6 +239,8 @@ def _inputs(x: Array, *, layout: Layout, where: str) -> Tensor:
     if x.ndim not in (2, 3, 4) or not x.size:
         raise DataError(f"{where} has shape {x.shape}; give images [N, H, W] or [N, C, H, W], or vectors [N, D]")
     if x.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite
+            x = x.astype(np.float32, copy=False)
         bad = ~np.isfinite(x.reshape(len(x), -1)).all(1)
         if bad.any():
             raise DataError(f"{where} has NaN or infinite values, first in sample {int(bad.argmax())}; clean them")

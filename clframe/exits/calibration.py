@@ -6,7 +6,7 @@ same one. No calibration changes the prediction of an exit, except vector scalin
 Dividing logits by a temperature never changes the order of the classes of one sample, but with three or more classes
 it does change the order of samples by their largest probability: (0.6, 0.399, 0.001) and (0.6, 0.2, 0.2) are equally
 confident at T = 1, and not at T = 2. Isotonic regression maps the largest probability by a monotone function, which
-keeps the order of samples at an exit up to ties.
+keeps the order of samples at an exit up to ties; of C classes met, the predicted one has at least 1 / C.
 
 Sources: Guo et al., "On Calibration of Modern Neural Networks" (2017), temperature and vector scaling; Zadrozny and
 Elkan, "Transforming Classifier Scores into Accurate Multiclass Probability Estimates" (2002), isotonic regression.
@@ -37,7 +37,7 @@ RIDGE = 1e-3
 
 
 MARGIN = 1e-4
-"""By how much isotonic regression keeps the first class above the second."""
+"""By how much isotonic regression keeps the first class above the second, relative to all but the first."""
 
 
 def fit_temperature(logits_NC: Tensor, y_N: Tensor) -> float:
@@ -236,9 +236,11 @@ class Calibrated(Ensemble):
 
 
 def _with_confidence(scores_BC: Tensor, knots_M: Tensor, values_M: Tensor) -> Tensor:
-    """Log-probabilities whose largest one is the calibrated confidence; the others keep their proportions.
+    """Log-probabilities whose largest one is the calibrated confidence.
 
-    A confidence below that of the second class is raised just above it: a calibration must not change the prediction.
+    A calibration must not change the prediction. So the other classes keep their proportions only where none of them
+    then exceeds the confidence; otherwise they are mixed with the uniform distribution until the second one is just
+    below it. Only a confidence below 1 / C is raised, the lowest one at which the predicted class can be the largest.
     """
     if scores_BC.shape[1] == 1:
         return scores_BC
@@ -246,11 +248,18 @@ def _with_confidence(scores_BC: Tensor, knots_M: Tensor, values_M: Tensor) -> Te
     top_B1, class_B1 = scores_BC.log_softmax(1).max(1, keepdim=True)
     # Logarithms, since 1 - p of a sure sample is 0 in float32 while the probabilities of the other classes are not.
     others_BC = scores_BC.scatter(1, class_B1, -torch.inf)
-    others_BC = torch.where(others_BC.isinf(), -torch.inf, others_BC - others_BC.logsumexp(1, keepdim=True))
-    share_B1 = others_BC.amax(1, keepdim=True).exp()  # of the second class among the others
+    met_BC = ~others_BC.isinf()
+    others_BC = torch.where(met_BC, others_BC - others_BC.logsumexp(1, keepdim=True), -torch.inf)
+    count_B1 = met_BC.sum(1, keepdim=True)
+    even_B1 = torch.where(count_B1 > 0, 1 / count_B1.clamp_min(1), 0.0)  # share of each of the others if all are alike
     wanted_B1 = interpolate(top_B1.exp(), knots_M, values_M)
-    lowest_B1 = (share_B1 + MARGIN) / (1 + share_B1)
-    confidence_B1 = torch.maximum(wanted_B1, lowest_B1).clamp(max=1 - 1e-7)
+    confidence_B1 = torch.maximum(wanted_B1, (even_B1 + MARGIN) / (1 + even_B1)).clamp(max=1 - 1e-7)
+    second_B1 = others_BC.amax(1, keepdim=True).exp()
+    most_B1 = (confidence_B1 - MARGIN) / (1 - confidence_B1)  # share of the second class among the others
+    excess_B1 = second_B1 - most_B1
+    mixed_B1 = (excess_B1 / (second_B1 - even_B1).clamp_min(1e-12)).clamp(0, 1)
+    mixed_BC = torch.log((1 - mixed_B1) * others_BC.exp() + mixed_B1 * even_B1)
+    others_BC = torch.where(met_BC & (excess_B1 > 0), mixed_BC, others_BC)
     calibrated_BC = others_BC + torch.log1p(-confidence_B1)
     return calibrated_BC.scatter(1, class_B1, confidence_B1.log()).to(dtype)
 

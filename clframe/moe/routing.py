@@ -35,7 +35,7 @@ def cumulative_share(scores_NE: Tensor, tau: float) -> Tensor:
     sorted_NE, order_NE = scores_NE.sort(dim=1, descending=True, stable=True)
     mass_NE = sorted_NE.to(torch.promote_types(sorted_NE.dtype, torch.float32))
     sums_NE = mass_NE.cumsum(1)
-    # The sum of those ahead, not the sum less the expert's own score: that is rounded, and one expert too many would run.
+    # Not the sum less the expert's own score, whose rounding could let one expert too many run.
     before_NE = F.pad(sums_NE[:, :-1], (1, 0))
     # Rounding must not drop the last experts where everything is wanted.
     runs_NE = mass_NE > 0 if tau == 1 else before_NE < tau * sums_NE[:, -1:]

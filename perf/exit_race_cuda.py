@@ -28,138 +28,25 @@ order of importance until the time is used up.
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
-import gc
 import itertools
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from exit_race import Costs, chosen, macs, shares_for, thresholds_for, timed
+from exit_race import Costs, chosen, macs, shares_for, thresholds_for
+from exit_race_compiled import RIVALS, rival, rival_apart
+from exit_race_graphs import CALLS, MODELS, Run, bare, build, captured, clean, placed_by_time, race, stage_times
 from torch import Tensor
 
-from clframe.accounting.macs import stage_macs
 from clframe.exits.captured import CapturedNetwork
 from clframe.exits.decisions import select
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.exits.fusion import fuse_batch_norm
-from clframe.exits.head_kinds import make_head
-from clframe.exits.placement import at_cost
-from clframe.exits.policies import ExitPolicy, max_probability
-from clframe.nn import BACKBONES, Network
-from clframe.nn.backbones.stages import tap_of
+from clframe.exits.policies import ExitPolicy
 
-CLASSES = 100
-EXITS = (0.125, 0.25, 0.5, 0.75)
-MODELS: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {
-    "vit_b_16": ("vit_b_16", {}, (3, 224, 224)),
-    "resnet50": ("resnet50", {}, (3, 224, 224)),
-    "resnet32": ("resnet32", {}, (3, 32, 32)),
-    "vit_s": ("vit_tiny", {"patch": 16, "width": 384, "depth": 12, "heads": 6}, (3, 224, 224)),
-}
 ORDER = [(model, batch) for batch in (256, 1024, 32, 1) for model in MODELS]
-CALLS = {1: 32, 32: 4, 256: 1, 1024: 1}
-"""Batches of a lap; twice as many take turns, for 1,024 samples two."""
-RIVALS = ("default", "reduce-overhead", "stages")
-START = 25.0
-"""Seconds at most in which the process of a rival begins to compile."""
-Run = Callable[[Tensor], Any]
-
-
-@functools.cache
-def on_host(model: str, taps: tuple[str, ...] = ()) -> Network:
-    """The network with exits, random weights and outputs for all classes; exits by MACs if no taps are given."""
-    torch.manual_seed(0)
-    name, options, shape = MODELS[model]
-    backbone = BACKBONES.get(name)(shape, **options)
-    taps = taps or at_cost(stage_macs(Network(backbone)), EXITS).taps
-    network = Network(backbone, exits=[(tap, make_head("auto", backbone.tap_shapes[tap])) for tap in taps])
-    network.grow(range(CLASSES))
-    network.eval().requires_grad_(False)
-    return fuse_batch_norm(network, memory_format="channels_last") if model.startswith("resnet") else network
-
-
-def build(model: str, device: torch.device, taps: tuple[str, ...] = ()) -> Network:
-    """A copy of the network on a device."""
-    return copy.deepcopy(on_host(model, taps)).to(device)
-
-
-def bare(network: Network) -> Run:
-    def run(x: Tensor) -> Tensor:
-        value: Any = x
-        for stage in network.backbone.stages:
-            value = stage(value)
-        return network.heads[-1](value)
-
-    return run
-
-
-def captured(call: Run, example: Tensor) -> Run:
-    """A call as one CUDA graph, its input copied to it."""
-    inputs = example.clone()
-    for _ in range(3):
-        call(inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call(inputs)
-
-    def run(x: Tensor) -> Any:
-        inputs.copy_(x)
-        graph.replay()
-        return found
-
-    return run
-
-
-def replays(call: Callable[[], Any], *, repeats: int = 7) -> float:
-    """Median seconds of a call as a graph."""
-    run = captured(lambda _: call(), torch.zeros(1, device="cuda"))
-    taken = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(torch.zeros(1, device="cuda"))
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def stage_times(network: Network, x: Tensor, work: Costs) -> Costs:
-    """Seconds a batch of every stage, and of every head with its confidence, each as a graph."""
-    value: Any = x
-    stages, heads = [], []
-    for stage, exits in zip(network.backbone.stages, network.exits_at, strict=True):
-        stages.append(replays(lambda s=stage, v=value: s(v)))
-        value = stage(value)
-        tap = tap_of(value)
-        heads += [replays(lambda e=e, v=tap: max_probability(e, network.heads[e](v), ())) for e in exits]
-    return Costs(tuple(stages), tuple(heads), work.stage_of)
-
-
-def race(runs: dict[str, Run], batches: Sequence[Tensor], *, calls: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of a batch, in turns; at least three laps, at most 15."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.monotonic() + seconds
-    for lap in range(15):
-        some = [batches[(lap * calls + k) % len(batches)] for k in range(calls)]
-        for name in runs if lap % 2 else reversed(runs):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for x in some:
-                runs[name](x)
-            torch.cuda.synchronize()
-            taken[name].append(1e3 * (time.perf_counter() - start) / calls)
-        if lap >= 2 and time.monotonic() > end:
-            break
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def cell(model: str, batch: int, budgets: Sequence[float], *, seconds: float) -> list[dict[str, Any]]:
@@ -233,45 +120,9 @@ def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enab
     return {"promised": promised, "stages": of_stages - promised, "heads": of_both - of_stages, "rest": ms - of_both}
 
 
-def placed_by_time(
-    model: str, network: Network, times: Costs, batches: Sequence[Tensor], *, compiled: bool = False
-) -> Callable[[float, int], tuple[CapturedNetwork, dict[str, Any]] | None] | None:
-    """A function that makes the contestant ``timed`` for a budget and a batch size; None if its exits have the same taps."""
-    names = network.backbone.names
-    taps = at_cost(dict(zip(names, times.stages, strict=True)), EXITS).taps
-    if taps == tuple(network.exit_taps[:-1]):
-        return None
-    own = build(model, torch.device("cuda"), taps)
-    if compiled:
-        compile_parts(own)
-    scores = [own(x).logits for part in batches for x in part.split(256)]
-    on_host = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)]
-    work = macs(own)
-    seconds = stage_times(own, batches[0][:256], work)
-
-    def make(budget: float, batch: int) -> tuple[CapturedNetwork, dict[str, Any]] | None:
-        found = timed(work, seconds, budget)
-        if found is None:
-            return None
-        some, shares = found
-        dynamic = DynamicNetwork(own, ExitPolicy(thresholds=thresholds_for(on_host, shares)), exits=some)
-        note = {"timed_exits": [taps[exit] for exit in some], "timed_macs": work.of_shares(shares) / work.bare}
-        return CapturedNetwork(dynamic, batch=batch), note
-
-    return make
-
-
 def mean_cost(costs: Costs, exit_N: Tensor, enabled: Sequence[int]) -> float:
     counts = exit_N.bincount(minlength=len(costs.heads)).tolist()
     return sum(count * costs.of_exit(exit, enabled) for exit, count in enumerate(counts)) / len(exit_N)
-
-
-def clean() -> None:
-    """Free what is unused. What remains is left out of later collections, of which every recorded graph makes one."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    torch.cuda.empty_cache()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -291,87 +142,6 @@ def line(row: dict[str, Any]) -> str:
 
 def parts_of(found: dict[str, float]) -> str:
     return " + ".join(f"{name} {ms:.2f}" for name, ms in found.items()) or "-"
-
-
-def rival(model: str, batch: int, budgets: Sequence[float], kind: str) -> dict[str, Any]:
-    """The captured backbone against torch.compile, or the fast runner with compiled stages and heads."""
-    network = build(model, torch.device("cuda"))
-    torch.manual_seed(1)
-    batches = [torch.randn(batch, *network.input_shape, device="cuda") for _ in range(2 * CALLS[batch])]
-    row: dict[str, Any] = {"model": model, "batch": batch, "rival": kind}
-    with torch.no_grad():
-        runs: dict[str, Run] = {"captured": captured(bare(network), batches[0])}
-        start = time.perf_counter()
-        if kind == "stages":
-            compiled, row["timed"] = compiled_stages(model, batch, budgets, network, batches)
-            runs |= compiled
-        else:
-            runs[f"compiled {kind}"] = torch.compile(bare(network), mode=kind, dynamic=False)
-            for _ in range(3):
-                runs[f"compiled {kind}"](batches[0])
-        torch.cuda.synchronize()
-        row["compiling_s"] = time.perf_counter() - start
-        row["ms"] = race(runs, batches, calls=CALLS[batch], seconds=1)
-    return row
-
-
-def compiled_stages(
-    model: str, batch: int, budgets: Sequence[float], network: Network, batches: Sequence[Tensor]
-) -> tuple[dict[str, Run], dict[str, Any]]:
-    """The contestants with compiled stages: all exits, exits placed by the time of compiled stages, and no exits."""
-    scores = [network(x).logits for part in batches for x in part.split(256)]
-    on_host, work = [torch.cat(parts).cpu() for parts in zip(*scores, strict=True)], macs(network)
-    # Stages of one class share their code, and the limit of its variants, beyond which they would not be compiled.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    own = build(model, torch.device("cuda"))
-    compile_parts(own)
-    runs: dict[str, Run] = {}
-    notes: dict[str, Any] = {}
-    for budget in budgets:
-        shares = shares_for(work, tuple(range(len(work.heads) - 1)), budget)
-        if shares is None:
-            continue
-        policy = ExitPolicy(thresholds=thresholds_for(on_host, shares))
-        runs[f"fast compiled {budget:.0%}"] = warmed(CapturedNetwork(DynamicNetwork(own, policy), batch=batch), batches)
-    runs["captured compiled"] = captured(bare(own), batches[0])
-    by_time = placed_by_time(model, own, stage_times(own, batches[0][:256], work), batches, compiled=True)
-    for budget in budgets:
-        if by_time is not None and (share := by_time(budget, batch)) is not None:
-            runs[f"timed compiled {budget:.0%}"], notes[f"{budget:.0%}"] = warmed(share[0], batches), share[1]
-    return runs, notes
-
-
-def warmed(fast: CapturedNetwork, batches: Sequence[Tensor]) -> CapturedNetwork:
-    """Record its graphs."""
-    for _, x in itertools.product(range(4), batches):
-        fast(x)
-    if fast.failure:
-        raise RuntimeError(fast.failure)
-    return fast
-
-
-def compile_parts(network: Network) -> None:
-    for part in (*network.backbone.stages, *network.heads):
-        part.compile(dynamic=True)
-
-
-def rival_apart(model: str, batch: int, options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """The row of a rival from a separate process: one that crashes ends it."""
-    limit = START + options.compile * (2 if kind == "stages" else 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--rival", kind, "--model", model, "--batch", str(batch),
-                   "--budget", *map(str, options.budget), "--json", str(path)]  # fmt: skip
-        row: dict[str, Any] = {"model": model, "batch": batch, "rival": kind}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return row | {"failure": f"not compiled within {limit:.0f} s"}
-        if done.returncode or not path.exists():
-            lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
-            return row | {"failure": f"exit code {done.returncode}: {' '.join(lines[:1])[:300]}"}
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
 
 
 def arguments() -> argparse.Namespace:

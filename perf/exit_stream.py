@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from exit_race import macs, shares_for, thresholds_for
-from exit_race_cuda import MODELS, build, clean
+from exit_race_graphs import MODELS, build, clean
 from torch import Tensor
 
 from clframe.exits.dynamic import ActiveSamples, DynamicNetwork

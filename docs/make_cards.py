@@ -22,7 +22,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Replay": ("er", "er_ace", "der", "derpp", "mir", "gss", "agem", "gdumb"),
     "Regularization": ("ewc", "si", "mas", "label_smoothing", "lora"),
     "Distillation": ("lwf", "ancl"),
-    "Balance between old and new classes": ("bic", "icarl", "lode", "ssil", "wa", "cwr", "ncm"),
+    "Balance between old and new classes": ("bic", "current_classes", "icarl", "lode", "ssil", "wa", "cwr", "ncm"),
     "Representations": ("lucir", "podnet", "prd"),
     "Pre-trained backbones": ("l2p", "ranpac", "simplecil", "slda"),
     "Exits and computation": ("exits", "early_exit", "sparsity", "moe"),

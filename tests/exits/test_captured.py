@@ -10,6 +10,7 @@ import logging
 
 import pytest
 import torch
+from exit_networks import Finer, assert_same, inputs, network, reference, split
 from recorded_graphs import RecordedGraphs
 from torch import nn
 
@@ -22,8 +23,6 @@ from clframe.exits.policies import ExitPolicy
 from clframe.exits.segment_runners import GraphRunner
 from clframe.exits.segments import buckets_of, cheapest_removals, divide
 from clframe.nn.backbones.stages import tap_of
-
-from .test_dynamic import Finer, assert_same, inputs, network, reference, split
 
 MIXED = [
     ("cnn", "plain", "max_probability", "last", None), ("cnn", "cascade", "patience", "confident", None),

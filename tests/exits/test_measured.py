@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exit_networks import assert_same, inputs, network, reference, split
 from recorded_graphs import RecordedGraphs
 
 from clframe.exits import captured, captured_segments, measured
@@ -11,8 +12,6 @@ from clframe.exits.captured import CapturedNetwork
 from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.measured import MeasuredNetwork
 from clframe.exits.policies import ExitPolicy
-
-from .test_dynamic import assert_same, inputs, network, reference, split
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+from exit_networks import inputs, network, reference, split
 from recorded_graphs import RecordedGraphs
 from torch import nn
 
@@ -24,8 +25,6 @@ from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun
 from clframe.exits.streaming import BusyError, ClosedError, ExitServer
 from clframe.nn import Head, Network
 from clframe.nn.backbones import Backbone
-
-from .test_dynamic import inputs, network, reference, split
 
 EASY, HARD = 20 * torch.eye(6)[2], torch.zeros(6)
 

@@ -8,68 +8,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import threading
 
 import pytest
 import torch
 from exit_networks import inputs, network, reference, split
+from exit_requests import EASY, HARD, Held, run, turns, two_segments
 from recorded_graphs import RecordedGraphs
-from torch import nn
 
 from clframe.errors import ConfigError, DataError
 from clframe.exits import segment_runners
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.policies import ExitPolicy
-from clframe.exits.row_buffers import HostCopy
-from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun
-from clframe.exits.streaming import BusyError, ClosedError, ExitServer
-from clframe.nn import Head, Network
-from clframe.nn.backbones import Backbone
-
-EASY, HARD = 20 * torch.eye(6)[2], torch.zeros(6)
-
-
-class AsItIs(Head):
-    def grow(self, classes):
-        return False
-
-    def forward(self, features, previous_BC=None):
-        return features
-
-
-def two_segments() -> DynamicNetwork:
-    """An exit on the input itself: EASY stops there, HARD does not."""
-    stages = [("in", nn.Identity(), (6,)), ("out", nn.Linear(6, 6), (6,))]
-    net = Network(Backbone(stages, input_shape=(6,)), exits=[("in", AsItIs())]).eval()
-    net.grow(range(6))
-    return DynamicNetwork(net, ExitPolicy(thresholds=0.9))
-
-
-class Held(PlainRunner):
-    """Waits before a segment until it is released."""
-
-    def __init__(self, dynamic, segment):
-        super().__init__(dynamic)
-        self.segment, self.started, self.release = segment, threading.Event(), threading.Event()
-
-    def run(self, segment, rows):
-        if segment == self.segment:
-            self.started.set()
-            assert self.release.wait(30)
-        return super().run(segment, rows)
-
-    async def reached(self):
-        await asyncio.to_thread(self.started.wait, 30)
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
-
-
-async def turns(count=20):
-    """Let other tasks of the event loop run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
+from clframe.exits.segment_runners import GraphRunner, PlainRunner
+from clframe.exits.streaming import BusyError, ExitServer
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -120,17 +71,6 @@ def test_segments_are_recorded_before_requests_arrive(fallback):
     answers = run(main())
     assert [answer.exit for answer in answers] == reference(net, dynamic.policy, x).exit_B.tolist()
     assert runner.eager == 0
-
-
-def test_results_have_the_type_of_the_scores_and_every_exit():
-    """Shorter floating-point types than 32 bits do not have all numbers of exits."""
-    dynamic = two_segments()
-    rows = ActiveSamples(torch.zeros(2, 6), scores_nC=torch.ones(2, 3, dtype=torch.bfloat16))
-    rows.exit_n, rows.done_n = torch.tensor([257, 1]), torch.tensor([False, True])
-    runner = PlainRunner(dynamic)
-    for segment, stops in ((0, [False, True]), (1, [True, True])):
-        found = SegmentRun(rows, HostCopy(runner.pack(segment, rows)), torch.bfloat16).results()
-        assert found[0].dtype == torch.bfloat16 and found[1:] == ([257, 1], stops)
 
 
 def test_an_early_answer_arrives_before_the_next_segment_has_run():
@@ -318,217 +258,6 @@ def test_an_error_of_one_sample_leaves_the_others_alone():
             assert (await server.predict(HARD)).exit == 1
 
     run(main())
-
-
-def test_a_cancelled_request_is_dropped_before_the_next_segment():
-    dynamic = two_segments()
-    runner = Held(dynamic, segment=0)
-
-    async def main():
-        async with ExitServer(dynamic, runner=runner, max_batch=1) as server:
-            tasks = [asyncio.create_task(server.predict(HARD)) for _ in range(3)]
-            await runner.reached()
-            for task in tasks[:2]:  # one that is computed, and one that waits
-                task.cancel()
-            await turns()
-            runner.release.set()
-            assert (await tasks[2]).exit == 1
-            assert all(task.cancelled() for task in tasks[:2])
-            assert list(server.events) == [(0, (0,)), (0, (2,)), (1, (2,))]
-
-    run(main())
-
-
-@pytest.mark.parametrize("waiting", ["answer", "refuse"])
-def test_closing_answers_or_refuses_what_waits(waiting):
-    dynamic = two_segments()
-    runner = Held(dynamic, segment=0)
-
-    async def main():
-        server = ExitServer(dynamic, runner=runner, max_batch=1)
-        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
-        await runner.reached()
-        closing = asyncio.create_task(server.close(waiting=waiting))
-        await turns()
-        with pytest.raises(ClosedError, match=r"^server: found a request after it was closed; make another server$"):
-            await server.predict(EASY)
-        runner.release.set()
-        await closing
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        if waiting == "answer":
-            assert [answer.exit for answer in found] == [1, 0, 0]
-        else:
-            assert [type(answer) for answer in found] == [ClosedError] * 3
-            assert list(server.events) == [(0, (0,))]
-        await server.close()  # a second time changes nothing
-
-    run(main())
-
-
-@pytest.mark.parametrize("within", ["timeout", "context"])
-def test_a_cancelled_close_leaves_the_requests_to_the_worker(within):
-    dynamic = two_segments()
-    runner = Held(dynamic, segment=0)
-    server = ExitServer(dynamic, runner=runner, max_batch=1)
-
-    async def serve():
-        async with server:
-            await asyncio.Event().wait()
-
-    async def main():
-        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
-        if within == "timeout":
-            await runner.reached()
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(server.close(), 0.001)
-        else:
-            serving = asyncio.create_task(serve())
-            await runner.reached()
-            for _ in range(2):  # the first cancellation begins to close, the second one ends that
-                serving.cancel()
-                await turns()
-            assert serving.cancelled()
-        runner.release.set()
-        assert [answer.exit for answer in await asyncio.gather(*tasks)] == [1, 0, 0]
-        await asyncio.gather(server.close(), server.close())
-        assert server._worker is None and server._thread is None
-
-    run(main())
-
-
-def test_a_cancelled_close_can_be_followed_by_one_that_refuses():
-    dynamic = two_segments()
-    runner = Held(dynamic, segment=0)
-
-    async def main():
-        server = ExitServer(dynamic, runner=runner, max_batch=1)
-        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY)]
-        await runner.reached()
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(server.close(), 0.001)
-        closing = asyncio.create_task(server.close(waiting="refuse"))
-        await turns()
-        runner.release.set()
-        await closing
-        assert [type(found) for found in await asyncio.gather(*tasks, return_exceptions=True)] == [ClosedError] * 2
-        assert list(server.events) == [(0, (0,))]
-
-    run(main())
-
-
-@pytest.mark.parametrize("cancelled", [True, False])
-def test_requests_that_are_computed_get_an_error_as_well_if_the_server_ends(cancelled, monkeypatch):
-    dynamic = two_segments()
-    runner = Held(dynamic, segment=0)
-    server = ExitServer(dynamic, runner=runner, max_batch=2)
-
-    async def broken(*_):
-        raise RuntimeError("of the server itself")
-
-    async def main():
-        if not cancelled:
-            runner.release.set()
-        if not cancelled:
-            monkeypatch.setattr(server, "_finish", broken)
-        tasks = [asyncio.create_task(server.predict(x)) for x in (HARD, EASY, EASY)]
-        await turns()
-        if cancelled:
-            await runner.reached()
-            server._worker.cancel()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        reason = "its task was cancelled" if cancelled else "ended by RuntimeError"
-        text = f"server: {reason} before the answer; make another server"
-        assert [(type(each), str(each)) for each in found] == [(ClosedError, text)] * 3
-        with pytest.raises(ClosedError, match="found a request after it was closed"):
-            await server.predict(EASY)
-        runner.release.set()
-        if cancelled:
-            await server.close()
-        else:
-            with pytest.raises(RuntimeError, match="of the server itself"):
-                await server.close()
-
-    run(main())
-
-
-def launched(runner, dynamic, x):
-    """Run all segments without removing samples, and compare each one with the plain runner."""
-    rows, plain = ActiveSamples(x), ActiveSamples(x)
-    for segment in range(runner.segments):
-        run, expected = runner.launch(segment, [rows]), PlainRunner(dynamic).launch(segment, [plain])
-        (scores, *found), (expected_scores, *wanted) = run.results(), expected.results()
-        assert found == wanted
-        torch.testing.assert_close(scores, expected_scores)
-        rows = plain = expected.rows  # in the order of the batch
-    return scores
-
-
-@pytest.mark.parametrize("replace", ["weight", "grow", "ensemble"])
-def test_graphs_of_a_network_that_has_changed_are_not_used(replace, monkeypatch):
-    monkeypatch.setattr(segment_runners, "WARM", 0)
-    net = network("mlp", "cascade")
-    confidence, thresholds = split(net, "margin", inputs(net, 33))
-    dynamic = DynamicNetwork(net, ExitPolicy(measure=confidence, thresholds=thresholds))
-    runner = GraphRunner(dynamic, max_batch=4, graphs=RecordedGraphs())
-    x = inputs(net, 4)
-    before = launched(runner, dynamic, x)
-    net.load_state_dict(network("mlp", "cascade", seed=1).state_dict())  # written in place: the graphs read it
-    after = launched(runner, dynamic, x)
-    assert not torch.allclose(before, after) and runner._graphs[0].released == 0 and runner.eager == 0
-    if replace == "weight":
-        net.final.weight = nn.Parameter(net.final.weight + 1)
-    elif replace == "grow":
-        net.grow([6, 7])
-    else:
-        net.boosted = True
-    found = launched(runner, dynamic, x)
-    assert runner._graphs[0].released == 1 and runner.eager >= 1
-    assert found.shape != after.shape or not torch.allclose(found, after)
-    torch.testing.assert_close(launched(runner, dynamic, x), found)
-    assert runner._graphs[0].released == 1 and runner.recorded == runner.segments
-
-
-def test_graphs_are_recorded_for_each_device(monkeypatch):
-    monkeypatch.setattr(segment_runners, "WARM", 0)
-    dynamic = two_segments()
-    runner = GraphRunner(dynamic, max_batch=2, graphs=RecordedGraphs())
-    launched(runner, dynamic, torch.stack([EASY, HARD]))
-    monkeypatch.setattr(segment_runners, "WARM", 1)
-    assert runner._recorded(0, ActiveSamples(torch.zeros(2, 6)), 2) is not None
-    assert runner._recorded(0, ActiveSamples(torch.zeros(2, 6, device="meta")), 2) is None
-
-
-def test_a_runner_follows_another_ensemble_and_refuses_other_exits():
-    net = network("mlp")
-    dynamic = DynamicNetwork(net, ExitPolicy(thresholds=2.0, fallback="confident"))
-    runner, x = PlainRunner(dynamic), inputs(net, 4)
-    for _ in range(2):
-        expected = reference(net, dynamic.policy, x)
-        found = runner.launch(0, [ActiveSamples(x)]).results()
-        assert found[1] == expected.exit_B.tolist()
-        torch.testing.assert_close(found[0], expected.scores_BC)
-        net.boosted = True  # every exit's logits are added to those before
-    dynamic = two_segments()
-    runner = PlainRunner(dynamic)
-    dynamic.network.attach([])
-    with pytest.raises(ConfigError, match=r"^runner: found other exits than before; make another runner and another ser"):
-        runner.launch(0, [ActiveSamples(torch.zeros(2, 6))])
-
-
-def test_batches_that_a_runner_does_not_record_are_refused():
-    dynamic = two_segments()
-    with pytest.raises(ConfigError, match=r"^runner: found a network on cpu; move it to a CUDA device, or use PlainRun"):
-        GraphRunner(dynamic, max_batch=4)
-    with pytest.raises(ConfigError, match=r"^runner: found max_batch=0; give at least 1$"):
-        GraphRunner(dynamic, max_batch=0, graphs=RecordedGraphs())
-    runner = GraphRunner(dynamic, max_batch=4, graphs=RecordedGraphs())
-    with pytest.raises(ConfigError, match=r"^runner: found 5 samples; give 4 at most, or raise max_batch$"):
-        runner.launch(0, [ActiveSamples(torch.zeros(2, 6)), ActiveSamples(torch.zeros(3, 6))])
-    with pytest.raises(DataError, match=r"^runner: found no sample to record with; give a batch of at least one$"):
-        runner.prepare(torch.zeros(0, 6))
-    with pytest.raises(ConfigError, match=r"^server: found max_batch=5 and a runner for 4 samples; give both the same num"):
-        ExitServer(dynamic, max_batch=5, runner=runner)
-    assert ExitServer(dynamic, max_batch=4, runner=runner).max_batch == 4
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_waiting": 0}, {"slack": -1.0}, {"slack": float("nan")}])

@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from report_page import Page
 
 from clframe.cli import main
 from clframe.report import content, figures, loading, write_report
@@ -14,7 +15,6 @@ from clframe.report.comparison import group_runs
 from clframe.report.families import BASE, CONTROL, EXITS, PROBES, kind_of
 from clframe.report.labels import labels_of
 from clframe.report.loading import as_written
-from tests.report.test_report import Page
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -93,8 +93,8 @@ def test_every_penalty_is_a_number_that_falls(regularizer, schedule):
 @pytest.mark.parametrize(
     ("schedule", "ramp", "expected"),
     [
-        ("linear", "step", [n / 10 for n in range(1, 11)]), ("linear", "epoch", [0.5] * 5 + [1.0] * 5),
-        ("warmup", "step", [0.2, 0.4, 0.6, 0.8] + [1.0] * 6), ("warmup", "epoch", [1.0] * 10), ("constant", "step", [1.0] * 10),
+        ("linear", "step", [n / 10 for n in range(10)]), ("linear", "epoch", [0.5] * 5 + [1.0] * 5),
+        ("warmup", "step", [0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 5), ("warmup", "epoch", [1.0] * 10), ("constant", "step", [1.0] * 10),
     ],
 )  # fmt: skip
 def test_the_penalty_rises_by_step_or_by_epoch(schedule, ramp, expected, monkeypatch):

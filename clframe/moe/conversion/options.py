@@ -37,8 +37,8 @@ class Options:
         regularizer: Sparsity penalty of fine-tuning.
         schedule: Change of its weight during fine-tuning: ``constant``; ``linear``, rising to ``strength`` at the end;
             ``warmup``, rising linearly to ``strength`` at half of the training.
-        ramp: Whether the weight changes with every optimizer ``step``, as published, or with every ``epoch``, like that
-            of the component ``sparsity``.
+        ramp: Whether the weight changes with every optimizer ``step``, from 0 at the first one, as published, or with
+            every ``epoch``, from 1 / epochs in the first one.
         relu: Whether activations are replaced by ReLU; None: with fine-tuning, except for the displaced regularizers.
         experts: Experts of each network. Give at most one of this and ``expert_size``; with neither, the largest number
             up to 24 that divides a network's neurons.

@@ -190,7 +190,7 @@ def fine_tune(
         strength: Weight of the penalty.
         regularizer: ``hoyer``, ``l1``, or either of the pre-activations' distance above -10 (``displaced``).
         schedule: Schedule of the weight, see :func:`~clframe.sparsity.functional.schedule_factor`.
-        ramp: Whether the weight changes with every step or with every epoch.
+        ramp: Whether the weight changes with every step, from 0 at the first one, or with every epoch.
         seed: Seed of order and dropout.
         progress: Called with the progress.
 
@@ -227,8 +227,8 @@ def fine_tune(
                 loss = torch.stack([_cross_entropy(scores, y) for scores in exits]).mean()
                 extra = torch.stack(values).mean() if values else loss.new_zeros(())
                 optimizer.zero_grad()
-                # Counts the present step, so that the last one has the full weight; the authors' code starts at 0.
-                fraction = (done + 1) / steps if ramp == "step" else (epoch + 1) / epochs
+                # From 0 at the first step, as the authors' code and the component ``sparsity``.
+                fraction = done / steps if ramp == "step" else (epoch + 1) / epochs
                 (loss + strength * schedule_factor(schedule, fraction) * extra).backward()
                 optimizer.step()
                 total_2 += torch.stack([loss.detach(), extra.detach()]).float().cpu()

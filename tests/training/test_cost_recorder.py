@@ -1,73 +1,27 @@
-"""A session's ledger against arithmetic, and that nobody notices it being kept."""
+"""The ledger of a session against arithmetic."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from toy_sessions import BATCH, EPOCHS, SAMPLES, TESTED, bench, run, session
 
-from clframe.accounting import Ledger, MacCounter
+from clframe.accounting import MacCounter
 from clframe.core import Component, compose, parse
 from clframe.data.avalanche import import_avalanche
-from clframe.data.benchmark import Benchmark, class_incremental
-from clframe.data.samples import TensorSamples
-from clframe.data.source import Source
 from clframe.errors import ConfigError
 from clframe.moe import count_usage
-from clframe.nn import Network
-from clframe.nn.backbones import mlp
 
 import_avalanche()
 
 from avalanche.core import SupervisedPlugin
-from lightning import Fabric
 
-from clframe.training.evaluation import Scores
-from clframe.training.module import ContinualModule
-from clframe.training.monitor import Monitor
 from clframe.training.observer import StepObserver
-from clframe.training.session import Session
-from clframe.training.strategy import LightningStrategy
-
-BATCH, EPOCHS, SAMPLES, TESTED = 4, 2, 18, 6
-"""18 samples an experience: batches of 4, 4, 4, 4 and 2; six test samples in all."""
-
-
-@functools.cache
-def bench() -> Benchmark:
-    y = torch.arange(6).repeat_interleave(9)
-    x = torch.randint(256, (len(y), 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    scale = {"std": (50.0,)}
-    source = Source("toy", TensorSamples(x, y, **scale), TensorSamples(x[::9], y[::9], **scale), classes=6)
-    return class_incremental(source, experiences=3, order="sorted")
-
-
-def session(strategy: Any, folder: Path, *, plugins: Any = (), **options: Any) -> Session:
-    torch.manual_seed(0)
-    composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
-    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-    module = ContinualModule(Network(mlp((1, 2, 2), width=5, depth=2)), composition, optimizer=optimizer, seed=1)
-    scores = Scores(bench())
-    sizes = {"train_mb_size": BATCH, "train_epochs": EPOCHS, "eval_mb_size": 5}
-    made = LightningStrategy(
-        model=module, benchmark=bench(), plugins=[scores, *plugins], evaluator=None, **sizes, **options
-    )
-    monitor = Monitor(folder, experiences=3, tensorboard=False, csv=False, log_every=100, progress=False)
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    return Session(made, bench(), scores=scores, monitor=monitor, checkpoints=folder / "checkpoints")
-
-
-def run(strategy: Any, folder: Path, **options: Any) -> Session:
-    made = session(strategy, folder, **options)
-    made.run()
-    made.close()
-    return made
 
 
 def forward(classes: int) -> int:
@@ -377,104 +331,3 @@ def test_batches_left_out_are_not_counted(tmp_path: Path) -> None:
     assert ledger.samples() == 3 * EPOCHS * 2 * BATCH and ledger.steps() == 3 * EPOCHS * 2
     assert ledger.by_phase(experience=0)["forward"] == EPOCHS * 2 * BATCH * forward(2)
     assert ledger.samples("evaluation", experience=0) == TESTED
-
-
-EXPRESSIONS = [
-    "naive", "er(memory=12)", "er(memory=12) + lwf", "ewc", "si", "der(memory=12)", "agem(memory=12)", "ancl",
-    "bic(memory=12)", "gdumb(memory=12)", "slda", "exits", "prd", "exits + early_exit(threshold=0.5)", "sparsity",
-]  # fmt: skip
-
-
-HALF: Any = {"precision": "bf16-mixed"}
-
-
-@pytest.mark.parametrize(
-    ("expression", "options"),
-    [
-        *(pytest.param(expression, {}, marks=[pytest.mark.slow] * (i % 2)) for i, expression in enumerate(EXPRESSIONS)),
-        ("er(memory=12) + lwf", {"engine": "trainer"}),
-        ("ewc", {"engine": "trainer"}),
-        ("er(memory=12) + lwf", {"accumulate": 2}),
-        ("er(memory=12) + lwf", {"accumulate": 2, "fabric": HALF}),
-        ("exits + si", {"engine": "trainer", "fabric": HALF}),
-    ],
-)
-def test_a_run_is_the_same_with_and_without_accounts(expression: str, options: Any, tmp_path: Path) -> None:
-    """Weights and states bit for bit, so no random state, statistic or memory has been touched."""
-    (tmp_path / "with").mkdir()
-    (tmp_path / "without").mkdir()
-    kept = run(expression, tmp_path / "with", **launched(options))
-    bare = session(expression, tmp_path / "without", **launched(options))
-    costs = bare._costs
-    bare.strategy.plugins.remove(costs)
-    costs.begin = costs.finish = lambda *_, **__: None  # type: ignore[method-assign]
-    bare.learner.observer = StepObserver()
-    bare.run()
-    bare.close()
-    one, other = (
-        torch.load(tmp_path / name / "checkpoints" / "experience_003.ckpt", weights_only=True)
-        for name in ("with", "without")
-    )
-    assert kept.ledger.macs > 0 and bare.ledger.macs == 0
-    for key in ("network", "components", "tallies", "loss_terms", "steps", "taps"):
-        assert_equal(one[key], other[key])
-
-
-def launched(options: Any) -> Any:
-    if "fabric" not in options:
-        return options
-    fabric = Fabric(accelerator="cpu", devices=1, **options["fabric"])
-    fabric.launch()
-    return {**options, "fabric": fabric}
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_equal(left, right)
-    else:
-        assert one == other
-
-
-def test_a_resumed_run_keeps_its_books(tmp_path: Path) -> None:
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    whole = run("er(memory=12) + lwf", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken", dirs_exist_ok=True)
-    (tmp_path / "broken" / "checkpoints" / "experience_003.ckpt").unlink()
-    again = session("er(memory=12) + lwf", tmp_path / "broken")
-    assert again.resume() == 2 and again.ledger.macs < whole.ledger.macs
-    again.run()
-    again.close()
-    assert again.ledger.entries == whole.ledger.entries
-    assert Ledger.from_json(again.ledger.to_json()).entries == whole.ledger.entries
-    assert comparable(again.ledger) == comparable(whole.ledger)
-    sizes, resumed_sizes = (
-        [row["bytes"] for row in ledger.as_tree()["bytes"] if row["kind"] == "checkpoint"]
-        for ledger in (whole.ledger, again.ledger)
-    )
-    assert sizes[:2] == resumed_sizes[:2] and len(sizes) == len(resumed_sizes) == 3
-    finished = session("er(memory=12) + lwf", tmp_path / "whole")
-    assert finished.resume() == 3
-    finished.run()
-    finished.close()
-    assert finished.ledger.to_json() == whole.ledger.to_json()
-
-
-def comparable(ledger: Ledger) -> Any:
-    """The ledger without wall times, energy and the peak of a process, which no two runs share."""
-    tree = ledger.as_tree()
-    tree["times"] = [{**row, "seconds": 0} for row in tree["times"]]
-    # The size of a checkpoint depends on these as well: the ledger in it is written with them.
-    tree["bytes"] = [
-        {**row, "bytes": row["bytes"] if row["kind"] not in ("process_peak", "checkpoint") else 0} for row in tree["bytes"]
-    ]
-    tree["energy"] = [{**row, "joules": 0} for row in tree["energy"]]
-    return tree

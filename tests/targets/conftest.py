@@ -1,9 +1,10 @@
-"""A run, a text encoder, a language model and a few texts, all tiny, all made here."""
+"""Runs, a text encoder, a language model and a few texts, all tiny, all made here."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ INTENTS = {"pay": ["pay my bill", "pay the rent now"], "card": ["lost my card", 
            "alarm": ["wake me up", "set the alarm now please"]}
 WORDS = sorted({word for texts in INTENTS.values() for text in texts for word in text.split()})
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+SMALL_VIT = ("backbone=vit_tiny", "backbone.width=12", "backbone.heads=2", "backbone.depth=2", "trainer.progress=false",
+             "trainer.epochs=1", "benchmark.experiences=2", "benchmark.classes=4", "trainer.loggers=[csv]")  # fmt: skip
 
 
 def make_tokenizer(folder, *, padding=True):
@@ -87,3 +90,20 @@ def finished(tmp_path_factory):
     words = ["benchmark.experiences=2", "backbone=mlp", "backbone.width=8", "trainer.epochs=1", "trainer.progress=false",
              "benchmark.validation=0.1", "strategy=er", "trainer.loggers=[]"]
     return run("quickstart", words, output=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def vit_run(tmp_path_factory):
+    """er + exits on a small transformer, with validation data."""
+    from clframe import run
+
+    strategy = ("strategy=er + exits", "benchmark.validation=0.1", "components.exits={at: [encoder.0]}")
+    return Path(run("quickstart", [*SMALL_VIT, *strategy], output=tmp_path_factory.mktemp("runs")).run_folder)
+
+
+@pytest.fixture(scope="session")
+def plain_vit_run(tmp_path_factory):
+    """naive, with neither memory nor validation data."""
+    from clframe import run
+
+    return Path(run("quickstart", [*SMALL_VIT, "strategy=naive"], output=tmp_path_factory.mktemp("bare")).run_folder)

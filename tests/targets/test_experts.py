@@ -6,16 +6,16 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from quick_conversion import QUICK
 from torch import nn
 
 import clframe
 from clframe.accounting.macs import count_macs
 from clframe.cli import moefy
-from clframe.data.target import DataSplits, SampleSplit, Target
+from clframe.data.target import DataSplits, SampleSplit
 from clframe.errors import ClframeError, ConfigError, DataError, DivergenceError, RunFolderError, UnsupportedError
 from clframe.moe import CumulativeShare, DynamicK, TopK, count_usage, routed_layers, set_gate
 from clframe.moe.conversion.convert import convert
@@ -24,49 +24,26 @@ from clframe.moe.conversion.output import summary
 from clframe.moe.conversion.study import moefy_target, record
 from clframe.moe.conversion.sweep import time_pair
 from clframe.moe.conversion.training import choose_data
-from clframe.targets import folders as experts_files
-from clframe.targets.folders import default_folder, folder_for, restore_model, write_conversion
+from clframe.targets.folders import restore_model, write_conversion
 from clframe.targets.opening import open_target
 
-QUICK = {"sparsify": 1, "epochs": 1, "batch": 60, "limit": 60, "router_width": 2}
-VIT = ("backbone=vit_tiny", "backbone.width=12", "backbone.heads=2", "backbone.depth=2", "trainer.progress=false",
-       "trainer.epochs=1", "benchmark.experiences=2", "benchmark.classes=4", "trainer.loggers=[csv]")  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """er + exits on a small transformer, with validation data."""
-    strategy = ("strategy=er + exits", "benchmark.validation=0.1", "components.exits={at: [encoder.0]}")
-    return Path(clframe.run("quickstart", [*VIT, *strategy], output=tmp_path_factory.mktemp("runs")).run_folder)
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """naive, with neither memory nor validation data."""
-    return Path(clframe.run("quickstart", [*VIT, "strategy=naive"], output=tmp_path_factory.mktemp("bare")).run_folder)
-
-
-@pytest.fixture(scope="module")
-def study(run):
-    return moefy_target(open_target(str(run)), Options(**QUICK))
-
-
-@pytest.fixture(scope="module")
-def written(run, tmp_path_factory):
+def written(vit_run, tmp_path_factory):
     """One conversion by the command, into a folder of its own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     moefy.add_options(parser)
     folder = tmp_path_factory.mktemp("converted") / "here"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
-    assert moefy.act(parser.parse_args([str(run), *flags, "--experts", "4", "--quiet", "--output", str(folder)])) == 0
+    assert moefy.act(parser.parse_args([str(vit_run), *flags, "--experts", "4", "--quiet", "--output", str(folder)])) == 0
     return folder
 
 
-def test_the_curve_is_what_the_loaded_model_does(run, written):
+def test_the_curve_is_what_the_loaded_model_does(vit_run, written):
     """Accuracy and cost of three settings, computed longhand on the whole test data that the limit leaves."""
     tree = json.loads((written / "moefy.json").read_text())
-    model, target = clframe.load(written), open_target(str(run))
+    model, target = clframe.load(written), open_target(str(vit_run))
     network, dense = model.network, target.model
     parts = [batch for part in target.experiences for batch in part.batches(size=7, limit=30)]
     assert tree["samples"]["test"] == sum(len(batch.targets) for batch in parts) == 60
@@ -92,7 +69,7 @@ def test_the_curve_is_what_the_loaded_model_does(run, written):
     assert tree["curve"][-1]["tau"] == 1.0 and tree["curve"][-1]["test"]["share"] == 1.0
 
 
-def test_experts_by_class_and_experience_add_up(run, written):
+def test_experts_by_class_and_experience_add_up(vit_run, written):
     """Classes and experiences divide the same samples."""
     tree = json.loads((written / "moefy.json").read_text())
     used, samples = tree["experts_per_token"], [30, 30]
@@ -100,7 +77,7 @@ def test_experts_by_class_and_experience_add_up(run, written):
     mean = [sum(n * row[at] for n, row in zip(samples, used["by_experience"], strict=True)) / 60 for at in (0, 1)]
     assert mean == pytest.approx(used["by_layer"])
     assert sorted(used["classes"]) == [0, 1, 2, 3]
-    order = clframe.load(run).class_order
+    order = clframe.load(vit_run).class_order
     assert [order.index(c) for c in used["classes"]] == [0, 1, 2, 3]
     low, high = (f(row[0] for row in used["by_class"]) for f in (min, max))
     assert low <= used["by_layer"][0] <= high and 1 <= low and high <= 4
@@ -127,10 +104,10 @@ def test_points_come_from_validation_data(written):
     assert all(one["dense"] > 0 and one["speedup"] > 0 and one["computed"] > 0 for one in tree["times"])
 
 
-def test_tables_say_what_the_record_says(run, written):
+def test_tables_say_what_the_record_says(vit_run, written):
     tree = json.loads((written / "moefy.json").read_text())
     text = summary(tree)
-    assert f"d2dmoe: {run}, on memory ({tree['samples']['fit']} samples to train on" in text
+    assert f"d2dmoe: {vit_run}, on memory ({tree['samples']['fit']} samples to train on" in text
     assert "their routers add 2.8 % of theirs" in text  # 2 (12 + 4) of 2 x 12 x 48
     assert "12 -> 48 -> 12  4 x 12   2.8 %" in text
     page = (written / "moefy.md").read_text()
@@ -165,8 +142,8 @@ def test_exits_and_experts_together(written):
     assert [point["budget"] for point in found["points"]] == [0.25, 0.5, 0.75]
 
 
-def test_a_loaded_model_answers_as_the_one_in_memory(run, tmp_path):
-    target = open_target(str(run))
+def test_a_loaded_model_answers_as_the_one_in_memory(vit_run, tmp_path):
+    target = open_target(str(vit_run))
     study = moefy_target(target, Options(method="moefication", expert_size=6, on="last", k=3, **QUICK))
     folder = write_conversion(study, tmp_path / "m")
     model, again = clframe.load(folder), clframe.load(folder)
@@ -193,8 +170,8 @@ def test_a_loaded_model_answers_as_the_one_in_memory(run, tmp_path):
     assert len(rows) == 1 + len(tree["curve"]) and rows[0].startswith("k,validation_accuracy")
 
 
-def test_experts_without_training_are_written_and_loaded(run, tmp_path):
-    target = open_target(str(run))
+def test_experts_without_training_are_written_and_loaded(vit_run, tmp_path):
+    target = open_target(str(vit_run))
     options = Options(sparsify=0, router="analytical", gate="top_k", k=1, experts=4, shared=1, batch=60, limit=30)
     folder = write_conversion(moefy_target(target, options), tmp_path / "m")
     network, tree = clframe.load(folder).network, json.loads((folder / "moefy.json").read_text())
@@ -210,8 +187,8 @@ def test_experts_without_training_are_written_and_loaded(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_projections_come_before_and_count_as_what_they_were(run):
-    target = open_target(str(run))
+def test_projections_come_before_and_count_as_what_they_were(vit_run):
+    target = open_target(str(vit_run))
     dense = copy.deepcopy(target.model)
     options = Options(projections=True, projection_epochs=1, experts=3, gate="cumulative", tau=0.5, **QUICK)
     study = moefy_target(target, options)
@@ -225,16 +202,16 @@ def test_projections_come_before_and_count_as_what_they_were(run):
 
 
 @pytest.mark.slow
-def test_same_seed_same_numbers(run, study):
-    first, second = study, moefy_target(open_target(str(run)), Options(**QUICK))
+def test_same_seed_same_numbers(vit_run):
+    first, second = (moefy_target(open_target(str(vit_run)), Options(**QUICK)) for _ in range(2))
     assert first.swept.values == second.swept.values
     for one, other in zip(first.swept.test, second.swept.test, strict=True):
         assert torch.equal(one.cost_KN, other.cost_KN) and torch.equal(one.confidence_KN, other.confidence_KN)
 
 
-def test_data_of_a_run(run, bare):
+def test_data_of_a_run(vit_run, plain_vit_run):
     """Memory, last and all; what is held out where nothing was."""
-    target = open_target(str(run))
+    target = open_target(str(vit_run))
     kept = choose_data(target, on=None, seed=0)
     assert kept.on == "memory" and len(kept.fit) == len(target.run.learner.state["er"]["y"]) and not kept.notes
     memory = torch.cat([batch.targets for batch in kept.fit.batches()])
@@ -246,7 +223,7 @@ def test_data_of_a_run(run, bare):
     whole = choose_data(target, on="all", seed=0)
     assert len(whole.fit) == len(target.splits.fit) and "no longer a continual setting" in whole.notes[0]
     assert whole.validation is target.splits.validation
-    plain = open_target(str(bare))
+    plain = open_target(str(plain_vit_run))
     found = choose_data(plain, on=None, seed=0)
     assert found.on == "last" and "excluded from this conversion" in found.notes[0]
     count = len(plain.splits.fit.samples[-1])
@@ -279,9 +256,9 @@ def test_options_out_of_range(options, found):
         Options(**options)
 
 
-def test_models_that_cannot_be_converted(run):
+def test_models_that_cannot_be_converted(vit_run):
     """Each is refused before anything has changed."""
-    target = open_target(str(run))
+    target = open_target(str(vit_run))
     before = {name: value.clone() for name, value in target.model.state_dict().items()}
 
     def refused(kind, match, *, model=None, **options):
@@ -308,78 +285,15 @@ def test_models_that_cannot_be_converted(run):
         choose_data(replace(target, run=None, splits=DataSplits(nothing, None, nothing)), on=None, seed=0)
 
 
-def test_nothing_half_written(study, tmp_path, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no")
-
-    folder = tmp_path / "new" / "m"
-    monkeypatch.setattr(experts_files, "pictures", broken)
-    with pytest.raises(RuntimeError):
-        write_conversion(study, folder)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(experts_files, "pictures", lambda _: [])
-    write_conversion(study, folder)
-    kept = (folder / "moefy.json").read_bytes()
-    (folder / "curve.csv").write_text("old")
-    monkeypatch.setattr(experts_files, "pictures", broken)
-    with pytest.raises(RuntimeError):
-        write_conversion(study, folder)
-    assert (folder / "moefy.json").read_bytes() == kept and (folder / "curve.csv").read_text() == "old"
-    monkeypatch.setattr(experts_files, "pictures", lambda _: [])
-    write_conversion(study, folder)
-    assert (folder / "curve.csv").read_text() != "old" and [path.name for path in folder.parent.iterdir()] == ["m"]
-
-
-def test_where_a_conversion_goes(run, tmp_path):
-    target, options = open_target(str(run)), Options()
-    own = folder_for(target, options, output=None)
-    assert own.parent == run / "moefy" and own.name.startswith("d2dmoe-")
-    assert folder_for(target, Options(epochs=8), output=None) != own == folder_for(target, Options(), output=None)
-    assert folder_for(target, options, output=tmp_path / "x") == tmp_path / "x"
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(RunFolderError, match="contains other files"):
-        folder_for(target, options, output=tmp_path / "full")
-
-
-def test_models_and_data_have_folders_of_their_own(llama, encoder, texts, tmp_path, monkeypatch):
-    """Paths that end alike, other data, a changed file and a hub's revision: no conversion replaces another."""
-    monkeypatch.chdir(tmp_path)
-    for owner in ("a", "b"):
-        shutil.copytree(llama, tmp_path / owner / "model")
-    (tmp_path / "x.txt").write_text("pay my bill\nwake me up")
-    (tmp_path / "y.txt").write_text("where is my card")
-    here = [f"benchmark.data_dir={texts}"]
-    targets = [
-        open_target("a/model", data="x.txt"), open_target("b/model", data="x.txt"), open_target("a/model", data="y.txt"),
-        open_target("a/model", data="clinc150", overrides=here),
-        open_target("a/model", data="clinc150", overrides=[*here, "benchmark.classes=2"]),
-        open_target("a/model", data="x.txt", max_length=5),
-    ]  # fmt: skip
-    (tmp_path / "x.txt").write_text("lost my card")
-    targets.append(open_target("a/model", data="x.txt"))
-    targets.append(replace(targets[0], origin={**targets[0].origin, "revision": "0a1b"}))
-    for folders in ([folder_for(target, Options(), output=None) for target in targets], [*map(default_folder, targets)]):
-        assert len(set(folders)) == len(targets)
-        assert [re.match("model-[a-z]+", folder.parts[1])[0] for folder in folders] == [
-            f"model-{data}" for data in ("x", "x", "y", "clinc", "clinc", "x", "x", "x")
-        ]
-    again = open_target(str(tmp_path / "a" / "model"), data=str(tmp_path / "y.txt"))
-    assert folder_for(again, Options(), output=None) == folder_for(targets[2], Options(), output=None)
-    assert again.origin == targets[2].origin
-    assert again.origin["model"] == str(tmp_path / "a" / "model") and again.origin["data"]["path"] == str(tmp_path / "y.txt")
-    assert targets[3].origin["data"]["name"] == "clinc150" and targets[3].origin["data"]["options"]["data_dir"] == str(texts)
-
-
-def test_the_record_names_model_and_data(run, written):
+def test_the_record_names_model_and_data(vit_run, written):
     tree = json.loads((written / "moefy.json").read_text())["target"]
-    assert tree["model"] == str(run.resolve()) and tree["data"]["name"] == "digits" and tree["data"]["seed"] == 0
+    assert tree["model"] == str(vit_run.resolve()) and tree["data"]["name"] == "digits" and tree["data"]["seed"] == 0
     assert tree["revision"] is None
 
 
 @pytest.mark.slow
-def test_a_dense_model_at_chance_is_noted(run, caplog):
-    target = open_target(str(run))
+def test_a_dense_model_at_chance_is_noted(vit_run, caplog):
+    target = open_target(str(vit_run))
     for value in target.model.heads[-1].parameters():
         value.zero_()  # always the first class
     study = moefy_target(target, Options(**QUICK))
@@ -387,7 +301,7 @@ def test_a_dense_model_at_chance_is_noted(run, caplog):
     assert note in caplog.text and "accuracy on 60 test targets" in note
     with caplog.at_level("WARNING"):
         caplog.clear()
-        moefy_target(open_target(str(run)), Options(**QUICK, sparsify_lr=1e-3))
+        moefy_target(open_target(str(vit_run)), Options(**QUICK, sparsify_lr=1e-3))
     assert "most frequent" not in caplog.text
 
 
@@ -404,36 +318,3 @@ def test_folders_that_cannot_be_loaded(written, tmp_path):
         clframe.load(broken)
     with pytest.raises(RunFolderError, match=r"clframe\.load"):
         restore_model(written, nn.Linear(2, 2))
-
-
-class Encoder(nn.Module):
-    """A model of somebody else's: an embedding, a network and a classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
-        self.out = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.out(self.body(x))
-
-
-def test_a_model_that_is_no_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts_files, "pictures", lambda _: [])
-    torch.manual_seed(0)
-    model, parts = Encoder().eval().requires_grad_(False), open_target(str(run)).splits
-    fresh = copy.deepcopy(model)
-    target = Target(name="a/model", kind="images", model=model, body_name="body", predict=lambda m, x: m(x), splits=parts)
-    study = moefy_target(target, Options(**QUICK))
-    assert list(study.converted.layers) == ["body.2"] and study.experience_N is None
-    tree = json.loads((write_conversion(study, tmp_path / "m") / "moefy.json").read_text())
-    assert tree["exits"] is None and tree["experts_per_token"]["by_experience"] == [] and tree["options"]["on"] is None
-    assert tree["dense_macs"] == 64 * 8 + 2 * 8 * 12 + 8 * 4
-    restored = restore_model(tmp_path / "m", fresh)
-    x = parts.test.batches(size=9)[0].inputs
-    with torch.no_grad():
-        assert torch.equal(restored(x), model(x))
-    with pytest.raises(UnsupportedError, match="found Encoder with experts"):
-        restore_model(tmp_path / "m", fresh)
-    with pytest.raises(ClframeError):
-        restore_model(tmp_path / "m", nn.Sequential(Encoder()))

@@ -18,6 +18,8 @@ from clframe.data.benchmark import Benchmark
 from clframe.data.source import Source
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError
 from clframe.execution import execute
+from clframe.files import to_path
+from clframe.options import format_value
 from clframe.planning import fit_memory, plan_training, training_experiences
 from clframe.process_state import own_process
 from clframe.report.explanation import explanation
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @own_process("clframe.run", trains=True)
 def run(
-    config: str | Config = "quickstart",
+    config: str | Path | Config = "quickstart",
     overrides: Sequence[str] = (),
     *,
     output: str | Path | None = None,
@@ -66,6 +68,10 @@ def run(
         Interrupted: A KeyboardInterrupt during training; its ``folder`` can be resumed.
     """
     require_list(overrides)
+    config = _named(config, where="run")
+    for name, call in (("on_built", on_built), ("on_evaluated", on_evaluated)):
+        if call is not None and not callable(call):
+            raise ConfigError(f"run: {name}: found {format_value(call)}; give a function")
     if folder is not None and (resume is not None or output is not None):
         raise ConfigError(f"folder: found {'resume' if resume is not None else 'output'} as well; give one of them")
     if resume is not None:
@@ -78,7 +84,7 @@ def run(
         from clframe.targets.loading import read_config
         from clframe.targets.portable import is_portable
 
-        place = RunFolder.open(Path(resume))
+        place = RunFolder.open(to_path(resume, where="resume"))
         if is_portable(place.path):
             raise RunFolderError(
                 f"resume: {resume} is a copy of a model without the state of its run; resume the run itself"
@@ -94,7 +100,7 @@ def run(
     else:
         config = check_typed(config)
     if output is not None and resume is None:
-        config = replace(config, output=str(output))
+        config = replace(config, output=str(to_path(output, where="output")))
     setup = build(config, needs_earlier=resume is None)
     if resume is None:  # the config of a run has the size that was chosen
         setup = fit_memory(setup)
@@ -110,12 +116,21 @@ def run(
     return execute(setup, place, resumes=resumes, claimed=resumes and resume is None, on_evaluated=on_evaluated)
 
 
+def _named(config: str | Path | Config, *, where: str) -> str | Config:
+    """A typed config, or the name or path of one as text."""
+    if isinstance(config, Path):
+        return str(config)
+    if not isinstance(config, (str, Config)):
+        raise ConfigError(f"{where}: found {format_value(config)}; give the name or path of a config, or a Config")
+    return config
+
+
 def _new_folder(config: Config, path: str | Path | None) -> tuple[RunFolder, bool]:
     """The folder of a run that is not resumed by name, and whether the run in it has been started before."""
     from clframe.targets.unfinished import claim_folder, find_unfinished
 
     if path is not None:
-        place, started = claim_folder(Path(path), config)
+        place, started = claim_folder(to_path(path, where="folder"), config)
         if started:
             _refuse_plugins(config, place)
         return place, started
@@ -188,8 +203,9 @@ def extend(
 
 
 @own_process("clframe.explain", trains=False)
-def explain(config: str | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
+def explain(config: str | Path | Config = "quickstart", overrides: Sequence[str] = ()) -> str:
     """Describe a run without training: config, stream, hooks, loss terms, slots, sizes and costs."""
+    config = _named(config, where="explain")
     if isinstance(config, str):
         config = load_checked(config, overrides)
     elif overrides:

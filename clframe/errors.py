@@ -172,7 +172,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "")
     "unknown component 'lwff'; did you mean 'lwf'? (known: er, lwf)"
     """
     names = sorted(known)
-    close = nearest(name, names)
+    close = nearest(str(name), names)
     advice = f"did you mean '{close}'?" if close else "nothing is close to it"
     prefix = f"{where}: " if where else ""
     return f"{prefix}unknown {kind} '{name}'; {advice} (known: {', '.join(names) or 'none'})"

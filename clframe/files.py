@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clframe.errors import RunFolderError
+from clframe.errors import ConfigError, RunFolderError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _LONGEST_WRITE = 2**30
@@ -24,6 +24,26 @@ _LONGEST_WRITE = 2**30
 
 MOST_TEXT = 2**28
 """Largest size in bytes of a text file that is read; files of runs have kilobytes, of very long ones megabytes."""
+
+
+def to_path(value: str | os.PathLike[str], *, where: str) -> Path:
+    """Return a path that was given in Python.
+
+    Args:
+        value: The path.
+        where: Start of the error.
+
+    Raises:
+        ConfigError: Something else, or a text that no file system takes.
+
+    >>> to_path("runs/mine", where="run").name
+    'mine'
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ConfigError(f"{where}: found {value!r}; give a path")
+    if "\0" in os.fspath(value):
+        raise ConfigError(f"{where}: found {os.fspath(value)!r}, which no path can be; give another")
+    return Path(value)
 
 
 def require_writable(folder: Path, *, where: str = "--output", advice: str = "choose another folder") -> None:

@@ -13,6 +13,8 @@ from clframe.results import Result
 from clframe.targets.loading import RunModel, load_run
 
 if TYPE_CHECKING:
+    import torch
+
     from clframe.targets.export import Format
     from clframe.targets.prediction import Predictions
     from clframe.targets.text_generation import Continuations
@@ -115,15 +117,16 @@ class Model(RunModel):
         )  # fmt: skip
 
 
-def load(run: str | Path, *, device: str = "cpu") -> Model:
+def load(run: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """Load the trained model of a run; no data and no code are read.
 
     Args:
         run: A run folder, finished or not, or the folder of a model converted by ``clframe moefy`` or written by
             ``clframe card`` or ``clframe export --format safetensors``.
-        device: Device of the model.
+        device: Device of the model: cpu, cuda, cuda:N, mps, or auto for the best available.
 
     Raises:
         RunFolderError: No run folder, or no readable checkpoint in it.
+        UnsupportedError: A device that is not available.
     """
     return load_run(run, kind=Model, device=device)

@@ -297,7 +297,7 @@ def format_value(value: Any, *, limit: int = 60) -> str:
     """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(list(value) if type(value) is tuple else value)
+    text = " ".join(repr(list(value) if type(value) is tuple else value).splitlines())  # an error is one line
     if len(text) > limit:
         text = f"{text[: limit - 10]} ... {text[-5:]}"
     return text + _KINDS.get(type(value), "")

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ def derive_seed(seed: int, *use: int | str) -> int:
     True
     >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 2)
     False
+    >>> derive_seed(np.int64(7), "order", np.int64(1)) == derive_seed(7, "order", 1)
+    True
     """
-    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=8).digest()
+    # Whole numbers of numpy are written in another way than those of Python.
+    plain = tuple(int(value) if isinstance(value, Integral) else value for value in (seed, *use))
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

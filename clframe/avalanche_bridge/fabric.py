@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from lightning import Fabric, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clframe.avalanche_bridge.repairs import repair
+from clframe.device_names import usable_device
 from clframe.errors import UnsupportedError
 
 
@@ -252,7 +252,7 @@ class OnFabric:
 
 def default_fabric(device: Any) -> Fabric:
     """Return a launched Fabric on one device in 32 bit."""
-    found = torch.device(device)
+    found = usable_device(device, where="device")
     devices: Any = 1 if found.index is None or found.type == "cpu" else [found.index]
     fabric = Fabric(accelerator=found.type, devices=devices, precision="32-true")
     fabric.launch()

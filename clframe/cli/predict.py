@@ -71,11 +71,11 @@ def act(options: argparse.Namespace) -> int:
     size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
 
+    from clframe.device_names import usable_device
     from clframe.progress import progress_bars
     from clframe.tables import to_text
     from clframe.targets import prediction
     from clframe.targets.loading import RunModel, load_run
-    from clframe.targets.opening import usable_device
 
     model = load_run(run, kind=RunModel, device=str(usable_device(options.device)), where=NAME)
     if model.network.vocabulary:

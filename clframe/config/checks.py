@@ -35,7 +35,7 @@ Block = TypeVar("Block")
 def typed_block(where: str) -> Callable[[Callable[[Block], None]], Callable[[Block], None]]:
     """Decorator of the ``__post_init__`` of a block: convert its fields first, as those of a file, then run the checks.
 
-    A block of its own that can be written as one value may be given as that value.
+    A nested block that can be written as one value, such as ``trainer.ema``, may be given as that value.
 
     Args:
         where: Key of the block, such as ``trainer``; empty for the whole config.

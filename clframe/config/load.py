@@ -36,7 +36,7 @@ from clframe.options import format_value
 _log = logging.getLogger(__name__)
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load the config ``name`` with overrides (``key.sub=value``) applied.
 
     ``benchmark=NAME`` and ``backbone=NAME`` replace the whole block by that of a config file or by a registered name,
@@ -47,6 +47,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: An unknown key (with the nearest one), a wrong type or an impossible value.
         UnknownNameError: No such config.
     """
+    if not isinstance(name, (str, Path)):
+        raise ConfigError(f"config: found {format_value(name)}; give the name or path of a config")
+    name = str(name)
+    require_list(overrides)
     try:
         merged, problems, given = _merge_all(name, overrides)
         with problems.attempt():

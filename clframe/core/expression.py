@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from keyword import iskeyword
+from types import NoneType
 from typing import Any, Final
 
 from clframe.core.component import Component, Composition, compose
 from clframe.core.declarations import declaration_problem
 from clframe.errors import ClframeError, ConfigError
-from clframe.options import check_options, rename_options
+from clframe.options import check_options, format_value, rename_options
 from clframe.registry import Registry
 
 LONGEST = 2000
@@ -91,6 +92,13 @@ def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
     >>> str(parse("lwf(alpha=2) + er"))
     'er + lwf'
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"strategy: found {format_value(text)}; give text such as 'er + lwf(alpha=2)'")
+    by_name = isinstance(options, (Mapping, NoneType))
+    if not by_name or not all(isinstance(given, Mapping) for given in (options or {}).values()):
+        raise ConfigError(
+            f"components: found {format_value(options)}; give options by component, such as {{'er': {{'memory': 50}}}}"
+        )
     text, options = text.strip(), options or {}
     if len(text) > LONGEST:
         raise ConfigError(f"strategy: found {len(text):,} characters; give at most {LONGEST:,}")

@@ -127,7 +127,7 @@ class Benchmark:
         """Return the benchmark cut off after ``count`` experiences; its numbers and names of classes are unchanged.
 
         Raises:
-            ConfigError: ``count`` is no whole number, or below 1.
+            ConfigError: ``count`` is not a whole number, or below 1.
         """
         require_count(count, least=1, where="benchmark.first_experiences")
         if count >= len(self):

@@ -5,8 +5,10 @@ Shape suffixes: B batch, n samples still in the batch, r rows of it, C classes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from clframe.exits.row_buffers import is_channels_last
 from clframe.nn.backbones.stages import Flow, tap_of
 from clframe.nn.frozen import evaluating
 from clframe.nn.network import Carried, Ensemble, Network, Single
+from clframe.options import format_value
 
 
 @dataclass
@@ -204,8 +207,16 @@ class DynamicNetwork(nn.Module):
         adjust: AdjustLogits | None = None,
     ) -> None:
         super().__init__()
-        if not compact >= 0:
+        if not isinstance(network, Network) or not isinstance(policy, ExitPolicy):
+            wrong, kind = (policy, "ExitPolicy") if isinstance(network, Network) else (network, "Network")
+            raise ConfigError(f"dynamic: found a {type(wrong).__name__}; give the {kind}")
+        share: Any = compact
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not share >= 0:
             raise ConfigError(f"dynamic: found compact={compact}; give a share of 0 or more")
+        if adjust is not None and not callable(adjust):
+            raise ConfigError(f"dynamic: found adjust={adjust}; give a function of exit, logits and taps")
+        if exits is not None and (isinstance(exits, str) or not isinstance(exits, Collection)):
+            raise ConfigError(f"dynamic: found exits {format_value(exits)}; give a list of indices or names")
         self.network = network
         self.policy = policy
         self.compact = compact
@@ -354,11 +365,14 @@ def _uses_earlier(ensemble: Ensemble, exit: int) -> bool:
     return not isinstance(ensemble, Single)
 
 
-def _exit_index(exit: int | str, names: Sequence[str]) -> int:
+def _exit_index(exit: Any, names: Sequence[str]) -> int:
     """Index of an exit given by index or name."""
-    if isinstance(exit, int):
-        if 0 <= exit < len(names):
-            return exit
+    if not isinstance(exit, (str, Integral)) or isinstance(exit, bool):
+        raise ConfigError(f"dynamic: found exit {format_value(exit)}; give its index or name")
+    if isinstance(exit, Integral):
+        index = int(exit)  # of numpy
+        if 0 <= index < len(names):
+            return index
         raise ConfigError(f"dynamic: found exit {exit}; give 0 to {len(names) - 1}")
     if exit not in names:
         raise UnknownNameError(unknown_name("exit", exit, names))

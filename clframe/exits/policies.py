@@ -27,15 +27,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint
 from math import inf, isnan
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from clframe.errors import ConfigError
 from clframe.nn.network import Carried
-from clframe.options import format_value
+from clframe.options import format_value, require_count
 from clframe.registry import Registry, call_problem
 
 if TYPE_CHECKING:
@@ -212,9 +214,13 @@ def probability_threshold(threshold: Any, *, where: str) -> float:
 def patience_threshold(agreements: int) -> float:
     """Threshold of :func:`patience` that requires ``agreements`` exits to agree with the previous one.
 
+    Raises:
+        ConfigError: No whole number, or one below 0.
+
     >>> patience_threshold(0), patience_threshold(1)
     (0.0, 0.5)
     """
+    require_count(agreements, least=0, where="patience_threshold: agreements")
     return agreements / (agreements + 1)
 
 
@@ -232,7 +238,7 @@ class ExitPolicy:
             last included; of equally confident exits the first.
 
     Raises:
-        ConfigError: A threshold that is not a number, or an unknown fallback.
+        ConfigError: A threshold that is not a number, an unknown fallback, or a measure that is not a function.
 
     >>> ExitPolicy(thresholds=0.9).of_exits(3)
     (0.9, 0.9)
@@ -243,9 +249,19 @@ class ExitPolicy:
     fallback: Fallback = "last"
 
     def __post_init__(self) -> None:
-        thresholds = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
-        if any(isnan(threshold) for threshold in thresholds):
-            raise ConfigError(f"policy: found thresholds {self.thresholds}; give numbers")
+        given: Any = self.thresholds
+        if isinstance(given, (Tensor, np.ndarray)):
+            given = given.tolist()
+        several = isinstance(given, (tuple, list))
+        numbers = tuple(given if several else (given,))
+        if any(isinstance(number, bool) or not isinstance(number, Real) or isnan(number) for number in numbers):
+            raise ConfigError(f"policy: found thresholds {format_value(self.thresholds)}; give numbers")
+        object.__setattr__(self, "thresholds", tuple(map(float, numbers)) if several else float(numbers[0]))
+        if not callable(self.measure) or isinstance(self.measure, type):
+            raise ConfigError(
+                f"policy: found measure {format_value(self.measure)}; give a function, such as "
+                f"CONFIDENCE_MEASURES.get('entropy'), or an object of a fitted one"
+            )
         if self.fallback not in ("last", "confident"):
             raise ConfigError(f"policy: found fallback {self.fallback!r}; give 'last' or 'confident'")
 

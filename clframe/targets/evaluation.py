@@ -17,6 +17,7 @@ from torch import Tensor
 from clframe.accounting import backbone_macs, cumulative_macs
 from clframe.config.load import data_config, require_list
 from clframe.data.sources.labeled import labeled_data
+from clframe.device_names import usable_device
 from clframe.errors import ConfigError, DataError
 from clframe.exits.curves import wilson_interval
 from clframe.exits.study import ExitScores, ExitStudy, Progress, study_scores
@@ -33,7 +34,7 @@ from clframe.targets.evaluation_data import (
     trained_on,
 )
 from clframe.targets.loading import RunModel, load_run
-from clframe.targets.opening import run_target, usable_device
+from clframe.targets.opening import run_target
 from clframe.targets.prediction import class_label
 from clframe.targets.reading import InputReader, image_reader
 from clframe.targets.rules import PredictionRule

@@ -23,7 +23,9 @@ from clframe.config.typed import to_yaml
 from clframe.environment import versions
 from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
 from clframe.exits.dynamic import DynamicNetwork
-from clframe.files import write_atomically
+from clframe.exits.policies import probability_threshold
+from clframe.files import to_path, write_atomically
+from clframe.options import convert_argument
 from clframe.stream import LOCATIONS
 from clframe.targets import runner
 from clframe.targets.export_folder import new_folder
@@ -95,7 +97,7 @@ def export(
         RunFolderError: The folder has content, or cannot be written.
     """
     _check_options(format, staged=staged, threshold=threshold, opset=opset, dtype=dtype)
-    folder = Path(folder).expanduser()
+    folder = to_path(folder, where="export").expanduser()
     if format == "transformers":
         return _export_text(model, folder)
     refuse_language_model(model.network, where="export", advice="--format transformers writes it")
@@ -376,11 +378,12 @@ def _check_options(
         raise UnknownNameError(unknown_name("type", dtype, DTYPES, where="export: --input"))
     if threshold is not None and not staged:
         raise ConfigError("export: --threshold has an effect with --staged only; add --staged")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"export: --threshold found {threshold}; give a number from 0 to 1")
+    convert_argument(staged, bool, where="export: --staged")
+    if threshold is not None and probability_threshold(threshold, where="export: --threshold") > 1:
+        raise ConfigError("export: --threshold: found inf; give a probability from 0 to 1")
     if opset is not None and format != "onnx":
         raise ConfigError(f"export: --opset found for --format {format}; leave it out, or use --format onnx")
-    if opset is not None and opset not in OPSETS:
+    if convert_argument(opset, int | None, where="export: --opset") is not None and opset not in OPSETS:
         raise ConfigError(f"export: --opset found {opset}; give {OPSETS[0]} to {OPSETS[-1]}")
     if format in ("safetensors", "transformers") and (staged or dtype is not None):
         option = "--staged" if staged else "--input"

@@ -26,7 +26,7 @@ from clframe.data.digests import refuse_other_data
 from clframe.data.samples import concatenate
 from clframe.data.source import Source
 from clframe.errors import DataError, RunFolderError, UnsupportedError
-from clframe.files import write_atomically
+from clframe.files import to_path, write_atomically
 from clframe.metrics import Tally
 from clframe.results import Result
 from clframe.run_folder import RunFolder, strategy_label
@@ -117,7 +117,7 @@ def plan_extension(
     Raises:
         ClframeError: Anything a user can fix, in one line.
     """
-    folder = RunFolder.open(Path(run), where="extend")
+    folder = RunFolder.open(to_path(run, where="extend"), where="extend")
     config, result, content = _read_parent(folder)
     check_split(overrides, data)
     data, split = _as_source(data)

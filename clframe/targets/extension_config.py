@@ -16,6 +16,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.data.chain import Stored
 from clframe.data.source import SOURCES, Source
 from clframe.errors import ClframeError, ConfigError, RunFolderError
+from clframe.files import to_path
 from clframe.results import Result
 from clframe.run_folder import RunFolder
 from clframe.stream import LOCATIONS, build_source, build_stream
@@ -88,7 +89,7 @@ def new_config(
         base = replace(base, benchmark=without_text_options(base.benchmark))
     changed = change_config(replace(base, earlier=()), overrides, benchmark=filled)
     if output is not None:
-        changed = replace(changed, output=str(output))
+        changed = replace(changed, output=str(to_path(output, where="output")))
     block = changed.benchmark
     for key in _FIXED:
         found, wanted = getattr(block, key), filled[key]

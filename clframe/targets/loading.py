@@ -16,8 +16,10 @@ from clframe.build import build_backbone, build_strategy, register_imports
 from clframe.config.files import read_yaml
 from clframe.config.schema import Config
 from clframe.config.typed import from_mapping
+from clframe.device_names import usable_device
 from clframe.errors import ConfigError, RunFolderError, UnsupportedError, reason_of, reword
 from clframe.exits.curves import BudgetPoints
+from clframe.files import to_path
 from clframe.metrics import Tally
 from clframe.moe.pipeline import Recipe
 from clframe.nn import Network
@@ -54,18 +56,20 @@ RunModelT = TypeVar("RunModelT", bound=RunModel)
 
 
 @own_process("clframe.load", trains=False)
-def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> TrainedModel:
+def load_model(run: str | Path, *, device: str | torch.device = "cpu", where: str = "load") -> TrainedModel:
     """Load the trained model of a run, see :func:`clframe.load`.
 
     Args:
         run: A run folder, finished or not, or the folder of a model converted by ``clframe moefy``.
-        device: Device of the model.
+        device: Device of the model, see :func:`~clframe.device_names.usable_device`.
         where: Verb in the message about a folder that is not one of a run.
 
     Raises:
         RunFolderError: No run folder, or no readable checkpoint in it.
+        UnsupportedError: A device that is not available.
     """
-    folder = RunFolder.open(Path(run), where=where)
+    folder = RunFolder.open(to_path(run, where=where), where=where)
+    place = usable_device(device, where=f"{where}: device")
     config = read_config(folder)
     content: Mapping[str, Any]
     budgets: BudgetPoints | None = None
@@ -73,8 +77,8 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
         content, recipe, budgets = read_portable(folder.path)
     else:
         recipe = read_recipe(folder.path) if (folder.path / CONVERTED).is_file() else None
-        content = load_newest(folder.path, device=torch.device(device))
-    trained, finished, count = fit_model(config, content, folder=folder.path, recipe=recipe, device=device)
+        content = load_newest(folder.path, device=place)
+    trained, finished, count = fit_model(config, content, folder=folder.path, recipe=recipe, device=place)
     if finished < count:
         _log.warning(
             "%s: has learned %d of %d experiences; finish it with clframe run --resume %s",
@@ -84,7 +88,8 @@ def load_model(run: str | Path, *, device: str = "cpu", where: str = "load") -> 
 
 
 def fit_model(
-    config: Config, content: Mapping[str, Any], *, folder: Path, recipe: Recipe | None = None, device: str = "cpu"
+    config: Config, content: Mapping[str, Any], *, folder: Path, recipe: Recipe | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[TrainedModel, int, int]:
     """Restore the model of a checkpoint, and check that it predicts.
 
@@ -154,7 +159,7 @@ def run_config(run: str | Path, *, where: str = "load") -> Config:
         RunFolderError: No run folder.
         ConfigError: A config that cannot be read.
     """
-    return read_config(RunFolder.open(Path(run), where=where))
+    return read_config(RunFolder.open(to_path(run, where=where), where=where))
 
 
 def read_config(folder: RunFolder) -> Config:
@@ -171,7 +176,7 @@ def read_config(folder: RunFolder) -> Config:
 
 
 def load_run(
-    run: str | Path, *, kind: type[RunModelT], device: str = "cpu", where: str = "load"
+    run: str | Path, *, kind: type[RunModelT], device: str | torch.device = "cpu", where: str = "load"
 ) -> RunModelT:
     """Load the trained model of a run, with its folder and config, as a ``kind``; see :func:`load_model`.
 

@@ -7,6 +7,7 @@ interface, so that analysis and conversion are independent of the kind of model.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,6 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clframe.config.load import data_config, require_list
@@ -23,7 +23,8 @@ from clframe.data.benchmark import Benchmark
 from clframe.data.digests import refuse_other_data
 from clframe.data.source import SOURCES, Data
 from clframe.data.target import DataSplits, SampleSplit, Target
-from clframe.errors import ConfigError, RunFolderError, UnsupportedError
+from clframe.device_names import usable_device
+from clframe.errors import ConfigError, RunFolderError
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.nn.types import Inputs
 from clframe.options import option_types
@@ -78,7 +79,7 @@ def open_target(
         DataError: A model or data that cannot be loaded.
         UnsupportedError: Another kind of model, or a package that is not installed.
     """
-    if not name.strip():
+    if not isinstance(name, (str, os.PathLike)) or not (name := os.fspath(name)).strip():
         raise ConfigError("target: found nothing; give a run folder, or a model's folder or name on the hub")
     folder = Path(name).expanduser()
     if (folder / "config.yaml").is_file():
@@ -143,25 +144,6 @@ def _origin(name: str, data: str | None, config: Config | None) -> dict[str, Any
         if isinstance(block["options"].get(key), str):
             block["options"][key] = str(Path(block["options"][key]).expanduser().resolve())
     return {**found, "data": {**block, "seed": config.seed}}
-
-
-def usable_device(name: str) -> torch.device:
-    """Device by name: cpu, cuda, cuda:N, mps, or auto for the best available.
-
-    Raises:
-        UnsupportedError: The device is not available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device("cuda" if name == "gpu" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedError(f"--device: found {name}, but {reason}; give cpu, cuda, cuda:N or mps") from None
-    if device.type == "meta":
-        raise UnsupportedError("--device: found meta, which has no values; use cpu, cuda, cuda:N or mps")
-    return device
 
 
 def run_target(name: str, trained: TrainedModel, overrides: Sequence[str] = ()) -> Target:

@@ -15,11 +15,12 @@ from clframe.avalanche_bridge.fabric import TrainerEngine
 from clframe.avalanche_bridge.imports import LightningModule
 from clframe.core import Composition, Experience, compose, parse
 from clframe.core.component import Component
-from clframe.errors import UnsupportedError
+from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.network import Network
 from clframe.nn.types import Output
-from clframe.options import convert
+from clframe.options import convert, convert_argument
 from clframe.process_state import RandomStreams
+from clframe.training.argument_types import require_functions, require_objects
 from clframe.training.averaging import WeightAverage
 from clframe.training.divergence import Action, DivergenceGuard, gradient_norm
 from clframe.training.epochs import TRAIN_LOSS, MeanLoss, needs_metric, step_schedule
@@ -74,6 +75,20 @@ class ContinualModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         composition = parse(strategy) if isinstance(strategy, str) else compose(strategy)
+        where = "ContinualModule"
+        if optimizer is None or isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"{where}.optimizer: found {'none' if optimizer is None else 'an optimizer'}; give a function that "
+                f"creates one for the parameters in each experience, such as partial(SGD, lr=0.1)"
+            )
+        require_functions({"optimizer": optimizer, "scheduler": scheduler, "groups": groups}, where=where)
+        require_objects({"network": (network, Network), "average": (average, WeightAverage)}, where=where)
+        if network is None:
+            raise ConfigError(f"{where}.network: found none; give a Network")
+        seed = convert_argument(seed, int | None, where=f"{where}.seed")
+        clip = convert_argument(clip, float | None, where=f"{where}.clip")
+        if clip is not None and clip <= 0:
+            raise ConfigError(f"{where}.clip: found {clip:g}; give a number above 0, or None for no clipping")
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise UnsupportedError(
                 "ContinualModule: found a network without trainable parameters, such as that of clframe.load(run), "

@@ -29,8 +29,14 @@ from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.graphs import CudaGraphs
 from clframe.nn.types import Output
-from clframe.options import convert, require_count
+from clframe.options import require_count
 from clframe.process_state import require_gradients
+from clframe.training.argument_types import (
+    require_functions,
+    require_objects,
+    require_plugins,
+    require_types,
+)
 from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture, StepCapture
 from clframe.training.channels_last import require_channels_last
@@ -127,16 +133,27 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLo
         eval_every: int = -1,
         peval_mode: EvalMode = "epoch",
     ) -> None:
-        words = (("engine", engine, EngineName), ("capture", capture, Capture), ("peval_mode", peval_mode, EvalMode))
-        for name, word, kind in words:
-            convert(word, kind, where=f"LightningStrategy.{name}")
+        where = "LightningStrategy"
+        require_types({
+            "engine": (engine, EngineName), "capture": (capture, Capture), "peval_mode": (peval_mode, EvalMode),
+            "drop_last": (drop_last, bool), "channels_last": (channels_last, bool), "compile": (compile, bool | str),
+            "trainer": (trainer, dict[str, Any] | None),
+        }, where=where)  # fmt: skip
+        require_objects({
+            "model": (model, nn.Module), "optimizer": (optimizer, Optimizer), "benchmark": (benchmark, Benchmark),
+            "fabric": (fabric, Fabric), "early_stopping": (early_stopping, EarlyStopping),
+            "plugins": (plugins, Sequence), "plan": (plan, TrainingPlan), "group": (group, Group),
+        }, where=where)  # fmt: skip
+        require_functions({"criterion": criterion}, where=where)
+        require_plugins(plugins or (), where=where)
         numbers = {
             "accumulate": accumulate, "limit_batches": 1 if limit_batches is None else limit_batches,
             "train_mb_size": train_mb_size, "eval_mb_size": 1 if eval_mb_size is None else eval_mb_size,
         }  # fmt: skip
         for name, number in numbers.items():
-            require_count(number, least=1, where=f"LightningStrategy.{name}")
-        require_count(train_epochs, least=0, where="LightningStrategy.train_epochs")
+            require_count(number, least=1, where=f"{where}.{name}")
+        require_count(eval_every, least=-1, where=f"{where}.eval_every")
+        require_count(train_epochs, least=0, where=f"{where}.train_epochs")
         self.module = model if isinstance(model, ContinualModule) else None
         configured = configured_optimizer(model) if optimizer is None and self.module is None else None
         if configured is not None:

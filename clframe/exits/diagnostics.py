@@ -243,11 +243,6 @@ class ExitRecord:
         """Oracle accuracy minus the last exit's. Source: Kaya et al., "Shallow-Deep Networks" (2019)."""
         return self.oracle_accuracy - self.accuracy_K[-1]
 
-    @property
-    def overthinking_relative(self) -> float:
-        """Overthinking over the last exit's accuracy; NaN where that is 0."""
-        return self.overthinking / self.accuracy_K[-1] if self.accuracy_K[-1] else math.nan
-
     @classmethod
     def upgrade(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the content of an older file, which had ``diagnostics``, in today's shape."""

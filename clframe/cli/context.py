@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,18 +40,11 @@ def parse_config(options: argparse.Namespace) -> tuple[str, list[str]]:
     if not name or ("=" in name and not name.endswith((".yaml", ".yml"))):
         found = f"found '{name}' instead of a config" if name else "found no config"
         raise ConfigError(f"{options.verb}: {found}; begin with one, such as clframe {options.verb} quickstart")
-    if options.device is not None:
-        chosen = device_overrides(options.device)
-        if any(text.startswith("trainer.devices=") for text in overrides):
-            if ":" in options.device:
-                raise ConfigError(f"--device: found {options.device} together with trainer.devices; give one of them")
-            chosen = chosen[:1]  # the accelerator
-        overrides += chosen
-    given = [text for text in overrides if text.partition("=")[0].strip() == "seed"]
-    for option in ("seed", "seeds"):
-        chosen_seed = getattr(options, option, None)
-        if given and chosen_seed is not None:
-            raise ConfigError(f"--{option}: found {chosen_seed} together with {given[-1]}; give one of them")
+    for option, key in (("seed", "seed"), ("seeds", "seed"), ("name", "name"), ("output", "output")):
+        refuse_twice(option, getattr(options, option, None), key, overrides)
+    if getattr(options, "deterministic", False):
+        refuse_twice("deterministic", "it", "trainer.deterministic", overrides)
+    overrides += chosen_device(options.device, overrides)
     if options.seed is not None:
         overrides.append(f"seed={parse_seed(options.seed)}")
     return name, overrides
@@ -117,6 +110,44 @@ def progress_line(progress: Any) -> str:
         f"so far{f' ({gone} not evaluated)' if gone else ''}, {100 * tally.accuracy_E[index]:5.1f} % on this one   "
         f"({progress.train_seconds:.1f} s training)"
     )
+
+
+def refuse_twice(option: str, value: str | None, key: str, overrides: Sequence[str]) -> None:
+    """Refuse an option together with an override of the key that it sets.
+
+    Args:
+        option: Its name, without dashes.
+        value: Its value; None where it is not given.
+        key: The key.
+        overrides: All overrides.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    given = [text for text in overrides if text.partition("=")[0].strip() == key]
+    if given and value is not None:
+        raise ConfigError(f"--{option}: found {value} together with {given[-1]}; give one of them")
+
+
+def chosen_device(name: str | None, overrides: Sequence[str]) -> list[str]:
+    """Overrides of ``--device``, next to others.
+
+    Args:
+        name: Its value; None where it is not given.
+        overrides: All other overrides.
+
+    Raises:
+        ConfigError: No such device, or one together with an override of the same key.
+    """
+    if name is None:
+        return []
+    chosen = device_overrides(name)
+    refuse_twice("device", name, "trainer.accelerator", overrides)
+    if any(text.partition("=")[0].strip() == "trainer.devices" for text in overrides):
+        if ":" in name:
+            raise ConfigError(f"--device: found {name} together with trainer.devices; give one of them")
+        chosen = chosen[:1]  # the accelerator
+    return chosen
 
 
 def device_overrides(name: str) -> list[str]:

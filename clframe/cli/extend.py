@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from clframe.cli.board import Board
-from clframe.cli.context import device_overrides, notices
+from clframe.cli.context import chosen_device, notices, refuse_twice
 from clframe.cli.run import print_progress, print_tables, until_stopped
 from clframe.errors import ConfigError
 
@@ -56,8 +56,8 @@ def _extend(options: argparse.Namespace) -> int:
     if not run or run.startswith("benchmark"):
         found = f"found '{run}' instead of a run" if run else "found no run"
         raise ConfigError(f"extend: {found}; begin with a run folder, such as the one clframe run printed")
-    if options.device is not None:
-        overrides += device_overrides(options.device)
+    refuse_twice("output", options.output, "output", overrides)
+    overrides += chosen_device(options.device, overrides)
     quiet = options.quiet
     with (
         notices(quiet=quiet) as data_notices,

@@ -60,7 +60,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     axes, seeds = parse_words(words)
     if seeds:
         raise ConfigError("seed: found seeds, but stored numbers are means over those of the table; leave it out")
-    space = replace(file.space, grid={**file.space.grid, **axes, **device_axes(options)})
+    space = replace(file.space, grid={**file.space.grid, **axes, **device_axes(options, given=axes)})
     folder, launcher = Path(options.folder or Path("reproduced") / Path(table).stem), make_launcher(options)
     parts = [restrict(space, one.setting) for one in rows]
     checked = [check_settings(part.config, part.settings()) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def _train(options: argparse.Namespace) -> int:
     _check_folder(options)
     config, overrides = parse_config(options)
     if options.name is not None:
-        overrides.append(f"name={options.name}")
+        overrides.append(f"name={json.dumps(options.name, ensure_ascii=False)}")  # 2024 is text, too
     if options.deterministic:
         overrides.append("trainer.deterministic=true")
     if options.jobs is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clframe.cli.context import device_overrides
+from clframe.cli.context import chosen_device
 from clframe.cli.jobs import parse_jobs, parse_per_device
 from clframe.cli.run import until_stopped
 from clframe.errors import ConfigError, Interrupted, UnknownNameError, unknown_name
@@ -98,7 +98,7 @@ def read_space(options: argparse.Namespace) -> Space:
         found = f"found '{name}' instead of a config" if name else "found no config"
         raise ConfigError(f"sweep: {found}; begin with one, such as clframe sweep quickstart")
     axes, seeds = parse_words(words)
-    axes |= device_axes(options)
+    axes |= device_axes(options, given=axes)
     if options.seed is not None:
         if seeds:
             raise ConfigError(f"--seed: found {options.seed} together with seed=...; give one of them")
@@ -115,9 +115,9 @@ def read_space(options: argparse.Namespace) -> Space:
     return space
 
 
-def device_axes(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """Return the values that ``--device`` sets."""
-    overrides = [] if options.device is None else device_overrides(options.device)
+def device_axes(options: argparse.Namespace, *, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Return the values that ``--device`` sets, next to those that are given."""
+    overrides = chosen_device(options.device, [f"{key}={','.join(values)}" for key, values in given.items()])
     return {key: (value,) for key, _, value in (override.partition("=") for override in overrides)}
 
 

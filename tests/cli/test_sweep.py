@@ -287,3 +287,11 @@ def test_two_sweeps_on_one_folder_train_each_cell_once(here):
     assert all("resumed" not in path.read_text() for path in here.glob("s/*/log.txt"))
     tables = [out[out.index("Mean ±") :] for out, _ in outputs]
     assert tables[0] == tables[1]
+
+
+def test_a_device_leaves_the_number_of_devices_to_its_axis() -> None:
+    from clframe.cli.sweep import device_axes
+
+    options = argparse.Namespace(device="cpu")
+    assert device_axes(options, given={}) == {"trainer.accelerator": ("cpu",), "trainer.devices": ("1",)}
+    assert device_axes(options, given={"trainer.devices": ("1", "2")}) == {"trainer.accelerator": ("cpu",)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.errors import UnsupportedError
 from clframe.nn.graphs import CudaGraphs
 from clframe.nn.types import Output
-from clframe.options import require_count
 from clframe.process_state import require_gradients
-from clframe.training.argument_types import (
-    require_functions,
-    require_objects,
-    require_plugins,
-    require_types,
-)
 from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture, StepCapture
 from clframe.training.channels_last import require_channels_last
@@ -51,12 +44,9 @@ from clframe.training.loaders import Serving
 from clframe.training.loop import StepPlugins, StrategyStep
 from clframe.training.module import ContinualModule
 from clframe.training.sharing import SharedBatches
+from clframe.training.strategy_arguments import EngineName, EvalMode, check_strategy_arguments
 from clframe.training.trainer_arguments import check_arguments
 from clframe.training.trainer_options import check_callbacks
-
-EngineName = Literal["fabric", "trainer"]
-EvalMode = Literal["experience", "epoch", "iteration"]
-"""Avalanche's words for what ``eval_every`` counts."""
 
 
 class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLoop, OnFabric, SupervisedTemplate):
@@ -133,46 +123,18 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLo
         eval_every: int = -1,
         peval_mode: EvalMode = "epoch",
     ) -> None:
-        where = "LightningStrategy"
-        require_types({
-            "engine": (engine, EngineName), "capture": (capture, Capture), "peval_mode": (peval_mode, EvalMode),
-            "drop_last": (drop_last, bool), "channels_last": (channels_last, bool), "compile": (compile, bool | str),
-            "trainer": (trainer, dict[str, Any] | None),
-        }, where=where)  # fmt: skip
-        require_objects({
-            "model": (model, nn.Module), "optimizer": (optimizer, Optimizer), "benchmark": (benchmark, Benchmark),
-            "fabric": (fabric, Fabric), "early_stopping": (early_stopping, EarlyStopping),
-            "plugins": (plugins, Sequence), "plan": (plan, TrainingPlan), "group": (group, Group),
-        }, where=where)  # fmt: skip
-        require_functions({"criterion": criterion}, where=where)
-        require_plugins(plugins or (), where=where)
-        numbers = {
-            "accumulate": accumulate, "limit_batches": 1 if limit_batches is None else limit_batches,
-            "train_mb_size": train_mb_size, "eval_mb_size": 1 if eval_mb_size is None else eval_mb_size,
-        }  # fmt: skip
-        for name, number in numbers.items():
-            require_count(number, least=1, where=f"{where}.{name}")
-        require_count(eval_every, least=-1, where=f"{where}.eval_every")
-        require_count(train_epochs, least=0, where=f"{where}.train_epochs")
+        check_strategy_arguments(locals())
         self.module = model if isinstance(model, ContinualModule) else None
-        configured = configured_optimizer(model) if optimizer is None and self.module is None else None
-        if configured is not None:
-            optimizer = configured[0]
-        self._fresh_optimizer = optimizer is None
-        if optimizer is None:
-            if self.module is None:
-                raise UnsupportedError(
-                    "LightningStrategy: found no optimizer for a model that creates none; pass optimizer= or a "
-                    "ContinualModule"
-                )
-            optimizer = self.module.new_optimizer()
+        first, schedule = _first_optimizer(model, optimizer)
+        self._fresh_optimizer = optimizer is None and self.module is not None
         for wanted, option in ((engine == "trainer", "engine 'trainer'"), (early_stopping, "early_stopping")):
             if wanted and self.module is None:
-                raise UnsupportedError(f"LightningStrategy: {option} needs a ContinualModule; wrap the model or "
-                                       f"leave it out")  # fmt: skip
+                raise UnsupportedError(
+                    f"LightningStrategy: {option} needs a ContinualModule; wrap the model or leave it out"
+                )
         super().__init__(
             model=model,
-            optimizer=optimizer,
+            optimizer=first,
             criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
@@ -213,7 +175,7 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLo
         self.on_step: Callable[[LightningStrategy], None] | None = None
         self.step_plugins = StepPlugins()
         self._metrics: EpochMetrics | None = None
-        self._scheduler: Any = None if configured is None else configured[1]
+        self._scheduler: Any = schedule
         self._kwargs: dict[str, Any] = {}
         self._step_in_update = 0
         self._gradient_norm: float | Tensor | None = None
@@ -364,6 +326,24 @@ class LightningStrategy(Serving, SharedBatches, StrategyStep, Resumable, EpochLo
         if self.limit_batches is not None:
             self.dataloader = list(itertools.islice(self.dataloader, self.limit_batches))
         super().eval_epoch(**kwargs)
+
+
+def _first_optimizer(model: nn.Module, optimizer: Optimizer | None) -> tuple[Optimizer, Any]:
+    """Return the optimizer that a strategy starts with, and the schedule that its model configures with it.
+
+    Raises:
+        UnsupportedError: None is given, and the model creates none.
+    """
+    if optimizer is not None:
+        return optimizer, None
+    if isinstance(model, ContinualModule):
+        return model.new_optimizer(), None
+    configured = configured_optimizer(model)
+    if configured is None:
+        raise UnsupportedError(
+            "LightningStrategy: found no optimizer for a model that creates none; pass optimizer= or a ContinualModule"
+        )
+    return configured
 
 
 def _refuse_uncounted(plugins: Sequence[Any]) -> None:

@@ -59,7 +59,8 @@ class Exits(Component):
         as_published: Whether heads equal those of the authors' code where it differs: windows of ``pool`` in the
             published placements of ResNet18 (odd maps rounded up) and WRN16-2 (4x4); no padding in ``conv_large``;
             maps smaller than 4x4 repeated to 4x4 in ``conv`` and ``conv_large``.
-        heads: ``per_experience`` creates a head for each experience's classes, ``growing`` widens one.
+        heads: ``per_experience`` creates a head for each experience's classes, whose number adds to the time of a step
+            (in long streams noticeably); ``growing`` widens one.
         cascade: Whether a head also uses the logits of the previous exit, without their gradient.
         cascade_norm: Whether these logits pass a LayerNorm first.
         ensemble: Scores of an exit: its own logits (``single``), or a combination with those of earlier exits:

@@ -168,9 +168,14 @@ def analyze(
     lowest = None if least is None else least(dense)
     by_role = {role: [one for one in seen if _belongs(one.point, role) and one.tokens] for role in roles}
     if not any(by_role.values()):
+        if not any(one.tokens for one in seen):
+            raise UnsupportedError(
+                f"sparsity: found no feed-forward network in {type(model).__name__}, and its activations do not run as "
+                f"modules; give a transformer or another model with one"
+            )
         raise UnsupportedError(
             f"sparsity.roles: found {', '.join(roles) or 'none'}, of which the model has none; use "
-            f"{', '.join(dict.fromkeys(point.role for point in points))}"
+            f"{', '.join(dict.fromkeys(one.point.role for one in seen if one.tokens))}"
         )
     chosen = [
         (role, kind, there, tuple((sweep or {}).get(kind) or _default_values(kind, there)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clframe.data.choices import ChoiceSplit
 from clframe.data.target import IGNORED, Batches, SplitName, Target
-from clframe.errors import ConfigError, UnknownNameError, UnsupportedError, unknown_name
+from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.nn.frozen import evaluating
 from clframe.nn.types import Inputs
 from clframe.sparsity.analysis import ALL, SparsityReport, analyze
@@ -176,11 +176,6 @@ def study_sparsity(
         target.model, scored, evaluate=partial(_values, target, score), kinds=kinds, roles=wanted, inside=target.body,
         least=partial(lowest_mean, score, share=share), on_pass=on_pass,
     )  # fmt: skip
-    if not report.curves:
-        raise UnsupportedError(
-            f"sparsity: found no feed-forward network in {type(target.model).__name__}, and its activations do not run "
-            f"as modules; give a transformer or another model with one"
-        )
     return SparsityStudy(
         target=target.name, kind=target.kind, part=part, samples=samples, tokens=counted, score=score, share=share,
         report=_reported(report, score), language=language,

@@ -122,6 +122,22 @@ def test_gates_of_networks_that_share_an_activation_are_masked_one_by_one():
         analyze(Plain(), [(x, 0, None)], **call)
 
 
+class Unused(nn.Module):
+    """Has an activation as a module and computes another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x):
+        return torch.relu(self.layer(x))
+
+
+def test_activations_that_do_not_run_are_named_as_the_reason():
+    with pytest.raises(UnsupportedError, match=r"^sparsity: found no feed-forward network in Unused, and its activations do not"):
+        analyze(Unused(), [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long), None)])
+
+
 def test_critical_sparsity_lies_between_points_of_the_sweep():
     model = Plain()
     x, dense = data(model)

@@ -141,7 +141,7 @@ def handles():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.usefixtures("many_classes")
-@pytest.mark.parametrize("strategy", ["er(memory=600)", "er(memory=600) + exits"])
+@pytest.mark.parametrize("strategy", ["er(memory=600)", "er(memory=600) + exits(heads=growing)"])
 def test_five_hundred_experiences(strategy, tmp_path, monkeypatch):
     """Memory within 5 % of that after the fifth experience, no handle or thread left, no growing work of training.
 

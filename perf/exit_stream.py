@@ -33,7 +33,8 @@ from exit_race import macs, shares_for, thresholds_for
 from exit_race_graphs import MODELS, build, clean
 from torch import Tensor
 
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.active_samples import ActiveSamples
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.policies import ExitPolicy
 from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun, SegmentRunner
 from clframe.exits.streaming import ExitServer

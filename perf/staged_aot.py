@@ -22,7 +22,8 @@ from exit_race import CLASSES, MODELS, macs
 from torch import Tensor, nn
 
 from clframe.accounting.macs import stage_macs
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.active_samples import ActiveSamples
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.fusion import fuse_batch_norm
 from clframe.exits.head_kinds import make_head
 from clframe.exits.placement import at_cost

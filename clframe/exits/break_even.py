@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from clframe.exits.dynamic import rows_of_flow
+from clframe.exits.active_samples import rows_of_flow
 from clframe.nn.backbones.stages import Flow
 from clframe.nn.network import Network
 

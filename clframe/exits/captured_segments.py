@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from clframe.errors import UnsupportedError, reason_of
+from clframe.exits.active_samples import ActiveSamples
 from clframe.exits.decisions import Prediction
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.row_buffers import DeviceCount, gather_rows, kind_of, remaining_first, zeros_for_batch
 from clframe.exits.segments import Segment, run_segment
 from clframe.nn.graphs import Graphs, WeightWatch

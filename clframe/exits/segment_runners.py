@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ConfigError, DataError, reason_of
+from clframe.exits.active_samples import ActiveSamples
 from clframe.exits.captured_segments import WARM
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.row_buffers import HostCopy, gather_rows, kind_of, remaining_first, zeros_for_batch
 from clframe.exits.segments import Segment, divide, octaves_of, run_segment
 from clframe.exits.server_requests import first_rows, join_rows

@@ -15,7 +15,8 @@ from math import inf
 from torch import nn
 
 from clframe.errors import ConfigError
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork, Stop
+from clframe.exits.active_samples import ActiveSamples
+from clframe.exits.dynamic import DynamicNetwork, Stop
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clframe.exits.dynamic import ActiveSamples
+from clframe.exits.active_samples import ActiveSamples
 from clframe.exits.row_buffers import kind_of
 from clframe.nn.backbones.stages import tap_of
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError, ConfigError, DataError
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.active_samples import ActiveSamples
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.segment_runners import PlainRunner, SegmentRun, SegmentRunner
 from clframe.exits.server_requests import Answer, Chunk, Request, first_rows
 

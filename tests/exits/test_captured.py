@@ -17,8 +17,9 @@ from torch import nn
 from clframe.errors import ConfigError, DataError
 from clframe.exits import captured as module
 from clframe.exits import captured_segments
+from clframe.exits.active_samples import ActiveSamples
 from clframe.exits.captured import CapturedNetwork
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.policies import ExitPolicy
 from clframe.exits.segment_runners import GraphRunner
 from clframe.exits.segments import buckets_of, cheapest_removals, divide

@@ -11,7 +11,8 @@ from torch import nn
 
 from clframe.errors import ConfigError, DataError
 from clframe.exits import segment_runners
-from clframe.exits.dynamic import ActiveSamples, DynamicNetwork
+from clframe.exits.active_samples import ActiveSamples
+from clframe.exits.dynamic import DynamicNetwork
 from clframe.exits.policies import ExitPolicy
 from clframe.exits.row_buffers import HostCopy
 from clframe.exits.segment_runners import GraphRunner, PlainRunner, SegmentRun

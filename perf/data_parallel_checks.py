@@ -19,7 +19,7 @@ from torch import nn
 from clframe.data import Source, TensorSamples, class_incremental
 from clframe.nn import BACKBONES
 from clframe.training.distributed import Group
-from clframe.training.evaluation import Scores
+from clframe.training.scores import Scores
 from clframe.training.synchronization import as_bytes
 
 CHECKED = ("naive", "er(memory=20)", "derpp(memory=20)", "lwf", "er(memory=20) + exits", "er(memory=20) + moe(samples=16)")

@@ -17,8 +17,8 @@ from clframe.training.compiled import CompiledStages
 from clframe.training.epochs import EarlyStopping, EpochMetrics, needs_metric, step_schedule
 from clframe.training.inside import Boundary, Resumption
 from clframe.training.learner import Learner
-from clframe.training.loop import StepPlugins
 from clframe.training.module import ContinualModule
+from clframe.training.step_plugins import StepPlugins
 from clframe.training.trainer import fit_experience
 
 

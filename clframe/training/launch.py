@@ -20,10 +20,10 @@ from clframe.training.budget import TrainingPlan
 from clframe.training.capture import Capture
 from clframe.training.distributed import Group
 from clframe.training.epochs import EarlyStopping
-from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule, GroupsFactory, OptimizerFactory, SchedulerFactory
 from clframe.training.monitor import Monitor
 from clframe.training.run_progress import Progress
+from clframe.training.scores import Scores
 from clframe.training.session import Session
 from clframe.training.strategy import LightningStrategy
 from clframe.training.trainer_options import refuse_to_save, without_banners

@@ -11,8 +11,7 @@ Three levels, each with one contract:
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from clframe.avalanche_bridge.fabric import Engine
-from clframe.avalanche_bridge.imports import EvaluationPlugin, PeriodicEval, SupervisedPlugin
 from clframe.errors import UnsupportedError
 from clframe.functional.language import next_token_targets
 from clframe.nn.network import Network
@@ -30,12 +28,7 @@ from clframe.training.compiled import CompiledStages
 from clframe.training.divergence import DivergenceGuard, UpdateFilter, gradient_norm
 from clframe.training.epochs import EpochMetrics
 from clframe.training.learner import Learner
-
-EVENTS = (
-    "before_training_iteration", "before_forward", "after_forward", "before_backward", "after_backward",
-    "before_update", "after_update", "after_training_iteration",
-)  # fmt: skip
-"""Avalanche's callbacks inside a training step, in its order."""
+from clframe.training.step_plugins import StepPlugins
 
 
 class Driver(Protocol):
@@ -120,41 +113,6 @@ def update(learner: Learner, engine: Engine, optimizer: Any, guard: DivergenceGu
     if made:
         learner.after_step()
     return made
-
-
-class StepPlugins:
-    """The calls of Avalanche's plugins inside a training step, resolved once an epoch.
-
-    Avalanche triggers every plugin at each of the eight events of a step, nearly all of which do nothing. Calling
-    only those that override the callback keeps a step free of idle Python calls.
-
-    Args:
-        plugins: In the order in which they act.
-    """
-
-    def __init__(self, plugins: Iterable[Any] = ()) -> None:
-        calls: dict[str, list[Callable[..., None]]] = defaultdict(list)
-        for plugin in plugins:
-            for event in EVENTS:
-                if _acts_at(plugin, event):
-                    calls[event].append(getattr(plugin, event))
-        self.calls = {event: tuple(calls[event]) for event in EVENTS}
-        """What to call at each event."""
-        self.touch_loss = any(calls[event] for event in ("before_forward", "after_forward", "before_backward"))
-        """Whether a plugin may read or change ``strategy.loss`` before the backward pass."""
-        self.touch_gradients = any(calls[event] for event in ("after_backward", "before_update"))
-        """Whether a plugin may change the gradients before the update."""
-
-
-def _acts_at(plugin: Any, event: str) -> bool:
-    # An EvaluationPlugin answers to every event through __getattribute__; without metrics and loggers it does nothing.
-    if isinstance(plugin, EvaluationPlugin) and not hasattr(type(plugin), event):
-        return bool(plugin.metrics or plugin.loggers)
-    # PeriodicEval overrides the callback for all modes but evaluates inside epochs only in this one.
-    if type(plugin) is PeriodicEval:
-        return event == "after_training_iteration" and plugin.peval_mode == "iteration"
-    call = getattr(plugin, event, None)
-    return call is not None and getattr(call, "__func__", call) is not getattr(SupervisedPlugin, event, None)
 
 
 def _check_dtype(x: Tensor, network: Network) -> None:

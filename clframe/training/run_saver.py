@@ -12,9 +12,10 @@ from clframe.accounting import Ledger
 from clframe.data.benchmark import Benchmark
 from clframe.data.digests import StreamDigest
 from clframe.errors import RunFolderError, reason_of
+from clframe.training.activity_recorder import ActivityRecorder
 from clframe.training.checkpoint import decode, load_latest, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
-from clframe.training.evaluation import ActivityRecorder, ExitRecorder
+from clframe.training.exit_recorder import ExitRecorder
 from clframe.training.run_progress import Progress
 from clframe.training.saver import RESTORE_ERRORS, refuse_other_config, refuse_other_samples
 from clframe.training.strategy import LightningStrategy

@@ -15,16 +15,18 @@ from clframe.config.periods import Period
 from clframe.data.benchmark import Benchmark
 from clframe.errors import ClframeError, DivergenceError, reason_of
 from clframe.metrics import Tally
+from clframe.training.activity_recorder import ActivityRecorder
 from clframe.training.budget import TOLERANCE, ExperienceCost
 from clframe.training.checkpoint import nbytes
 from clframe.training.cost_recorder import CostRecorder
-from clframe.training.evaluation import ActivityRecorder, ExitRecorder, Scores
+from clframe.training.exit_recorder import ExitRecorder
 from clframe.training.experience_cost import count_costs
 from clframe.training.inside import Position
 from clframe.training.monitor import Monitor
 from clframe.training.run_progress import Progress, tally_of
 from clframe.training.run_saver import RunSaver
 from clframe.training.saver import ExperienceSaver, TrainingMeter
+from clframe.training.scores import Scores
 from clframe.training.strategy import LightningStrategy
 from clframe.training.tensorboard_pages import write_hyper_parameters, write_pictures, write_scalars
 

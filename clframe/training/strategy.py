@@ -38,12 +38,13 @@ from clframe.training.configured import configured_optimizer
 from clframe.training.distributed import Group
 from clframe.training.epoch_loop import EpochLoop
 from clframe.training.epochs import EarlyStopping, EpochMetrics
-from clframe.training.evaluation import Scores
 from clframe.training.inside import Resumable, Resumption
 from clframe.training.loaders import Serving
-from clframe.training.loop import StepPlugins, StrategyStep
+from clframe.training.loop import StrategyStep
 from clframe.training.module import ContinualModule
+from clframe.training.scores import Scores
 from clframe.training.sharing import SharedBatches
+from clframe.training.step_plugins import StepPlugins
 from clframe.training.strategy_arguments import EngineName, EvalMode, check_strategy_arguments
 from clframe.training.trainer_arguments import check_arguments
 from clframe.training.trainer_options import check_callbacks

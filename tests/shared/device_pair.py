@@ -23,10 +23,10 @@ from clframe.data.lazy import DatasetSamples
 from clframe.exits import make_head
 from clframe.nn import BACKBONES, Network
 from clframe.training.cost_recorder import CostRecorder
-from clframe.training.evaluation import Scores
 from clframe.training.launch import _fabric, _joined_fabric
 from clframe.training.module import ContinualModule
 from clframe.training.rendezvous import join_group, open_store
+from clframe.training.scores import Scores
 from clframe.training.strategy import LightningStrategy
 
 BATCH = 8

@@ -19,9 +19,9 @@ from clframe.data.avalanche import import_avalanche
 
 import_avalanche()
 
-from clframe.training.evaluation import Scores
 from clframe.training.learner import Learner
 from clframe.training.monitor import Monitor
+from clframe.training.scores import Scores
 from clframe.training.tensorboard import THROUGHPUT
 
 TINY = [

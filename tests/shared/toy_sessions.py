@@ -18,9 +18,9 @@ from clframe.nn.backbones import mlp
 
 import_avalanche()
 
-from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
+from clframe.training.scores import Scores
 from clframe.training.session import Session
 from clframe.training.strategy import LightningStrategy
 

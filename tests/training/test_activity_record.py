@@ -22,7 +22,7 @@ from clframe.moe.usage import active_mask
 from clframe.nn import Network
 from clframe.nn.backbones import Backbone
 from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
-from clframe.training.evaluation import ActivityRecorder, probe_indices
+from clframe.training.activity_recorder import ActivityRecorder, probe_indices
 
 NAN = float("nan")
 SMALL = ["backbone=mlp", "backbone.width=12", "trainer.epochs=1", "trainer.progress=false", "benchmark.experiences=3",

@@ -27,10 +27,10 @@ import_avalanche()
 
 from avalanche.core import SupervisedPlugin
 
-from clframe.training.evaluation import Scores
-from clframe.training.loop import EVENTS
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
+from clframe.training.scores import Scores
+from clframe.training.step_plugins import EVENTS
 from clframe.training.strategy import LightningStrategy
 
 BATCH, STEPS = 4, 5

@@ -22,9 +22,9 @@ from clframe.nn.backbones import mlp
 
 import_avalanche()
 
-from clframe.training.evaluation import Scores
 from clframe.training.module import ContinualModule
 from clframe.training.monitor import Monitor
+from clframe.training.scores import Scores
 from clframe.training.strategy import LightningStrategy
 
 SMALL = ["backbone=mlp", "backbone.width=16", "trainer.epochs=1", "trainer.progress=false", "trainer.loggers=[csv]"]

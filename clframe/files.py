@@ -163,6 +163,8 @@ def write_atomically(
 ) -> None:  # fmt: skip
     r"""Write ``data`` to a temporary file next to ``path``, sync it, and rename it to ``path``.
 
+    Pipes and devices, such as ``/dev/null`` and ``/dev/stdout``, are written to as they are.
+
     Args:
         path: File to write.
         data: Its content; text is encoded as UTF-8, bytes of file names that are not as ``\udcff``.
@@ -172,12 +174,15 @@ def write_atomically(
         RunFolderError: The folder cannot be written or the disk is full; ``path`` keeps its content.
     """
     path = Path(path)
+    # Names of files need not be UTF-8: such a byte is written as the escape that JSON and printable() use.
+    encoded = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    if _is_stream(path):
+        _write_stream(path, encoded)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            # Names of files need not be UTF-8: such a byte is written as the escape that JSON and printable() use.
-            encoded = data.encode(errors="backslashreplace") if isinstance(data, str) else data
             _write_all(handle, memoryview(encoded))
             if sync:
                 os.fsync(handle)
@@ -194,6 +199,25 @@ def write_atomically(
         # On a read-only file system even this fails, and its error would replace the one above.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a pipe, a device, or a descriptor of this process, which no file may replace."""
+    if str(path) in ("/dev/stdout", "/dev/stderr") or str(path.parent) == "/dev/fd":
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISBLK(mode)
+
+
+def _write_stream(path: Path, data: bytes | bytearray | memoryview) -> None:
+    try:
+        with open(path, "wb") as stream:
+            stream.write(data)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); give another file") from None
 
 
 def _write_all(handle: int, data: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,19 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(RunFolderError, match=r"^latency: .* cannot be written; make the run folder writable$"):
         time_run(tmp_path)
+
+
+def test_pipes_and_devices_are_written_to_and_remain(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "found")
+        assert os.read(reader, 16) == b"found"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)
+    write_atomically(link, "nothing")
+    assert link.is_symlink() and stat.S_ISCHR(os.stat(os.devnull).st_mode)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clframe.cli.context import parse_run
 from clframe.cli.numbers import decimal, whole_number
+from clframe.cli.output import check_files
 from clframe.printable import printable
 
 NAME = "evaluate"
@@ -48,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def act(options: argparse.Namespace) -> int:
     """Evaluate, print and write."""
     run, overrides = parse_run(options, then="benchmark=NAME and benchmark.KEY=VALUE")
+    check_files(options, "json")
     size = whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)
 

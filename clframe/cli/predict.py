@@ -8,7 +8,7 @@ from functools import partial
 
 from clframe.cli import predict_text
 from clframe.cli.numbers import decimal, whole_number
-from clframe.cli.output import write_found
+from clframe.cli.output import check_files, write_found
 from clframe.errors import ConfigError, DataError
 from clframe.printable import printable
 
@@ -65,8 +65,7 @@ def act(options: argparse.Namespace) -> int:
         raise ConfigError("predict: found no run; give a run folder, such as the one clframe run printed")
     if not inputs:
         raise ConfigError("predict: found no inputs; give image files, folders or patterns after the run")
-    if options.json == "-" and options.csv == "-":
-        raise ConfigError("--json: found -, and --csv too; write one of them to a file")
+    check_files(options, "json", "csv")
     top = 1 if options.top is None else whole_number("--top", options.top)
     size = 64 if options.batch_size is None else whole_number("--batch-size", options.batch_size)
     threshold, budget = decimal("--threshold", options.threshold), decimal("--budget", options.budget)

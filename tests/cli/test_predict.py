@@ -144,7 +144,10 @@ def test_nothing_predicted_is_bad_input(call, here, finished):
     (["RUN", "DRAWN", "--budget", "0.5"], "--budget: the model has one exit only; train with"),
     (["RUN", "DRAWN", "--device", "tpu"], "--device: found tpu"),
     (["RUN", "DRAWN", "--json", "-", "--csv", "-"], "--json: found -, and --csv too; write"),
-    (["RUN", "DRAWN", "--json", "no/such/folder.json"], "no/such/folder.json: cannot be written"),
+    (["RUN", "DRAWN", "--json", "x.txt", "--csv", "./x.txt"], "--json: found ./x.txt, and --csv too; write one of them to another file"),
+    (["RUN", "DRAWN", "--json", ""], "--json: found '' (text); give a file, or - for the standard output"),
+    (["RUN", "DRAWN", "--csv", "."], "--csv: found '.' (text); give a file, or - for the standard output"),
+    (["RUN", "DRAWN", "--json", "no/such/folder.json"], "--json: no folder no/such; create it, or give another file"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(refused, here, finished, drawn, words, message):
     (here / "empty").mkdir()

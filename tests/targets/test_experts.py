@@ -249,6 +249,14 @@ def test_data_of_a_run(vit_run, plain_vit_run):
         ({"sparsify": -1}, "sparsify: found -1"), ({"strength": -1.0}, "strength: found -1.0"),
         ({"batch": 0}, "batch: found 0"), ({"limit": 0}, "limit: found 0"), ({"router_width": 0}, "router_width: found 0"),
         ({"sparsify_lr": float("inf")}, "sparsify_lr: found inf"), ({"strength": float("nan")}, "strength: found nan"),
+        ({"epochs": "3"}, "moefy.epochs: found '3'"), ({"batch": 2.5}, "moefy.batch: found 2.5; give a whole number"),
+        ({"projection_epochs": 5}, "moefy.projection_epochs: found 5 without projections, which has no effect; leave it out"),
+        ({"projection_lr": 0.1}, "moefy.projection_lr: found 0.1 without projections"),
+        ({"sparsify": 0, "strength": 0.1}, "moefy.strength: found 0.1 without fine-tuning .sparsify 0., which has no effect"),
+        ({"sparsify": 0, "sparsify_lr": 0.1}, "moefy.sparsify_lr: found 0.1 without"),
+        ({"sparsify": 0, "regularizer": "l1"}, "moefy.regularizer: found l1 without"),
+        ({"strength": 0.0, "schedule": "linear"}, "moefy.schedule: found linear for a penalty of strength 0, which has no effect"),
+        ({"method": "moefication", "ramp": "epoch"}, "moefy.ramp: found epoch for a penalty of strength 0"),
     ],
 )  # fmt: skip
 def test_options_out_of_range(options, found):

@@ -16,6 +16,7 @@ from clframe.moe.pipeline import GATES, MOST, GateKind
 from clframe.moe.projections import check_dense
 from clframe.moe.router import ROUTERS, RouterKind
 from clframe.nn.network import Network
+from clframe.options import convert_fields
 from clframe.sparsity.functional import Schedule
 
 Method = Literal["d2dmoe", "moefication"]
@@ -89,7 +90,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values of another type or out of range, and options without effect."""
         for name, known in (
             ("method", get_args(Method)), ("regularizer", get_args(Regularizer)), ("schedule", get_args(Schedule)),
             ("ramp", get_args(Ramp)),
@@ -98,6 +99,7 @@ class Options:
             if getattr(self, name) not in known:
                 choices = ", ".join(str(each) for each in known if each is not None)
                 raise ConfigError(f"moefy.{name}: found '{getattr(self, name)}'; choose from {choices}")
+        convert_fields(self, where="moefy")
         least = {
             "projection_epochs": 0, "sparsify": 0, "router_width": 1, "epochs": 1, "batch": 1, "limit": 1, "k": 1,
             "samples": 0,
@@ -124,6 +126,20 @@ class Options:
                     f"moefy.{name}: found {getattr(self, name)} for analytical routers, which are not trained and have "
                     f"no hidden layer; leave it out"
                 )
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Refuse options of steps that are left out."""
+        of_penalty = ("regularizer", "schedule", "ramp")
+        for used, names, reason in (
+            (self.projections, ("projection_epochs", "projection_lr"), "without projections"),
+            (self.sparsify > 0, ("sparsify_lr", "strength", *of_penalty), "without fine-tuning (sparsify 0)"),
+            (self.penalty > 0, of_penalty, "for a penalty of strength 0"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not used and value != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(f"moefy.{name}: found {value} {reason}, which has no effect; leave it out")
 
     @property
     def gate_kind(self) -> GateKind:

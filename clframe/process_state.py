@@ -45,7 +45,8 @@ def default_modes() -> Iterator[None]:
     True
     """
     dtype = torch.get_default_dtype()
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    # A new tensor says it: get_default_device of torch 2.6 ignores ``with torch.device(...)``.
+    on_cpu = nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), torch.enable_grad(), on_cpu:
         torch.set_default_dtype(torch.float32)
         try:

@@ -139,8 +139,8 @@ def test_a_backbone_that_fails_is_refused_in_one_line(package, capsys):
         "from torch import nn\n\ndef net(input_shape):\n    return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n"
     )
     assert main(["run", "quickstart", "backbone=own_things_broken.net", "--allow-imports", "own_things_broken"]) == 2
-    assert capsys.readouterr().err == (
-        "clframe: error: backbone: stage '1' fails on inputs of shape (64,) (addmm: mat1 and mat2 shapes cannot be "
+    assert capsys.readouterr().err.replace("addmm: ", "") == (  # which torch 2.6 does not say
+        "clframe: error: backbone: stage '1' fails on inputs of shape (64,) (mat1 and mat2 shapes cannot be "
         "multiplied (2x64 and 5x3)); give stages that accept each other's outputs\n"
     )
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ def require_onnx() -> None:
             ) from error
 
 
+_MOST_SAMPLES: Final = 2**31 - 1
+"""Bound of the dynamic batch: without one, some traces of torch 2.6 demand that it differs from the largest integer."""
+
+
 def trace(module: nn.Module, example: Sequence[Tensor], *, what: str) -> torch.export.ExportedProgram:
     """Trace a module with a dynamic batch.
 
@@ -55,7 +59,7 @@ def trace(module: nn.Module, example: Sequence[Tensor], *, what: str) -> torch.e
     Raises:
         UnsupportedError: A module that cannot be traced.
     """
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=_MOST_SAMPLES)
     shapes: Any = tuple({0: batch} for _ in example)
     if _is_variadic(module):
         shapes = (shapes,)

@@ -29,7 +29,8 @@ from clframe.sparsity import plots as sparsity_plots
 from clframe.sparsity.study import SparsityStudy
 from clframe.tables import to_csv, to_markdown
 from clframe.targets.language import write_architecture
-from clframe.training.checkpoint import load_archive, save_checkpoint
+from clframe.training.archives import load_archive
+from clframe.training.checkpoint import save_checkpoint
 from clframe.training.trained import CONVERTED, load_newest, read_recipe
 
 WEIGHTS = "weights.pt"

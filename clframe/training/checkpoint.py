@@ -15,7 +15,6 @@ import io
 import logging
 import re
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from clframe.errors import RunFolderError
 from clframe.files import write_atomically
 from clframe.nn.frozen import restore
 from clframe.nn.network import Network
+from clframe.training.archives import load_archive
 
 FORMAT = 3
 READABLE = (2, 3)
@@ -176,67 +176,6 @@ def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
     except Exception:  # a damaged archive or pickle may raise anything
         return None
     return dict(content) if isinstance(content, dict) else None
-
-
-def load_archive(path: Path, *, device: torch.device) -> Any:
-    """Load a file of ``torch.save`` without running code, and without allocating more than its size.
-
-    Tensors saved on an accelerator are moved to ``device``.
-
-    Raises:
-        ValueError: Parts that are damaged or compressed, or a content whose declared size exceeds the file.
-        Exception: Anything else that ``zipfile`` and ``torch.load`` raise for damaged files.
-    """
-    accelerators = [*(f"cuda:{i}" for i in range(64)), "mps", "mps:0"]
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        # torch.save compresses nothing: compressed or overlapping parts would expand to any size.
-        stored = all(p.compress_type == zipfile.ZIP_STORED and p.file_size == p.compress_size for p in parts)
-        if not stored or sum(part.file_size for part in parts) > size:
-            raise ValueError("its parts are larger than the file")
-        # torch.load checks no CRC: without this, most flipped bits load as other weights.
-        if archive.testzip() is not None:
-            raise ValueError("the CRC of a part is wrong")
-    content = torch.load(path, map_location=dict.fromkeys(accelerators, str(device)), weights_only=True)
-    _check_extent(content, size=size)
-    return content
-
-
-_MOST_VALUES = 10**7
-"""Values of a checkpoint, counting those of a list once for every reference to it."""
-
-
-def _check_extent(content: Any, *, size: int) -> None:
-    """Refuse a content that grows when it is copied: shared lists nested in lists, and tensors of repeated elements.
-
-    Raises:
-        ValueError: More values than a checkpoint has, or a tensor larger than the file.
-    """
-    counts: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        if isinstance(value, Tensor):
-            # Sparse and quantized tensors have no storage of their declared size; clframe writes neither.
-            if value.layout != torch.strided or value.is_quantized or value.nbytes > max(size, 2**20):
-                raise ValueError("a tensor is larger than the file")
-            return 1
-        if not isinstance(value, (dict, list, tuple, set)):
-            return 1
-        if id(value) not in counts:
-            counts[id(value)] = _MOST_VALUES + 1  # of a list that contains itself
-            items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-            total = 1
-            for item in items:
-                total += count(item)
-                if total > _MOST_VALUES:
-                    raise ValueError("more values than a checkpoint has")
-            counts[id(value)] = total
-        elif counts[id(value)] > _MOST_VALUES:
-            raise ValueError("a value that contains itself")
-        return counts[id(value)]
-
-    count(content)
 
 
 def encode(value: Any, *, live: Mapping[int, str] | None = None) -> Any:

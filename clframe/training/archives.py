@@ -38,7 +38,7 @@ def load_archive(path: Path, *, device: torch.device) -> Any:
 
 
 class _Anything:
-    """Stands for an object of a pickle that is read for its storages only."""
+    """Any object of a pickle that is read for its storages only."""
 
     def __init__(self, *_: Any) -> None:
         """Take the arguments of any class."""
@@ -69,7 +69,7 @@ class _StorageReader(pickle.Unpickler):
         """Name of the record and its bytes, for every mention of a storage."""
 
     def find_class(self, module: str, name: str) -> type:
-        """A class that does nothing."""
+        """Return a class that does nothing."""
         return type(name, (_Anything,), {})
 
     def persistent_load(self, pid: Any) -> _Anything:

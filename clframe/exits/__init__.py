@@ -30,7 +30,7 @@ from clframe.exits.policies import (
     patience_threshold,
     register_confidence,
 )
-from clframe.nn.network import Carried, Ensemble
+from clframe.nn.exit_ensemble import Carried, Ensemble
 
 __all__ = [
     "ALWAYS", "CONFIDENCE_MEASURES", "NEVER", "STATIC", "AccuracyCostCurve", "BudgetPoints", "BudgetRule",

@@ -14,7 +14,7 @@ from torch import Tensor
 from clframe.exits.decisions import Prediction
 from clframe.exits.row_buffers import is_channels_last
 from clframe.nn.backbones.stages import Flow
-from clframe.nn.network import Carried
+from clframe.nn.exit_ensemble import Carried
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.errors import ConfigError, DataError
-from clframe.nn.network import Carried, Ensemble
+from clframe.nn.exit_ensemble import Carried, Ensemble
 
 Calibration = Literal["none", "temperature", "vector", "isotonic"]
 """Calibrations by name."""

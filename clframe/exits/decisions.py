@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clframe.errors import ClframeError, ConfigError
 from clframe.exits.policies import ConfidenceMeasure, ExitPolicy, Fallback, max_probability
-from clframe.nn.network import Carried
+from clframe.nn.exit_ensemble import Carried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

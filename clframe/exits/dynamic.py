@@ -19,8 +19,9 @@ from clframe.exits.decisions import Prediction
 from clframe.exits.ensembles import RunningEnsemble
 from clframe.exits.policies import ExitPolicy
 from clframe.nn.backbones.stages import tap_of
+from clframe.nn.exit_ensemble import Ensemble, Single
 from clframe.nn.frozen import evaluating
-from clframe.nn.network import Ensemble, Network, Single
+from clframe.nn.network import Network
 from clframe.options import format_value
 
 BREAK_EVEN = 0.02

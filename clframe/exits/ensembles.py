@@ -25,8 +25,9 @@ from torch import Generator, Tensor, nn
 
 from clframe.errors import ConfigError, DataError
 from clframe.exits.losses import log_probabilities
+from clframe.nn.exit_ensemble import Carried, Ensemble, Single
 from clframe.nn.features import exit_logits
-from clframe.nn.network import Carried, Ensemble, Network, Single
+from clframe.nn.network import Network
 from clframe.nn.types import Output, Samples
 
 EnsembleKind = Literal["single", "geometric", "product", "mean", "boosted"]

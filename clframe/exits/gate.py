@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from clframe.errors import DataError
 from clframe.exits.policies import FittedConfidence, entropy, margin, max_probability, register_confidence
-from clframe.nn.network import Carried
+from clframe.nn.exit_ensemble import Carried
 
 FEATURES = (max_probability, entropy, margin)
 

@@ -25,7 +25,7 @@ from clframe.errors import DataError
 from clframe.exits.budgets import Method
 from clframe.exits.failure import failure_targets
 from clframe.exits.policies import ConfidenceMeasure, FittedConfidence, entropy, margin, register_confidence
-from clframe.nn.network import Carried
+from clframe.nn.exit_ensemble import Carried
 
 Floats = NDArray[np.float64]
 

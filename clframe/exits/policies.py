@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from clframe.errors import ConfigError
-from clframe.nn.network import Carried
+from clframe.nn.exit_ensemble import Carried
 from clframe.options import format_value, require_count
 from clframe.registry import Registry, call_problem
 

@@ -30,7 +30,7 @@ from clframe.exits.failure import mean_over_exits
 from clframe.exits.learned import confidences, held_out_confidences
 from clframe.exits.policies import fitted_class, restore_confidence
 from clframe.exits.study import ExitScores, metrics_of
-from clframe.nn.network import Single
+from clframe.nn.exit_ensemble import Single
 
 METRICS: Final = (
     "ece", "ece_equal_mass", "brier", "nll", "auroc", "fpr95", "aurc", "e_aurc", "augrc", "e_augrc", "cov_at_5_risk",

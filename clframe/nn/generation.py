@@ -12,9 +12,10 @@ from typing import Protocol
 from torch import Tensor
 
 from clframe.errors import ConfigError
+from clframe.nn.exit_ensemble import Carried
 from clframe.nn.frozen import evaluating
 from clframe.nn.lazy_decoder import LazyDecoder, graphs_for
-from clframe.nn.network import Carried, Network
+from clframe.nn.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)

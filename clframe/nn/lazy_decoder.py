@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from clframe.errors import DataError, UnsupportedError, reason_of
 from clframe.nn.backbones.decoder import DecoderBlock, TokenEmbedding
 from clframe.nn.backbones.key_value_cache import KeyValueCache
+from clframe.nn.exit_ensemble import Single
 from clframe.nn.graphs import CudaGraphs, Graphs
-from clframe.nn.network import Network, Single
+from clframe.nn.network import Network
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clframe.errors import UnsupportedError
 from clframe.exits import STATIC, ExitPolicy
+from clframe.nn.exit_ensemble import Carried
 from clframe.nn.generation import LastExit, TokenRule
-from clframe.nn.network import Carried
 from clframe.targets.rules import PredictionRule
 from clframe.training.trained import TrainedModel
 

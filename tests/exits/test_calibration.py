@@ -27,7 +27,7 @@ from clframe.exits.calibration import (
 from clframe.exits.calibration_error import ece
 from clframe.exits.ensembles import make_ensemble
 from clframe.exits.ranking import rank
-from clframe.nn.network import Single
+from clframe.nn.exit_ensemble import Single
 
 KINDS = ["temperature", "vector", "isotonic"]
 

@@ -14,7 +14,7 @@ from clframe.errors import ConfigError, DataError
 from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts, RunningEnsemble, make_ensemble
 from clframe.nn import GrowingLinear, Network, freeze, restore
 from clframe.nn.backbones import mlp
-from clframe.nn.network import Single
+from clframe.nn.exit_ensemble import Single
 
 KINDS = ["geometric", "product", "mean"]
 SIZES = [(1, 1, 1), (1, 4, 3), (3, 5, 7), (4, 1, 2), (6, 3, 10)]

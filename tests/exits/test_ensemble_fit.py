@@ -14,7 +14,7 @@ from clframe.exits.ensembles import Geometric, Mean, ProductOfExperts, fit_ensem
 from clframe.exits.head_kinds import make_head
 from clframe.nn import Network
 from clframe.nn.backbones import resnet20
-from clframe.nn.network import Single
+from clframe.nn.exit_ensemble import Single
 
 
 def cached(exits: int, samples: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from clframe.exits.policies import CONFIDENCE_MEASURES, ExitPolicy
 from clframe.nn import GrowingLinear, Head, Network
 from clframe.nn.backbones import Backbone, mlp, small_cnn
 from clframe.nn.backbones.stages import tap_of
-from clframe.nn.network import Ensemble
+from clframe.nn.exit_ensemble import Ensemble
 
 UNFITTED = ("max_probability", "entropy", "margin", "patience")
 

@@ -137,14 +137,7 @@ def study_sparsity(
     if score not in (None, *SCORES):
         raise UnknownNameError(unknown_name("score", str(score), SCORES, where="--score"))
     kept = [_known("tokens", name, TOKENS) for name in tokens]
-    for option, names in (("rule", kinds), ("tokens", kept)):
-        if not names:
-            raise ConfigError(f"--{option}: found none; give one or more")
-    if target.kind != "causal" and set(kept) != set(TOKENS):
-        found = ", ".join(kept)
-        raise ConfigError(f"--tokens: found {found} for {target.name}, which is not a language model; leave it out")
-    if not 0 < share <= 1:
-        raise ConfigError(f"--share: found {share}; give a share above 0, at most 1")
+    _check_options(target, kinds=kinds, tokens=kept, share=share)
     size = size or (64 if target.logits_at is None else 16)
     part: SplitName = "test" if target.splits.validation is None else "validation"
     batches = target.batches(part, size=size, limit=limit)
@@ -154,12 +147,7 @@ def study_sparsity(
     samples, counted, labeled = count_data(batches)
     questions = target.splits.test if isinstance(target.splits.test, ChoiceSplit) else None
     score = score or ("choices" if questions is not None else "accuracy" if labeled else "agreement")
-    if score == "accuracy" and not labeled:
-        raise ConfigError("--score: found accuracy for data without labels; take agreement")
-    if score == "perplexity" and target.logits_at is None:
-        raise ConfigError(f"--score: found perplexity for {target.name}, which is not a language model; use accuracy")
-    if score.startswith("choices") and questions is None:
-        raise ConfigError(f"--score: found {score}, but --data has no questions; give a .jsonl file with choices")
+    _check_score(target, score, labeled=bool(labeled), asks=questions is not None)
     language = None if target.logits_at is None else _language_scores(target, batches, score)
     scored: Any = batches
     if questions is not None and score.startswith("choices"):
@@ -185,6 +173,28 @@ def study_sparsity(
         ),
         domains=measure_domains(target, limit=limit, size=size), origin=target.origin,
     )  # fmt: skip
+
+
+def _check_options(target: Target, *, kinds: Sequence[str], tokens: Sequence[str], share: float) -> None:
+    """Raise ConfigError for no rules or tokens, tokens of a model that generates none, and a share out of range."""
+    for option, names in (("rule", kinds), ("tokens", tokens)):
+        if not names:
+            raise ConfigError(f"--{option}: found none; give one or more")
+    if target.kind != "causal" and set(tokens) != set(TOKENS):
+        found = ", ".join(tokens)
+        raise ConfigError(f"--tokens: found {found} for {target.name}, which is not a language model; leave it out")
+    if not 0 < share <= 1:
+        raise ConfigError(f"--share: found {share}; give a share above 0, at most 1")
+
+
+def _check_score(target: Target, score: ScoreName, *, labeled: bool, asks: bool) -> None:
+    """Raise ConfigError for a score that needs labels, a language model or questions, which are not there."""
+    if score == "accuracy" and not labeled:
+        raise ConfigError("--score: found accuracy for data without labels; take agreement")
+    if score == "perplexity" and target.logits_at is None:
+        raise ConfigError(f"--score: found perplexity for {target.name}, which is not a language model; use accuracy")
+    if score.startswith("choices") and not asks:
+        raise ConfigError(f"--score: found {score}, but --data has no questions; give a .jsonl file with choices")
 
 
 def _critical_p(report: SparsityReport) -> float:

@@ -91,11 +91,8 @@ def text_target(
     texts = read_texts(files, document=document) if config is None and not asked else {}
     corpus = {} if config is None else labeled_texts(config)
     causal = any("CausalLM" in kind or "LMHead" in kind for kind in settings.architectures or ())
-    for option, given in (("generate", generate), ("stride", stride)):
-        if given and not causal:
-            raise ConfigError(f"--{option}: found {given} for {name}, which is not a language model; leave it out")
-    if config is None and not causal:
-        raise ConfigError(f"--data: found {data} without labels for an encoder; give a benchmark such as clinc150")
+    if not causal:
+        _refuse_for_encoder(name, data, labeled=config is not None, generate=generate, stride=stride)
     for option, value in (("generate", generate), ("stride", stride), ("document", document != "line" and document)):
         if asked and value:
             raise ConfigError(f"--{option}: found {value} for questions ({data}), which are read whole; leave it out")
@@ -127,6 +124,15 @@ def text_target(
     # The commit of a hub model, which transformers stores in its config.
     revision = getattr(settings, "_commit_hash", None)
     return replace(target, origin={"revision": revision, "options": {"max_length": length}})
+
+
+def _refuse_for_encoder(name: str, data: str, *, labeled: bool, generate: int, stride: int | None) -> None:
+    """Raise ConfigError for options of language models, and for data without labels."""
+    for option, given in (("generate", generate), ("stride", stride)):
+        if given:
+            raise ConfigError(f"--{option}: found {given} for {name}, which is not a language model; leave it out")
+    if not labeled:
+        raise ConfigError(f"--data: found {data} without labels for an encoder; give a benchmark such as clinc150")
 
 
 def _window(name: str, settings: Any, *, given: int | None, generate: int) -> int:

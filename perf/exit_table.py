@@ -68,9 +68,16 @@ STRATEGIES = {
         ("components.ewc={lamb: 10000, mode: merged, alpha: 0.5, heads: free, labels: predicted, estimate: published, scope: block}",),
     ),
     "lwf_published": Row("lwf", (), ("components.lwf.alpha=0.5",)),
+    "naive_current": Row("current_classes"),
+    "ewc_current": Row(
+        "ewc + current_classes",
+        ("components.ewc={lamb: 10000, mode: merged, alpha: 0.5, heads: free, labels: predicted, estimate: published, scope: block}",),
+    ),
+    "lwf_current": Row("lwf + current_classes", (), ("components.lwf.alpha=0.5",)),
 }  # fmt: skip
 """Name of a row -> its strategy; memory 2000 where one is kept. Rows that end in ``published`` have the options of the
-paper on auxiliary classifiers (Szatkowski et al., 2025), for 10 experiences, and the estimate of its code."""
+paper on auxiliary classifiers (Szatkowski et al., 2025), for 10 experiences, and the estimate of its code; those that
+end in ``current`` also its cross-entropy without a memory, over the classes of the experience."""
 
 VARIANTS = {
     "": ("", ()),

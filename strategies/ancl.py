@@ -26,9 +26,9 @@ class ANCL(Component):
     at temperature T and not multiplied by T^2. Kim et al., "Achieving a Better Stability-Plasticity Trade-off via
     Auxiliary Networks in Continual Learning" (2023).
 
-    Use it if LwF restricts new classes too much. Cost: two frozen networks in memory, two more forward passes per step,
-    and the training of the auxiliary network, whose steps the state counts: with ``epochs`` 0 the same number again as
-    the run itself.
+    Use it if LwF restricts new classes too much; without a replay buffer add ``current_classes``. Cost: two frozen
+    networks in memory, two more forward passes per step, and the training of the auxiliary network, whose steps the
+    state counts: with ``epochs`` 0 the same number again as the run itself.
 
     The code of the paper on auxiliary classifiers (Szatkowski et al., 2025) distills each old experience under its own
     softmax, times T^2 (``softmax: per_experience`` with ``lamb`` 4 at T = 2), reduces the auxiliary network's learning

@@ -27,9 +27,10 @@ class EWC(Component):
     diagonal of the Fisher information there: the mean over samples of the squared gradient of their log-likelihood. An
     exit's penalty covers the backbone up to its tap and its own head; new rows of a classifier are free.
 
-    Use it if no old data may be stored; in class-incremental streams it helps little without a replay buffer. Cost: two
-    numbers per weight and exit in total, however long the stream (a sum of quadratics is one), and a pass over the data
-    after each experience with one gradient per sample; a step costs a few operations over the flat weights. Kirkpatrick
+    Use it if no old data may be stored; in class-incremental streams it helps little without a replay buffer, unless
+    the cross-entropy is over the classes of the experience (``current_classes``). Cost: two numbers per weight and exit
+    in total, however long the stream (a sum of quadratics is one), and a pass over the data after each experience with
+    one gradient per sample; a step costs a few operations over the flat weights. Kirkpatrick
     et al., "Overcoming catastrophic forgetting in neural networks" (2017); online: Schwarz et al., "Progress &
     Compress" (2018); merged: Masana et al., "Class-incremental learning" (2022).
 

@@ -25,7 +25,8 @@ class LwF(Component):
     Hoiem, "Learning without Forgetting" (2016).
 
     Use it if no old data may be stored and new data resemble the old, or with a replay buffer (``er + lwf``), where it
-    is stronger. Cost: one forward pass of the teacher per step and a copy of the network.
+    is stronger. Without a buffer add ``current_classes``, as published: a cross-entropy over all classes so far leaves
+    the last ones only. Cost: one forward pass of the teacher per step and a copy of the network.
 
     Args:
         alpha: Weight of the term.

@@ -161,8 +161,8 @@ def parse_yaml(text: str) -> dict[Any, Any] | None:
     """Parse YAML text to plain values, references as they are written; None if it is not a mapping.
 
     Raises:
-        ValueError: Invalid YAML, brackets in more than :data:`MOST_DEPTH` levels, or aliases that expand to more than
-            :data:`MOST_NODES` values.
+        ValueError: Invalid YAML, brackets in more than :data:`MOST_DEPTH` levels, aliases that expand to more than
+            :data:`MOST_NODES` values, or a number that :func:`check_value` refuses.
     """
     return deepcopy(_kept(text) if len(text) <= MOST_KEPT else _parse(text))
 
@@ -194,14 +194,47 @@ def _check_depth(text: str) -> None:
             raise ValueError(f"its brackets have more than {MOST_DEPTH} levels, which is too deep a recursion")
 
 
+def check_value(text: str) -> None:
+    """Refuse the value of an override that YAML would not read as it is written.
+
+    Raises:
+        ValueError: A comment, which would be dropped, or a number with another base than its digits suggest.
+
+    >>> check_value("photos #2")
+    Traceback (most recent call last):
+    ValueError: found '#2', a comment
+    """
+    with suppress(yaml.YAMLError):  # reading the value names it
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(root)
+        if root is not None and (rest := text[root.end_mark.index :].strip()):
+            raise ValueError(f"found {rest!r}, a comment")
+
+
+def _check_number(node: yaml.ScalarNode) -> None:
+    """Refuse whole numbers in base 8 and in base 60, which YAML 1.1 makes of ``010`` and ``1:30``."""
+    if node.style is None and node.tag in _NUMBERS and re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):
+        base = 60 if ":" in node.value else 8
+        line = f" in line {node.start_mark.line + 1}" if node.start_mark.line else ""
+        raise ValueError(f"found {node.value}{line}, which YAML reads in base {base}")
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Refuse a text of which OmegaConf would make too many values: it copies a node for every alias of it."""
+    """Refuse numbers in an unexpected base, and a text of which OmegaConf would make too many values.
+
+    It copies a node for every alias of it.
+    """
     counts: dict[int, int] = {}
 
     def count(node: yaml.Node) -> int:
         if id(node) not in counts:
             counts[id(node)] = MOST_NODES + 1  # of a node that contains itself
             parts: list[yaml.Node] = []
+            if isinstance(node, yaml.ScalarNode):
+                _check_number(node)
             if isinstance(node, yaml.SequenceNode):
                 parts = node.value
             elif isinstance(node, yaml.MappingNode):

@@ -22,6 +22,7 @@ from clframe.config.files import (
     REGISTRIES,
     YAML,
     Registered,
+    check_value,
     find_config,
     known_configs,
     parser_reason,
@@ -314,6 +315,7 @@ class _Override:
     def layer(self) -> dict[Any, Any]:
         """The value at its key, as a file would have it."""
         try:
+            check_value(self.value)
             layer = OmegaConf.from_dotlist([f"{self.key}={self.value}"])
         except Exception as error:  # PyYAML and OmegaConf document no common base class for errors in broken values
             raise ConfigError(f"{self.where}: {parser_reason(error)}; fix the value or put it in quotes") from None

@@ -354,3 +354,44 @@ def test_every_shipped_group_file_loads_in_an_experiment(name):
     config = load_config("quickstart", [f"{group}={short}"])
     assert getattr(config, group).name
     assert config.strategy == load_config("quickstart").strategy
+
+
+@pytest.mark.parametrize(
+    ("value", "base"), [("010", 8), ("[3, 00]", 8), ("1:30", 60), ("{macs: 1:30.5}", 60), ("-0_7", 8)]
+)
+def test_numbers_in_another_base_than_their_digits_suggest_are_refused(tmp_path, value, base):
+    """YAML 1.1 makes 8 of 010, and 90 of 1:30."""
+    found = value.strip("[]{}").split(", ")[-1].removeprefix("macs: ")
+    with pytest.raises(ConfigError) as refused:
+        load_config("quickstart", [f"trainer.budget={value}"])
+    assert str(refused.value) == (
+        f"override 'trainer.budget={value}': found {found}, which YAML reads in base {base}; fix the value or put it in quotes"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"defaults: [experiment/quickstart]\ntrainer: {{budget: {value}}}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(file))
+    assert str(refused.value) == (
+        f"{file}: invalid YAML (found {found} in line 2, which YAML reads in base {base}); fix the file"
+    )
+
+
+def test_numbers_in_other_notations_are_read():
+    assert load_config("quickstart", ["seed=0x10", "trainer.batch_size=1_000"]).seed == 16
+    assert load_config("quickstart", ["optimizer.lr=00.5"]).optimizer.lr == 0.5
+    assert load_config("quickstart", ["name='010'"]).name == "010"
+
+
+@pytest.mark.parametrize(
+    ("override", "comment"),
+    [("benchmark.path=photos #2", "'#2'"), ("strategy=er # + lwf", "'# + lwf'"), ("benchmark.counts=[5, 5]  #x", "'#x'")],
+)
+def test_overrides_have_no_comments_that_would_be_dropped(override, comment):
+    with pytest.raises(ConfigError) as refused:
+        load_config("quickstart", [override])
+    assert str(refused.value) == f"override '{override}': found {comment}, a comment; fix the value or put it in quotes"
+
+
+def test_a_quoted_number_sign_is_part_of_the_value():
+    assert load_config("quickstart", ["benchmark=image_folder", "benchmark.path='photos #2'"]).benchmark.options == {"path": "photos #2"}
+    assert load_config("quickstart", ["name=a#2"]).name == "a#2"

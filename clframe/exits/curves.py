@@ -221,7 +221,7 @@ def shared_threshold(validation: ExitEvaluation, goal: Goal, *, fallback: Fallba
 
 
 def accuracy_cost_curve(
-    evaluation: ExitEvaluation, *, backbone_cost: float, most: int | None = 101, fallback: Fallback = "last"
+    evaluation: ExitEvaluation, *, backbone_cost: float, most: int | None = 101
 ) -> AccuracyCostCurve:
     """The curve over all shared thresholds, or over ``most`` of them at evenly spaced ranks.
 
@@ -233,7 +233,7 @@ def accuracy_cost_curve(
         if most < 2:
             raise ConfigError(f"most: found {most} points; give at least 2, the ends of the curve")
         thresholds_P = thresholds_P[torch.linspace(0, len(thresholds_P) - 1, most).round().long()]
-    cost_P, accuracy_P = sweep(evaluation, thresholds_P, fallback=fallback)
+    cost_P, accuracy_P = sweep(evaluation, thresholds_P)
     accuracy_K = evaluation.correct_KN.double().mean(dim=1)
     return AccuracyCostCurve(
         thresholds=tuple(thresholds_P.tolist()),
@@ -250,7 +250,6 @@ def budget_points(
     *,
     backbone_cost: float,
     budgets: Sequence[float] = BUDGETS,
-    fallback: Fallback = "last",
     rule: BudgetRule = "best",
 ) -> BudgetPoints:
     """Accuracy at fractions of the bare backbone's cost, and at the best threshold of all.
@@ -265,11 +264,11 @@ def budget_points(
     goals = [(f"{100 * share:g}%", share, share * backbone_cost) for share in budgets]
     goals.append(("max", math.nan, test.cost_K[-1]))
     thresholds_P = candidate_thresholds_P(validation)
-    cost_P, accuracy_P = sweep(validation, thresholds_P, fallback=fallback)
+    cost_P, accuracy_P = sweep(validation, thresholds_P)
 
     def point(name: str, share: float, index: int) -> BudgetPoint:
         threshold = clear_threshold(float(thresholds_P[index]), _distinct_P(validation))
-        outcome = evaluate_thresholds(test, shared(threshold, exits=test.exits), fallback=fallback)
+        outcome = evaluate_thresholds(test, shared(threshold, exits=test.exits))
         low, high = wilson_interval(round(outcome.accuracy * test.samples), test.samples)
         return BudgetPoint(
             name=name, budget_share=share, threshold=threshold, validation_cost=float(cost_P[index]) / backbone_cost,

@@ -31,6 +31,8 @@ from clframe.metrics.registry import Kind
 from clframe.records import read_record
 from clframe.registry import Registry
 
+CURVE_POINTS: Final = 41
+"""Largest number of thresholds in a recorded curve."""
 MOST_TOKENS: Final = 4096
 """Tokens of each test experience of text, the first ones, on which exits are compared: that costs more than computing
 them. Accuracies and likelihoods by experience are those of all tokens."""
@@ -270,7 +272,6 @@ def make_exit_record(
     rule: BudgetRule = "best",
     simulated: str = "",
     budgets: Sequence[float] = BUDGETS,
-    most: int = 41,
     nll_KE: tuple[tuple[float, ...], ...] = (),
 ) -> ExitRecord:
     """Make the record of one evaluation.
@@ -285,7 +286,6 @@ def make_exit_record(
         rule: Choice of the budget points' thresholds.
         simulated: See :class:`ExitRecord`.
         budgets: Shares of the bare backbone's MACs with a budget point each.
-        most: Largest number of thresholds in the curve.
         nll_KE: Nats per token of each exit of a language model on every test experience.
     """
     points = budget_points(validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule)
@@ -301,7 +301,7 @@ def make_exit_record(
         nll_KE=nll_KE,
         metrics=compute_exit_metrics(test),
         static=static_accuracies(test, correct=correct),
-        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most),
+        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=CURVE_POINTS),
         points=points,
         share_PK=tuple(nothing if outcome is None else outcome.share_K for outcome in outcomes),
         accuracy_PK=tuple(nothing if outcome is None else outcome.accuracy_K for outcome in outcomes),

@@ -133,7 +133,7 @@ class EarlyExit(Component):
         """Fit the confidence measure and solve thresholds on held-out data."""
         if not self.needs_held_out or len(network.heads) == 1:
             return state
-        logits, targets_N = exit_logits(network, context.experience.held_out, answer=context.corrected_output)
+        logits, targets_N = exit_logits(network, context.experience.held_out, forward=context.corrected_output)
         scores = network.ensemble(logits)
         parameters = None if self._fitted is None else dict(self._fitted.fit(scores, targets_N).state_dict())
         state = {**state, "gate": parameters}

@@ -253,7 +253,7 @@ class Exits(Component):
                 network, samples, epochs=self.fit_epochs, generator=context.generator, forward=context.corrected_output
             )
         if isinstance(network.ensemble, Calibrated):
-            logits, y_N = exit_logits(network, context.experience.held_out, answer=context.corrected_output)
+            logits, y_N = exit_logits(network, context.experience.held_out, forward=context.corrected_output)
             network.ensemble.fit(logits, y_N)
         return state
 

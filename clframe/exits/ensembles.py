@@ -327,7 +327,7 @@ def fit_on_samples(
     parts = tuple(samples)
     if not sum(len(part) for part in parts):
         raise DataError("ensemble: found no samples to fit it on; hold some out, or fit it on the training data")
-    logits, y_N = exit_logits(network, parts, answer=forward, batch_size=batch_size)
+    logits, y_N = exit_logits(network, parts, forward=forward, batch_size=batch_size)
     logits_KNC = torch.stack(logits)
     # A calibration wraps the ensemble and is fitted afterwards.
     ensemble = network.ensemble.inner

@@ -45,7 +45,7 @@ def exit_logits(
     network: Network,
     parts: Sequence[Samples],
     *,
-    answer: Callable[[Tensor], Output] | None = None,
+    forward: Callable[[Tensor], Output] | None = None,
     batch_size: int = 256,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Compute K tensors logits_NC, one per exit, of all samples of all ``parts``, and their targets_N.
@@ -53,18 +53,18 @@ def exit_logits(
     Of text, N are the tokens of at most :data:`MOST_TOKENS` in evenly spaced windows of each part, since logits over a
     vocabulary take thousands of numbers per token.
 
-    Modules return to their own mode afterwards. ``answer`` replaces the plain forward pass where a component adjusts
+    Modules return to their own mode afterwards. ``forward`` replaces the plain forward pass where a component adjusts
     logits (``context.corrected_output``).
     """
     device = network.final.weight.device
-    forward = network if answer is None else answer
+    compute = network if forward is None else forward
     outputs, targets = [], []
     with preserving_state([network]):
         for samples in parts:
             chosen = _windows(network, len(samples)) if network.vocabulary else torch.arange(len(samples))
             for index in chosen.split(batch_size):
                 x = network.to_device(samples.prepare(samples.raw(index)))
-                outputs.append(forward(x).logits)
+                outputs.append(compute(x).logits)
                 y_B = samples.y[index.to(samples.y.device)].to(device)
                 targets.append(next_token_targets(x) if network.vocabulary else y_B)
     targets_N = torch.cat(targets)

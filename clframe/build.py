@@ -26,6 +26,7 @@ from clframe.config_checks import (
     check_online,
     check_token_ids,
     check_trainer,
+    report_unused,
 )
 from clframe.core import COMPONENTS, Component, Composition, parse
 from clframe.core.expression import names_in_order
@@ -74,6 +75,7 @@ def build(config: Config, *, source: Source | None = None, needs_earlier: bool =
     check_token_ids(source, network)
     check_language(config, composition, source, network)
     resolved = composition.replace(lambda component: component.resolve(network))
+    report_unused(config, resolved, network)
     return Setup(_resolved_config(config, resolved, benchmark), resolved, benchmark, network)
 
 

@@ -5,6 +5,8 @@ Each raises for what a run would be refused for. Options alone are checked by :m
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from clframe.config.named import named_plugins
@@ -18,6 +20,8 @@ from clframe.nn import Network
 from clframe.nn.backbones.from_transformers import TextEmbed
 from clframe.training.compiled import require_compiler
 from clframe.training.devices import process_count
+
+_log = logging.getLogger(__name__)
 
 
 def check_trainer(whole: Config) -> None:
@@ -138,3 +142,42 @@ def check_language(config: Config, composition: Composition, source: Source, net
         found_devices = f"trainer.devices: found {config.trainer.devices} for a language model"
         problems.add(UnsupportedError(f"{found_devices}, which trains on one; set 1"))
     problems.raise_found()
+
+
+def report_unused(config: Config, composition: Composition, network: Network) -> None:
+    """Log the options that have no effect on this run.
+
+    They are not refused: epochs of a complete config may be lowered for a try.
+
+    Args:
+        config: The config.
+        composition: Its strategy.
+        network: The network before any component has added to it.
+    """
+    trainer, optimizer, owner = config.trainer, config.optimizer, composition.owner("prediction")
+    if len(network.heads) == 1 and hasattr(owner, "policy") and not composition.acting_at("setup_network"):
+        assert owner is not None
+        _log.warning(
+            "components.%s: has no effect, since the network has one exit; add exits to the strategy", owner.name
+        )
+    for component in composition:
+        for option, reason in component.unused_options.items():
+            _log.warning("components.%s.%s: has no effect, since %s; leave it out", component.name, option, reason)
+    if trainer.sync_batchnorm and process_count(trainer) == 1:
+        _log.warning("trainer.sync_batchnorm: has no effect on one device; leave it out, or set trainer.devices")
+    if trainer.budget.is_set or trainer.fast_dev_run:
+        return
+    for key, first in (
+        ("optimizer.milestones", optimizer.milestones[0] if optimizer.milestones else None),
+        ("optimizer.step", optimizer.step),
+    ):
+        if first is not None and first >= trainer.epochs:
+            _log.warning(
+                "%s: has no effect, since the rate changes after epoch %d of %d; give less, or more epochs",
+                key, first, trainer.epochs,
+            )  # fmt: skip
+    if trainer.eval_every > trainer.epochs:
+        _log.warning(
+            "trainer.eval_every: has no effect, found %d for %d epochs; give at most %d",
+            trainer.eval_every, trainer.epochs, trainer.epochs,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -111,6 +112,14 @@ class EarlyExit(Component):
         if self.rule != "first":
             return ""
         return "budget" if self.budget is not None else "measure" if self._fitted is not None else ""
+
+    @property
+    def unused_options(self) -> Mapping[str, str]:
+        """The threshold next to a budget, and how a budget is solved without one."""
+        names = ("solver", "budget_rule") if self.budget is None else ("threshold",)
+        reason = "there is no budget" if self.budget is None else "the budget replaces it"
+        defaults = {each.name: each.default for each in fields(self)}
+        return {name: reason for name in names if getattr(self, name) != defaults[name]}
 
     def init_state(self, network: Network) -> State:
         """The given thresholds, replaced where a budget is solved, and no parameters of the measure.

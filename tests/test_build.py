@@ -101,3 +101,38 @@ def test_configs_of_earlier_versions_mean_the_same():
     for change in ("strategy=er(memory=18) + lwf", "strategy=er(memory=17)", "components.lwf.alpha=2", "seed=1"):
         other = load_config("quickstart", [*TINY, "strategy=lwf + er(memory=17)", change])
         assert not same_config(to_yaml(former), to_yaml(other))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=early_exit(threshold=0.5)"], "components.early_exit: has no effect, since the network has one exit; add exits to the strategy"),
+        (
+            ["strategy=exits + early_exit(threshold=0.5, budget=0.5)", "benchmark.validation=0.1"],
+            "components.early_exit.threshold: has no effect, since the budget replaces it; leave it out",
+        ),
+        (["strategy=exits + early_exit(solver=coordinate)"], "components.early_exit.solver: has no effect, since there is no budget; leave it out"),
+        (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm: has no effect on one device; leave it out, or set trainer.devices"),
+        (["optimizer.schedule=multistep", "optimizer.milestones=[10, 20]"], "optimizer.milestones: has no effect, since the rate changes after epoch 10 of 10; give less, or more epochs"),
+        (["optimizer.schedule=step", "optimizer.step=12"], "optimizer.step: has no effect, since the rate changes after epoch 12 of 10; give less, or more epochs"),
+        (["trainer.eval_every=11"], "trainer.eval_every: has no effect, found 11 for 10 epochs; give at most 10"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_named(overrides, message, caplog):
+    build(load_config("quickstart", ["backbone=mlp", *overrides]))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [message]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["strategy=exits + early_exit(threshold=0.5)"],
+        ["strategy=exits + early_exit(budget=0.5, solver=coordinate)", "benchmark.validation=0.1"],
+        ["optimizer.schedule=multistep", "optimizer.milestones=[9, 20]"],
+        ["trainer.eval_every=10"],
+        ["optimizer.schedule=step", "optimizer.step=12", "trainer.budget=1e9"],
+    ],
+)
+def test_options_with_an_effect_are_not(overrides, caplog):
+    build(load_config("quickstart", ["backbone=mlp", *overrides]))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []

@@ -22,8 +22,8 @@ replace the whole block; NAME is a registered name (`clframe list backbones`) or
 
 _DEVICES = ("cpu", "cuda", "gpu", "mps", "auto")
 _NOTICED = (
-    "clframe.api", "clframe.config.load", "clframe.data", "clframe.execution", "clframe.planning",
-    "clframe.targets.loading", "clframe.training.saver",
+    "clframe.api", "clframe.config.load", "clframe.config_checks", "clframe.data", "clframe.execution",
+    "clframe.planning", "clframe.targets.loading", "clframe.training.saver",
 )  # fmt: skip
 """Loggers whose lines concern users of the command line."""
 

@@ -175,6 +175,11 @@ class Component:
         return ""
 
     @property
+    def unused_options(self) -> Mapping[str, str]:
+        """Options that are set and have no effect next to the others, each with the reason."""
+        return {}
+
+    @property
     def named_taps(self) -> Mapping[str, Sequence[str]]:
         """Taps that options name, by option: a backbone that can be divided after any layer is divided after these."""
         return {}

@@ -183,7 +183,13 @@ def active_mask(x_TN: Tensor) -> Tensor:
     return (size_TN > 0) & (size_TN >= ACTIVE_FRACTION * size_TN.amax(-1, keepdim=True))
 
 
-def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[Any], Any]) -> dict[str, Tensor]:
+def active_rates(
+    module: nn.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any], Any],
+    mask: Callable[[Any], Tensor | None] | None = None,
+) -> dict[str, Tensor]:
     """Fraction of tokens in which each hidden neuron is active, rate_N by layer, float64 on the CPU.
 
     Uses the input of the last layer of each feed-forward network of ``module``, or the output of each activation if
@@ -196,6 +202,8 @@ def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[A
         module: Module to observe.
         batches: Inputs of ``call``.
         call: Runs one batch through ``module``, or through a model that contains it; the caller sets modes.
+        mask: Maps a batch to the mask of the tokens that count, None for all. Layers with another number of tokens,
+            such as one for each text, count all.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> _ = net[0].weight.data.copy_(torch.eye(2)), net[0].bias.data.zero_()
@@ -206,11 +214,14 @@ def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[A
     counts: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     calls: dict[str, int] = {}
+    counted: Tensor | None = None
 
     def add(name: str, x: Tensor) -> None:
         calls[name] = nth = calls.get(name, 0) + 1
         layer = name if nth == 1 else f"{name}#{nth}"
         x_TN = x.detach().reshape(-1, x.shape[-1])
+        if counted is not None and counted.numel() == len(x_TN):
+            x_TN = x_TN[counted.reshape(-1)]
         count_N = active_mask(x_TN).sum(0)
         counts[layer] = counts[layer] + count_N if layer in counts else count_N
         tokens[layer] = tokens.get(layer, 0) + len(x_TN)
@@ -222,6 +233,7 @@ def active_rates(module: nn.Module, batches: Iterable[Any], *, call: Callable[[A
             stack.callback(layer.register_forward_pre_hook(partial(_add_expert_neurons, partial(add, name))).remove)
         for batch in batches:
             calls.clear()
+            counted = None if mask is None else mask(batch)
             call(batch)
     order = {name: place for place, (name, _) in enumerate(module.named_modules())}
     found = sorted(counts, key=lambda layer: order[layer.partition("#")[0]])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clframe.errors import ConfigError
+from clframe.nn.backbones.from_transformers import token_mask
 from clframe.nn.frozen import call_model, evaluating
 from clframe.nn.network import Network
 from clframe.nn.types import Inputs, Samples
@@ -23,7 +24,7 @@ from clframe.sparsity.masking import Masker, find_hook_points, replacing, requir
 class LayerActivity:
     """Activity of the hidden neurons of one layer, always measured on the same samples of each experience.
 
-    Shares are rounded to four decimals, finer than a few hundred samples can resolve.
+    Padding of texts does not count. Shares are rounded to four decimals, finer than a few hundred samples can resolve.
     """
 
     neurons: int
@@ -166,7 +167,7 @@ def experience_activity(
     limit: int = 2000,
     batch_size: int = 256,
 ) -> tuple[Activity, ...]:
-    """Measure the activity of a network's backbone on each experience, such as ``benchmark.test``.
+    """Measure the activity of a network's backbone on each experience, such as ``benchmark.test``; padding is left out.
 
     Args:
         network: Such as ``clframe.load(run).network``.
@@ -183,7 +184,8 @@ def experience_activity(
     found = []
     for samples in experiences:
         parts = torch.arange(min(len(samples), limit)).split(batch_size) if len(samples) else ()
-        batches = [(samples.prepare(samples.raw(part)).to(device), None) for part in parts]
+        inputs = [samples.prepare(samples.raw(part)).to(device) for part in parts]
+        batches = [(x, token_mask(network.backbone, x)) for x in inputs]
         found.append(activity(network.backbone, batches, kind=kind, value=value))
     return tuple(found)
 

@@ -25,7 +25,7 @@ from clframe.data.source import SOURCES, Data
 from clframe.data.target import DataSplits, SampleSplit, Target
 from clframe.device_names import usable_device
 from clframe.errors import ConfigError, RunFolderError
-from clframe.nn.backbones.from_transformers import TextEmbed
+from clframe.nn.backbones.from_transformers import TextEmbed, real_tokens
 from clframe.nn.types import Inputs
 from clframe.options import option_types
 from clframe.process_state import own_process
@@ -174,7 +174,7 @@ def run_target(name: str, trained: TrainedModel, overrides: Sequence[str] = ()) 
         raise RunFolderError(f"{folder}: was trained on other data than its config gives now; {advice}")
     refuse_other_data(benchmark.digest, trained.digest, where=str(folder), advice=advice)
     network, learner = trained.network, trained.learner
-    tokens = _real_tokens if isinstance(network.backbone.stages[0], TextEmbed) else None
+    tokens = real_tokens if isinstance(network.backbone.stages[0], TextEmbed) else None
 
     def predict(model: nn.Module, inputs: Inputs) -> Tensor:
         return learner.adjust_logits(model(inputs, taps=learner.taps)).last
@@ -232,10 +232,3 @@ def _other_data(source: str) -> str:
         return "change only benchmark.path=FOLDER, or add benchmark=language_model to measure it on other text"
     places = [option for option in _LOCATIONS if option in option_types(SOURCES.get(source))]
     return f"change only {' and '.join(f'benchmark.{option}' for option in places)}" if places else "change nothing"
-
-
-def _real_tokens(ids_BT: Tensor) -> Tensor:
-    """mask_BT of ids that are not padding; the first token always counts, as in the backbone."""
-    mask_BT = ids_BT != 0
-    mask_BT[:, 0] = True
-    return mask_BT

@@ -6,6 +6,7 @@ Shape suffixes: N neurons, E experiences.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from clframe.data.benchmark import Benchmark
 from clframe.moe import Usage, count_usage
 from clframe.moe.usage import active_rates, overlaps
+from clframe.nn.backbones.from_transformers import token_mask
 from clframe.nn.backbones.stages import preserving_state
 from clframe.nn.network import Network
 from clframe.nn.types import Samples
@@ -52,7 +54,9 @@ class ActivityRecorder:
                 at = probe_indices(len(samples), experiences=len(self._benchmark))
                 batches = (_prepare(network, samples, part) for part in at.split(BATCH) if len(part))
                 with count_usage(network) as used:
-                    found = active_rates(network.backbone, batches, call=network)
+                    found = active_rates(
+                        network.backbone, batches, call=network, mask=partial(token_mask, network.backbone)
+                    )
                     usage.append(used())
                 rates.append({layer: rate_N.float() for layer, rate_N in found.items()})
                 samples_E.append(len(at))

@@ -31,6 +31,27 @@ def test_an_ffn_is_looked_at_where_its_last_layer_is_entered():
     assert rates[""].tolist() == expected.tolist()
 
 
+def test_masked_tokens_do_not_count_and_layers_of_other_tokens_count_all():
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Linear(7, 3))
+            self.text = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.text(self.words(x)[:, 0])
+
+    torch.manual_seed(0)
+    net, x = Texts().eval(), torch.randn(3, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    rates = active_rates(net, [x[:1], x[1:]], call=net, mask=lambda batch: mask[:1] if len(batch) == 1 else mask[1:])
+    words, text = net.words[:2](x)[mask], net.text[:2](net.words(x)[:, 0])
+    assert (len(words), len(text)) == (7, 3)
+    assert rates["words"].tolist() == active_mask(words).double().mean(0).tolist()
+    assert rates["text"].tolist() == active_mask(text).double().mean(0).tolist()
+    assert active_rates(net, [x], call=net, mask=lambda batch: None)["words"].tolist() != rates["words"].tolist()
+
+
 def test_positions_of_maps_are_tokens_and_a_shared_activation_is_a_layer_each_time():
     class Block(nn.Module):
         def __init__(self):

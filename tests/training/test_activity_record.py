@@ -17,11 +17,15 @@ from torch import nn
 import clframe
 from clframe.build import build
 from clframe.config.load import load_config
+from clframe.data import Source, TensorSamples, class_incremental
 from clframe.moe import RoutedExperts, TopK, set_gate, to_experts
 from clframe.moe.usage import active_mask
 from clframe.nn import Network
 from clframe.nn.backbones import Backbone
-from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity
+from clframe.nn.backbones.from_transformers import bert
+from clframe.sparsity.activity import ActivityRecord, ExpertActivity, LayerActivity, experience_activity
+from clframe.sparsity.functional import keep
+from clframe.sparsity.sites import find_ffns
 from clframe.training.activity_recorder import ActivityRecorder, probe_indices
 
 NAN = float("nan")
@@ -69,6 +73,29 @@ def test_record_against_longhand(benchmark):
     assert layer.kept_E == (pytest.approx(kept, abs=1e-4), 1.0)
     assert 0.05 < kept < 0.95
     assert first.layers["stages.0"].overlap_E == first.layers["stages.0"].kept_E == (1.0,)
+
+
+def test_padding_of_texts_does_not_count():
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 4, 5, 0, 0, 0], [6, 0, 0, 0, 0, 0], [7, 8, 3, 2, 5, 9], [4, 4, 0, 0, 0, 0]])
+    data = TensorSamples(ids, torch.tensor([0, 0, 1, 1]))
+    stream = class_incremental(Source("texts", data, data, classes=2), experiences=2, order="sorted")
+    made = Network(bert((6,), vocabulary=12, width=8, depth=1, heads=2)).eval()
+    made.grow(range(2))
+    hidden: list[torch.Tensor] = []
+    (ffn,) = find_ffns(made.backbone)
+    hook = ffn.down.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].detach()))
+    made(ids)
+    hook.remove()
+    record = ActivityRecorder(stream).record(made, 1)
+    (layer,) = record.layers.values()
+    expected = [active_mask(hidden[0][rows][ids[rows] != 0]).double().mean().item() for rows in ([0, 1], [2, 3])]
+    assert layer.sparsity_E == pytest.approx([1 - share for share in expected], abs=1e-4)
+    found = experience_activity(made, stream.test, value=0.9)
+    for rows, one in zip(([0, 1], [2, 3]), found, strict=True):
+        kept = keep(hidden[0][rows][ids[rows] != 0], 0.9, kind="top_p").double().mean(0)
+        assert torch.allclose(*(rate for rate in (kept, *one.active.values())))
 
 
 def test_nothing_moves(benchmark):

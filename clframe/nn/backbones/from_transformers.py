@@ -39,9 +39,23 @@ class TextEmbed(nn.Module):
     def forward(self, x: Tensor) -> Masked:
         """Compute tokens and mask of ids_BT."""
         ids_BT = x.long()
-        keep_BT = ids_BT != 0
-        keep_BT[:, 0] = True
-        return self.embeddings(ids_BT), keep_BT[:, None, None]
+        return self.embeddings(ids_BT), real_tokens(ids_BT)[:, None, None]
+
+
+def real_tokens(ids_BT: Tensor) -> Tensor:
+    """mask_BT of ids that are not padding; the first token always counts.
+
+    >>> real_tokens(torch.tensor([[7, 3, 0], [0, 0, 0]])).tolist()
+    [[True, True, False], [True, False, False]]
+    """
+    mask_BT = ids_BT != 0
+    mask_BT[:, 0] = True
+    return mask_BT
+
+
+def token_mask(backbone: Backbone, x: Tensor) -> Tensor | None:
+    """mask_BT of the tokens in inputs of a text encoder that are not padding; None for another backbone."""
+    return real_tokens(x) if isinstance(backbone.stages[0], TextEmbed) else None
 
 
 class TextLayer(nn.Module):

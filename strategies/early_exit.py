@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clframe.accounting.macs import backbone_macs, cumulative_macs
 from clframe.core.component import Component
+from clframe.core.declarations import options_without_effect
 from clframe.core.types import State, StepContext
 from clframe.errors import ConfigError
 from clframe.exits import (
@@ -116,10 +117,11 @@ class EarlyExit(Component):
     @property
     def unused_options(self) -> Mapping[str, str]:
         """The threshold next to a budget, and how a budget is solved without one."""
-        names = ("solver", "budget_rule") if self.budget is None else ("threshold",)
-        reason = "there is no budget" if self.budget is None else "the budget replaces it"
-        defaults = {each.name: each.default for each in fields(self)}
-        return {name: reason for name in names if getattr(self, name) != defaults[name]}
+        return options_without_effect(
+            self,
+            (self.budget is not None, ["solver", "budget_rule"], "there is no budget"),
+            (self.budget is None, ["threshold"], "the budget replaces it"),
+        )
 
     def init_state(self, network: Network) -> State:
         """The given thresholds, replaced where a budget is solved, and no parameters of the measure.

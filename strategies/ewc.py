@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clframe.core.component import Component
+from clframe.core.declarations import options_without_effect
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ConfigError
 from clframe.nn.network import Network
@@ -89,6 +90,14 @@ class EWC(Component):
             if not ok:
                 raise ConfigError(f"components.ewc.{key}: found {getattr(self, key)}; {advice}")
         _ = self._penalty  # built here so that invalid sizes are refused at construction
+
+    @property
+    def unused_options(self) -> Mapping[str, str]:
+        """Decays of other modes."""
+        reason = f"mode is {self.mode}"
+        return options_without_effect(
+            self, (self.mode == "online", ["gamma"], reason), (self.mode == "merged", ["alpha"], reason)
+        )
 
     @cached_property
     def _penalty(self) -> QuadraticPenalty:

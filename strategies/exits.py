@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from clframe.core.component import Component
+from clframe.core.declarations import options_without_effect
 from clframe.core.types import State, Step, StepContext
 from clframe.errors import ClframeError, ConfigError, UnsupportedError, reword
 from clframe.exits import (
@@ -148,6 +149,17 @@ class Exits(Component):
         ):
             if not ok:
                 raise ConfigError(f"components.exits.{key}: found {getattr(self, key)}; {advice}")
+
+    @property
+    def unused_options(self) -> Mapping[str, str]:
+        """Options of parts that the others leave out."""
+        return options_without_effect(
+            self,
+            (self.distill > 0, ["temperature"], "distill is 0"),
+            (self.regime != "joint", ["trunk_share"], "the regime is joint"),
+            (self.ensemble == "geometric", ["fit_on", "fit_epochs"], "the ensemble is not geometric"),
+            (self.head in ("auto", "hidden"), ["hidden"], f"the head is {self.head}"),
+        )
 
     @property
     def needs_held_out(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, nn
 
 from clframe.core.component import Component
+from clframe.core.declarations import options_without_effect
 from clframe.core.types import Experience, State, StepContext
 from clframe.errors import ClframeError, ConfigError, reword
 from clframe.moe import count_usage, routed_layers, set_gate
@@ -115,6 +116,14 @@ class MoE(Component):
                     f"components.moe.{key}: found {getattr(self, key)} for analytical routers, which are not trained "
                     f"and have no hidden layer; leave it out"
                 )
+
+    @property
+    def unused_options(self) -> Mapping[str, str]:
+        """Settings of other gates."""
+        reason = f"the gate is {self.gate}"
+        return options_without_effect(
+            self, (self.gate != "top_k", ["tau"], reason), (self.gate == "top_k", ["k"], reason)
+        )
 
     def setup_network(self, network: Network) -> None:
         """Replace every feed-forward network by experts, with neurons in their present order and all experts active."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Final, Protocol
 
@@ -91,3 +91,19 @@ def consolidation_order(component: Declared) -> int:
     if component.keeps_memory:
         return 1
     return 4 if "prediction" in component.slots else 3 if "exit_weights" in component.slots else 2
+
+
+def options_without_effect(component: Any, *cases: tuple[bool, Sequence[str], str]) -> dict[str, str]:
+    """Return the options of a component that differ from their defaults and that nothing reads, each with the reason.
+
+    Args:
+        component: The component.
+        cases: Whether options are read, their names, and the reason why not.
+    """
+    defaults = {each.name: each.default for each in fields(component)}
+    return {
+        name: reason
+        for used, names, reason in cases
+        for name in names
+        if not used and getattr(component, name) != defaults[name]
+    }

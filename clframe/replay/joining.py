@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clframe.core.component import Component
+from clframe.core.declarations import options_without_effect
 from clframe.core.types import Batch, Pool, State, Step, StepContext
 from clframe.errors import ConfigError, UnsupportedError
 from clframe.nn.features import feature_reader
@@ -150,6 +151,14 @@ class ReplayComponent(BufferComponent):
                     f"{where}.{option}: found {excluded} with replay concatenate, which mixes buffer and new data "
                     f"before training; use replay extra, fixed or half"
                 )
+
+    @property
+    def unused_options(self) -> Mapping[str, str]:
+        """The number of replayed samples in another form than ``replay`` takes."""
+        reason = f"replay is {self.replay}"
+        return options_without_effect(
+            self, (self.replay == "extra", ["ratio"], reason), (self.replay == "fixed", ["replayed"], reason)
+        )
 
     @property
     def replay_weight(self) -> float:

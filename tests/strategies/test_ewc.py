@@ -219,11 +219,13 @@ def test_a_state_from_a_checkpoint_goes_on_alike():
     assert torch.equal(a, b) and a.min() > 0
 
 
-@pytest.mark.parametrize("preset", ["ewc", "ewc_online", "ewc_paper"])
-def test_presets_build(preset, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "strategy"), [("ewc", "ewc"), ("ewc_online", "ewc"), ("ewc_paper", "ewc + current_classes")]
+)
+def test_presets_build(preset, strategy, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(f"defaults: [benchmark/digits, backbone/small_cnn, strategy/{preset}]\n")
-    assert clframe.load_config(str(file)).strategy == "ewc"
+    assert clframe.load_config(str(file)).strategy == strategy
     assert "loss/ewc/penalty" in clframe.explain(str(file))
 
 

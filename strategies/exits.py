@@ -239,7 +239,10 @@ class Exits(Component):
         network.gradient = "detached" if trunk_only else self.gradient
         for head in network.heads[:-1]:
             head.requires_grad_(not trunk_only)
-        network.freeze_trunk("frozen" if self.regime == "disjoint" and not trunk_only else "free")
+        if self.regime == "disjoint" and not trunk_only:
+            network.freeze_trunk()
+        else:
+            network.unfreeze_trunk()
 
     def exit_loss_weights(self, context: StepContext, state: State) -> Sequence[float]:
         """w_k of this epoch, and 1 for the backbone's own classifier."""

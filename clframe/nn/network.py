@@ -19,6 +19,7 @@ from clframe.nn.exit_ensemble import Ensemble, Single
 from clframe.nn.heads import Classifier, ClassifierKind, GrowingLinear, Head
 from clframe.nn.token_heads import TokenLinear
 from clframe.nn.types import Output
+from clframe.options import format_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,6 +120,8 @@ class Network(nn.Module):
 
     def __init__(self, backbone: Backbone, *, exits: Sequence[tuple[str, Head]] = ()) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ConfigError(f"network: found a {type(backbone).__name__} as backbone; give a Backbone")
         self.backbone = backbone
         make = self._token_classifier if backbone.vocabulary else GrowingLinear
         self.heads = nn.ModuleList([make(backbone.features)])
@@ -173,8 +176,9 @@ class Network(nn.Module):
 
         Raises:
             UnknownNameError: A tap that the backbone does not have.
-            ConfigError: Exits that are not in order of depth.
+            ConfigError: Something else than pairs of tap and head, or exits that are not in order of depth.
         """
+        _check_exits(exits)
         backbone, own = self.backbone, self.final
         stages = [*(backbone.tap(tap) for tap, _ in exits), len(backbone.names) - 1]
         if stages != sorted(stages):
@@ -216,13 +220,20 @@ class Network(nn.Module):
         grown = [head.grow(wanted) for head in reversed(self.heads)]  # type: ignore[operator]
         return any([*grown, self.ensemble.grow(wanted)])
 
-    def freeze_trunk(self, frozen: Literal["frozen", "free"]) -> None:
-        """Freeze or unfreeze the backbone and its own classifier, including batch-normalization statistics."""
-        if self._trunk_frozen == (frozen == "frozen"):
-            return  # do not unfreeze what another component has frozen
-        self._trunk_frozen = frozen == "frozen"
+    def freeze_trunk(self) -> None:
+        """Freeze the backbone and its own classifier, including batch-normalization statistics."""
+        self._set_trunk(frozen=True)
+
+    def unfreeze_trunk(self) -> None:
+        """Undo :meth:`freeze_trunk`; without it nothing changes, so that other frozen parameters stay frozen."""
+        self._set_trunk(frozen=False)
+
+    def _set_trunk(self, *, frozen: bool) -> None:
+        if self._trunk_frozen == frozen:
+            return
+        self._trunk_frozen = frozen
         for part in (self.backbone, self.final):
-            part.requires_grad_(not self._trunk_frozen)
+            part.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -341,6 +352,19 @@ class Network(nn.Module):
             return tap.detach(), value
         onward = scale_gradient(tap, after / (after + 1))
         return scale_gradient(tap, 1 / (after + 1)), onward if isinstance(value, Tensor) else (onward, *value[1:])
+
+
+def _check_exits(exits: Any) -> None:
+    """Refuse something else than pairs of tap and head (ConfigError)."""
+    if isinstance(exits, str) or not isinstance(exits, Sequence):
+        raise ConfigError(f"exits: found {format_value(exits)}; give a list of (tap, head)")
+    for entry in exits:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise ConfigError(f"exits: found {format_value(entry)}; give each exit as (tap, head)")
+        if not isinstance(entry[1], Head):
+            raise ConfigError(
+                f"exits: found a {type(entry[1]).__name__} at tap {entry[0]!r}; give a Head, such as GrowingLinear"
+            )
 
 
 def _numbered(names: Sequence[str]) -> tuple[str, ...]:

@@ -250,7 +250,7 @@ class Learner:
         """Finish an experience: call ``after_experience`` of every component, those that others depend on first."""
         experience = self._current()
         self.step = None
-        self.network.freeze_trunk("free")
+        self.network.unfreeze_trunk()
         if self.average is not None:
             self.average.finish(self.network)
         for component in sorted(self.composition.acting_at("after_experience"), key=consolidation_order):

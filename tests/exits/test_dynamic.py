@@ -260,14 +260,14 @@ def test_it_runs_in_evaluation_mode_and_restores_the_mode():
     net.grow([0, 1, 2])
     x = torch.randn(9, 4)
     net.train()
-    net.freeze_trunk("frozen")
+    net.freeze_trunk()
     before = {name: part.training for name, part in net.named_modules()}
     policy = ExitPolicy(thresholds=0.5)
     answer = DynamicNetwork(net, policy)(x)
     assert {name: part.training for name, part in net.named_modules()} == before
     assert net.training and not net.backbone.training
     assert not answer.scores_BC.requires_grad
-    net.freeze_trunk("free")
+    net.unfreeze_trunk()
     mean = net.backbone.stages[0][1].running_mean.clone()
     assert_same(DynamicNetwork(net, policy)(x), answer)
     assert torch.equal(net.backbone.stages[0][1].running_mean, mean)

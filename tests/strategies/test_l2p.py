@@ -79,8 +79,8 @@ def test_new_samples_compete_with_the_classes_of_their_experience(exits):
 
 def test_the_backbone_is_held_still_again_after_exits_thaw_it():
     net = edited(SMALL)
-    net.freeze_trunk("frozen")
-    net.freeze_trunk("free")
+    net.freeze_trunk()
+    net.unfreeze_trunk()
     assert all(p.requires_grad for p in net.backbone.parameters())
     SMALL.before_epoch(net, context((0,)), {})
     assert {n for n, p in net.backbone.named_parameters() if p.requires_grad} == {"stages.2.keys", "stages.2.prompts"}

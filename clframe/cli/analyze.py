@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from clframe.cli.context import notices
+from clframe.cli.numbers import decimal
 from clframe.errors import ConfigError, UnknownNameError, unknown_name
 from clframe.printable import printable
 from clframe.progress import progress_bars
@@ -70,8 +71,8 @@ sparsity/MODEL-DATA-ID. See docs/analysis.md.
 
 _KINDS = ("sparsity", "exits", "proxy")
 _ONLY_SPARSITY = (
-    "rule", "roles", "data", "tokens", "generate", "length", "stride", "document", "score", "share", "tolerance",
-    "batch", "decode",
+    "rule", "power", "roles", "data", "tokens", "generate", "length", "stride", "document", "score", "share",
+    "tolerance", "batch", "decode",
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add = parser.add_argument
     add("--rule", metavar="NAME", default="top_p", help="top_p, top_k, max_p, threshold, or several: top_p,max_p")
+    add("--power", metavar="X", help="of |v| in top_p: shares of the sum of |v|^X (default: 1)")
     add("--roles", metavar="NAMES", default="", help="input,up,gate,intermediate,all (default), attention,heads")
     add("--data", metavar="NAME", help="benchmark, text files (a.txt,b.txt) or questions (.jsonl) for a hub model")
     add("--limit", metavar="N", help="samples to score on, evenly spaced (default: all)")
@@ -109,7 +111,7 @@ def act(options: argparse.Namespace) -> int:
     if what != "sparsity":
         return _analyze_exits(options, what, rest)
     numbers = {name: _number(options, name) for name in ("limit", "generate", "length", "stride", "batch")}
-    share = _share(options)
+    share, power = _share(options), decimal("--power", options.power)
     from pathlib import Path
 
     from clframe.files import require_writable
@@ -136,7 +138,7 @@ def act(options: argparse.Namespace) -> int:
             study = study_sparsity(
                 target, rules=_names(options.rule), roles=_names(options.roles), tokens=_names(options.tokens),
                 score=options.score, share=share, limit=numbers["limit"], size=numbers["batch"],
-                on_pass=partial(show, "sweep"),
+                power=1.0 if power is None else power, on_pass=partial(show, "sweep"),
             )  # fmt: skip
         if options.decode is not None:
             with progress_bars(unit="timing") as show:

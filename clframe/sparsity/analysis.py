@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -114,6 +115,7 @@ def analyze(
     *,
     score: Score = accuracy,
     kinds: Sequence[MaskKind] = ("top_p",),
+    power: float = 1.0,
     sweep: Mapping[str, Sequence[float]] | None = None,
     roles: Sequence[str] = (*ROLES, ALL),
     share: float = 0.99,
@@ -133,6 +135,7 @@ def analyze(
         batches: Data to score on; a sequence is iterated many times and may create its items lazily.
         score: See :class:`Score`.
         kinds: Rules; see :func:`~clframe.sparsity.functional.keep`.
+        power: Of magnitudes in top-p: 1 for shares of the sum, 2 for shares of the sum of squares.
         sweep: Values of a rule; 26 by default: shares from 1 to 0 (p of top-p, neurons kept of top-k), from 0 to 1
             (max-p), or quantiles of the magnitudes found (threshold).
         roles: Some of the five roles of feed-forward networks, and of ``attention`` and ``heads``, the inputs of
@@ -148,9 +151,14 @@ def analyze(
 
     Raises:
         UnsupportedError: A model without either, with none of the roles, or on the meta device.
-        ConfigError: No batches, a mask that does not fit, or a dense score that is not above 0.
+        ConfigError: No batches, a mask that does not fit, a dense score that is not above 0, or a power that is not
+            above 0 or has no effect.
     """
     require_weights(model)
+    if not 0 < power < inf:
+        raise ConfigError(f"sparsity.power: found {power}; give a number above 0")
+    if power != 1 and "top_p" not in kinds:
+        raise ConfigError(f"sparsity.power: found {power} for {', '.join(kinds)}; use it with top_p, or leave it out")
     body = model if inside is None else inside
     points = find_hook_points(body)
     if set(roles) & set(ATTENTION_ROLES):
@@ -185,7 +193,7 @@ def analyze(
     ]
     scorer.expect(sum(len(values) for *_, values in chosen))
     curves = [
-        _sweep(scorer, there, role=role, kind=kind, values=values, dense=dense, share=share, least=lowest)
+        _sweep(scorer, there, role=role, kind=kind, values=values, power=power, dense=dense, share=share, least=lowest)
         for role, kind, there, values in chosen
     ]
     ranks = {role: {one.point.layer: one.rank for one in there} for role, there in by_role.items() if role != ALL}
@@ -242,18 +250,19 @@ def _sweep(
     role: str,
     kind: MaskKind,
     values: tuple[float, ...],
+    power: float,
     dense: float,
     share: float,
     least: float | None,
 ) -> SparsityCurve:
     points = _Points()
     for value in values:
-        masks = [Masker(one.point, kind=kind, value=value) for one in there]
+        masks = [Masker(one.point, kind=kind, value=value, power=power) for one in there]
         points.scores.append(scorer.score_with([(mask.point, mask) for mask in masks]))
         for mask, one in zip(masks, there, strict=True):
             label = _label(mask.point, role)
             points.layers.setdefault(label, []).append(mask.sparsity())
-            points.gaussian.setdefault(label, []).append(_baseline(one, kind=kind, value=value))
+            points.gaussian.setdefault(label, []).append(_baseline(one, kind=kind, value=value, power=power))
         for part in masks[0].parts:
             points.parts.setdefault(part, []).append(_mean([mask.sparsity(part) for mask in masks]))
     achieved = [_mean(found) for found in zip(*points.layers.values(), strict=True)]
@@ -280,9 +289,9 @@ def _default_values(kind: MaskKind, there: Sequence[Recorder]) -> Sequence[float
     return [1 - at for at in SWEEP] if kind == "max_p" else SWEEP
 
 
-def _baseline(one: Recorder, *, kind: MaskKind, value: float) -> float:
+def _baseline(one: Recorder, *, kind: MaskKind, value: float, power: float) -> float:
     value = round(value * one.neurons) if kind == "top_k" else value
-    return baseline_sparsity(value, kind=kind, neurons=one.neurons, scale=one.scale)
+    return baseline_sparsity(value, kind=kind, neurons=one.neurons, power=power, scale=one.scale)
 
 
 def _belongs(point: HookPoint, role: str) -> bool:

@@ -206,10 +206,11 @@ class Masker:
         point: The hook point.
         kind: See :func:`~clframe.sparsity.functional.keep`.
         value: p, the threshold or, for top-k, the share of neurons to keep.
+        power: Of magnitudes, in top-p.
     """
 
-    def __init__(self, point: HookPoint, *, kind: MaskKind, value: float) -> None:
-        self.point, self.kind, self.value = point, kind, value
+    def __init__(self, point: HookPoint, *, kind: MaskKind, value: float, power: float = 1.0) -> None:
+        self.point, self.kind, self.value, self.power = point, kind, value, power
         self.masks: Mapping[str, Tensor | None] = {}
         self._zeros_N: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -227,7 +228,7 @@ class Masker:
     def apply(self, x: Tensor) -> Tensor:
         """Return x masked, without counting."""
         value = round(self.value * x.shape[-1]) if self.kind == "top_k" else self.value
-        return x * keep(x, value, kind=self.kind)
+        return x * keep(x, value, kind=self.kind, power=self.power)
 
     @property
     def parts(self) -> tuple[str, ...]:

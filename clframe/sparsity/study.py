@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -99,6 +100,7 @@ def study_sparsity(
     target: Target,
     *,
     rules: Sequence[str] = ("top_p",),
+    power: float = 1.0,
     roles: Sequence[str] = (),
     tokens: Sequence[str] = TOKENS,
     score: ScoreName | None = None,
@@ -114,6 +116,7 @@ def study_sparsity(
     Args:
         target: See :func:`~clframe.targets.opening.open_target`.
         rules: Some of :data:`RULES`.
+        power: Of magnitudes in top-p: 1 for shares of the sum, 2 for shares of the sum of squares.
         roles: Some of input, up, gate, intermediate, ``all`` (input and intermediate together), attention and heads;
             empty for all but the last two.
         tokens: For a language model that generates: ``prompt``, ``generated`` or both, counted separately.
@@ -137,7 +140,7 @@ def study_sparsity(
     if score not in (None, *SCORES):
         raise UnknownNameError(unknown_name("score", str(score), SCORES, where="--score"))
     kept = [_known("tokens", name, TOKENS) for name in tokens]
-    _check_options(target, kinds=kinds, tokens=kept, share=share)
+    _check_options(target, kinds=kinds, tokens=kept, share=share, power=power)
     size = size or (64 if target.logits_at is None else 16)
     part: SplitName = "test" if target.splits.validation is None else "validation"
     batches = target.batches(part, size=size, limit=limit)
@@ -161,22 +164,25 @@ def study_sparsity(
     if score == "agreement":
         scored = with_predictions(target, batches)
     report = analyze(
-        target.model, scored, evaluate=partial(_values, target, score), kinds=kinds, roles=wanted, inside=target.body,
-        least=partial(lowest_mean, score, share=share), on_pass=on_pass,
+        target.model, scored, evaluate=partial(_values, target, score), kinds=kinds, power=power, roles=wanted,
+        inside=target.body, least=partial(lowest_mean, score, share=share), on_pass=on_pass,
     )  # fmt: skip
+    value, power = _union_rule(report, power)
     return SparsityStudy(
         target=target.name, kind=target.kind, part=part, samples=samples, tokens=counted, score=score, share=share,
         report=_reported(report, score), language=language,
         experiences=measure_experiences(target, limit=limit, size=size),
         union=measure_union(
-            target.model, batches, value=_critical_p(report), inside=target.body, predict=partial(run_body, target)
+            target.model, batches, value=value, power=power, inside=target.body, predict=partial(run_body, target)
         ),
         domains=measure_domains(target, limit=limit, size=size), origin=target.origin,
     )  # fmt: skip
 
 
-def _check_options(target: Target, *, kinds: Sequence[str], tokens: Sequence[str], share: float) -> None:
-    """Raise ConfigError for no rules or tokens, tokens of a model that generates none, and a share out of range."""
+def _check_options(
+    target: Target, *, kinds: Sequence[str], tokens: Sequence[str], share: float, power: float
+) -> None:
+    """Raise ConfigError for no rules or tokens, tokens of a model that generates none, and numbers out of range."""
     for option, names in (("rule", kinds), ("tokens", tokens)):
         if not names:
             raise ConfigError(f"--{option}: found none; give one or more")
@@ -185,6 +191,10 @@ def _check_options(target: Target, *, kinds: Sequence[str], tokens: Sequence[str
         raise ConfigError(f"--tokens: found {found} for {target.name}, which is not a language model; leave it out")
     if not 0 < share <= 1:
         raise ConfigError(f"--share: found {share}; give a share above 0, at most 1")
+    if not 0 < power < math.inf:
+        raise ConfigError(f"--power: found {power}; give a number above 0")
+    if power != 1 and "top_p" not in kinds:
+        raise ConfigError(f"--power: found {power} for {', '.join(kinds)}; use it with top_p, or leave it out")
 
 
 def _check_score(target: Target, score: ScoreName, *, labeled: bool, asks: bool) -> None:
@@ -197,10 +207,10 @@ def _check_score(target: Target, score: ScoreName, *, labeled: bool, asks: bool)
         raise ConfigError(f"--score: found {score}, but --data has no questions; give a .jsonl file with choices")
 
 
-def _critical_p(report: SparsityReport) -> float:
-    """The critical p of top-p on intermediate activations; :data:`ACTIVE` where that was not swept."""
+def _union_rule(report: SparsityReport, power: float) -> tuple[float, float]:
+    """The critical p of top-p on intermediate activations and its power; :data:`ACTIVE` and 1 where not swept."""
     found = (one for one in report.curves if (one.kind, one.role) == ("top_p", "intermediate"))
-    return next((one.critical_value for one in found), ACTIVE)
+    return next(((one.critical_value, power) for one in found), (ACTIVE, 1.0))
 
 
 def _values(target: Target, score: ScoreName, model: nn.Module, inputs: Inputs, targets: Any) -> Tensor:

@@ -86,6 +86,7 @@ def measure_union(
     batches: Iterable[tuple[Inputs, Any, Tensor | Mapping[str, Tensor] | None]],
     *,
     value: float = 0.99,
+    power: float = 1.0,
     inside: nn.Module | None = None,
     predict: Callable[[nn.Module, Inputs], Any] = call_model,
 ) -> ActiveUnion:
@@ -95,6 +96,7 @@ def measure_union(
         model: Module with feed-forward networks, or with activations.
         batches: As for :func:`~clframe.sparsity.analysis.analyze`; several masks count together.
         value: p of the top-p rule.
+        power: Of magnitudes in it.
         inside: Submodule to search; None searches the model.
         predict: Runs the model on the inputs of a batch.
 
@@ -102,7 +104,7 @@ def measure_union(
         UnsupportedError: A model without either.
     """
     points = [one for one in find_hook_points(model if inside is None else inside) if one.role == "intermediate"]
-    counters = [_Counter(point, value) for point in points]
+    counters = [_Counter(point, value, power) for point in points]
     with evaluating(model), replacing([(one.point, one) for one in counters]):
         for inputs, _, mask in batches:
             first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
@@ -122,15 +124,15 @@ def measure_union(
 class _Counter:
     """Counts tokens and samples in which each neuron of a hook point is active; returns x unchanged."""
 
-    def __init__(self, point: HookPoint, value: float) -> None:
-        self.point, self.value = point, value
+    def __init__(self, point: HookPoint, value: float, power: float) -> None:
+        self.point, self.value, self.power = point, value, power
         self.batch = self.tokens = self.samples = 0
         self.mask: Tensor | None = None
         self._token_N: Any = 0
         self._sample_N: Any = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        active_TN = keep(x.reshape(-1, x.shape[-1]), self.value, kind="top_p")
+        active_TN = keep(x.reshape(-1, x.shape[-1]), self.value, kind="top_p", power=self.power)
         rows_TN = select_tokens(active_TN, None if self.mask is None else self.mask.reshape(-1), layer=self.point.layer)
         self._token_N = self._token_N + rows_TN.sum(0).cpu()
         self.tokens += len(rows_TN)

@@ -60,6 +60,18 @@ def test_the_table_and_the_file_say_what_python_says(folder, capsys, tmp_path):
     assert "Active neurons by experience" in printed and str(out / "sparsity.json") in printed
 
 
+def test_the_power_of_top_p_is_that_of_python(folder, capsys, tmp_path):
+    assert main(["analyze", "sparsity", folder, "--power", "2", "--limit", "40", "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    content = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    squares, plain = (study_sparsity(open_target(folder), power=power, limit=40) for power in (2.0, 1.0))
+    assert content["command"][-4:] == ["--power", "2", "--limit", "40"]
+    (curve,), (found,) = content["curves"], squares.report.curves
+    assert curve["achieved"] == list(found.achieved) and curve["critical_gaussian"] == found.critical_gaussian
+    assert found.achieved[1] > plain.report.curves[0].achieved[1]
+    assert squares.union.value == found.critical_value
+
+
 def test_a_run_keeps_its_study(folder, capsys):
     assert main(["analyze", "sparsity", folder, "--limit", "9", "--score", "agreement"]) == 0
     path = open_target(folder).folder / "sparsity" / "sparsity.json"
@@ -77,6 +89,9 @@ def test_a_run_keeps_its_study(folder, capsys):
         (["sparsity", "no/such/folder"], "no/such/folder: no such folder"),
         (["sparsity", "RUN", "--limit", "0"], "--limit: found '0'; give a whole number of at least 1"),
         (["sparsity", "RUN", "--share", "a"], "--share: found 'a'"),
+        (["sparsity", "RUN", "--power", "a"], "--power: found 'a'; give a number"),
+        (["sparsity", "RUN", "--power", "0"], "--power: found 0.0; give a number above 0"),
+        (["sparsity", "RUN", "--power", "2", "--rule", "max_p"], "--power: found 2.0 for max_p; use it with top_p"),
         (["sparsity", "RUN", "--rule", ""], "--rule: found none"),
         (["sparsity", "RUN", "--rule", "topp"], "--rule: unknown rule 'topp'; did you mean 'top_p'"),
         (["sparsity", "RUN", "--score", "f1"], "--score: unknown score 'f1'"),

@@ -261,3 +261,36 @@ def test_accuracy_reads_logits_of_every_kind():
     holder = type("Holder", (), {"logits": logits})()
     assert accuracy(logits, torch.tensor([1, 1])).tolist() == [1, 0] == accuracy(holder, torch.tensor([1, 1])).tolist()
     assert math.isclose(float(accuracy(logits, torch.tensor([1, 0])).mean()), 1)
+
+
+def test_power_weighs_magnitudes_in_top_p_longhand():
+    torch.manual_seed(0)
+    model = Plain()
+    x, y = data(model)
+    values = (0.9, 0.5)
+    report = analyze(model, [(x, 0, None)], score=closeness([y]), power=2.0, sweep={"top_p": values}, roles=["input"])
+    (curve,) = report.curves
+    for at, p in enumerate(values):
+        zeros = 0
+        for row in x.flatten(0, 1).tolist():
+            squares = sorted((value * value for value in row), reverse=True)
+            kept, mass = 0, 0.0
+            while mass < p * sum(squares):
+                mass += squares[kept]
+                kept += 1
+            zeros += len(row) - kept
+        assert curve.achieved[at] == pytest.approx(zeros / x.numel())
+        assert curve.gaussian[at] == baseline_sparsity(p, kind="top_p", neurons=5, power=2.0)
+    plain = analyze(model, [(x, 0, None)], score=closeness([y]), sweep={"top_p": values}, roles=["input"])
+    assert plain.curves[0].achieved[0] < curve.achieved[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"power": 0.0}, "sparsity.power: found 0.0; give a number above 0"),
+     ({"power": float("nan")}, "sparsity.power: found nan; give a number above 0"),
+     ({"power": 2.0, "kinds": ("max_p",)}, "sparsity.power: found 2.0 for max_p; use it with top_p, or leave it out")],
+)  # fmt: skip
+def test_a_power_out_of_range_or_without_effect_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        analyze(Plain(), [(torch.zeros(1, 2, 5), torch.zeros(1, 2), None)], **options)

@@ -65,6 +65,13 @@ def test_counts_by_token_and_by_sample():
     assert samples == pytest.approx(tokens)
 
 
+def test_the_power_of_top_p_decides_which_neurons_count():
+    x = torch.tensor([[[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]]])
+    # of 6: 3 is a half, 5 are 83 %; of 9 + 4 + 1 = 14: 9 are 64 %, 13 are 93 %
+    shares = {power: measure_union(Doubled(), [(x, None, None)], value=0.6, power=power).mean_tokens[0] for power in (1.0, 2.0)}
+    assert shares == {1.0: pytest.approx(0.5), 2.0: pytest.approx(0.25)}
+
+
 def test_the_largest_batch_that_pays():
     union = ActiveUnion(value=0.99, sizes=(1, 2, 4, 8), tokens={"a": (0.2, 0.5, 0.9, 1.0), "b": (0.4, 0.7, 0.9)}, samples={})
     assert union.mean_tokens == pytest.approx((0.3, 0.6, 0.9)) and union.mean_samples == ()

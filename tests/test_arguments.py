@@ -16,7 +16,15 @@ from torch.optim import SGD
 import clframe
 from clframe.data import Benchmark, digits
 from clframe.errors import ClframeError
-from clframe.exits import DynamicNetwork, ExitPolicy, LearnedConfidence, patience_threshold
+from clframe.exits import (
+    DynamicNetwork,
+    ExitEvaluation,
+    ExitPolicy,
+    LearnedConfidence,
+    evaluate_thresholds,
+    patience_threshold,
+    solve,
+)
 from clframe.files import to_path
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp
@@ -209,3 +217,44 @@ def test_arguments_of_an_export(options: dict[str, Any], expected: str) -> None:
 
 def test_seeds_of_numpy_are_those_of_python() -> None:
     assert derive_seed(np.int64(3), "order", np.int32(2)) == derive_seed(3, "order", 2)  # type: ignore[arg-type]
+
+
+EVALUATION = ExitEvaluation(
+    confidence_KN=torch.tensor([[0.9, 0.4], [0.8, 0.7]]), correct_KN=torch.tensor([[True, False], [True, True]]), cost_K=(10, 40)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: solve(EVALUATION, budget="25"), "budget: found '25' (text); give a number"),  # type: ignore[arg-type]
+        (lambda: solve(EVALUATION, accuracy=True), "accuracy: found true; give a number"),
+        (lambda: solve(EVALUATION, budget=25, fallback="lst"), "fallback: found 'lst' (text); give 'last' or 'confident'"),  # type: ignore[arg-type]
+        (lambda: evaluate_thresholds(EVALUATION, [0.5], fallback="lst"), "fallback: found 'lst' (text); give 'last' or 'confident'"),  # type: ignore[arg-type]
+        (lambda: evaluate_thresholds(EVALUATION, 0.5), "thresholds: found 0.5; give a list, one for each exit but the last"),  # type: ignore[arg-type]
+    ],
+)
+def test_goals_of_thresholds(call: Callable[[], Any], expected: str) -> None:
+    assert message(call) == expected
+
+
+@pytest.mark.parametrize(
+    ("exits", "expected"),
+    [
+        (None, "exits: found null; give a list of (tap, head)"),
+        ("layer1", "exits: found 'layer1' (text); give a list of (tap, head)"),
+        (["layer1"], "exits: found 'layer1' (text); give each exit as (tap, head)"),
+        ([("layer1", nn.Linear(8, 3))], "exits: found a Linear at tap 'layer1'; give a Head, such as GrowingLinear"),
+        ([("layer1", None)], "exits: found a NoneType at tap 'layer1'; give a Head, such as GrowingLinear"),
+    ],
+)
+def test_exits_of_a_network_are_pairs(exits: Any, expected: str) -> None:
+    assert message(lambda: Network(mlp((4,), width=8), exits=exits)) == expected
+    wrong: Any = nn.Linear(2, 2)
+    assert message(lambda: Network(wrong)) == "network: found a Linear as backbone; give a Backbone"
+
+
+@pytest.mark.parametrize("classes", [["a"], [1.5], [True], [0, None]])
+def test_classes_are_whole_numbers(classes: Any) -> None:
+    assert message(lambda: network().grow(classes)) == f"classes: found {classes[-1]!r}; give whole numbers from 0"
+    assert network().grow(np.arange(3)) and network().grow([np.int64(2)])  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from clframe.errors import ClframeError, ConfigError
 from clframe.exits.clearance import clear_threshold
 from clframe.exits.decisions import ALWAYS, NEVER, ExitEvaluation, evaluate_thresholds, mean_cost
 from clframe.exits.policies import Fallback
+from clframe.options import format_value
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the bare backbone's cost at which early-exit papers report accuracy ("Zero Time Waste", 2021)."""
@@ -54,6 +56,9 @@ class Goal:
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.accuracy is None):
             raise ConfigError("budget, accuracy: found both or neither; give one of them")
+        for name, given in (("budget", self.budget), ("accuracy", self.accuracy)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+                raise ConfigError(f"{name}: found {format_value(given)}; give a number")
         if math.isnan(self.budget if self.budget is not None else self.accuracy or 0.0):
             raise ConfigError("budget, accuracy: found NaN; give a number")
         if self.rule not in get_args(BudgetRule):
@@ -221,7 +226,7 @@ def shared_threshold(validation: ExitEvaluation, goal: Goal, *, fallback: Fallba
 
 
 def accuracy_cost_curve(
-    evaluation: ExitEvaluation, *, backbone_cost: float, most: int | None = 101
+    evaluation: ExitEvaluation, *, backbone_cost: float, most: int | None = 101, fallback: Fallback = "last"
 ) -> AccuracyCostCurve:
     """The curve over all shared thresholds, or over ``most`` of them at evenly spaced ranks.
 
@@ -233,7 +238,7 @@ def accuracy_cost_curve(
         if most < 2:
             raise ConfigError(f"most: found {most} points; give at least 2, the ends of the curve")
         thresholds_P = thresholds_P[torch.linspace(0, len(thresholds_P) - 1, most).round().long()]
-    cost_P, accuracy_P = sweep(evaluation, thresholds_P)
+    cost_P, accuracy_P = sweep(evaluation, thresholds_P, fallback=fallback)
     accuracy_K = evaluation.correct_KN.double().mean(dim=1)
     return AccuracyCostCurve(
         thresholds=tuple(thresholds_P.tolist()),
@@ -250,6 +255,7 @@ def budget_points(
     *,
     backbone_cost: float,
     budgets: Sequence[float] = BUDGETS,
+    fallback: Fallback = "last",
     rule: BudgetRule = "best",
 ) -> BudgetPoints:
     """Accuracy at fractions of the bare backbone's cost, and at the best threshold of all.
@@ -264,11 +270,11 @@ def budget_points(
     goals = [(f"{100 * share:g}%", share, share * backbone_cost) for share in budgets]
     goals.append(("max", math.nan, test.cost_K[-1]))
     thresholds_P = candidate_thresholds_P(validation)
-    cost_P, accuracy_P = sweep(validation, thresholds_P)
+    cost_P, accuracy_P = sweep(validation, thresholds_P, fallback=fallback)
 
     def point(name: str, share: float, index: int) -> BudgetPoint:
         threshold = clear_threshold(float(thresholds_P[index]), _distinct_P(validation))
-        outcome = evaluate_thresholds(test, shared(threshold, exits=test.exits))
+        outcome = evaluate_thresholds(test, shared(threshold, exits=test.exits), fallback=fallback)
         low, high = wilson_interval(round(outcome.accuracy * test.samples), test.samples)
         return BudgetPoint(
             name=name, budget_share=share, threshold=threshold, validation_cost=float(cost_P[index]) / backbone_cost,

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clframe.errors import ClframeError, ConfigError
 from clframe.exits.policies import ConfidenceMeasure, ExitPolicy, Fallback, max_probability
 from clframe.nn.exit_ensemble import Carried
+from clframe.options import format_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -163,8 +165,12 @@ def decide(evaluation: ExitEvaluation, thresholds: Sequence[float], *, fallback:
     """Apply the rule: a sample stops at the first exit whose confidence is at least its threshold, else at the last.
 
     Reference for everything that skips computation. ``thresholds`` has one for each exit before the last. Raises
-    :class:`ConfigError` where their number does not match, or for NaN.
+    :class:`ConfigError` where their number does not match, for NaN, or for an unknown fallback.
     """
+    if fallback not in ("last", "confident"):
+        raise ConfigError(f"fallback: found {format_value(fallback)}; give 'last' or 'confident'")
+    if not isinstance(thresholds, (Sequence, Tensor, np.ndarray)):
+        raise ConfigError(f"thresholds: found {format_value(thresholds)}; give a list, one for each exit but the last")
     if len(thresholds) != evaluation.exits - 1 or any(math.isnan(threshold) for threshold in thresholds):
         raise ConfigError(
             f"thresholds: found {list(thresholds)} for {evaluation.exits} exits; give a number for each but the last"

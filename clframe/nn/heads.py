@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from math import inf, sqrt
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from clframe.errors import DataError, UnsupportedError
 
 
 def sort_classes(classes: Iterable[int]) -> list[int]:
-    """Sort class ids and remove duplicates; a negative id is a :class:`DataError`.
+    """Sort class ids and remove duplicates; a negative id or another value is a :class:`DataError`.
 
     >>> sort_classes([4, 2, 4])
     [2, 4]
     """
-    wanted = sorted(set(classes))
+    found = list(classes)
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, Integral):
+            raise DataError(f"classes: found {one!r}; give whole numbers from 0")
+    wanted = sorted(set(map(int, found)))
     if wanted and wanted[0] < 0:
         raise DataError(f"classes: found class {wanted[0]}; number the classes from 0")
     return wanted

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clframe.errors import ClframeError, RunFolderError
 from clframe.exits.plots import exit_images
-from clframe.files import require_writable, write_atomically
+from clframe.files import require_writable, to_path, write_atomically
 from clframe.plotting.images import confusion_image, matrix_image
 from clframe.plotting.style import encode_png
 from clframe.report.comparison import group_runs
@@ -30,7 +30,7 @@ FORMATS = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex))
 
 
 def write_report(
-    runs: Sequence[str | Path],
+    runs: Sequence[str | Path] | str | Path,
     *,
     output: str | Path | None = None,
     watch: bool = False,
@@ -56,7 +56,7 @@ def write_report(
         ClframeError: No run, a run that is damaged, not finished or of a newer schema, runs that cannot be compared,
             or a reference that is not one group of several.
     """
-    paths = [Path(run) for run in runs]
+    paths = [to_path(run, where="report") for run in ([runs] if isinstance(runs, (str, Path)) else runs or ())]
     if not paths:
         raise RunFolderError("report: no run given; give a run folder, such as the one clframe run printed")
     folder = _folder(paths) if output is None else Path(output)

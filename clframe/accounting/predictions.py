@@ -7,7 +7,7 @@ that run and the products with zeros are counted on test samples. None of it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from clframe.accounting.entries import Count, Experts, Part, PartKind, Products, Stop, as_rows, read_row
@@ -107,12 +107,13 @@ class Predictions:
         """Return the MACs of a sample that passes all parts, with all experts on."""
         return sum(part.macs for part in self.parts(experience=experience))
 
+    def by_kind(self, *, experience: int | None = None) -> dict[str, int]:
+        """Return the MACs of such a sample by kind of part."""
+        return _sum_by(self.parts(experience=experience), lambda part: part.kind)
+
     def by_component(self, *, experience: int | None = None) -> dict[str, int]:
         """Return the MACs of such a sample by component, with an empty name for backbone and final classifier."""
-        found: dict[str, int] = {}
-        for part in self.parts(experience=experience):
-            found[part.component] = found.get(part.component, 0) + part.macs
-        return found
+        return _sum_by(self.parts(experience=experience), lambda part: part.component)
 
     def by_exit(self, *, experience: int | None = None) -> dict[str, int]:
         """Return the MACs of a sample up to each exit, heads and confidence measures included."""
@@ -185,6 +186,13 @@ def _rows_of(rows: Sequence[Row], experience: int | None) -> tuple[Row, ...]:
     if experience is None and rows:
         experience = rows[-1].experience
     return tuple(row for row in rows if row.experience == experience)
+
+
+def _sum_by(parts: Sequence[Part], key: Callable[[Part], str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in parts:
+        found[key(part)] = found.get(key(part), 0) + part.macs
+    return found
 
 
 def _checked(row: Row) -> Row:

@@ -31,8 +31,6 @@ from clframe.metrics.registry import Kind
 from clframe.records import read_record
 from clframe.registry import Registry
 
-CURVE_POINTS: Final = 41
-"""Largest number of thresholds in a recorded curve."""
 MOST_TOKENS: Final = 4096
 """Tokens of each test experience of text, the first ones, on which exits are compared: that costs more than computing
 them. Accuracies and likelihoods by experience are those of all tokens."""
@@ -245,6 +243,11 @@ class ExitRecord:
         """Oracle accuracy minus the last exit's. Source: Kaya et al., "Shallow-Deep Networks" (2019)."""
         return self.oracle_accuracy - self.accuracy_K[-1]
 
+    @property
+    def overthinking_relative(self) -> float:
+        """Overthinking over the last exit's accuracy; NaN where that is 0."""
+        return self.overthinking / self.accuracy_K[-1] if self.accuracy_K[-1] else math.nan
+
     @classmethod
     def upgrade(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the content of an older file, which had ``diagnostics``, in today's shape."""
@@ -272,6 +275,7 @@ def make_exit_record(
     rule: BudgetRule = "best",
     simulated: str = "",
     budgets: Sequence[float] = BUDGETS,
+    most: int = 41,
     nll_KE: tuple[tuple[float, ...], ...] = (),
 ) -> ExitRecord:
     """Make the record of one evaluation.
@@ -286,6 +290,7 @@ def make_exit_record(
         rule: Choice of the budget points' thresholds.
         simulated: See :class:`ExitRecord`.
         budgets: Shares of the bare backbone's MACs with a budget point each.
+        most: Largest number of thresholds in the curve.
         nll_KE: Nats per token of each exit of a language model on every test experience.
     """
     points = budget_points(validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule)
@@ -301,7 +306,7 @@ def make_exit_record(
         nll_KE=nll_KE,
         metrics=compute_exit_metrics(test),
         static=static_accuracies(test, correct=correct),
-        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=CURVE_POINTS),
+        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most),
         points=points,
         share_PK=tuple(nothing if outcome is None else outcome.share_K for outcome in outcomes),
         accuracy_PK=tuple(nothing if outcome is None else outcome.accuracy_K for outcome in outcomes),

@@ -37,6 +37,7 @@ def accuracy_cost_image(
     curves: Mapping[str, AccuracyCostCurve],
     *,
     points: Mapping[str, BudgetPoints] | None = None,
+    title: str = "accuracy and cost",
 ) -> PixelArray:
     """Accuracy against cost, one line per experience or run.
 
@@ -52,8 +53,7 @@ def accuracy_cost_image(
             axes.plot(curve.exit_costs, curve.exit_accuracies, zorder=3, markeredgecolor=PAPER, markeredgewidth=0.6,
                       **{**style, "linestyle": ""})  # fmt: skip
     axes.axvline(1.0, color=MUTED, linestyle=":", linewidth=1)
-    axes.set(xlabel="mean cost, % of the bare backbone", ylabel="accuracy, %", title="accuracy and cost")
-    axes.set_xlim(left=0)
+    axes.set(xlabel="mean cost, % of the bare backbone", ylabel="accuracy, %", title=title, xlim=(0, None))
     axes.margins(y=0.12)
     percent(axes.xaxis)
     percent(axes.yaxis)
@@ -65,13 +65,15 @@ def accuracy_cost_image(
 
 
 @styled()
-def exit_accuracy_image(accuracy_EK: Sequence[Sequence[float]], *, names: Sequence[str]) -> PixelArray:
+def exit_accuracy_image(
+    accuracy_EK: Sequence[Sequence[float]], *, names: Sequence[str], title: str = "accuracy of each exit"
+) -> PixelArray:
     """One line per exit over experiences: ``accuracy_EK[e][k]`` after experience e; NaN leaves a gap."""
     require_table(accuracy_EK, names, "accuracy_EK")
     figure, axes = make_axes(width=7.0, height=4.2)
     for k, name in enumerate(names):
         axes.plot(range(len(accuracy_EK)), [row[k] for row in accuracy_EK], label=name, **series_style(k))
-    axes.set(xlabel="after experience", ylabel="accuracy, %", title="accuracy of each exit")
+    axes.set(xlabel="after experience", ylabel="accuracy, %", title=title)
     integer_ticks(axes.xaxis, len(accuracy_EK))
     percent(axes.yaxis)
     legend(figure, axes)

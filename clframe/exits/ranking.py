@@ -101,11 +101,11 @@ def auroc(ranking: Ranking) -> Floats:
     return _ratio((right_RG * (below_RG + wrong_RG / 2)).sum(1), rights_R * wrongs_R)
 
 
-def fpr95(ranking: Ranking) -> Floats:
-    """Smallest share of wrong predictions above a threshold that keeps at least 95 % of the correct ones."""
+def fpr95(ranking: Ranking, *, tpr: float = 0.95) -> Floats:
+    """Smallest share of wrong predictions above a threshold that keeps at least ``tpr`` of the correct ones."""
     right_RG, wrong_RG = np.cumsum(ranking.correct_RG, axis=1), np.cumsum(ranking.errors_RG, axis=1)
-    # Counts are whole numbers: the tolerance covers only the rounding of 0.95 * count.
-    enough_RG = right_RG >= 0.95 * right_RG[:, -1:] - 1e-9
+    # Counts are whole numbers: the tolerance covers only the rounding of tpr * count.
+    enough_RG = right_RG >= tpr * right_RG[:, -1:] - 1e-9
     at_R = enough_RG.argmax(axis=1)[:, None]
     rate_R = _ratio(np.take_along_axis(wrong_RG, at_R, axis=1)[:, 0], wrong_RG[:, -1])
     return np.where(right_RG[:, -1] > 0, rate_R, nan)

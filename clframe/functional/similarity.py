@@ -1,7 +1,6 @@
 """Similarity of two representations of the same samples: linear centered kernel alignment (CKA).
 
-Source: Kornblith et al., "Similarity of Neural Network Representations Revisited" (2019). Their estimate is biased
-upward for few samples: unrelated representations approach 1 as features outnumber samples. Here it is unbiased.
+Source: Kornblith et al., "Similarity of Neural Network Representations Revisited" (2019).
 
 Shape suffixes: N samples, D and E features.
 """
@@ -9,12 +8,13 @@ Shape suffixes: N samples, D and E features.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clframe.errors import ClframeError
+from clframe.errors import ClframeError, unknown_name
 
 NO_VARIANCE = 1e-12
 """Norm of centered features, relative to the features, below which they are the rounding errors of constants."""
@@ -23,25 +23,51 @@ COLUMNS_AT_ONCE = 16384
 """Features that are added to a Gram matrix together, so that a large tap is never converted as a whole."""
 
 
+def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float:
+    """Return the linear CKA of two representations of the same N samples, from 0 to 1.
+
+    ``|Yc' Xc|^2 / (|Xc' Xc| |Yc' Yc|)`` in Frobenius norms, with every feature centered over the samples (their
+    equation 5). It is 1 for a representation with itself, and invariant to an orthogonal map of the features, a common
+    scale and a shift, but not to linear maps in general. NaN if a representation is the same for all samples (one
+    sample, dead features), which has no variance.
+
+    Biased upward for few samples: unrelated representations approach 1 as features outnumber samples. Compare values of
+    equal N and D, or use :func:`unbiased_linear_cka`.
+
+    Computed in double precision, from N x N Gram matrices if there are fewer samples than features and from feature
+    products otherwise, which are equal.
+
+    >>> x_ND = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+    >>> round(linear_cka(x_ND, 3 * x_ND.flip(1) + 1), 12)
+    1.0
+    """
+    _check(x_ND, y_NE)
+    if len(x_ND) < max(x_ND.shape[1], y_NE.shape[1]):
+        return cka_from_grams(x_ND, y_NE)
+    return cka_from_features(x_ND, y_NE)
+
+
+def cka_from_features(x_ND: Tensor, y_NE: Tensor) -> float:
+    """Compute :func:`linear_cka` from products of features, D x E, D x D and E x E: for few features."""
+    x_ND, y_NE = _center(x_ND), _center(y_NE)
+    cross, own_x, own_y = y_NE.T @ x_ND, x_ND.T @ x_ND, y_NE.T @ y_NE
+    return _ratio(cross.square().sum(), own_x.norm() * own_y.norm())
+
+
+def cka_from_grams(x_ND: Tensor, y_NE: Tensor) -> float:
+    """Compute :func:`linear_cka` from N x N Gram matrices, ``<K, L> / (|K| |L|)``, K = Xc Xc': for few samples."""
+    gram_x_NN, gram_y_NN = _gram_NN(x_ND), _gram_NN(y_NE)
+    return _ratio((gram_x_NN * gram_y_NN).sum(), gram_x_NN.norm() * gram_y_NN.norm())
+
+
 def unbiased_linear_cka(x_ND: Tensor, y_NE: Tensor) -> float:
-    """Return the linear CKA of two representations of the same N samples, in expectation independent of N.
+    """Return linear CKA with an expectation independent of the number of samples; near 0 for unrelated features.
 
     ``h(K, L) / sqrt(h(K, K) h(L, L))`` with K = X X', L = Y Y', both with their diagonals set to 0, and
     ``h(K, L) = (tr(K L) + 1'K1 1'L1 / ((N-1)(N-2)) - 2 1'KL1 / (N-2)) / (N (N-3))``, the unbiased estimate of HSIC by
     Song et al., "Feature Selection via Dependence Maximization" (2012). Source: Nguyen et al., "Do Wide and Deep
-    Networks Learn the Same Things?" (2021).
-
-    It is 1 for a representation with itself, near 0 for unrelated features, slightly negative by chance, and invariant
-    to an orthogonal map of the features, a common scale and a shift, but not to linear maps in general. NaN for fewer
-    than four samples, and if a representation is the same for all samples (dead features), which has no variance.
-    Computed in double precision.
-
-    Raises:
-        ClframeError: Shapes other than [N, D] and [N, E].
-
-    >>> x_ND = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0], [3.0, 3.0]])
-    >>> round(unbiased_linear_cka(x_ND, 3 * x_ND.flip(1) + 1), 12)
-    1.0
+    Networks Learn the Same Things?" (2021). 1 for a representation with itself, invariant as :func:`linear_cka`;
+    slightly negative by chance. NaN for fewer than four samples and without variance.
     """
     _check(x_ND, y_NE)
     if len(x_ND) < 4:
@@ -64,6 +90,33 @@ def flat_tap(tap: Tensor, *, grid: int | None = None) -> Tensor:
         height, width = (min(size, grid) for size in tap.shape[2:])
         tap = F.adaptive_avg_pool2d(tap.float(), (height, width))
     return tap.detach().reshape(len(tap), -1)
+
+
+def tap_similarity(
+    reference: Mapping[str, Tensor], taps: Mapping[str, Tensor], *, grid: int | None = None
+) -> dict[str, float]:
+    """Return the linear CKA of each tap with that of a reference, such as the network after the first experience.
+
+    Both are of the same samples in the same order, samples first, as flattened by :func:`flat_tap`. Values are
+    comparable for one ``grid`` only.
+
+    Raises:
+        ClframeError: A tap that the reference does not have, or another number of samples.
+
+    >>> tap = torch.arange(24.0).reshape(3, 2, 2, 2).sin()
+    >>> {name: round(cka, 12) for name, cka in tap_similarity({"pool": tap}, {"pool": 2 * tap}).items()}
+    {'pool': 1.0}
+    """
+    found: dict[str, float] = {}
+    for name, tap in taps.items():
+        if name not in reference:
+            raise ClframeError(unknown_name("tap", name, reference, where="reference taps"))
+        if len(tap) != len(reference[name]):
+            raise ClframeError(
+                f"tap '{name}': {len(tap)} samples, {len(reference[name])} in the reference; use the same samples"
+            )
+        found[name] = linear_cka(flat_tap(reference[name], grid=grid), flat_tap(tap, grid=grid))
+    return found
 
 
 def _check(x_ND: Tensor, y_NE: Tensor) -> None:

@@ -189,6 +189,38 @@ def require_finite(losses: Sequence[float], *, of: str) -> None:
         )
 
 
+def fit_router(
+    layer: RoutedExperts,
+    x_ND: Tensor,
+    *,
+    epochs: int = 7,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    generator: Generator | None = None,
+) -> list[float]:
+    """Train one layer's router on tokens, shuffled in each epoch; returns the mean loss of each epoch.
+
+    Raises:
+        ConfigError: No tokens, or no epochs.
+    """
+    if not len(x_ND) or epochs < 1 or batch_size < 1:
+        raise ConfigError(
+            f"moe: found {len(x_ND)} tokens in batches of {batch_size} for {epochs} epochs; give one or more of each"
+        )
+    generator = generator_for(0, "moe", "fit") if generator is None else generator
+    step = _make_step([_trained(layer)], learning_rate, epochs * -(-len(x_ND) // batch_size))
+    losses = []
+    with torch.enable_grad():
+        for _ in range(epochs):
+            total = torch.zeros(())
+            for index in torch.randperm(len(x_ND), generator=generator).split(batch_size):
+                own_ND = x_ND[index.to(x_ND.device)]
+                total = total + len(index) * step([_loss(layer, own_ND)])
+            losses.append(float(total) / len(x_ND))
+            require_finite(losses, of="router training")
+    return losses
+
+
 def _trained(layer: RoutedExperts) -> TrainedRouter:
     if isinstance(layer.router, RepresentativeRouter):
         raise UnsupportedError("moe: found analytical routers, which are not trained; use fit_experts")

@@ -166,6 +166,29 @@ def critical_point(
     return i, j, min(max((scores[i] - least) / drop, 0.0), 1.0) if drop > 0 else 0.0
 
 
+def critical_sparsity(
+    sparsities: Sequence[float], scores: Sequence[float], *, dense: float, share: float = 0.99
+) -> float:
+    """Compute the highest sparsity that keeps ``share`` of the dense score, interpolated between points of a sweep.
+
+    See :func:`critical_point`. If no point keeps the share, the sparsity of the least sparse one.
+
+    Args:
+        sparsities: Achieved mean sparsity of each point, in any order.
+        scores: Score of each point, higher is better.
+        dense: Score without any mask.
+        share: Of the dense score that must be kept.
+
+    Raises:
+        ConfigError: As there.
+
+    >>> critical_sparsity([0.0, 0.5, 0.7], [1.0, 1.0, 0.98], dense=1.0)
+    0.6
+    """
+    i, j, way = critical_point(sparsities, scores, dense=dense, share=share)
+    return sparsities[i] + way * (sparsities[j] - sparsities[i])
+
+
 def effective_rank(x_TN: Tensor) -> float:
     """Compute ``exp(-sum p_i log p_i)`` of the singular values normalized to sum 1.
 

@@ -184,5 +184,5 @@ def to_json(found: ScoredTexts, *, run: str) -> str:
     return to_json_lines(head, {"scores": [{**to_plain(row), "perplexity": row.perplexity} for row in found.rows]})
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _shorten(text: str, *, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

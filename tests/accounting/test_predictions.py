@@ -34,6 +34,7 @@ def test_parts_add_up():
     predictions = filled()
     assert predictions.whole() == 100 + 20 + 3 + 400 + 30
     assert predictions.whole(experience=0) == 999 and predictions.whole(experience=7) == 0
+    assert predictions.by_kind() == {"stage": 500, "head": 50, "policy": 3}
     assert predictions.by_component() == {"": 530, "exits": 20, "early_exit": 3}
 
 

@@ -51,6 +51,7 @@ def test_seven_samples_by_hand():
     record = record_of(answers(RIGHT))
     assert record.oracle_accuracy == 6 / 7
     assert record.overthinking == pytest.approx(3 / 7)
+    assert record.overthinking_relative == pytest.approx(1.0)
     assert found["unique_accuracy"] == (1 / 7, 1 / 7, 1 / 7)
     assert found["fixed_final_errors"] == (2 / 4, 2 / 4, 0.0)
     assert math.isnan(found["hindsight_improvability"][0])
@@ -85,9 +86,10 @@ def test_what_is_undefined_is_nan():
     perfect = compute_exit_metrics(answers(torch.ones(2, 3).bool()))
     assert all(math.isnan(share) for share in perfect["fixed_final_errors"] + perfect["hindsight_improvability"])
     flawless = record_of(answers(torch.ones(2, 3).bool()))
-    assert flawless.overthinking == 0.0
+    assert (flawless.overthinking, flawless.overthinking_relative) == (0.0, 0.0)
     hopeless = record_of(answers(torch.tensor([[True], [False]])))
     assert hopeless.overthinking == 1.0
+    assert math.isnan(hopeless.overthinking_relative)
 
 
 def test_one_exit_never_overthinks():

@@ -14,6 +14,7 @@ from clframe.moe import (
     NormRouter,
     TopK,
     count_usage,
+    fit_router,
     fit_routers,
     moefy,
     routed_layers,
@@ -66,20 +67,19 @@ def test_activation_router_foresees_summed_positive_activations():
     assert layer.keep(x).sum(1).tolist() == [2] * 7
 
 
-def test_routers_learn_norms_and_nothing_else_moves():
+def test_fit_router_learns_norms_and_nothing_else_moves():
     model = model_of()
     layer = next(iter(to_experts(model, experts=4, router_width=32).values()))
     x = torch.cat(batches())
     before = {k: v.clone() for k, v in layer.experts.state_dict().items()}
     norms = layer.experts.norms(x)
     first = float(((layer.router(x) - norms) ** 2).mean().detach())
-    losses = fit_routers(model, batches(), epochs=30, learning_rate=1e-2)
+    losses = fit_router(layer, x, epochs=30, batch_size=64, learning_rate=1e-2)
     last = float(((layer.router(x) - norms) ** 2).mean().detach())
     assert last < 0.1 * first and last < float(norms.var()) and losses[-1] < losses[0]
     assert all(torch.equal(before[k], v) for k, v in layer.experts.state_dict().items())
-    again = model_of()
-    to_experts(again, experts=4, router_width=32)
-    assert fit_routers(again, batches(), epochs=30, learning_rate=1e-2) == losses
+    again = next(iter(to_experts(model_of(), experts=4, router_width=32).values()))
+    assert fit_router(again, x, epochs=30, batch_size=64, learning_rate=1e-2) == losses
 
 
 def test_fit_routers_of_a_model_one_step_longhand():
@@ -179,10 +179,15 @@ def test_bad_input():
     with pytest.raises(UnsupportedError, match="moe: found no experts in Sequential; convert it first"):
         fit_routers(model_of(), batches(1))
     model = model_of()
-    to_experts(model, experts=4)
-    for data, epochs in (([], 7), (batches(1), 0)):
+    layer = next(iter(to_experts(model, experts=4).values()))
+    for call in (
+        lambda: fit_routers(model, []),
+        lambda: fit_routers(model, batches(1), epochs=0),
+        lambda: fit_router(layer, torch.zeros(0, 6)),
+        lambda: fit_router(layer, torch.zeros(2, 6), batch_size=0),
+    ):
         with pytest.raises(ConfigError, match="give one or more"):
-            fit_routers(model, data, epochs=epochs)
+            call()
     with pytest.raises(ConfigError, match="moe.k: found 0; give 1 or more"):
         TopK(k=0)
     with pytest.raises(ConfigError, match="moe.tau: found 1.5"):
@@ -191,9 +196,11 @@ def test_bad_input():
 
 def test_router_training_that_diverges_is_one_line():
     model = model_of()
-    to_experts(model, experts=4)
-    with pytest.raises(DivergenceError, match="^moe: found a loss of nan in epoch 1 of router training; lower its learning rate"):
-        fit_routers(model, [torch.full((3, 6), torch.nan)], epochs=2)
+    layer = next(iter(to_experts(model, experts=4).values()))
+    broken = [torch.full((3, 6), torch.nan)]
+    for call in (lambda: fit_routers(model, broken, epochs=2), lambda: fit_router(layer, broken[0], epochs=2)):
+        with pytest.raises(DivergenceError, match="^moe: found a loss of nan in epoch 1 of router training; lower its learning rate"):
+            call()
 
 
 def test_experts_of_a_model_that_is_trained_afterwards():

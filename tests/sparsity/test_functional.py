@@ -119,17 +119,18 @@ def test_sparsity_counts_zeros_by_token():
     assert S.sparsity(torch.tensor([[0.0, 1.0, 0.0, -2.0], [0.0, 0.0, 0.0, 0.0]])).tolist() == [0.5, 1.0]
 
 
-def test_the_critical_point_is_between_those_of_the_last_crossing():
+def test_critical_sparsity_interpolates_the_last_crossing():
     curve = [(0.0, 0.8), (0.4, 0.79), (0.2, 0.85), (0.6, 0.80), (0.8, 0.60)]
     s, score = zip(*curve, strict=True)
     # 0.99 * 0.8 = 0.792 is 0.008 of 0.2 below 0.80, between 0.6 and 0.8.
-    assert S.critical_point(s, score, dense=0.8) == (3, 4, pytest.approx(0.008 / 0.2))
-    assert S.critical_point(s, score, dense=0.8, share=0.5) == (4, 4, 0.0)
-    assert S.critical_point([0.5, 0.3], [0.0, 0.1], dense=0.8)[::2] == (1, 0.0)  # nothing keeps it: the least sparse
+    assert S.critical_sparsity(s, score, dense=0.8) == pytest.approx(0.6 + 0.2 * 0.008 / 0.2)
+    assert S.critical_sparsity(s, score, dense=0.8, share=0.5) == 0.8
+    assert S.critical_sparsity([0.5, 0.3], [0.0, 0.1], dense=0.8) == 0.3  # nothing keeps it: the least sparse
+    assert S.critical_point(s, score, dense=0.8)[:2] == (3, 4)
     with pytest.raises(ConfigError, match="sweep: found no values"):
-        S.critical_point([], [], dense=1.0)
+        S.critical_sparsity([], [], dense=1.0)
     with pytest.raises(ConfigError, match="found -1.0 for the dense model"):
-        S.critical_point([0.0], [-1.0], dense=-1.0)
+        S.critical_sparsity([0.0], [-1.0], dense=-1.0)
 
 
 def test_effective_rank_of_known_spectra():

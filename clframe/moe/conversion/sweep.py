@@ -198,15 +198,17 @@ def sweep(
     most: int,
     validation: Run,
     test: Run,
+    budgets: Sequence[float] = BUDGETS,
     also: Sequence[float] = (),
 ) -> Sweep:
-    """Evaluate a grid of settings, refined by bisection towards :data:`BUDGETS` on validation data.
+    """Evaluate a grid of settings, refined by bisection towards the budgets on validation data.
 
     Args:
         kind: Kind of gate.
         most: Maximum number of experts of a layer.
         validation: Evaluates a gate on validation data.
         test: Evaluates a gate on test data.
+        budgets: Fractions of the networks' and of the model's dense cost.
         also: Additional settings.
     """
     found: dict[float, Pass] = {}
@@ -221,7 +223,7 @@ def sweep(
         evaluate(value)
     scopes: tuple[Scope, ...] = ("ffn", "model")
     for scope in scopes:
-        for budget in BUDGETS:
+        for budget in budgets:
             _approach(found, evaluate, scope, budget, whole=kind == "top_k")
     values = tuple(sorted(found))
     return Sweep(
@@ -229,10 +231,10 @@ def sweep(
     )
 
 
-def points(swept: Sweep) -> tuple[BudgetPoint, ...]:
-    """For each of :data:`BUDGETS` the setting with the largest cost within it, on validation data."""
+def points(swept: Sweep, *, budgets: Sequence[float] = BUDGETS) -> tuple[BudgetPoint, ...]:
+    """For each budget the setting with the largest cost within it, on validation data."""
     scopes: tuple[Scope, ...] = ("ffn", "model")
-    return tuple(_point(swept, scope, budget) for scope in scopes for budget in BUDGETS)
+    return tuple(_point(swept, scope, budget) for scope in scopes for budget in budgets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from clframe.exits.curves import (
 )
 from clframe.exits.decisions import ExitEvaluation, counts, evaluate_thresholds, ratio
 from clframe.exits.failure import LABELS, LOWER_IS_BETTER, RANKING_METRICS, eefp_K
+from clframe.exits.policies import Fallback
 from clframe.exits.ranking import Ranking, rank
 from clframe.metrics.continual import Matrix, Score, forgetting
 from clframe.metrics.registry import Kind
@@ -273,6 +274,7 @@ def make_exit_record(
     correct: Mapping[str, Any],
     similarity_K: tuple[float, ...],
     rule: BudgetRule = "best",
+    fallback: Fallback = "last",
     simulated: str = "",
     budgets: Sequence[float] = BUDGETS,
     most: int = 41,
@@ -288,14 +290,19 @@ def make_exit_record(
         correct: For each further static rule, whether it is right on each test sample.
         similarity_K: See :class:`ExitRecord`.
         rule: Choice of the budget points' thresholds.
+        fallback: Prediction of samples that reach no threshold, in the budget points and the curve.
         simulated: See :class:`ExitRecord`.
         budgets: Shares of the bare backbone's MACs with a budget point each.
         most: Largest number of thresholds in the curve.
         nll_KE: Nats per token of each exit of a language model on every test experience.
     """
-    points = budget_points(validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule)
+    points = budget_points(
+        validation, test, backbone_cost=backbone_macs, budgets=budgets, rule=rule, fallback=fallback
+    )
     outcomes = [
-        None if point.undefined else evaluate_thresholds(test, shared(point.threshold, exits=test.exits))
+        None
+        if point.undefined
+        else evaluate_thresholds(test, shared(point.threshold, exits=test.exits), fallback=fallback)
         for point in points.points or ()
     ]
     nothing = (float("nan"),) * test.exits
@@ -306,7 +313,7 @@ def make_exit_record(
         nll_KE=nll_KE,
         metrics=compute_exit_metrics(test),
         static=static_accuracies(test, correct=correct),
-        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most),
+        curve=accuracy_cost_curve(test, backbone_cost=backbone_macs, most=most, fallback=fallback),
         points=points,
         share_PK=tuple(nothing if outcome is None else outcome.share_K for outcome in outcomes),
         accuracy_PK=tuple(nothing if outcome is None else outcome.accuracy_K for outcome in outcomes),

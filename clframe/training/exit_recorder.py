@@ -66,6 +66,7 @@ class ExitRecorder:
             correct={name: right_N[seen_N] for name, right_N in predictions.static.items()},
             similarity_K=self._similarity(network, index),
             rule=getattr(owner, "budget_rule", "best"),
+            fallback=getattr(owner, "fallback", "last"),
             budgets=tuple(sorted({*BUDGETS, *wanted})) if len(wanted) > 1 else BUDGETS,
             simulated=learner.simulated_exits,
         )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import clframe
 from clframe.errors import ClframeError
 from clframe.exits import ExitEvaluation
+from clframe.exits.decisions import evaluate_thresholds
 from clframe.exits.diagnostics import (
     EXIT_METRICS,
     ExitMetric,
@@ -57,6 +61,36 @@ def test_seven_samples_by_hand():
     assert math.isnan(found["hindsight_improvability"][0])
     # exit 1 is wrong on samples 1, 3, 4: the first exit had 1; exit 2 on 1, 2, 4, 6: all but 4 were known
     assert found["hindsight_improvability"][1:] == (1 / 3, 3 / 4)
+
+
+def test_points_and_curve_have_the_fallback_of_the_policy():
+    """Two samples, no exit sure: the last exit is right on the first alone, the most confident on both."""
+    given = answers(
+        torch.tensor([[False, True], [True, False]]), confidence_KN=torch.tensor([[0.1, 0.8], [0.9, 0.7]])
+    )  # fmt: skip
+    for fallback, expected in (("last", 0.5), ("confident", 1.0)):
+        record = make_exit_record(
+            given, given, backbone_macs=2, accuracy_KE=(), correct={}, similarity_K=(1.0, 1.0), fallback=fallback
+        )
+        assert record.curve.accuracies[-1] == expected and record.curve.costs[-1] == 1.0
+        never = evaluate_thresholds(given, [0.85], fallback=fallback)
+        assert (never.accuracy, never.cost) == (expected, 2.0)
+
+
+def test_a_run_records_the_fallback_of_its_policy(tmp_path):
+    found = {}
+    for fallback in ("last", "confident"):
+        result = clframe.run(
+            "quickstart",
+            [f"strategy=er(memory=20) + exits(at=['block1', 'block2']) + early_exit(threshold=0.99, fallback={fallback})",
+             "benchmark.validation=0.2", "trainer.epochs=1", "trainer.progress=false",
+             "trainer.loggers=[]", "trainer.figures=none"],
+            output=tmp_path / fallback,
+        )  # fmt: skip
+        record = json.loads((Path(result.run_folder) / "results.json").read_text())["exits"][-1]
+        found[fallback] = record["curve"]["accuracies"][-1], record["static"]["confident"], record["static"]["last"]
+    assert found["last"][0] == found["last"][2] and found["confident"][0] == found["confident"][1]
+    assert found["last"][1:] == found["confident"][1:] and found["last"][1] != found["last"][2]
 
 
 @pytest.mark.parametrize(("exits", "samples"), [(1, 1), (1, 9), (2, 1), (3, 17), (7, 301)])

@@ -26,10 +26,14 @@ from clframe.exits import (
     solve,
 )
 from clframe.files import to_path
+from clframe.moe import DynamicK
 from clframe.nn import GrowingLinear, Network
 from clframe.nn.backbones import mlp
 from clframe.seeding import derive_seed
+from clframe.targets.evaluation import evaluate
+from clframe.targets.exit_points import solve_run
 from clframe.targets.export import export
+from clframe.targets.latency import time_run
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -258,3 +262,19 @@ def test_exits_of_a_network_are_pairs(exits: Any, expected: str) -> None:
 def test_classes_are_whole_numbers(classes: Any) -> None:
     assert message(lambda: network().grow(classes)) == f"classes: found {classes[-1]!r}; give whole numbers from 0"
     assert network().grow(np.arange(3)) and network().grow([np.int64(2)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: solve_run("x", budgets=["0.5"]), "--budget[0]: found '0.5' (text); give a number"),  # type: ignore[list-item]
+        (lambda: solve_run("x", budgets=0.5), "--budget: found 0.5; give a list"),  # type: ignore[arg-type]
+        (lambda: solve_run("x", drops=[2]), "--drop: found 2; give a share from 0 to below 1, such as 0.01"),
+        (lambda: time_run("x", batches="1"), "latency: batches: found '1' (text); give a list"),  # type: ignore[arg-type]
+        (lambda: time_run("x", repeats=2.5), "latency: repeats: found 2.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: evaluate("x", batch_size=0), "--batch-size: found 0; give at least 1"),
+        (lambda: DynamicK(tau="0.5"), "moe.tau: found '0.5' (text); give a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_studies(call: Callable[[], Any], expected: str) -> None:
+    assert message(call) == expected

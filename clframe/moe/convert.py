@@ -16,6 +16,7 @@ from clframe.moe.dense import find_dense_ffns
 from clframe.moe.experts import ExpertLayer
 from clframe.moe.routed import RoutedExperts, override, routed_layers
 from clframe.moe.router import ALL, ROUTERS, RouterKind, make_router
+from clframe.options import convert_argument
 from clframe.seeding import generator_for
 
 Split = Literal["kmeans", "random", "coactivation"]
@@ -42,6 +43,7 @@ def expert_count(
         raise ConfigError(f"{where}: found {found}; give one of them")
     option, value = ("experts", experts) if experts is not None else ("expert_size", expert_size)
     assert value is not None
+    convert_argument(value, int, where=f"{where}.{option}")
     if value < 1 or neurons % value:
         raise ConfigError(f"{where}.{option}: found {value}; give a divisor of the {neurons} hidden neurons")
     return value if option == "experts" else neurons // value

@@ -23,6 +23,7 @@ from clframe.exits.curves import wilson_interval
 from clframe.exits.study import ExitScores, ExitStudy, Progress, study_scores
 from clframe.metrics.confusion import MOST_CLASSES
 from clframe.nn.frozen import evaluating
+from clframe.options import require_count
 from clframe.records import to_json_lines
 from clframe.targets.evaluation_data import (
     Batches,
@@ -170,6 +171,7 @@ def evaluate(
         DataError: Data that cannot be used: an unknown class, no samples.
     """
     require_list(overrides)
+    require_count(batch_size, least=1, where="--batch-size")
     given = [text for text in overrides if text.partition("=")[0] == "benchmark"]
     model = load_run(run, kind=RunModel, device=str(usable_device(device)), where="evaluate")
     if model.network.vocabulary:

@@ -20,6 +20,7 @@ from clframe.exits.decisions import ALWAYS, NEVER, Outcome, evaluate_thresholds
 from clframe.exits.policies import Fallback
 from clframe.exits.proxy import evaluations
 from clframe.exits.study import Progress, collect_scores
+from clframe.options import convert_argument
 from clframe.records import to_plain
 from clframe.tables import Cell, Quantity, Table
 from clframe.targets.folders import write_files
@@ -114,6 +115,11 @@ def solve_run(
         UnsupportedError: A run with one exit, or without validation or test data.
     """
     CONFIDENCE_MEASURES.get(measure, where="--measure")
+    budgets = convert_argument(budgets, tuple[float, ...], where="--budget")
+    drops = convert_argument(drops, tuple[float, ...], where="--drop")
+    wrong = next((drop for drop in drops if not 0 <= drop < 1), None)
+    if wrong is not None:
+        raise ConfigError(f"--drop: found {wrong:g}; give a share from 0 to below 1, such as 0.01")
     if not budgets and not drops:
         raise ConfigError("exits: found no goal; give --budget SHARE or --drop SHARE")
     target = open_target(run, overrides=overrides, device=device)

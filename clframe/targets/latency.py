@@ -20,6 +20,7 @@ from clframe.exits.captured import CapturedNetwork
 from clframe.exits.captured_segments import WARM
 from clframe.exits.dynamic import AdjustLogits, DynamicNetwork
 from clframe.files import require_writable
+from clframe.options import convert_argument
 from clframe.report.latency import Setting, Timed, Timings, write_timings
 from clframe.seeding import generator_for
 from clframe.targets.opening import open_target
@@ -53,6 +54,9 @@ def time_run(
         RunFolderError: No run, or a run that cannot be loaded.
         ConfigError: Batch sizes or numbers of calls below 1.
     """
+    batches = convert_argument(batches, tuple[int, ...], where="latency: batches")
+    for name, count in (("repeats", repeats), ("warmup", warmup)):
+        convert_argument(count, int, where=f"latency: {name}")
     if not batches or min(batches) < 1 or repeats < 1 or warmup < 0:
         raise ConfigError(
             f"latency: found batches {list(batches)}, repeats {repeats}; give sizes and a number of calls of 1 or more"

@@ -273,7 +273,7 @@ def test_classes_are_whole_numbers(classes: Any) -> None:
         (lambda: time_run("x", batches="1"), "latency: batches: found '1' (text); give a list"),  # type: ignore[arg-type]
         (lambda: time_run("x", repeats=2.5), "latency: repeats: found 2.5; give a whole number"),  # type: ignore[arg-type]
         (lambda: evaluate("x", batch_size=0), "--batch-size: found 0; give at least 1"),
-        (lambda: DynamicK(tau="0.5"), "moe.tau: found '0.5' (text); give a number"),  # type: ignore[arg-type]
+        (lambda: DynamicK(tau="0.5"), "moe.tau: found '0.5' (text); give a number from 0 (one expert a token) to 1 (all of them)"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_studies(call: Callable[[], Any], expected: str) -> None:

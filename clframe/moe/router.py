@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ctypes import c_float
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from clframe.errors import ConfigError
 from clframe.moe.analytical import RepresentativeRouter
 from clframe.moe.experts import ExpertLayer
 from clframe.moe.routing import cumulative_share, dynamic_k, router_macs, share_loss, top_k
-from clframe.options import convert_argument
+from clframe.options import format_value
 
 RouterKind = Literal["norm", "activation", "analytical"]
 """Kind of router: predicts the norm of an expert's output (D2DMoE) or its summed activations (MoEfication), or computes
@@ -232,9 +233,10 @@ def _numbers(keep_1E: Tensor) -> list[int]:
 
 
 def _check_tau(tau: float) -> None:
-    convert_argument(tau, float, where="moe.tau")
-    if not 0 <= tau <= 1:
-        raise ConfigError(f"moe.tau: found {tau}; give a number from 0 (one expert a token) to 1 (all of them)")
+    if isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= float(tau) <= 1:
+        raise ConfigError(
+            f"moe.tau: found {format_value(tau)}; give a number from 0 (one expert a token) to 1 (all of them)"
+        )
 
 
 ALL = DynamicK(tau=1.0)

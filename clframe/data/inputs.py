@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
+from clframe.errors import DataError
 from clframe.records import read_record
 
 
@@ -28,6 +31,22 @@ class InputFormat:
     checkpoints of earlier versions."""
     max_length: int = 0
     """Largest number of tokens of a text."""
+
+    def check_pixels(self, x: Tensor, *, where: str) -> None:
+        """Refuse values that no stored image has; only for images.
+
+        Raises:
+            DataError: Fractions, or values below 0 or above ``largest``; the message begins with ``where``.
+        """
+        if self.kind != "image" or not x.numel():
+            return
+        low, high = float(x.min()), float(x.max())
+        if low < 0 or high > self.largest or (x.is_floating_point() and not bool((x == x.round()).all())):
+            kind = "fractions" if x.is_floating_point() else "values"
+            raise DataError(
+                f"{where}: found {kind} from {low:g} to {high:g}, but the model was trained on whole numbers from 0 to "
+                f"{self.largest}; give those"
+            )
 
     def as_tree(self) -> dict[str, Any]:
         """Return plain values; :meth:`of` is the inverse."""

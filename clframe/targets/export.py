@@ -251,7 +251,8 @@ def example_inputs(model: TrainedModel, count: int, *, dtype: str, seed: int = 0
     channels = (-1,) + (1,) * (len(shape) - 2) if len(model.mean) > 1 else ()
     mean, std = (torch.tensor(values).reshape(channels) for values in (model.mean, model.std))
     drawn = torch.randn(shape, generator=generator) * std + mean
-    return drawn if dtype == "float32" else drawn.clamp(0, 255).to(DTYPES[dtype])
+    largest = 255 if model.inputs is None else model.inputs.largest
+    return drawn if dtype == "float32" else drawn.clamp(0, largest).to(DTYPES[dtype])
 
 
 Write = Callable[..., float]

@@ -37,13 +37,7 @@ def as_stored(model: TrainedModel, x: Tensor, *, where: str) -> Tensor:
         raise DataError(f"{where}: found values that are not finite (NaN or infinity); replace them, or leave them out")
     if form.kind != "image":
         return model.as_batch(x, where=where)
-    low, high = float(x.min()), float(x.max())
-    if low < 0 or high > form.largest or (x.is_floating_point() and not bool((x == x.round()).all())):
-        kind = "fractions" if x.is_floating_point() else "values"
-        raise DataError(
-            f"{where}: found {kind} from {low:g} to {high:g}, but the model was trained on whole numbers from 0 to "
-            f"{form.largest}; give those"
-        )
+    form.check_pixels(x, where=where)
     x = x.to(torch.uint8)
     try:
         return model.as_batch(x, where=where)

@@ -73,11 +73,13 @@ class TrainedModel:
             x: A batch or a single sample. Images may have the channels last, and gray ones no channel at all.
 
         Raises:
-            DataError: Inputs of another shape than the network was trained on, or that are not finite or not numbers.
+            DataError: Inputs of another shape than the network was trained on, that are not finite or not numbers, or
+                values that no stored image has, such as fractions for bytes.
         """
         batch = self.as_batch(numeric_tensor(x, where="classify"))
-        no_targets = torch.zeros(len(batch), dtype=torch.long)
-        return self.network.to_device(TensorSamples(batch, no_targets, self.mean, self.std).prepare(batch))
+        samples = TensorSamples(batch, torch.zeros(len(batch), dtype=torch.long), self.mean, self.std)
+        (self.inputs or InputFormat()).check_pixels(batch, where="classify")
+        return self.network.to_device(samples.prepare(batch))
 
     @torch.no_grad()
     def outputs(self, x: Tensor | ArrayLike) -> Output:

@@ -185,6 +185,9 @@ def test_arrays_single_samples_and_layouts_are_classified_alike(tmp_path):
             model.classify(wrong)
     with pytest.raises(DataError, match="NaN"):
         model.classify(torch.full((1, 1, 8, 8), float("nan")))
+    for wrong, found in ((x / 16, "fractions from 0 to 1"), (x.int() - 1, "values from -1 to 15"), (17 + x[:1], "values from 17 to")):
+        with pytest.raises(DataError, match=f"^classify: found {found}.*, but the model was trained on whole numbers from 0 to 16; g"):
+            model.classify(wrong)
 
 
 @pytest.mark.parametrize("strategy", ["naive", "er + exits"])

@@ -163,8 +163,11 @@ def report_unused(config: Config, composition: Composition, network: Network) ->
     for component in composition:
         for option, reason in component.unused_options.items():
             _log.warning("components.%s.%s: has no effect, since %s; leave it out", component.name, option, reason)
-    if trainer.sync_batchnorm and process_count(trainer) == 1:
-        _log.warning("trainer.sync_batchnorm: has no effect on one device; leave it out, or set trainer.devices")
+    for key, given in (("sync_batchnorm", trainer.sync_batchnorm), ("strategy", trainer.strategy == "ddp")):
+        if given and process_count(trainer) == 1:
+            _log.warning("trainer.%s: has no effect on one device; leave it out, or set trainer.devices", key)
+    if trainer.channels_last is True and not any(weight.ndim == 4 for weight in network.parameters()):
+        _log.warning("trainer.channels_last: has no effect, since the backbone has no convolution; leave it out")
     if trainer.budget.is_set or trainer.fast_dev_run:
         return
     for key, first in (

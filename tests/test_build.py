@@ -115,6 +115,8 @@ def test_configs_of_earlier_versions_mean_the_same():
         (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm: has no effect on one device; leave it out, or set trainer.devices"),
         (["optimizer.schedule=multistep", "optimizer.milestones=[10, 20]"], "optimizer.milestones: has no effect, since the rate changes after epoch 10 of 10; give less, or more epochs"),
         (["optimizer.schedule=step", "optimizer.step=12"], "optimizer.step: has no effect, since the rate changes after epoch 12 of 10; give less, or more epochs"),
+        (["trainer.strategy=ddp"], "trainer.strategy: has no effect on one device; leave it out, or set trainer.devices"),
+        (["trainer.channels_last=true"], "trainer.channels_last: has no effect, since the backbone has no convolution; leave it out"),
         (["trainer.eval_every=11"], "trainer.eval_every: has no effect, found 11 for 10 epochs; give at most 10"),
     ],
 )  # fmt: skip
@@ -130,6 +132,7 @@ def test_options_without_effect_are_named(overrides, message, caplog):
         ["strategy=exits + early_exit(budget=0.5, solver=coordinate)", "benchmark.validation=0.1"],
         ["optimizer.schedule=multistep", "optimizer.milestones=[9, 20]"],
         ["trainer.eval_every=10"],
+        ["backbone=small_cnn", "trainer.channels_last=true"],
         ["optimizer.schedule=step", "optimizer.step=12", "trainer.budget=1e9"],
     ],
 )

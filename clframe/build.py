@@ -144,10 +144,11 @@ def load_checked(name: str, overrides: Sequence[str] = ()) -> Config:
         if not problems.found or not blocks:
             raise
         strategy, components = blocks.get("strategy", "naive"), blocks.get("components", {})
-        readable = isinstance(strategy, str) and isinstance(components, dict)
-        if readable and all(isinstance(options, dict) for options in components.values()):
+        imports = blocks.get("imports", [])
+        readable = isinstance(strategy, str) and isinstance(components, dict) and isinstance(imports, list)
+        if readable and all(isinstance(each, dict) for each in components.values()) and {*map(type, imports)} <= {str}:
             with problems.attempt():
-                register_imports(blocks.get("imports", ()))
+                register_imports(imports)
                 build_strategy(strategy, components).check_needs()
         if "backbone" in blocks:
             with problems.attempt():

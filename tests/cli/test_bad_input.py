@@ -61,6 +61,8 @@ COMMAND_LINES = [
     (["explain", "quickstart", "--device", ""], "--device: found ''; give cpu"),
     (["run", "quickstart", "--output", ""], "--output: found ''; give a folder"),
     (["run", "quickstart", "--output", "a\0b"], "output: found 'a\\x00b', which no path can be; give another"),
+    (["run", "quickstart", "imports=null"], "imports: found null; give a list"),
+    (["explain", "quickstart", "imports=[3]"], "imports[0]: found 3; give text, in quotes"),
     (["run", "quickstart", "explain"], "override 'explain': is not key=value; write it like trainer.epochs=3"),
     (["run", "quickstart", "=3"], "override '=3': is not key=value; write it like"),
     (["run", "quickstart", "trainer..epochs=3"], "override 'trainer..epochs=3': is not key=value; write it"),

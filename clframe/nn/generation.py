@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from clframe.nn.exit_ensemble import Carried
 from clframe.nn.frozen import evaluating
 from clframe.nn.lazy_decoder import LazyDecoder, graphs_for
 from clframe.nn.network import Network
+from clframe.options import convert_argument, format_value, require_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +93,13 @@ def generate(
         graphs: Whether CUDA graphs may be used on CUDA; tokens are the same up to rounding.
 
     Raises:
-        ConfigError: A threshold outside of [0, 1], or no prompt.
+        ConfigError: A threshold outside of [0, 1], no prompt, one that is not ids of the vocabulary, or a number of
+            tokens that is not one.
         DataError: More tokens than the context.
         UnsupportedError: See :class:`~clframe.nn.lazy_decoder.LazyDecoder`.
     """
     last = len(network.heads) - 1
-    if threshold is not None and not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= convert_argument(threshold, float, where="generate.threshold") <= 1:
         raise ConfigError(f"generate.threshold: found {threshold}; give a probability")
     if threshold is not None and rule is not None:
         raise ConfigError("generate: found a threshold and a rule; give one of them")
@@ -154,8 +156,7 @@ def speculate(
     last = len(network.heads) - 1
     if not 0 <= exit < last:
         raise ConfigError(f"speculate.exit: found {exit} of {last + 1} exits; give one before the last, from 0")
-    if draft < 1:
-        raise ConfigError(f"speculate.draft: found {draft}; give at least 1 token")
+    require_count(draft, least=1, where="speculate.draft")
     with evaluating(network):
         state = _read(network, prompt, tokens, graphs)
         ids: list[int] = []
@@ -175,13 +176,29 @@ def speculate(
 
 
 def _read(network: Network, prompt: Sequence[int], tokens: int, graphs: bool) -> LazyDecoder:
-    if not len(prompt):
-        raise ConfigError("generate.prompt: found no ids; give at least one")
+    require_count(tokens, least=0, where="generate.tokens")
+    ids = _whole_numbers(prompt)
     state = LazyDecoder(
-        network, capacity=len(prompt) + max(tokens, 1) - 1, graphs=graphs_for(network) if graphs else None
+        network, capacity=len(ids) + max(tokens, 1) - 1, graphs=graphs_for(network) if graphs else None
     )
-    state.append(prompt)
+    wrong = next((one for one in ids if not 0 <= one < network.vocabulary), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"generate.prompt: found id {wrong}; give ids from 0 to {network.vocabulary - 1}, those of the vocabulary"
+        )
+    state.append(ids)
     return state
+
+
+def _whole_numbers(prompt: Any) -> tuple[int, ...]:
+    listed = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    try:
+        ids: tuple[int, ...] = convert_argument(listed, tuple[int, ...], where="generate.prompt")
+    except ConfigError:
+        raise ConfigError(f"generate.prompt: found {format_value(listed)}; give the ids of one text") from None
+    if not ids:
+        raise ConfigError("generate.prompt: found no ids; give at least one")
+    return ids
 
 
 def _result(state: LazyDecoder, ids: Sequence[int], exits: Sequence[int]) -> Generation:

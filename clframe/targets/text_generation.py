@@ -14,10 +14,12 @@ from clframe.moe import routed_layers
 from clframe.nn.frozen import evaluating
 from clframe.nn.generation import Generation, generate, speculate
 from clframe.nn.network import Network
+from clframe.options import convert_argument
 from clframe.records import to_json_lines
 from clframe.tables import Quantity, Table
 from clframe.targets.decoding_macs import DecodingMacs
 from clframe.targets.domains import CHOSEN, domain_of, experience_of
+from clframe.targets.given_texts import named_texts
 from clframe.targets.loading import RunModel
 from clframe.targets.run_tokenizer import run_tokenizer
 from clframe.targets.token_rules import token_rule
@@ -96,12 +98,16 @@ def continue_prompts(
 
     Raises:
         ConfigError: Options that contradict each other or are out of range.
-        DataError: A prompt without text.
+        DataError: A prompt that is not a text, or without text.
         UnsupportedError: A network that is not a decoder, or a rule that combines all exits.
     """
-    network, given = model.network, [prompts] if isinstance(prompts, str) else list(prompts)
+    network = model.network
     if not network.vocabulary:
         raise UnsupportedError("generate: found a classifier; use predict")
+    given = [text for _, text in named_texts(prompts, where="generate")]
+    tokens, draft = (
+        convert_argument(value, int, where=name) for name, value in (("--generate", tokens), ("--draft", draft))
+    )
     context = network.input_shape[0] - 1
     if not 1 <= tokens <= context:
         raise ConfigError(f"--generate: found {tokens} for a context of {context} tokens; give 1 to {context}")

@@ -15,9 +15,11 @@ from clframe.data.tokenizer import TextTokenizer
 from clframe.errors import ConfigError, DataError, UnsupportedError
 from clframe.functional.language import Likelihood, perplexity, strided_windows
 from clframe.nn.frozen import evaluating
+from clframe.options import convert_argument, require_count
 from clframe.records import to_json_lines, to_plain
 from clframe.tables import Cell, Quantity, Table
 from clframe.targets.domains import CHOSEN, domain_of, experience_of
+from clframe.targets.given_texts import named_texts
 from clframe.targets.loading import RunModel
 from clframe.targets.run_tokenizer import run_tokenizer
 from clframe.targets.text_scores import TokenScorer, TokenScores
@@ -96,19 +98,19 @@ def score_texts(
         progress: Called with the number of texts that have been scored, and of all texts.
 
     Raises:
-        ConfigError: A stride out of range.
-        DataError: No text of at least two tokens.
+        ConfigError: A stride or batch size out of range.
+        DataError: What is not a text, or no text of at least two tokens.
         UnsupportedError: A classifier.
     """
     network = model.network
     if not network.vocabulary:
         raise UnsupportedError("score: found a classifier; use predict")
     context = network.input_shape[0] - 1
-    stride = context if stride is None else stride
+    require_count(batch_size, least=1, where="--batch-size")
+    stride = context if stride is None else convert_argument(stride, int, where="--stride")
     if not 1 <= stride <= context:
         raise ConfigError(f"--stride: found {stride} for a context of {context} tokens; give 1 to {context}")
-    listed = [texts] if isinstance(texts, str) else texts
-    named = list(listed.items()) if isinstance(listed, Mapping) else [(text, text) for text in listed]
+    named = named_texts(texts, where="score")
     experience = None if domain is None else experience_of(model, domain)
     scorer = TokenScorer(model, threshold=threshold, budget=budget)
     encoder = TextTokenizer(run_tokenizer(model.folder, model.inputs))
@@ -117,9 +119,7 @@ def score_texts(
         for number, (name, text) in enumerate(named):
             ids_N = encoder.encode(text)
             if len(ids_N) < 2:
-                skipped[name] = (
-                    f"text {number + 1}: has {len(ids_N)} tokens; give at least 2, as the first has no context"
-                )
+                skipped[name] = _too_short(f"text {number + 1}" if name is text else name, len(ids_N))
                 continue
             rows.append(_score(name, list(_scored(scorer, ids_N, context, stride, batch_size)), len(network.heads)))
             if progress is not None:
@@ -131,6 +131,11 @@ def score_texts(
         rows=tuple(rows), rule=scorer.description, stride=stride, exit_names=network.exit_names, notes=notes,
         skipped=skipped,
     )  # fmt: skip
+
+
+def _too_short(name: str, tokens: int) -> str:
+    count = "1 token" if tokens == 1 else f"{tokens} tokens"
+    return f"{name}: has {count}; give at least 2, as the first has no context"
 
 
 def _scored(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs
@@ -164,3 +165,27 @@ def test_what_cannot_be_generated_is_refused(network):
         speculate(network, PROMPT, 3, draft=0)
     with pytest.raises(UnsupportedError, match="not a decoder"):
         generate(Network(mlp((4,))), PROMPT, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "expected"),
+    [
+        ((1, V), 3, f"generate.prompt: found id {V}; give ids from 0 to {V - 1}, those of the vocabulary"),
+        ((-1,), 3, f"generate.prompt: found id -1; give ids from 0 to {V - 1}, those of the vocabulary"),
+        ([1.5], 3, "generate.prompt: found [1.5] (a list); give the ids of one text"),
+        ("ab", 3, "generate.prompt: found 'ab' (text); give the ids of one text"),
+        (torch.tensor([[1, 2]]), 3, "generate.prompt: found [[1, 2]] (a list); give the ids of one text"),
+        (PROMPT, -1, "generate.tokens: found -1; give at least 0"),
+        (PROMPT, 1.5, "generate.tokens: found 1.5; give a whole number of at least 0"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, speculate])
+def test_prompts_are_ids_of_the_vocabulary(network, function, prompt, tokens, expected):
+    with pytest.raises(ConfigError) as error:
+        function(network, prompt, tokens)
+    assert str(error.value) == expected
+
+
+def test_prompts_may_be_tensors_and_arrays(network):
+    expected = generate(network, PROMPT, 3).ids
+    assert generate(network, torch.tensor(PROMPT), 3).ids == generate(network, np.array(PROMPT), 3).ids == expected

@@ -136,8 +136,38 @@ def test_scores_are_those_of_strided_windows(model, encoder):
         assert found[0].nats == pytest.approx(sum(nats) / len(nats), rel=1e-6)
         assert found[0].accuracy == sum(right) / len(right)
         assert found[0].decided_K == (sum(first), len(first) - sum(first))
-        assert found.skipped == {"b": "text 2: has 1 tokens; give at least 2, as the first has no context"}
+        assert found.skipped == {"b": "b: has 1 token; give at least 2, as the first has no context"}
     assert found[0].perplexity == pytest.approx(math.exp(found[0].nats))
+
+
+def test_a_file_without_tokens_is_named(model, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    assert main(["predict", str(model.folder), str(tmp_path / "empty.txt"), "--score", "--document", "file"]) == 2
+    expected = f"{tmp_path}/empty.txt: has 0 tokens; give at least 2, as the first has no context"
+    assert capsys.readouterr().err == f"clframe: error: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda model: model.generate(None), "generate: found null; give a text, or a list of texts"),
+        (lambda model: model.generate(b"ab"), "generate: found b'ab'; give a text, or a list of texts"),
+        (lambda model: model.generate(["the", 3]), "generate: found 3 as text 2; give text"),
+        (lambda model: model.generate("a\udc80"), "generate: character 1 of text 1 is half of a pair; give whole characters"),
+        (lambda model: model.generate("the", tokens=1.5), "--generate: found 1.5; give a whole number"),
+        (lambda model: model.generate("the", tokens=True), "--generate: found true; give a whole number"),
+        (lambda model: model.generate("the", draft=1.5), "--draft: found 1.5; give a whole number"),
+        (lambda model: model.score({"a.txt": None}), "score: found null as a.txt; give text"),
+        (lambda model: model.score({"a.txt": "\ud800"}), "score: character 0 of a.txt is half of a pair; give whole characters"),
+        (lambda model: model.score(7), "score: found 7; give a text, or a list of texts"),
+        (lambda model: model.score("the fox", batch_size=0), "--batch-size: found 0; give at least 1"),
+        (lambda model: model.score("the fox", stride=1.5), "--stride: found 1.5; give a whole number"),
+    ],
+)
+def test_arguments_from_python_are_checked(model, call, expected):
+    with pytest.raises(ClframeError) as error:
+        call(model)
+    assert str(error.value) == expected
 
 
 def test_continuations_are_those_of_the_network_and_drafts_change_no_token(model, encoder):
@@ -200,7 +230,7 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
     assert main(["predict", run, str(tmp_path / "lines.txt"), "--score", "--json", "-"]) == 0
     assert [row["text"] for row in json.loads(capsys.readouterr().out)["scores"]] == ["the fox", "a dog", "the fox"]
     assert main(["predict", run, "x", "the fox", "--score"]) == 3
-    assert "skipped text 1: has 1 tokens" in capsys.readouterr().err
+    assert "skipped text 1: has 1 token; give" in capsys.readouterr().err
     assert main(["predict", run, "no.txt", "the fox", "--score", "--json", "-"]) == 3
     printed = capsys.readouterr()
     assert "skipped no.txt: cannot be read" in printed.err and list(json.loads(printed.out)["skipped"]) == ["no.txt"]
@@ -229,7 +259,7 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
         (["predict", "RUN", "x", "--budget", "0.5"], "--budget: the run has no thresholds"),
         (["predict", "RUN", "x", "--document", "page"], "--document: found 'page'"),
         (["predict", "RUN", "no.txt", "--score", "--document", "file"], "no.txt: no such file"),
-        (["predict", "RUN", "x", "--score"], "text 1: has 1 tokens"),
+        (["predict", "RUN", "x", "--score"], "text 1: has 1 token; give at least 2"),
         (["predict", "RUN", ""], "predict: prompt 1 has no text"),
         (["evaluate", "RUN", "benchmark=digits"], "benchmark: found digits for a language model"),
         (["evaluate", "RUN", "benchmark=language_model", "benchmark.vocabulary=280"], "has no effect on an evaluation"),

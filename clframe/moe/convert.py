@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -150,8 +150,8 @@ Call = Callable[[nn.Module, Any], Any]
 
 
 def plain_call(model: nn.Module, batch: Any) -> Any:
-    """Return ``model(batch)``."""
-    return model(batch)
+    """Return ``model(batch)``; named inputs, such as those of a tokenizer of transformers, become keyword arguments."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def to_experts(

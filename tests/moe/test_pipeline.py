@@ -1,6 +1,7 @@
 """Training routers, the whole conversion, and what it buys."""
 
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from clframe.moe import (
     NormRouter,
     TopK,
     count_usage,
+    expert_usage,
     fit_router,
     fit_routers,
     moefy,
     routed_layers,
     set_gate,
     to_experts,
+    tune,
 )
 from clframe.moe.pipeline import fit_experts
 
@@ -173,6 +176,32 @@ def test_converted_models_go_on_learning():
         losses.append(loss.detach().item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is None for layer in routed_layers(model).values() for p in layer.router.parameters())
+
+
+class NamedInputs(nn.Module):
+    """A model that is called as those of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = model_of()
+
+    def forward(self, *, x, shift):
+        return self.body(x + shift)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])  # a tokenizer of transformers returns a UserDict
+def test_named_inputs_are_keyword_arguments(kind):
+    named, plain = NamedInputs(), model_of()
+    inputs = [kind(x=x - 2, shift=2.0) for x in batches()]
+    shifted = [x - 2 + 2.0 for x in batches()]
+    options = {"experts": 4, "router_width": 5, "split": "coactivation", "epochs": 2, "gate": TopK(k=2)}
+    assert list(moefy(named, inputs, **options)) == [f"body.{name}" for name in moefy(plain, shifted, **options)]
+    for one, other in zip(routed_layers(named).values(), routed_layers(plain).values(), strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert p.equal(q)
+    (first, *_), (second, *_) = expert_usage(named, inputs[0]).values(), expert_usage(plain, shifted[0]).values()
+    assert first.experts_T.equal(second.experts_T) and first.routed_macs == second.routed_macs
+    assert [times.tokens for times in tune(named, inputs[0]).values()] == [32, 32]
 
 
 def test_bad_input():

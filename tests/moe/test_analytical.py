@@ -121,4 +121,12 @@ def test_refusals():
         Options(shared=-1)
     with pytest.raises(ConfigError, match=r"^moefy.shared: found 4 of the 4 experts of a; give fewer than experts$"):
         check_numbers({"a": 8}, experts=4, expert_size=None, shared=4)
+    with pytest.raises(ConfigError, match=r"^moefy.k: found 5 of 4 experts; give 1 to 4$"):
+        check_numbers({"a": 8}, experts=4, expert_size=None, k=5)
+    with pytest.raises(ConfigError, match=r"^moefy.k: found 4 of 3 routed experts; give 1 to 3$"):
+        check_numbers({"a": 8}, experts=4, expert_size=None, shared=1, k=4)
+    with pytest.raises(ConfigError, match=r"^moefy.k: found 25 of 24 experts; give 1 to 24$"):
+        check_numbers({"a": 96, "b": 8}, experts=None, expert_size=None, k=25)
+    check_numbers({"a": 8}, experts=4, expert_size=None, shared=1, k=3)
+    check_numbers({"a": 8, "b": 16}, experts=None, expert_size=4, k=4)
     assert Options(router="analytical").as_tree()["epochs"] is None and Options().as_tree()["epochs"] == 7

@@ -275,6 +275,7 @@ def test_models_that_cannot_be_converted(vit_run):
             convert(other, Options(**{**QUICK, **options}), progress=None)
 
     refused(ConfigError, "found 5, no divisor of the 48 hidden neurons .* give 4 or 6", experts=5)
+    refused(ConfigError, "moefy.k: found 4 of 3 routed experts; give 1 to 3", experts=4, shared=1, gate="top_k", k=4)
     refused(ConfigError, "found 100, .* give 48", expert_size=100)
     refused(ConfigError, "found 16, no divisor of the 6 hidden neurons .* give 6", experts=16, projections=True)
     refused(UnsupportedError, "meta device", model=copy.deepcopy(target.model).to("meta"))

@@ -84,7 +84,7 @@ def convert(target: Target, options: Options, *, progress: Progress | None = Non
     call = _call(target)
     check_numbers(
         _hidden_widths(target, options, batches), experts=options.experts, expert_size=options.expert_size,
-        shared=options.shared,
+        shared=options.shared, k=options.k,
     )  # fmt: skip
     dense = copy.deepcopy(target.model)  # reference for costs and latency
     body, prefix = target.body, f"{target.body_name}." if target.body_name else ""

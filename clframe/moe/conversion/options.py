@@ -205,9 +205,12 @@ def check_model(target: Target) -> None:
 
 
 def check_numbers(
-    widths: Mapping[str, int], *, experts: int | None, expert_size: int | None, shared: int = 0
+    widths: Mapping[str, int], *, experts: int | None, expert_size: int | None, shared: int = 0, k: int | None = None
 ) -> None:
-    """Refuse a number or size of experts that does not divide the hidden widths of all networks, or too many shared.
+    """Refuse a number or size of experts that does not divide the hidden widths of all networks, or too many of them.
+
+    At most all but one expert may be shared, and a token may run at most ``k`` = all others. Of networks with different
+    numbers of experts, ``k`` is bounded by the largest.
 
     Raises:
         ConfigError: Names the nearest valid values.
@@ -217,7 +220,7 @@ def check_numbers(
     clframe.errors.ConfigError: moefy.experts: found 24, no divisor of the 256 hidden neurons of a; give 16 or 32
     """
     if experts is None and expert_size is None:
-        _check_shared(widths, shared, experts=None, expert_size=None, most=MOST)
+        _check_counts(widths, shared, k, experts=None, expert_size=None, most=MOST)
         return
     common = 0
     for width in widths.values():
@@ -231,18 +234,25 @@ def check_numbers(
             f"moefy.{option}: found {value}, no divisor of the {widths[wrong]} hidden neurons of {wrong}; give "
             f"{_nearest(divisors, value)}"
         )
-    _check_shared(widths, shared, experts=experts, expert_size=expert_size)
+    _check_counts(widths, shared, k, experts=experts, expert_size=expert_size)
 
 
-def _check_shared(
-    widths: Mapping[str, int], shared: int, *, experts: int | None, expert_size: int | None, most: int | None = None
-) -> None:
-    for name, width in widths.items():
-        count = expert_count(width, experts=experts, expert_size=expert_size, most=most)
+def _check_counts(
+    widths: Mapping[str, int], shared: int, k: int | None, *, experts: int | None, expert_size: int | None,
+    most: int | None = None,
+) -> None:  # fmt: skip
+    counts = {
+        name: expert_count(width, experts=experts, expert_size=expert_size, most=most) for name, width in widths.items()
+    }
+    for name, count in counts.items():
         if shared >= count:
             raise ConfigError(
                 f"moefy.shared: found {shared} of the {count} experts of {name}; give fewer than experts"
             )
+    largest = max(counts.values(), default=0) - shared
+    if k is not None and counts and k > largest:
+        kind = "experts" if not shared else "routed experts"
+        raise ConfigError(f"moefy.k: found {k} of {largest} {kind}; give 1 to {largest}")
 
 
 def _nearest(divisors: Sequence[int], value: int) -> str:

@@ -1,4 +1,4 @@
-"""The exit race under ``torch.compile``: the rivals of exit_race_cuda.py, each in a process of its own."""
+"""The exit race under ``torch.compile``: the rivals of exit_race_cuda.py, each in a separate process."""
 
 from __future__ import annotations
 

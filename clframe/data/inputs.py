@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from clframe.errors import DataError
@@ -38,7 +39,7 @@ class InputFormat:
         Raises:
             DataError: Fractions, or values below 0 or above ``largest``; the message begins with ``where``.
         """
-        if self.kind != "image" or not x.numel():
+        if self.kind != "image" or not x.numel() or (x.dtype == torch.uint8 and self.largest >= 255):
             return
         low, high = float(x.min()), float(x.max())
         if low < 0 or high > self.largest or (x.is_floating_point() and not bool((x == x.round()).all())):

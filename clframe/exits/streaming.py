@@ -43,7 +43,7 @@ class _Batch:
     segment: int
     requests: list[Request]
     chunks: list[Chunk]
-    """Where they are; empty in the first segment."""
+    """The chunks of these samples; empty in the first segment."""
     run: SegmentRun | None = None
     error: Exception | None = None
     """Why it could not be launched."""

@@ -32,7 +32,7 @@ class StepPlugins:
                 if _acts_at(plugin, event):
                     calls[event].append(getattr(plugin, event))
         self.calls = {event: tuple(calls[event]) for event in EVENTS}
-        """What to call at each event."""
+        """Methods of plugins, in order, by event."""
         self.touch_loss = any(calls[event] for event in ("before_forward", "after_forward", "before_backward"))
         """Whether a plugin may read or change ``strategy.loss`` before the backward pass."""
         self.touch_gradients = any(calls[event] for event in ("after_backward", "before_update"))

@@ -89,7 +89,7 @@ def test_models_and_data_have_folders_of_their_own(llama, encoder, texts, tmp_pa
 
 
 class Encoder(nn.Module):
-    """A model of somebody else's: an embedding, a network and a classifier."""
+    """A model that clframe has not made: an embedding, a network and a classifier."""
 
     def __init__(self):
         super().__init__()

@@ -141,9 +141,14 @@ def handles():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.usefixtures("many_classes")
-@pytest.mark.parametrize("strategy", ["er(memory=600)", "er(memory=600) + exits(heads=growing)"])
-def test_five_hundred_experiences(strategy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "growth"),
+    [("er(memory=600)", 1), ("er(memory=600) + exits(heads=growing)", 1), ("er(memory=600) + exits", 490 / 200)],
+)
+def test_five_hundred_experiences(strategy, growth, tmp_path, monkeypatch):
     """Memory within 5 % of that after the fifth experience, no handle or thread left, no growing work of training.
+
+    With a head for each experience, that work may grow with their number.
 
     Every evaluation covers every 25th test experience and the newest: all 500 would take 250,000 passes over the network,
     which are known to grow with the square of the experiences.
@@ -175,7 +180,7 @@ def test_five_hundred_experiences(strategy, tmp_path, monkeypatch):
     print(memory, held, calls, {name: size(folder / name) for name in ("tensorboard", "ledger.json", "results.json")})
     assert max(memory.values()) < 1.05 * memory[5]
     assert set(held.values()) == {held[5]}
-    assert calls[490] < 1.05 * calls[200]
+    assert calls[490] < 1.05 * growth * calls[200]
     tree = json.loads((folder / "ledger.json").read_text())
     assert size(folder / "ledger.json") < ROW_BYTES * sum(rows(tree).values()) + 4000
     assert sum(rows(tree).values()) < 30 * count

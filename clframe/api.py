@@ -52,7 +52,7 @@ def run(
     Args:
         config: A config's name, path, or typed config.
         overrides: Like those of the command line, ``"trainer.epochs=3"``.
-        output: Folder for run folders; None takes the config's (``runs``).
+        output: Folder for run folders; None takes the config's (``runs``). Not with ``resume``.
         resume: A run folder to resume; its own config is used and ``config`` is ignored. Of the overrides only
             ``trainer.devices`` and ``trainer.strategy`` are allowed.
         folder: Folder of this run. The same call again continues the run in it, if it is not finished; a run of
@@ -68,13 +68,16 @@ def run(
         Interrupted: A KeyboardInterrupt during training; its ``folder`` can be resumed.
     """
     require_list(overrides)
-    config = _named(config, where="run")
+    if resume is None:
+        config = _named(config, where="run")
     for name, call in (("on_built", on_built), ("on_evaluated", on_evaluated)):
         if call is not None and not callable(call):
             raise ConfigError(f"run: {name}: found {format_value(call)}; give a function")
     if folder is not None and (resume is not None or output is not None):
         raise ConfigError(f"folder: found {'resume' if resume is not None else 'output'} as well; give one of them")
     if resume is not None:
+        if output is not None:
+            raise ConfigError("output: found resume as well; leave it out, as a resumed run stays in its folder")
         other = [text for text in overrides if text.partition("=")[0].strip() not in PLACEMENT]
         if other:
             raise ConfigError(
@@ -99,7 +102,7 @@ def run(
         raise ConfigError("run: overrides need a config's name; change a typed config with dataclasses.replace")
     else:
         config = check_typed(config)
-    if output is not None and resume is None:
+    if output is not None:
         config = replace(config, output=str(to_path(output, where="output")))
     setup = build(config, needs_earlier=resume is None)
     if resume is None:  # the config of a run has the size that was chosen

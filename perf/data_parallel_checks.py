@@ -280,7 +280,7 @@ def check_resumption(*, cuda: bool, devices: int) -> dict[str, Any]:
             with contextlib.suppress(KeyboardInterrupt):
                 clframe.run("quickstart", [*options, f"trainer.devices={number}"], folder=stopped,
                             on_evaluated=stop_after(count))  # fmt: skip
-        result = clframe.run(None, [f"trainer.devices={devices}"], resume=stopped)  # type: ignore[arg-type]
+        result = clframe.run(resume=stopped, overrides=[f"trainer.devices={devices}"])
         reference = clframe.run("quickstart", options, folder=whole)
         one, other = (clframe.load(folder).network.state_dict() for folder in (stopped, whole))
         largest = max(float((one[name].double() - other[name].double()).abs().max()) for name in one)

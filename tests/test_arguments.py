@@ -66,6 +66,10 @@ def test_a_path_is_a_config_as_its_text_is(tmp_path: Path) -> None:
         ({"folder": "a\0b"}, "folder: found 'a\\x00b', which no path can be; give another"),
         ({"output": 3}, "output: found 3; give a path"),
         ({"resume": b"runs"}, "resume: found b'runs'; give a path"),
+        (
+            {"resume": "runs", "output": "other"},
+            "output: found resume as well; leave it out, as a resumed run stays in its folder",
+        ),
         ({"on_built": 3}, "run: on_built: found 3; give a function"),
         ({"on_evaluated": "print"}, "run: on_evaluated: found 'print' (text); give a function"),
     ],

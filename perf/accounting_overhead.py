@@ -15,7 +15,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +87,9 @@ class Stopwatch:
             self.seconds[ORDER[self._steps % 3]].append(time.perf_counter() - self._start)
         self._steps += 1
         name = ORDER[self._steps % 3] if self._steps > 1 else "known"
-        new = {"none": StepObserver, "known": lambda: self._known, "counted": lambda: StepProfiler(self._learner)}
+        new: dict[str, Callable[[], StepObserver]] = {
+            "none": StepObserver, "known": lambda: self._known, "counted": lambda: StepProfiler(self._learner),
+        }  # fmt: skip
         self._learner.observer = new[name]()
         self._start = time.perf_counter()
 

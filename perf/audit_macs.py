@@ -44,7 +44,7 @@ def audit(config: str, overrides: Sequence[str]) -> tuple[int, int]:
         counted.append(counter.get_total_flops())
         return found
 
-    LightningStrategy.train = traced
+    LightningStrategy.train = traced  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             quiet = ["trainer.progress=false", "trainer.loggers=[]", "trainer.figures=none"]
@@ -54,7 +54,7 @@ def audit(config: str, overrides: Sequence[str]) -> tuple[int, int]:
             # With a budget, the first calls are those of the copy on which costs are counted.
             experiences = len({entry["experience"] for entry in entries})
     finally:
-        LightningStrategy.train = train
+        LightningStrategy.train = train  # type: ignore[method-assign]
     return sum(entry["macs"] for entry in entries), sum(counted[-experiences:]) // 2
 
 

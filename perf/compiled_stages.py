@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def measure(expression: str, backbone: str, *, precision: str, compile: bool, ca
         train_epochs=epochs, eval_mb_size=512, evaluator=None, compile=compile, capture="auto" if capture else False,
     )  # fmt: skip
     graphs, seconds, start, new = [], 0.0, 0.0, 0
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
 
     def count(strategy: Any) -> None:
         nonlocal start, new

@@ -51,6 +51,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -118,19 +119,20 @@ def work(options: argparse.Namespace, rank: int, port: int, size: int) -> None:
         writer.add(row)
         return row
 
+    def check_small(expression: str) -> dict[str, Any]:
+        return check_strategy(expression, small_check(), device=device, group=group)
+
     if options.only in ("all", "checks"):
         with torch_settings(threads=1, deterministic=False, cuda=cuda):
             if options.data:
                 _check_images(options, device, group, attempt)
             else:
                 for expression in filter(options.wants, CHECKED):
-                    attempt(
-                        {"check": expression},
-                        lambda e=expression: check_strategy(e, small_check(), device=device, group=group),
-                    )
+                    attempt({"check": expression}, partial(check_small, expression))
         with torch_settings(threads=1, deterministic=True, cuda=cuda):
             for expression in filter(options.wants, RECORDED) if cuda and not options.data else ():
-                attempt({"check": f"recorded {expression}"}, lambda e=expression: check_recorded(e, device=device, group=group))
+                measure = partial(check_recorded, expression, device=device, group=group)
+                attempt({"check": f"recorded {expression}"}, measure)
     if options.only in ("all", "throughput"):
         with torch_settings(threads=1 if options.cpu else 4, deterministic=False, cuda=cuda):
             rows = zip_longest(*([(b, s) for s in STRATEGIES[b] if options.wants(s)] for b in options.backbones))
@@ -161,7 +163,7 @@ def _check_images(options: argparse.Namespace, device: torch.device, group: Grou
             expression = _fitting(expression, tiny=options.tiny)
             attempt(
                 {"check": f"{expression}, {checked.name}"},
-                lambda e=expression, c=checked: check_strategy(e, c, device=device, group=group),
+                partial(check_strategy, expression, checked, device=device, group=group),
             )
 
 

@@ -95,10 +95,12 @@ class Run:
         self._new: int | None = None
         self._count_new()
         loop.on_step = self._after_step
+        assert isinstance(loop.model.network, nn.Module) and loop.learner is not None
         hook = loop.model.network.register_forward_pre_hook(self._note_rows())
         for experience in checked.data.avalanche.train_stream:
             loop.train(experience)
             loop.eval(checked.data.evaluation_stream)
+            assert scores.tally is not None
             self.accuracies.append(scores.tally.as_tree())
         hook.remove()
         self.states = [t.detach() for t in (*loop.model.state_dict().values(), *_tensors(loop.learner.state))]
@@ -109,13 +111,15 @@ class Run:
 
     def _count_new(self) -> None:
         """Note the new samples of every batch: they come first, replayed ones follow."""
-        make_batch = self._loop.learner.make_batch
+        learner = self._loop.learner
+        assert learner is not None
+        make_batch = learner.make_batch
 
         def make(x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> Any:
             self._new = len(y)
             return make_batch(x, y, **kwargs)
 
-        self._loop.learner.make_batch = make  # type: ignore[method-assign]
+        learner.make_batch = make  # type: ignore[method-assign]
 
     def _note_rows(self) -> Callable[[Any, Any], None]:
         """Return the hook of the network's first pass of a step; a function, since teachers are deep copies."""
@@ -245,6 +249,7 @@ def check_recorded(expression: str, *, device: torch.device, group: Group) -> di
         for experience in data.avalanche.train_stream:
             loop.train(experience)
             graphs[-1] += 0 if loop.step_capture is None else loop.step_capture.recorded
+        assert loop.learner is not None
         weights.append([value.detach().double().cpu() for value in loop.learner.network.state_dict().values()])
     largest = max(float(((a - b).abs() / b.abs().clamp_min(1)).max()) for a, b in zip(*weights, strict=True) if a.numel())
     return {"check": f"recorded {expression}", "graphs": graphs, "largest_difference_from_eager": largest,

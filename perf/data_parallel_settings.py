@@ -32,7 +32,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     ),  # experts need feed-forward networks
 }  # fmt: skip
 """Strategies whose throughput is measured."""
-SCALE = {"mean": (125.0,), "std": (63.0,)}
+MEAN, STD = (125.0,), (63.0,)
 
 
 def label(expression: str) -> str:
@@ -77,8 +77,8 @@ class Settings:
         """Two experiences of ten classes, for throughput."""
         x, y = self._first_images() if self.data else self._random_images()
         augment = AUGMENTATIONS.get("cifar") if self.shape[1] == 32 else ()
-        train = TensorSamples(x, y, augment=augment, **SCALE)
-        test = TensorSamples(x[: self.images], y[: self.images], **SCALE)
+        train = TensorSamples(x, y, mean=MEAN, std=STD, augment=augment)
+        test = TensorSamples(x[: self.images], y[: self.images], mean=MEAN, std=STD)
         return class_incremental(Source("images", train, test, classes=20), experiences=2, order="sorted")
 
     def selection(self, *, experiences: int, classes: int, images: int) -> Any:
@@ -89,13 +89,15 @@ class Settings:
             classes: New classes of each.
             images: Training images of a class; there are half as many test images.
         """
+        assert self.data is not None
         parts = []
-        with np.load(self.data) as file:  # type: ignore[arg-type]
+        with np.load(self.data) as file:
             for part, count in (("train", images), ("test", (images + 1) // 2)):
                 x, y = torch.from_numpy(file[f"{part}_x"]), torch.from_numpy(file[f"{part}_y"])
                 rows = torch.cat([(y == c).nonzero()[:count, 0] for c in range(experiences * classes)])
-                parts.append(TensorSamples(self._resize(x[rows]), y[rows], **SCALE))
-        source = Source("cifar100", *parts, classes=experiences * classes)
+                parts.append(TensorSamples(self._resize(x[rows]), y[rows], mean=MEAN, std=STD))
+        train, test = parts
+        source = Source("cifar100", train, test, classes=experiences * classes)
         return class_incremental(source, experiences=experiences, order="sorted")
 
     def _random_images(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +107,8 @@ class Settings:
 
     def _first_images(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of the first 20 classes of CIFAR-100, as many of each experience, all classes among the first ones."""
-        with np.load(self.data) as file:  # type: ignore[arg-type]
+        assert self.data is not None
+        with np.load(self.data) as file:
             x, y = torch.from_numpy(file["train_x"]), torch.from_numpy(file["train_y"])
         of_class = torch.stack([(y == c).nonzero()[:500, 0] for c in range(20)])
         rows = torch.stack([ten.T.flatten()[: self.images] for ten in of_class.split(10)]).T.flatten()

@@ -109,13 +109,15 @@ class BufferTimes(StepObserver):
         }
         group = self._loop.group
         if group is not None:
-            send = {"device": group.device, "is_first": group.is_first}
             exchange: dict[str, Callable[[], Any]] = {
-                "buffer_exchange_ms": lambda: synchronize(nn.Module(), states, **send),  # type: ignore[arg-type]
+                "buffer_exchange_ms": lambda: synchronize(
+                    nn.Module(),  # type: ignore[arg-type]  # no weights
+                    states, device=group.device, is_first=group.is_first,
+                ),
                 "buffer_check_ms": lambda: group.check_equal(
                     {"buffer": fingerprint(tensors)}, where="after an experience", advice="report it"
                 ),
-            }
+            }  # fmt: skip
             found |= {name: round(self._mean_ms(call, group), 3) for name, call in exchange.items()}
         return found
 

@@ -56,12 +56,14 @@ from clframe.exits.fusion import fuse_batch_norm
 from clframe.exits.head_kinds import make_head
 from clframe.exits.placement import every_nth_tap, published_placement
 from clframe.exits.policies import ExitPolicy, max_probability
-from clframe.nn import Network
+from clframe.nn import Backbone, Network
 from clframe.nn.backbones import mlp, resnet32, vit_tiny
 from clframe.nn.backbones.stages import tap_of
 
 CLASSES = 100
-MODELS = {"resnet32": resnet32, "vit_tiny": vit_tiny, "mlp": partial(mlp, width=1024, depth=8)}
+MODELS: dict[str, Callable[[tuple[int, int, int]], Backbone]] = {
+    "resnet32": resnet32, "vit_tiny": vit_tiny, "mlp": partial(mlp, width=1024, depth=8),
+}  # fmt: skip
 SAMPLES = {1: 64, 32: 128, 256: 256}
 """Samples of a repetition, by batch size."""
 BUDGETS = (0.25, 0.5, 0.75)
@@ -189,6 +191,10 @@ def bare(network: Network, batches: Sequence[Tensor]) -> Run:
     return run
 
 
+def in_turn(dynamic: DynamicNetwork, batches: Sequence[Tensor]) -> Run:
+    return lambda: [dynamic(x) for x in batches]
+
+
 def foreseeing(network: Network, batches: Sequence[Tensor], exits: Sequence[Tensor], *, heads: Sequence[int]) -> Run:
     """Every stage on the number of samples that reach it, and ``heads`` on theirs; nobody is moved."""
     stage_of = macs(network).stage_of
@@ -253,7 +259,8 @@ def affordable(network: Network, batches: Sequence[Tensor], time: Costs) -> tupl
     cheapest = sorted(range(len(time.heads) - 1), key=lambda exit: time.heads[exit])
     for count in range(len(cheapest), 0, -1):
         dynamic = DynamicNetwork(network, ExitPolicy(thresholds=1.0), exits=cheapest[:count])
-        taken = race({"bare": bare(network, batches), "own": lambda d=dynamic: [d(x) for x in batches]}, repeats=25 if len(batches[0]) == 1 else 7)
+        runs = {"bare": bare(network, batches), "own": in_turn(dynamic, batches)}
+        taken = race(runs, repeats=25 if len(batches[0]) == 1 else 7)
         if ratio(taken["own"], taken["bare"])["median"] <= 1 + OVERHEAD:
             return tuple(sorted(cheapest[:count]))
     return ()
@@ -284,11 +291,11 @@ def rows_of(
     for choice in (choice for choice in never if choice in choices):
         plans.append(("none leaves", choice, never[choice](), ExitPolicy(thresholds=1.0)))
     runs: dict[str, Run] = {"bare": bare(network, batches)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, (budget_name, choice, enabled, policy) in enumerate(plans):
         dynamic = DynamicNetwork(network, policy, exits=enabled)
         exits = [dynamic(part).exit_B for part in batches]
-        runs[f"{place} dynamic"] = lambda d=dynamic: [d(part) for part in batches]
+        runs[f"{place} dynamic"] = in_turn(dynamic, batches)
         runs[f"{place} stages"] = foreseeing(network, batches, exits, heads=())
         runs[f"{place} heads"] = foreseeing(network, batches, exits, heads=dynamic.computed_exits)
         cost_N = [work.of_exit(exit, dynamic.computed_exits) for exit in torch.cat(exits).tolist()]

@@ -121,7 +121,7 @@ def gap(ms: float, whole: float, work: Costs, times: Costs, exit_N: Tensor, enab
 
 
 def mean_cost(costs: Costs, exit_N: Tensor, enabled: Sequence[int]) -> float:
-    counts = exit_N.bincount(minlength=len(costs.heads)).tolist()
+    counts: list[int] = exit_N.bincount(minlength=len(costs.heads)).tolist()
     return sum(count * costs.of_exit(exit, enabled) for exit, count in enumerate(counts)) / len(exit_N)
 
 
@@ -173,7 +173,7 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(found) + "\n")
         return
-    end = time.monotonic() + options.seconds
+    end: float = time.monotonic() + options.seconds
     cells = [(m, b) for m, b in ORDER if m in options.model and b in options.batch]
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [], "rivals": [], "left_out": []}
     print(f"{found['device']}, torch {found['torch']}", flush=True)

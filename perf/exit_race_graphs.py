@@ -60,7 +60,8 @@ def bare(network: Network) -> Run:
         value: Any = x
         for stage in network.backbone.stages:
             value = stage(value)
-        return network.heads[-1](value)
+        scores_NC: Tensor = network.heads[-1](value)
+        return scores_NC
 
     return run
 
@@ -99,11 +100,15 @@ def stage_times(network: Network, x: Tensor, work: Costs) -> Costs:
     """Seconds a batch of every stage, and of every head with its confidence, each as a graph."""
     value: Any = x
     stages, heads = [], []
+
+    def answer(exit: int, tap: Tensor) -> Any:
+        return max_probability(exit, network.heads[exit](tap), ())
+
     for stage, exits in zip(network.backbone.stages, network.exits_at, strict=True):
-        stages.append(replays(lambda s=stage, v=value: s(v)))
+        stages.append(replays(functools.partial(stage, value)))
         value = stage(value)
         tap = tap_of(value)
-        heads += [replays(lambda e=e, v=tap: max_probability(e, network.heads[e](v), ())) for e in exits]
+        heads += [replays(functools.partial(answer, exit, tap)) for exit in exits]
     return Costs(tuple(stages), tuple(heads), work.stage_of)
 
 

@@ -15,15 +15,18 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cells import Cell, run_cells
 
 from clframe.metrics.statistics import paired
 
 EXITS = "exits"
+Result = dict[str, Any]
+"""The content of a results.json."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def cells(names: Sequence[str], variants: Sequence[str], shared: Sequence[str], 
     return found
 
 
-def row(results: Sequence[dict]) -> dict[str, list[float]]:
+def row(results: Sequence[Result]) -> dict[str, list[float]]:
     """The numbers of one row, one for each seed, in percent."""
     columns: dict[str, list[float]] = {}
     for result in results:
@@ -126,7 +129,7 @@ def row(results: Sequence[dict]) -> dict[str, list[float]]:
     return columns
 
 
-def equal_cost(result: dict, accuracy: float) -> float | None:
+def equal_cost(result: Result, accuracy: float) -> float | None:
     """The smallest share of the backbone's cost at which the test curve is as accurate, None where it never is."""
     curve = result["exits"][-1]["curve"]
     reached = [cost for cost, found in zip(curve["costs"], curve["accuracies"], strict=True) if found >= accuracy]
@@ -142,7 +145,7 @@ def shown(values: Sequence[float], *, decimals: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def difference_of(base: dict[int, dict], others: dict[int, dict]) -> str:
+def difference_of(base: dict[int, Result], others: dict[int, Result]) -> str:
     """Points that the most confident exit is better than the base, with the paired t-test's interval from two seeds on."""
     found = paired(
         {seed: 100 * result["exits"][-1]["static"]["last"] for seed, result in base.items()},
@@ -151,7 +154,7 @@ def difference_of(base: dict[int, dict], others: dict[int, dict]) -> str:
     return f"{found.mean:+.1f}" + ("" if found.half_width != found.half_width else f" ± {found.half_width:.1f}")
 
 
-def table(found: dict[str, dict[int, dict]]) -> str:
+def table(found: dict[str, dict[int, Result]]) -> str:
     """The rows as Markdown."""
     heading = ["strategy", "seeds", "parameters", "last exit", "most confident", "difference (95 %)", "gain over base", "forgetting",
                "at 25 %", "at 50 %", "at 75 %", "cost at the base's accuracy", "minutes"]  # fmt: skip
@@ -180,12 +183,12 @@ def table(found: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def answer(result: dict, label: str) -> float:
+def answer(result: Result, label: str) -> float:
     """Final accuracy in percent: of the most confident exit, or of the only one."""
-    return 100 * result["exits"][-1]["static"]["confident" if " + " in label else "last"]
+    return 100 * float(result["exits"][-1]["static"]["confident" if " + " in label else "last"])
 
 
-def differences(found: dict[str, dict[int, dict]]) -> str:
+def differences(found: dict[str, dict[int, Result]]) -> str:
     """Paired differences between the variants of each strategy, as Markdown: mean and half-width of the 95 % interval."""
     pairs = [("exits", ""), ("control", ""), ("exits", "control"), ("exits", "probe")]
     heading = ["strategy", *(f"{first} - {second or 'base'}" for first, second in pairs)]
@@ -204,7 +207,7 @@ def differences(found: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def write_runs(found: dict[str, dict[int, dict]], path: Path) -> None:
+def write_runs(found: dict[str, dict[int, Result]], path: Path) -> None:
     """Write a line for every run, in percent."""
     rows = []
     for label, by_seed in sorted(found.items()):
@@ -243,8 +246,9 @@ def main() -> None:
     shared = [*data, "benchmark.validation=0.1", "trainer.threads=1",
               "trainer.progress=false", "trainer.loggers=[csv]", *options.override]  # fmt: skip
     wanted = cells(options.strategies, ["", *options.variants], shared, options.config, options.seeds)
-    found: dict[str, dict[int, dict]] = {cell.label: {} for cell in wanted}
+    found: dict[str, dict[int, Result]] = {cell.label: {} for cell in wanted}
     start = time.perf_counter()
+    pairs: Iterable[tuple[Cell, Path | None]]
     if options.print_only:
         from cells import finished
 

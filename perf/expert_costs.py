@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from clframe.moe import to_experts
-from clframe.moe.dispatch import EXECUTORS
+from clframe.moe.dispatch import EXECUTORS, Name
 from clframe.moe.executors import grouped_mm_works
 
 SHAPES = ((768, 3072, (24, 96, 512)), (384, 1536, (24, 96)), (192, 768, (24,)), (64, 256, (4, 16)))
 TOKENS = (2, 4, 16, 64, 197, 1576)
 FRACTIONS = (0.125, 0.25, 0.5)
-NAMES = ("dense", "grouped", "grouped_mm")
+NAMES: tuple[Name, ...] = ("dense", "grouped", "grouped_mm")
 
 Row = dict[str, Any]
 
@@ -53,12 +53,12 @@ def measured(*, repeats: int) -> Iterator[Row]:
                     works = grouped_mm_works(weights, cases[0][0])
                     row: Row = {"W": 2 * width, "F": hidden, "H": hidden // experts, "tokens": tokens}
                     row |= {"pairs": tokens * count, "active": int(cases[0][1].any(0).sum())}
-                    taken: dict[str, list[float]] = {name: [] for name in NAMES if works or name != "grouped_mm"}
+                    taken: dict[Name, list[float]] = {name: [] for name in NAMES if works or name != "grouped_mm"}
                     for lap in range(repeats + 2):
                         x, keep = cases[lap % 4]
                         for name in list(taken) if lap % 2 else reversed(taken):
                             start = process_time()
-                            EXECUTORS[name](weights, x, keep, None)  # type: ignore[index]
+                            EXECUTORS[name](weights, x, keep, None)
                             if lap > 1:
                                 taken[name].append(process_time() - start)
                     yield row | {name: median(times) for name, times in taken.items()}

@@ -91,18 +91,18 @@ def rows_of(name: str, *, batch: int, repeats: int, device: str, compiled: bool)
         with count_usage(experts) as usage:  # as a calibration does: the choice expects this share
             experts(x)
             usage()
-        contestants, chosen = {**runs, "experts": experts}, {}
+        calls: dict[str, Callable[[], Any]] = {**runs, "experts": partial(experts, x)}
+        chosen: dict[str, Counter[str]] = {}
         for bypass in (False, True):  # a graph records the choice of its time
             model = copy.deepcopy(experts)
             times = tune(model, x, bypass=bypass)
-            contestants["bypass" if bypass else "tuned"] = model
+            calls["bypass" if bypass else "tuned"] = partial(model, x)
             chosen["bypass" if bypass else "tuned"] = Counter(layer.chosen for layer in times.values())
-        calls = {key: call if key in runs else partial(call, x) for key, call in contestants.items()}
         yield {
             "model": name, "batch": batch, "items": items, "cost": reached, "ffn_share": ffn / macs,
             "promised": macs / (macs - ffn * (1 - reached)), "ms": race(calls, repeats=repeats), "chosen": chosen,
         }  # fmt: skip
-        del contestants, calls, model
+        del calls, model
 
 
 def line(row: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, process_time
@@ -46,8 +47,8 @@ import torch
 from torch import Tensor, nn
 
 from clframe.moe import RoutedExperts, TopK, to_experts, tune
-from clframe.moe.dispatch import EXECUTORS
-from clframe.moe.executors import Weights, grouped_mm_works
+from clframe.moe.dispatch import EXECUTORS, Name
+from clframe.moe.executors import Executor, Weights, grouped_mm_works
 from clframe.moe.routing import pairs_by_expert
 
 WIDTH, HIDDEN = 768, 3072
@@ -159,10 +160,15 @@ def row_of(
     if options.parts:
         runs |= parts_of(weights, batches, kept)
     if options.executors:
-        names = ["dense", "grouped", *(["grouped_mm"] if grouped_mm_works(weights, batches[0]) else [])]
+
+        def only(execute: Executor, x: Tensor) -> Tensor:
+            return execute(weights, x, kept[id(x)], None)
+
+        names: list[Name] = ["dense", "grouped"]
+        names += ["grouped_mm"] if grouped_mm_works(weights, batches[0]) else []
         names += ["per_token"] if tokens <= 16 else []
         for name in names:
-            runs[f"only {name}"] = lambda x, f=EXECUTORS[name]: f(weights, x, kept[id(x)], None)
+            runs[f"only {name}"] = partial(only, EXECUTORS[name])
     taken = race(runs, batches, repeats=repeats)
     macs = layer.macs()
     promised = macs.dense / (layer.gate.k * macs.expert + macs.router)

@@ -26,6 +26,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic
@@ -37,8 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clframe.moe import DynamicK, RoutedExperts, count_usage
-from clframe.moe.dispatch import EXECUTORS, choose
+from clframe.moe.dispatch import EXECUTORS, Name, choose
 from clframe.moe.executors import Weights
+from clframe.moe.router import NormRouter
 from clframe.moe.triton_experts import run_pairs
 from clframe.moe.triton_launch import FULL, HALF, Layer, Pairs, Tiles, add_up, list_pairs, run_fused
 from clframe.moe.tuning import measure_layer
@@ -73,7 +75,8 @@ def check_gradients(layer: RoutedExperts, x_ND: Tensor) -> list[str]:
     """Compare gradients of input and weights through the kernels with those through the reference in float32."""
     keep_NE, exact = layer.keep(x_ND), copy.deepcopy(layer).float()
     found = []
-    for name, own in (("triton", layer), ("reference", exact)):
+    compared: tuple[tuple[Name, RoutedExperts], ...] = (("triton", layer), ("reference", exact))
+    for name, own in compared:
         x = x_ND.to(own.experts.up.dtype).clone().requires_grad_()
         y_NO = EXECUTORS[name](own.experts.weights(), x, keep_NE, None)
         found.append(torch.autograd.grad(y_NO.float().square().sum(), [x, *own.experts.parameters()]))
@@ -149,7 +152,10 @@ def executors(weights: Weights, x_ND: Tensor, keep_NE: Tensor) -> dict[str, Run]
 
 
 @torch.no_grad()
-def row_of(dense: nn.Module, compiled: nn.Module | None, layer: RoutedExperts, x_ND: Tensor, *, share: float, repeats: int) -> Row:
+def row_of(
+    dense: nn.Module, compiled: Callable[[Tensor], Any] | None, layer: RoutedExperts, x_ND: Tensor, *, share: float,
+    repeats: int,
+) -> Row:  # fmt: skip
     """Times of all contestants."""
     layer.gate = DynamicK(tau=tau_for(layer, x_ND, share))
     wrong = check(layer, x_ND)
@@ -215,6 +221,7 @@ def backward_row(dense: nn.Module, layer: RoutedExperts, x_ND: Tensor, *, share:
 def account(layer: RoutedExperts, x_ND: Tensor, *, share: float, repeats: int) -> list[Row]:
     """Each part's time, and the least time for its bytes and FLOPs."""
     layer.gate = DynamicK(tau=tau_for(layer, x_ND, share))
+    assert isinstance(layer.router, NormRouter)
     weights, keep_NE = layer.experts.weights(), layer.keep(x_ND)
     pairs, own = list_pairs(keep_NE), Layer.of(weights, 0)
     y_PO = run_fused(own, x_ND, pairs, None)
@@ -273,7 +280,8 @@ def sweep(layer: RoutedExperts, x_ND: Tensor, *, share: float, repeats: int, onl
         row: Row = {"tile": tile, "type": str(x_ND.dtype).removeprefix("torch."), "tokens": len(x_ND), "share": share}
         for fused in (True, False):
             try:
-                ms = race({"it": lambda f=fused, t=tile: run_pairs(weights, x_ND, keep_NE, fused=f, tile=t)}, repeats=repeats)
+                call = partial(run_pairs, weights, x_ND, keep_NE, fused=fused, tile=tile)
+                ms = race({"it": call}, repeats=repeats)
             except Exception as error:  # too much shared memory, or too many registers: names differ between versions
                 row["fused" if fused else "split"] = type(error).__name__
                 continue
@@ -307,7 +315,8 @@ def results(options: argparse.Namespace, until: float) -> Iterator[Row]:
     for name in options.types:
         dense, layer = build(SPLITS[options.split])
         # Values that are exact in every type: rounding of inputs would change signs, and with them gradients of ReLU.
-        dense, layer = (part.bfloat16().to("cuda", TYPES[name]) for part in (dense, layer))
+        dense.bfloat16().to("cuda", TYPES[name])
+        layer.bfloat16().to("cuda", TYPES[name])
         layer.gate = DynamicK(tau=0.4)
         if options.tiles is None:
             wrong = check_gradients(layer, torch.randn(333, WIDTH, device="cuda").bfloat16().to(TYPES[name]))

@@ -40,6 +40,7 @@ from clframe.training.module import ContinualModule
 from clframe.training.strategy import LightningStrategy
 
 IMAGES, CLASSES, BATCH = 5_000, 10, 128
+MEAN, STD = (125.0,), (63.0,)
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True)
 ER = "er(memory=2000)"
 STRATEGIES = (
@@ -55,9 +56,8 @@ def benchmark(experiences: int = 2) -> Any:
     count, classes = IMAGES * experiences, CLASSES * experiences
     x = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
     y = torch.arange(count) % classes
-    scale = {"mean": (125.0,), "std": (63.0,)}
-    train = TensorSamples(x, y, augment=AUGMENTATIONS.get("cifar"), **scale)
-    test = TensorSamples(x[:200], y[:200], **scale)
+    train = TensorSamples(x, y, mean=MEAN, std=STD, augment=AUGMENTATIONS.get("cifar"))
+    test = TensorSamples(x[:200], y[:200], mean=MEAN, std=STD)
     return class_incremental(Source("noise", train, test, classes=classes), experiences=experiences, order="sorted")
 
 
@@ -66,6 +66,7 @@ class Clock:
 
     def __init__(self, epochs: int) -> None:
         self.epochs, self.rate, self.graph, self.batches = epochs, 0.0, 0.0, 0.0
+        self.recorded, self.seconds = 0, 0.0
         self._start, self._new, self._preparing = 0.0, 0, 0.0
 
     def watch(self, strategy: Any) -> None:
@@ -128,8 +129,8 @@ def rate_of(expression: str, *, precision: str, capture: Any, epochs: int, backb
     strategy.train(first)
     clock.watch(strategy)
     strategy.train(second)
-    clock.recorded = 0 if strategy.step_capture is None else strategy.step_capture.recorded
-    clock.seconds = 0.0 if strategy.step_capture is None else strategy.step_capture.seconds
+    if strategy.step_capture is not None:
+        clock.recorded, clock.seconds = strategy.step_capture.recorded, strategy.step_capture.seconds
     return clock
 
 
@@ -138,7 +139,7 @@ def by_hand(*, precision: str, captured: bool, backbone: str, steps: int = 200) 
     device = torch.device("cuda")
     network = Network(BACKBONES.get(backbone)((3, 32, 32)))
     network.grow(range(CLASSES))
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     optimizer = SGD(network.parameters())
     x = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(CLASSES, (BATCH,), device=device)

@@ -62,9 +62,11 @@ def measure(kind: str, path: str, cache: str = "") -> tuple[int, float, float]:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=60_000)
+    parser.add_argument("--files", type=int, default=60_000, help="at least 600, for 100 classes in both parts")
     parser.add_argument("--path", help="a folder of images, in the place of generated ones")
     options = parser.parse_args()
+    if options.files < 600:
+        parser.error(f"--files: found {options.files}; give at least 600")
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         path = options.path or str(home / "images")

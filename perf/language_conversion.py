@@ -28,9 +28,10 @@ import torch
 from language_decoders import SIZES, add_arguments, load_weights, parse, spread, text, train
 from torch import Tensor, nn
 
+from clframe.data.samples import TensorSamples
 from clframe.data.target import Target
 from clframe.moe.conversion.convert import Conversion, convert
-from clframe.moe.conversion.options import Options
+from clframe.moe.conversion.options import Method, Options
 from clframe.moe.conversion.study import Study, measure_conversion, record
 from clframe.moe.conversion.sweep import gate_at, time_decoding, time_pair
 from clframe.moe.routed import set_gate
@@ -41,6 +42,7 @@ from clframe.targets.language import CausalRows, Reading, causal_target
 def windows_of(options: argparse.Namespace) -> dict[str, Tensor]:
     """Token ids of ``fit``, ``validation`` and ``test``, one window of ``context`` ids a row."""
     source = text(options)
+    assert isinstance(source.train, TensorSamples)
     x = source.train.x[:, : options.context]
     count = min(options.fit, len(x))
     held = spread(source, 2 * options.windows)[0][:, : options.context]
@@ -74,7 +76,7 @@ def llama(options: argparse.Namespace, folder: Path) -> tuple[nn.Module, dict[st
     return model.to(options.device), facts
 
 
-def variant_options(options: argparse.Namespace, method: str, strength: float) -> Options:
+def variant_options(options: argparse.Namespace, method: Method, strength: float) -> Options:
     """Options of one conversion, as of ``clframe moefy``."""
     return Options(
         method=method, strength=strength, sparsify=options.sparsify, expert_size=options.expert_size,
@@ -83,7 +85,7 @@ def variant_options(options: argparse.Namespace, method: str, strength: float) -
 
 
 def run_variant(
-    model: nn.Module, windows: Mapping[str, Tensor], options: argparse.Namespace, method: str, strength: float
+    model: nn.Module, windows: Mapping[str, Tensor], options: argparse.Namespace, method: Method, strength: float
 ) -> tuple[dict[str, Any], Study]:
     """Convert a copy of the model and sweep its gate."""
     start = time.perf_counter()
@@ -101,6 +103,7 @@ def time_variant(study: Study, options: argparse.Namespace, end: float) -> list[
     """Time per token of prefill and decode next to the dense model, for each budget, device and type."""
     converted = study.converted
     settings = {point.budget: study.swept.values[point.at] for point in study.points if point.scope == "ffn" and point.at is not None}
+    places: list[tuple[str, torch.dtype, int, tuple[int, ...]]]
     places = [("cpu", torch.float32, 1, (1,)), ("cpu", torch.float32, options.threads, (1,))]
     if options.device == "cuda":
         places = [("cuda", torch.float32, 1, (1, 32)), ("cuda", torch.bfloat16, 1, (1, 32)), *places]
@@ -126,6 +129,7 @@ def time_both(
     """Time prefill of whole windows and decoding of one token of each."""
     device = next(model.parameters()).device
     given = converted.target.batches("test", size=size, limit=size)[0].inputs
+    assert isinstance(given, Mapping)
     inputs = {name: value.to(device) for name, value in given.items()}
     batch, length = inputs["input_ids"].shape
     prefill = time_pair(dense, model, inputs, batch=batch, call=converted.exit_logits, pairs=10, least=3, seconds=1, phase="prefill")
@@ -179,7 +183,7 @@ def tables(file: str) -> None:
                   f"| {one['dense_us']:.2f} | {one['converted_us']:.2f} | {one['speedup']:.2f} |")  # fmt: skip
 
 
-def variants(options: argparse.Namespace) -> list[tuple[str, float]]:
+def variants(options: argparse.Namespace) -> list[tuple[Method, float]]:
     """Conversions in the order of importance: the first strength and none with both methods, then other strengths."""
     first, *others = options.strengths
     return [

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import clframe
+from clframe.data.samples import TensorSamples
 from clframe.data.source import SOURCES, Source
 from clframe.metrics.statistics import deviation, mean
 from clframe.nn.backbones import BACKBONES
@@ -158,6 +159,7 @@ def load_weights(options: argparse.Namespace, name: str, ffn: str, folder: Path,
 
 def spread(source: Source, windows: int) -> tuple[Tensor, Tensor]:
     """ids_WS of evenly spaced test windows, as many of each domain, and their domains_W."""
+    assert isinstance(source.test, TensorSamples)
     x, y = source.test.x, source.test.y
     each = max(1, windows // source.classes)
     index = []

@@ -54,7 +54,7 @@ def analyze_network(network: Network, ids_WS: Tensor, domain_W: Tensor, *, batch
     batches = [(ids_BS.to(device), next_token_targets(ids_BS.to(device)), None) for ids_BS in ids_WS.split(batch)]
     nats: list[list[Tensor]] = [[]]
 
-    def evaluate(model: nn.Module, inputs: Tensor, targets_N: Tensor) -> Tensor:
+    def evaluate(model: nn.Module, inputs: Any, targets_N: Tensor) -> Tensor:
         values_N = token_values("perplexity", model(inputs).last, targets_N)
         nats[-1].append(-values_N.double().view(len(inputs), -1).mean(1))
         return values_N
@@ -211,7 +211,8 @@ def found_at(row: dict[str, Any], tolerance: float) -> dict[str, Any]:
     known = [one for one in row["critical"] if one["tolerance"] == tolerance]
     if not known:
         row["critical"].append(summarize(row["analysis"], tolerance))
-    return known[0] if known else row["critical"][-1]
+    found: dict[str, Any] = known[0] if known else row["critical"][-1]
+    return found
 
 
 def table_row(own: Sequence[dict[str, Any]], tolerance: float) -> str:

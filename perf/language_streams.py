@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,32 +98,30 @@ def tables(files: Sequence[str]) -> None:
     for name in STRATEGIES:
         own = [run for run in runs if run["strategy"] == name]
         if own:
-            columns = [shown(own, lambda run, at=at: perplexity(run["nll_matrix"][-1][at])) for at in range(len(domains))]
-            columns.append(shown(own, lambda run: run["metrics"]["final_perplexity"]))
-            columns += [shown(own, lambda run, key=key: run["metrics"].get(key, float("nan")), digits=2)
+            columns = [spread_of([perplexity(run["nll_matrix"][-1][at]) for run in own]) for at in range(len(domains))]
+            columns.append(spread_of([run["metrics"]["final_perplexity"] for run in own]))
+            columns += [spread_of([run["metrics"].get(key, float("nan")) for run in own], digits=2)
                         for key in ("learning_nats", "forgetting_nats")]  # fmt: skip
-            columns.append(shown(own, lambda run: run["train_seconds"], digits=0))
+            columns.append(spread_of([run["train_seconds"] for run in own], digits=0))
             print(f"| `{own[0]['expression']}` | {len(own)} | " + " | ".join(columns) + " |")
     print("\n| strategy | exit | perplexity | forgetting, nats |\n|---|---|---|---|")
     for name in STRATEGIES:
         own = [run for run in runs if run["strategy"] == name and len(run["exits"]) > 1]
         for at, exit in enumerate(own[0]["exits"] if own else ()):
-            nats = shown(own, lambda run, exit=exit: perplexity(mean(run["exits"][exit])))
-            print(f"| {name} | {exit} | {nats} | {shown(own, lambda run, at=at: run['exit_forgetting_nats'][at], digits=2)} |")
+            nats = spread_of([perplexity(mean(run["exits"][exit])) for run in own])
+            forgetting = spread_of([run["exit_forgetting_nats"][at] for run in own], digits=2)
+            print(f"| {name} | {exit} | {nats} | {forgetting} |")
     for name in STRATEGIES:
         own = [run for run in runs if run["strategy"] == name and run.get("sparsity") is not None]
         if own:
-            print(f"- {name}: {shown(own, lambda run: 100 * run['sparsity'])} % of the hidden neurons are zero at the end")
+            share = spread_of([100 * run["sparsity"] for run in own])
+            print(f"- {name}: {share} % of the hidden neurons are zero at the end")
     for name in STRATEGIES:
         own = [run for run in runs if run["strategy"] == name]
         for after in range(len(domains)) if own else ():
-            row = " | ".join(shown(own, lambda run, at=at, after=after: perplexity(run["nll_matrix"][after][at])) for at in range(len(domains)))
+            found = [[run["nll_matrix"][after][at] for run in own] for at in range(len(domains))]
+            row = " | ".join(spread_of([perplexity(nat) for nat in column]) for column in found)
             print(f"{name} after {domains[after]}: {row}")
-
-
-def shown(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], *, digits: int = 1) -> str:
-    """Mean and, of several runs, standard deviation."""
-    return spread_of([value(run) for run in runs], digits=digits)
 
 
 def main() -> None:
@@ -147,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
-    began, runs = time.perf_counter(), []
+    began, runs = time.perf_counter(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             for name in options.strategies:

@@ -67,7 +67,7 @@ class Cifar(Dataset[tuple[Any, int]]):
 
 def torchvision_transform() -> Callable[[Any], Any]:
     """The training transform of Avalanche's ``SplitCIFAR100``."""
-    return transforms.Compose(
+    made: Callable[[Any], Any] = transforms.Compose(
         [
             transforms.RandomCrop(32, padding=PADDING),
             transforms.RandomHorizontalFlip(),
@@ -75,6 +75,7 @@ def torchvision_transform() -> Callable[[Any], Any]:
             transforms.Normalize(MEAN, STD),
         ]
     )
+    return made
 
 
 def by_windows(pictures: Pictures, batch: int) -> Loader:

@@ -48,7 +48,8 @@ class Aware(SupervisedPlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.right, self.seen = Counter(), Counter()
+        self.right: Counter[int] = Counter()
+        self.seen: Counter[int] = Counter()
 
     def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
         index, classes = strategy.experience.current_experience, sorted(strategy.experience.classes_in_this_experience)

@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def vectors(out: Path, source: Source) -> Path:
     if not path.exists():
         shape = source.train.input_shape
         backbone = BACKBONES.get("hf_text")(shape, pretrained=encoder_folder(), pooling="mean").eval()
-        arrays, start = {}, time.process_time()
+        arrays, start = dict[str, Any](), time.process_time()
         for part, samples in (("train", source.train), ("test", source.test)):
             ids_NT = samples.prepare(samples.raw(torch.arange(len(samples))))
             arrays[f"x_{part}"], arrays[f"y_{part}"] = embedded(ids_NT, backbone).numpy(), samples.y.numpy()

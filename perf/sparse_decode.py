@@ -61,7 +61,8 @@ class Rows:
     """Rows that are printed and written as they come, until the time is over."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.rows, self.end = options, list[dict[str, Any]](), time.perf_counter() + options.seconds
+        self.options, self.rows = options, list[dict[str, Any]]()
+        self.end: float = time.perf_counter() + options.seconds
 
     @property
     def over(self) -> bool:
@@ -160,13 +161,13 @@ def make_network(options: argparse.Namespace, size: str, dtype: torch.dtype) -> 
 
 def step_of(network: Network, caches: Sequence[KeyValueCache], token: Tensor) -> Callable[[], Tensor]:
     """The choice of the next token after one more token, with the keys and values of ``PAST`` earlier ones."""
-    embed, *stages = network.backbone.stages
+    embed, *blocks = list[Any](network.backbone.stages)
+    stages: list[list[Any]] = [list(stage) if isinstance(stage, nn.Sequential) else [stage] for stage in blocks]
     position_1 = torch.tensor([PAST], device=token.device)
 
     def step() -> Tensor:
         x_1TD = embed.table(token)
-        for stage, cache in zip(stages, caches, strict=True):
-            block, *rest = stage if isinstance(stage, nn.Sequential) else [stage]
+        for (block, *rest), cache in zip(stages, caches, strict=True):
             x_1TD = block.extend(x_1TD, cache, position_1, PAST + 1)
             for part in rest:
                 x_1TD = part(x_1TD)
@@ -192,7 +193,8 @@ def race_models(rows: Rows, part: str, size: str, dtype: torch.dtype, threads: i
         if rows.over or (name == "gate" and not gated):
             continue
         (rules,) = calibrate(network, [(ids, None, None)], sparsities=[share], places=PLACES[name])
-        sparse, plain = sparse_decoder(network, rules), {}
+        sparse, plain = sparse_decoder(network, rules), dict[str, float]()
+        assert isinstance(sparse, Network)
         if part == "step":
             calls = [step_of(model, caches, ids[:1, :1]) for model in (network, sparse)]
             found, tokens = compare(*calls, cuda=cuda, rounds=options.rounds), 1
@@ -200,10 +202,10 @@ def race_models(rows: Rows, part: str, size: str, dtype: torch.dtype, threads: i
             tokens = options.tokens
 
             # Reads each token on the host, so that elapsed time is the time of the device.
-            calls = [partial(generate, model, ids[0, :8].tolist(), tokens) for model in (network, sparse)]
-            found = compare(*calls, cuda=False, rounds=options.rounds)
+            whole, less = (partial(generate, model, ids[0, :8].tolist(), tokens) for model in (network, sparse))
+            found = compare(whole, less, cuda=False, rounds=options.rounds)
             if cuda:
-                alone = compare(calls[0], partial(calls[0], graphs=False), cuda=False, rounds=options.rounds)
+                alone = compare(whole, partial(whole, graphs=False), cuda=False, rounds=options.rounds)
                 plain = {"plain_tokens_s": 1e3 * tokens / alone["sparse_ms"], "graphs_speedup": 1 / alone["speedup"]}
         rows.add(part=part, size=size, depth=depth, type=str(dtype)[6:], threads=threads, place=name, sparsity=share,
                  dense_tokens_s=1e3 * tokens / found["dense_ms"], sparse_tokens_s=1e3 * tokens / found["sparse_ms"],

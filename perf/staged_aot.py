@@ -104,7 +104,9 @@ def race(model: str, folder: Path) -> None:
     exit_N = torch.tensor([int(dynamic(sample).exit_B) for sample in samples])
     found = [staged(programs)(sample) for sample in samples]
     cost = sum(work.of_exit(exit, dynamic.computed_exits) for exit in exit_N.tolist()) / SAMPLES / work.bare
-    runs = {"bare": never, "dynamic": dynamic, "bare compiled": bare, "segments compiled": staged(programs)}
+    runs: dict[str, Callable[[Tensor], Any]] = {
+        "bare": never, "dynamic": dynamic, "bare compiled": bare, "segments compiled": staged(programs),
+    }  # fmt: skip
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for lap in range(REPEATS + 1):
         for name in runs if lap % 2 else reversed(runs):

@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def check(contestants: dict[str, Contestant], course: Course) -> str:
     for name, start in starts.items():
         pairs = list(zip(reference, start.weights(), strict=True))
         for a, b in pairs:
-            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: other weights: {text}")
+            torch.testing.assert_close(a, b, msg=partial("{}: other weights: {}".format, name))
         exact += all(torch.equal(a, b) for a, b in pairs)
     rest = "" if exact == len(starts) else ", those of the others within 1e-5"
     return f"the weights of {exact} of {len(starts)} loops are equal bit for bit{rest}"

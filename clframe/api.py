@@ -101,6 +101,7 @@ def run(
     elif overrides:
         raise ConfigError("run: overrides need a config's name; change a typed config with dataclasses.replace")
     else:
+        assert isinstance(config, Config)  # paths are text by now
         config = check_typed(config)
     if output is not None:
         config = replace(config, output=str(to_path(output, where="output")))

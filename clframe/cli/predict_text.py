@@ -122,7 +122,10 @@ def _read(inputs: Sequence[str], options: argparse.Namespace) -> tuple[list[tupl
     skipped: dict[str, str] = {}
     for given in inputs:
         try:
-            found += [_read_file(given)] if document == "file" else [(text, text) for text in find_lines(given)]
+            if document == "file":
+                found.append(_read_file(given))
+            else:
+                found += [(text, text) for text in find_lines(given, strip=False)]
         except DataError as error:
             skipped[given] = str(error)
     if not found:

@@ -217,8 +217,8 @@ def _read_paths(file: str) -> list[str]:
     return [os.path.join(os.path.dirname(file), path) for path in _read_column(file, ("path",))]
 
 
-def _read_column(file: str, names: Sequence[str]) -> list[str]:
-    """Values of a column of a CSV file that are not empty."""
+def _read_column(file: str, names: Sequence[str], *, strip: bool = True) -> list[str]:
+    """Values of a column of a CSV file that are not empty, without surrounding whitespace if ``strip``."""
     try:
         reader = csv.DictReader(io.StringIO(read_text(Path(file)), newline=""), strict=True, skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or ()]
@@ -229,30 +229,38 @@ def _read_column(file: str, names: Sequence[str]) -> list[str]:
                 f"{' or '.join(names)}"
             )
         reader.fieldnames = header
-        found = [(row[column] or "").strip() for row in reader]
+        found = [row[column] or "" for row in reader]
     except csv.Error as error:
         raise DataError(f"{file}: is not valid CSV ({error}); save it again as comma-separated values") from None
-    found = [value for value in found if value]
+    found = _without_empty(found, strip=strip)
     if not found:
         raise DataError(f"{file}: has no rows; add some below the header")
     return found
 
 
-def find_lines(given: str) -> list[str]:
+def _without_empty(texts: Iterable[str], *, strip: bool) -> list[str]:
+    return [text.strip() if strip else text for text in texts if text.strip()]
+
+
+def find_lines(given: str, *, strip: bool = True) -> list[str]:
     """Texts of an argument: lines of a ``.txt`` file or of the standard input (``-``), a CSV column, or itself.
+
+    Args:
+        given: The argument.
+        strip: Whether whitespace around a line is removed; of a prompt it is part, such as the indentation of code.
 
     Raises:
         DataError: A folder, or a file without text.
     """
     path = os.path.expanduser(given)
     if given == "-":
-        return _read_standard_input()
+        return _read_standard_input(strip=strip)
     if os.path.isdir(path):
         raise DataError(f"{shorten_path(path)}: is a folder; give texts, a .txt file with one a line, or a .csv file")
     if path.lower().endswith(".csv"):
-        return _read_column(path, ("text",))
+        return _read_column(path, ("text",), strip=strip)
     if path.lower().endswith(".txt") or os.path.exists(path):
-        lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
+        lines = _without_empty(read_text(Path(path)).splitlines(), strip=strip)
         if not lines:
             raise DataError(f"{path}: holds no text; write one text a line")
         return lines
@@ -263,9 +271,9 @@ def find_lines(given: str) -> list[str]:
     return [given]
 
 
-def _read_standard_input() -> list[str]:
+def _read_standard_input(*, strip: bool) -> list[str]:
     try:
-        lines = [line.strip() for line in sys.stdin if line.strip()]
+        lines = _without_empty((line.rstrip("\r\n") for line in sys.stdin), strip=strip)
         "".join(lines).encode()  # in the C locale, Python replaces bytes that are not text by halves of characters
     except UnicodeError:
         raise DataError("-: the standard input is not UTF-8 text; convert it to UTF-8") from None

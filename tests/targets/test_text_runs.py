@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -240,6 +241,20 @@ def test_the_command_line_continues_and_scores(model, texts, capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [domain["name"] for domain in printed["domains"]] == list(LEARNED)
+
+
+def test_prompts_in_files_keep_their_whitespace(model, capsys, tmp_path, monkeypatch):
+    prompts = ["    return x", "the ", "\tdef"]
+    (tmp_path / "lines.txt").write_text("\n".join([prompts[0], "", *prompts[1:]]) + "\n")
+    (tmp_path / "rows.csv").write_text('text\n"    return x"\n"the "\n"\tdef"\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts) + "\r\n"))
+    call = ["predict", str(model.folder), "--generate", "2", "--json", "-"]
+    found = []
+    for words in ([str(tmp_path / "lines.txt")], [str(tmp_path / "rows.csv")], ["-"], prompts):
+        assert main([*call[:2], *words, *call[2:]]) == 0
+        found.append(json.loads(capsys.readouterr().out)["continuations"])
+        assert [row["prompt"] for row in found[-1]] == prompts
+    assert all(rows == found[0] for rows in found)
 
 
 @pytest.mark.parametrize(

@@ -128,15 +128,16 @@ def test_step_by_step_equals_all_exits_and_predictions_are_kept(kind, ensemble):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_calibration_lowers_the_error_on_held_out_data(kind):
-    logits_NC, y_N = sampled(4000)
+    n = 8000  # with 15 bins, a measure without any error has an ECE of about 0.5 sqrt(15 * 2 / (pi n)) = 0.017
+    logits_NC, y_N = sampled(2 * n)
     calibrated = Calibrated(Single(), kind, exits=1)
-    calibrated.fit([logits_NC[:2000]], y_N[:2000])
-    (scores_NC,) = calibrated([logits_NC[2000:]])
+    calibrated.fit([logits_NC[:n]], y_N[:n])
+    (scores_NC,) = calibrated([logits_NC[n:]])
     errors = []
-    for each_NC in (logits_NC[2000:], scores_NC):
+    for each_NC in (logits_NC[n:], scores_NC):
         top_N, class_N = each_NC.softmax(1).max(1)
-        errors.append(float(ece(rank(top_N.numpy(), (class_N == y_N[2000:]).numpy()))[0]))
-    assert errors[1] < 0.04 < errors[0]
+        errors.append(float(ece(rank(top_N.numpy(), (class_N == y_N[n:]).numpy()))[0]))
+    assert errors[1] < 0.03 and errors[0] > 0.2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -207,6 +207,11 @@ def differences(found: dict[str, dict[int, Result]]) -> str:
     return "\n".join(lines)
 
 
+def percent(value: float | None) -> float | str:
+    """In percent; empty for a number that a run lacks, such as forgetting after a single experience."""
+    return "" if value is None else round(100 * value, 2)
+
+
 def write_runs(found: dict[str, dict[int, Result]], path: Path) -> None:
     """Write a line for every run, in percent."""
     rows = []
@@ -214,13 +219,12 @@ def write_runs(found: dict[str, dict[int, Result]], path: Path) -> None:
         for seed, result in sorted(by_seed.items()):
             record = result["exits"][-1]
             row = {"row": label, "seed": seed, "parameters": result["parameters"],
-                   "forgetting": round(100 * result["metrics"]["forgetting"], 2)}  # fmt: skip
-            row |= {name: round(100 * record["static"][name], 2) for name in ("last", "confident", "mean", "oracle")}
+                   "forgetting": percent(result["metrics"]["forgetting"])}  # fmt: skip
+            row |= {name: percent(record["static"][name]) for name in ("last", "confident", "mean", "oracle")}
             row["train_seconds"] = round(result["train_seconds"], 1)
             for point in record["points"]["points"] or ():
                 for name in ("accuracy", "cost"):
-                    value = point[name]
-                    row[f"{name} at {point['name']}"] = "" if value is None else round(100 * value, 2)
+                    row[f"{name} at {point['name']}"] = percent(point[name])
             rows.append(row)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

@@ -91,8 +91,8 @@ class Network(nn.Module):
     Attributes:
         backbone: The backbone.
         heads: The classifiers of the exits in order, the backbone's own last.
-        exit_names: The taps of the exits, numbered where a tap has several (``pool``, ``pool#2``); the last is
-            ``final``.
+        exit_names: The taps of the exits, numbered where a tap has several (``pool``, ``pool#2``) or is called
+            ``final``; the last is ``final``.
         exits_at: For each stage, the indices of the heads on its tap.
         ensemble: Combines the logits of an exit with earlier ones; none by default.
         gradient: How gradients of the exits before the last reach the backbone: ``through``, unchanged; ``detached``,
@@ -188,7 +188,7 @@ class Network(nn.Module):
         done = [make is None or isinstance(head, TokenLinear) for _, head in exits]
         made = [head if kept else head.use(make) for (_, head), kept in zip(exits, done, strict=True)]  # type: ignore[arg-type]
         self.heads = nn.ModuleList([*made, own])
-        self.exit_names = (*_numbered([tap for tap, _ in exits]), FINAL)
+        self.exit_names = (*_exit_names([tap for tap, _ in exits]), FINAL)
         self.exits_at = tuple(
             tuple(exit for exit, at in enumerate(stages) if at == stage) for stage in range(len(backbone.names))
         )
@@ -367,7 +367,7 @@ def _check_exits(exits: Any) -> None:
             )
 
 
-def _numbered(names: Sequence[str]) -> tuple[str, ...]:
-    """Make names unique: the second occurrence gets ``#2``, and so on."""
-    counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
-    return tuple(name if n == 1 else f"{name}#{n}" for name, n in zip(names, counts, strict=True))
+def _exit_names(taps: Sequence[str]) -> tuple[str, ...]:
+    """Make names unique: the second exit of a tap gets ``#2``, and so on; one of a layer called ``final``, ``#1``."""
+    counts = [taps[: place + 1].count(tap) for place, tap in enumerate(taps)]
+    return tuple(tap if n == 1 and tap != FINAL else f"{tap}#{n}" for tap, n in zip(taps, counts, strict=True))

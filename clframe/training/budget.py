@@ -42,9 +42,9 @@ class ExperienceCost:
     stored: int = 0
     """Samples in the replay buffer after it."""
     buffer: int = 0
-    """Bytes of the replay buffer."""
+    """Bytes of these samples."""
     others: int = 0
-    """Bytes of the other components' states: teachers, importances."""
+    """Bytes of all other states: teachers, importances."""
     classes: int = 0
     """Classes seen so far."""
 

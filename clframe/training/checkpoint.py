@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ FORMAT = 3
 READABLE = (2, 3)
 """Formats that this version reads. Format 3 added checkpoints inside an experience."""
 _NETWORK, _PARAMETER = "__network__", "__parameter__"
+_SEQUENCES = (list, tuple, torch.Size)
+"""Sequences that reading restores without code: a named tuple needs its class."""
 _NAME = re.compile(r"experience_(\d+)\.ckpt")
 _INSIDE = re.compile(r"inside_(\d+)_step_(\d+)\.ckpt")
 _log = logging.getLogger(__name__)
@@ -197,17 +200,22 @@ def encode(value: Any, *, live: Mapping[int, str] | None = None) -> Any:
         return {encode(key): encode(item, live=live) for key, item in value.items()}
     if type(value) is str:
         return sys.intern(value)
-    if isinstance(value, (list, tuple)):
+    if type(value) in _SEQUENCES:
         if _are_numbers(value):
             return type(value)([*value])  # never the same object: pickle would write a shared one once
         return type(value)(encode(item, live=live) for item in value)
     if live is not None and id(value) in live:
         return {_PARAMETER: live[id(value)]}
-    if value is None or isinstance(value, (Tensor, bool, int, float, str)):
+    if isinstance(value, Tensor) and value.layout == torch.strided:
         return value
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, (np.float64, np.str_)):  # numbers and texts of Python, except for pickle
+        return value.item()
+    kind = "sparse tensor" if isinstance(value, Tensor) else f"{type(value).__module__}.{type(value).__qualname__}"
     raise RunFolderError(
-        f"checkpoint: component state holds a {type(value).__name__}; keep tensors, numbers, text, lists, "
-        f"mappings and frozen networks in it"
+        f"checkpoint: component state holds a {kind.removeprefix('builtins.')}; keep dense tensors, numbers, text, "
+        f"lists, tuples, mappings and frozen networks in it"
     )
 
 
@@ -234,11 +242,11 @@ def _are_numbers(value: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def nbytes(value: Any) -> int:
-    """Return the bytes of all tensors in a state."""
+    """Return the bytes of all tensors in a state; sparse ones, which no checkpoint holds, count none."""
     if isinstance(value, Network):
         return sum(t.nbytes for t in value.state_dict().values())
     if isinstance(value, Mapping):
         return sum(nbytes(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return sum(nbytes(item) for item in value)
-    return value.nbytes if isinstance(value, Tensor) else 0
+    return value.nbytes if isinstance(value, Tensor) and value.layout == torch.strided else 0

@@ -13,7 +13,7 @@ from clframe.training.budget import ExperienceCost
 from clframe.training.checkpoint import nbytes
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.learner import Learner
-from clframe.training.step_cost import growing_buffers, stored_samples
+from clframe.training.step_cost import buffer_size, growing_buffers, stored_samples
 from clframe.training.strategy import LightningStrategy
 
 
@@ -99,6 +99,7 @@ def _kept(learner: Learner) -> dict[str, int]:
     for component in learner.composition:
         state = learner.state[component.name]
         if component.keeps_memory:
-            kept["stored"] = stored_samples(state)
-        kept["buffer" if component.keeps_memory else "others"] += nbytes(state)
+            kept["stored"], kept["buffer"] = buffer_size(state)
+        kept["others"] += nbytes(state)
+    kept["others"] -= kept["buffer"]
     return kept

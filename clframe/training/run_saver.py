@@ -13,7 +13,7 @@ from clframe.data.benchmark import Benchmark
 from clframe.data.digests import StreamDigest
 from clframe.errors import RunFolderError, reason_of
 from clframe.training.activity_recorder import ActivityRecorder
-from clframe.training.checkpoint import decode, load_latest, save_checkpoint
+from clframe.training.checkpoint import decode, encode, load_latest, save_checkpoint
 from clframe.training.cost_recorder import CostRecorder
 from clframe.training.exit_recorder import ExitRecorder
 from clframe.training.run_progress import Progress
@@ -68,7 +68,7 @@ class RunSaver:
             "past": learner.past,
             "ledger": self._costs.ledger.as_tree(),
             "network": dict(learner.network.state_dict()),
-            "components": learner.state,
+            "components": {name: _encoded(name, state) for name, state in learner.state.items()},
             # The scale of 16-bit mixed precision, which a Trainer shares with Fabric; empty without one.
             "precision": dict(self._strategy.fabric._precision.state_dict()),
         }
@@ -128,3 +128,15 @@ class RunSaver:
         clock.train_iterations = clock.total_iterations = progress.steps
         clock.train_exp_counter = self._benchmark.sub_experiences(progress.finished - 1).stop
         return progress
+
+
+def _encoded(component: str, state: Any) -> Any:
+    """Return the state of a component as a checkpoint stores it.
+
+    Raises:
+        RunFolderError: A value that it cannot hold, named with the component.
+    """
+    try:
+        return encode(state)
+    except RunFolderError as error:
+        raise RunFolderError(f"component '{component}': {error}") from None

@@ -289,6 +289,22 @@ def stored_samples(state: State) -> int:
     return 0 if state["y"] is None else len(state["y"])
 
 
+def buffer_size(state: State) -> tuple[int, int]:
+    """Return the number of samples in a replay buffer and the bytes that grow with it, buffers within it included.
+
+    These are the tensors with a row for each sample; a teacher next to them has the same size however many there are.
+    """
+    stored = samples = stored_samples(state)
+    bytes_of_rows = 0
+    for value in state.values():
+        if isinstance(value, Mapping) and {"x", "y"} <= value.keys():
+            more, rows = buffer_size(value)
+            samples, bytes_of_rows = samples + more, bytes_of_rows + rows
+        elif isinstance(value, Tensor) and value.ndim and len(value) == stored:
+            bytes_of_rows += value.nbytes
+    return samples, bytes_of_rows
+
+
 def state_sizes(component: Component, state: State, total: int) -> dict[str, int]:
     """Return the bytes of a component's state, ``total`` in all, by kind of the ledger."""
     teachers = sum(t.nbytes for network in _networks(state) for t in network.state_dict().values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from clframe.errors import ConfigError, UnknownNameError
-from clframe.nn import GrowingLinear, Head, Network, freeze, restore
+from clframe.nn import Backbone, GrowingLinear, Head, Network, freeze, restore
 from clframe.nn.backbones import mlp, resnet20, small_cnn
 from clframe.nn.types import Output
 
@@ -88,6 +89,14 @@ def test_several_exits_on_one_tap_have_their_own_names():
     assert network.exit_names == ("layer2", "layer2#2", "final")
     assert network.exits_at == ((), (0, 1, 2))
     assert len(network(torch.zeros(2, 1, 8, 8)).logits) == 3
+
+
+def test_an_exit_of_a_layer_called_final_has_another_name_than_the_last():
+    layers = OrderedDict(stem=nn.Linear(4, 6), final=nn.Linear(6, 5), norm=nn.LayerNorm(5))
+    backbone = Backbone.of(nn.Sequential(layers), input_shape=(4,))
+    heads = [("stem", GrowingLinear(6)), ("final", GrowingLinear(5)), ("final", GrowingLinear(5))]
+    network = Network(backbone, exits=heads)
+    assert network.exit_names == ("stem", "final#1", "final#2", "final")
 
 
 def test_taps_come_when_asked_for():

@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from power_cuts import TINY
 
 import clframe
+from clframe.core import COMPONENTS, Component
 from clframe.errors import RunFolderError
 from clframe.training.checkpoint import checkpoint_files, load_inside, load_latest, save_checkpoint, save_inside
 
@@ -116,3 +122,39 @@ def test_fields_that_make_no_sense_are_refused(finished, tmp_path, change, messa
     torch.save({**torch.load(path, weights_only=True), "finished": 77}, path.with_name("experience_077.ckpt"))
     with pytest.raises(RunFolderError, match="finished=77 of 2 experiences"):
         clframe.run(resume=folder)
+
+
+def test_scalars_of_numpy_that_are_numbers_and_texts_of_python_are_stored_as_these(tmp_path):
+    kept = {"loss": np.float64(0.1), "list": [np.float64(0.2), 1], "name": np.str_("fast")}
+    save_checkpoint(tmp_path, {"components": {"own": kept}}, finished=1)
+    found = load_latest(tmp_path, device=CPU)["components"]["own"]
+    assert found == kept and [type(found["loss"]), type(found["list"][0]), type(found["name"])] == [float, float, str]
+
+
+class Mode(IntEnum):
+    FAST = 1
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [(Mode.FAST, "Mode"), (Pair(1, 2), "Pair"), (np.int64(3), "numpy.int64"), ({1}, "a set"),
+     (torch.eye(3).to_sparse(), "sparse tensor")],
+)  # fmt: skip
+def test_what_no_reader_restores_is_refused_when_it_is_written_and_named_with_its_component(value, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(COMPONENTS, "_entries", dict(COMPONENTS._entries))
+
+    @clframe.register
+    @dataclass(frozen=True, kw_only=True)
+    class Stateful(Component):
+        name: ClassVar[str] = "stateful"
+
+        def after_experience(self, network, context, state):
+            return {"kept": [value]}
+
+    with pytest.raises(RunFolderError, match=rf"component 'stateful': checkpoint: component state holds .*{kind}"):
+        clframe.run("quickstart", [*TINY, "strategy=stateful"], output=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,8 +113,20 @@ class TracedGraph:
             )
         self.result = result
         self.order = {node: index for index, node in enumerate(self.nodes)}
+        self._check_names()
         self.module = fx.GraphModule(entry, self.graph)
         self.values: dict[fx.Node, _Value] = {}
+
+    def _check_names(self) -> None:
+        """Refuse layers named as words of Python's grammar, for which torch.fx writes code that cannot be read."""
+        for node in self.nodes:
+            named = node.op in ("call_module", "get_attr")
+            word = next(filter(keyword.iskeyword, str(node.target).split(".") if named else ()), None)
+            if word is not None:
+                raise ConfigError(
+                    f"{self.where}: {type(self.model).__name__} has a layer named '{word}', a word of Python's "
+                    f"grammar, which torch.fx cannot trace; rename it"
+                )
 
     def key(self) -> list[tuple[str, Any, str]]:
         """Equal for equal graphs."""

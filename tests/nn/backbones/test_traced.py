@@ -249,3 +249,17 @@ def test_a_forward_that_a_trace_would_change_is_refused():
         Backbone.of(Chooses(), input_shape=(3,), taps=["a"])
     with pytest.raises(ConfigError, match="^backbone: found taps for stages in pairs; give the module"):
         Backbone.of([("a", nn.Linear(3, 4))], input_shape=(3,), taps=["a"])
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("class", nn.Linear(4, 6))
+
+    def forward(self, x):
+        return getattr(self, "class")(x).relu()
+
+
+def test_a_layer_named_by_a_word_of_python_is_refused_by_name():
+    with pytest.raises(ConfigError, match="Keyword has a layer named 'class', a word of Python's grammar"):
+        Backbone.of(Keyword(), input_shape=(4,))

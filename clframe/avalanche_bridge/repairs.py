@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from clframe.errors import UnsupportedError
 from clframe.nn.network import Network
+
+_log = logging.getLogger(__name__)
 
 
 def repair(plugins: Iterable[Any]) -> None:
@@ -250,6 +253,17 @@ def _check_gem(plugin: Any) -> None:
         )
 
 
+def _warn_of_macs(evaluator: Any) -> None:
+    """Avalanche's MAC metric knows layers by the names of their classes, and counts a kernel for one input channel."""
+    from avalanche.evaluation.metrics.mac import MACPluginMetric
+
+    if any(isinstance(metric, MACPluginMetric) for metric in evaluator.metrics):
+        _log.warning(
+            "MAC_metrics: count layers of classes named Linear and Conv2d only, and convolutions without their input "
+            "channels; clframe.avalanche_bridge.plugins.cost_metrics counts every product"
+        )
+
+
 _PLUGINS = "avalanche.training.plugins"
 _REPAIRS: dict[str, Callable[[Any], None]] = {
     f"{_PLUGINS}.ewc.EWCPlugin": _repair_with(_growing_importances),
@@ -259,4 +273,5 @@ _REPAIRS: dict[str, Callable[[Any], None]] = {
     f"{_PLUGINS}.bic.BiCPlugin": _repair_with(_bic),
     f"{_PLUGINS}.cwr_star.CWRStarPlugin": _repair_with(_cwr_star),
     f"{_PLUGINS}.gem.GEMPlugin": _check_gem,
+    f"{_PLUGINS}.evaluation.EvaluationPlugin": _warn_of_macs,
 }

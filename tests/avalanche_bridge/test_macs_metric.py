@@ -10,9 +10,11 @@ from clframe.data.avalanche import import_avalanche
 
 import_avalanche()
 
+from avalanche.evaluation.metrics import MAC_metrics
 from avalanche.models import MultiHeadClassifier, MultiTaskModule
 from avalanche.training import Naive
 
+from clframe.avalanche_bridge.fabric import on_fabric
 from clframe.avalanche_bridge.plugins import Macs, cost_metrics
 
 
@@ -82,6 +84,12 @@ def test_our_own_module(toy):
     results = strategy.eval(toy.benchmark("new").test_stream[:1])
     (found,) = [value for name, value in results.items() if name.startswith("MACs")]
     assert found == sum(p.numel() for p in module.network.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("metrics, warned", [(MAC_metrics(epoch=True), True), (cost_metrics(), False)])
+def test_avalanche_s_own_metric_is_warned_of(toy, metrics, warned, caplog):
+    on_fabric(Naive)(model=(model := nn.Linear(2, 2)), optimizer=toy.sgd(model), evaluator=toy.evaluator(*metrics))
+    assert ("MAC_metrics: count layers of classes named Linear and Conv2d only" in caplog.text) is warned
 
 
 def test_the_metric_alone():

@@ -200,7 +200,7 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
         return _finite(value, where=where)
     if annotation is int and type(value) is int and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{where}: found {format_value(value)}; give a number that fits 64 bits")
-    if annotation is Path and type(value) is str:
+    if annotation is Path and (type(value) is str or isinstance(value, Path)):
         return Path(value)
     if isinstance(annotation, type) and type(value) is annotation:
         return value

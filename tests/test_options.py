@@ -29,6 +29,7 @@ def same(value, expected):
         ("x", str, "x"),
         ("", str, ""),
         ("a/b", Path, Path("a/b")),
+        (Path("a/b"), Path | None, Path("a/b")),
         ({"a": 1}, Any, {"a": 1}),
         (None, Any, None),
         ("b", Literal["a", "b"], "b"),

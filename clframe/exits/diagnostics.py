@@ -5,6 +5,7 @@ Shape suffixes: E experiences, K exits, N samples.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from clframe.metrics.registry import Kind
 from clframe.records import read_record
 from clframe.registry import Registry
 
+_log = logging.getLogger(__name__)
 MOST_TOKENS: Final = 4096
 """Tokens of each test experience of text, the first ones, on which exits are compared: that costs more than computing
 them. Accuracies and likelihoods by experience are those of all tokens."""
@@ -161,10 +163,26 @@ def compute_exit_metrics(evaluation: ExitEvaluation) -> dict[str, tuple[float, .
     ...     correct_KN=torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1]])))
     >>> found["accuracy"], found["unique_accuracy"]
     ((0.5, 0.5), (0.25, 0.25))
+
+    One of another package that raises an error or returns another number of values is NaN at every exit, with a
+    warning: it does not end a run.
     """
-    return {
-        name: tuple(float(value) for value in metric.values(evaluation)) for name, metric in all_exit_metrics().items()
-    }
+    return {name: _values_of(name, metric, evaluation) for name, metric in all_exit_metrics().items()}
+
+
+def _values_of(name: str, metric: ExitMetric, evaluation: ExitEvaluation) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in metric.values(evaluation))
+        count, exits = len(values), evaluation.exits
+        problem = "" if count == exits else f"returned {count} values for {exits} exits"
+    except ClframeError:
+        raise
+    except Exception as error:  # code of another package raises anything
+        problem = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
+    if not problem:
+        return values
+    _log.warning("exit metric '%s': %s; it is recorded as undefined, return one number per exit", name, problem)
+    return (math.nan,) * evaluation.exits
 
 
 def static_accuracies(evaluation: ExitEvaluation, *, correct: Mapping[str, Tensor] | None = None) -> dict[str, float]:

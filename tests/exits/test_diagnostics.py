@@ -142,6 +142,20 @@ def test_one_entry_in_the_registry_reaches_the_record_and_an_older_record_is_rea
     assert ExitRecord.of(older).accuracy_K == metrics["accuracy"]
 
 
+@pytest.mark.parametrize(
+    "values, problem",
+    [(lambda found: [0.5], "returned 1 values for 3 exits"), (lambda found: 1 / 0, "raised ZeroDivisionError"),
+     (lambda found: 0.5, "raised TypeError")],
+)  # fmt: skip
+def test_a_metric_of_another_package_that_fails_is_undefined_at_every_exit(values, problem, monkeypatch, caplog):
+    monkeypatch.setattr(EXIT_METRICS, "_entries", {**EXIT_METRICS._entries, "own": ExitMetric(label="x", values=values)})
+    found = compute_exit_metrics(
+        ExitEvaluation(confidence_KN=torch.rand(3, 4), cost_K=(1, 2, 3), correct_KN=torch.ones(3, 4))
+    )
+    assert len(found["own"]) == 3 and all(map(math.isnan, found["own"])) and found["accuracy"] == (1.0, 1.0, 1.0)
+    assert f"exit metric 'own': {problem}" in caplog.text
+
+
 def test_static_decisions():
     confidence_KN = torch.tensor([[0.9, 0.2, 0.5], [0.1, 0.3, 0.5]])
     correct_KN = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()

@@ -68,8 +68,8 @@ class Exits(Component):
             ``geometric`` (weights fitted after each experience), ``product``, ``mean``, ``boosted``.
         fit_on: Data for fitting a geometric ensemble: held-out data of all experiences so far (``validation``), or
             the training data of the experience, as published.
-        fit_epochs: Passes over these data, in batches of 128 by Adam with the rate 0.0005; the weights of a few hundred
-            samples need some thousand passes.
+        fit_epochs: Passes over these data, in batches of 128 by Adam with the rate 0.0005; null: as many as make 4,000
+            steps.
         calibration: Calibration of each exit's scores, fitted on held-out data after each experience, those on which
             ``early_exit`` solves thresholds: ``none``, ``temperature``, ``vector`` (scaling), ``isotonic`` (on the
             largest probability).
@@ -108,7 +108,7 @@ class Exits(Component):
     cascade_norm: bool = False
     ensemble: EnsembleKind = "single"
     fit_on: Literal["validation", "training"] = "validation"
-    fit_epochs: int = 50
+    fit_epochs: int | None = None
     calibration: Calibration = "none"
     weights: Ramp = "ramp"
     values: tuple[float, ...] = ()
@@ -138,7 +138,7 @@ class Exits(Component):
         for key, ok, advice in (
             ("at", self.at != (), "name at least one tap, or leave the component out"),
             ("hidden", self.hidden >= 1, "give at least 1 unit"),
-            ("fit_epochs", self.fit_epochs >= 1, "give at least 1"),
+            ("fit_epochs", self.fit_epochs is None or self.fit_epochs >= 1, "give at least 1"),
             ("trunk_share", 0 < self.trunk_share < 1, "give a share between 0 and 1"),
             ("distill", self.distill >= 0, "give a number of at least 0"),
             ("temperature", self.temperature > 0, "give a number above 0"),

@@ -61,6 +61,18 @@ def test_with_the_published_rate_it_is_not_worse():
     assert (found_K <= nll(ProductOfExperts(3), logits_KNC, y_N) + 1e-6).all()
 
 
+def test_without_epochs_it_takes_thousands_of_steps_in_whole_passes(monkeypatch):
+    logits_KNC, y_N = cached(3, 300, 5)
+    taken = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: taken.append(1))
+    fit_ensemble(geometric(3, 5), logits_KNC, y_N, generator=at(0))
+    assert len(taken) == 4002  # 1,334 passes of 3 steps
+    monkeypatch.undo()
+    monkeypatch.setattr("clframe.exits.ensembles.FIT_STEPS", 400)
+    found_K = fit_ensemble(geometric(3, 5), logits_KNC, y_N, generator=at(0))
+    assert torch.equal(found_K, fit_ensemble(geometric(3, 5), logits_KNC, y_N, epochs=134, generator=at(0)))
+
+
 def test_biases_learn_how_frequent_classes_are():
     y_N = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     ensemble = geometric(2, 3, final="member")

@@ -56,7 +56,7 @@ VARIANTS = {
     "bias correction": ("bic + exits", {}),
     "nearest class means": ("icarl + er + exits", {}),
     "discriminant analysis": ("slda + exits", {}),
-    "geometric": ("er + exits(ensemble='geometric', fit_on='training') + early_exit(threshold=0.6)", {}),
+    "geometric": ("er + exits(ensemble='geometric', fit_on='training', fit_epochs=9) + early_exit(threshold=0.6)", {}),
     "product, patience": ("exits(ensemble='product') + early_exit(threshold=0.5, measure='patience')", {}),
     "cascade, most confident": ("exits(cascade=True) + early_exit(threshold=0.6, fallback='confident')", {}),
     "boosted": ("exits(ensemble='boosted') + early_exit(threshold=0.6)", {}),
@@ -99,7 +99,7 @@ COUNTED = {
     "failure": ("er + exits(cascade=True) + early_exit(measure='failure')", {"held_out": True}, True),
     "gate": ("er + exits + early_exit(measure='gate')", {"held_out": True}, True),
     "ncm": ("er + ncm + exits + early_exit", {}, True),
-    "geometric": ("er + exits(ensemble='geometric', fit_on='training') + early_exit", {}, False),
+    "geometric": ("er + exits(ensemble='geometric', fit_on='training', fit_epochs=9) + early_exit", {}, False),
     "most confident": ("er + exits + early_exit(measure='margin', fallback='confident')", {}, False),
     "never at the first": ("er + exits(at=['block1', 'block2']) + early_exit(threshold=[2.0, 0.5])", {}, False),
 }  # fmt: skip

@@ -350,7 +350,7 @@ def test_token_ids_are_padded_as_in_training(encoder):
 
 @pytest.mark.parametrize("strategy", [
     "ncm + exits",
-    "naive + exits(ensemble='geometric', calibration='temperature') + early_exit(rule='mean')",
+    "naive + exits(ensemble='geometric', fit_epochs=9, calibration='temperature') + early_exit(rule='mean')",
     "naive + exits + early_exit(budget=0.95, measure='gate')", "naive + sparsity + moe",
 ])  # fmt: skip
 def test_every_rule_predicts_and_costs_as_the_evaluation_says(strategy, tmp_path):

@@ -54,7 +54,7 @@ def test_exits_that_cannot_fire_are_not_computed() -> None:
 
 @pytest.mark.parametrize(
     "exits",
-    ["exits", "exits(cascade=True)", "exits(ensemble='boosted')", "exits(ensemble='geometric', fit_on='training')",
+    ["exits", "exits(cascade=True)", "exits(ensemble='boosted')", "exits(ensemble='geometric', fit_on='training', fit_epochs=1)",
      "exits(ensemble='product', head='hidden', hidden=5)"],
 )  # fmt: skip
 @pytest.mark.parametrize("rule", ["threshold=0.4", "measure='entropy', threshold=0.1", "measure='gate', threshold=0.5"])

@@ -210,8 +210,8 @@ def encode(value: Any, *, live: Mapping[int, str] | None = None) -> Any:
         return value
     if value is None or type(value) in (bool, int, float):
         return value
-    if isinstance(value, (np.float64, np.str_)):  # numbers and texts of Python, except for pickle
-        return value.item()
+    if isinstance(value, np.generic) and type(item := value.item()) in (bool, int, float, str):
+        return item
     kind = "sparse tensor" if isinstance(value, Tensor) else f"{type(value).__module__}.{type(value).__qualname__}"
     raise RunFolderError(
         f"checkpoint: component state holds a {kind.removeprefix('builtins.')}; keep dense tensors, numbers, text, "

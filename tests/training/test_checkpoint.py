@@ -125,10 +125,12 @@ def test_fields_that_make_no_sense_are_refused(finished, tmp_path, change, messa
 
 
 def test_scalars_of_numpy_that_are_numbers_and_texts_of_python_are_stored_as_these(tmp_path):
-    kept = {"loss": np.float64(0.1), "list": [np.float64(0.2), 1], "name": np.str_("fast")}
+    kept = {"loss": np.float64(0.1), "list": [np.float64(0.2), 1], "name": np.str_("fast"), "best": np.int64(3),
+            "single": np.float32(0.1), "seen": np.bool_(True)}  # fmt: skip
     save_checkpoint(tmp_path, {"components": {"own": kept}}, finished=1)
     found = load_latest(tmp_path, device=CPU)["components"]["own"]
-    assert found == kept and [type(found["loss"]), type(found["list"][0]), type(found["name"])] == [float, float, str]
+    assert found == kept and type(found["list"][0]) is float
+    assert [type(found[key]) for key in ("loss", "name", "best", "single", "seen")] == [float, str, int, float, bool]
 
 
 class Mode(IntEnum):
@@ -142,7 +144,7 @@ class Pair(NamedTuple):
 
 @pytest.mark.parametrize(
     "value, kind",
-    [(Mode.FAST, "Mode"), (Pair(1, 2), "Pair"), (np.int64(3), "numpy.int64"), ({1}, "a set"),
+    [(Mode.FAST, "Mode"), (Pair(1, 2), "Pair"), (np.complex64(3), "numpy.complex64"), ({1}, "a set"),
      (torch.eye(3).to_sparse(), "sparse tensor")],
 )  # fmt: skip
 def test_what_no_reader_restores_is_refused_when_it_is_written_and_named_with_its_component(value, kind, tmp_path, monkeypatch):

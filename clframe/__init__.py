@@ -53,7 +53,7 @@ _HOMES = {
 _MODULES = (
     "accounting", "api", "avalanche_bridge", "config", "core", "data", "errors", "exits", "functional", "metrics",
     "model", "moe", "nn", "own_code", "plotting", "regularization", "replay", "report", "results", "sparse_decode",
-    "sparsity", "sweep", "targets", "training",
+    "sparsity", "sweep", "targets", "testing", "training",
 )  # fmt: skip
 """Modules for people who use clframe: attributes without an import statement, as in ``clframe.data.digits()``."""
 

@@ -140,6 +140,9 @@ class MemoryPolicy:
     def quotas(self, owners: tuple[int, ...]) -> dict[int, int]:
         """Capacity of each portion: the share of its owner, divided among the portions of that owner.
 
+        If an owner has more portions than its share has samples, early and late ones have a place alike, see
+        :func:`~clframe.replay.selection.quotas`.
+
         >>> MemoryPolicy(10).quotas((0, 1, 0))
         {0: 3, 2: 2, 1: 5}
         """
@@ -153,7 +156,7 @@ class MemoryPolicy:
             if len(own) == 1:  # nearly always, so that hundreds of classes cost no call each
                 found[own[0]] = share[owner]
             else:
-                found |= quotas(share[owner], own)
+                found |= quotas(share[owner], own, salt=owner + 1)
         return found
 
     def _portions(

@@ -9,14 +9,33 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize, pad
 
 
-def quotas(size: int, classes: Sequence[int]) -> dict[int, int]:
+def quotas(size: int, classes: Sequence[int], *, salt: int = 0) -> dict[int, int]:
     """Divide a buffer of ``size`` samples among ``classes``: equal shares, the remainder to the first ones.
+
+    Of more classes than samples, ``size`` have a share of 1: each with the same probability, whether it is early or
+    late in a stream. A class without a share has none either when more classes follow, so buffers remain full.
+
+    Args:
+        size: Number of samples.
+        classes: The classes, or other owners of samples, in the order of the stream.
+        salt: Number that changes which of too many classes have a share.
 
     >>> quotas(7, [3, 5, 8])
     {3: 3, 5: 2, 8: 2}
     """
     share, rest = divmod(size, len(classes))
+    if not share:
+        chosen = set(sorted(range(len(classes)), key=lambda place: _mix(salt, place))[:rest])
+        return {c: int(i in chosen) for i, c in enumerate(classes)}
     return {c: share + (i < rest) for i, c in enumerate(classes)}
+
+
+def _mix(salt: int, place: int) -> int:
+    """64 bits that look random, the same in every process: SplitMix64 of Steele et al. (2014)."""
+    bits = ((salt << 32) + place + 1) * 0x9E3779B97F4A7C15 % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return bits ^ bits >> 31
 
 
 def balanced_choice(y_N: Tensor, quota: dict[int, int], *, generator: Generator) -> Tensor:

@@ -101,6 +101,18 @@ def test_random_shares_by_experience_whatever_the_classes():
     assert counts == [{0: 7}, {0: 4, 1: 3}, {0: 3, 1: 2, 2: 2}]
 
 
+@pytest.mark.parametrize("selection", ["balanced", "herding", "random"])
+def test_late_experiences_have_places_in_a_memory_of_fewer_samples_than_portions(selection):
+    """Twelve experiences with the same two classes: a class has four places, fewer than there are experiences."""
+    memory = 8 if selection != "random" else 4
+    states = run(ER(memory=memory, selection=selection), [{0: 9, 1: 9}] * 12)
+    counts = [Counter(int(n // 1000) for n in numbers(s)) for s in states[1:]]
+    assert [sum(count.values()) for count in counts] == [memory] * 12
+    assert any(experience > 5 for experience in counts[-1])
+    if selection != "random":
+        assert all(Counter(s["y"].tolist()) == {0: 4, 1: 4} for s in states[1:])
+
+
 def test_the_reservoir_holds_every_sample_alike():
     """Chi-square over 12 samples of three experiences, 4 kept; 31.3 is its 99.9 % quantile at 11 degrees."""
     er, runs, counts = ER(memory=4, selection="reservoir"), 1500, Counter()

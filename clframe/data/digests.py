@@ -222,7 +222,7 @@ def _checksum_files(samples: DatasetSamples) -> int | None:
     # Of sorted texts, the first and the last have the shortest common start; it is cut off at a separator.
     start = os.path.commonprefix([min(samples.paths), max(samples.paths)])  # noqa: RUF071
     skipped = start.rfind(os.sep) + 1
-    paths = [samples.paths[i] for i in samples.index.tolist()]
+    paths = [samples.paths[i % len(samples.paths)] for i in samples.index.tolist()]  # each domain has further indices
     names = "\0".join(path[skipped:].replace(os.sep, "/") for path in paths)
     sizes = [_size(path) for path in paths[:: -(-len(paths) // MOST_SIZES) or 1]]
     return zlib.crc32(repr(sizes).encode(), zlib.crc32(names.encode(errors="surrogateescape")))

@@ -29,7 +29,8 @@ class DatasetSamples:
 
     Args:
         reader: Reads the dataset; shared by all subsets, so that worker processes are reused across experiences.
-        index: index_N into the dataset; -1 - k refers to row k of ``buffer``.
+        index: index_N into the dataset; -1 - k refers to row k of ``buffer``. With ``views``, sample i of a dataset of
+            n samples under view v has index i + v * n.
         y: targets_N.
         mean: Per channel, in units of the dataset's inputs.
         std: As ``mean``.
@@ -38,6 +39,7 @@ class DatasetSamples:
         device: Device of the batches.
         buffer: Inputs of a replay buffer, which are not in the dataset; None without any.
         paths: File of each sample of the dataset; empty if unknown.
+        views: Views of samples of several domains, instead of ``view``; empty for those of one.
     """
 
     reader: Reader
@@ -50,6 +52,7 @@ class DatasetSamples:
     device: torch.device = CPU
     buffer: Tensor | None = None
     paths: tuple[str, ...] = ()
+    views: tuple[Callable[[Tensor], Tensor] | None, ...] = ()
 
     @classmethod
     def of(
@@ -93,8 +96,7 @@ class DatasetSamples:
     def raw(self, index: Tensor) -> Tensor:
         """The dataset's inputs at ``index`` with the view applied, read in this process, on the device."""
         wanted = self.index[index.cpu()]
-        stored = wanted[wanted >= 0].tolist()
-        return self._assemble(self.reader.read(stored, seed=0), wanted).to(self.device)
+        return self._assemble(self.reader.read(self._stored(wanted), seed=0), wanted).to(self.device)
 
     def prepare(self, raw: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Convert as :meth:`TensorSamples.prepare <clframe.data.samples.TensorSamples.prepare>` does."""
@@ -112,7 +114,7 @@ class DatasetSamples:
         if order is not None:
             index, y = index[order], y.index_select(0, upload(order, self.device))
         parts = index.split(size)[first:]
-        requests = [(part[part >= 0].tolist(), derive_seed(seed, k)) for k, part in enumerate(parts, start=first)]
+        requests = [(self._stored(part), derive_seed(seed, k)) for k, part in enumerate(parts, start=first)]
         read = self.reader.stream(requests, pinned=self.device.type == "cuda")
         for raw, part, y_B in zip(read, parts, y.split(size)[first:], strict=True):
             yield [self.prepare(self._assemble(raw, part), generator=generator), y_B]
@@ -125,15 +127,22 @@ class DatasetSamples:
         """Return these samples followed by ``others`` of the same dataset.
 
         Raises:
-            DataError: Samples of different datasets or domains.
+            DataError: Samples of different datasets.
         """
-        if any(other.reader is not self.reader or other.view is not self.view for other in others):
+        if any(other.reader is not self.reader for other in others):
             raise DataError(
-                "data: found samples of different datasets or domains that are read batch by batch; raise "
+                "data: found samples of different datasets that are read batch by batch; raise "
                 "benchmark.memory_gb, or concatenate the datasets with torch's ConcatDataset"
             )
-        result = self
-        for other in others:
+        parts = (self, *others)
+        if any(part.views or part.view is not self.view for part in parts):
+            views: list[Callable[[Tensor], Tensor] | None] = []
+            for view in (view for part in parts for view in part.views or (part.view,)):
+                if all(view is not known for known in views):
+                    views.append(view)
+            parts = tuple(part._under(views) for part in parts)
+        result = parts[0]
+        for other in parts[1:]:
             shift = 0 if result.buffer is None else len(result.buffer)
             index = other.index.where(other.index >= 0, other.index - shift)
             buffers = [b for b in (result.buffer, other.buffer) if b is not None]
@@ -171,7 +180,7 @@ class DatasetSamples:
 
     def _assemble(self, read: Tensor, index_B: Tensor) -> Tensor:
         """Inputs at ``index_B``: those read from the dataset, with the view applied, and those of the buffer."""
-        viewed = read if self.view is None or not len(read) else self.view(read)
+        viewed = self._apply_views(read, index_B[index_B >= 0]) if len(read) else read
         if self.buffer is None:
             return viewed
         from_buffer = index_B < 0
@@ -179,3 +188,25 @@ class DatasetSamples:
         batch[~from_buffer] = viewed.to(batch.dtype)
         batch[from_buffer] = self.buffer[-1 - index_B[from_buffer]]
         return batch
+
+    def _stored(self, index_B: Tensor) -> list[int]:
+        """Places in the dataset of the samples at ``index_B``, without those of the buffer."""
+        stored = index_B[index_B >= 0]
+        return (stored % len(self.reader.dataset) if self.views else stored).tolist()
+
+    def _apply_views(self, read: Tensor, index_S: Tensor) -> Tensor:
+        if not self.views:
+            return read if self.view is None else self.view(read)
+        view_S, viewed = index_S // len(self.reader.dataset), read.clone()
+        for number in view_S.unique().tolist():
+            view, rows = self.views[number], view_S == number
+            if view is not None:
+                viewed[rows] = view(read[rows])
+        return viewed
+
+    def _under(self, views: Sequence[Callable[[Tensor], Tensor] | None]) -> DatasetSamples:
+        """The same samples with indices into ``views``, which include their own."""
+        count = len(self.reader.dataset)
+        number = torch.tensor([[view is one for one in views].index(True) for view in self.views or (self.view,)])
+        moved = self.index % count + number[(self.index // count).clamp(min=0)] * count
+        return replace(self, index=moved.where(self.index >= 0, self.index), view=None, views=tuple(views))

@@ -48,6 +48,22 @@ def test_permuted_pixels(lazy):
     assert torch.equal(longer.train[3].view.order_P, orders[3])
 
 
+def test_domains_that_are_read_batch_by_batch_are_concatenated_as_those_in_memory():
+    kept, read = (permuted_stream(toy(3, lazy=lazy), experiences=3, seed=2, validation=0.3) for lazy in (False, True))
+    whole, lazily = concatenate(kept.train), concatenate(read.train)
+    order = torch.randperm(len(whole))
+    for expected, found in ((whole, lazily), (whole.subset(order), lazily.subset(order))):
+        assert torch.equal(every(found), every(expected)) and torch.equal(found.y, expected.y)
+    stored, y = every(kept.test[1])[:2], kept.test[1].y[:2]
+    whole, lazily = whole.with_stored(stored, y), lazily.with_stored(stored, y)
+    whole, lazily = whole.concat([kept.train[1]]), lazily.concat([read.train[1]])
+    assert torch.equal(every(lazily), every(whole))
+    order = torch.randperm(len(whole))
+    for (x, y), (expected, labels) in zip(lazily.batches(order, 4), whole.batches(order, 4), strict=True):
+        assert torch.equal(x, expected) and torch.equal(y, labels)
+    assert torch.equal(every(concatenate(read.train[1:])), every(concatenate(kept.train[1:])))
+
+
 def test_pixels_of_all_channels_move_alike_and_features_move_too():
     order = torch.tensor([5, 0, 3, 1, 4, 2])
     x = torch.arange(2 * 3 * 6, dtype=torch.uint8).reshape(2, 3, 2, 3)

@@ -136,7 +136,7 @@ def replace_reader(of, samples):
 
 
 def test_parts_of_different_datasets_do_not_join():
-    with pytest.raises(DataError, match="samples of different datasets or domains"):
+    with pytest.raises(DataError, match="samples of different datasets"):
         concatenate([lazy(), lazy()])
 
 

@@ -26,7 +26,7 @@ def sort_classes(classes: Iterable[int]) -> list[int]:
     """
     found = list(classes)
     for one in found:
-        if isinstance(one, bool) or not isinstance(one, Integral):
+        if type(one) is not int and (isinstance(one, bool) or not isinstance(one, Integral)):
             raise DataError(f"classes: found {one!r}; give whole numbers from 0")
     wanted = sorted(set(map(int, found)))
     if wanted and wanted[0] < 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize, pad
@@ -24,18 +26,21 @@ def quotas(size: int, classes: Sequence[int], *, salt: int = 0) -> dict[int, int
     {3: 3, 5: 2, 8: 2}
     """
     share, rest = divmod(size, len(classes))
-    if not share:
-        chosen = set(sorted(range(len(classes)), key=lambda place: _mix(salt, place))[:rest])
-        return {c: int(i in chosen) for i, c in enumerate(classes)}
-    return {c: share + (i < rest) for i, c in enumerate(classes)}
+    if share:
+        return {c: share + (i < rest) for i, c in enumerate(classes)}
+    found = dict.fromkeys(classes, 0)
+    for place in np.argsort(_mixed(salt, len(classes)), kind="stable")[:rest].tolist():
+        found[classes[place]] = 1
+    return found
 
 
-def _mix(salt: int, place: int) -> int:
-    """64 bits that look random, the same in every process: SplitMix64 of Steele et al. (2014)."""
-    bits = ((salt << 32) + place + 1) * 0x9E3779B97F4A7C15 % 2**64
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
-    return bits ^ bits >> 31
+def _mixed(salt: int, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """``count`` numbers of 64 bits that look random, the same in every process: SplitMix64 of Steele et al. (2014)."""
+    first = ((salt << 32) + 1) % 2**64
+    bits = (np.uint64(first) + np.arange(count, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return bits ^ bits >> np.uint64(31)
 
 
 def balanced_choice(y_N: Tensor, quota: dict[int, int], *, generator: Generator) -> Tensor:

@@ -7,8 +7,9 @@ from clframe.data.source import SOURCES, Source
 from clframe.data.sources.characters import digits
 from clframe.data.sources.given import from_avalanche, from_datasets
 from clframe.data.sources.image_files import ImageFiles
+from clframe.data.streams import domain_incremental
 
 __all__ = [
     "SOURCES", "Benchmark", "EpochLoader", "ImageFiles", "Source", "TensorSamples", "class_incremental",
-    "concatenate", "digits", "from_avalanche", "from_datasets",
+    "concatenate", "digits", "domain_incremental", "from_avalanche", "from_datasets",
 ]  # fmt: skip

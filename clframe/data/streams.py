@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -156,7 +157,7 @@ def domain_incremental(
     Args:
         source: The data; stored once for all experiences.
         domains: For each experience a function of stored inputs that preserves shape and dtype, named by its
-            ``str``; None for the inputs as stored.
+            ``__str__`` or its ``__name__``; None for the inputs as stored.
         seed: Seed of the validation split, which all experiences share: no validation image of one experience is
             trained on in another.
         validation: Fraction of each class's training samples that is held out.
@@ -173,11 +174,21 @@ def domain_incremental(
         test=tuple(replace(source.test, view=domain) for domain in domains),
         input_shape=source.input_shape,
         validation=() if held_out is None else tuple(replace(held_out, view=domain) for domain in domains),
-        domains=tuple("as stored" if domain is None else str(domain) for domain in domains),
+        domains=tuple(map(_domain_name, domains)),
         task_labels=task_labels,
         class_names=source.class_names,
         inputs=source.inputs,
     )
+
+
+def _domain_name(domain: Callable[[Tensor], Tensor] | None) -> str:
+    """Name of a domain, without the address in memory that the text of a function has."""
+    if domain is None:
+        return "as stored"
+    kind: Any = type(domain)
+    if kind.__str__ is not object.__str__:
+        return str(domain)
+    return str(getattr(domain, "__name__", kind.__name__))
 
 
 def permuted_stream(source: Source, *, experiences: int, seed: int = 0, validation: float = 0.0) -> Benchmark:

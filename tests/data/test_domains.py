@@ -140,6 +140,17 @@ def test_angles():
             make(toy(3), experiences=0)
 
 
+def test_functions_are_named_without_their_address():
+    class Dimmed:
+        def __call__(self, x):
+            return x // 2
+
+    def night(x):
+        return x // 4
+
+    assert domain_incremental(toy(2), [night, None, Dimmed(), lambda x: x]).domains == ("night", "as stored", "Dimmed", "<lambda>")
+
+
 def test_all_domains_at_once():
     benchmark = rotated_stream(toy(3), experiences=3)
     joint = concatenate(benchmark.train)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
-import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from clframe.core import COMPONENTS, HOOKS, Component, Composition, compose
 from clframe.data import Benchmark, Source, TensorSamples, class_incremental
-from clframe.errors import ClframeError, ConfigError
+from clframe.errors import ClframeError, ConfigError, RunFolderError
 from clframe.exits import make_head
 from clframe.nn import BACKBONES, GrowingLinear, Network
 from clframe.training.checkpoint import decode, encode
@@ -85,7 +84,10 @@ def with_memory(composition: Composition) -> Composition:
 
 
 def small_network(stream: Benchmark, *, exits: int = 1, transformer: bool = False, seed: int = SEED) -> Network:
-    """A perceptron of two layers of 12, or a transformer of two blocks of 12, with ``exits`` classifiers in all."""
+    """A perceptron of two layers of 12, or a transformer of two blocks of 12, with ``exits`` classifiers in all.
+
+    It sets the seed of torch's global generator, from which the weights are drawn.
+    """
     torch.manual_seed(seed)
     if transformer:
         backbone = BACKBONES.get("vit_tiny")(stream.input_shape, patch=2, width=12, depth=2, heads=2)
@@ -93,28 +95,6 @@ def small_network(stream: Benchmark, *, exits: int = 1, transformer: bool = Fals
         return Network(backbone, exits=heads)
     backbone = BACKBONES.get("mlp")(stream.input_shape, width=12)
     return Network(backbone, exits=[("layer1", GrowingLinear(12)) for _ in range(exits - 1)])
-
-
-def train_small(
-    composition: Composition,
-    stream: Benchmark,
-    *,
-    exits: int = 1,
-    transformer: bool = False,
-    seed: int = SEED,
-    experiences: int | None = None,
-) -> ContinualModule:
-    """Train a :func:`small_network` for two epochs on each of the first ``experiences``, all if not given."""
-    network = small_network(stream, exits=exits, transformer=transformer, seed=seed)
-    module = ContinualModule(
-        network, with_memory(composition), optimizer=partial(torch.optim.SGD, lr=0.05), seed=seed
-    )
-    loop = LightningStrategy(
-        model=module, benchmark=stream, train_mb_size=5, train_epochs=2, eval_mb_size=16, evaluator=None
-    )
-    for experience in itertools.islice(stream.avalanche.train_stream, experiences):
-        loop.train(experience)
-    return module
 
 
 def same(a: Any, b: Any) -> bool:
@@ -161,7 +141,10 @@ def _check_terms(kind: type[Component], module: ContinualModule) -> None:
 
 def _check_state(kind: type[Component], module: ContinualModule) -> None:
     state, file = module.learner.state, io.BytesIO()
-    torch.save(encode(state), file)
+    try:
+        torch.save(encode(state), file)
+    except RunFolderError as error:
+        raise _broken(kind, str(error)) from error
     file.seek(0)
     restored = decode(torch.load(file, weights_only=True), module.network)
     if not same(state, restored):
@@ -180,8 +163,17 @@ def _check_weight(kind: type[Component], options: Mapping[str, Any]) -> None:
 def _trained(
     component: Component, *, stream: Benchmark | None = None, exits: int = 1, transformer: bool = False
 ) -> ContinualModule:
-    """Train it, and refuse weights that are not finite."""
-    module = train_small(compose(component), stream or small_stream(), exits=exits, transformer=transformer)
+    """Train it for two epochs on every experience, and refuse weights that are not finite."""
+    stream = stream or small_stream()
+    with torch.random.fork_rng(devices=[]):
+        network = small_network(stream, exits=exits, transformer=transformer)
+        optimizer = partial(torch.optim.SGD, lr=0.05)
+        module = ContinualModule(network, with_memory(compose(component)), optimizer=optimizer, seed=SEED)
+        loop = LightningStrategy(
+            model=module, benchmark=stream, train_mb_size=5, train_epochs=2, eval_mb_size=16, evaluator=None
+        )
+        for experience in stream.avalanche.train_stream:
+            loop.train(experience)
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise _broken(type(component), f"it trained {name} to weights that are not finite")

@@ -11,7 +11,7 @@ row has its own thresholds, chosen on held-out data, and other test costs; the c
 - mean, product: of the probabilities of all exits so far; geometric: weighted, as in Zero Time Waste (Wojcik et al., 2023).
 - hindsight improvability: share of an exit's errors that an earlier exit had right, mean over exits from the second on.
 
-Runs that are finished are read, so a command that was broken off goes on where it stopped.
+Finished runs are read, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def numbers_of(
         numbers[f"accuracy at {point.name}"] = None if point.undefined else 100 * point.accuracy
         numbers[f"cost at {point.name}"] = None if point.undefined else 100 * point.cost
     improvable = hindsight_improvability_K(test)[1:-1]  # the last exit belongs to no ensemble
-    return numbers | {"hindsight improvability": 100 * mean(improvable)}
+    everything = 100 * cumulative_macs(network)[-1] / backbone_macs(network)
+    return numbers | {"hindsight improvability": 100 * mean(improvable), "cost of all exits": everything}
 
 
 def cells(shared: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -107,20 +108,35 @@ def shown(values: Sequence[float | None]) -> str:
     return f"{mean(found):.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
 
 
+def difference(base: dict[int, Numbers], other: dict[int, Numbers], name: str) -> str:
+    """Mean and half-width of the 95 % interval of the paired t-test; empty with less than two seeds."""
+    values = [{s: nan if (value := n[name]) is None else value for s, n in by.items()} for by in (base, other)]
+    by = paired(*values)
+    return f"{by.mean:+.1f} ± {by.half_width:.1f}" if len(by.seeds) > 1 else ""
+
+
+def differences(found: dict[str, dict[int, Numbers]]) -> str:
+    """Paired differences of the accuracy at every budget to the first row, as Markdown."""
+    names = [f"accuracy at {100 * share:g}%" for share in BUDGETS]
+    lines = [f"| row | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    base, *rest = found
+    for row in rest:
+        lines.append(f"| {row} | {' | '.join(difference(found[base], found[row], name) for name in names)} |")
+    return "\n".join(lines)
+
+
 def table(found: dict[str, dict[int, Numbers]]) -> str:
     """The rows as Markdown; the difference is at 50 % and paired with the first row."""
     names = [f"{100 * share:g}%" for share in BUDGETS]
     heading = ["row", *(f"at {name}" for name in [*names, "max"]), "at 50% minus SDN", "hindsight improvability"]
     lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
     first = next(iter(found))
-    half = {row: {s: n["accuracy at 50%"] or nan for s, n in by.items()} for row, by in found.items()}
     for row, by_seed in found.items():
         texts = [row]
         for name in [*names, "max"]:
             values, costs = ([n.get(f"{what} at {name}") for n in by_seed.values()] for what in ("accuracy", "cost"))
             texts.append(f"{shown(values)} ({shown([c for c in costs if c is not None]).split(' ')[0]})")
-        by = paired(half[first], half[row])
-        texts.append("" if row == first or len(by_seed) < 2 else f"{by.mean:+.1f} ± {by.half_width:.1f}")
+        texts.append("" if row == first else difference(found[first], by_seed, "accuracy at 50%"))
         texts.append(shown([n["hindsight improvability"] for n in by_seed.values()]))
         lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
@@ -150,7 +166,9 @@ def main() -> None:
         }
         for row, (name, kind, fit_on, measure) in ROWS.items()
     }
-    print("\n" + table(found))
+    print("\n" + table(found) + "\n\nPaired differences to the first row, in points (95 %):\n\n" + differences(found))
+    costs = [numbers["cost of all exits"] for numbers in next(iter(found.values())).values()]
+    print(f"\nCost of all exits: {shown(costs)} % of the backbone's MACs")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -212,6 +212,23 @@ def percent(value: float | None) -> float | str:
     return "" if value is None else round(100 * value, 2)
 
 
+def exit_by_exit(found: dict[str, dict[int, Result]]) -> str:
+    """Accuracy and forgetting of every exit after the last experience, as Markdown, of the rows with several exits."""
+    several = {label: list(runs.values()) for label, runs in found.items() if " + " in label}
+    if not several:
+        return ""
+    exits = max(len(results[0]["exit_names"]) for results in several.values())
+    lines = [f"| row | | {' | '.join(f'exit {k + 1}' for k in range(exits - 1))} | last |", "|---|---|" + "---:|" * exits]
+    for label, results in several.items():
+        for what, values in (
+            ("accuracy", [result["exits"][-1]["metrics"]["accuracy"] for result in results]),
+            ("forgetting", [result["exit_forgetting"] for result in results]),
+        ):
+            columns = [shown([100 * value for value in column if value is not None]) for column in zip(*values, strict=True)]
+            lines.append(f"| {label} | {what} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def write_runs(found: dict[str, dict[int, Result]], path: Path) -> None:
     """Write a line for every run, in percent."""
     rows = []
@@ -265,6 +282,7 @@ def main() -> None:
             print(f"{time.perf_counter() - start:7.0f} s  {cell.label}, seed {cell.seed}", flush=True)
     found = {label: by_seed for label, by_seed in found.items() if by_seed}
     print("\n" + table(found) + "\n\nPaired differences of the final accuracy, in points (95 %):\n\n" + differences(found))
+    print("\nEvery exit after the last experience, in percent:\n\n" + exit_by_exit(found))
     if options.csv is not None:
         write_runs(found, options.csv)
 

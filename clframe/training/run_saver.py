@@ -68,13 +68,18 @@ class RunSaver:
             "past": learner.past,
             "ledger": self._costs.ledger.as_tree(),
             "network": dict(learner.network.state_dict()),
-            "components": {name: _encoded(name, state) for name, state in learner.state.items()},
+            "components": learner.state,
             # The scale of 16-bit mixed precision, which a Trainer shares with Fabric; empty without one.
             "precision": dict(self._strategy.fabric._precision.state_dict()),
         }
         if learner.average is not None:
             content["average"] = learner.average.state_dict(learner.network)
-        return save_checkpoint(self._folder, content, finished=progress.finished)
+        try:
+            return save_checkpoint(self._folder, content, finished=progress.finished)
+        except RunFolderError:
+            for name, state in learner.state.items():
+                _name_component(name, state)
+            raise
 
     def load(self) -> Progress | None:
         """Restore the newest checkpoint; returns the progress, None without a checkpoint.
@@ -130,13 +135,13 @@ class RunSaver:
         return progress
 
 
-def _encoded(component: str, state: Any) -> Any:
-    """Return the state of a component as a checkpoint stores it.
+def _name_component(component: str, state: Any) -> None:
+    """Name the component whose state has a value that no checkpoint holds.
 
     Raises:
-        RunFolderError: A value that it cannot hold, named with the component.
+        RunFolderError: It is this one.
     """
     try:
-        return encode(state)
+        encode(state)
     except RunFolderError as error:
         raise RunFolderError(f"component '{component}': {error}") from None

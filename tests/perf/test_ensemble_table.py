@@ -52,4 +52,7 @@ def test_the_table() -> None:
     second = {s: {**numbers, "accuracy at 50%": 53.0 + s, "hindsight improvability": 30.0} for s in (0, 1)}
     lines = ensemble_table.table({"alone": first, "all": second}).splitlines()
     assert lines[2] == "| alone | - (-) | 50.0 ± 0.0 (24.0) | 50.0 ± 0.0 (24.0) | 50.0 ± 0.0 (24.0) | 50.0 ± 0.0 (24.0) |  | 60.0 ± 0.0 |"
+    assert ensemble_table.differences({"alone": first, "all": second}).splitlines()[2] == (
+        "| all | +nan ± nan | +3.5 ± 6.4 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
+    )
     assert "| 53.5 ± 0.7 (24.0) |" in lines[3] and "| +3.5 ± 6.4 | 30.0 ± 0.0 |" in lines[3]
